@@ -1,0 +1,152 @@
+"""Every field there is, with its default: the one full schema. A config changes only what it means to.
+
+A default lives here and nowhere else. Override on the command line with --config.BLOCK.FIELD=VALUE.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,  # decides initialisation, order, augmentation and dropout
+            "steps": 1000,  # optimizer steps in the whole run
+            "stages": (),  # run NAME:ARG for each ARG, in WORKDIR/ARG, in this order, instead of one run
+            "data": data(),
+            "augment": augment(),
+            "model": model(),
+            "optim": optim(),
+            "mesh": mesh(),
+            "init": init(),
+            "eval": evaluation(),
+            "log": log(),
+            "checkpoint": checkpoint(),
+        }
+    )
+
+
+def data() -> dict:
+    return {
+        "name": "cifar10",  # cifar10 | folder | array_record | fractal
+        "path": ".data",  # folder that holds the set; generated sets are cached in it
+        "train": "train",  # slice to train on: train, train[:45000], train[:98%]
+        "batch": 128,  # images per step, over all devices and hosts (the global batch)
+        "resolution": 32,  # height in pixels that the model sees; resized on the device
+        "width": placeholder(int),  # width in pixels that the model sees; none: square
+        "load": placeholder(
+            int
+        ),  # side in pixels at which files of any size are decoded; none: resolution
+        "memory": False,  # decode a folder or record set once, and keep it in memory
+        "workers": 2,  # processes that decode; 0: none, in the training process
+        "on_corrupt": "fail",  # fail | skip (masked out, and counted in the metrics)
+        "fractal": {  # the generated set, REFERENCES: Anderson & Farrell 2022, OFDB 2023
+            "classes": 512,  # how many, counted from `first`
+            "first": 0,  # number of the first class: disjoint ranges are disjoint sets
+            "train_per_class": 1,  # images per class in `train`; 1 is OFDB
+            "test_per_class": 0,  # images per class in `test`
+            "resolution": 52,  # rendered height and width in pixels
+            "points": 5000,  # points of the chaos game per image
+            "jitter": 0.1,  # perturbation of the maps between images of one class, fraction
+            "seed": 0,  # decides the classes and their images
+        },
+    }
+
+
+def augment() -> dict:
+    return {
+        "crop": "none",  # none | pad (pad and crop) | resized (random resized crop)
+        "pad": 4,  # pixels added on each side before crop=pad, at the stored size
+        "scale": (0.08, 1.0),  # area of a resized crop, fraction of the image
+        "ratio": (0.75, 4 / 3),  # width / height of a resized crop
+        "flip": False,  # mirror left-right with probability 1/2
+        "mixup": 0.0,  # Beta(a, a) of mixup (Zhang et al. 2018); 0: off
+        "cutmix": 0.0,  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
+        "cutmix_share": 0.5,  # with both on: share of batches that use CutMix
+        "smoothing": 0.0,  # label smoothing (Szegedy et al. 2016)
+        "mean": (0.5, 0.5, 0.5),  # per channel, of pixels in [0, 1]
+        "std": (0.5, 0.5, 0.5),  # per channel, of pixels in [0, 1]
+    }
+
+
+def model() -> dict:
+    return {
+        "variant": "S/16",  # a size of vit_scale.model.SIZES, a slash, the patch in pixels
+        "width": placeholder(int),  # replaces the size's token width
+        "depth": placeholder(int),  # replaces the size's number of blocks
+        "heads": placeholder(int),  # replaces the size's number of attention heads
+        "mlp": placeholder(int),  # replaces the size's MLP width
+        "classes": 1000,  # outputs of the head
+        "pool": "cls",  # cls | gap (mean of tokens) | map (attention pooling)
+        "posemb": "learned",  # learned | sincos2d
+        "dropout": 0.0,  # after position embeddings, attention and both MLP layers
+        "drop_path": 0.0,  # stochastic depth at the last block, growing linearly (Huang et al. 2016)
+        "dtype": "float32",  # of the computation: float32 | bfloat16; parameters stay float32
+        "scan": True,  # one compiled block scanned over the depth, or unrolled blocks
+        "remat": "none",  # none | full | a name in jax.checkpoint_policies: what backward recomputes
+        "attention": "xla",  # implementation of jax.nn.dot_product_attention: xla | cudnn
+    }
+
+
+def optim() -> dict:
+    return {
+        "name": "adamw",  # adamw | sgd | lion | muon
+        "lr": 1e-3,  # peak learning rate
+        "schedule": "cosine",  # constant | cosine | linear | rsqrt | piecewise
+        "warmup": 0,  # steps of linear warm-up from 0
+        "end": 0.0,  # cosine, linear: last learning rate, fraction of lr
+        "timescale": 10_000,  # rsqrt: steps until lr starts to fall as 1/sqrt (Zhai et al. 2022)
+        "cooldown": 0,  # rsqrt: steps of linear fall to 0 at the end
+        "milestones": (0.6, 0.85),  # piecewise: fractions of steps at which lr is multiplied
+        "factor": 0.1,  # piecewise: by this
+        "b1": 0.9,  # adamw, lion, muon: decay of the first moment; sgd: momentum
+        "b2": 0.999,  # adamw, lion: decay of the second moment
+        "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
+        "clip": 1.0,  # global gradient norm; 0: off
+        "accumulate": 1,  # micro-batches per step; the global batch is cut into these
+        "ema": 0.0,  # decay of the exponential moving average of the weights; 0: off
+        "layer_decay": 1.0,  # lr is multiplied by this per block below the head (BEiT); 1: off
+        "train": "all",  # all | head (a linear probe)
+        "freeze": (),  # regular expressions on parameter names: those are not trained
+    }
+
+
+def mesh() -> dict:
+    return {
+        "data": -1,  # devices that split the batch and hold all parameters; -1: the rest
+        "fsdp": 1,  # devices that split the batch and the parameters
+        "tensor": 1,  # devices that split heads and MLP
+    }
+
+
+def init() -> dict:
+    return {
+        "source": "",  # run folder, or a step in it (RUN/checkpoints/STEP), to start from; empty: random
+        "resample": "cubic",  # position embeddings to a new grid: cubic (timm) | corners (Google's ViT)
+    }
+
+
+def evaluation() -> dict:
+    return {
+        "split": "test",  # evaluated while training; its best step is kept. train[98%:] keeps the test set unseen
+        "every": 1000,  # steps; 0: only at the end
+        "final": "test",  # evaluated once, at the end, with the last and the best parameters; empty: nothing
+        "batch": 256,  # images per evaluation step, over all devices and hosts
+    }
+
+
+def log() -> dict:
+    return {
+        "every": 20,  # steps
+        "wandb": True,  # Weights & Biases; offline where no key is found
+        "project": "vit_scale",  # of Weights & Biases
+        "tensorboard": True,
+        "images": 16,  # augmented training images shown at the first step; 0: none
+    }
+
+
+def checkpoint() -> dict:
+    return {
+        "every": 1000,  # steps; 0: only at the end
+        "keep": 1,  # newest checkpoints kept, beside the best one
+    }

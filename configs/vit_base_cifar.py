@@ -1,0 +1,42 @@
+"""ViT-B/16 on CIFAR-10 at 384 px, from a 224 px checkpoint: the ViT paper's fine-tuning.
+
+    vit-scale train --config vit_base_cifar --config.init.source=runs/vit_base_imagenet
+
+SGD with momentum, no weight decay, clip 1, batch 512, cosine over 10,000 steps with 500 of warm-up,
+a fresh zero head, pixels in [-1, 1], 2 % of the training set held out to choose the learning rate from
+.001, .003, .01, .03 (arXiv 2010.11929, appendix B.1.1). Result: not measured yet.
+"""
+
+from vit_scale.config import base
+
+
+def get_config():
+    cfg = base()
+    cfg.steps = 10_000
+
+    cfg.data.name = "cifar10"
+    cfg.data.train = "train[:98%]"
+    cfg.data.batch = 512
+    cfg.data.resolution = 384
+
+    cfg.augment.crop = "resized"
+    cfg.augment.scale = (0.3, 1.0)
+    cfg.augment.flip = True
+
+    cfg.model.variant = "B/16"
+    cfg.model.classes = 10
+    cfg.model.dtype = "bfloat16"
+
+    cfg.optim.name = "sgd"
+    cfg.optim.lr = 0.03
+    cfg.optim.b1 = 0.9
+    cfg.optim.warmup = 500
+    cfg.optim.weight_decay = 0.0
+    cfg.optim.clip = 1.0
+
+    cfg.eval.split = "train[98%:]"
+    cfg.eval.final = "test"
+    cfg.eval.every = 500
+    cfg.eval.batch = 512
+    cfg.checkpoint.every = 500
+    return cfg

@@ -1,0 +1,111 @@
+"""What every test may rely on: the CPU, no network, and small image sets that a model can learn.
+
+The environment is set before anything imports jax, and is inherited by every process a test starts.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Compiled programs are shared within a session, by this process and the trainings that it starts.
+# One folder per xdist worker, and a new one per session: jax does not write an entry atomically, and
+# an entry that a killed test left half-written would stay so.
+COMPILED = tempfile.mkdtemp(prefix="vit_scale-compiled-")
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": COMPILED,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "PYTHONUNBUFFERED": "1",
+    "COLUMNS": "120",
+}
+for name in ("WANDB_API_KEY", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"):
+    os.environ.pop(name, None)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run_cli(tmp_path) -> Cli:
+    """run_cli("train", "--config", NAME, ...) is `vit-scale` as a user types it, in its own process.
+
+    It starts in the test's own folder; its output comes back as text. `env` adds variables.
+    """
+
+    def run(
+        *arguments, timeout: float = 300, env=None, cwd=tmp_path
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "vit_scale.cli", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def colour_coded(
+    count: int, classes: int, size: int, seed: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """`count` pairs (uint8 [size, size, 3], label): noise around the colour of the class, in turn.
+
+    A model that learns anything tells them apart.
+    """
+    palette = np.random.RandomState(0).randint(32, 224, (classes, 3))
+    draw = np.random.RandomState(seed)
+    for index in range(count):
+        noise = draw.randint(-32, 32, (size, size, 3))
+        yield (palette[index % classes] + noise).astype(np.uint8), index % classes
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory) -> pathlib.Path:
+    """A folder with `cifar-10-batches-bin`: the official layout and sizes, colour-coded images."""
+    top = tmp_path_factory.mktemp("cifar")
+    folder = top / "cifar-10-batches-bin"
+    folder.mkdir()
+    first = folder / "data_batch_1.bin"
+    for file, seed in ((first, 1), (folder / "test_batch.bin", 2)):
+        # The 500 different images of a file, 20 times: 10,000 take seconds to draw.
+        rows = [
+            np.append(np.uint8(label), image.transpose(2, 0, 1).ravel())
+            for image, label in colour_coded(500, 10, 32, seed)
+        ]
+        file.write_bytes(np.stack(rows).astype(np.uint8).tobytes() * 20)
+    for number in range(2, 6):
+        os.link(first, folder / f"data_batch_{number}.bin")
+    return top
+
+
+@pytest.fixture(scope="session")
+def jpegs(tmp_path_factory) -> pathlib.Path:
+    """`train/<class>/*.jpg` (3 classes x 16) and `val/<class>/*.jpg` (3 x 4), 40 px, colour-coded."""
+    top = tmp_path_factory.mktemp("jpegs")
+    for split, count, seed in (("train", 48, 1), ("val", 12, 2)):
+        for index, (image, label) in enumerate(colour_coded(count, 3, 40, seed)):
+            file = top / split / f"class_{label}" / f"{index:03}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file, quality=95)
+    return top

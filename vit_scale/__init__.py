@@ -1,0 +1,22 @@
+"""vit_scale trains Vision Transformers on TPU pods, and runs the same program on one CPU or GPU.
+
+In a notebook:
+
+    import vit_scale
+    model = vit_scale.load("runs/vit_small_cifar")
+    model(images)                    # uint8 [b, h, w, 3] -> probabilities [b, c]
+    model.top("cat.jpg")             # [("cat", 0.98), ...]
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {"load": "predict", "ViT": "model", "build": "model", "resample": "posemb"}
+__all__ = ["ViT", "build", "load", "resample"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: the command line starts without waiting for jax.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vit_scale' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vit_scale.{_HOMES[name]}"), name)

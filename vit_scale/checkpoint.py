@@ -1,0 +1,143 @@
+"""Checkpoints of a run, by Orbax: written asynchronously, the newest and the best kept.
+
+A checkpoint is the parameters, their average if there is one, the optimizer's state and a
+description (the resolved config, the class names): with the step, which is its folder's name, that is
+all there is to remember. It is read back onto any devices; parameters alone can be read without the
+optimizer that made them.
+"""
+
+import math
+import pathlib
+from collections.abc import Mapping
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from vit_scale.errors import UserError
+
+FOLDER = "checkpoints"
+TREES = ("params", "ema", "opt_state")
+DESCRIPTION = "description"
+
+
+def score(metrics: Mapping[str, float] | None) -> float:
+    """What "best" means: accuracy on the selection split. A NaN would hide the true best from Orbax."""
+    value = (metrics or {}).get("accuracy", -math.inf)
+    return -math.inf if math.isnan(value) else value
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run; a context manager that waits for what is being written.
+
+    `keep` newest checkpoints stay, and the best one. Raises UserError where the disk refuses.
+    """
+
+    def __init__(self, run: pathlib.Path, keep: int = 1):
+        self.folder = pathlib.Path(run).absolute() / FOLDER
+        policy = managers.AnyPreservationPolicy(
+            [
+                managers.LatestN(max(keep, 1)),
+                managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=score,  # without it, Orbax does not store the metrics
+            best_mode="max",
+            save_decision_policy=managers.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        with _disk_errors(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        with _disk_errors(self.folder):
+            self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest finished step."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step with the highest accuracy on the selection split, if one was measured."""
+        steps = [s for s in self._manager.all_steps() if self.metrics(s)]
+        return max(steps, key=lambda s: (score(self.metrics(s)), s), default=None)
+
+    def metrics(self, step: int) -> dict:
+        """What was measured at this step; empty if nothing was."""
+        return dict(self._manager.metrics(step) or {})
+
+    def save(self, step: int, trees: Mapping, description: dict, metrics: dict | None) -> None:
+        """Start writing a checkpoint of {"params": ..., "opt_state": ..., "ema": ... or None}."""
+        items = {
+            name: ocp.args.StandardSave(trees[name]) for name in TREES if trees[name] is not None
+        }
+        items[DESCRIPTION] = ocp.args.JsonSave(description)
+        with _disk_errors(self.folder):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, step: int, target: Mapping) -> dict:
+        """The trees of a step that `target` names, shaped and placed as its ShapeDtypeStruct leaves."""
+        return read(self.folder / str(step), {k: t for k, t in target.items() if t is not None})
+
+    def wait(self) -> None:
+        """Return once everything is on disk."""
+        with _disk_errors(self.folder):
+            self._manager.wait_until_finished()
+
+
+def steps(run: pathlib.Path) -> list[int]:
+    """The finished steps in a run's folder, oldest first."""
+    folder = pathlib.Path(run) / FOLDER
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(f.name) for f in found if f.name.isdigit() and (f / DESCRIPTION).is_dir())
+
+
+def description(path: pathlib.Path) -> dict:
+    """What the checkpoint folder `path` says of itself: {"config": ..., "classes": ..., ...}."""
+    return _read(path, {DESCRIPTION: ocp.args.JsonRestore()})[DESCRIPTION]
+
+
+def read(path: pathlib.Path, target: Mapping) -> dict:
+    """The named trees of the checkpoint folder `path`, shaped and placed as `target`'s leaves."""
+    return _read(path, {name: ocp.args.StandardRestore(tree) for name, tree in target.items()})
+
+
+def _read(path: pathlib.Path, items: Mapping) -> dict:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+        return {name: restored[name] for name in items}
+    except (ValueError, KeyError, OSError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error
+
+
+def holds_average(path: pathlib.Path) -> bool:
+    """Whether the checkpoint folder `path` has an average of the parameters."""
+    return (path / "ema").is_dir()
+
+
+class _disk_errors:
+    """Turns what a full, read-only or missing disk makes of Orbax into one line."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        text = f"{error}"
+        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+            line = " ".join(text.split())[:300]
+            raise UserError(
+                f"cannot write or read {self.folder}: {line}; free space or repair it, and run the "
+                "same command again: the checkpoints before this one are untouched"
+            ) from error

@@ -1,0 +1,201 @@
+"""The command line: `vit-scale VERB ...`. Each verb is a few lines over the rest of the package.
+
+A user's mistake is one line and a non-zero exit, never a traceback.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from vit_scale.errors import DONE, FAILED, USAGE, UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help", USAGE)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="vit-scale", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name, run, text):
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("train", train, "train or fine-tune a config; the same command resumes it")
+    sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
+    sub.add_argument("--workdir", help="the run's folder; runs/NAME if not given")
+    sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    sub.epilog = "--config.FIELD=VALUE overrides a field, such as --config.optim.lr=3e-4"
+
+    sub = verb("eval", evaluate, "measure a run's model on every image of a split")
+    sub.add_argument("run", metavar="RUN", help="a run's folder, or RUN/checkpoints/STEP")
+    sub.add_argument(
+        "--split", help="such as test or train[98%%:]; the run's eval.final if not given"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "--config.data.name=folder --config.data.path=DIR evaluates on another set"
+
+    sub = verb("predict", predict, "name the likeliest classes of images")
+    sub.add_argument("run", metavar="RUN", help="a run's folder, or RUN/checkpoints/STEP")
+    sub.add_argument("images", metavar="IMAGE", nargs="+")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = verb("show", show, "print what a config comes to, or the results of runs as a table")
+    sub.add_argument("runs", metavar="RUN", nargs="*", help="folders of finished runs")
+    sub.add_argument("--config", help="a config's name, a path, or NAME:ARGUMENT")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--markdown", action="store_true", help="print the table of runs as Markdown")
+
+    add_data_verbs(verb("data", None, "download or pack image sets"))
+    return top
+
+
+def add_data_verbs(sub: argparse.ArgumentParser) -> None:
+    verbs = sub.add_subparsers(dest="data_verb", metavar="VERB", required=True)
+    text = "download a set, resuming and checking it"
+    download = verbs.add_parser("download", help=text, description=text, allow_abbrev=False)
+    download.add_argument("set", metavar="SET", help="cifar10")
+    download.add_argument("--out", default=".data", help="folder to unpack it in (default: .data)")
+    download.set_defaults(run=download_data)
+    text = "pack an image folder into ArrayRecord files, resuming"
+    pack = verbs.add_parser("pack", help=text, description=text, allow_abbrev=False)
+    pack.add_argument("folder", metavar="FOLDER", help="holds train/CLASS/*, and val or test")
+    pack.add_argument("out", metavar="OUT", help="folder to write to")
+    pack.add_argument("--workers", type=int, help="processes; one a core if not given")
+    pack.add_argument("--on-corrupt", default="fail", help="fail or skip (default: fail)")
+    pack.set_defaults(run=pack_data)
+
+
+def train(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, report
+    from vit_scale.stages import train_stages
+
+    workdir = pathlib.Path(args.workdir or f"runs/{config.title(args.config)}")
+    runs = train_stages(args.config, overrides, workdir, args.quiet)
+    if not args.quiet:
+        rows = report.rows(runs)
+        print(report.table(rows))
+        print(json.dumps({"runs": rows}))
+
+
+def evaluate(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, pretrained
+    from vit_scale.data import open_split
+    from vit_scale.evaluate import Evaluate
+    from vit_scale.mesh import make_mesh
+
+    given = pretrained.read(args.run)
+    given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
+    cfg = config.override(given.cfg, overrides)
+    split = args.split or cfg.eval.final
+    source = open_split(cfg.data, split)
+    result = Evaluate(cfg, given.model, make_mesh(cfg.mesh))(given.params, source)
+    shown = {"run": str(given.path), "step": given.step, "split": split, **result}
+    if args.json:
+        print(json.dumps(shown))
+    else:
+        print(
+            f"{source.name}: accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
+            f"n {result['n']:,} (step {given.step:,}, batch {cfg.eval.batch:,})"
+        )
+
+
+def predict(args, overrides: Sequence[str]) -> None:
+    from vit_scale.predict import Predictor
+
+    refuse(overrides, "predict")
+    predictor = Predictor(args.run)
+    found = {image: predictor.top(image) for image in args.images}
+    if args.json:
+        print(json.dumps({image: dict(top) for image, top in found.items()}))
+        return
+    for image, top in found.items():
+        print(image)
+        for name, probability in top:
+            print(f"  {100 * probability:6.2f} %  {name}")
+
+
+def show(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, report
+    from vit_scale.program import summary
+
+    if bool(args.runs) == bool(args.config):
+        raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
+    if args.runs:
+        refuse(overrides, "show RUN")
+        rows = report.rows(args.runs)
+        print(json.dumps({"runs": rows}) if args.json else report.table(rows, args.markdown))
+        return
+    content = summary(config.load(args.config, overrides))
+    if args.json:
+        print(json.dumps(content))
+    else:
+        for key, value in config.dotted(content).items():
+            print(f"{key:24} {value}")
+
+
+def download_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.data import download
+
+    refuse(overrides, "data download")
+    sets = {"cifar10": download.cifar10}
+    if args.set not in sets:
+        raise UserError(f"no set is named {args.set!r}; {nearest(args.set, sets)}", USAGE)
+    print(sets[args.set](args.out))
+
+
+def pack_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.data import records
+
+    refuse(overrides, "data pack")
+    counts = records.pack(args.folder, args.out, args.workers, args.on_corrupt)
+    print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def refuse(overrides: Sequence[str], verb: str) -> None:
+    if overrides:
+        raise UserError(f"vit-scale {verb} takes no --config.{overrides[0]}", USAGE)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments, and apart from them the "FIELD=VALUE" of each --config.FIELD=VALUE."""
+    rest, overrides, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        override = argument.removeprefix("--config.")
+        overrides.append(override if "=" in override else f"{override}={next(arguments, '')}")
+    return rest, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    try:
+        args = parser().parse_args(arguments)
+        args.run(args, overrides)
+    except UserError as error:
+        print(f"vit-scale: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(
+            "vit-scale: stopped; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
+    except OSError as error:
+        print(f"vit-scale: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

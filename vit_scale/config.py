@@ -1,0 +1,158 @@
+"""From `--config NAME[:ARG] --config.block.field=value` to one checked ConfigDict.
+
+A name is a file in `configs/`, which is shipped inside the wheel; anything with a slash or `.py` is a
+path. Unknown names, keys and wrong types are refused with the nearest valid one.
+"""
+
+import json
+import pathlib
+import runpy
+from collections.abc import Iterable
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vit_scale.errors import USAGE, UserError, nearest
+
+HERE = pathlib.Path(__file__).resolve().parent
+FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir())
+
+
+def base() -> ConfigDict:
+    """A fresh copy of the full schema with its defaults, configs/base.py."""
+    return runpy.run_path(str(FOLDER / "base.py"))["get_config"]()
+
+
+def names() -> list[str]:
+    """The configs that a bare name reaches."""
+    return sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "base")
+
+
+def find(config: str) -> tuple[pathlib.Path, str]:
+    """Split "NAME_OR_PATH[:ARG]" into the file and the argument; UserError where there is no such file."""
+    name, _, argument = config.partition(":")
+    path = pathlib.Path(name)
+    if path.suffix != ".py" and len(path.parts) == 1:
+        path = FOLDER / f"{name}.py"
+        if name not in names():
+            raise UserError(f"no config is named {name!r}; {nearest(name, names())}", USAGE)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}", USAGE)
+    return path, argument
+
+
+def title(config: str) -> str:
+    """The name of a run of this config: "quickstart:scratch" is "quickstart-scratch"."""
+    path, argument = find(config)
+    return f"{path.stem}-{argument}" if argument else path.stem
+
+
+def load(config: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of "NAME_OR_PATH[:ARG]" with overrides such as "optim.lr=3e-4" applied.
+
+    Raises UserError for unknown names, keys and types. What the values mean is checked by their owners.
+    """
+    path, argument = find(config)
+    target = f"{path}:{argument}" if argument else str(path)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[])
+    cfg = _parse(values, [f"--config={target}"], f"config {config}: ")
+    if not isinstance(cfg, ConfigDict):
+        raise UserError(f"config {config}: get_config must return a ConfigDict", USAGE)
+    for key in fields(cfg):
+        _refuse_unknown(key, fields(base()), f"config {config}: ")
+    return override(cfg, overrides)
+
+
+def override(cfg: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """`cfg` with "optim.lr=3e-4" and the like applied. Raises UserError for unknown keys and types."""
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        _refuse_unknown(key, fields(cfg), "")
+        if not equals:
+            raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE", USAGE)
+    values, arguments = flags.FlagValues(), [f"--config.{item}" for item in overrides]
+    config_flags.DEFINE_config_dict(
+        "config", cfg, flag_values=values, sys_argv=["vit-scale", *arguments]
+    )
+    cfg = _parse(values, arguments, "")
+    _refuse_wrong_tuples(cfg)
+    return cfg
+
+
+def _parse(values: flags.FlagValues, arguments: list[str], where: str) -> ConfigDict:
+    """What config_flags makes of these arguments, with its errors as one line."""
+    try:
+        values(["vit-scale", *arguments])
+    except Exception as error:  # a config file is the user's program: anything may come out of it
+        raise UserError(f"{where}{str(error).strip().splitlines()[-1]}", USAGE) from error
+    return values.config
+
+
+def _refuse_wrong_tuples(cfg: ConfigDict) -> None:
+    """config_flags checks a tuple's type, but not what is in it."""
+    given = fields(cfg)
+    for key, default in fields(base()).items():
+        if not isinstance(default, tuple):
+            continue
+        value, kind = given[key], (int, float) if default else str
+        if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
+            raise UserError(
+                f"{key}={value!r} must be a tuple such as {default or ('a', 'b')}", USAGE
+            )
+
+
+def _refuse_unknown(key: str, known, where: str) -> None:
+    if key not in known:
+        raise UserError(f"{where}no config field is named {key!r}; {nearest(key, known)}", USAGE)
+
+
+def fields(cfg: ConfigDict) -> dict:
+    """{"optim.lr": 0.001, ...}: every leaf by its dotted name."""
+    flat: dict = {}
+    for key in cfg:
+        value = cfg[key]
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{name}": leaf for name, leaf in fields(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def dotted(tree: dict) -> dict:
+    """{"config.optim.lr": 0.001, ...}: the leaves of nested dicts by their dotted names."""
+    return fields(ConfigDict(tree))
+
+
+def image_size(cfg: ConfigDict) -> tuple[int, int]:
+    """(height, width) in pixels of the images that the model sees."""
+    return cfg.data.resolution, cfg.data.width or cfg.data.resolution
+
+
+def to_json(cfg: ConfigDict) -> dict:
+    """Plain dicts, lists and numbers, as they are stored in a run's folder."""
+    return json.loads(cfg.to_json())
+
+
+def from_json(stored: dict) -> ConfigDict:
+    """The inverse of `to_json` for this version's schema; unknown fields are refused."""
+    cfg = base()
+    known = fields(cfg)
+    for key, value in dotted(stored).items():
+        _refuse_unknown(key, known, "the run's config: ")
+        owner = cfg
+        *blocks, name = key.split(".")
+        for block in blocks:
+            owner = owner[block]
+        owner[name] = tuple(value) if isinstance(value, list | tuple) else value
+    return cfg
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Lines "optim.lr: 0.001 -> 0.003", for two results of `to_json`."""
+    left, right = dotted(old), dotted(new)
+    return [
+        f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+        for key in sorted(left | right)
+        if left.get(key) != right.get(key)
+    ]

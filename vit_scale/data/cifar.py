@@ -1,0 +1,131 @@
+"""CIFAR-10 (Krizhevsky 2009) from either official layout, all of it in memory.
+
+The Python layout is pickled, and a pickle is a program: the unpickler here runs nothing but what
+rebuilds an array of bytes, so a file from anywhere is safe to open.
+"""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from vit_scale.data.sources import InMemory, check_labels
+from vit_scale.errors import UserError
+
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
+CLASSES = tuple(NAMES.split())
+BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+LAYOUTS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}  # folder: ending of files
+IMAGES = 10_000  # in each file
+PIXELS = 3 * 32 * 32  # bytes of an image: its red plane, its green one, its blue one
+
+Batch = tuple[UInt8[np.ndarray, "n 3072"], np.ndarray]
+
+
+def source(cfg: ConfigDict, name: str) -> InMemory:
+    """CIFAR-10's `train` (50,000 images) or `test` (10,000), uint8 [n, 32, 32, 3].
+
+    cfg.path holds `cifar-10-batches-bin` or `cifar-10-batches-py`, or is one of them. Raises
+    UserError if neither is there (with the way to get it) or a file is cut short, hostile or wrong.
+    """
+    folder, ending = _find(Path(cfg.path))
+    stems = BATCHES[name]
+    images = np.empty((len(stems) * IMAGES, 32, 32, 3), np.uint8)
+    labels = np.empty(len(images), np.int32)
+    for number, stem in enumerate(stems):
+        file = folder / f"{stem}{ending}"
+        planes, part = _read_file(file, _read_binary if ending else _read_pickle)
+        here = slice(number * IMAGES, (number + 1) * IMAGES)
+        images[here] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels[here] = check_labels(part, CLASSES, str(file))
+    return InMemory(f"cifar10 {name}", images, labels, CLASSES)
+
+
+def _find(path: Path) -> tuple[Path, str]:
+    for layout, ending in LAYOUTS.items():
+        for folder in (path / layout, path):
+            stems = (*BATCHES["train"], *BATCHES["test"])
+            if any((folder / f"{stem}{ending}").is_file() for stem in stems):
+                return folder, ending
+    raise UserError(
+        f"CIFAR-10 is not in {path}: run `vit-scale data download cifar10 --out {path}`, "
+        f"or unpack cifar-10-python.tar.gz there, as {path / 'cifar-10-batches-py'}"
+    )
+
+
+def _read_file(file: Path, read) -> Batch:
+    try:
+        return read(file)
+    except OSError as error:
+        raise UserError(
+            f"{file}: {error.strerror}; CIFAR-10 needs this file: "
+            f"`vit-scale data download cifar10 --out FOLDER` gets all of them"
+        ) from error
+
+
+def _read_binary(file: Path) -> Batch:
+    """Rows of one label byte and PIXELS pixel bytes."""
+    rows = np.fromfile(file, np.uint8)
+    if rows.size != IMAGES * (1 + PIXELS):
+        raise UserError(
+            f"{file} ends at byte {rows.size}, in image {rows.size // (1 + PIXELS)}, not after "
+            f"{IMAGES} images x {1 + PIXELS} = {IMAGES * (1 + PIXELS)} bytes; replace it"
+        )
+    rows = rows.reshape(IMAGES, 1 + PIXELS)
+    return rows[:, 1:], rows[:, 0]
+
+
+def _read_pickle(file: Path) -> Batch:
+    """A dictionary of `data`, uint8 [IMAGES, PIXELS], and `labels`, a list."""
+    with file.open("rb") as stream:
+        try:
+            content = ArrayUnpickler(stream, encoding="bytes").load()
+            found = {k if isinstance(k, str) else k.decode(): v for k, v in content.items()}
+            data, labels = found["data"], np.array(found["labels"], np.int64)
+        except Exception as error:  # broken pickles raise whatever they meet
+            raise UserError(
+                f"{file}: byte {stream.tell()}: {error or type(error).__name__}; this is no intact "
+                "CIFAR-10 batch, replace it"
+            ) from error
+    if data.shape != (IMAGES, PIXELS) or labels.shape != (IMAGES,) or data.dtype != np.uint8:
+        raise UserError(
+            f"{file} has {data.dtype} pixels {data.shape} and labels {labels.shape}; "
+            f"it should have uint8 ({IMAGES}, {PIXELS}) and ({IMAGES},); replace it"
+        )
+    return data, labels
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits arrays of uint8, and containers, text and numbers; nothing else can be named."""
+
+    def find_class(self, module: str, name: str):
+        try:
+            return ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, not a numpy array") from None
+
+
+def _uint8(name: str | bytes, *_) -> np.dtype:
+    if name not in ("u1", b"u1"):
+        raise pickle.UnpicklingError(f"asks for an array of {name!r}, not u1")
+    return np.dtype(np.uint8)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Python 3 writes bytes as text in protocol 2; any other codec is refused."""
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"asks for codec {encoding!r}, not latin1")
+    return text.encode("latin1")
+
+
+# numpy renamed the module in 2.0; its pickles name the function either way.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+ADMITTED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): _uint8,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("_codecs", "encode"): _latin1,
+}

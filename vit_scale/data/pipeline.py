@@ -1,0 +1,220 @@
+"""Batches by step: the Grain pipelines between a source and the device.
+
+Element i of a training pipeline is the batch of step `start + i`, a pure function of (source, seed,
+step): there is no iterator state to save, and resuming is starting at another step. Position p of
+the endless stream is example p mod n of epoch p div n, shuffled by a permutation of (seed, epoch);
+a process takes its contiguous part of the batch after all that, so every number of processes sees
+the same global batch.
+"""
+
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Generator
+
+import grain
+import numpy as np
+from absl import flags  # the one place outside config.py and cli.py, for `_workers_allowed`
+from jaxtyping import Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vit_scale.data.sources import Batch, InMemory, Source
+from vit_scale.errors import UserError
+
+READ_AHEAD = 2  # batches made while the device computes, of each worker or of the one thread
+DECODE_BATCH = 64  # images that go from a worker to `in_memory` at once
+
+
+def train_batches(
+    source: Source,
+    cfg: ConfigDict,
+    seed: int,
+    start: int,
+    stop: int | None = None,
+    process: tuple[int, int] = (0, 1),
+) -> Generator[tuple[int, Batch], None, None]:
+    """(step, batch) for the steps start, start + 1, ... stop - 1, or without end.
+
+    A batch is this process's part of the global batch: with process=(index, count), positions
+    [index * b // count, (index + 1) * b // count) of b = cfg.batch. Every epoch visits each example
+    once, in an order of its own; batches run over its end, so none is ever short. `cfg` is the
+    configuration's data block. Close the iterator to end its workers.
+    """
+    batches = TrainBatches(source, cfg.batch, seed, start, stop, process)
+    with contextlib.closing(_read(batches, cfg.workers)) as reader:
+        yield from enumerate(reader, start)
+
+
+def eval_batches(
+    source: Source, batch: int, process: tuple[int, int] = (0, 1), workers: int = 0
+) -> Generator[Batch, None, None]:
+    """Every example once, in order, in global batches of `batch`, the last one padded.
+
+    Padding is zeros with mask False. A process gets the same part of each batch as in training, and
+    as many batches as every other process. `workers`: processes that decode, for sources that do.
+    """
+    return _read(EvalBatches(source, batch, process), workers)
+
+
+def in_memory(source: Source, workers: int) -> InMemory:
+    """All of `source`, read once. Raises UserError if this machine hasn't the memory."""
+    n, (h, w) = len(source), source.size
+    needed, there = n * h * w * 3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"data.memory: {n} images x {h} x {w} x 3 = {needed / 2**30:.1f} GiB do not fit in "
+            f"{there / 2**30:.1f} GiB of memory; set data.memory=False or a smaller data.load"
+        )
+    images, labels = np.empty((n, h, w, 3), np.uint8), np.empty(n, np.int32)
+    mask = np.empty(n, bool)
+    with tqdm(total=n, desc=f"decode {source.name}", unit="image", disable=None) as bar:
+        for number, batch in enumerate(eval_batches(source, DECODE_BATCH, workers=workers)):
+            first = number * DECODE_BATCH
+            real = min(DECODE_BATCH, n - first)
+            part = slice(first, first + real)
+            images[part], labels[part] = batch["image"][:real], batch["label"][:real]
+            mask[part] = batch["mask"][:real]
+            bar.update(real)
+    return InMemory(source.name, images, labels, source.classes, mask)
+
+
+class TrainBatches:
+    """A Grain source: element i is this process's part of the batch of step `start + i`."""
+
+    def __init__(
+        self,
+        source: Source,
+        batch: int,
+        seed: int,
+        start: int,
+        stop: int | None,
+        process: tuple[int, int],
+    ):
+        self.source = source
+        self._batch, self._seed, self._start = batch, seed, start
+        self._steps = max(0, (sys.maxsize if stop is None else stop) - start)
+        self._part = _part(batch, process)
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, index: int) -> Batch:
+        first = (self._start + index) * self._batch
+        positions = np.arange(first + self._part.start, first + self._part.stop)
+        return self.source.read(shuffled(positions, len(self.source), self._seed))
+
+
+class EvalBatches:
+    """A Grain source: element i is this process's part of the i-th batch, padded."""
+
+    def __init__(self, source: Source, batch: int, process: tuple[int, int]):
+        self.source = source
+        self._batch = batch
+        self._part = _part(batch, process)
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self._batch)
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self._batch
+        wanted = np.arange(first + self._part.start, first + self._part.stop)
+        found = self.source.read(wanted[wanted < len(self.source)])
+        missing = len(wanted) - len(found["mask"])
+        return {
+            "image": np.pad(found["image"], [(0, missing), (0, 0), (0, 0), (0, 0)]),
+            "label": np.pad(found["label"], (0, missing)),
+            "mask": np.pad(found["mask"], (0, missing)),
+        }
+
+
+def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarray, "n"]:
+    """The example at each position of the endless stream of shuffled epochs of n examples."""
+    epochs, places = np.divmod(positions, n)
+    examples = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        examples[here] = _order(n, seed, int(epoch))[places[here]]
+    return examples
+
+
+@functools.lru_cache(maxsize=2)  # a batch at the end of an epoch needs the next one's order as well
+def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
+    # RandomState's stream is frozen (NEP 19): the order survives an upgrade of numpy.
+    bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
+    return np.random.RandomState(bits).permutation(n)
+
+
+def _part(batch: int, process: tuple[int, int]) -> slice:
+    index, count = process
+    return slice(index * batch // count, (index + 1) * batch // count)
+
+
+def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch, None, None]:
+    """The batches in order, read ahead by a thread, or by processes where the source decodes."""
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+    )
+    if workers and batches.source.decodes:
+        _workers_allowed()
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=READ_AHEAD)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=attach_to_parent).map(_own)
+    reader = _closing(dataset)
+    _open.add(reader)
+    return reader
+
+
+def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
+    with contextlib.closing(iter(dataset)) as iterator:
+        yield from iterator
+
+
+def _own(batch: Batch) -> Batch:
+    """A copy, because a worker's arrays lie in memory that it shares and takes with it."""
+    return {
+        "image": np.array(batch["image"]),
+        "label": np.array(batch["label"]),
+        "mask": np.array(batch["mask"]),
+    }
+
+
+_open: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Workers end, and shared memory is given back, before the interpreter takes itself apart."""
+    for reader in list(_open):
+        with contextlib.suppress(ValueError):  # it is running, in a thread that is about to end
+            reader.close()
+
+
+def _workers_allowed() -> None:
+    """Grain reads absl's flags when it starts workers, and a notebook never parses any."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def attach_to_parent(*_: int) -> None:
+    """Tie a worker process to its parent: it works while a stopped run saves, and ends with it.
+
+    Ctrl-C and a cluster's SIGTERM reach the whole group of processes, but only the training process
+    may act on them: it still needs batches until it has saved. Its SIGKILL reaches nobody else, and
+    would leave workers behind.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,276 @@
+"""Packed image sets: ArrayRecord shards of the original files' bytes, and `pack`, which makes them.
+
+A folder of a million files is slow to list, to copy and to read from a network disk; a few hundred
+shards are not. `pack` shuffles once, so that a shard is a fair sample, and writes a shard under a
+temporary name until it is whole: interrupted, the same command goes on. A record is its label,
+4 bytes little-endian, and the bytes of the file. `index.json` says what a finished set holds.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vit_scale.data.folder import FOLDERS, Listing, list_images, readable
+from vit_scale.data.images import CHOICES, Corrupt, EncodedImages, verify
+from vit_scale.data.pipeline import attach_to_parent
+from vit_scale.errors import UserError, nearest
+
+VERSION = 1  # of the layout of a packed set
+INDEX = "index.json"
+LABEL = struct.Struct("<I")
+SHARD = 2048  # images in each, 230 MB of ImageNet
+ORDER = 20201022  # decides the shuffled order, so that every pack of a folder is the same
+WRITE = "group_size:1,uncompressed"  # each image can be read alone; JPEG is compressed already
+READ = "readahead_buffer_size:0,max_parallelism:0"  # the reader's own advice for random access
+
+
+class Records(EncodedImages):
+    """The images of one split of a packed set."""
+
+    def __init__(self, name: str, folder: Path, index: dict, cfg: ConfigDict):
+        super().__init__(f"{folder.name} {name}", index["classes"], cfg)
+        shards = index["splits"][name]
+        self._files = [folder / shard["file"] for shard in shards]
+        self._first = np.cumsum([0] + [shard["images"] for shard in shards])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        for file, shard in zip(self._files, shards, strict=True):
+            _check_size(file, shard["bytes"])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_readers": {}}  # an open file does not travel to a worker
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        shard, position = self._locate(index)
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = ArrayRecordReader(str(self._files[shard]), READ)
+            (record,) = self._readers[shard].read([position])
+            (label,) = LABEL.unpack_from(record)
+        except Exception as error:  # Riegeli's status codes arrive as several exceptions
+            self._readers.pop(shard, None)  # a reader that failed once keeps failing
+            raise Corrupt(_short(error)) from error
+        if label >= len(self.classes):
+            raise UserError(
+                f"{self.place(index)}: label {label} is outside the {len(self.classes)} classes "
+                f"0..{len(self.classes) - 1} of its {INDEX}; pack the set again"
+            )
+        return record[LABEL.size :], label
+
+    def place(self, index: int) -> str:
+        shard, position = self._locate(index)
+        return f"{self._files[shard]} (record {position})"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return shard, index - int(self._first[shard])
+
+
+def source(cfg: ConfigDict, name: str) -> Records:
+    """The split `name` (train, val, validation, test) of the packed set at cfg.path.
+
+    Without a labelled test set `test` is the validation set. Raises UserError for a set that is
+    missing or unfinished, and for a shard that is missing or truncated.
+    """
+    folder = Path(cfg.path)
+    index = _read_index(folder)
+    if index is None or not index["finished"]:
+        state = "is no packed set" if index is None else "is not packed to its end"
+        raise UserError(f"{folder} {state}; run `vit-scale data pack FOLDER {folder}`")
+    for candidate in FOLDERS[name]:
+        if candidate in index["splits"]:
+            return Records(candidate, folder, index, cfg)
+    raise UserError(f"{folder} has no split {name!r}; it has {', '.join(index['splits'])}")
+
+
+def _read_index(folder: Path) -> dict | None:
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    try:
+        index = json.loads(file.read_text())
+        version = index["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no index of a packed set ({error!r}); pack it again") from error
+    if version != VERSION:
+        raise UserError(f"{file} is version {version}, this program reads {VERSION}; pack it again")
+    return index
+
+
+def _check_size(file: Path, size: int) -> None:
+    found = file.stat().st_size if file.is_file() else None
+    if found != size:
+        state = "is missing" if found is None else f"has {found} bytes of {size}"
+        raise UserError(f"{file} {state}; copy it again, or pack the set again into a new folder")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one process packs: these images of a listing, into this file."""
+
+    file: Path
+    listing: Listing
+    skip: bool
+
+
+def pack(
+    folder: str | Path,
+    out: str | Path,
+    workers: int | None = None,
+    on_corrupt: str = "fail",
+    shard: int = SHARD,
+) -> dict[str, int]:
+    """Pack an image folder (see `folder.py`) into ArrayRecord shards of `shard` images in `out`.
+
+    Every image is decoded once: an unreadable one raises UserError with its name, or, with
+    on_corrupt="skip", is left out. Finished shards are kept, so an interrupted pack goes on.
+    `workers`: processes; none: one a core. Returns the number of images packed of each split, and
+    of those left out as `skipped`. Raises UserError if `out` holds another set.
+    """
+    if on_corrupt not in CHOICES:
+        raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
+    folder, out = Path(folder), Path(out)
+    listings = _listings(folder)
+    index = {
+        "version": VERSION,
+        "of": _fingerprint(listings, shard, on_corrupt),
+        "classes": readable(folder, listings["train"].classes),
+    }
+    _claim(out, index)
+    plan = {
+        name: _shards(out, name, listing, shard, on_corrupt == "skip")
+        for name, listing in listings.items()
+    }
+    _write_shards([s for shards in plan.values() for s in shards], workers)
+    splits = {name: [_entry(s.file) for s in shards] for name, shards in plan.items()}
+    _write_index(out, index | {"finished": True, "splits": splits})
+    counts = {name: sum(entry["images"] for entry in splits[name]) for name in splits}
+    found = sum(len(listing.labels) for listing in listings.values())
+    return counts | {"skipped": found - sum(counts.values())}
+
+
+def _listings(folder: Path) -> dict[str, Listing]:
+    """The labelled splits there are; `train` has to be one."""
+    listings = {"train": list_images(folder, "train")}
+    for name in ("val", "test"):
+        if not any((folder / candidate).is_dir() for candidate in FOLDERS[name]):
+            continue
+        listing = list_images(folder, name)
+        if all(listing.root != other.root for other in listings.values()):
+            listings[name] = listing
+    return listings
+
+
+def _shards(out: Path, name: str, listing: Listing, images: int, skip: bool) -> list[Shard]:
+    order = np.random.RandomState(ORDER).permutation(len(listing.labels))
+    parts = np.split(order, range(images, len(order), images))
+    return [
+        Shard(
+            out / f"{name}-{number:05d}-of-{len(parts):05d}.array_record",
+            Listing(listing.root, listing.files[part], listing.labels[part], listing.classes),
+            skip,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _fingerprint(listings: dict[str, Listing], shard: int, on_corrupt: str) -> str:
+    digest = hashlib.sha256(repr((shard, on_corrupt, listings["train"].classes)).encode())
+    for name, listing in listings.items():
+        digest.update(name.encode() + b"\n".join(listing.files.tolist()) + listing.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _claim(out: Path, index: dict) -> None:
+    """Mark `out` as the pack of this folder, or refuse: shards of two sets must never mix."""
+    there = _read_index(out)
+    if there is None and not any(out.glob("*.array_record")):
+        out.mkdir(parents=True, exist_ok=True)
+        _write_index(out, index | {"finished": False, "splits": {}})
+    elif there is None or there["of"] != index["of"]:
+        raise UserError(
+            f"{out} holds the shards of other images or options; pack into a new folder"
+        )
+
+
+def _write_index(out: Path, index: dict) -> None:
+    temporary = out / f".{INDEX}.partial"
+    temporary.write_text(json.dumps(index, indent=1))
+    os.replace(temporary, out / INDEX)
+
+
+def _entry(file: Path) -> dict:
+    reader = ArrayRecordReader(str(file), READ)
+    return {"file": file.name, "images": reader.num_records(), "bytes": file.stat().st_size}
+
+
+def _write_shards(shards: list[Shard], workers: int | None) -> None:
+    """Write those that aren't there yet. The first failure stops the rest."""
+    missing = [shard for shard in shards if not shard.file.is_file()]
+    total = sum(len(shard.listing.labels) for shard in shards)
+    done = total - sum(len(shard.listing.labels) for shard in missing)
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=total, initial=done, desc="pack", unit="image", disable=None) as bar,
+        concurrent.futures.ProcessPoolExecutor(workers, spawn, attach_to_parent) as pool,
+    ):
+        jobs = [pool.submit(write_shard, shard) for shard in missing]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                bar.update(job.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_shard(shard: Shard) -> int:
+    """Write one shard, whole or, with a UserError, not; the number of images it was given."""
+    temporary = shard.file.with_name(f".{shard.file.name}.partial")
+    try:
+        writer = ArrayRecordWriter(str(temporary), WRITE)
+        for index, label in enumerate(shard.listing.labels.tolist()):
+            data = _verified(shard, index)
+            if data is not None:
+                writer.write(LABEL.pack(label) + data)
+        writer.close()
+        os.replace(temporary, shard.file)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{shard.file} could not be written ({_short(error)}); make room or choose another "
+            "folder, and run the same command again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(shard.listing.labels)
+
+
+def _verified(shard: Shard, index: int) -> bytes | None:
+    """The bytes of one image, or none for an unreadable one that is to be skipped."""
+    file = shard.listing.path(index)
+    try:
+        data = file.read_bytes()
+        verify(data)
+        return data
+    except (OSError, Corrupt) as error:
+        if shard.skip:
+            return None
+        raise UserError(
+            f"{file} cannot be read ({_short(error)}); replace it, "
+            "or leave such images out with --on_corrupt=skip"
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

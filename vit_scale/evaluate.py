@@ -1,0 +1,71 @@
+"""Exact evaluation: every example counts once, for every batch size and number of hosts (law 6)."""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vit_scale.augment import eval_images
+from vit_scale.config import image_size
+from vit_scale.data import Source, eval_batches
+from vit_scale.errors import UserError
+from vit_scale.mesh import batch_sharding, check_batch, put_batch, shardings
+from vit_scale.metrics import EvalMetrics, to_floats
+from vit_scale.model import Model
+
+
+class Evaluate:
+    """(params, source) -> {"n": ..., "accuracy": ..., "loss": ...}, compiled once.
+
+    Raises UserError for a batch that the mesh can't split, a source of other classes than the
+    model's, and one in which nothing could be read.
+    """
+
+    def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh):
+        check_batch(cfg.eval.batch, mesh)
+        self.cfg, self.mesh = cfg, mesh
+        params = jax.eval_shape(model.init, jax.random.key(0))
+
+        def eval_step(params, batch):
+            images = eval_images(batch["image"], cfg.augment, image_size(cfg))
+            logits = model.apply(params, images)
+            return EvalMetrics.single_from_model_output(
+                logits=logits, labels=batch["label"], mask=batch["mask"]
+            )
+
+        self._eval_step = jax.jit(
+            eval_step,
+            in_shardings=(shardings(params, mesh), batch_sharding(mesh)),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def __call__(self, params: dict, source: Source) -> dict[str, float]:
+        cfg, total = self.cfg, EvalMetrics.empty()
+        check_classes(source, cfg)
+        process = (jax.process_index(), jax.process_count())
+        batches = eval_batches(source, cfg.eval.batch, process, cfg.data.workers)
+        with tqdm(
+            total=len(source),
+            desc=f"evaluate {source.name}",
+            unit="image",
+            disable=None,
+            leave=False,
+        ) as bar:
+            for batch in batches:
+                total = total.merge(self._eval_step(params, put_batch(batch, self.mesh)))
+                jax.block_until_ready(total)  # else all batches would wait on the device
+                bar.update(min(cfg.eval.batch, len(source) - bar.n))
+        result = to_floats(total)
+        if not result["n"]:
+            raise UserError(f"{source.name}: none of its {len(source)} images could be read")
+        return result
+
+
+def check_classes(source: Source, cfg: ConfigDict) -> None:
+    """Refuse labels that the head has no output for, and outputs that no label has."""
+    found, outputs = len(source.classes), cfg.model.classes
+    if found != outputs:
+        raise UserError(
+            f"{source.name} has {found} classes, the model model.classes={outputs}; "
+            f"train it with --config.model.classes={found}, or give another set"
+        )

@@ -1,0 +1,183 @@
+"""What is measured in a step, as `clu.metrics` collections that are computed inside `jax.jit`.
+
+Guarantees: a masked example (corrupt, or padding of the last batch) counts nowhere, whatever its
+logits are. Counts are int32, so `n` and accuracy are exact up to 2**31 examples, in any order. Sums
+are float32 whatever the model computes in: over the hundreds of batches of an evaluation, good to
+1e-6; `reduce`, which merges in float64 on the host, is as good over any number.
+
+Over global arrays a metric is global: no gathering between hosts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+
+def _pytree(cls):
+    """What `flax.struct.dataclass` is to clu, from jax itself."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class Count(metrics.Metric):
+    """How many of a boolean array are true."""
+
+    total: Int[Array, ""]
+
+    @classmethod
+    def empty(cls) -> "Count":
+        return cls(jnp.int32(0))
+
+    @classmethod
+    def from_model_output(cls, counted: Bool[Array, "b"]) -> "Count":
+        return cls(counted.sum(dtype=jnp.int32))
+
+    def merge(self, other: "Count") -> "Count":
+        return Count(self.total + other.total)
+
+    def compute(self) -> Int[Array, ""]:
+        return self.total
+
+
+@_pytree
+class Share(metrics.Metric):
+    """The share of unmasked examples that are true; unlike clu's Average, of two integers."""
+
+    hits: Int[Array, ""]
+    count: Int[Array, ""]
+
+    @classmethod
+    def empty(cls) -> "Share":
+        return cls(jnp.int32(0), jnp.int32(0))
+
+    @classmethod
+    def from_model_output(cls, hit: Bool[Array, "b"], mask: Bool[Array, "b"]) -> "Share":
+        return cls((hit & mask).sum(dtype=jnp.int32), mask.sum(dtype=jnp.int32))
+
+    def merge(self, other: "Share") -> "Share":
+        return Share(self.hits + other.hits, self.count + other.count)
+
+    def compute(self) -> Float[Array, ""]:
+        return self.hits / self.count
+
+
+@_pytree
+class TrainMetrics(metrics.Collection):
+    """One training step, or several merged.
+
+    Loss and accuracy are means over unmasked examples; the norms of the gradient and of the update
+    (the learning rate is in it) are means over steps; the other two are the last step's.
+    """
+
+    loss: metrics.Average
+    accuracy: Share
+    gradient_norm: metrics.Average
+    update_norm: metrics.Average
+    parameter_norm: metrics.LastValue
+    learning_rate: metrics.LastValue
+    skipped: Count  # corrupt examples, masked out
+
+    @classmethod
+    def of_step(
+        cls,
+        outputs: Mapping[str, Array],
+        grads: PyTree,
+        updates: PyTree,
+        params: PyTree,
+        learning_rate: float | Float[Array, ""],
+    ) -> "TrainMetrics":
+        """The metrics of one step.
+
+        Args:
+          outputs: per-example "loss" (float), "correct" (bool) and "mask" (bool), each [b].
+          grads: of the mean loss, before clipping.
+          updates: what is added to the parameters.
+          params: the parameters after the step.
+          learning_rate: of this step.
+        """
+        loss, correct, mask = outputs["loss"], outputs["correct"], outputs["mask"]
+        _check_shapes(loss=loss, correct=correct, mask=mask)
+        return dataclasses.replace(
+            cls.empty(),
+            loss=metrics.Average.from_model_output(loss.astype(jnp.float32), mask),
+            accuracy=Share.from_model_output(correct, mask),
+            gradient_norm=metrics.Average.from_model_output(norm(grads)),
+            update_norm=metrics.Average.from_model_output(norm(updates)),
+            parameter_norm=metrics.LastValue.from_model_output(norm(params)),
+            learning_rate=metrics.LastValue.from_model_output(
+                jnp.asarray(learning_rate, jnp.float32)
+            ),
+            skipped=Count.from_model_output(~mask),
+        )
+
+
+@_pytree
+class EvalMetrics(metrics.Collection):
+    """Mean cross-entropy, top-1 accuracy, and `n`, the number of examples that they are over."""
+
+    loss: metrics.Average
+    accuracy: Share
+    n: Count
+
+    @classmethod
+    def single_from_model_output(
+        cls, *, logits: Float[Array, "b c"], labels: Int[Array, "b"], mask: Bool[Array, "b"]
+    ) -> "EvalMetrics":
+        """The metrics of one batch, of its examples whose mask is set."""
+        _check_shapes(logits=logits[:, 0], labels=labels, mask=mask)
+        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+        loss = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+        return dataclasses.replace(
+            cls.empty(),
+            loss=metrics.Average.from_model_output(loss, mask),
+            accuracy=Share.from_model_output(logits.argmax(-1) == labels, mask),
+            n=Count.from_model_output(mask),
+        )
+
+
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """The Euclidean norm of all leaves together, float32."""
+    squares = [jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def reduce(collections: Sequence[Any]) -> dict[str, float]:
+    """The metrics of several steps as one: fetched at once, merged in order, in float64.
+
+    Args:
+      collections: of one class, on the device or fetched; at least one.
+
+    Returns:
+      {"loss": 0.5, "n": 10000, ...}: Python floats, and ints where something is counted. A mean
+      over no example is nan.
+    """
+    fetched = jax.tree.map(_widen, jax.device_get(list(collections)))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, without a warning
+        values = functools.reduce(lambda left, right: left.merge(right), fetched).compute()
+    return {name: np.asarray(value).item() for name, value in values.items()}
+
+
+def to_floats(collection: Any) -> dict[str, float]:
+    """The values of one collection as Python numbers; see `reduce`."""
+    return reduce([collection])
+
+
+def _widen(leaf: Any) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
+
+
+def _check_shapes(**arrays: Array) -> None:
+    """clu logs a warning and ignores a mask that does not fit: here that is an error."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1 or arrays["mask"].ndim != 1:
+        raise ValueError(f"metrics need per-example arrays [b], one mask each, not {shapes}")
+    if arrays["mask"].dtype != bool:
+        raise ValueError(f"metrics need a boolean mask, not {arrays['mask'].dtype}")

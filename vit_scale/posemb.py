@@ -1,0 +1,90 @@
+"""Position embeddings: the fixed 2D sin-cos table, and moving a table to another patch grid.
+
+A table is always `(h, w, d)`, without a [CLS] row, so no caller guesses its grid. Resampling happens
+once, when weights are loaded. Guarantees: equal grids return the same values bit for bit; `cubic`
+and `corners` equal their references (tests/golden/make_posemb.py) for every grid, square or not.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vit_scale.errors import UserError, nearest
+
+
+def sincos2d(grid: tuple[int, int], d: int, temperature: float = 10_000.0) -> Float[Array, "h w d"]:
+    """The fixed 2D table of MoCo v3 and MAE (He et al. 2022): [sin x, cos x, sin y, cos y].
+
+    x is the patch's column and y its row; frequency i of d/4 is `temperature ** (-4 i / d)`.
+    big_vision divides i by d/4 - 1 instead, so its table differs in all but the first frequency.
+
+    Args:
+      grid: rows and columns of patches (h, w).
+      d: token width, a multiple of 4.
+      temperature: longest wavelength / 2 pi, in patches.
+
+    Returns:
+      float32 (h, w, d).
+
+    Raises:
+      UserError: d is not a positive multiple of 4.
+    """
+    if d < 4 or d % 4:
+        raise UserError(f"sincos2d needs a width divisible by 4, not {d}: change model.width")
+    frequencies = temperature ** (-np.arange(d // 4) / (d // 4))
+    rows, columns = np.indices(grid)
+    x, y = columns[..., None] * frequencies, rows[..., None] * frequencies
+    return jnp.asarray(
+        np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], -1), jnp.float32
+    )
+
+
+def _cubic(pe: Float[Array, "h w d"], grid: tuple[int, int]) -> Float[Array, "H W d"]:
+    return jax.image.resize(pe, (*grid, pe.shape[-1]), "cubic", antialias=True)
+
+
+def _corners(pe: Float[Array, "h w d"], grid: tuple[int, int]) -> Float[Array, "H W d"]:
+    # Written as one matrix per axis: unlike jax.image.scale_and_translate, which gives the same
+    # numbers, it needs no special case for an axis of size 1. HIGHEST: TPUs multiply in bfloat16.
+    rows, columns = _linear_weights(pe.shape[0], grid[0]), _linear_weights(pe.shape[1], grid[1])
+    return jnp.einsum("hH,wW,hwd->HWd", rows, columns, pe, precision=jax.lax.Precision.HIGHEST)
+
+
+def _linear_weights(old: int, new: int) -> np.ndarray:
+    """The (old, new) weights of linear interpolation that keeps the first and last points in place."""
+    positions = np.linspace(0, old - 1, new)
+    return np.maximum(0, 1 - np.abs(np.arange(old)[:, None] - positions)).astype(np.float32)
+
+
+METHODS = {"cubic": _cubic, "corners": _corners}
+
+
+def resample(
+    pe: Float[Array, "h w d"], grid: tuple[int, int], method: str = "cubic"
+) -> Float[Array, "H W d"]:
+    """The same position embeddings on another patch grid, up or down, per channel.
+
+    `cubic` is antialiased bicubic: timm's `resample_abs_pos_embed`, torch's
+    `interpolate(mode="bicubic", antialias=True)`. `corners` is bilinear with aligned corners: the ViT
+    paper's code (google-research/vision_transformer), `scipy.ndimage.zoom(order=1)`; there, as in
+    scipy, an axis of size 1 is repeated, and an axis shrunk to size 1 keeps its first point.
+
+    Args:
+      pe: position embeddings (h, w, d) of any float type, without a [CLS] row.
+      grid: rows and columns (H, W) of the new grid.
+      method: `cubic` or `corners`.
+
+    Returns:
+      float32 (H, W, d); equal to `pe` bit for bit where the grids are equal.
+
+    Raises:
+      UserError: unknown method, or a table that is not (h, w, d).
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown init.resample {method!r}: {nearest(method, METHODS)}")
+    if pe.ndim != 3:
+        raise UserError(f"position embeddings of shape {pe.shape}: resample needs (h, w, d)")
+    pe = jnp.asarray(pe, jnp.float32)
+    rows, columns = grid
+    return pe if pe.shape[:2] == (rows, columns) else METHODS[method](pe, (rows, columns))

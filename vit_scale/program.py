@@ -1,0 +1,149 @@
+"""What a config comes to: model, optimizer, mesh, and the one jitted training step.
+
+Everything is checked here before anything is allocated or compiled. The step is a pure function of the
+state and the batch; its randomness comes from (seed, step) alone (law 1).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from vit_scale import flops
+from vit_scale.augment import check as check_augment
+from vit_scale.config import image_size, to_json
+from vit_scale.errors import UserError
+from vit_scale.mesh import batch_sharding, check_batch, make_mesh, shardings
+from vit_scale.metrics import TrainMetrics
+from vit_scale.model import Model, build, count
+from vit_scale.objectives import Objective, classification
+from vit_scale.optim import apply_updates, make_optimizer, update_ema
+
+
+class TrainState(NamedTuple):
+    """Everything that changes from step to step, and nothing else."""
+
+    step: Any  # int32, the number of finished steps
+    params: Any
+    opt_state: Any
+    ema: Any  # average of the parameters, or None
+
+
+class Program(NamedTuple):
+    """What a config comes to, before anything is allocated or compiled."""
+
+    cfg: ConfigDict
+    mesh: Mesh
+    model: Model
+    objective: Objective
+    optimizer: Any
+    schedule: Callable
+    state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+
+
+def training_flops(model: Model, classes: int) -> int:
+    """FLOPs of one image's training step, forward and backward (flops.py)."""
+    shape = model.shape
+    size = shape.size
+    return flops.training_flops(
+        flops.forward_macs(
+            shape.grid, shape.patch, size.width, size.depth, size.mlp, classes, shape.pool
+        )
+    )
+
+
+def plan_program(cfg: ConfigDict) -> Program:
+    """Check everything that can be checked without data, and put the parts together.
+
+    Raises UserError, with the arithmetic, for a config that can't work (law 8).
+    """
+    mesh = make_mesh(cfg.mesh)
+    check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
+    check_batch(cfg.eval.batch, mesh)
+    check_augment(cfg.augment)
+    if cfg.steps < 1:
+        raise UserError(f"steps={cfg.steps} must be at least 1")
+    size = image_size(cfg)
+    model = build(cfg.model, size)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        params,
+        jax.eval_shape(optimizer.init, params),
+        params if cfg.optim.ema else None,
+    )
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
+    return Program(cfg, mesh, model, classification(model, cfg, size), optimizer, schedule, state)
+
+
+def jit_train_step(program: Program) -> Callable:
+    """(state, batch) -> (state, TrainMetrics); the state that goes in is donated."""
+    cfg, objective = program.cfg, program.objective
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, TrainMetrics]:
+        key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+        augment_key, model_key = jax.random.split(key)
+        examples = objective.prepare(batch, augment_key)
+        grads, outputs = gradients(
+            objective.loss, state.params, examples, model_key, cfg.optim.accumulate
+        )
+        grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
+        updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates)
+        ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
+        metrics = TrainMetrics.of_step(
+            outputs, grads, updates, params, program.schedule(state.step)
+        )
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    replicated = NamedSharding(program.mesh, PartitionSpec())
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, batch_sharding(program.mesh)),
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[Any, dict]:
+    """Gradients of the whole batch's loss, computed in `parts` micro-batches, and per-example outputs.
+
+    Part i holds the examples i, i + parts, ...: each device keeps the examples that it has.
+    """
+    value_and_grad = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return value_and_grad(params, examples, key)
+
+    def split(x):
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add_part(total, part):
+        grads, outputs = value_and_grad(params, *part)
+        return jax.tree.map(jnp.add, total, grads), outputs
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    keys = jax.random.split(key, parts)
+    grads, outputs = jax.lax.scan(add_part, zeros, (jax.tree.map(split, examples), keys))
+    return grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+
+
+def summary(cfg: ConfigDict) -> dict:
+    """What a config comes to, on no particular devices: sizes and costs, and every field."""
+    model = build(cfg.model, image_size(cfg))
+    return {
+        "parameters": count(jax.eval_shape(model.init, jax.random.key(0))),
+        "tokens": model.shape.tokens,
+        "flops_per_image": training_flops(model, cfg.model.classes),
+        "global_batch": cfg.data.batch,
+        "steps": cfg.steps,
+        "config": to_json(cfg),
+    }

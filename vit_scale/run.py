@@ -1,0 +1,106 @@
+"""A run's folder: who may write it, what it is a run of, and what it ends with.
+
+    run.json        the resolved config, class names, versions, git state: written once, before training
+    checkpoints/    see checkpoint.py
+    metrics.jsonl, tensorboard/, wandb/     see tracking.py
+    report.json     the result, written last
+    .lock           held by the one process that writes here; the kernel frees it when that dies
+
+The folder alone is enough to load, evaluate and predict (law 7).
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+
+from vit_scale import config
+from vit_scale.errors import UserError
+
+# Fields that say where and how a run is watched, not what it computes: they may change on resuming.
+FREE = ("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "eval.batch", "mesh.")
+
+
+class Run:
+    """The folder `workdir`, locked for this process while the context lasts.
+
+    Raises UserError where it can't be made or written, where another live process holds it, and where
+    it is a run of another config: with the differences.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, description: dict):
+        self.path = pathlib.Path(workdir)
+        self.description = description
+
+    def __enter__(self) -> "Run":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise UserError(f"cannot write to workdir {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            raise UserError(
+                f"workdir {self.path} is in use by the live process {holder}; wait for it, stop it, "
+                "or give another --workdir"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        self._claim()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self._lock.close()
+
+    def _claim(self) -> None:
+        """Write run.json, or check that this config continues the one that is there."""
+        path = self.path / "run.json"
+        if not path.exists():
+            write_json(path, self.description)
+            return
+        changed = [
+            line
+            for line in config.differences(read_json(path)["config"], self.description["config"])
+            if not line.startswith(FREE)
+        ]
+        if changed:
+            raise UserError(
+                f"workdir {self.path} holds a run of another config ({'; '.join(changed)}); "
+                "give another --workdir, or the config it was started with"
+            )
+
+    @property
+    def report(self) -> dict | None:
+        """What the finished run came to; None before its end."""
+        path = self.path / "report.json"
+        return read_json(path) if path.exists() else None
+
+    def write_report(self, content: dict) -> None:
+        """End the run."""
+        write_json(self.path / "report.json", content)
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space, then run again"
+        ) from error
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """The content of a run's JSON file. Raises UserError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error

@@ -1,0 +1,49 @@
+"""How a run begins: what it holds, and where it comes from.
+
+The order is written down once: resumed if there is a checkpoint (`restore`), else initialised, from
+`init.source` where that is set (`init_state`). Fine-tuning is nothing but initialisation (law 5).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vit_scale import pretrained
+from vit_scale.checkpoint import Checkpoints
+from vit_scale.program import Program, TrainState
+
+
+def restore(
+    program: Program, checkpoints: Checkpoints, step: int | None = None
+) -> TrainState | None:
+    """The checkpoint of `step`, or the newest; None if there is none."""
+    step = checkpoints.latest if step is None else step
+    if step is None:
+        return None
+    trees = checkpoints.restore(step, program.state._asdict())
+    steps = jax.device_put(jnp.int32(step), program.state.step.sharding)
+    return TrainState(steps, trees["params"], trees["opt_state"], trees.get("ema"))
+
+
+def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> TrainState:
+    """The state at step 0: random parameters, then what `init.source` gives, then the optimizer's."""
+    cfg = program.cfg
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    make_params = jax.jit(program.model.init, out_shardings=shardings.params)
+    params = make_params(jax.random.key(cfg.seed))
+    if cfg.init.source:
+        given = pretrained.read(cfg.init.source)
+        params, rows = pretrained.adapt(
+            given.params, params, cfg.init.resample, same_classes=given.classes == classes
+        )
+        params = jax.device_put(params, shardings.params)
+        if not quiet:
+            print(f"initialised from {given.path}\n{pretrained.table(rows)}")
+    make_opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)
+    ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(step, params, make_opt_state(params), ema)
+
+
+def averaged(state: TrainState) -> dict:
+    """The parameters that are the model: their average where the run keeps one."""
+    return state.params if state.ema is None else state.ema

@@ -1,0 +1,271 @@
+"""The four CLU MetricWriters. Each takes what it can show and ignores the rest.
+
+Files hold a row when the call returns, so a killed run loses nothing that was reported, and an
+error surfaces where it happens. Hence no AsyncWriter: writing takes milliseconds every `log.every`
+steps.
+"""
+
+import html
+import json
+import math
+import os
+import secrets
+import shlex
+import sys
+import time
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vit_scale.errors import DONE, UserError
+
+# `clu.metric_writers` imports TensorFlow (1.3 GB) for one of its writers, which is not used here. A
+# stand-in for that one module, placed before the first import, is all that the others need.
+_unused = types.ModuleType("clu.metric_writers.summary_writer")
+_unused.SummaryWriter = type("SummaryWriter", (), {})  # type: ignore[attr-defined]
+sys.modules.setdefault(_unused.__name__, _unused)
+
+from clu.metric_writers import MetricWriter, MultiWriter  # noqa: E402
+
+__all__ = [
+    "JsonLinesWriter",
+    "MetricWriter",
+    "MultiWriter",
+    "TensorBoardWriter",
+    "TerminalWriter",
+    "WandbWriter",
+    "number",
+]
+
+
+def number(value: Any) -> int | float:
+    """A Python number from one on the host or the device."""
+    return np.asarray(value).item()
+
+
+class Writer(MetricWriter):
+    """A MetricWriter that ignores what it is not made for."""
+
+    def write_summaries(self, step, values, metadata=None): ...
+    def write_scalars(self, step, scalars): ...
+    def write_images(self, step, images): ...
+    def write_videos(self, step, videos): ...
+    def write_audios(self, step, audios, *, sample_rate): ...
+    def write_texts(self, step, texts): ...
+    def write_histograms(self, step, arrays, num_buckets=None): ...
+    def write_hparams(self, hparams): ...
+    def flush(self): ...
+    def close(self): ...
+
+
+class JsonLinesWriter(Writer):
+    """One JSON object a line: {"step": 20, "time": Unix seconds, "train/loss": 2.3, ...}.
+
+    JSON has no NaN and no infinity: they are written as null. Opening the file at step `start`
+    drops a torn last line and the rows of later steps, which a killed run wrote and this one writes
+    again; at step 0 it drops all.
+    """
+
+    def __init__(self, path: Path, start: int):
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines() if _is_kept(line, start)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = {name: number(value) for name, value in scalars.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": int(step), "time": time.time(), **row}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_kept(line: bytes, start: int) -> bool:
+    try:
+        return start > 0 and json.loads(line)["step"] <= start
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class TensorBoardWriter(Writer):
+    """Event files, written through tensorboardX's record layer.
+
+    Its SummaryWriter hands events to a thread, which dies of a full disk; the eleventh event after
+    that hangs the run.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._summary, self._event = summary, Event
+        folder.mkdir(parents=True, exist_ok=True)
+        # The library names a file by the second: a run resumed within it would overwrite the first.
+        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
+        # A session's start makes TensorBoard forget the later steps of the run that was killed.
+        session = SessionLog(status=SessionLog.START)
+        self._add(start + 1, session_log=session)
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._event(step=step, wall_time=time.time(), **content))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._add(step, summary=self._summary.scalar(name, number(value)))
+        self.flush()
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        for name, batch in images.items():
+            for i, image in enumerate(batch):
+                content = self._summary.image(f"{name}/{i}", image, dataformats="HWC")
+                self._add(step, summary=content)
+        self.flush()
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            code = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown, verbatim
+            self._add(step, summary=self._summary.text(name, code))
+        self.flush()
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        self.write_texts(0, {"config": json.dumps(hparams, indent=2, default=str)})
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class WandbWriter(Writer):
+    """Weights & Biases: online where a key is found, else offline, with the line that syncs it.
+
+    The run's id is kept in its folder, so a resumed run continues the same page. Offline, each
+    start leaves a folder of its own; the line names them all, and their common id makes them one
+    page.
+    WANDB_MODE (online, offline, disabled) decides where it is set.
+    """
+
+    def __init__(self, workdir: Path, project: str, name: str, quiet: bool = False):
+        import wandb
+
+        self._wandb, self._workdir, self._quiet = wandb, workdir, quiet
+        self.exit_code = DONE
+        try:
+            # wandb reads the variable only once in a process; an argument is always heard.
+            mode: Any = os.environ.get("WANDB_MODE") or (None if _has_key(wandb) else "offline")
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                dir=str(workdir),
+                id=_run_id(workdir / "wandb_id.txt"),
+                mode=mode,
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True, disable_git=True),
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"Weights & Biases: {reason}; set WANDB_MODE=offline, or --config.log.wandb=false"
+            ) from error
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({name: number(value) for name, value in scalars.items()}, step=step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        for name, batch in images.items():
+            self._run.log({name: [self._wandb.Image(image) for image in batch]}, step=step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            page = self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+            self._run.log({name: page}, step=step)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(hparams), allow_val_change=True)
+
+    def close(self) -> None:
+        self._run.finish(exit_code=self.exit_code)
+        self._wandb.teardown()  # offline, finish() alone returns before the file is complete
+        if self._quiet or self._run.disabled:
+            return
+        if self._run.offline:
+            folders = sorted((self._workdir / "wandb").glob(f"offline-run-*-{self._run.id}"))
+            line = shlex.join(["wandb", "sync", *(str(folder.resolve()) for folder in folders)])
+            print(f"Weights & Biases ran offline; to upload this run:\n{line}", file=sys.stderr)
+        else:
+            print(f"Weights & Biases: {self._run.url}", file=sys.stderr)
+
+
+def _has_key(wandb: Any) -> bool:
+    return wandb.login(prompt=False, verify=False)  # of the environment or a netrc file; no network
+
+
+def _run_id(path: Path) -> str:
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(secrets.token_hex(4) + "\n")
+        os.replace(temporary, path)
+    return path.read_text().strip()
+
+
+class TerminalWriter(Writer):
+    """A progress bar on a terminal, plain lines otherwise, on standard error.
+
+    Rows with "train/" names move the bar; others, such as "eval/accuracy", get a line of their own.
+    """
+
+    def __init__(self, name: str, steps: int, start: int):
+        self._name, self._steps, self._stream = name, steps, sys.stderr
+        self._bar = tqdm(
+            desc=name,
+            total=steps,
+            initial=start,
+            unit="step",
+            file=self._stream,
+            dynamic_ncols=True,
+            disable=None,  # where the stream is no terminal
+        )
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = {name: number(value) for name, value in scalars.items() if name != "seconds"}
+        train = any(name.startswith("train/") for name in values)
+        if train and not self._bar.disable:
+            self._bar.set_postfix_str(_words(_short(values)))
+            return
+        if train and "step_seconds" in values:
+            values["eta_seconds"] = round((self._steps - step) * values["step_seconds"])
+        tqdm.write(f"{self._name} {step}/{self._steps}  {_words(values)}", file=self._stream)
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _short(values: Mapping[str, float]) -> dict[str, float]:
+    shown = ("train/loss", "train/accuracy", "images_per_second")
+    return {name: values[name] for name in shown if name in values}
+
+
+def _words(values: Mapping[str, float]) -> str:
+    """`loss 2.303  accuracy 0.1  images_per_second 812.4`; "train/" goes without saying."""
+    return "  ".join(
+        f"{name.removeprefix('train/')} {value}"
+        if isinstance(value, int)
+        else f"{name.removeprefix('train/')} {value:.4g}"
+        for name, value in values.items()
+    )
