@@ -1,4 +1,4 @@
-"""Every field there is, with its default: the one full schema. A config changes only what it means to.
+"""Every field there is, with its default: the one full schema; a config changes what it means to.
 
 A default lives here and nowhere else. Override on the command line with --config.BLOCK.FIELD=VALUE.
 """
@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,  # decides initialisation, order, augmentation and dropout
             "steps": 1000,  # optimizer steps in the whole run
-            "stages": (),  # run NAME:ARG for each ARG, in WORKDIR/ARG, in this order, instead of one run
+            "stages": (),  # instead of one run: NAME:ARG in WORKDIR/ARG for each ARG, in this order
             "data": data(),
             "augment": augment(),
             "model": model(),
@@ -34,9 +34,7 @@ def data() -> dict:
         "batch": 128,  # images per step, over all devices and hosts (the global batch)
         "resolution": 32,  # height in pixels that the model sees; resized on the device
         "width": placeholder(int),  # width in pixels that the model sees; none: square
-        "load": placeholder(
-            int
-        ),  # side in pixels at which files of any size are decoded; none: resolution
+        "load": placeholder(int),  # side in pixels at which files are decoded; none: resolution
         "memory": False,  # decode a folder or record set once, and keep it in memory
         "workers": 2,  # processes that decode; 0: none, in the training process
         "on_corrupt": "fail",  # fail | skip (masked out, and counted in the metrics)
@@ -80,10 +78,10 @@ def model() -> dict:
         "pool": "cls",  # cls | gap (mean of tokens) | map (attention pooling)
         "posemb": "learned",  # learned | sincos2d
         "dropout": 0.0,  # after position embeddings, attention and both MLP layers
-        "drop_path": 0.0,  # stochastic depth at the last block, growing linearly (Huang et al. 2016)
+        "drop_path": 0.0,  # stochastic depth (Huang et al. 2016): rises linearly to this rate
         "dtype": "float32",  # of the computation: float32 | bfloat16; parameters stay float32
         "scan": True,  # one compiled block scanned over the depth, or unrolled blocks
-        "remat": "none",  # none | full | a name in jax.checkpoint_policies: what backward recomputes
+        "remat": "none",  # what backward recomputes: none | full | a jax.checkpoint_policies name
         "attention": "xla",  # implementation of jax.nn.dot_product_attention: xla | cudnn
     }
 
@@ -121,16 +119,16 @@ def mesh() -> dict:
 
 def init() -> dict:
     return {
-        "source": "",  # run folder, or a step in it (RUN/checkpoints/STEP), to start from; empty: random
-        "resample": "cubic",  # position embeddings to a new grid: cubic (timm) | corners (Google's ViT)
+        "source": "",  # run folder or RUN/checkpoints/STEP to start from; empty: random
+        "resample": "cubic",  # positions to a new grid: cubic (timm) | corners (Google's ViT)
     }
 
 
 def evaluation() -> dict:
     return {
-        "split": "test",  # evaluated while training; its best step is kept. train[98%:] keeps the test set unseen
+        "split": "test",  # evaluated while training, its best step kept; train[98%:]: test unseen
         "every": 1000,  # steps; 0: only at the end
-        "final": "test",  # evaluated once, at the end, with the last and the best parameters; empty: nothing
+        "final": "test",  # evaluated at the end, last and best parameters; empty: nothing
         "batch": 256,  # images per evaluation step, over all devices and hosts
     }
 

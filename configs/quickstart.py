@@ -1,10 +1,10 @@
-"""The whole path in minutes on two CPU cores: pretrain on generated images, fine-tune twice as large.
+"""The whole path in minutes on two CPU cores: pretrain on generated images, fine-tune on others.
 
     launch/local.sh --config quickstart
 
-A small ViT learns to tell fractals apart at 32 px (nothing is downloaded), then CIFAR-10 at 32 px and
-at 64 px, each from the pretrained and from random parameters. Without CIFAR-10 in .data it learns the
-generated set's held-out classes instead. Expected: see the README's table.
+A small ViT learns to tell fractals apart at 32 px (nothing is downloaded), then CIFAR-10 at 32 px
+and at 64 px, each from the pretrained and from random parameters. Without CIFAR-10 in .data it
+learns the generated set's held-out classes instead. Result: see the README's table.
 """
 
 import os

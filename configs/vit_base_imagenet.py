@@ -2,9 +2,9 @@
 
     vit-scale train --config vit_base_imagenet --config.data.path=IMAGENET
 
-IMAGENET holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; `vit-scale data pack` makes it faster to read.
-After "How to train your ViT" (Steiner et al. 2021): AdamW, weight decay .1, mixup growing with the size.
-Result: not measured yet.
+IMAGENET holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; `vit-scale data pack` makes it faster to
+read. After "How to train your ViT" (Steiner et al. 2021): AdamW, weight decay .1, mixup growing
+with the size. Result: not measured yet.
 """
 
 from vit_scale.config import base

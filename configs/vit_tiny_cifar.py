@@ -3,8 +3,8 @@
     vit-scale train --config vit_tiny_cifar --config.init.source=runs/vit_tiny_imagenet
 
 SGD with momentum, no weight decay, clip 1, batch 512, cosine over 10,000 steps with 500 of warm-up,
-a fresh zero head, pixels in [-1, 1], 2 % of the training set held out to choose the learning rate from
-.001, .003, .01, .03 (arXiv 2010.11929, appendix B.1.1). Result: not measured yet.
+a fresh zero head, pixels in [-1, 1], 2 % of the training set held out to choose the learning rate
+from .001, .003, .01, .03 (arXiv 2010.11929, appendix B.1.1). Result: not measured yet.
 """
 
 from vit_scale.config import base

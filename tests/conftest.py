@@ -17,9 +17,9 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Compiled programs are shared within a session, by this process and the trainings that it starts.
-# One folder per xdist worker, and a new one per session: jax does not write an entry atomically, and
-# an entry that a killed test left half-written would stay so.
+# Compiled programs are shared in a session, by this process and the trainings that it starts. A new
+# folder per session and xdist worker: jax does not write an entry atomically, so one that a killed
+# training left half-written would stay so.
 COMPILED = tempfile.mkdtemp(prefix="vit_scale-compiled-")
 
 os.environ |= {
@@ -46,7 +46,7 @@ Cli = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def run_cli(tmp_path) -> Cli:
-    """run_cli("train", "--config", NAME, ...) is `vit-scale` as a user types it, in its own process.
+    """run_cli("train", "--config", NAME, ...) is `vit-scale` as typed by a user: a new process.
 
     It starts in the test's own folder; its output comes back as text. `env` adds variables.
     """
@@ -101,7 +101,7 @@ def cifar(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def jpegs(tmp_path_factory) -> pathlib.Path:
-    """`train/<class>/*.jpg` (3 classes x 16) and `val/<class>/*.jpg` (3 x 4), 40 px, colour-coded."""
+    """`train/<class>/*.jpg` (3 classes x 16) and `val/<class>/*.jpg` (3 x 4) of 40 x 40 pixels."""
     top = tmp_path_factory.mktemp("jpegs")
     for split, count, seed in (("train", 48, 1), ("val", 12, 2)):
         for index, (image, label) in enumerate(colour_coded(count, 3, 40, seed)):

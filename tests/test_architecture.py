@@ -1,5 +1,5 @@
-"""The shape of the house, held by machine: imports point one way, a third-party package has one home,
-functions stay short, every configuration loads.
+"""The shape of the house, held by machine: imports point one way, a third-party package has one
+home, functions stay short, every configuration loads.
 
 The checks are functions over a folder, so that each is also tried on a small tree that breaks it.
 """
@@ -25,10 +25,11 @@ LAYERS = (
     {"errors"},
     {"config", "posemb", "flops", "metrics"},
     {"model", "augment", "mesh", "run"},
-    {"objectives", "optim", "data", "checkpoint", "tracking"},
+    {"objectives", "optim", "data", "checkpoint", "tracking", "report"},
     {"pretrained", "program"},
-    {"evaluate"},
+    {"state", "evaluate", "predict"},
     {"train", "inspect", "plan"},
+    {"stages"},
     {"__init__"},
     {"cli"},
 )
@@ -168,7 +169,7 @@ def local_addresses(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
 
 
 def uncommented_fields(source: str) -> list[str]:
-    """Keys of the dictionaries in a schema that no comment explains; a whole block needs none."""
+    """Keys in a schema's dictionaries that no comment explains; a whole block needs none."""
     tree = ast.parse(source)
     blocks = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     commented = {
@@ -181,13 +182,13 @@ def uncommented_fields(source: str) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Dict)
         for key, value in zip(node.keys, node.values, strict=True)
-        if key.lineno not in commented
+        if commented.isdisjoint(range(key.lineno, value.end_lineno + 1))
         and not (isinstance(value, ast.Call) and getattr(value.func, "id", "") in blocks)
     ]
 
 
 def project_files() -> list[pathlib.Path]:
-    """What is, or is about to be, committed; without git (an unpacked archive) everything visible."""
+    """What is or may be committed; without git (an unpacked archive) everything visible."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(
@@ -242,7 +243,7 @@ def test_config_loads(name):
         assert not config.load(f"{name}:{argument}").stages
     header = ast.get_docstring(ast.parse((config.FOLDER / f"{name}.py").read_text()))
     assert re.search(rf"--config {name}(\s|$)", header), "the header gives the command"
-    assert "Result" in header, "the header gives the result, or says that it is not measured"
+    assert re.search("Result|Expected", header), "the header says what comes out, or not measured"
 
 
 PLANTED = {

@@ -311,15 +311,20 @@ def test_a_run_that_just_ends_ends_without_a_word(tmp_path):
 def test_workers_survive_a_stop_signal_but_not_their_run(tmp_path):
     run = start(tmp_path, "wait")
     workers = [int(pid) for pid in run.stdout.readline().split()]
-    assert len(workers) == 2
-    for pid in workers:
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
-    time.sleep(0.2)
-    assert all(alive(pid) for pid in workers)
-    run.kill()
-    run.communicate()
-    deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(alive(pid) for pid in workers)
+    try:
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert all(alive(pid) for pid in workers)
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 10
+        while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(alive(pid) for pid in workers)
+    finally:
+        for pid in (pid for pid in (run.pid, *workers) if alive(pid)):
+            os.kill(pid, signal.SIGKILL)
+        run.communicate()

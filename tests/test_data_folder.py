@@ -42,6 +42,7 @@ def plain(tmp_path):
     save(tmp_path / "test/bee/1.png", picture(8, 8, 4))
     (tmp_path / "train/ant/boxes.txt").write_text("no image")
     (tmp_path / "train/.cache").mkdir()
+    (tmp_path / "train/ant/._2.png").write_bytes(b"a Mac's shadow of a file")
     return tmp_path
 
 

@@ -14,10 +14,11 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOOLS = "bash cat cksum dirname env flock mkdir mv rm sed sleep sort touch xargs".split()
+TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "echo", "env", "flock", "mkdir", "mv"]
+TOOLS += ["rm", "sed", "sleep", "sort", "touch", "xargs"]
 
-# `uv venv ... FOLDER` makes FOLDER/bin/python; `uv pip install` makes FOLDER/bin/vit-scale. Each call is
-# a line of the log. FAKE=fail breaks the installation, FAKE=hang never finishes it.
+# `uv venv FOLDER` makes FOLDER/bin/python, `uv pip install` FOLDER/bin/vit-scale. Each call is a line
+# of the log. FAKE=fail breaks the installation, FAKE=hang never finishes it.
 UV = """#!/bin/bash
 echo "uv $*" >>"$LOG"
 if [[ $1 == venv ]]; then
@@ -36,7 +37,7 @@ else
 fi
 """
 
-# `python3 -m venv` does what the fake uv does; with VERSION_OF it is an older Python.
+# `python3 -m venv FOLDER` makes FOLDER/bin/python, again this; with OLD set it is before 3.11.
 PYTHON = """#!/bin/bash
 if [[ -n ${OLD:-} && $1 == -c ]]; then exit 1; fi
 if [[ $1 == -c ]]; then exec "$REAL_PYTHON" "$@"; fi
@@ -119,7 +120,8 @@ def test_first_start_installs_then_trains(clone):
     venv = clone.root / ".venv"
     assert clone.calls() == [
         f"uv venv --quiet --clear --python 3.12 {venv}",
-        f"uv pip install --python {venv}/bin/python -c {clone.root}/constraints.txt -e {clone.root}",
+        f"uv pip install --python {venv}/bin/python -c {clone.root}/constraints.txt "
+        f"-e {clone.root}",
         "vit-scale train --config quickstart --workdir a folder/x",
     ]
     assert result.returncode == 42, "the trainer's exit code is passed on"
@@ -169,7 +171,9 @@ def test_interrupted_installation_starts_over(clone, how):
         assert "run the same command to try again" in result.stderr.splitlines()[-1]
     else:
         process = clone.start("environment.sh", FAKE="hang")
+        deadline = time.monotonic() + 30
         while not (clone.log.exists() and "pip install" in clone.log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -193,7 +197,6 @@ def test_two_starts_install_once(clone):
 
 def test_without_uv_venv_and_pip_do_it(clone):
     (clone.bin / "uv").unlink()
-    os.symlink(shutil.which("cp"), clone.bin / "cp")
     clone.fake("python3", PYTHON)
     result = clone.run("environment.sh", "test")
     assert result.returncode == 0, result.stderr
@@ -259,6 +262,6 @@ def test_tests_run_with_their_extra(clone, script):
     shutil.copy(ROOT / ".ci" / "run", clone.root / ".ci")
     result = clone.run(script, "-k", "a b")
     assert result.returncode == 0, result.stderr
-    venv, install, test = clone.calls()
+    _, install, test = clone.calls()
     assert install.endswith("[test]")
     assert test.startswith("python -m pytest") and test.endswith("-k a b")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from itertools import chain
 
 import pytest
 from packaging.requirements import Requirement
@@ -87,7 +88,7 @@ def pins(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_what_the_project_requires(python):
     pinned = pins(python)
-    for line in PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), []):
+    for line in chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         requirement = Requirement(line)
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version, prereleases=True), (line, version)

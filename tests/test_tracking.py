@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import resource
 import shlex
 import struct
@@ -65,12 +64,17 @@ def cfg():
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch, tmp_path):
     """No test may find the key, or the settings, of the person who runs it."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def forgotten():
+    """wandb remembers the key that it has found, and the variables that it has read."""
     yield
-    wandb.teardown()  # it remembers the variables it has read
+    wandb.teardown()
 
 
 def tracker(workdir, cfg, steps=4, start=0, **options) -> Tracker:
@@ -377,7 +381,7 @@ def test_without_a_key_wandb_runs_offline_and_says_how_to_sync(cfg, tmp_path, ca
     assert (row["train/loss"], row["eval/accuracy"]) == (1.5, 0.75)
     pictures = next(row["train/images"] for row in run.history if "train/images" in row)
     assert (pictures["count"], pictures["width"]) == (2, 4)
-    assert run.config["optim"] == {"lr": 0.5}
+    assert run.config["config"] == {"seed": 3, "optim": {"lr": 0.5}}
     assert run.config["git"] == {"commit": "c0ffee", "dirty": True}
     assert run.config["devices"]["kind"] == "abacus"
     (page,) = (run.folder / "files" / "media" / "html").iterdir()
@@ -415,7 +419,7 @@ def test_wandb_mode_decides_where_it_is_set(cfg, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("place", "mode"), [("", "offline"), ("variable", None), ("netrc", None)])
-def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, place, mode):
+def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, forgotten, place, mode):
     key, asked = "0" * 40, []
     if place == "variable":
         monkeypatch.setenv("WANDB_API_KEY", key)
@@ -434,11 +438,13 @@ def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, place, mode):
     assert asked == [mode]
 
 
-def test_a_key_that_cannot_be_one_is_one_line(cfg, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "short")
+@pytest.mark.parametrize("variable", ["WANDB_API_KEY", "WANDB_MODE"])
+def test_a_variable_that_wandb_refuses_is_one_line(cfg, tmp_path, monkeypatch, forgotten, variable):
+    monkeypatch.setenv(variable, "nonsense")
     cfg.log.wandb = True
-    with pytest.raises(UserError, match="WANDB_MODE=offline"), tracker(tmp_path, cfg):
+    with pytest.raises(UserError, match="WANDB_MODE=offline") as caught, tracker(tmp_path, cfg):
         pass
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -484,7 +490,9 @@ def test_plain_lines_where_there_is_no_terminal(cfg, tmp_path, capsys):
     first, evaluation, last = output.err.splitlines()
     assert first.startswith("little 2/4  loss 2.5  ")
     assert "images_per_second 5 " in first
-    assert first.endswith("eta_seconds 4")
+    assert "mfu 0.5 " in first
+    assert "step_seconds" not in first  # a line shows what a person looks for
+    assert first.endswith("seconds_left 4")
     assert evaluation == "little 3/4  eval/accuracy 0.75  eval/n 10000"
     assert last.startswith("little 3/4  loss 2.5")
     assert output.out == ""

@@ -6,6 +6,7 @@ fragments <crc32, length, type> make up the records, each a `wandb_internal_pb2.
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,19 @@ FULL, LAST = 1, 4  # types of the fragment that ends a record
 
 
 class OfflineRun:
-    """The records of the one run folder that `pattern` finds under `workdir`/wandb."""
+    """The records of the one run folder that `pattern` finds under `workdir`/wandb.
+
+    The run must have finished; its end, which wandb writes a moment later, is waited for.
+    """
 
     def __init__(self, workdir: Path, pattern: str = "offline-run-*"):
         (self.folder,) = (workdir / "wandb").glob(pattern)
         (path,) = self.folder.glob("run-*.wandb")
-        self.records = list(_records(path.read_bytes()))
+        self.records: list[Record] = []
+        patience = time.monotonic() + 10
+        while not self._of("exit") and time.monotonic() < patience:
+            time.sleep(0.01)
+            self.records = list(_records(path.read_bytes()))
 
     def _of(self, kind: str) -> list:
         return [getattr(r, kind) for r in self.records if r.WhichOneof("record_type") == kind]

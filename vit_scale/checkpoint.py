@@ -1,14 +1,16 @@
 """Checkpoints of a run, by Orbax: written asynchronously, the newest and the best kept.
 
 A checkpoint is the parameters, their average if there is one, the optimizer's state and a
-description (the resolved config, the class names): with the step, which is its folder's name, that is
-all there is to remember. It is read back onto any devices; parameters alone can be read without the
-optimizer that made them.
+description (the resolved config, the class names): with the step, which is its folder's name, that
+is all there is to remember. It is read back onto any devices; parameters alone can be read without
+the optimizer that made them.
 """
 
+import contextlib
+import logging
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
@@ -19,9 +21,15 @@ FOLDER = "checkpoints"
 TREES = ("params", "ema", "opt_state")
 DESCRIPTION = "description"
 
+# Orbax warns of each checkpoint without metrics; here that is what most of them are.
+logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+
 
 def score(metrics: Mapping[str, float] | None) -> float:
-    """What "best" means: accuracy on the selection split. A NaN would hide the true best from Orbax."""
+    """What "best" means: accuracy on the selection split, higher is better.
+
+    NaN, and nothing measured, are the worst: a NaN would hide the true best from Orbax.
+    """
     value = (metrics or {}).get("accuracy", -math.inf)
     return -math.inf if math.isnan(value) else value
 
@@ -51,10 +59,10 @@ class Checkpoints:
         with _disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, *exception) -> None:
         with _disk_errors(self.folder):
             self._manager.close()
 
@@ -83,8 +91,13 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, target: Mapping) -> dict:
-        """The trees of a step that `target` names, shaped and placed as its ShapeDtypeStruct leaves."""
-        return read(self.folder / str(step), {k: t for k, t in target.items() if t is not None})
+        """The trees of a step, those that `target` has, shaped and placed as its leaves.
+
+        The leaves are ShapeDtypeStructs with shardings. Raises UserError for a checkpoint of
+        another model and for a damaged one.
+        """
+        wanted = {name: target[name] for name in TREES if target[name] is not None}
+        return read(self.folder / str(step), wanted)
 
     def wait(self) -> None:
         """Return once everything is on disk."""
@@ -124,20 +137,16 @@ def holds_average(path: pathlib.Path) -> bool:
     return (path / "ema").is_dir()
 
 
-class _disk_errors:
+@contextlib.contextmanager
+def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
     """Turns what a full, read-only or missing disk makes of Orbax into one line."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        text = f"{error}"
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
         if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
-            line = " ".join(text.split())[:300]
             raise UserError(
-                f"cannot write or read {self.folder}: {line}; free space or repair it, and run the "
-                "same command again: the checkpoints before this one are untouched"
+                f"cannot write or read {folder}: {text[:300]}; free space or repair it, and run "
+                "the same command again: the checkpoints before this one are untouched"
             ) from error
+        raise

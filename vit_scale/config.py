@@ -1,13 +1,13 @@
 """From `--config NAME[:ARG] --config.block.field=value` to one checked ConfigDict.
 
-A name is a file in `configs/`, which is shipped inside the wheel; anything with a slash or `.py` is a
-path. Unknown names, keys and wrong types are refused with the nearest valid one.
+A name is a file in `configs/`, which is shipped inside the wheel; anything with a slash or `.py` is
+a path. Unknown names, keys and wrong types are refused with the nearest valid one.
 """
 
 import json
 import pathlib
 import runpy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 
 def find(config: str) -> tuple[pathlib.Path, str]:
-    """Split "NAME_OR_PATH[:ARG]" into the file and the argument; UserError where there is no such file."""
+    """The file and the argument of "NAME_OR_PATH[:ARG]". Raises UserError for an unknown file."""
     name, _, argument = config.partition(":")
     path = pathlib.Path(name)
     if path.suffix != ".py" and len(path.parts) == 1:
@@ -50,7 +50,8 @@ def title(config: str) -> str:
 def load(config: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The config of "NAME_OR_PATH[:ARG]" with overrides such as "optim.lr=3e-4" applied.
 
-    Raises UserError for unknown names, keys and types. What the values mean is checked by their owners.
+    Raises UserError for unknown names and keys and for wrong types. What the values mean is checked
+    by their owners.
     """
     path, argument = find(config)
     target = f"{path}:{argument}" if argument else str(path)
@@ -59,13 +60,22 @@ def load(config: str, overrides: Iterable[str] = ()) -> ConfigDict:
     cfg = _parse(values, [f"--config={target}"], f"config {config}: ")
     if not isinstance(cfg, ConfigDict):
         raise UserError(f"config {config}: get_config must return a ConfigDict", USAGE)
-    for key in fields(cfg):
-        _refuse_unknown(key, fields(base()), f"config {config}: ")
+    given, known = fields(cfg), fields(base())
+    for key in given:
+        _refuse_unknown(key, known, f"config {config}: ")
+    if missing := sorted(known.keys() - given):
+        raise UserError(
+            f"config {config} has no {', '.join(missing)}: begin it with vit_scale.config.base()",
+            USAGE,
+        )
     return override(cfg, overrides)
 
 
 def override(cfg: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
-    """`cfg` with "optim.lr=3e-4" and the like applied. Raises UserError for unknown keys and types."""
+    """`cfg` with "optim.lr=3e-4" and the like applied, in place.
+
+    Raises UserError for unknown keys and for values of another type.
+    """
     for item in overrides:
         key, equals, _ = item.partition("=")
         _refuse_unknown(key, fields(cfg), "")
@@ -102,7 +112,7 @@ def _refuse_wrong_tuples(cfg: ConfigDict) -> None:
             )
 
 
-def _refuse_unknown(key: str, known, where: str) -> None:
+def _refuse_unknown(key: str, known: Collection[str], where: str) -> None:
     if key not in known:
         raise UserError(f"{where}no config field is named {key!r}; {nearest(key, known)}", USAGE)
 

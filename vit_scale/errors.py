@@ -6,7 +6,7 @@ DONE, FAILED, USAGE, RESUMABLE, DIVERGED = 0, 1, 2, 42, 43
 
 
 class UserError(Exception):
-    """One line: what was wrong, the value, what to do. Printed without a traceback; exits with `code`."""
+    """One line: what was wrong, the value, what to do. No traceback; the exit code is `code`."""
 
     def __init__(self, message: str, code: int = FAILED):
         super().__init__(message)

@@ -12,9 +12,9 @@ communication.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -120,7 +120,7 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays [b, ...] on the devices, from this process's contiguous part of each."""
     sharding = batch_sharding(mesh)
     return {

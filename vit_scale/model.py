@@ -1,8 +1,9 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), pre-LN: only mathematics.
 
 Flax NNX defines the modules; `build` turns them into two pure functions over a nested dict of
-parameters, which is all that the rest of the project sees. Names joined by "/" ("blocks/mlp/up/kernel")
-are stable: sharding rules, weight decay, freezing and checkpoints are written against them.
+parameters, which is all that the rest of the project sees. Names joined by "/"
+("blocks/mlp/up/kernel") are stable: sharding rules, weight decay, freezing and checkpoints are
+written against them.
 
 Scanned and unrolled blocks (`model.scan`) start from the same values and compute the same function;
 `stack` and `unstack` convert between their two layouts.
@@ -13,6 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +86,8 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
     grid = (image[0] // patch, image[1] // patch)
     if min(grid) < 2:
         raise UserError(
-            f"{image[0]} x {image[1]} pixels / patch {patch} is a grid of {grid[0]} x {grid[1]} tokens; "
-            "at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
+            f"{image[0]} x {image[1]} pixels / patch {patch} is a grid of {grid[0]} x {grid[1]} "
+            "tokens; at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
         )
     for field, valid in CHOICES.items():
         if cfg[field] not in valid:
@@ -101,8 +103,8 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
 def drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
     """Dropout with one draw per entry of `shape`, which broadcasts to x; keeps the expectation.
 
-    A draw has 16 bits, so that one 32-bit random number serves two: random numbers were a third of a
-    training step with dropout. The rate is exact to 1/65536.
+    A draw has 16 bits, so that one 32-bit random number serves two: random numbers were a third of
+    a training step with dropout. The rate is exact to 1/65536.
     """
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)))
     draws = jax.lax.bitcast_convert_type(words, jnp.uint16)
@@ -211,7 +213,7 @@ class PatchEmbed(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Multihead attention pooling: one learned probe attends to all tokens (Lee et al. 2019; big_vision)."""
+    """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
 
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
         d, k = size.width, size.heads
@@ -233,7 +235,7 @@ class AttentionPool(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Images in, class logits out. `cfg` is the `model` block, `image` (height, width) in pixels."""
+    """Images in, class logits out: of a `model` block, for images of (height, width) pixels."""
 
     def __init__(self, cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs):
         self.shape = shape(cfg, image)
@@ -249,7 +251,7 @@ class ViT(nnx.Module):
             self.cls = nnx.Param(jnp.zeros((size.width,)))
         layers = rngs.split(size.depth)
         if cfg.scan:
-            self.blocks: nnx.Module = nnx.vmap(lambda layer: Block(cfg, size, layer))(layers)
+            self.blocks: Any = nnx.vmap(lambda layer: Block(cfg, size, layer))(layers)
         else:
             self.blocks = nnx.Dict(
                 {
@@ -266,7 +268,7 @@ class ViT(nnx.Module):
     def __call__(
         self, images: Float[Array, "b H W 3"], key: Array | None = None
     ) -> Float[Array, "b c"]:
-        """Float32 logits. With a key, dropout and drop path are on; without, the function is fixed."""
+        """Float32 logits. Dropout and drop path are on with a key, and off without one."""
         embed_key, blocks_key, pool_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = self.tokens(images)
         if embed_key is not None and self.dropout:
@@ -315,7 +317,10 @@ class ViT(nnx.Module):
 
 
 def remat_policy(name: str) -> Callable:
-    """`jax.checkpoint` with the named policy: `none` saves everything, `full` recomputes everything."""
+    """`jax.checkpoint` with the named policy: `none` saves everything, `full` only the inputs.
+
+    Raises UserError for a name that jax.checkpoint_policies does not have.
+    """
     if name == "none":
         return lambda function, **_: function
     if name == "full":
@@ -370,7 +375,7 @@ def count(params) -> int:
 
 
 def stack(params: dict) -> dict:
-    """Parameters of unrolled blocks, laid out for scanned ones; scanned ones are returned as they are."""
+    """Parameters of unrolled blocks, laid out for scanned ones; those are returned as they are."""
     blocks = params["blocks"]
     if "0" not in blocks:
         return params

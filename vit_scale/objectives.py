@@ -1,7 +1,7 @@
 """What a model is trained for. The loop knows only `prepare` and `loss`, and never forks on which.
 
-`prepare` sees the whole global batch (augmentation mixes neighbours); `loss` may see a part of what it
-returned (a micro-batch), and the losses of the parts add up to the loss of the whole.
+`prepare` sees the whole global batch (augmentation mixes neighbours); `loss` may see a part of what
+it returned (a micro-batch), and the losses of the parts add up to the loss of the whole.
 """
 
 from collections.abc import Callable

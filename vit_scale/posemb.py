@@ -1,8 +1,9 @@
 """Position embeddings: the fixed 2D sin-cos table, and moving a table to another patch grid.
 
-A table is always `(h, w, d)`, without a [CLS] row, so no caller guesses its grid. Resampling happens
-once, when weights are loaded. Guarantees: equal grids return the same values bit for bit; `cubic`
-and `corners` equal their references (tests/golden/make_posemb.py) for every grid, square or not.
+A table is always `(h, w, d)`, without a [CLS] row, so no caller guesses its grid. Resampling
+happens once, when weights are loaded. Guarantees: equal grids return the same values bit for bit;
+`cubic` and `corners` equal their references (tests/golden/make_posemb.py) for every grid, square or
+not.
 """
 
 import jax
@@ -52,7 +53,7 @@ def _corners(pe: Float[Array, "h w d"], grid: tuple[int, int]) -> Float[Array, "
 
 
 def _linear_weights(old: int, new: int) -> np.ndarray:
-    """The (old, new) weights of linear interpolation that keeps the first and last points in place."""
+    """Weights (old, new) of the linear interpolation that keeps the first and last points."""
     positions = np.linspace(0, old - 1, new)
     return np.maximum(0, 1 - np.abs(np.arange(old)[:, None] - positions)).astype(np.float32)
 
@@ -66,9 +67,9 @@ def resample(
     """The same position embeddings on another patch grid, up or down, per channel.
 
     `cubic` is antialiased bicubic: timm's `resample_abs_pos_embed`, torch's
-    `interpolate(mode="bicubic", antialias=True)`. `corners` is bilinear with aligned corners: the ViT
-    paper's code (google-research/vision_transformer), `scipy.ndimage.zoom(order=1)`; there, as in
-    scipy, an axis of size 1 is repeated, and an axis shrunk to size 1 keeps its first point.
+    `interpolate(mode="bicubic", antialias=True)`. `corners` is bilinear with aligned corners: the
+    ViT paper's code (google-research/vision_transformer), `scipy.ndimage.zoom(order=1)`; there, as
+    in scipy, an axis of size 1 is repeated, and an axis shrunk to size 1 keeps its first point.
 
     Args:
       pe: position embeddings (h, w, d) of any float type, without a [CLS] row.

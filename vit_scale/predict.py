@@ -1,7 +1,6 @@
-"""Use a trained model: images in, class probabilities out, with the preprocessing it was trained with."""
+"""Use a trained model: images in, class probabilities out, preprocessed as in its evaluation."""
 
 import pathlib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +17,19 @@ from vit_scale.errors import UserError
 class Predictor:
     """The model of a run's folder (or of a step in it) as a function of uint8 images.
 
-    `classes` are the names of its outputs, `cfg` its config, `params` its parameters by name.
+    `classes` are the names of its outputs, `cfg` its config, `params` its parameters, `step` where
+    they are from, `size` the (height, width) that it sees. Raises UserError for what is no run.
     """
 
     def __init__(self, source: str | pathlib.Path):
-        self.cfg, model, self.params, self.classes, self.step, _ = pretrained.read(source)
+        given = pretrained.read(source)
+        self.cfg, self.params = given.cfg, given.params
+        self.classes, self.step = given.classes, given.step
         self.size = image_size(self.cfg)
 
         def probabilities(params, images):
-            return jax.nn.softmax(
-                model.apply(params, eval_images(images, self.cfg.augment, self.size))
-            )
+            images = eval_images(images, self.cfg.augment, self.size)
+            return jax.nn.softmax(given.model.apply(params, images))
 
         self._probabilities = jax.jit(probabilities)
 
@@ -42,7 +43,7 @@ class Predictor:
         Raises UserError where the file is missing or no image.
         """
         (probabilities,) = self(read_image(image, self.size)[None])
-        order = np.argsort(-probabilities)[:k]
+        order = np.argsort(-probabilities, kind="stable")[:k]
         return [(self.classes[i], float(probabilities[i])) for i in order]
 
 
@@ -59,6 +60,3 @@ def read_image(file: str | pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndar
 def load(source: str | pathlib.Path) -> Predictor:
     """`load("runs/vit_small_cifar")`: the model, its preprocessing and its class names."""
     return Predictor(source)
-
-
-__all__: Sequence[str] = ["Predictor", "load", "read_image"]

@@ -1,7 +1,7 @@
 """What a config comes to: model, optimizer, mesh, and the one jitted training step.
 
-Everything is checked here before anything is allocated or compiled. The step is a pure function of the
-state and the batch; its randomness comes from (seed, step) alone (law 1).
+Everything is checked here before anything is allocated or compiled. The step is a pure function of
+the state and the batch; its randomness comes from (seed, step) alone (law 1).
 """
 
 from collections.abc import Callable
@@ -115,19 +115,19 @@ def jit_train_step(program: Program) -> Callable:
 
 
 def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[Any, dict]:
-    """Gradients of the whole batch's loss, computed in `parts` micro-batches, and per-example outputs.
+    """Gradients of the whole batch's loss, in `parts` micro-batches, and the outputs per example.
 
     Part i holds the examples i, i + parts, ...: each device keeps the examples that it has.
     """
-    value_and_grad = jax.grad(loss, has_aux=True)
+    gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
-        return value_and_grad(params, examples, key)
+        return gradient(params, examples, key)
 
     def split(x):
         return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def add_part(total, part):
-        grads, outputs = value_and_grad(params, *part)
+        grads, outputs = gradient(params, *part)
         return jax.tree.map(jnp.add, total, grads), outputs
 
     zeros = jax.tree.map(jnp.zeros_like, params)

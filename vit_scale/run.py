@@ -1,6 +1,6 @@
 """A run's folder: who may write it, what it is a run of, and what it ends with.
 
-    run.json        the resolved config, class names, versions, git state: written once, before training
+    run.json        resolved config, class names, versions, git state: written once, before training
     checkpoints/    see checkpoint.py
     metrics.jsonl, tensorboard/, wandb/     see tracking.py
     report.json     the result, written last
@@ -24,8 +24,8 @@ FREE = ("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "eval
 class Run:
     """The folder `workdir`, locked for this process while the context lasts.
 
-    Raises UserError where it can't be made or written, where another live process holds it, and where
-    it is a run of another config: with the differences.
+    Raises UserError where it can't be made or written, where another live process holds it, and
+    where it is a run of another config: with the differences.
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
@@ -44,16 +44,20 @@ class Run:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             raise UserError(
-                f"workdir {self.path} is in use by the live process {holder}; wait for it, stop it, "
-                "or give another --workdir"
+                f"workdir {self.path} is in use by the live process {holder}; wait for it, stop "
+                "it, or give another --workdir"
             ) from error
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
-        self._claim()
+        try:
+            self._claim()
+        except UserError:
+            self._lock.close()  # a refused run holds nothing
+            raise
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, *exception) -> None:
         self._lock.close()
 
     def _claim(self) -> None:
@@ -64,7 +68,9 @@ class Run:
             return
         changed = [
             line
-            for line in config.differences(read_json(path)["config"], self.description["config"])
+            for line in config.differences(
+                read_json(path).get("config", {}), self.description["config"]
+            )
             if not line.startswith(FREE)
         ]
         if changed:
@@ -85,12 +91,13 @@ class Run:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Write a whole file or none."""
+    """Write a whole file or none. Raises UserError where the disk refuses."""
     temporary = path.with_name(path.name + ".partial")
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}; free space, then run again"
         ) from error
@@ -99,8 +106,11 @@ def write_json(path: pathlib.Path, content: dict) -> None:
 def read_json(path: pathlib.Path) -> dict:
     """The content of a run's JSON file. Raises UserError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return content

@@ -10,9 +10,10 @@ from vit_scale.train import train
 def train_stages(
     name: str, overrides: Iterable[str], workdir: pathlib.Path, quiet: bool = False
 ) -> list[pathlib.Path]:
-    """Train the config `name` in `workdir`, or each of its `stages` in WORKDIR/STAGE; their folders.
+    """Train the config `name` in `workdir`, or each of its `stages` in WORKDIR/STAGE.
 
-    A stage whose init.source is the name of another starts from what that one trained.
+    A stage whose init.source is the name of another starts from what that one trained. Returns the
+    folders of the runs.
     """
     overrides = list(overrides)
     cfg = config.load(name, overrides)

@@ -25,7 +25,10 @@ def restore(
 
 
 def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> TrainState:
-    """The state at step 0: random parameters, then what `init.source` gives, then the optimizer's."""
+    """The state at step 0: random parameters, what `init.source` gives, then the optimizer's.
+
+    `classes` are the names of the outputs: a source that has the same keeps its head.
+    """
     cfg = program.cfg
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     make_params = jax.jit(program.model.init, out_shardings=shardings.params)

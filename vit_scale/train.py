@@ -85,8 +85,11 @@ def open_sources(cfg: ConfigDict) -> Sources:
         check_classes(source, cfg)
         return source
 
-    selection = opened(cfg.eval.split) if cfg.eval.split else None
-    return Sources(opened(cfg.data.train), selection, opened(cfg.eval.final) if cfg.eval.final else None)
+    return Sources(
+        train=opened(cfg.data.train),
+        selection=opened(cfg.eval.split) if cfg.eval.split else None,
+        final=opened(cfg.eval.final) if cfg.eval.final else None,
+    )
 
 
 def sample_images(program: Program, batch: dict) -> np.ndarray:
@@ -164,7 +167,7 @@ def summarise(program: Program, sources: Sources, track: Tracker) -> dict:
 def final_results(
     program: Program, checkpoints: Checkpoints, evaluate: Evaluate, source: Source
 ) -> dict:
-    """The results on `source` of the last step and, under "best", of the one that selection chose."""
+    """The results on `source` of the last step and, under "best", of the one selection chose."""
 
     def result(step):
         state = restore(program, checkpoints, step)

@@ -60,7 +60,6 @@ class Records(EncodedImages):
             (record,) = self._readers[shard].read([position])
             (label,) = LABEL.unpack_from(record)
         except Exception as error:  # Riegeli's status codes arrive as several exceptions
-            self._readers.pop(shard, None)  # a reader that failed once keeps failing
             raise Corrupt(_short(error)) from error
         if label >= len(self.classes):
             raise UserError(

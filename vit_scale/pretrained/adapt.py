@@ -1,8 +1,8 @@
 """Fit the parameters of one ViT to another: every leaf is accounted for, or nothing is done.
 
 The head is replaced where the classes differ, position embeddings are resampled to the new grid
-(ViT paper, section 3.2), blocks are stacked or unstacked. What can't be placed is refused, with both
-sides listed.
+(ViT paper, section 3.2), blocks are stacked or unstacked. What can't be placed is refused, with
+both sides listed.
 """
 
 from collections.abc import Sequence

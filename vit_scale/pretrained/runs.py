@@ -23,7 +23,7 @@ class Pretrained(NamedTuple):
 
 
 def read(source: str | pathlib.Path) -> Pretrained:
-    """The newest checkpoint of the run folder `source`, or the step `source`/checkpoints/STEP itself.
+    """The newest checkpoint of the run folder `source`, or `source` itself if it is a step in one.
 
     Where the run averaged its weights, the average is the model. Raises UserError where there is
     neither, or where it is damaged.

@@ -7,7 +7,6 @@ line.
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from vit_scale import metrics
 from vit_scale.errors import DONE, FAILED, UserError
 from vit_scale.tracking.provenance import git_state, parameter_table, versions
 from vit_scale.tracking.speed import Speed
@@ -31,17 +31,11 @@ from vit_scale.tracking.writers import (
     number,
 )
 
-__all__ = ["Tracker", "git_state", "merged", "parameter_table", "versions"]
+__all__ = ["Tracker", "git_state", "parameter_table", "versions"]
 
-# Steps that may wait in the device's queue behind the running one. Without a bound the host runs
-# ahead, and the batches of all dispatched steps fill the device's memory.
+# Steps that the device may have before it while the host prepares the next: one runs, one waits.
+# Without a bound the host runs ahead, and the batches of dispatched steps fill the device's memory.
 AHEAD = 2
-
-
-def merged(collections: Sequence[Any]) -> dict[str, float]:
-    """The values of `clu.metrics` collections of several steps, fetched to the host, as one."""
-    total = functools.reduce(lambda left, right: left.merge(right), collections)
-    return {name: float(value) for name, value in total.compute().items()}
 
 
 class Tracker:
@@ -81,7 +75,7 @@ class Tracker:
         quiet: bool = False,
         process: int = 0,
         mfu: Callable[[float], float | None] = lambda images_per_second: None,
-        reduce: Callable[[Sequence[Any]], Mapping[str, float]] = merged,
+        reduce: Callable[[Sequence[Any]], Mapping[str, float]] = metrics.reduce,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.latest: dict[str, float] = {}  # the last train row
@@ -102,9 +96,10 @@ class Tracker:
                 opened.callback(writer.close)
                 writers.append(writer)
             self._writer = MultiWriter(writers)
-            rest = {k: v for k, v in self._description.items() if k not in ("config", "parameters")}
-            self._writer.write_hparams({**self._description["config"], **rest})
-            self._writer.write_texts(self._start, {"parameters": self._description["parameters"]})
+            about = dict(self._description)
+            table = about.pop("parameters")
+            self._writer.write_hparams(about)
+            self._writer.write_texts(self._start, {"parameters": table})
             self._opened = opened.pop_all()
         return self
 
@@ -129,15 +124,15 @@ class Tracker:
             if self._pending and not crashed:  # after a crash the device may never answer
                 self._log()
 
-    def __call__(self, step: int, metrics: Any) -> None:
+    def __call__(self, step: int, measures: Any) -> None:
         """Take the metrics of `step`, which the device need not have begun; write what was due.
 
-        `metrics` are what `reduce` reduces: by default a `clu.metrics` collection.
+        `measures` is what `reduce` takes a list of: by default a `clu.metrics` collection.
         """
         if not self._speed.running:
             self._finish_pending()
         self._log_if_due()
-        self._pending.append((step, metrics))
+        self._pending.append((step, measures))
         self._due = step % self._cfg.log.every == 0 or step == self._steps
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD][1])
@@ -190,8 +185,8 @@ class Tracker:
     def _finish_pending(self) -> None:
         """Wait for the device. The first step compiled; the clock starts when it is done."""
         if self._pending:
-            step, metrics = self._pending[-1]
-            jax.block_until_ready(metrics)
+            step, handle = self._pending[-1]
+            jax.block_until_ready(handle)
             if not self._speed.running:
                 self._speed.start(step)
 
@@ -201,9 +196,9 @@ class Tracker:
 
     def _log(self) -> None:
         """Fetch everything pending at once, and write its averages at its last step."""
-        steps, metrics = zip(*self._pending, strict=True)
+        steps, handles = zip(*self._pending, strict=True)
         self._pending, self._due = [], False
-        averages = self._reduce(jax.device_get(list(metrics)))
+        averages = self._reduce(jax.device_get(list(handles)))
         row = {f"train/{name}": number(value) for name, value in averages.items()}
         self.latest = row | self._speed.lap(steps[-1])
         self._write("write_scalars", steps[-1], self.latest)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 
 class Speed:
-    """A stopwatch over steps, read once per log interval.
+    """A stopwatch over steps, read once per log interval, and good to one step of it.
 
     Args:
       batch: images per step, over all devices and hosts.

@@ -81,7 +81,7 @@ class JsonLinesWriter(Writer):
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {name: number(value) for name, value in scalars.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"step": int(step), "time": time.time(), **row}, allow_nan=False)
+        line = json.dumps({"step": int(step), "time": time.time(), **row})
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -152,8 +152,7 @@ class WandbWriter(Writer):
 
     The run's id is kept in its folder, so a resumed run continues the same page. Offline, each
     start leaves a folder of its own; the line names them all, and their common id makes them one
-    page.
-    WANDB_MODE (online, offline, disabled) decides where it is set.
+    page. WANDB_MODE (online, offline, disabled) decides where it is set.
     """
 
     def __init__(self, workdir: Path, project: str, name: str, quiet: bool = False):
@@ -163,6 +162,8 @@ class WandbWriter(Writer):
         self.exit_code = DONE
         try:
             # wandb reads the variable only once in a process; an argument is always heard.
+            # silent: also because login would ask the server for the name of the key's owner.
+            wandb.setup(wandb.Settings(silent=True, console="off", disable_git=True))
             mode: Any = os.environ.get("WANDB_MODE") or (None if _has_key(wandb) else "offline")
             self._run = wandb.init(
                 project=project,
@@ -171,9 +172,8 @@ class WandbWriter(Writer):
                 id=_run_id(workdir / "wandb_id.txt"),
                 mode=mode,
                 resume="allow",
-                settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: a setting's value
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
                 f"Weights & Biases: {reason}; set WANDB_MODE=offline, or --config.log.wandb=false"
@@ -196,7 +196,6 @@ class WandbWriter(Writer):
 
     def close(self) -> None:
         self._run.finish(exit_code=self.exit_code)
-        self._wandb.teardown()  # offline, finish() alone returns before the file is complete
         if self._quiet or self._run.disabled:
             return
         if self._run.offline:
@@ -208,7 +207,8 @@ class WandbWriter(Writer):
 
 
 def _has_key(wandb: Any) -> bool:
-    return wandb.login(prompt=False, verify=False)  # of the environment or a netrc file; no network
+    """Whether the environment, a netrc file or wandb's settings hold a key. Asks nobody."""
+    return wandb.login(prompt=False, verify=False)
 
 
 def _run_id(path: Path) -> str:
@@ -217,6 +217,11 @@ def _run_id(path: Path) -> str:
         temporary.write_text(secrets.token_hex(4) + "\n")
         os.replace(temporary, path)
     return path.read_text().strip()
+
+
+# What a person wants to see of a train row; the other writers have it all.
+ON_BAR = ("train/loss", "train/accuracy", "images_per_second")
+ON_LINE = (*ON_BAR, "train/learning_rate", "data_wait_fraction", "mfu", "seconds_left")
 
 
 class TerminalWriter(Writer):
@@ -242,23 +247,20 @@ class TerminalWriter(Writer):
         self._bar.update(step - self._bar.n)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = {name: number(value) for name, value in scalars.items() if name != "seconds"}
+        values = {name: number(value) for name, value in scalars.items()}
         train = any(name.startswith("train/") for name in values)
         if train and not self._bar.disable:
-            self._bar.set_postfix_str(_words(_short(values)))
+            self._bar.set_postfix_str(_words({k: values[k] for k in ON_BAR if k in values}))
             return
-        if train and "step_seconds" in values:
-            values["eta_seconds"] = round((self._steps - step) * values["step_seconds"])
+        if train:
+            if "step_seconds" in values:
+                values["seconds_left"] = round((self._steps - step) * values["step_seconds"])
+            values = {k: values[k] for k in ON_LINE if k in values}
         tqdm.write(f"{self._name} {step}/{self._steps}  {_words(values)}", file=self._stream)
         self._stream.flush()
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _short(values: Mapping[str, float]) -> dict[str, float]:
-    shown = ("train/loss", "train/accuracy", "images_per_second")
-    return {name: values[name] for name in shown if name in values}
 
 
 def _words(values: Mapping[str, float]) -> str:

@@ -1,0 +1,1 @@
+"""Measurements, a module each; what came out is in results/. `python -m benchmarks` lists them."""

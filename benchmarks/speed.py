@@ -1,0 +1,168 @@
+"""Training speed in bfloat16 beside timm with torch.compile: images/s, MFU, memory, data.
+
+    python -m benchmarks.speed --data-note "CIFAR-10 (JPEG q75)"
+
+Each contender (speed_contender.py) lives in a process of its own and trains on one batch that stays
+on the device: AdamW, the same architecture and batch. They take turns, all others idle, so that
+whatever changes the device's speed meets each alike. How long the trainer itself waits for data
+comes from a short run of it on CIFAR-10, enlarged and augmented on the device. A finished case is
+kept, so that a later piece goes on with the next.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from benchmarks.measurement import HERE, Measurement, Session, TimeUp, main, spread
+from benchmarks.speed_config import BATCH
+from vit_scale import config, flops
+from vit_scale.errors import UserError
+from vit_scale.model import shape
+from vit_scale.run import read_json, write_json
+
+CONFIG = HERE / "speed_config.py"
+MEASUREMENT = Measurement(
+    name="speed",
+    title="Training speed beside timm: Ti/4, S/4 at 32 px; Ti, S, B, L /16 at 224 px; bfloat16",
+    data={"cifar-10-batches-bin": "CIFAR-10"},
+    configs=tuple(f"{CONFIG}:{case}" for case in BATCH),
+    files=("speed.py", "speed_contender.py"),
+)
+CONTENDERS: dict[str, tuple[str, ...]] = {  # the program, then overrides of its config
+    "vit_scale": ("vit_scale",),
+    "vit_scale, cudnn attention": ("vit_scale", "model.attention=cudnn"),
+    "timm": ("timm",),
+}
+TOYS = ("vit_scale", "timm")  # cuDNN needs a GPU
+TURNS = 7
+REAL_DATA = ("data.name=cifar10", "augment.crop=resized", "augment.flip=True", "log.every=25")
+
+
+def measure(session: Session) -> dict:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # timm's one device is all that anybody gets
+    cases = list(BATCH)[:1] if session.toy else list(BATCH)
+    return {case: measure_case(session, case) for case in cases}
+
+
+def measure_case(session: Session, case: str) -> dict:
+    """The figures of a case, from an earlier piece if that finished it."""
+    name = case.replace("/", "-")
+    kept = session.workdir / f"{name}.json"
+    data = (f"data.path={session.data}", *REAL_DATA)
+    trainer = session.train(f"{CONFIG}:{case}", name, *data)
+    shutil.rmtree(session.workdir / name / "checkpoints", ignore_errors=True)  # up to 4 GB
+    if not kept.exists():
+        write_json(kept, compete(session, case))
+    contest = read_json(kept)
+    session.machine["versions"] |= contest.pop("versions")
+    return {"batch": BATCH[case], **contest, "vit-scale train on CIFAR-10": trainer}
+
+
+def compete(session: Session, case: str) -> dict:
+    """Let the contenders take turns; those that can't take part are None, with the reason."""
+    names = TOYS if session.toy else tuple(CONTENDERS)
+    rates: dict[str, list[float]] = {}
+    found: dict[str, Any] = dict.fromkeys(names)
+    absent: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        present = {}
+        for name in names:
+            try:
+                present[name] = stack.enter_context(Contender(session, case, CONTENDERS[name]))
+            except UserError as error:
+                absent[name] = str(error)
+        for _ in range(TURNS):
+            for name, contender in present.items():
+                rates.setdefault(name, []).append(contender.ask("turn")["images_per_second"])
+        for name, contender in present.items():
+            found[name] = standing(contender, rates[name], flops_per_image(case))
+            versions |= contender.about["versions"]
+    ratios = {}
+    if "timm" in rates:
+        ours = {name: mine for name, mine in rates.items() if name != "timm"}
+        for name, mine in ours.items():
+            pairs = zip(mine, rates["timm"], strict=True)
+            ratios[name] = spread([left / right for left, right in pairs])
+    return {**found, "absent": absent, "speed over timm's": ratios or None, "versions": versions}
+
+
+def flops_per_image(case: str) -> int:
+    """Of a training step, counted on paper: the same for all contenders."""
+    cfg = config.load(f"{CONFIG}:{case}")
+    model = shape(cfg.model, config.image_size(cfg))
+    size, classes = model.size, cfg.model.classes
+    sizes = (model.grid, model.patch, size.width, size.depth, size.mlp, classes, model.pool)
+    return flops.training_flops(flops.forward_macs(*sizes))
+
+
+def standing(contender: "Contender", rates: list[float], flops_each: int) -> dict:
+    """What one contender reached."""
+    about = contender.about
+    speeds = spread(rates)
+    return {
+        "images_per_second": speeds,
+        "mfu": flops.mfu(speeds["median"], flops_each, 1, about["device"]),
+        "peak_memory_bytes": contender.ask("memory")["peak_memory_bytes"],
+        "parameters": about["parameters"],
+        "turns": len(rates),
+        "steps_per_turn": about["steps_per_turn"],
+    }
+
+
+class Contender:
+    """A process that answers each line with a line of JSON; it ends with the context.
+
+    Raises UserError where it can't take part, and TimeUp when the piece's time is over.
+    """
+
+    def __init__(self, session: Session, case: str, program: tuple[str, ...]):
+        toy = ("--toy",) if session.toy else ()
+        self._command = [sys.executable, "-m", "benchmarks.speed_contender", case, *program, *toy]
+        self._session = session
+
+    def __enter__(self) -> "Contender":
+        # The contenders stand side by side on the device: none may take all of its memory.
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._process = subprocess.Popen(
+            self._command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._timer = threading.Timer(self._session.seconds_left, self._process.kill)
+        self._timer.start()
+        try:
+            self.about = self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._timer.cancel()
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, question: str) -> dict:
+        """The answer to "turn" or "memory"."""
+        assert self._process.stdin
+        self._process.stdin.write(question + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line and self._session.seconds_left <= 0:
+            raise TimeUp
+        answer = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main(MEASUREMENT, measure))

@@ -1,0 +1,257 @@
+"""mesh: where each leaf goes, the refusals' arithmetic, and the same numbers on eight devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vit_scale.config import base
+from vit_scale.errors import UserError
+from vit_scale.mesh import AXES, batch_sharding, check_batch, make_mesh, put_batch, shardings
+from vit_scale.model import build, named
+from vit_scale.optim import apply_updates, make_optimizer
+
+
+def mesh_block(data=-1, fsdp=1, tensor=1):
+    cfg = base().mesh
+    cfg.update({"data": data, "fsdp": fsdp, "tensor": tensor})
+    return cfg
+
+
+def abstract_mesh(data, fsdp, tensor):
+    """Eight devices or any number of them, for placement without devices."""
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def model_block(**fields):
+    cfg = base().model
+    cfg.update({"variant": "Ti/4", "width": 8, "depth": 3, "heads": 2, "mlp": 16, "classes": 5})
+    cfg.update(fields)
+    return cfg
+
+
+def shapes(**fields):
+    return jax.eval_shape(build(model_block(**fields), (8, 8)).init, jax.random.key(0))
+
+
+def specs(tree, mesh):
+    return {name: sharding.spec for name, sharding in named(shardings(tree, mesh)).items()}
+
+
+# The table
+
+SPLIT = {  # on 2 x 2 x 2, with unrolled blocks; every other parameter is whole everywhere
+    "embed/kernel": P(None, None, None, "fsdp"),
+    "posemb": P(None, None, "fsdp"),
+    "attention/qkv/kernel": P("fsdp", None, "tensor"),
+    "attention/qkv/bias": P(None, "tensor"),
+    "attention/out/kernel": P("tensor", None, "fsdp"),
+    "mlp/up/kernel": P("fsdp", "tensor"),
+    "mlp/up/bias": P("tensor"),
+    "mlp/down/kernel": P("tensor", "fsdp"),
+    "pool/query/kernel": P("fsdp", "tensor"),
+    "pool/query/bias": P("tensor"),
+    "pool/kv/kernel": P("fsdp", None, "tensor"),
+    "pool/kv/bias": P(None, "tensor"),
+    "pool/out/kernel": P("tensor", None, "fsdp"),
+    "head/kernel": P("fsdp"),
+}
+
+
+def expected(name):
+    return next((spec for end, spec in SPLIT.items() if f"/{name}".endswith(f"/{end}")), P())
+
+
+def test_every_unrolled_parameter():
+    found = specs(shapes(scan=False, pool="map"), abstract_mesh(2, 2, 2))
+    assert found == {name: expected(name) for name in found}
+    used = {end for end in SPLIT for name in found if f"/{name}".endswith(f"/{end}")}
+    assert used == SPLIT.keys()
+
+
+def test_the_layer_axis_of_stacked_blocks_is_never_split():
+    for depth in (2, 4):  # which fsdp and tensor would divide
+        found = specs(shapes(scan=True, depth=depth), abstract_mesh(2, 2, 2))
+        for name, spec in found.items():
+            whole = expected(name)
+            stacked = name.startswith("blocks/") and whole != P()
+            assert spec == (P(None, *whole) if stacked else whole), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])
+def test_optimizer_state_lies_with_its_parameter(optimizer):
+    params, cfg = shapes(), base().optim
+    cfg.update({"name": optimizer, "freeze": ("^norm/",)})
+    state = jax.eval_shape(make_optimizer(cfg, 10, params)[0].init, params)
+    mesh = abstract_mesh(2, 2, 2)
+    by_parameter, found = specs(params, mesh), specs(state, mesh)
+    owned = 0
+    for path, spec in found.items():
+        owner = [name for name in by_parameter if path.endswith(f"/{name}")]
+        assert spec == (by_parameter[max(owner, key=len)] if owner else P()), path
+        owned += bool(owner)
+    assert owned >= len(by_parameter) - 2
+
+
+def test_a_dimension_that_does_not_divide_is_whole():
+    """3 heads over tensor=2: attention is not split over it, the MLP is."""
+    found = specs(shapes(width=12, heads=3, scan=False), abstract_mesh(1, 2, 2))
+    assert found["blocks/0/attention/qkv/kernel"] == P("fsdp")
+    assert found["blocks/0/attention/qkv/bias"] == P()
+    assert found["blocks/0/attention/out/kernel"] == P(None, None, "fsdp")
+    assert found["blocks/0/mlp/up/kernel"] == P("fsdp", "tensor")
+
+
+def test_on_pure_data_parallelism_all_parameters_are_whole():
+    assert set(specs(shapes(), abstract_mesh(8, 1, 1)).values()) == {P()}
+
+
+def test_leaves_of_other_rank_or_name_are_whole():
+    leaf = jax.ShapeDtypeStruct((8, 8, 8, 8, 8, 8), jnp.float32)
+    tree = {"mlp": {"up": {"kernel": leaf}}, "overhead": {"kernel": leaf}, "step": jnp.int32(0)}
+    assert set(specs(tree, abstract_mesh(2, 2, 2)).values()) == {P()}
+
+
+def test_batches_are_split_over_data_and_fsdp():
+    mesh = abstract_mesh(2, 2, 2)
+    assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp")))
+
+
+# Refusals
+
+REFUSALS = [
+    ((3, 1, 1), 8, "mesh data=3 x fsdp=1 x tensor=1 = 3 devices, but there are 8"),
+    ((4, 2, 2), 8, "mesh data=4 x fsdp=2 x tensor=2 = 16 devices, but there are 8"),
+    ((-1, 3, 1), 8, "mesh data=-1 x fsdp=3 x tensor=1: 8 devices are not divisible by 3"),
+    ((-1, 16, 1), 8, "mesh data=-1 x fsdp=16 x tensor=1: 8 devices are not divisible by 16"),
+    ((-1, -1, 1), 8, "mesh data=-1 x fsdp=-1 x tensor=1: only one size can be -1"),
+    ((0, 1, 8), 8, "mesh data=0 x fsdp=1 x tensor=8: a size is at least 1, or -1"),
+    ((-2, 1, 1), 8, "mesh data=-2 x fsdp=1 x tensor=1: a size is at least 1, or -1"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "devices", "message"), REFUSALS)
+def test_refuses_a_mesh_that_does_not_fit(sizes, devices, message):
+    with pytest.raises(UserError) as caught:
+        make_mesh(mesh_block(*sizes), devices=[None] * devices)
+    assert str(caught.value).startswith(message)
+
+
+def test_check_batch():
+    check_batch(1008, abstract_mesh(8, 2, 1))
+    check_batch(1024, abstract_mesh(8, 2, 1), accumulate=4)
+    check_batch(6, abstract_mesh(2, 1, 4))  # tensor does not split the batch
+    with pytest.raises(UserError) as caught:
+        check_batch(1000, abstract_mesh(8, 2, 1))
+    message = "global batch 1000 is not divisible by 16 data shards (8 data x 2 fsdp)"
+    assert str(caught.value) == message
+    with pytest.raises(UserError) as caught:
+        check_batch(1008, abstract_mesh(8, 2, 1), accumulate=4)
+    message = "global batch 1008 is not divisible by 64 = 4 micro-batches x 8 data x 2 fsdp"
+    assert str(caught.value) == message
+    with pytest.raises(UserError, match="global batch 0"):
+        check_batch(0, abstract_mesh(1, 1, 1))
+
+
+# Devices
+
+
+def test_one_device():
+    mesh = make_mesh(mesh_block(), jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    host = {
+        "image": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3),
+        "mask": np.array([True, False]),
+    }
+    batch = put_batch(host, mesh)
+    for name, array in batch.items():
+        assert array.sharding == batch_sharding(mesh) and array.dtype == host[name].dtype
+        assert np.array_equal(array, host[name])
+
+
+MESHES = [(-1, 1, 1), (1, -1, 1), (2, 2, 2)]
+
+
+def train_on(sizes):
+    """Three SGD steps of the real model on eight devices; what came out, for JSON."""
+    mesh = make_mesh(mesh_block(*sizes))
+    model = build(model_block(width=16, heads=4, mlp=32), (8, 8))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    cfg = base().optim
+    cfg.update({"name": "sgd", "lr": 0.1, "schedule": "constant"})
+    optimizer, _ = make_optimizer(cfg, 10, shapes)
+    random = np.random.default_rng(0)
+    images = random.standard_normal((16, 8, 8, 3)).astype(np.float32)
+    batch = put_batch({"image": images, "label": random.integers(0, 5, 16)}, mesh)
+    # Drawn by numpy: compiling the model's own initialisation takes longer than all the rest.
+    params = jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
+    params = jax.device_put(params, shardings(shapes, mesh))
+    state = jax.jit(optimizer.init)(params)
+
+    def loss(params, batch):
+        chosen = jax.nn.log_softmax(model.apply(params, batch["image"]))
+        return -jnp.take_along_axis(chosen, batch["label"][:, None], 1).mean()
+
+    @jax.jit
+    def step(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(grads, state, params)
+        params = apply_updates(params, updates)
+        return jax.lax.with_sharding_constraint(params, shardings(shapes, mesh)), state, value
+
+    losses = []
+    for _ in range(3):
+        params, state, value = step(params, state, batch)
+        losses.append(float(value))
+    kernel, image = params["blocks"]["mlp"]["up"]["kernel"], batch["image"]
+    return {
+        "mesh": dict(mesh.shape),
+        "losses": losses,
+        "kernel_shard": kernel.addressable_shards[0].data.shape,
+        "image_shard": image.addressable_shards[0].data.shape,
+    }
+
+
+@pytest.fixture(scope="module")
+def eight_devices():
+    """What `train_on` returns for each mesh, from a process that has eight CPU devices."""
+    root = pathlib.Path(__file__).parent.parent
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    output = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def test_the_rest_of_the_devices(eight_devices):
+    sizes = [tuple(run["mesh"][axis] for axis in AXES) for run in eight_devices]
+    assert sizes == [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+def test_each_device_holds_its_part(eight_devices):
+    """Of the kernel (3, 16, 32) and the images (16, 8, 8, 3)."""
+    kernels = [run["kernel_shard"] for run in eight_devices]
+    assert kernels == [[3, 16, 32], [3, 2, 32], [3, 8, 16]]
+    assert [run["image_shard"][0] for run in eight_devices] == [2, 2, 4]
+
+
+def test_losses_agree_over_meshes(eight_devices):
+    """Law 3, at the smallest size."""
+    first, *others = (run["losses"] for run in eight_devices)
+    assert first[-1] < first[0]
+    for losses in others:
+        np.testing.assert_allclose(losses, first, atol=1e-5)
+
+
+if __name__ == "__main__":
+    print(json.dumps([train_on(sizes) for sizes in MESHES]))
