@@ -60,7 +60,7 @@ def measure_case(session: Session, case: str) -> dict:
         write_json(kept, compete(session, case))
     contest = read_json(kept)
     session.machine["versions"] |= contest.pop("versions")
-    return {"batch": BATCH[case], **contest, "vit-scale train on CIFAR-10": trainer}
+    return {**contest, "vit-scale train on CIFAR-10": trainer}
 
 
 def compete(session: Session, case: str) -> dict:
@@ -110,6 +110,7 @@ def standing(contender: "Contender", rates: list[float], flops_each: int) -> dic
         "mfu": flops.mfu(speeds["median"], flops_each, 1, about["device"]),
         "peak_memory_bytes": contender.ask("memory")["peak_memory_bytes"],
         "parameters": about["parameters"],
+        "batch": about["batch"],
         "turns": len(rates),
         "steps_per_turn": about["steps_per_turn"],
     }
@@ -149,8 +150,9 @@ class Contender:
     def ask(self, question: str) -> dict:
         """The answer to "turn" or "memory"."""
         assert self._process.stdin
-        self._process.stdin.write(question + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it is dead; the missing answer says so
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict:

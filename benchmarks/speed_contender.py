@@ -77,7 +77,7 @@ def vit_scale(cfg: ConfigDict) -> Program:
 
 
 def timm(cfg: ConfigDict, backend: str) -> Program:
-    """timm's Vision Transformer of the same shape: torch.compile, bfloat16 autocast, fused AdamW."""
+    """timm's Vision Transformer of that shape: torch.compile, bfloat16 autocast, fused AdamW."""
     import torch
     from timm.models.vision_transformer import VisionTransformer
 

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
             "seed": 0,  # decides initialisation, order, augmentation and dropout
             "steps": 1000,  # optimizer steps in the whole run
             "stages": (),  # instead of one run: NAME:ARG in WORKDIR/ARG for each ARG, in this order
+            "objective": "classification",  # a name in vit_scale.objectives.OBJECTIVES
             "data": data(),
             "augment": augment(),
             "model": model(),
@@ -98,7 +99,7 @@ def optim() -> dict:
         "milestones": (0.6, 0.85),  # piecewise: fractions of steps at which lr is multiplied
         "factor": 0.1,  # piecewise: by this
         "b1": 0.9,  # adamw, lion, muon: decay of the first moment; sgd: momentum
-        "b2": 0.999,  # adamw, lion: decay of the second moment
+        "b2": 0.999,  # adamw, lion, and muon for what is no matrix: decay of the second moment
         "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
         "clip": 1.0,  # global gradient norm; 0: off
         "accumulate": 1,  # micro-batches per step; the global batch is cut into these
@@ -138,7 +139,7 @@ def log() -> dict:
         "every": 20,  # steps
         "wandb": True,  # Weights & Biases; offline where no key is found
         "project": "vit_scale",  # of Weights & Biases
-        "tensorboard": True,
+        "tensorboard": True,  # event files in WORKDIR/tensorboard
         "images": 16,  # augmented training images shown at the first step; 0: none
     }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs, then runs every test; needs no accelerator. Arguments go to pytest:
 #
-#   launch/test.sh                       everything but the slow tests, on all cores
+#   launch/test.sh                       everything but the slow tests, on all cores (up to 8)
 #   launch/test.sh -n 0 tests/test_model.py -k parameters
 #   launch/test.sh -m slow               the slow ones (they reach the package registry)
 set -euo pipefail
@@ -9,4 +9,5 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/launch/environment.sh" test
 cd "$root"
-exec .venv/bin/python -m pytest "$@"
+# A file's tests stay in one process: they share fixtures and compiled programs.
+exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"

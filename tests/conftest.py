@@ -41,6 +41,21 @@ def pytest_unconfigure():
     shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """XLA compiles in a quarter of the time, here and in every process that a test starts.
+
+    The programs are slower, and the same: for tests of what surrounds them.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 Cli = Callable[..., subprocess.CompletedProcess]
 
 
@@ -109,3 +124,13 @@ def jpegs(tmp_path_factory) -> pathlib.Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(file, quality=95)
     return top
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """For modules whose programs run once or twice: compiling is all the time there is to save."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

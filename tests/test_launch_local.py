@@ -1,6 +1,6 @@
 """launch/environment.sh and the scripts on top of it, with uv and Python played by small fakes.
 
-Nothing is downloaded. The real installation is what runs before these tests can (launch/test.sh).
+Nothing is downloaded, but for the slow test, which installs for real.
 """
 
 import os
@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "echo", "env", "flock", "mkdir", "mv"]
 TOOLS += ["rm", "sed", "sleep", "sort", "touch", "xargs"]
 
-# `uv venv FOLDER` makes FOLDER/bin/python, `uv pip install` FOLDER/bin/vit-scale. Each call is a line
-# of the log. FAKE=fail breaks the installation, FAKE=hang never finishes it.
+# `uv venv FOLDER` makes FOLDER/bin/python, `uv pip install` FOLDER/bin/vit-scale. Each call is a
+# line of the log. FAKE=fail breaks the installation, FAKE=hang never finishes it.
 UV = """#!/bin/bash
 echo "uv $*" >>"$LOG"
 if [[ $1 == venv ]]; then
@@ -265,3 +265,25 @@ def test_tests_run_with_their_extra(clone, script):
     _, install, test = clone.calls()
     assert install.endswith("[test]")
     assert test.startswith("python -m pytest") and test.endswith("-k a b")
+
+
+@pytest.mark.slow
+def test_fresh_clone_installs_and_runs(tmp_path):
+    """The README's first command, up to the training itself."""
+    clone = tmp_path / "a fresh clone"
+    files = ["pyproject.toml", "constraints.txt", "README.md", "LICENSE"]
+    for name in ["configs", "launch", "vit_scale"]:
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in files:
+        shutil.copy(ROOT / name, clone)
+    command = [str(clone / "launch" / "local.sh"), "--config", "no_such_config"]
+    environment = {**os.environ, "ACCELERATOR": "cpu"}
+    first, second = (
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    assert "installing vit_scale" in first.stderr
+    for result in (first, second):
+        assert "no config is named 'no_such_config'" in result.stderr.splitlines()[-1]
+        assert (result.returncode, result.stdout) == (2, "")
+    assert len(second.stderr.splitlines()) == 1, "nothing is installed twice"

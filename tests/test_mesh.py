@@ -115,8 +115,8 @@ def test_on_pure_data_parallelism_all_parameters_are_whole():
 
 
 def test_leaves_of_other_rank_or_name_are_whole():
-    leaf = jax.ShapeDtypeStruct((8, 8, 8, 8, 8, 8), jnp.float32)
-    tree = {"mlp": {"up": {"kernel": leaf}}, "overhead": {"kernel": leaf}, "step": jnp.int32(0)}
+    matrix, more = (jax.ShapeDtypeStruct((8,) * rank, jnp.float32) for rank in (2, 4))
+    tree = {"mlp": {"up": {"kernel": more}}, "overhead": {"kernel": matrix}, "step": jnp.int32(0)}
     assert set(specs(tree, abstract_mesh(2, 2, 2)).values()) == {P()}
 
 

@@ -163,3 +163,4 @@ def test_a_mask_that_does_not_fit_is_an_error():
 def test_norm():
     tree = {"a": jnp.array([3.0, 0.0]), "b": {"c": jnp.full((1, 1), -4.0, jnp.bfloat16)}}
     assert norm(tree) == 5.0 and norm(tree).dtype == jnp.float32
+    assert norm({"a": jnp.ones(10_000, jnp.bfloat16)}) == 100.0  # a bfloat16 sum stops at 256

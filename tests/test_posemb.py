@@ -17,7 +17,7 @@ CASES = sorted({name.split("/")[0] for name in GOLDEN.files})
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
 def test_resample_equals_the_reference(case, method):
-    """References: scipy.ndimage.zoom(order=1), torch bicubic antialiased (golden/make_posemb.py)."""
+    """scipy.ndimage.zoom(order=1), torch bicubic antialiased: golden/make_posemb.py."""
     expected = GOLDEN[f"{case}/{method}"]
     result = resample(GOLDEN[f"{case}/input"], expected.shape[:2], method)
     assert result.dtype == jnp.float32
@@ -97,7 +97,9 @@ def test_sincos2d_refuses_widths_not_divisible_by_4(d):
 
 
 def test_unknown_method_names_the_nearest():
-    with pytest.raises(UserError, match="unknown init.resample 'corner': did you mean corners"):
+    with pytest.raises(
+        UserError, match=r"init\.resample='corner' is unknown; did you mean corners"
+    ):
         resample(jnp.zeros((2, 2, 4)), (3, 3), "corner")
 
 

@@ -7,7 +7,6 @@ the optimizer that made them.
 """
 
 import contextlib
-import logging
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -20,9 +19,6 @@ from vit_scale.errors import UserError
 FOLDER = "checkpoints"
 TREES = ("params", "ema", "opt_state")
 DESCRIPTION = "description"
-
-# Orbax warns of each checkpoint without metrics; here that is what most of them are.
-logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
 
 
 def score(metrics: Mapping[str, float] | None) -> float:

@@ -5,6 +5,7 @@ A user's mistake is one line and a non-zero exit, never a traceback.
 
 import argparse
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(name, run, text):
         sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
+        sub.set_defaults(do=run)
         return sub
 
     sub = verb("train", train, "train or fine-tune a config; the same command resumes it")
@@ -64,14 +65,14 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     download = verbs.add_parser("download", help=text, description=text, allow_abbrev=False)
     download.add_argument("set", metavar="SET", help="cifar10")
     download.add_argument("--out", default=".data", help="folder to unpack it in (default: .data)")
-    download.set_defaults(run=download_data)
+    download.set_defaults(do=download_data)
     text = "pack an image folder into ArrayRecord files, resuming"
     pack = verbs.add_parser("pack", help=text, description=text, allow_abbrev=False)
     pack.add_argument("folder", metavar="FOLDER", help="holds train/CLASS/*, and val or test")
     pack.add_argument("out", metavar="OUT", help="folder to write to")
     pack.add_argument("--workers", type=int, help="processes; one a core if not given")
     pack.add_argument("--on-corrupt", default="fail", help="fail or skip (default: fail)")
-    pack.set_defaults(run=pack_data)
+    pack.set_defaults(do=pack_data)
 
 
 def train(args, overrides: Sequence[str]) -> None:
@@ -173,16 +174,18 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(argument)
             continue
         override = argument.removeprefix("--config.")
-        overrides.append(override if "=" in override else f"{override}={next(arguments, '')}")
+        value = None if "=" in override else next(arguments, None)
+        overrides.append(override if value is None else f"{override}={value}")
     return rest, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's warnings ask nothing of the user
     try:
         args = parser().parse_args(arguments)
-        args.run(args, overrides)
+        args.do(args, overrides)
     except UserError as error:
         print(f"vit-scale: {error}", file=sys.stderr)
         return error.code

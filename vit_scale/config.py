@@ -145,7 +145,10 @@ def to_json(cfg: ConfigDict) -> dict:
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """The inverse of `to_json` for this version's schema; unknown fields are refused."""
+    """The inverse of `to_json` for this version's schema; a missing field has its default.
+
+    Raises UserError for an unknown field and for a value of another type.
+    """
     cfg = base()
     known = fields(cfg)
     for key, value in dotted(stored).items():
@@ -154,7 +157,10 @@ def from_json(stored: dict) -> ConfigDict:
         *blocks, name = key.split(".")
         for block in blocks:
             owner = owner[block]
-        owner[name] = tuple(value) if isinstance(value, list | tuple) else value
+        try:
+            owner[name] = tuple(value) if isinstance(value, list | tuple) else value
+        except TypeError as error:
+            raise UserError(f"the run's config: {key}={value!r} is of the wrong type") from error
     return cfg
 
 

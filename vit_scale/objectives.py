@@ -12,6 +12,8 @@ import optax
 from ml_collections import ConfigDict
 
 from vit_scale.augment import train_images
+from vit_scale.config import image_size
+from vit_scale.errors import UserError, nearest
 from vit_scale.model import Model
 
 
@@ -26,12 +28,23 @@ class Objective(NamedTuple):
     loss: Callable
 
 
-def classification(model: Model, cfg: ConfigDict, size: tuple[int, int]) -> Objective:
+def make_objective(model: Model, cfg: ConfigDict) -> Objective:
+    """The objective of a config. Raises UserError for an unknown one."""
+    if cfg.objective not in OBJECTIVES:
+        raise UserError(
+            f"objective={cfg.objective!r} is unknown; {nearest(cfg.objective, OBJECTIVES)}"
+        )
+    return OBJECTIVES[cfg.objective](model, cfg)
+
+
+def classification(model: Model, cfg: ConfigDict) -> Objective:
     """Softmax cross-entropy with the soft targets that augmentation makes, in float32.
 
     The mean is over the examples whose mask is set, of the whole batch. Outputs: "loss", "correct"
     (the likeliest class is the heaviest target) and "mask".
     """
+
+    size = image_size(cfg)
 
     def prepare(batch, key):
         images, targets = train_images(batch, key, cfg.augment, size, cfg.model.classes)
@@ -46,3 +59,6 @@ def classification(model: Model, cfg: ConfigDict, size: tuple[int, int]) -> Obje
         return (losses * examples["weight"]).sum(), outputs
 
     return Objective(prepare, loss)
+
+
+OBJECTIVES = {"classification": classification}

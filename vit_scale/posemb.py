@@ -61,6 +61,12 @@ def _linear_weights(old: int, new: int) -> np.ndarray:
 METHODS = {"cubic": _cubic, "corners": _corners}
 
 
+def check_method(method: str) -> None:
+    """Raises UserError for an unknown method."""
+    if method not in METHODS:
+        raise UserError(f"init.resample={method!r} is unknown; {nearest(method, METHODS)}")
+
+
 def resample(
     pe: Float[Array, "h w d"], grid: tuple[int, int], method: str = "cubic"
 ) -> Float[Array, "H W d"]:
@@ -82,8 +88,7 @@ def resample(
     Raises:
       UserError: unknown method, or a table that is not (h, w, d).
     """
-    if method not in METHODS:
-        raise UserError(f"unknown init.resample {method!r}: {nearest(method, METHODS)}")
+    check_method(method)
     if pe.ndim != 3:
         raise UserError(f"position embeddings of shape {pe.shape}: resample needs (h, w, d)")
     pe = jnp.asarray(pe, jnp.float32)

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 from vit_scale import flops
 from vit_scale.augment import check as check_augment
-from vit_scale.config import image_size, to_json
+from vit_scale.config import fields, image_size, to_json
 from vit_scale.errors import UserError
 from vit_scale.mesh import batch_sharding, check_batch, make_mesh, shardings
 from vit_scale.metrics import TrainMetrics
 from vit_scale.model import Model, build, count
-from vit_scale.objectives import Objective, classification
-from vit_scale.optim import apply_updates, make_optimizer, update_ema
+from vit_scale.objectives import Objective, make_objective
+from vit_scale.optim import apply_updates, make_optimizer, trained, update_ema
+from vit_scale.posemb import check_method
 
 
 class TrainState(NamedTuple):
@@ -64,10 +65,9 @@ def plan_program(cfg: ConfigDict) -> Program:
     check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
     check_batch(cfg.eval.batch, mesh)
     check_augment(cfg.augment)
-    if cfg.steps < 1:
-        raise UserError(f"steps={cfg.steps} must be at least 1")
-    size = image_size(cfg)
-    model = build(cfg.model, size)
+    check_method(cfg.init.resample)
+    check_counts(cfg)
+    model = build(cfg.model, image_size(cfg))
     params = jax.eval_shape(model.init, jax.random.key(0))
     optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
     state = TrainState(
@@ -81,21 +81,45 @@ def plan_program(cfg: ConfigDict) -> Program:
         state,
         shardings(state, mesh),
     )
-    return Program(cfg, mesh, model, classification(model, cfg, size), optimizer, schedule, state)
+    return Program(cfg, mesh, model, make_objective(model, cfg), optimizer, schedule, state)
+
+
+LOWEST = {
+    "steps": 1,
+    "data.workers": 0,
+    "eval.every": 0,
+    "log.every": 1,
+    "log.images": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+}
+
+
+def check_counts(cfg: ConfigDict) -> None:
+    """Raises UserError for a count below the lowest that means something."""
+    given = fields(cfg)
+    for name, lowest in LOWEST.items():
+        if given[name] < lowest:
+            raise UserError(f"{name}={given[name]} must be at least {lowest}")
 
 
 def jit_train_step(program: Program) -> Callable:
     """(state, batch) -> (state, TrainMetrics); the state that goes in is donated."""
     cfg, objective = program.cfg, program.objective
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    is_trained = trained(cfg.optim, program.state.params)
+
+    def loss(params, examples, key):
+        # Nothing is back-propagated to frozen parameters: a linear probe costs a forward pass.
+        frozen = jax.lax.stop_gradient(params)
+        params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
+        return objective.loss(params, examples, key)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         augment_key, model_key = jax.random.split(key)
         examples = objective.prepare(batch, augment_key)
-        grads, outputs = gradients(
-            objective.loss, state.params, examples, model_key, cfg.optim.accumulate
-        )
+        grads, outputs = gradients(loss, state.params, examples, model_key, cfg.optim.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates)

@@ -4,7 +4,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from vit_scale.errors import UserError
 from vit_scale.run import read_json
+
+
+def _report(run: pathlib.Path) -> dict:
+    if (run / "run.json").exists() and not (run / "report.json").exists():
+        raise UserError(f"run {run} has not ended; the command that started it resumes it")
+    return read_json(run / "report.json")
 
 
 def _result(report: dict) -> dict:
@@ -30,7 +37,7 @@ PERCENT = ("accuracy", "best accuracy")
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
     """A row of results for each run folder. Raises UserError where one has not ended yet."""
-    reports = [(run, read_json(pathlib.Path(run) / "report.json")) for run in runs]
+    reports = [(run, _report(pathlib.Path(run))) for run in runs]
     return [{name: cell(*pair) for name, cell in COLUMNS.items()} for pair in reports]
 
 

@@ -18,7 +18,11 @@ from vit_scale import config
 from vit_scale.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
-FREE = ("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "eval.batch", "mesh.")
+# So may what is done about a corrupt image: a run that stopped at one has met none before.
+FREE = (
+    *("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "data.on_corrupt"),
+    *("eval.batch", "mesh."),
+)
 
 
 class Run:
@@ -37,7 +41,9 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")
         except OSError as error:
-            raise UserError(f"cannot write to workdir {self.path}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write to workdir {self.path}: {error.strerror}; give another --workdir"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -66,13 +72,13 @@ class Run:
         if not path.exists():
             write_json(path, self.description)
             return
-        changed = [
-            line
-            for line in config.differences(
-                read_json(path).get("config", {}), self.description["config"]
-            )
-            if not line.startswith(FREE)
-        ]
+        # Through this version's schema: a field that is newer than the run has its default.
+        stored = read_json(path).get("config")
+        if not isinstance(stored, dict):
+            raise UserError(f"{path} is damaged: it holds no config; give another --workdir")
+        begun = config.to_json(config.from_json(stored))
+        differences = config.differences(begun, self.description["config"])
+        changed = [line for line in differences if not line.startswith(FREE)]
         if changed:
             raise UserError(
                 f"workdir {self.path} holds a run of another config ({'; '.join(changed)}); "

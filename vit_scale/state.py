@@ -24,6 +24,23 @@ def restore(
     return TrainState(steps, trees["params"], trees["opt_state"], trees.get("ema"))
 
 
+def check_source(program: Program, classes: tuple[str, ...]) -> None:
+    """Raises UserError for an `init.source` that is missing, damaged, or does not fit the model.
+
+    For before a run's folder is claimed: the corrected command then finds it free.
+    """
+    cfg = program.cfg
+    if not cfg.init.source:
+        return
+    given = pretrained.read(cfg.init.source)
+
+    def fit(source, target):
+        same = given.classes == classes
+        return pretrained.adapt(source, target, cfg.init.resample, same_classes=same)[0]
+
+    jax.eval_shape(fit, given.params, program.state.params)
+
+
 def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> TrainState:
     """The state at step 0: random parameters, what `init.source` gives, then the optimizer's.
 

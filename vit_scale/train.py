@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import config, data, flops, metrics
+from vit_scale import config, data, flops
 from vit_scale.augment import train_images
-from vit_scale.checkpoint import Checkpoints
+from vit_scale.checkpoint import Checkpoints, steps
 from vit_scale.data import Source, open_split, train_batches
 from vit_scale.evaluate import Evaluate, check_classes
 from vit_scale.mesh import put_batch
 from vit_scale.model import count
 from vit_scale.program import Program, jit_train_step, plan_program, training_flops
 from vit_scale.run import Run
-from vit_scale.state import averaged, init_state, restore
+from vit_scale.state import averaged, check_source, init_state, restore
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
 
 
@@ -35,6 +35,8 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     """
     program, sources = plan_program(cfg), open_sources(cfg)
     about = describe(program, name, sources.train)
+    if not steps(pathlib.Path(workdir)):
+        check_source(program, sources.train.classes)
     with Run(workdir, about) as run, Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints:
         if run.report:
             return run.report
@@ -144,7 +146,6 @@ def tracker(program: Program, run: Run, start: int, quiet: bool) -> Tracker:
         quiet=quiet,
         process=jax.process_index(),
         mfu=functools.partial(utilisation, program),
-        reduce=metrics.reduce,
     )
 
 

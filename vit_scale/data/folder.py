@@ -86,8 +86,18 @@ def list_images(folder: Path, name: str) -> Listing:
         found = list(_by_class(root, classes))
     if not found:
         raise UserError(f"{root} has no images; expected {root}/CLASS/IMAGE ({' '.join(ENDINGS)})")
+    if root == train:
+        _refuse_empty(root, classes, {label for _, label in found})
     files = np.array([os.fsencode(file) for file, _ in found])
     return Listing(root, files, np.array([label for _, label in found], np.int32), classes)
+
+
+def _refuse_empty(root: Path, classes: tuple[str, ...], labels: set[int]) -> None:
+    for label, name in enumerate(classes):
+        if label not in labels:
+            raise UserError(
+                f"{root / name} has no images; remove it, or add some ({' '.join(ENDINGS)})"
+            )
 
 
 def _split_folder(folder: Path, name: str, classes: tuple[str, ...]) -> Path:

@@ -2,7 +2,8 @@
 
 A class is an iterated function system of two to four affine maps, drawn after Anderson & Farrell,
 "Improving Fractal Pre-training" (2022); an image is its attractor, drawn by the chaos game in gray
-3 x 3 patches as in FractalDB (Kataoka et al. 2020). One image a class is OFDB (Nakamura et al. 2023).
+3 x 3 patches as in FractalDB (Kataoka et al. 2020). One image a class is OFDB (Nakamura et al.
+2023).
 
 Class k is the same whatever the number of classes or the resolution, so disjoint ranges of classes
 are disjoint sets. Images are bit-identical on every machine: all arithmetic is +, -, *, / and the
@@ -15,6 +16,7 @@ import logging
 import os
 import uuid
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ ATTEMPTS = 1000  # at drawing a system; about one in two is kept
 
 
 def source(cfg: ConfigDict, split: str) -> InMemory:
-    """The images of a split, "train" or "test", of the config's data block, from the cache if there.
+    """The images of a split, "train" or "test", of a data block; from the cache if they are there.
 
     Ordered by image, then class. Raises UserError for a split or a value that makes no sense, and
     where the cache can't be written.
@@ -63,7 +65,7 @@ def check(cfg: ConfigDict) -> None:
 
 
 def _cached(folder: Path, block: ConfigDict, split: str, per_class: int) -> np.ndarray:
-    """Every image of the split, gray, uint8 [per_class * classes, r, r], read or else drawn and kept."""
+    """Every image of a split, gray, uint8 [per_class * classes, r, r]: read, or drawn and kept."""
     decided_by = ("classes", "first", "resolution", "points", "jitter", "seed")
     described = {field: block[field] for field in decided_by}
     described |= {"version": VERSION, "split": split, "per_class": per_class}
@@ -93,7 +95,7 @@ def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         KeyError,
         EOFError,
         zipfile.BadZipFile,
-        zipfile.zlib.error,
+        zlib.error,
     ) as error:
         reason = str(error)
     logging.getLogger(__name__).warning("%s is corrupt (%s): drawing it again", path, reason)
@@ -119,7 +121,9 @@ def _save(path: Path, images: np.ndarray) -> None:
 def _draw_all(block: ConfigDict, split: str, per_class: int) -> UInt8[np.ndarray, "n r r"]:
     shape = (per_class, block.classes, block.resolution, block.resolution)
     images = np.empty(shape, np.uint8)
-    for k in tqdm(range(block.classes), desc=f"drawing fractals ({split})", unit="class"):
+    for k in tqdm(
+        range(block.classes), desc=f"draw fractals ({split})", unit="class", disable=None
+    ):
         number = block.first + k
         maps = system(block.seed, number)
         for image in range(per_class):
@@ -149,7 +153,7 @@ def system(seed: int, number: int) -> Float[np.ndarray, "maps 6"]:
 
 
 def _draw_system(rng: np.random.Generator) -> Float[np.ndarray, "maps 6"]:
-    """A = U diag(s1, s2) V with random rotations U, V, reflected or not; translations in [-1, 1)."""
+    """A = U diag(s1, s2) V: random rotations U, V, reflected or not; translations in [-1, 1)."""
     maps = np.empty((2 + int(3 * rng.random()), 6))
     for row, (s1, s2) in zip(maps, _singular_values(len(maps), rng), strict=True):
         (p, q), (u, v) = _unit_vector(rng), _unit_vector(rng)
@@ -165,8 +169,8 @@ def _draw_system(rng: np.random.Generator) -> Float[np.ndarray, "maps 6"]:
 def _singular_values(n: int, rng: np.random.Generator) -> list[tuple[float, float]]:
     """n pairs 1 >= s1 >= s2 >= 0 whose sum of s1 + 2 s2 is uniform in [(5 + n) / 2, (6 + n) / 2).
 
-    Systems within that band look good (Anderson & Farrell). Each value is uniform between the bounds
-    that leave the rest of the sum within reach: a later pair takes from 0 to 3 of it.
+    Systems within that band look good (Anderson & Farrell). Each value is uniform between the
+    bounds that leave the rest of the sum within reach: a later pair takes from 0 to 3 of it.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -208,7 +212,7 @@ def _jittered(
 
 
 def _fill(maps: Float[np.ndarray, "maps 6"], rng: np.random.Generator) -> float:
-    """Share of the cells of a grid over the attractor's bounding box that the chaos game reaches."""
+    """Share of a grid's cells, over the attractor's bounding box, that the chaos game reaches."""
     rows, columns = _game(maps, FILL_POINTS, FILL_GRID, rng)
     return len(np.unique(rows * FILL_GRID + columns)) / FILL_GRID**2
 

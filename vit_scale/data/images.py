@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_scale.data.sources import Batch
 from vit_scale.errors import UserError, nearest
@@ -40,6 +40,8 @@ def _load(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:  # its text is the address of a buffer
+        raise Corrupt("not an image") from error
     except Exception as error:  # broken bytes make Pillow's readers raise whatever they meet
         raise Corrupt(str(error) or type(error).__name__) from error
 

@@ -196,9 +196,16 @@ def _close_all() -> None:
 
 
 def _workers_allowed() -> None:
-    """Grain reads absl's flags when it starts workers, and a notebook never parses any."""
+    """Grain reads absl's flags when it starts workers, and a notebook never parses any.
+
+    Batches on their way when a run stops lie in shared memory that Python's resource tracker gives
+    back. It warns of each time it is of use; its process takes its filters from this list.
+    """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    if quiet not in sys.warnoptions:
+        sys.warnoptions.append(quiet)
 
 
 def attach_to_parent(*_: int) -> None:

@@ -267,7 +267,7 @@ def _verified(shard: Shard, index: int) -> bytes | None:
             return None
         raise UserError(
             f"{file} cannot be read ({_short(error)}); replace it, "
-            "or leave such images out with --on_corrupt=skip"
+            "or leave such images out with --on-corrupt skip"
         ) from error
 
 

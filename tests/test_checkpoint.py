@@ -1,0 +1,212 @@
+"""checkpoint: bit-exact, newest and best kept through restarts, damage is one line."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_scale import checkpoint
+from vit_scale.checkpoint import Checkpoints, score, steps
+from vit_scale.errors import UserError
+
+ABOUT = {"config": {"optim": {"lr": 0.1, "freeze": ["embed"]}}, "classes": ["cat", "dög"]}
+
+
+def trees(seed: int, ema: bool = False) -> dict:
+    """Every type that a state has, as device arrays, with a NaN payload and a denormal."""
+    draw = np.random.RandomState(seed)
+    params = {
+        "kernel": jnp.asarray(draw.randn(3, 5), jnp.float32),
+        "blocks": {"0": {"bias": jnp.array([np.nan, -0.0, 1e-42, np.inf], jnp.float32)}},
+        "half": jnp.asarray(draw.randn(4), jnp.bfloat16),
+    }
+    opt_state = ({"count": jnp.int32(seed)}, (), [jnp.asarray(draw.randn(2), jnp.float32)])
+    return {"params": params, "opt_state": opt_state, "ema": params if ema else None}
+
+
+def like(tree):
+    """The target of a restore."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def save(folder: pathlib.Path, metrics: dict[int, dict | None], keep: int = 1) -> None:
+    """A run that saved these steps, with what was measured at each, and ended."""
+    with Checkpoints(folder, keep) as checkpoints:
+        for step, measured in metrics.items():
+            checkpoints.save(step, trees(step), ABOUT, measured)
+
+
+def same_bits(left, right) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_restored_is_what_was_saved_bit_for_bit(tmp_path, ema):
+    saved = trees(7, ema)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(7, saved, ABOUT, None)
+        checkpoints.wait()
+        assert checkpoints.latest == 7
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(7, like(saved))
+    assert restored.keys() == ({"params", "opt_state", "ema"} if ema else {"params", "opt_state"})
+    for name, tree in restored.items():
+        same_bits(tree, saved[name])
+    folder = tmp_path / checkpoint.FOLDER / "7"
+    assert checkpoint.holds_average(folder) == ema
+    assert checkpoint.description(folder) == ABOUT
+
+
+def test_parameters_are_read_without_the_optimizer(tmp_path):
+    save(tmp_path, {1: None})
+    folder = tmp_path / checkpoint.FOLDER / "1"
+    read = checkpoint.read(folder, {"params": like(trees(1)["params"])})
+    assert read.keys() == {"params"}
+    same_bits(read["params"], trees(1)["params"])
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    """The next step overwrites the buffers while they are being written."""
+    state = {"kernel": jnp.arange(2_000_000.0)}
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * -3 + 1, tree), donate_argnums=0)
+    expected = np.arange(2_000_000, dtype=np.float32)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(
+            1, {"params": state, "opt_state": {"n": jnp.int32(1)}, "ema": None}, ABOUT, None
+        )
+        given = state
+        for _ in range(20):
+            state = step(state)
+        assert given["kernel"].is_deleted()
+        checkpoints.wait()
+        target = {"params": like(state), "opt_state": None, "ema": None}
+        np.testing.assert_array_equal(checkpoints.restore(1, target)["params"]["kernel"], expected)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "keep", "kept", "best"),
+    [
+        ([0.1, 0.9, 0.3, 0.2], 1, [2, 4], 2),
+        ([0.1, 0.2, 0.3, 0.4], 1, [4], 4),
+        ([0.9, 0.2, 0.3, 0.4], 2, [1, 3, 4], 1),
+        ([0.1, 0.9, np.nan, np.nan], 1, [2, 4], 2),
+        ([np.nan, 0.9, 0.3], 1, [2, 3], 2),
+        ([0.5, None, None], 1, [1, 3], 1),
+        ([None, 0.5, None, 0.1], 1, [2, 4], 2),
+        ([None, None, None], 2, [2, 3], None),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, accuracies, keep, kept, best):
+    measured = {
+        step: None if accuracy is None else {"accuracy": accuracy, "n": 10}
+        for step, accuracy in enumerate(accuracies, 1)
+    }
+    save(tmp_path, measured, keep)
+    assert steps(tmp_path) == kept
+    with Checkpoints(tmp_path, keep) as checkpoints:
+        assert (checkpoints.latest, checkpoints.best) == (kept[-1], best)
+        if best:
+            assert checkpoints.metrics(best) == measured[best]
+
+
+def test_the_best_survives_a_restart(tmp_path):
+    save(tmp_path, {1: {"accuracy": 0.9}, 2: {"accuracy": 0.5}})
+    save(tmp_path, {3: {"accuracy": 0.6}, 4: None})
+    assert steps(tmp_path) == [1, 4]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best == 1 and checkpoints.metrics(1) == {"accuracy": 0.9}
+        assert checkpoints.metrics(4) == {}
+        checkpoints.save(5, trees(5), ABOUT, {"accuracy": 0.95})
+    assert steps(tmp_path) == [5]
+
+
+def test_score_orders_what_was_measured():
+    assert score({"accuracy": 0.1}) > score({"accuracy": float("nan")}) == score(None) == score({})
+
+
+def test_steps_are_the_finished_ones(tmp_path):
+    assert steps(tmp_path) == []
+    save(tmp_path, {9: None, 10: None}, keep=2)
+    folder = tmp_path / checkpoint.FOLDER
+    (folder / "11.orbax-checkpoint-tmp").mkdir()
+    (folder / "12").mkdir()
+    (folder / "notes").mkdir()
+    assert steps(tmp_path) == [9, 10]
+
+
+# Damage
+
+
+def remove_tree(folder):
+    shutil.rmtree(folder / "params")
+
+
+def remove_all(folder):
+    shutil.rmtree(folder)
+
+
+def remove_values(folder):
+    for file in (folder / "params").rglob("d/*"):
+        file.unlink()
+
+
+def truncate(folder):
+    for file in (folder / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+
+
+def break_metadata(folder):
+    for file in folder.rglob("_METADATA"):
+        file.write_text("{")
+
+
+@pytest.mark.parametrize(
+    "damage", [remove_tree, remove_all, remove_values, truncate, break_metadata]
+)
+def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
+    save(tmp_path, {1: None})
+    folder = tmp_path / checkpoint.FOLDER / "1"
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read(folder, {"params": like(trees(1)["params"])})
+    message = str(caught.value)
+    assert message.startswith(f"checkpoint {folder} does not fit or is damaged: ")
+    assert "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize("content", ["", "[", "\0\0"])
+def test_a_damaged_description_is_one_line(tmp_path, content):
+    save(tmp_path, {1: None})
+    folder = tmp_path / checkpoint.FOLDER / "1"
+    (folder / checkpoint.DESCRIPTION / "metadata").write_text(content)
+    with pytest.raises(UserError, match="does not fit or is damaged"):
+        checkpoint.description(folder)
+
+
+def test_another_model_is_one_line(tmp_path):
+    save(tmp_path, {1: None})
+    target = like(trees(1)["params"])
+    wrong_shape = target | {"kernel": jax.ShapeDtypeStruct((3, 6), jnp.float32)}
+    with pytest.raises(UserError, match="does not fit or is damaged"):
+        checkpoint.read(tmp_path / checkpoint.FOLDER / "1", {"params": wrong_shape})
+    wrong_names = {"weight": target["kernel"]}
+    with pytest.raises(UserError, match="does not fit or is damaged"):
+        checkpoint.read(tmp_path / checkpoint.FOLDER / "1", {"params": wrong_names})
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / checkpoint.FOLDER).write_text("a file where the folder should be")
+    with pytest.raises(UserError) as caught:
+        save(tmp_path, {1: None})
+    assert str(caught.value).startswith(f"cannot write or read {tmp_path / checkpoint.FOLDER}: ")

@@ -1,0 +1,82 @@
+"""predict: a run's folder is a function of images, with the preprocessing of its evaluation."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import softmax
+from tiny import CLASSES, random_images, random_params, tiny_config, tiny_model, write_run
+
+import vit_scale
+from vit_scale.errors import UserError
+from vit_scale.predict import Predictor, read_image
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+NORMALISED = ("augment.mean=(0.4, 0.5, 0.6)", "augment.std=(0.2, 0.25, 0.3)")
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory) -> Predictor:
+    cfg = tiny_config(*NORMALISED)
+    return vit_scale.load(
+        write_run(tmp_path_factory.mktemp("run"), cfg, random_params(tiny_model()))
+    )
+
+
+def test_probabilities_are_the_softmax_of_the_normalised_image(predictor):
+    images = random_images(3)
+    pixels = (images / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
+    logits = jax.jit(tiny_model().apply)(random_params(tiny_model()), pixels.astype(np.float32))
+    found = predictor(images)
+    np.testing.assert_allclose(found, softmax(logits, -1), atol=1e-5)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    assert np.ptp(found) > 0.05
+
+
+def test_it_says_what_it_is(predictor):
+    assert (predictor.classes, predictor.step, predictor.size) == (CLASSES, 5, (16, 16))
+    assert predictor.cfg.augment.mean == (0.4, 0.5, 0.6)
+    np.testing.assert_array_equal(predictor.params["cls"], random_params(tiny_model())["cls"])
+
+
+def test_images_of_other_sizes_are_resized(predictor):
+    small = random_images(2, (4, 4))
+    large = small.repeat(10, 1).repeat(10, 2)  # 40 x 40, of flat squares
+    assert predictor(large).shape == (2, len(CLASSES))
+    flat = np.full((1, 40, 24, 3), 77, np.uint8)
+    np.testing.assert_allclose(predictor(flat), predictor(flat[:, :16, :16]), atol=1e-5)
+
+
+def test_top_is_ordered_and_named(predictor, tmp_path):
+    file = tmp_path / "image.png"
+    Image.fromarray(random_images(1)[0]).save(file)
+    probabilities = dict(zip(CLASSES, predictor(random_images(1))[0], strict=True))
+    found = predictor.top(file, 3)
+    assert [name for name, _ in found] == sorted(CLASSES, key=probabilities.get, reverse=True)[:3]
+    np.testing.assert_allclose(
+        [p for _, p in found], sorted(probabilities.values())[:0:-1], atol=1e-6
+    )
+    assert len(predictor.top(str(file))) == len(CLASSES), "5 of 4 classes are 4"
+
+
+def test_a_file_is_cut_to_the_centre(tmp_path):
+    """32 x 64 px to 16 x 16: halved, then 8 of the columns go on each side."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:, 16:48] = 200
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    found = read_image(tmp_path / "wide.png", (16, 16))
+    assert found.shape == (16, 16, 3) and (found[:, 2:-2] == 200).all()
+
+
+def test_unreadable_images_are_one_line(predictor, tmp_path):
+    with pytest.raises(UserError, match=r"none\.png can't be opened: No such file"):
+        predictor.top(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(UserError, match=r"image .*text\.png can't be decoded: "):
+        predictor.top(tmp_path / "text.png")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is neither the folder of a run"):
+        vit_scale.load(tmp_path)

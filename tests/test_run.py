@@ -1,0 +1,142 @@
+"""run: one live writer, one config, whole files or none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vit_scale import config
+from vit_scale.errors import UserError
+from vit_scale.run import Run, read_json, write_json
+
+
+def about(*overrides: str) -> dict:
+    return {"name": "x", "config": config.to_json(config.override(config.base(), overrides))}
+
+
+def refusal(call) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def enter(folder, *overrides: str):
+    def call():
+        with Run(folder, about(*overrides)):
+            pass
+
+    return call
+
+
+def test_a_run_describes_itself_before_and_after(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    with Run(folder, about()) as run:
+        assert read_json(folder / "run.json") == about()
+        assert run.report is None
+        run.write_report({"step": 3})
+        assert run.report == {"step": 3}
+    with Run(str(folder), about()) as again:
+        assert again.report == {"step": 3}
+
+
+HOLDER = """
+import json, sys, time
+from vit_scale.run import Run
+with Run(sys.argv[1], json.loads(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
+    """By SIGKILL: nothing of its own could clean up."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(about())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        message = refusal(enter(tmp_path))
+        assert f"workdir {tmp_path} is in use by the live process {holder.pid}; " in message
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with Run(tmp_path, about()):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_another_config_is_refused_with_the_differences(tmp_path):
+    enter(tmp_path)()
+    message = refusal(enter(tmp_path, "optim.lr=0.5", "model.depth=3"))
+    assert "model.depth: None -> 3; optim.lr: 0.001 -> 0.5" in message
+    assert "give another --workdir" in message
+    assert read_json(tmp_path / "run.json") == about(), "it is what it was"
+    enter(tmp_path)()  # and free again
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "log.every=3",
+        "checkpoint.keep=4",
+        "data.workers=0",
+        "data.path=elsewhere",
+        "data.memory=True",
+        "data.on_corrupt=skip",
+        "eval.batch=7",
+        "mesh.fsdp=2",
+    ],
+)
+def test_how_a_run_is_watched_may_change(tmp_path, override):
+    enter(tmp_path)()
+    enter(tmp_path, override)()
+    assert read_json(tmp_path / "run.json") == about(), "written once"
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "steps=2000", "data.batch=64", "eval.split=train[98%:]", "optim.ema=0.9"]
+)
+def test_what_a_run_computes_may_not_change(tmp_path, override):
+    enter(tmp_path)()
+    assert override.partition("=")[0] in refusal(enter(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '"x"', "\0", "{}", '{"config": 3}', '{"config": {"steps": "x"}}']
+)
+def test_a_damaged_description_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    refusal(enter(tmp_path))
+    assert (tmp_path / "run.json").read_text() == content, "left as it was found"
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal(enter(tmp_path / "file" / "run"))
+    assert f"cannot write to workdir {tmp_path}/file/run: Not a directory" in message
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "report.json"
+    write_json(file, {"ä": [1, None]})
+    assert json.loads(file.read_text()) == read_json(file) == {"ä": [1, None]}
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    message = refusal(lambda: write_json(file, {"b": 2}))
+    assert message == f"cannot write {file}: No space left on device; free space, then run again"
+    assert read_json(file) == {"ä": [1, None]}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_missing_file_says_what_the_folder_is_not(tmp_path):
+    message = refusal(lambda: read_json(tmp_path / "run.json"))
+    assert message == f"{tmp_path}/run.json is missing: {tmp_path} is not the folder of a run"
