@@ -17,6 +17,7 @@ from benchmarks import measurement, speed
 from vit_scale.errors import RESUMABLE, UserError
 
 NOTE = "CIFAR-10 (colours)"
+FAST_COMPILATION = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # halves a toy's time
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,8 @@ def image_sets(cifar, tmp_path_factory) -> pathlib.Path:
 def run(name, image_sets, workdir, *options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--toy", "--data", str(image_sets)]
     command += ["--data-note", NOTE, "--workdir", str(workdir), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    env = os.environ | FAST_COMPILATION
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def result(name, image_sets, workdir, *options) -> dict:
@@ -75,10 +77,7 @@ def test_tutorial_in_two_pieces(image_sets, tmp_path):
     assert content["data"] == [NOTE]
     check_result(content["figures"]["vit_scale"], "test[:1000]", 1000)
     assert content["figures"]["reference"]["test accuracy"] == 0.784
-    assert (content["device"], content["fingerprint"]) == (
-        {"kind": "cpu", "count": 1, "hosts": 1},
-        listing.tutorial.MEASUREMENT.fingerprint,
-    )
+    assert content["fingerprint"] == listing.tutorial.MEASUREMENT.fingerprint
 
 
 def test_finetune(image_sets, tmp_path):
@@ -228,7 +227,7 @@ def test_fingerprint_follows_script_and_config(tmp_path, monkeypatch):
 
 def test_listing_as_a_user_types_it():
     command = [sys.executable, "-m", "benchmarks"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for each in listing.MEASUREMENTS:
         assert f"{each.name}: " in done.stdout

@@ -1,4 +1,4 @@
-"""The generated set: its systems obey the paper, its images are the same everywhere, its cache holds."""
+"""The generated set: systems obey the paper, images are the same everywhere, the cache holds."""
 
 import zlib
 
@@ -8,7 +8,6 @@ import pytest
 from vit_scale import config
 from vit_scale.data import fractal, open_split
 from vit_scale.errors import UserError
-
 
 GOLDEN = 1270267897  # CRC-32 of the pixels
 
@@ -27,7 +26,7 @@ def images(cfg, split="train") -> np.ndarray:
 
 
 def test_systems_obey_the_constraint_on_singular_values():
-    """Anderson & Farrell 2022: 1 >= s1 >= s2 >= 0, and sum(s1 + 2 s2) in [(5 + n) / 2, (6 + n) / 2)."""
+    """Anderson & Farrell 2022: 1 >= s1 >= s2 >= 0, (5 + n) / 2 <= sum(s1 + 2 s2) < (6 + n) / 2."""
     sizes = set()
     for number in range(200):
         maps = fractal._draw_system(fractal._generator(0, number))

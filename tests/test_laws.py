@@ -151,7 +151,7 @@ def kill_at_random(arguments: Sequence[str], ready, delay: float, cwd: pathlib.P
     process = subprocess.Popen(
         [sys.executable, "-m", "vit_scale.cli", *map(str, arguments)],
         cwd=cwd,
-        # A killed process may leave a half-written program in the cache: no other one shall meet it.
+        # A killed process may leave a half-written program in the cache, for itself alone.
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cwd / "xla")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -480,8 +480,9 @@ SWITCHES = {
     "optim.train": ("head",),
     "optim.freeze": ("('embed',)",),
 }
-# What decides which pixels the step gets, where it starts, or what is done beside it.
-OTHERS = ("stages", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint.")
+# `objective` has one value so far. The others decide which pixels the step gets, where it starts, or
+# what is done beside it.
+OTHERS = ("stages", "objective", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint.")
 MORE = [  # further values of a switch that is in the table
     ("model.pool=map", "model.pool=gap"),
     ("model.remat=dots_saveable", "model.remat=full"),

@@ -195,8 +195,8 @@ def test_masked_images_change_nothing(program, step):
 
 def test_it_learns(program, step):
     batch, state, losses = batch_of(program), new_state(program), []
-    for _ in range(30):
+    for _ in range(20):
         state, metrics = step(state, batch)
         losses.append(float(metrics.compute()["loss"]))
-    assert losses[-1] < 0.3 * losses[0]
-    assert state.step == 30
+    assert losses[-1] < 0.5 * losses[0]
+    assert state.step == 20

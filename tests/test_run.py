@@ -73,11 +73,13 @@ def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
 
 def test_another_config_is_refused_with_the_differences(tmp_path):
     enter(tmp_path)()
-    message = refusal(enter(tmp_path, "optim.lr=0.5", "model.depth=3"))
+    with pytest.raises(UserError) as caught:
+        enter(tmp_path, "optim.lr=0.5", "model.depth=3")()
+    message = str(caught.value)
     assert "model.depth: None -> 3; optim.lr: 0.001 -> 0.5" in message
     assert "give another --workdir" in message
     assert read_json(tmp_path / "run.json") == about(), "it is what it was"
-    enter(tmp_path)()  # and free again
+    enter(tmp_path)()  # free again, though `caught` keeps the refused run alive
 
 
 @pytest.mark.parametrize(

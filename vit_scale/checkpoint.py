@@ -9,6 +9,7 @@ the optimizer that made them.
 import contextlib
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
 import orbax.checkpoint as ocp
@@ -141,8 +142,11 @@ def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
     except Exception as error:
         text = " ".join(str(error).split())
         if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+            # The system's reason stands last, after what it was that could not be written.
+            reason = re.search(r"([^:\"]+) \[os_error_code", text)
+            text = reason[1].strip() if reason else text[:300]
             raise UserError(
-                f"cannot write or read {folder}: {text[:300]}; free space or repair it, and run "
+                f"cannot write or read {folder}: {text}; free space or repair it, and run "
                 "the same command again: the checkpoints before this one are untouched"
             ) from error
         raise

@@ -182,7 +182,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's warnings ask nothing of the user
+    # What Orbax logs of a full disk is hundreds of lines of tracebacks; the one line here says it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         args = parser().parse_args(arguments)
         args.do(args, overrides)

@@ -4,9 +4,11 @@
 Grain pipelines. A new kind of set is one module with a `source(cfg.data, name)` and one entry here.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
-from vit_scale.data import cifar, folder, records
+from vit_scale.data import cifar, folder, fractal, records
 from vit_scale.data.pipeline import eval_batches, in_memory, train_batches
 from vit_scale.data.sources import Batch, InMemory, Slice, Source, cut, split_name
 from vit_scale.errors import UserError, nearest
@@ -23,16 +25,10 @@ __all__ = [
 ]
 
 
-def _fractal(cfg: ConfigDict, name: str) -> Source:
-    from vit_scale.data import fractal  # its renderer is needed for no other set
-
-    return fractal.source(cfg, name)
-
-
 # Of each data.name: the whole sets that it has, and what opens one.
-SETS = {
+SETS: dict[str, tuple[tuple[str, ...], Callable[[ConfigDict, str], Source]]] = {
     "cifar10": (("train", "test"), cifar.source),
-    "fractal": (("train", "test"), _fractal),
+    "fractal": (("train", "test"), fractal.source),
     "folder": (("train", "test", "val", "validation"), folder.source),
     "array_record": (("train", "test", "val", "validation"), records.source),
 }
