@@ -44,7 +44,7 @@ def get_config(stage: str = ""):
 
 
 def pretrain(cfg):
-    cfg.steps = 900
+    cfg.steps = 600
     cfg.data.name = "fractal"
     cfg.data.resolution = 32
     cfg.data.fractal.classes = 512
@@ -57,10 +57,10 @@ def pretrain(cfg):
 
 
 def finetune(cfg, resolution):
-    cfg.steps = 150 if resolution == 32 else 100
+    cfg.steps = 100 if resolution == 32 else 60
     cfg.data.resolution = resolution
     cfg.augment.scale = (0.6, 1.0)
-    cfg.optim.warmup = 15
+    cfg.optim.warmup = 10
     if any(os.path.isdir(f".data/cifar-10-batches-{layout}") for layout in ("bin", "py")):
         cfg.data.name = "cifar10"
         cfg.data.train = "train[:10000]"

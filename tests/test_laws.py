@@ -298,8 +298,8 @@ def test_fine_tuning_keeps_resamples_and_replaces(whole, jpegs, tmp_path, capsys
 def test_resample_methods_differ_and_same_classes_keep_the_head(whole, cifar):
     def begin(method):
         source = pretrained.read(whole)
-        source.cfg.data.resolution = 64
-        target = build(source.cfg.model, (64, 64)).init(jax.random.key(1))
+        shapes = jax.eval_shape(build(source.cfg.model, (64, 64)).init, jax.random.key(1))
+        target = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
         return pretrained.adapt(source.params, target, method, same_classes=True)[0]
 
     cubic, corners = begin("cubic"), begin("corners")
@@ -320,7 +320,7 @@ def test_evaluation_is_exact_for_every_batch_size(jpegs):
     draw = np.random.RandomState(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 4, jnp.float32),
-        model.init(jax.random.key(0)),
+        jax.eval_shape(model.init, jax.random.key(0)),
     )
     images = draw.randint(0, 256, (37, 32, 32, 3)).astype(np.uint8)
     labels, mask = draw.randint(0, 3, 37), np.arange(37) != 20
@@ -332,7 +332,7 @@ def test_evaluation_is_exact_for_every_batch_size(jpegs):
     hits = (logits.argmax(axis=1) == labels)[mask]
     loss = (log_total - logits[np.arange(37), labels])[mask].mean()
     assert 0 < hits.sum() < 36
-    for batch in (1, 7, 37, 128):
+    for batch in (7, 64):
         cfg.eval.batch = batch
         result = Evaluate(cfg, model, make_mesh(cfg.mesh))(params, source)
         assert result["n"] == 36, batch
@@ -342,11 +342,11 @@ def test_evaluation_is_exact_for_every_batch_size(jpegs):
 
 def test_the_eval_verb_gives_the_same_for_every_batch_size(whole, capsys):
     seen = []
-    for batch in (1, 7, 128, 300):
+    for batch in (1, 128, 300):
         arguments = ["--split", "test[:257]", "--json", f"--config.eval.batch={batch}"]
         assert cli.main(["eval", str(whole), *arguments]) == 0
         seen.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    assert [result["n"] for result in seen] == [257] * 4
+    assert [result["n"] for result in seen] == [257] * 3
     assert len({result["accuracy"] for result in seen}) == 1
     np.testing.assert_allclose([r["loss"] for r in seen], seen[0]["loss"], rtol=1e-6)
 
@@ -532,8 +532,9 @@ def test_what_is_off_or_elsewhere_leaves_the_step_alone(override, computed):
     assert not differ(computed(), compute(override))
 
 
-def two_steps(*overrides: str) -> dict[str, np.ndarray]:
-    """Parameters after two steps from the same drawn state."""
+def after(steps: int, *overrides: str) -> dict[str, np.ndarray]:
+    """Parameters after so many steps of SGD from the same drawn state; 0 compiles nothing."""
+    overrides = ("optim.name=sgd", "optim.lr=.1", *overrides)
     program = plan_program(config.override(config.base(), [*SMALL, *overrides]))
     draw = np.random.RandomState(0)
     params = {
@@ -549,7 +550,7 @@ def two_steps(*overrides: str) -> dict[str, np.ndarray]:
     images = draw.randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     labels, mask = np.array([0, 1, 2, 1], np.int32), np.array([True, True, True, False])
     step = jit_train_step(program)
-    for _ in range(2):
+    for _ in range(steps):
         state, _ = step(state, {"image": images, "label": labels, "mask": mask})
     result = {f"params/{k}": np.asarray(v) for k, v in named(state.params).items()}
     return result | {f"ema/{k}": np.asarray(v) for k, v in named(state.ema or {}).items()}
@@ -557,19 +558,19 @@ def two_steps(*overrides: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def plain(quick_compile):
-    return two_steps("optim.name=sgd", "optim.lr=.1")
+    return after(2)
 
 
 @pytest.mark.parametrize("same", ["model.remat=full", "optim.accumulate=2"])
 def test_what_changes_the_way_but_not_the_result(same, plain):
     """A masked-out example is in the batch: micro-batches hold different numbers of examples."""
-    result = two_steps("optim.name=sgd", "optim.lr=.1", same)
+    result = after(2, same)
     for name, leaf in plain.items():
         np.testing.assert_allclose(result[name], leaf, atol=1e-5, err_msg=name)
 
 
 def test_dropout_and_averaging_change_the_numbers(plain):
-    result = two_steps("optim.name=sgd", "optim.lr=.1", "model.dropout=.5", "optim.ema=.5")
+    result = after(2, "model.dropout=.5", "optim.ema=.5")
     for name in ("params/embed/kernel", "params/head/kernel"):
         assert np.abs(result[name] - plain[name]).max() > 1e-4
     moved = result["params/head/kernel"] - result["ema/head/kernel"]
@@ -577,9 +578,7 @@ def test_dropout_and_averaging_change_the_numbers(plain):
 
 
 def test_freezing_leaves_exactly_the_others_unchanged(plain):
-    sgd = ("optim.name=sgd", "optim.lr=.1")
-    head = two_steps(*sgd, "optim.train=head")
-    start = two_steps(*sgd, "optim.train=head", "optim.lr=1e-30")
+    start, head = after(0), after(2, "optim.train=head")
     changed = {name for name in head if not np.array_equal(head[name], start[name])}
     assert changed == {"params/head/bias", "params/head/kernel"}
     assert {n for n in plain if not np.array_equal(plain[n], start[n])} == plain.keys()
@@ -587,11 +586,10 @@ def test_freezing_leaves_exactly_the_others_unchanged(plain):
 
 def test_the_data_switches_change_the_images(jpegs):
     """Fields that reach the step only as pixels."""
-    base = config.base()
-    base.data.name, base.data.path, base.data.resolution = "folder", str(jpegs), 16
 
     def first(split="train", **fields):
-        cfg = config.override(base, [f"data.{k}={v}" for k, v in fields.items()])
+        given = {"name": "folder", "path": jpegs, "resolution": 16, **fields}
+        cfg = config.override(config.base(), [f"data.{k}={v}" for k, v in given.items()])
         source = open_split(cfg.data, split)
         return len(source), source.read(np.arange(3)), source.decodes
 
