@@ -38,6 +38,11 @@ PLAIN = "from vit_scale.config import base\n\n\ndef get_config(steps='1000'):\n"
 PLAIN += "    cfg = base()\n    cfg.steps = int(steps)\n    return cfg\n"
 
 
+def learning(jpegs) -> list[str]:
+    fields = ("data.name=folder", "data.memory=true", "model.classes=3", "optim.lr=0.01")
+    return [f"--config.data.path={jpegs}", *(f"--config.{field}" for field in fields)]
+
+
 def ran(capsys, *arguments) -> str:
     """Standard output of a command that works."""
     capsys.readouterr()
@@ -57,8 +62,7 @@ def learnt(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("learnt")
     (folder / "plain.py").write_text(PLAIN)
     run = folder / "run"
-    fields = (f"--config.data.path={jpegs}", "--config.data.name=folder")
-    fields += ("--config.model.classes=3", "--config.optim.lr=0.01", "--config.data.memory=true")
+    fields = learning(jpegs)
     arguments = ["train", "--config", f"{folder / 'plain.py'}:80", *TINY, *fields]
     assert cli.main([*arguments, "--workdir", str(run), "--quiet"]) == 0
     return run
@@ -178,8 +182,7 @@ def test_overrides_with_equals_or_apart_before_or_after(capsys):
 def test_training_prints_a_table_and_then_json(learnt, capsys, jpegs):
     """On a finished run: it says again what it came to, and changes nothing."""
     plain = f"{learnt.parent / 'plain.py'}:80"
-    fields = (f"--config.data.path={jpegs}", "--config.data.name=folder")
-    fields += ("--config.model.classes=3", "--config.optim.lr=0.01", "--config.data.memory=true")
+    fields = learning(jpegs)
     report = (learnt / "report.json").read_bytes()
     out = ran(capsys, "train", "--config", plain, *TINY, *fields, "--workdir", learnt)
     assert (learnt / "report.json").read_bytes() == report

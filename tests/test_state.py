@@ -59,7 +59,9 @@ def test_a_start_from_another_run(tmp_path, capsys, quiet):
     program = plan_program(tiny_config("data.resolution=32", f"init.source={run}"))
     state = init_state(program, ("ant", *CLASSES[1:]), quiet)
     same(state.params["blocks"], given["blocks"])
-    same(state.params["posemb"], resample(given["posemb"], (4, 4), "cubic"))
+    # Another compilation of the same resampling: equal to rounding.
+    expected = resample(given["posemb"], (4, 4), "cubic")
+    np.testing.assert_allclose(state.params["posemb"], expected, rtol=1e-5, atol=1e-7)
     assert not np.any(state.params["head"]["kernel"]), "other classes: a new head"
     printed = capsys.readouterr().out
     assert printed == "" if quiet else f"initialised from {run}/checkpoints/5\n" in printed
