@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
     {"errors"},
-    {"config", "posemb", "flops", "metrics"},
+    {"config", "posemb", "flops", "metrics", "layers"},
     {"model", "augment", "mesh", "run"},
     {"objectives", "optim", "data", "checkpoint", "tracking", "report"},
     {"pretrained", "program"},
@@ -42,7 +42,7 @@ HOMES = {
     "clu.metric_writers": ("clu", {"tracking"}),
     "clu.metrics": ("clu", {"metrics"}),
     "clu.parameter_overview": ("clu", {"tracking"}),
-    "flax": ("flax", {"model"}),
+    "flax": ("flax", {"layers", "model"}),
     "flax.struct": ("flax", {"metrics"}),  # a clu.metrics.Collection is declared with it
     "grain": ("grain", {"data"}),
     "jax": ("jax", set()),

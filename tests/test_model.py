@@ -10,7 +10,7 @@ from flax import nnx
 from scipy.special import erf
 from tiny import random_images, random_params, tiny_config, tiny_model
 
-from vit_scale import flops, model
+from vit_scale import flops, layers, model
 from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.model import build, count, named, stack, unstack
@@ -169,7 +169,8 @@ def test_a_new_model_has_zero_logits(initialised):
 
 def test_patches_are_a_strided_convolution():
     cfg = tiny_config("model.variant=Ti/4", "data.width=24")
-    embed = model.PatchEmbed(cfg.model, model.shape(cfg.model, (16, 24)), nnx.Rngs(0))
+    size = model.shape(cfg.model, (16, 24)).size
+    embed = layers.PatchEmbed(cfg.model, 4, size, nnx.Rngs(0))
     embed.bias[...] = jnp.arange(16.0)
     images = pixels(2, (16, 24))
     expected = jax.lax.conv_general_dilated(
@@ -276,7 +277,7 @@ def test_stack_and_unstack_are_inverse():
 
 def test_drop_keeps_the_expectation():
     x = jnp.full((400, 101), 3.0)
-    dropped = np.asarray(model.drop(x, 0.3, KEY, x.shape))
+    dropped = np.asarray(layers.drop(x, 0.3, KEY, x.shape))
     assert set(np.unique(dropped)) == {0.0, np.float32(3 / (1 - 0.3))}
     assert abs(dropped.mean() - 3) < 0.05  # its standard deviation is .01
     assert 0.6 < (dropped[:, 0] > 0).mean() < 0.8 and 0.6 < (dropped[:, 100] > 0).mean() < 0.8
@@ -285,7 +286,7 @@ def test_drop_keeps_the_expectation():
 
 
 def test_drop_draws_once_per_entry_of_its_shape():
-    dropped = model.drop(jnp.ones((64, 3, 5)), 0.5, KEY, (64, 1, 1))
+    dropped = layers.drop(jnp.ones((64, 3, 5)), 0.5, KEY, (64, 1, 1))
     examples = np.asarray(dropped).reshape(64, -1)
     assert (examples == examples[:, :1]).all() and 0 < (examples[:, 0] > 0).sum() < 64
 

@@ -1,0 +1,158 @@
+"""The parts of a ViT: what one token, one block, one pooling does. Only mathematics.
+
+Flax NNX modules. Parameters are float32; `dtype` is that of the computation. Without a key nothing
+is dropped.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+NORM_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+
+
+def drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
+    """Dropout with one draw per entry of `shape`, which broadcasts to x; keeps the expectation.
+
+    A draw has 16 bits, so that one 32-bit random number serves two: random numbers were a third of
+    a training step with dropout. The rate is exact to 1/65536.
+    """
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)))
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    draws = draws.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    return jnp.where(draws >= rate * 2**16, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """An einsum with kernel and bias, so that attention keeps its heads as an axis of their own."""
+
+    def __init__(self, equation: str, kernel, bias, init: Callable, dtype, rngs: nnx.Rngs):
+        self.equation, self.dtype = equation, dtype
+        self.kernel = nnx.Param(init(rngs.params(), kernel))
+        self.bias = nnx.Param(jnp.zeros(bias))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return jnp.einsum(self.equation, x.astype(self.dtype), kernel) + bias
+
+
+# Xavier over each head-split matrix as if it stood alone; axis "s" of the fused q, k, v is a batch.
+_xavier = nnx.initializers.variance_scaling
+QKV_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(2, 3), batch_axis=1)
+OUT_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        d, k = size.width, size.heads
+        self.implementation = cfg.attention
+        self.qkv = Projection(
+            "bnd,dske->bnske", (d, 3, k, d // k), (3, k, d // k), QKV_INIT, cfg.dtype, rngs
+        )
+        self.out = Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        return self.out(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
+
+
+class MLP(nnx.Module):
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        self.dropout = cfg.dropout
+        options = {
+            "kernel_init": nnx.initializers.xavier_uniform(),
+            "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
+            "dtype": jnp.dtype(cfg.dtype),
+            "rngs": rngs,
+        }
+        self.up = nnx.Linear(size.width, size.mlp, **options)
+        self.down = nnx.Linear(size.mlp, size.width, **options)
+
+    def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
+        x = jax.nn.gelu(self.up(x), approximate=False)
+        if key is not None and self.dropout:
+            x = drop(x, self.dropout, key, x.shape)
+        return self.down(x)
+
+
+def layer_norm(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(size.width, epsilon=NORM_EPSILON, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
+        self.norm1 = layer_norm(cfg, size, rngs)
+        self.attention = Attention(cfg, size, rngs)
+        self.norm2 = layer_norm(cfg, size, rngs)
+        self.mlp = MLP(cfg, size, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], drop_path: float | Array = 0.0, key: Array | None = None
+    ) -> Float[Array, "b n d"]:
+        """`drop_path` is this block's rate; without a key nothing is dropped."""
+        keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
+        x = x + self.branch(self.attention(self.norm1(x)), drop_path, keys[0], keys[1])
+        return x + self.branch(self.mlp(self.norm2(x), keys[2]), drop_path, keys[3], keys[4])
+
+    def branch(self, x: Array, drop_path, dropout_key, path_key) -> Array:
+        if dropout_key is not None and self.dropout:
+            x = drop(x, self.dropout, dropout_key, x.shape)
+        if path_key is not None and self.drop_path:
+            x = drop(x, drop_path, path_key, (x.shape[0], 1, 1))
+        return x
+
+
+class PatchEmbed(nnx.Module):
+    """A strided convolution written as the matmul that it is."""
+
+    def __init__(self, cfg: ConfigDict, patch: int, size: Size, rngs: nnx.Rngs):
+        p, d = patch, size.width
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
+        self.patch = p
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.kernel = nnx.Param(init(rngs.params(), (p, p, 3, d)))
+        self.bias = nnx.Param(jnp.zeros((d,)))
+
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w d"]:
+        b, height, width, channels = images.shape
+        p = self.patch
+        patches = images.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // p, width // p, -1)
+        kernel = self.kernel[...].astype(self.dtype).reshape(p * p * channels, -1)
+        return patches @ kernel + self.bias[...].astype(self.dtype)
+
+
+class AttentionPool(nnx.Module):
+    """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
+
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        d, k = size.width, size.heads
+        self.implementation = cfg.attention
+        self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, d)))
+        init = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
+        kv_init, shape = QKV_INIT, (d, 2, k, d // k)
+        self.query = Projection("nd,dke->nke", (d, k, d // k), (k, d // k), init, cfg.dtype, rngs)
+        self.kv = Projection("bnd,dske->bnske", shape, shape[1:], kv_init, cfg.dtype, rngs)
+        self.out = Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+        self.norm = layer_norm(cfg, size, rngs)
+        self.mlp = MLP(cfg, size, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:
+        k, v = jnp.moveaxis(self.kv(x), 2, 0)
+        q = jnp.broadcast_to(self.query(self.probe[...]), (x.shape[0], 1, *k.shape[2:]))
+        x = self.out(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
+        return (x + self.mlp(self.norm(x), key))[:, 0]
