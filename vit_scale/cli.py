@@ -179,18 +179,18 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def _excepthook(kind, error, trace) -> None:
-    """What tensorstore's threads print when a failed checkpoint's writes outlive it is no news.
+def _report_unraisable(unraisable) -> None:
+    """What tensorstore's threads say when writes outlive the checkpoint that failed is no news.
 
     The failure itself is raised where the checkpoint is waited for, and becomes one line.
     """
-    if "Event loop is closed" not in str(error):
-        sys.__excepthook__(kind, error, trace)
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    sys.excepthook = _excepthook
+    sys.unraisablehook = _report_unraisable
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     # What Orbax logs of a full disk is hundreds of lines of tracebacks; the one line here says it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
