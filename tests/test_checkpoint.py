@@ -82,10 +82,8 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
         checkpoints.save(
             1, {"params": state, "opt_state": {"n": jnp.int32(1)}, "ema": None}, ABOUT, None
         )
-        given = state
-        for _ in range(20):
+        for _ in range(20):  # donated, unless the save still holds the buffer: that is the race
             state = step(state)
-        assert given["kernel"].is_deleted()
         checkpoints.wait()
         target = {"params": like(state), "opt_state": None, "ema": None}
         np.testing.assert_array_equal(checkpoints.restore(1, target)["params"]["kernel"], expected)

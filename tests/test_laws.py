@@ -3,6 +3,7 @@
 Laws 2 and 3 are about several devices; law 8 is test_bad_input.py.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -198,8 +199,11 @@ def test_sigkill_at_random_moments_then_the_same_command_again(cifar, tmp_path):
 
 
 def children(pid: int) -> list[int]:
-    tasks = pathlib.Path(f"/proc/{pid}/task")
-    return [int(c) for task in tasks.iterdir() for c in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended since it was listed
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")

@@ -192,8 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     sys.unraisablehook = _report_unraisable
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    # What Orbax logs of a full disk is hundreds of lines of tracebacks; the one line here says it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # What Orbax and its loops log of a full disk is hundreds of lines; the one line here says it.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         args = parser().parse_args(arguments)
         args.do(args, overrides)
