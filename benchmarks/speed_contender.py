@@ -59,7 +59,7 @@ def vit_scale(cfg: ConfigDict) -> Program:
     step, state = jit_train_step(program), init_state(program, (), quiet=True)
     images, labels = examples(cfg)
     batch = {"image": images, "label": labels, "mask": np.ones(len(labels), bool)}
-    batch = jax.block_until_ready(put_batch(batch, program.mesh))
+    batch = jax.block_until_ready(put_batch(batch, program.mesh, cfg.data.batch))
     device = jax.local_devices()[0]
 
     def train(steps: int) -> None:

@@ -115,6 +115,9 @@ def mesh() -> dict:
         "data": -1,  # devices that split the batch and hold all parameters; -1: the rest
         "fsdp": 1,  # devices that split the batch and the parameters
         "tensor": 1,  # devices that split heads and MLP
+        "slices_data": -1,  # slices of a pod that `data` goes over, as well; -1: the rest
+        "slices_fsdp": 1,  # slices that `fsdp` goes over, as well
+        "slices_tensor": 1,  # slices that `tensor` goes over, as well
     }
 
 

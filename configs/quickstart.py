@@ -44,7 +44,7 @@ def get_config(stage: str = ""):
 
 
 def pretrain(cfg):
-    cfg.steps = 600
+    cfg.steps = 400
     cfg.data.name = "fractal"
     cfg.data.resolution = 32
     cfg.data.fractal.classes = 512
@@ -57,7 +57,7 @@ def pretrain(cfg):
 
 
 def finetune(cfg, resolution):
-    cfg.steps = 100 if resolution == 32 else 60
+    cfg.steps = 80 if resolution == 32 else 50
     cfg.data.resolution = resolution
     cfg.augment.scale = (0.6, 1.0)
     cfg.optim.warmup = 10

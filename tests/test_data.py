@@ -51,11 +51,11 @@ def block(**changes):
     return cfg
 
 
-def labels(source, batch, seed=0, start=0, stop=None, process=(0, 1), workers=0) -> list:
+def labels(source, batch, seed=0, start=0, stop=None, rows=None, workers=0) -> list:
     cfg = block(batch=batch, workers=workers)
     return [
         (step, found["label"].tolist())
-        for step, found in data.train_batches(source, cfg, seed, start, stop, process)
+        for step, found in data.train_batches(source, cfg, seed, start, stop, rows)
     ]
 
 
@@ -176,8 +176,8 @@ def test_processes_together_make_the_same_global_batch(n, count):
     whole = [batch for _, batch in data.train_batches(source, cfg, 5, 2, 6)]
     parts = zip(
         *(
-            [b for _, b in data.train_batches(source, cfg, 5, 2, 6, (i, count))]
-            for i in range(count)
+            [b for _, b in data.train_batches(source, cfg, 5, 2, 6, rows)]
+            for rows in np.array_split(np.arange(16), count)
         ),
         strict=True,
     )
@@ -206,7 +206,7 @@ def test_without_a_last_step_there_is_no_end():
 def test_workers_give_the_same_batches_and_are_other_processes():
     def run(workers, start):
         cfg = block(batch=6, workers=workers)
-        found = list(data.train_batches(Decoding(20), cfg, 3, start, 9, (1, 2)))
+        found = list(data.train_batches(Decoding(20), cfg, 3, start, 9, np.arange(3, 6)))
         pids = {int.from_bytes(b["image"][0, 0, 0].tobytes(), "little") for _, b in found}
         return [(step, b["label"].tolist()) for step, b in found], pids
 
@@ -230,7 +230,8 @@ def test_a_users_error_in_a_worker_arrives_as_it_is():
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_evaluation_sees_every_example_once(batch, count):
     n = 130
-    runs = [list(data.eval_batches(numbered(n), batch, (i, count))) for i in range(count)]
+    parts = np.array_split(np.arange(batch), count)
+    runs = [list(data.eval_batches(numbered(n), batch, rows)) for rows in parts]
     assert {len(run) for run in runs} == {-(-n // batch)}
     for step in zip(*runs, strict=True):
         assert sum(len(part["mask"]) for part in step) == batch

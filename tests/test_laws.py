@@ -116,10 +116,10 @@ def stop_before(step: int, patch: pytest.MonkeyPatch) -> None:
     """End the next training in this process when it is about to compute step `step`."""
     count, put_batch = iter(range(10**6)), train.put_batch
 
-    def put(batch, mesh):
+    def put(batch, mesh, size):
         if next(count) == step and np.ndim(batch["mask"]):
             raise Killed
-        return put_batch(batch, mesh)
+        return put_batch(batch, mesh, size)
 
     patch.setattr(train, "put_batch", put)
 

@@ -1,5 +1,6 @@
 """mesh: where each leaf goes, the refusals' arithmetic, and the same numbers on eight devices."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,9 +21,9 @@ from vit_scale.model import build, named
 from vit_scale.optim import apply_updates, make_optimizer
 
 
-def mesh_block(data=-1, fsdp=1, tensor=1):
+def mesh_block(data=-1, fsdp=1, tensor=1, **slices):
     cfg = base().mesh
-    cfg.update({"data": data, "fsdp": fsdp, "tensor": tensor})
+    cfg.update({"data": data, "fsdp": fsdp, "tensor": tensor, **slices})
     return cfg
 
 
@@ -110,6 +111,19 @@ def test_a_dimension_that_does_not_divide_is_whole():
     assert found["blocks/0/mlp/up/kernel"] == P("fsdp", "tensor")
 
 
+def test_fsdp_falls_back_to_the_longest_dimension_that_divides():
+    """Width 12 over fsdp=8: the MLP's 16 take it; heads of 6 do not, nor q, k, v, nor 5 classes."""
+    found = specs(shapes(width=12, heads=2, scan=False), abstract_mesh(1, 8, 1))
+    assert found["blocks/0/mlp/up/kernel"] == P(None, "fsdp")
+    assert found["blocks/0/mlp/down/kernel"] == P("fsdp")
+    assert found["blocks/0/attention/qkv/kernel"] == P()
+    assert found["head/kernel"] == P()
+    stacked = specs(shapes(width=12, heads=2, depth=8), abstract_mesh(1, 8, 1))
+    assert stacked["blocks/mlp/down/kernel"] == P(None, "fsdp")
+    with_tensor = specs(shapes(width=12, heads=2, mlp=32, scan=False), abstract_mesh(1, 8, 2))
+    assert with_tensor["blocks/0/mlp/down/kernel"] == P("tensor")  # 32 are taken
+
+
 def test_on_pure_data_parallelism_all_parameters_are_whole():
     assert set(specs(shapes(), abstract_mesh(8, 1, 1)).values()) == {P()}
 
@@ -123,6 +137,46 @@ def test_leaves_of_other_rank_or_name_are_whole():
 def test_batches_are_split_over_data_and_fsdp():
     mesh = abstract_mesh(2, 2, 2)
     assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp")))
+
+
+# Slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as placing it in a mesh needs."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "any"
+
+
+def pod(slices, devices):
+    """`slices` slices of so many devices, each a process of its own."""
+    return [Device(i, i // devices, i // devices) for i in range(slices * devices)]
+
+
+def test_each_axis_goes_over_devices_of_a_slice_and_over_slices():
+    mesh = make_mesh(mesh_block(data=2, fsdp=2, slices_data=1, slices_fsdp=2), pod(2, 4))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    slices = [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]]
+    assert slices == [[0, 0, 1, 1]] * 2  # neighbours in a slice are neighbours on the axis
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+
+
+def test_the_batch_goes_over_slices_unless_told_otherwise():
+    mesh = make_mesh(mesh_block(data=1, fsdp=4), pod(2, 4))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert [device.slice_index for device in mesh.devices[:, 0, 0]] == [0, 1]
+
+
+def test_a_process_is_a_slice_where_devices_do_not_say():
+    devices = [dataclasses.replace(device, slice_index=0) for device in pod(2, 4)]
+    mesh = make_mesh(mesh_block(data=1, fsdp=4, slices_data=2), devices)
+    assert [device.process_index for device in mesh.devices[:, 0, 0]] == [0, 1]
+    assert dict(make_mesh(mesh_block(fsdp=8), devices).shape)["fsdp"] == 8  # one slice
 
 
 # Refusals
@@ -141,7 +195,21 @@ REFUSALS = [
 @pytest.mark.parametrize(("sizes", "devices", "message"), REFUSALS)
 def test_refuses_a_mesh_that_does_not_fit(sizes, devices, message):
     with pytest.raises(UserError) as caught:
-        make_mesh(mesh_block(*sizes), devices=[None] * devices)
+        make_mesh(mesh_block(*sizes), devices=pod(1, devices))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        ({"slices_data": 3}, "mesh slices data=3 x fsdp=1 x tensor=1 = 3 slices, but there are 2"),
+        ({"slices_fsdp": 4}, "mesh slices data=-1 x fsdp=4 x tensor=1: 2 slices are not divisible"),
+        ({"slices_tensor": -1}, "mesh slices data=-1 x fsdp=1 x tensor=-1: only one size can be"),
+    ],
+)
+def test_refuses_slices_that_are_not_there(slices, message):
+    with pytest.raises(UserError) as caught:
+        make_mesh(mesh_block(**slices), devices=pod(2, 4))
     assert str(caught.value).startswith(message)
 
 
@@ -172,7 +240,7 @@ def test_one_device():
         "image": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3),
         "mask": np.array([True, False]),
     }
-    batch = put_batch(host, mesh)
+    batch = put_batch(host, mesh, 2)
     for name, array in batch.items():
         assert array.sharding == batch_sharding(mesh) and array.dtype == host[name].dtype
         assert np.array_equal(array, host[name])
@@ -191,7 +259,7 @@ def train_on(sizes):
     optimizer, _ = make_optimizer(cfg, 10, shapes)
     random = np.random.default_rng(0)
     images = random.standard_normal((16, 8, 8, 3)).astype(np.float32)
-    batch = put_batch({"image": images, "label": random.integers(0, 5, 16)}, mesh)
+    batch = put_batch({"image": images, "label": random.integers(0, 5, 16)}, mesh, 16)
     # Drawn by numpy: compiling the model's own initialisation takes longer than all the rest.
     params = jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
     params = jax.device_put(params, shardings(shapes, mesh))

@@ -42,7 +42,8 @@ def new_state(program, step: int = 0) -> TrainState:
 
 
 def batch_of(program, **changed) -> dict:
-    return put_batch(random_batch() | changed, program.mesh)
+    batch = random_batch() | changed
+    return put_batch(batch, program.mesh, len(batch["label"]))
 
 
 def bits(tree) -> list[bytes]:

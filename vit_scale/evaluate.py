@@ -9,7 +9,7 @@ from vit_scale.augment import eval_images
 from vit_scale.config import image_size
 from vit_scale.data import Source, eval_batches
 from vit_scale.errors import UserError
-from vit_scale.mesh import batch_sharding, check_batch, put_batch, shardings
+from vit_scale.mesh import batch_rows, batch_sharding, check_batch, put_batch, shardings
 from vit_scale.metrics import EvalMetrics, to_floats
 from vit_scale.model import Model
 
@@ -42,8 +42,8 @@ class Evaluate:
     def __call__(self, params: dict, source: Source) -> dict[str, float]:
         cfg, total = self.cfg, EvalMetrics.empty()
         check_classes(source, cfg)
-        process = (jax.process_index(), jax.process_count())
-        batches = eval_batches(source, cfg.eval.batch, process, cfg.data.workers)
+        rows = batch_rows(cfg.eval.batch, self.mesh)
+        batches = eval_batches(source, cfg.eval.batch, rows, cfg.data.workers)
         with tqdm(
             total=len(source),
             desc=f"evaluate {source.name}",
@@ -52,7 +52,9 @@ class Evaluate:
             leave=False,
         ) as bar:
             for batch in batches:
-                total = total.merge(self._eval_step(params, put_batch(batch, self.mesh)))
+                total = total.merge(
+                    self._eval_step(params, put_batch(batch, self.mesh, cfg.eval.batch))
+                )
                 jax.block_until_ready(total)  # else all batches would wait on the device
                 bar.update(min(cfg.eval.batch, len(source) - bar.n))
         result = to_floats(total)

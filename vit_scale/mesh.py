@@ -7,6 +7,8 @@ communication.
     data     devices that split the batch and each hold all parameters
     fsdp     devices that split the batch, and the parameters with them
     tensor   devices that split attention heads and MLP
+
+Each axis is so many devices of a slice, whose links (ICI) are fast, times so many slices (DCN).
 """
 
 import math
@@ -15,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
@@ -44,34 +48,71 @@ RULES = {
 def make_mesh(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a `mesh` block over `devices` (default: all), with axes data, fsdp and tensor.
 
+    An axis has `cfg[axis]` devices of each slice times `cfg["slices_" + axis]` slices; neighbours
+    on an axis are neighbours in a slice first, whose links are fast.
+
     Raises:
       UserError: the sizes don't multiply to the number of devices, with the product.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: cfg[axis] for axis in AXES}
-    product = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    across = {axis: cfg[f"slices_{axis}"] for axis in AXES}
+    count, by_process = count_slices(devices, across)
+    across = resolve("slices", across, count)
+    inside = resolve("devices", {axis: cfg[axis] for axis in AXES}, len(devices) // count)
+    if count > 1:
+        array = mesh_utils.create_hybrid_device_mesh(
+            tuple(inside.values()),
+            tuple(across.values()),
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=True,
+        )
+    else:
+        array = mesh_utils.create_device_mesh(
+            tuple(inside.values()), devices, allow_split_physical_axes=True
+        )
+    # Auto: the compiler propagates shardings. Explicit would ask the model to state them.
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices: Sequence[jax.Device], across: Mapping[str, int]) -> tuple[int, bool]:
+    """How many groups of devices the slow network joins, and whether each is one process.
+
+    TPUs say which slice they are of. Elsewhere all are one slice, unless the config splits an axis
+    over slices: then each process (a machine with GPUs) is one.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1 or all(size in (1, -1) for size in across.values()):
+        return len(slices), False
+    return len({device.process_index for device in devices}), True
+
+
+def resolve(what: str, sizes: Mapping[str, int], there: int) -> dict[str, int]:
+    """`sizes` of the axes with -1 replaced by what is left of `there` devices or slices.
+
+    Raises UserError, with the product, where they don't multiply to it.
+    """
+    name = "mesh" if what == "devices" else f"mesh {what}"
+    product = f"{name} " + " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh {product}: a size is at least 1, or -1 for the rest of the devices")
+        raise UserError(f"{product}: a size is at least 1, or -1 for the rest of the {what}")
     rest = [axis for axis, size in sizes.items() if size == -1]
     if len(rest) > 1:
-        raise UserError(f"mesh {product}: only one size can be -1, the rest of the devices")
+        raise UserError(f"{product}: only one size can be -1, the rest of the {what}")
     given = math.prod(size for size in sizes.values() if size != -1)
-    if rest and len(devices) % given:
-        raise UserError(f"mesh {product}: {len(devices)} devices are not divisible by {given}")
-    if not rest and given != len(devices):
-        raise UserError(f"mesh {product} = {given} devices, but there are {len(devices)}")
-    sizes |= dict.fromkeys(rest, len(devices) // given)
-    # Auto: the compiler propagates shardings. The default would ask the model to state them.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    if rest and there % given:
+        raise UserError(f"{product}: {there} {what} are not divisible by {given}")
+    if not rest and given != there:
+        raise UserError(f"{product} = {given} {what}, but there are {there}")
+    return {**sizes, **dict.fromkeys(rest, there // given)}
 
 
 def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """A NamedSharding for each leaf of parameters, optimizer state or EMA (arrays or their shapes).
 
     A leaf is known by the end of its path. Neither a leading layer axis (stacked blocks) is split,
-    nor a dimension that its mesh axis doesn't divide: 3 heads over tensor=2 are whole everywhere.
+    nor a dimension that its mesh axis doesn't divide. Then fsdp takes the longest other dimension
+    that it divides; tensor splits whole heads or nothing (3 heads over tensor=2 are whole).
     """
 
     def place(path, leaf):
@@ -87,17 +128,26 @@ def partition(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Pa
         stacked = len(shape) - len(axes)
         # State of another rank under a parameter's name is no copy of it: leave that whole.
         if stacked in (0, 1) and re.search(rf"(^|/){pattern}$", name):
-            axes = (None,) * stacked + axes
-            fits = [
-                axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
-                for axis, size in zip(axes, shape, strict=True)
-            ]
-            while (
-                fits and fits[-1] is None
-            ):  # jax compares P("fsdp") and P("fsdp", None) as unequal
-                fits.pop()
-            return PartitionSpec(*fits)
+            fits = fit(axes, shape[stacked:], sizes)
+            return PartitionSpec(*(None,) * stacked, *fits) if fits else PartitionSpec()
     return PartitionSpec()
+
+
+def fit(
+    axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]
+) -> list[str | None]:
+    """`axes` without those that have one device or don't divide their dimension of `shape`."""
+    fits = [
+        axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=True)
+    ]
+    if "fsdp" in axes and "fsdp" not in fits and sizes["fsdp"] > 1:
+        free = [i for i, axis in enumerate(fits) if axis is None and shape[i] % sizes["fsdp"] == 0]
+        if free:
+            fits[max(free, key=lambda i: shape[i])] = "fsdp"
+    while fits and fits[-1] is None:  # jax compares P("fsdp") and P("fsdp", None) as unequal
+        fits.pop()
+    return fits
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -120,9 +170,26 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
-def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays [b, ...] on the devices, from this process's contiguous part of each."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()
-    }
+def batch_rows(batch: int, mesh: Mesh) -> Int[np.ndarray, "n"]:
+    """The rows of a global batch that this process's devices hold, rising; all of them on one host.
+
+    Hosts that differ only on the tensor axis hold the same rows.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    parts = {index[0].indices(batch) for index in places.values() if index}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, size: int) -> dict[str, jax.Array]:
+    """Global arrays [size, ...] on the devices, from this process's `batch_rows` of each."""
+    sharding, rows = batch_sharding(mesh), batch_rows(size, mesh)
+
+    def put(part: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index
+            first, last, _ = index[0].indices(size)
+            return part[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+
+        return jax.make_array_from_callback((size, *part.shape[1:]), sharding, shard)
+
+    return {name: put(part) for name, part in batch.items()}

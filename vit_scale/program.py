@@ -4,7 +4,7 @@ Everything is checked here before anything is allocated or compiled. The step is
 the state and the batch; its randomness comes from (seed, step) alone (law 1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,12 +56,14 @@ def training_flops(model: Model, classes: int) -> int:
     )
 
 
-def plan_program(cfg: ConfigDict) -> Program:
+def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
     """Check everything that can be checked without data, and put the parts together.
+
+    `devices` need not exist: those of a pod that is only compiled for will do. Default: all.
 
     Raises UserError, with the arithmetic, for a config that can't work (law 8).
     """
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, devices)
     check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
     check_batch(cfg.eval.batch, mesh)
     check_augment(cfg.augment)

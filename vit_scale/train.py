@@ -19,7 +19,7 @@ from vit_scale.augment import train_images
 from vit_scale.checkpoint import Checkpoints, steps
 from vit_scale.data import Source, open_split, train_batches
 from vit_scale.evaluate import Evaluate, check_classes
-from vit_scale.mesh import put_batch
+from vit_scale.mesh import batch_rows, put_batch
 from vit_scale.model import count
 from vit_scale.program import Program, jit_train_step, plan_program, training_flops
 from vit_scale.run import Run
@@ -43,11 +43,12 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         state = restore(program, checkpoints) or init_state(program, sources.train.classes, quiet)
         train_step, evaluate = jit_train_step(program), Evaluate(cfg, program.model, program.mesh)
         with tracker(program, run, int(state.step), quiet) as track:
-            batches = train_batches(sources.train, cfg.data, cfg.seed, int(state.step), cfg.steps)
+            start, rows = int(state.step), batch_rows(cfg.data.batch, program.mesh)
+            batches = train_batches(sources.train, cfg.data, cfg.seed, start, cfg.steps, rows)
             for finished, batch in track.waiting(batches):
                 if finished == 0 and cfg.log.images:
                     track.images("train/images", 0, sample_images(program, batch))
-                state, measures = train_step(state, put_batch(batch, program.mesh))
+                state, measures = train_step(state, put_batch(batch, program.mesh, cfg.data.batch))
                 step, selection = finished + 1, None
                 track(step, measures)
                 if sources.selection and due(step, cfg.eval.every, cfg.steps):

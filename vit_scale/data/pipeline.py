@@ -3,8 +3,8 @@
 Element i of a training pipeline is the batch of step `start + i`, a pure function of (source, seed,
 step): there is no iterator state to save, and resuming is starting at another step. Position p of
 the endless stream is example p mod n of epoch p div n, shuffled by a permutation of (seed, epoch);
-a process takes its contiguous part of the batch after all that, so every number of processes sees
-the same global batch.
+a process takes its rows of the batch after all that, so every number of processes sees the same
+global batch.
 """
 
 import atexit
@@ -38,29 +38,28 @@ def train_batches(
     seed: int,
     start: int,
     stop: int | None = None,
-    process: tuple[int, int] = (0, 1),
+    rows: Int[np.ndarray, "r"] | None = None,
 ) -> Generator[tuple[int, Batch], None, None]:
     """(step, batch) for the steps start, start + 1, ... stop - 1, or without end.
 
-    A batch is this process's part of the global batch: with process=(index, count), positions
-    [index * b // count, (index + 1) * b // count) of b = cfg.batch. Every epoch visits each example
-    once, in an order of its own; batches run over its end, so none is ever short. `cfg` is the
-    configuration's data block. Close the iterator to end its workers.
+    A batch is this process's part of the global batch of cfg.batch: its `rows`, or all of it. Every
+    epoch visits each example once, in an order of its own; batches run over its end, so none is
+    ever short. `cfg` is the configuration's data block. Close the iterator to end its workers.
     """
-    batches = TrainBatches(source, cfg.batch, seed, start, stop, process)
+    batches = TrainBatches(source, cfg.batch, seed, start, stop, rows)
     with contextlib.closing(_read(batches, cfg.workers)) as reader:
         yield from enumerate(reader, start)
 
 
 def eval_batches(
-    source: Source, batch: int, process: tuple[int, int] = (0, 1), workers: int = 0
+    source: Source, batch: int, rows: Int[np.ndarray, "r"] | None = None, workers: int = 0
 ) -> Generator[Batch, None, None]:
     """Every example once, in order, in global batches of `batch`, the last one padded.
 
-    Padding is zeros with mask False. A process gets the same part of each batch as in training, and
-    as many batches as every other process. `workers`: processes that decode, for sources that do.
+    Padding is zeros with mask False. A process gets its `rows` of each batch, and as many batches
+    as every other process. `workers`: processes that decode, for sources that do.
     """
-    return _read(EvalBatches(source, batch, process), workers)
+    return _read(EvalBatches(source, batch, rows), workers)
 
 
 def in_memory(source: Source, workers: int) -> InMemory:
@@ -95,36 +94,34 @@ class TrainBatches:
         seed: int,
         start: int,
         stop: int | None,
-        process: tuple[int, int],
+        rows: Int[np.ndarray, "r"] | None,
     ):
         self.source = source
         self._batch, self._seed, self._start = batch, seed, start
         self._steps = max(0, (sys.maxsize if stop is None else stop) - start)
-        self._part = _part(batch, process)
+        self._rows = np.arange(batch) if rows is None else rows
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, index: int) -> Batch:
         first = (self._start + index) * self._batch
-        positions = np.arange(first + self._part.start, first + self._part.stop)
-        return self.source.read(shuffled(positions, len(self.source), self._seed))
+        return self.source.read(shuffled(first + self._rows, len(self.source), self._seed))
 
 
 class EvalBatches:
     """A Grain source: element i is this process's part of the i-th batch, padded."""
 
-    def __init__(self, source: Source, batch: int, process: tuple[int, int]):
+    def __init__(self, source: Source, batch: int, rows: Int[np.ndarray, "r"] | None):
         self.source = source
         self._batch = batch
-        self._part = _part(batch, process)
+        self._rows = np.arange(batch) if rows is None else rows
 
     def __len__(self) -> int:
         return -(-len(self.source) // self._batch)
 
     def __getitem__(self, index: int) -> Batch:
-        first = index * self._batch
-        wanted = np.arange(first + self._part.start, first + self._part.stop)
+        wanted = index * self._batch + self._rows
         found = self.source.read(wanted[wanted < len(self.source)])
         missing = len(wanted) - len(found["mask"])
         return {
@@ -149,11 +146,6 @@ def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
     # RandomState's stream is frozen (NEP 19): the order survives an upgrade of numpy.
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     return np.random.RandomState(bits).permutation(n)
-
-
-def _part(batch: int, process: tuple[int, int]) -> slice:
-    index, count = process
-    return slice(index * batch // count, (index + 1) * batch // count)
 
 
 def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch, None, None]:
