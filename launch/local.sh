@@ -12,6 +12,7 @@ to resume. The exit code is the trainer's: 0 done, 1 failed, 2 usage, 42 stopped
   --config quickstart             a configuration of configs/, a path, or NAME:ARGUMENT
   --workdir runs/quickstart       where the run is kept
   --config.optim.lr=3e-4          overrides any field of configs/base.py
+  --hosts 4 --devices 2           a pod on this machine: 4 processes with 2 virtual CPU devices each
 
   ACCELERATOR=cpu|gpu|tpu         what to install JAX for, where the guess is wrong
   PYTHON=/path/to/python          the interpreter of a new .venv
@@ -38,7 +39,23 @@ case ${1:-} in
   -h | --help) usage; exit ;;
 esac
 
+hosts="" devices=1 flags=()
+while (($#)); do
+  case $1 in
+    --hosts) hosts=${2:?"--hosts needs a number"}; shift 2 ;;
+    --hosts=*) hosts=${1#*=}; shift ;;
+    --devices) devices=${2:?"--devices needs a number"}; shift 2 ;;
+    --devices=*) devices=${1#*=}; shift ;;
+    *) flags+=("$1"); shift ;;
+  esac
+done
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ -z $hosts ]] || ACCELERATOR=cpu
 extra=$(accelerator)
 "$here/environment.sh" ${extra:+"$extra"}
-exec "$here/../.venv/bin/vit-scale" train "$@"
+train=("$here/../.venv/bin/vit-scale" train "${flags[@]}")
+if [[ -n $hosts ]]; then
+  exec "$here/../.venv/bin/python" "$here/pod.py" --hosts "$hosts" --devices "$devices" "${train[@]}"
+fi
+exec "${train[@]}"

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from vit_scale import hosts
 from vit_scale.errors import UserError
 
 FOLDER = "checkpoints"
@@ -66,13 +67,13 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The newest finished step."""
-        return self._manager.latest_step()
+        return hosts.agree(self._manager.latest_step())
 
     @property
     def best(self) -> int | None:
         """The step with the highest accuracy on the selection split, if one was measured."""
         steps = [s for s in self._manager.all_steps() if self.metrics(s)]
-        return max(steps, key=lambda s: (score(self.metrics(s)), s), default=None)
+        return hosts.agree(max(steps, key=lambda s: (score(self.metrics(s)), s), default=None))
 
     def metrics(self, step: int) -> dict:
         """What was measured at this step; empty if nothing was."""

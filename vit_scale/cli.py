@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
     sub.add_argument("--workdir", help="the run's folder; runs/NAME if not given")
     sub.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_host_flags(sub)
     sub.epilog = "--config.FIELD=VALUE overrides a field, such as --config.optim.lr=3e-4"
 
     sub = verb("eval", evaluate, "measure a run's model on every image of a split")
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--split", help="such as test or train[98%%:]; the run's eval.final if not given"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    add_host_flags(sub)
     sub.epilog = "--config.data.name=folder --config.data.path=DIR evaluates on another set"
 
     sub = verb("predict", predict, "name the likeliest classes of images")
@@ -57,6 +59,25 @@ def parser() -> argparse.ArgumentParser:
 
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
+
+
+def add_host_flags(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group(
+        "several hosts", "found without flags on TPU VMs, SLURM, Open MPI and GKE"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--wait", type=int, default=300, metavar="SECONDS", help="for all to appear (default: 300)"
+    )
+
+
+def join_hosts(args) -> None:
+    from vit_scale import hosts
+
+    hosts.join(args.coordinator, args.processes, args.process, args.wait)
+    args.quiet = getattr(args, "quiet", False) or not hosts.is_first()
 
 
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:
@@ -79,6 +100,7 @@ def train(args, overrides: Sequence[str]) -> None:
     from vit_scale import config, report
     from vit_scale.stages import train_stages
 
+    join_hosts(args)
     workdir = pathlib.Path(args.workdir or f"runs/{config.title(args.config)}")
     runs = train_stages(args.config, overrides, workdir, args.quiet)
     if not args.quiet:
@@ -91,14 +113,19 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     from vit_scale import config, pretrained
     from vit_scale.data import open_split
     from vit_scale.evaluate import Evaluate
-    from vit_scale.mesh import make_mesh
+    from vit_scale.mesh import make_mesh, place, shardings
 
+    join_hosts(args)
     given = pretrained.read(args.run)
     given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
     cfg = config.override(given.cfg, overrides)
     split = args.split or cfg.eval.final
     source = open_split(cfg.data, split)
-    result = Evaluate(cfg, given.model, make_mesh(cfg.mesh))(given.params, source)
+    mesh = make_mesh(cfg.mesh)
+    params = place(given.params, shardings(given.params, mesh))
+    result = Evaluate(cfg, given.model, mesh)(params, source)
+    if args.quiet:
+        return
     shown = {"run": str(given.path), "step": given.step, "split": split, **result}
     if args.json:
         print(json.dumps(shown))
@@ -199,17 +226,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(arguments)
         args.do(args, overrides)
     except UserError as error:
-        print(f"vit-scale: {error}", file=sys.stderr)
-        return error.code
+        return failed(str(error), error.code)
     except KeyboardInterrupt:
-        print(
-            "vit-scale: stopped; the same command goes on from the last checkpoint", file=sys.stderr
-        )
-        return 130
+        return failed("stopped; the same command goes on from the last checkpoint", 130)
     except OSError as error:
-        print(f"vit-scale: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return FAILED
+        return failed(f"{error.filename or ''}: {error.strerror or error}", FAILED)
+    except Exception as error:
+        leave_hosts(FAILED, error)
+        raise
     return DONE
+
+
+def failed(line: str, code: int) -> int:
+    """Say in one line why the command failed; its exit code."""
+    print(f"vit-scale: {line}", file=sys.stderr)
+    leave_hosts(code)
+    return code
+
+
+def leave_hosts(code: int, error: Exception | None = None) -> None:
+    """A process of several ends here and now, and does not wait for the others to end."""
+    if "vit_scale.hosts" in sys.modules:  # else no verb has got far enough to meet any
+        from vit_scale import hosts
+
+        hosts.leave(code, error)
 
 
 if __name__ == "__main__":

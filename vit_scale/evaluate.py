@@ -5,6 +5,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale import hosts
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
 from vit_scale.data import Source, eval_batches
@@ -48,7 +49,7 @@ class Evaluate:
             total=len(source),
             desc=f"evaluate {source.name}",
             unit="image",
-            disable=None,
+            disable=None if hosts.is_first() else True,
             leave=False,
         ) as bar:
             for batch in batches:

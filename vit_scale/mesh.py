@@ -150,6 +150,21 @@ def fit(
     return fits
 
 
+def place(tree: PyTree, places: PyTree) -> PyTree:
+    """`tree`, whole on every host, as arrays with the shardings `places`.
+
+    A device is sent its part, and what lies in its place already stays there.
+    """
+
+    def put(leaf, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, places)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [b, ...]: the batch is split over data and fsdp."""
     return NamedSharding(mesh, BATCH)

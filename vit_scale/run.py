@@ -13,8 +13,9 @@ import fcntl
 import json
 import os
 import pathlib
+from typing import IO
 
-from vit_scale import config
+from vit_scale import config, hosts
 from vit_scale.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
@@ -26,20 +27,38 @@ FREE = (
 
 
 class Run:
-    """The folder `workdir`, locked for this process while the context lasts.
+    """The folder `workdir`, locked while the context lasts, by process 0 for all hosts.
 
-    Raises UserError where it can't be made or written, where another live process holds it, and
-    where it is a run of another config: with the differences.
+    `report` is what the finished run came to, None before its end.
+
+    Raises UserError where it can't be made or written, where another live process holds it, where
+    it is a run of another config (with the differences), and where the hosts don't share it.
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
         self.path = pathlib.Path(workdir)
         self.description = description
+        self.report: dict | None = None
+        self._lock: IO | None = None
 
     def __enter__(self) -> "Run":
+        with hosts.together():
+            if hosts.is_first():
+                self._open()
+        try:
+            hosts.check_shared(self.path)
+            with hosts.together():
+                self.report = self._read_report()
+        except UserError:
+            self.__exit__()
+            raise
+        self.report = hosts.agree(self.report)
+        return self
+
+    def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115, open as long as the run
         except OSError as error:
             raise UserError(
                 f"cannot write to workdir {self.path}: {error.strerror}; give another --workdir"
@@ -61,10 +80,10 @@ class Run:
         except UserError:
             self._lock.close()  # a refused run holds nothing
             raise
-        return self
 
     def __exit__(self, *exception) -> None:
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def _claim(self) -> None:
         """Write run.json, or check that this config continues the one that is there."""
@@ -85,15 +104,16 @@ class Run:
                 "give another --workdir, or the config it was started with"
             )
 
-    @property
-    def report(self) -> dict | None:
-        """What the finished run came to; None before its end."""
+    def _read_report(self) -> dict | None:
         path = self.path / "report.json"
-        return read_json(path) if path.exists() else None
+        return read_json(path) if hosts.is_first() and path.exists() else None
 
     def write_report(self, content: dict) -> None:
         """End the run."""
-        write_json(self.path / "report.json", content)
+        with hosts.together():
+            if hosts.is_first():
+                write_json(self.path / "report.json", content)
+        self.report = content
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

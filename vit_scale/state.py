@@ -6,9 +6,11 @@ The order is written down once: resumed if there is a checkpoint (`restore`), el
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vit_scale import pretrained
+from vit_scale import hosts, pretrained
 from vit_scale.checkpoint import Checkpoints
+from vit_scale.mesh import place
 from vit_scale.program import Program, TrainState
 
 
@@ -19,8 +21,9 @@ def restore(
     step = checkpoints.latest if step is None else step
     if step is None:
         return None
-    trees = checkpoints.restore(step, program.state._asdict())
-    steps = jax.device_put(jnp.int32(step), program.state.step.sharding)
+    with hosts.together():
+        trees = checkpoints.restore(step, program.state._asdict())
+    steps = jax.device_put(np.int32(step), program.state.step.sharding)
     return TrainState(steps, trees["params"], trees["opt_state"], trees.get("ema"))
 
 
@@ -55,12 +58,12 @@ def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> Train
         params, rows = pretrained.adapt(
             given.params, params, cfg.init.resample, same_classes=given.classes == classes
         )
-        params = jax.device_put(params, shardings.params)
+        params = place(params, shardings.params)
         if not quiet:
             print(f"initialised from {given.path}\n{pretrained.table(rows)}")
     make_opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)
     ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
-    step = jax.device_put(jnp.int32(0), shardings.step)
+    step = jax.device_put(np.int32(0), shardings.step)
     return TrainState(step, params, make_opt_state(params), ema)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import config, data, flops
+from vit_scale import config, data, flops, hosts
 from vit_scale.augment import train_images
 from vit_scale.checkpoint import Checkpoints, steps
 from vit_scale.data import Source, open_split, train_batches
@@ -33,10 +33,11 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     A finished run is left as it is. Raises UserError, before anything is compiled, for whatever can
     be seen to be wrong.
     """
-    program, sources = plan_program(cfg), open_sources(cfg)
-    about = describe(program, name, sources.train)
-    if not steps(pathlib.Path(workdir)):
-        check_source(program, sources.train.classes)
+    with hosts.together():
+        program, sources = plan_program(cfg), open_sources(cfg)
+        about = describe(program, name, sources.train)
+        if not steps(pathlib.Path(workdir)):
+            check_source(program, sources.train.classes)
     with Run(workdir, about) as run, Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints:
         if run.report:
             return run.report

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from vit_scale import metrics
+from vit_scale import hosts, metrics
 from vit_scale.errors import DONE, FAILED, UserError
 from vit_scale.tracking.provenance import git_state, parameter_table, versions
 from vit_scale.tracking.speed import Speed
@@ -90,7 +90,7 @@ class Tracker:
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Tracker":
-        with self._one_line_errors(), contextlib.ExitStack() as opened:
+        with hosts.together(), self._one_line_errors(), contextlib.ExitStack() as opened:
             writers = []
             for writer in self._open() if self._process == 0 else ():
                 opened.callback(writer.close)
