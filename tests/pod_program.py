@@ -2,8 +2,9 @@
 
     python tests/pod_program.py JOBS.json [--coordinator ... --processes ... --process ...]
 
-JOBS holds {"batches": ..., "runs": [arguments of vit-scale, ...]}. Each run is trained in this one
-program. "batches" names a folder: every device's part of some global batches goes there.
+JOBS holds {"folder": ..., "meshes": ..., "state": [field, ...], "runs": [arguments, ...]}. Each run
+is trained in this one program. Every device's part of some global batches goes to the folder, and
+how many bytes of a fresh state each device holds.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from vit_scale import cli, config, data, hosts
 from vit_scale.augment import draw
 from vit_scale.mesh import batch_rows, put_batch
 from vit_scale.program import plan_program
+from vit_scale.state import init_state
 
 
 def write_batches(folder: pathlib.Path, overrides: list[str], meshes: dict) -> None:
@@ -44,6 +46,18 @@ def write_batches(folder: pathlib.Path, overrides: list[str], meshes: dict) -> N
             np.savez(folder / f"{name}-{step}-{jax.process_index()}.npz", **found)
 
 
+def write_state_bytes(folder: pathlib.Path, overrides: list[str]) -> None:
+    """{"params": {device: bytes}, "opt_state": ...}, counted from the arrays' shards."""
+    state = init_state(plan_program(config.load("vit_tiny_imagenet", overrides)), (), quiet=True)
+    found: dict[str, dict[int, int]] = {}
+    for name in ("params", "opt_state"):
+        held = found.setdefault(name, {})
+        for leaf in jax.tree.leaves(getattr(state, name)):
+            for shard in leaf.addressable_shards:
+                held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    (folder / "state_bytes.json").write_text(json.dumps(found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("jobs")
@@ -53,8 +67,10 @@ def main() -> None:
     args = parser.parse_args()
     hosts.join(args.coordinator, args.processes, args.process, wait=120)
     jobs = json.loads(pathlib.Path(args.jobs).read_text())
-    if "batches" in jobs:
-        write_batches(pathlib.Path(jobs["batches"]), jobs["overrides"], jobs["meshes"])
+    folder = pathlib.Path(jobs["folder"])
+    write_batches(folder, jobs["overrides"], jobs["meshes"])
+    if jobs["state"]:
+        write_state_bytes(folder, jobs["state"])
     for arguments in jobs["runs"]:
         if code := cli.main(arguments):
             sys.exit(code)

@@ -1,11 +1,6 @@
-"""mesh: where each leaf goes, the refusals' arithmetic, and the same numbers on eight devices."""
+"""mesh: where each leaf goes, and the refusals' arithmetic. Real devices: test_laws_mesh.py."""
 
 import dataclasses
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +11,19 @@ from jax.sharding import PartitionSpec as P
 
 from vit_scale.config import base
 from vit_scale.errors import UserError
-from vit_scale.mesh import AXES, batch_sharding, check_batch, make_mesh, put_batch, shardings
+from vit_scale.mesh import (
+    AXES,
+    abstract_mesh,
+    batch_sharding,
+    check_batch,
+    device_bytes,
+    make_mesh,
+    place,
+    put_batch,
+    shardings,
+)
 from vit_scale.model import build, named
-from vit_scale.optim import apply_updates, make_optimizer
+from vit_scale.optim import make_optimizer
 
 
 def mesh_block(data=-1, fsdp=1, tensor=1, **slices):
@@ -27,7 +32,7 @@ def mesh_block(data=-1, fsdp=1, tensor=1, **slices):
     return cfg
 
 
-def abstract_mesh(data, fsdp, tensor):
+def abstract_of(data, fsdp, tensor):
     """Eight devices or any number of them, for placement without devices."""
     return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -72,7 +77,7 @@ def expected(name):
 
 
 def test_every_unrolled_parameter():
-    found = specs(shapes(scan=False, pool="map"), abstract_mesh(2, 2, 2))
+    found = specs(shapes(scan=False, pool="map"), abstract_of(2, 2, 2))
     assert found == {name: expected(name) for name in found}
     used = {end for end in SPLIT for name in found if f"/{name}".endswith(f"/{end}")}
     assert used == SPLIT.keys()
@@ -80,7 +85,7 @@ def test_every_unrolled_parameter():
 
 def test_the_layer_axis_of_stacked_blocks_is_never_split():
     for depth in (2, 4):  # which fsdp and tensor would divide
-        found = specs(shapes(scan=True, depth=depth), abstract_mesh(2, 2, 2))
+        found = specs(shapes(scan=True, depth=depth), abstract_of(2, 2, 2))
         for name, spec in found.items():
             whole = expected(name)
             stacked = name.startswith("blocks/") and whole != P()
@@ -92,7 +97,7 @@ def test_optimizer_state_lies_with_its_parameter(optimizer):
     params, cfg = shapes(), base().optim
     cfg.update({"name": optimizer, "freeze": ("^norm/",)})
     state = jax.eval_shape(make_optimizer(cfg, 10, params)[0].init, params)
-    mesh = abstract_mesh(2, 2, 2)
+    mesh = abstract_of(2, 2, 2)
     by_parameter, found = specs(params, mesh), specs(state, mesh)
     owned = 0
     for path, spec in found.items():
@@ -104,7 +109,7 @@ def test_optimizer_state_lies_with_its_parameter(optimizer):
 
 def test_a_dimension_that_does_not_divide_is_whole():
     """3 heads over tensor=2: attention is not split over it, the MLP is."""
-    found = specs(shapes(width=12, heads=3, scan=False), abstract_mesh(1, 2, 2))
+    found = specs(shapes(width=12, heads=3, scan=False), abstract_of(1, 2, 2))
     assert found["blocks/0/attention/qkv/kernel"] == P("fsdp")
     assert found["blocks/0/attention/qkv/bias"] == P()
     assert found["blocks/0/attention/out/kernel"] == P(None, None, "fsdp")
@@ -113,29 +118,29 @@ def test_a_dimension_that_does_not_divide_is_whole():
 
 def test_fsdp_falls_back_to_the_longest_dimension_that_divides():
     """Width 12 over fsdp=8: the MLP's 16 take it; heads of 6 do not, nor q, k, v, nor 5 classes."""
-    found = specs(shapes(width=12, heads=2, scan=False), abstract_mesh(1, 8, 1))
+    found = specs(shapes(width=12, heads=2, scan=False), abstract_of(1, 8, 1))
     assert found["blocks/0/mlp/up/kernel"] == P(None, "fsdp")
     assert found["blocks/0/mlp/down/kernel"] == P("fsdp")
     assert found["blocks/0/attention/qkv/kernel"] == P()
     assert found["head/kernel"] == P()
-    stacked = specs(shapes(width=12, heads=2, depth=8), abstract_mesh(1, 8, 1))
+    stacked = specs(shapes(width=12, heads=2, depth=8), abstract_of(1, 8, 1))
     assert stacked["blocks/mlp/down/kernel"] == P(None, "fsdp")
-    with_tensor = specs(shapes(width=12, heads=2, mlp=32, scan=False), abstract_mesh(1, 8, 2))
+    with_tensor = specs(shapes(width=12, heads=2, mlp=32, scan=False), abstract_of(1, 8, 2))
     assert with_tensor["blocks/0/mlp/down/kernel"] == P("tensor")  # 32 are taken
 
 
 def test_on_pure_data_parallelism_all_parameters_are_whole():
-    assert set(specs(shapes(), abstract_mesh(8, 1, 1)).values()) == {P()}
+    assert set(specs(shapes(), abstract_of(8, 1, 1)).values()) == {P()}
 
 
 def test_leaves_of_other_rank_or_name_are_whole():
     matrix, more = (jax.ShapeDtypeStruct((8,) * rank, jnp.float32) for rank in (2, 4))
     tree = {"mlp": {"up": {"kernel": more}}, "overhead": {"kernel": matrix}, "step": jnp.int32(0)}
-    assert set(specs(tree, abstract_mesh(2, 2, 2)).values()) == {P()}
+    assert set(specs(tree, abstract_of(2, 2, 2)).values()) == {P()}
 
 
 def test_batches_are_split_over_data_and_fsdp():
-    mesh = abstract_mesh(2, 2, 2)
+    mesh = abstract_of(2, 2, 2)
     assert batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp")))
 
 
@@ -179,6 +184,38 @@ def test_a_process_is_a_slice_where_devices_do_not_say():
     assert dict(make_mesh(mesh_block(fsdp=8), devices).shape)["fsdp"] == 8  # one slice
 
 
+def test_an_abstract_mesh_is_that_of_as_many_devices():
+    for block, slices in ((mesh_block(fsdp=2), 1), (mesh_block(tensor=2, slices_fsdp=2), 2)):
+        found, made = abstract_mesh(block, 8), make_mesh(block, pod(slices, 8 // slices))
+        assert dict(found.shape) == dict(made.shape)
+        assert found.axis_types == made.axis_types
+    with pytest.raises(UserError, match="9 devices can't be 2 slices of the same size"):
+        abstract_mesh(mesh_block(slices_data=2), 9)
+
+
+def test_device_bytes_are_of_one_part():
+    mesh = abstract_of(2, 4, 1)
+    tree = {
+        "mlp": {"up": {"kernel": jax.ShapeDtypeStruct((8, 6), jnp.bfloat16)}},
+        "n": jnp.int32(0),
+    }
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+    assert device_bytes(placed) == 8 * 6 * 2 // 4 + 4
+
+
+def test_place_sends_each_device_its_part():
+    mesh = make_mesh(mesh_block(), jax.devices()[:1])
+    sharding = NamedSharding(mesh, P("data"))
+    whole = np.arange(6.0).reshape(2, 3)
+    (found,) = place([whole], [sharding])
+    assert found.sharding == sharding and np.array_equal(found, whole)
+    assert place([found], [sharding])[0] is found
+
+
 # Refusals
 
 REFUSALS = [
@@ -214,19 +251,19 @@ def test_refuses_slices_that_are_not_there(slices, message):
 
 
 def test_check_batch():
-    check_batch(1008, abstract_mesh(8, 2, 1))
-    check_batch(1024, abstract_mesh(8, 2, 1), accumulate=4)
-    check_batch(6, abstract_mesh(2, 1, 4))  # tensor does not split the batch
+    check_batch(1008, abstract_of(8, 2, 1))
+    check_batch(1024, abstract_of(8, 2, 1), accumulate=4)
+    check_batch(6, abstract_of(2, 1, 4))  # tensor does not split the batch
     with pytest.raises(UserError) as caught:
-        check_batch(1000, abstract_mesh(8, 2, 1))
+        check_batch(1000, abstract_of(8, 2, 1))
     message = "global batch 1000 is not divisible by 16 data shards (8 data x 2 fsdp)"
     assert str(caught.value) == message
     with pytest.raises(UserError) as caught:
-        check_batch(1008, abstract_mesh(8, 2, 1), accumulate=4)
+        check_batch(1008, abstract_of(8, 2, 1), accumulate=4)
     message = "global batch 1008 is not divisible by 64 = 4 micro-batches x 8 data x 2 fsdp"
     assert str(caught.value) == message
     with pytest.raises(UserError, match="global batch 0"):
-        check_batch(0, abstract_mesh(1, 1, 1))
+        check_batch(0, abstract_of(1, 1, 1))
 
 
 # Devices
@@ -244,82 +281,3 @@ def test_one_device():
     for name, array in batch.items():
         assert array.sharding == batch_sharding(mesh) and array.dtype == host[name].dtype
         assert np.array_equal(array, host[name])
-
-
-MESHES = [(-1, 1, 1), (1, -1, 1), (2, 2, 2)]
-
-
-def train_on(sizes):
-    """Three SGD steps of the real model on eight devices; what came out, for JSON."""
-    mesh = make_mesh(mesh_block(*sizes))
-    model = build(model_block(width=16, heads=4, mlp=32), (8, 8))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    cfg = base().optim
-    cfg.update({"name": "sgd", "lr": 0.1, "schedule": "constant"})
-    optimizer, _ = make_optimizer(cfg, 10, shapes)
-    random = np.random.default_rng(0)
-    images = random.standard_normal((16, 8, 8, 3)).astype(np.float32)
-    batch = put_batch({"image": images, "label": random.integers(0, 5, 16)}, mesh, 16)
-    # Drawn by numpy: compiling the model's own initialisation takes longer than all the rest.
-    params = jax.tree.map(lambda leaf: 0.1 * random.standard_normal(leaf.shape, np.float32), shapes)
-    params = jax.device_put(params, shardings(shapes, mesh))
-    state = jax.jit(optimizer.init)(params)
-
-    def loss(params, batch):
-        chosen = jax.nn.log_softmax(model.apply(params, batch["image"]))
-        return -jnp.take_along_axis(chosen, batch["label"][:, None], 1).mean()
-
-    @jax.jit
-    def step(params, state, batch):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, state = optimizer.update(grads, state, params)
-        params = apply_updates(params, updates)
-        return jax.lax.with_sharding_constraint(params, shardings(shapes, mesh)), state, value
-
-    losses = []
-    for _ in range(3):
-        params, state, value = step(params, state, batch)
-        losses.append(float(value))
-    kernel, image = params["blocks"]["mlp"]["up"]["kernel"], batch["image"]
-    return {
-        "mesh": dict(mesh.shape),
-        "losses": losses,
-        "kernel_shard": kernel.addressable_shards[0].data.shape,
-        "image_shard": image.addressable_shards[0].data.shape,
-    }
-
-
-@pytest.fixture(scope="module")
-def eight_devices():
-    """What `train_on` returns for each mesh, from a process that has eight CPU devices."""
-    root = pathlib.Path(__file__).parent.parent
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-    output = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def test_the_rest_of_the_devices(eight_devices):
-    sizes = [tuple(run["mesh"][axis] for axis in AXES) for run in eight_devices]
-    assert sizes == [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
-
-
-def test_each_device_holds_its_part(eight_devices):
-    """Of the kernel (3, 16, 32) and the images (16, 8, 8, 3)."""
-    kernels = [run["kernel_shard"] for run in eight_devices]
-    assert kernels == [[3, 16, 32], [3, 2, 32], [3, 8, 16]]
-    assert [run["image_shard"][0] for run in eight_devices] == [2, 2, 4]
-
-
-def test_losses_agree_over_meshes(eight_devices):
-    """Law 3, at the smallest size."""
-    first, *others = (run["losses"] for run in eight_devices)
-    assert first[-1] < first[0]
-    for losses in others:
-        np.testing.assert_allclose(losses, first, atol=1e-5)
-
-
-if __name__ == "__main__":
-    print(json.dumps([train_on(sizes) for sizes in MESHES]))

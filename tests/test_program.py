@@ -10,7 +10,14 @@ from vit_scale.errors import UserError
 from vit_scale.mesh import put_batch
 from vit_scale.model import count, named
 from vit_scale.optim import update_ema
-from vit_scale.program import TrainState, gradients, jit_train_step, plan_program, summary
+from vit_scale.program import (
+    TrainState,
+    gradients,
+    jit_train_step,
+    placements,
+    plan_program,
+    summary,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -201,3 +208,23 @@ def test_it_learns(program, step):
         losses.append(float(metrics.compute()["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert state.step == 20
+
+
+def test_placements_say_where_parameters_lie_and_what_a_device_holds():
+    found = placements(plan_program(tiny_config("mesh.fsdp=4", "model.scan=True"), 8))
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    rows = {row["parameter"]: row for row in found["parameters"]}
+    assert rows["blocks/mlp/up/kernel"] == {
+        "parameter": "blocks/mlp/up/kernel",
+        "shape": "2 x 16 x 24",
+        "spec": "-, fsdp",
+        "bytes per device": 2 * 16 * 24 * 4 // 4,
+    }
+    assert rows["norm/scale"]["spec"] == "whole"
+    held = found["bytes_per_device"]
+    assert held["params"] == sum(row["bytes per device"] for row in rows.values())
+    counters = 2 * 4  # Adam's and the schedule's
+    assert held["opt_state"] == 2 * held["params"] + counters
+    assert held["ema"] == 0
+    averaged = placements(plan_program(tiny_config("mesh.fsdp=4", "optim.ema=0.9"), 8))
+    assert averaged["bytes_per_device"]["ema"] == averaged["bytes_per_device"]["params"]

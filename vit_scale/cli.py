@@ -56,9 +56,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", help="a config's name, a path, or NAME:ARGUMENT")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.add_argument("--markdown", action="store_true", help="print the table of runs as Markdown")
+    sub.add_argument(
+        "--sharding", action="store_true", help="print where each parameter of --config lies"
+    )
+    sub.add_argument(
+        "--devices", type=count, metavar="N", help="with --sharding: on so many (default: all here)"
+    )
 
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
+
+
+def count(text: str) -> int:
+    """An argument that is at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
 
 
 def add_host_flags(sub: argparse.ArgumentParser) -> None:
@@ -153,7 +166,7 @@ def predict(args, overrides: Sequence[str]) -> None:
 
 def show(args, overrides: Sequence[str]) -> None:
     from vit_scale import config, report
-    from vit_scale.program import summary
+    from vit_scale.program import placements, plan_program, summary
 
     if bool(args.runs) == bool(args.config):
         raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
@@ -162,7 +175,12 @@ def show(args, overrides: Sequence[str]) -> None:
         rows = report.rows(args.runs)
         print(json.dumps({"runs": rows}) if args.json else report.table(rows, args.markdown))
         return
-    content = summary(config.load(args.config, overrides))
+    cfg = config.load(args.config, overrides)
+    if args.sharding:
+        found = placements(plan_program(cfg, args.devices))
+        print(json.dumps(found) if args.json else report.placements(found))
+        return
+    content = summary(cfg)
     if args.json:
         print(json.dumps(content))
     else:

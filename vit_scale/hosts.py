@@ -144,9 +144,12 @@ def together() -> Iterator[None]:
 
 
 def _raise_another_ones(error: Exception | None) -> None:
-    size = 1000
+    size, longest = (
+        4096,
+        600,
+    )  # bytes that travel, and characters of the line: JSON may need 6 for one
     code = error.code if isinstance(error, UserError) else FAILED
-    text = json.dumps([code, _first_line(error)[: size // 8]]).encode() if error else b""
+    text = json.dumps([code, _first_line(error)[:longest]]).encode() if error else b""
     mine = np.zeros(size, np.uint8)
     mine[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, size)
@@ -178,5 +181,6 @@ def check_shared(folder: pathlib.Path) -> None:
                 f"workdir {folder} is not the same folder on process {jax.process_index()} and on "
                 "process 0: give a --workdir that all hosts share, such as gs://bucket/run or NFS"
             )
-    if is_first():
-        file.unlink()
+    with together():
+        if is_first():
+            file.unlink()

@@ -26,6 +26,9 @@ from ml_collections import ConfigDict
 from vit_scale.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+AnyMesh = Mesh | AbstractMesh
+# Auto: the compiler propagates shardings. Explicit would ask the model to state them.
+AUTO = (AxisType.Auto,) * len(AXES)
 BATCH = PartitionSpec(("data", "fsdp"))
 
 # The end of a parameter's name -> the mesh axis of each of its dimensions. What is not listed
@@ -55,36 +58,48 @@ def make_mesh(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> M
       UserError: the sizes don't multiply to the number of devices, with the product.
     """
     devices = jax.devices() if devices is None else devices
-    across = {axis: cfg[f"slices_{axis}"] for axis in AXES}
-    count, by_process = count_slices(devices, across)
-    across = resolve("slices", across, count)
-    inside = resolve("devices", {axis: cfg[axis] for axis in AXES}, len(devices) // count)
-    if count > 1:
+    slices, by_process = count_slices(devices, cfg)
+    inside, across = axis_sizes(cfg, len(devices), slices)
+    options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
         array = mesh_utils.create_hybrid_device_mesh(
-            tuple(inside.values()),
-            tuple(across.values()),
-            devices,
-            process_is_granule=by_process,
-            allow_split_physical_axes=True,
+            inside, across, process_is_granule=by_process, **options
         )
     else:
-        array = mesh_utils.create_device_mesh(
-            tuple(inside.values()), devices, allow_split_physical_axes=True
-        )
-    # Auto: the compiler propagates shardings. Explicit would ask the model to state them.
-    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        array = mesh_utils.create_device_mesh(inside, **options)
+    return Mesh(array, AXES, axis_types=AUTO)
 
 
-def count_slices(devices: Sequence[jax.Device], across: Mapping[str, int]) -> tuple[int, bool]:
+def abstract_mesh(cfg: ConfigDict, devices: int) -> AbstractMesh:
+    """What `make_mesh` makes of so many devices: says where everything would lie, without any."""
+    slices = math.prod(max(cfg[f"slices_{axis}"], 1) for axis in AXES)
+    inside, across = axis_sizes(cfg, devices, slices)
+    return AbstractMesh(
+        tuple(map(math.prod, zip(inside, across, strict=True))), AXES, axis_types=AUTO
+    )
+
+
+def count_slices(devices: Sequence[jax.Device], cfg: ConfigDict) -> tuple[int, bool]:
     """How many groups of devices the slow network joins, and whether each is one process.
 
     TPUs say which slice they are of. Elsewhere all are one slice, unless the config splits an axis
     over slices: then each process (a machine with GPUs) is one.
     """
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1 or all(size in (1, -1) for size in across.values()):
+    if len(slices) > 1 or all(cfg[f"slices_{axis}"] in (1, -1) for axis in AXES):
         return len(slices), False
     return len({device.process_index for device in devices}), True
+
+
+def axis_sizes(
+    cfg: ConfigDict, devices: int, slices: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each axis: its devices in a slice, and its slices. Raises UserError with the products."""
+    across = resolve("slices", {axis: cfg[f"slices_{axis}"] for axis in AXES}, slices)
+    if devices % slices:
+        raise UserError(f"{devices} devices can't be {slices} slices of the same size")
+    inside = resolve("devices", {axis: cfg[axis] for axis in AXES}, devices // slices)
+    return tuple(inside.values()), tuple(across.values())
 
 
 def resolve(what: str, sizes: Mapping[str, int], there: int) -> dict[str, int]:
@@ -107,7 +122,7 @@ def resolve(what: str, sizes: Mapping[str, int], there: int) -> dict[str, int]:
     return {**sizes, **dict.fromkeys(rest, there // given)}
 
 
-def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     """A NamedSharding for each leaf of parameters, optimizer state or EMA (arrays or their shapes).
 
     A leaf is known by the end of its path. Neither a leading layer axis (stacked blocks) is split,
@@ -150,6 +165,14 @@ def fit(
     return fits
 
 
+def device_bytes(tree: PyTree) -> int:
+    """Bytes that each device holds of a tree of placed arrays or of their shapes."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def place(tree: PyTree, places: PyTree) -> PyTree:
     """`tree`, whole on every host, as arrays with the shardings `places`.
 
@@ -165,12 +188,12 @@ def place(tree: PyTree, places: PyTree) -> PyTree:
     return jax.tree.map(put, tree, places)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Of arrays [b, ...]: the batch is split over data and fsdp."""
     return NamedSharding(mesh, BATCH)
 
 
-def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
+def check_batch(batch: int, mesh: AnyMesh, accumulate: int = 1) -> None:
     """Raises UserError unless each device gets as many images of each micro-batch as the others."""
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     if batch < 1 or batch % (data * fsdp):

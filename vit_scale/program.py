@@ -9,16 +9,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vit_scale import flops
 from vit_scale.augment import check as check_augment
 from vit_scale.config import fields, image_size, to_json
 from vit_scale.errors import UserError
-from vit_scale.mesh import batch_sharding, check_batch, make_mesh, shardings
+from vit_scale.mesh import (
+    AnyMesh,
+    abstract_mesh,
+    batch_sharding,
+    check_batch,
+    device_bytes,
+    make_mesh,
+    shardings,
+)
 from vit_scale.metrics import TrainMetrics
-from vit_scale.model import Model, build, count
+from vit_scale.model import Model, build, count, named
 from vit_scale.objectives import Objective, make_objective
 from vit_scale.optim import apply_updates, make_optimizer, trained, update_ema
 from vit_scale.posemb import check_method
@@ -37,7 +45,7 @@ class Program(NamedTuple):
     """What a config comes to, before anything is allocated or compiled."""
 
     cfg: ConfigDict
-    mesh: Mesh
+    mesh: Any  # jax.sharding.Mesh, or AbstractMesh where there are no devices
     model: Model
     objective: Objective
     optimizer: Any
@@ -56,14 +64,18 @@ def training_flops(model: Model, classes: int) -> int:
     )
 
 
-def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
+def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Program:
     """Check everything that can be checked without data, and put the parts together.
 
-    `devices` need not exist: those of a pod that is only compiled for will do. Default: all.
+    `devices` need not exist: those of a pod that is only compiled for will do, and a number of
+    them to see what would lie where. Default: all.
 
     Raises UserError, with the arithmetic, for a config that can't work (law 8).
     """
-    mesh = make_mesh(cfg.mesh, devices)
+    if isinstance(devices, int):
+        mesh: AnyMesh = abstract_mesh(cfg.mesh, devices)
+    else:
+        mesh = make_mesh(cfg.mesh, devices)
     check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
     check_batch(cfg.eval.batch, mesh)
     check_augment(cfg.augment)
@@ -160,6 +172,22 @@ def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[
     keys = jax.random.split(key, parts)
     grads, outputs = jax.lax.scan(add_part, zeros, (jax.tree.map(split, examples), keys))
     return grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+
+
+def placements(program: Program) -> dict:
+    """Where each parameter lies, and the bytes that one device holds of the whole state."""
+    rows = [
+        {
+            "parameter": name,
+            "shape": " x ".join(map(str, leaf.shape)),
+            "spec": ", ".join(axis or "-" for axis in leaf.sharding.spec) or "whole",
+            "bytes per device": device_bytes(leaf),
+        }
+        for name, leaf in named(program.state.params).items()
+    ]
+    state = program.state._asdict()
+    held = {name: device_bytes(state[name]) for name in ("params", "opt_state", "ema")}
+    return {"mesh": dict(program.mesh.shape), "parameters": rows, "bytes_per_device": held}
 
 
 def summary(cfg: ConfigDict) -> dict:

@@ -58,6 +58,18 @@ def table(content: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def placements(found: dict[str, Any]) -> str:
+    """The table of `vit-scale show --sharding`, and the sums below it."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
+    held = found["bytes_per_device"]
+    sums = ", ".join(f"{name} {size:,}" for name, size in held.items())
+    total = sum(held.values())
+    return (
+        f"{table(found['parameters'])}\n"
+        f"mesh {mesh}; bytes per device: {sums}; {total:,} in all ({total / 2**30:.2f} GiB)"
+    )
+
+
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "-"
