@@ -67,6 +67,10 @@ def join(
             raise UserError(
                 f"--process {process}, --processes {processes}: {error}", USAGE
             ) from None
+        except RuntimeError:
+            if coordinator is None:
+                return  # a notebook, which has used its devices before: it is alone
+            raise
         jax.process_count()  # opens the devices, for which all processes are needed as well
 
 
