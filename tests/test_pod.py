@@ -58,7 +58,8 @@ def all_gone(folder: pathlib.Path) -> bool:
 
 
 def test_each_host_gets_its_number_and_host_0_is_heard(tmp_path):
-    script = "say(f'out {number}'); complain(f'err {number}'); say('[Gloo] Rank 1 is connected to 3 peer ranks.')"
+    noise = "say('[Gloo] Rank 1 is connected to 3 peer ranks.')"
+    script = f"say(f'out {{number}}'); complain(f'err {{number}}'); {noise}"
     assert end(start(tmp_path, script)) == (0, ["out 0"], ["err 0"])
     hosts = started(tmp_path)
     ports = {arguments[3] for _, arguments, _ in hosts}
