@@ -8,6 +8,7 @@ the optimizer that made them.
 
 import contextlib
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,13 @@ from collections.abc import Iterator, Mapping
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from vit_scale import paths
 from vit_scale.errors import UserError
 
 FOLDER = "checkpoints"
 TREES = ("params", "ema", "opt_state")
 DESCRIPTION = "description"
+COMMITTED = "commit_success.txt"  # Orbax's name
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
@@ -38,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: pathlib.Path, keep: int = 1):
-        self.folder = pathlib.Path(run).absolute() / FOLDER
+        self.folder = paths.path(run).absolute() / FOLDER
         policy = managers.AnyPreservationPolicy(
             [
                 managers.LatestN(max(keep, 1)),
@@ -54,7 +57,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         with _disk_errors(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(os.fspath(self.folder), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -104,9 +107,16 @@ class Checkpoints:
 
 def steps(run: pathlib.Path) -> list[int]:
     """The finished steps in a run's folder, oldest first."""
-    folder = pathlib.Path(run) / FOLDER
+    folder = paths.path(run) / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(f.name) for f in found if f.name.isdigit() and (f / DESCRIPTION).is_dir())
+    return sorted(int(f.name) for f in found if f.name.isdigit() and _is_finished(f))
+
+
+def _is_finished(folder: pathlib.Path) -> bool:
+    """On disk a checkpoint gets its name when it is whole; in a bucket, a file that says so."""
+    if paths.in_bucket(folder):
+        return (folder / COMMITTED).is_file()
+    return (folder / DESCRIPTION).is_dir()
 
 
 def description(path: pathlib.Path) -> dict:
@@ -122,7 +132,9 @@ def read(path: pathlib.Path, target: Mapping) -> dict:
 def _read(path: pathlib.Path, items: Mapping) -> dict:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+            restored = checkpointer.restore(
+                os.fspath(path.absolute()), args=ocp.args.Composite(**items)
+            )
         return {name: restored[name] for name in items}
     except (ValueError, KeyError, OSError) as error:
         line = " ".join(str(error).split())[:300]

@@ -6,7 +6,6 @@ A user's mistake is one line and a non-zero exit, never a traceback.
 import argparse
 import json
 import logging
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -79,7 +78,7 @@ def train(args, overrides: Sequence[str]) -> None:
     from vit_scale import config, report
     from vit_scale.stages import train_stages
 
-    workdir = pathlib.Path(args.workdir or f"runs/{config.title(args.config)}")
+    workdir = args.workdir or f"runs/{config.title(args.config)}"
     runs = train_stages(args.config, overrides, workdir, args.quiet)
     if not args.quiet:
         rows = report.rows(runs)
@@ -193,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.unraisablehook = _report_unraisable
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     # What Orbax and its loops log of a full disk is hundreds of lines; the one line here says it.
-    for name in ("absl", "asyncio"):
+    # So it does of what a bucket refuses, which gcsfs logs with its traceback.
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         args = parser().parse_args(arguments)

@@ -6,7 +6,8 @@
     report.json     the result, written last
     .lock           held by the one process that writes here; the kernel frees it when that dies
 
-The folder alone is enough to load, evaluate and predict (law 7).
+The folder alone is enough to load, evaluate and predict (law 7). Of one in a bucket, `gs://`, the
+lock and Weights & Biases' files are on the disk of the machine that trains (`paths.local`).
 """
 
 import fcntl
@@ -14,7 +15,7 @@ import json
 import os
 import pathlib
 
-from vit_scale import config
+from vit_scale import config, paths
 from vit_scale.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
@@ -30,16 +31,20 @@ class Run:
 
     Raises UserError where it can't be made or written, where another live process holds it, and
     where it is a run of another config: with the differences.
+
+    A bucket has no lock that a death frees: of a `workdir` in one, only the processes of the same
+    machine (and user) are kept out. Two machines that train in it at once overwrite each other.
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
-        self.path = pathlib.Path(workdir)
+        self.path = paths.path(workdir)
         self.description = description
 
     def __enter__(self) -> "Run":
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")
+            folder = paths.local(self.path)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "a+")
         except OSError as error:
             raise UserError(
                 f"cannot write to workdir {self.path}: {error.strerror}; give another --workdir"
@@ -98,12 +103,9 @@ class Run:
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Write a whole file or none. Raises UserError where the disk refuses."""
-    temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
+        paths.write(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}; free space, then run again"
         ) from error
