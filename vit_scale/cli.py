@@ -192,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.unraisablehook = _report_unraisable
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     # What Orbax and its loops log of a full disk is hundreds of lines; the one line here says it.
-    # So it does of what a bucket refuses, which gcsfs logs with its traceback.
-    for name in ("absl", "asyncio", "gcsfs"):
+    # So it does of what a bucket refuses, which its packages log with tracebacks.
+    for name in ("absl", "asyncio", "gcsfs", "google"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         args = parser().parse_args(arguments)
