@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import pickle
 import shutil
 import sys
 import threading
@@ -114,7 +115,7 @@ def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jp
 
 def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_path, capsys):
     run, given = tmp_path / "run", {"init__source": resumed, "eval__final": ""}
-    given |= {"steps": 1, "optim__warmup": 1, "optim__lr": 0.0, "data__workers": 0}
+    given |= {"steps": 1, "optim__warmup": 0, "optim__lr": 0.0, "data__workers": 0}
     assert cli.main(command(run, **fields(jpegs, **given))) == 0
     assert f"initialised from {resumed}/checkpoints/{STEPS}\n" in capsys.readouterr().out
     trees = [jax.tree.map(np.asarray, pretrained.read(r).params) for r in (run, resumed, on_disk)]
@@ -256,8 +257,8 @@ def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
     bucket, jpegs, images, tmp_path, caplog
 ):
     packed = paths.path(f"{bucket}/packed")
-    assert cli.main(["data", "pack", str(jpegs), str(tmp_path / "packed")]) == 0
-    assert cli.main(["data", "pack", str(images), str(packed)]) == 0
+    records.pack(jpegs, tmp_path / "packed", workers=1)
+    assert cli.main(["data", "pack", str(images), str(packed), "--workers", "1"]) == 0
     for file in (tmp_path / "packed").iterdir():
         assert (packed / file.name).read_bytes() == file.read_bytes()
     before = paths._listed(packed)
@@ -266,29 +267,35 @@ def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
     shards = [name for name in again if name.endswith(".array_record")]
     assert [again[n]["generation"] for n in shards] == [before[n]["generation"] for n in shards]
     with caplog.at_level(logging.WARNING):
-        here = block("array_record", tmp_path / "packed")
-        same_batches(here, block("array_record", packed))
+        here = block("array_record", tmp_path / "packed", workers=0)
+        same_batches(here, block("array_record", packed, workers=0))
         assert caplog.text.count("copying 1 files") == 1
         caplog.clear()
-        same_batches(here, block("array_record", packed))
+        data.open_split(block("array_record", packed), "train")
         assert not caplog.text
     write_json(packed / "index.json", read_json(packed / "index.json") | {"version": 0})
     with pytest.raises(UserError, match=r"^gs://bucket/packed/index.json is version 0"):
         data.open_split(block("array_record", packed), "train")
 
 
-def test_too_little_room_for_the_copies_is_refused_with_the_numbers(bucket, jpegs, monkeypatch):
-    packed = paths.path(f"{bucket}/large")
-    records.pack(jpegs, packed, workers=1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 9))
-    with pytest.raises(UserError, match=r"GiB have to be copied to .*, where 0.0 GiB are free"):
-        data.open_split(block("array_record", packed), "train")
+def test_too_little_room_for_the_copies_is_refused_with_the_numbers(bucket, monkeypatch):
+    file = paths.path(f"{bucket}/large/a.array_record")
+    file.write_bytes(bytes(10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 0, 9))
+    with pytest.raises(UserError, match=r"0.0 GiB have to be copied to .*, where 0.0 GiB are free"):
+        paths.stage([file])
 
 
 def test_cifar_gives_the_same_batches(bucket, cifar):
-    there = upload(cifar, f"{bucket}/cifar")
-    same_batches(block("cifar10", cifar), block("cifar10", there))
-    same_batches(block("cifar10", cifar), block("cifar10", there / "cifar-10-batches-bin"), "test")
+    there = paths.path(f"{bucket}/cifar")
+    name = "cifar-10-batches-bin/test_batch.bin"
+    (there / name).write_bytes((cifar / name).read_bytes())
+    same_batches(block("cifar10", cifar), block("cifar10", there), "test")
+    same_batches(block("cifar10", cifar), block("cifar10", (there / name).parent), "test")
+    with pytest.raises(
+        UserError, match=r"/cifar/.*/data_batch_1.bin: no such object; CIFAR-10 needs"
+    ):
+        data.open_split(block("cifar10", there), "train")
     with pytest.raises(UserError, match=r"^CIFAR-10 is not in gs://bucket/none: "):
         data.open_split(block("cifar10", f"{bucket}/none"), "train")
 
@@ -296,12 +303,17 @@ def test_cifar_gives_the_same_batches(bucket, cifar):
 def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
     from vit_scale.data import fractal
 
-    small = {"fractal.classes": 2, "fractal.resolution": 8, "fractal.points": 50}
+    small = {
+        "fractal.classes": 8,
+        "fractal.train_per_class": 2,
+        "fractal.resolution": 8,
+        "fractal.points": 50,
+    }
     there = block("fractal", f"{bucket}/fractals", **small)
     same_batches(block("fractal", tmp_path, **small), there)
     assert len(paths.entries(paths.path(there.path))) == 1
     monkeypatch.setattr(fractal, "_draw_all", None)
-    assert len(data.open_split(there, "train")) == 2  # read, for nothing can draw it
+    assert len(data.open_split(there, "train")) == 16  # read, for nothing can draw it
 
 
 # Refusals
@@ -348,10 +360,24 @@ def test_a_missing_object_is_one_line(bucket, resumed, capsys):
     assert "--out gs://bucket/data" in line
 
 
-def test_without_the_package_it_says_what_to_install(bucket, forgotten, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    line = refusal(capsys, "eval", f"{bucket}/run")
-    assert line == "vit-scale: gs://bucket needs the package gcsfs: pip install 'vit_scale[gs]'"
+def test_without_the_package_it_says_what_to_install(bucket, tmp_path, run_cli):
+    (tmp_path / "gcsfs.py").write_text("raise ImportError")
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    done = run_cli("show", f"{bucket}/run", env={"PYTHONPATH": search})
+    told = "vit-scale: gs://bucket needs the package gcsfs: pip install 'vit_scale[gs]'\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_what_the_storage_refuses_in_the_middle_is_one_line(monkeypatch, capsys):
+    from gcsfs.retry import HttpError
+
+    from vit_scale import report
+
+    def refuse(runs):
+        raise HttpError({"code": 503, "message": "backend\nerror"})
+
+    monkeypatch.setattr(report, "rows", refuse)
+    assert refusal(capsys, "show", "run") == "vit-scale: object storage: backend error, 503"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +407,51 @@ def test_what_the_storage_refuses_is_one_line(forgotten, monkeypatch, capsys, co
     fsspec.get_filesystem_class("gcs").clear_instance_cache()
 
 
-# Paths of a disk
+# Paths
+
+
+def test_a_checkpoint_that_was_not_finished_is_none(bucket):
+    run = paths.path(f"{bucket}/unfinished")
+    for step in (2, 4):
+        (run / "checkpoints" / str(step) / "description" / "metadata").write_bytes(b"{}")
+    (run / "checkpoints" / "2" / "commit_success.txt").write_bytes(b"done")
+    assert checkpoint.steps(run) == [2]
+
+
+def test_what_others_write_is_seen(bucket):
+    import fsspec
+
+    other = fsspec.filesystem("gcs", skip_instance_cache=True)
+    folder = paths.path(f"{bucket}/shared")
+    for count, name in enumerate("abc", start=1):
+        other.pipe_file(f"{folder}/{name}", b"12345"[:count])
+        assert list(paths.sizes(folder).values()) == list(range(1, count + 1))
+        assert (folder / name).is_file() and not (folder / name).is_dir() and folder.is_dir()
+
+
+def test_a_folder_that_the_console_made_is_not_in_itself(bucket):
+    folder = paths.path(f"{bucket}/made")
+    paths._store().pipe_file(f"{folder}/", b"")
+    assert folder.is_dir() and paths.entries(folder) == []
+    (folder / "sub" / "a.txt").write_bytes(b"a")
+    (folder / "b.txt").write_bytes(b"bc")
+    assert paths.entries(folder) == [("b.txt", False), ("sub", True)]
+    assert list(folder.iterdir()) == [folder / "b.txt", folder / "sub"]
+
+
+def test_a_changed_object_is_copied_again(bucket):
+    file = paths.path(f"{bucket}/staged/a.bin")
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        (copy,) = paths.stage([file])
+        assert copy.read_bytes() == content
+
+
+def test_paths_of_a_bucket_are_absolute_and_travel(bucket):
+    place = paths.path(f"{bucket}/run")
+    assert str(place.absolute() / "a") == f"{bucket}/run/a" == str(place.resolve() / "a")
+    copied = pickle.loads(pickle.dumps(place / "a"))
+    assert paths.in_bucket(copied) and copied == place / "a" and copied.parent == place
 
 
 def test_a_path_on_a_disk_is_pathlibs(tmp_path):

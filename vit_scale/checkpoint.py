@@ -148,12 +148,13 @@ def holds_average(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what a full, read-only or missing disk makes of Orbax into one line."""
+    """Turns what a full, read-only or missing disk or bucket makes of Orbax into one line."""
     try:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+        known = ("RESOURCE_EXHAUSTED", "No space left", paths.SCHEME)
+        if paths.reason(error) or any(part in text for part in known):
             # The system's reason stands last, after what it was that could not be written.
             reason = re.search(r"([^:\"]+) \[os_error_code", text)
             text = reason[1].strip() if reason else text[:300]

@@ -209,6 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"vit-scale: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return FAILED
+    except Exception as error:
+        from vit_scale import paths
+
+        if (reason := paths.reason(error)) is None:
+            raise
+        print(f"vit-scale: object storage: {reason}", file=sys.stderr)
+        return FAILED
     return DONE
 
 
