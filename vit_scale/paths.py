@@ -43,9 +43,6 @@ class ObjectPath(PosixGPath):
     before a path that is to be absolute.
     """
 
-    def absolute(self) -> "ObjectPath":
-        return self
-
     def resolve(self, strict: bool = False) -> "ObjectPath":
         return self
 
