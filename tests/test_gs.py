@@ -9,14 +9,15 @@ import pickle
 import shutil
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
-from test_laws import command, final_state, kill_at_random, losses, same_bits, undisturbed
+from test_laws import Killed, command, final_state, kill_at_random, losses, same_bits, undisturbed
 from test_tracking import events, loss, tracker
 
-from vit_scale import checkpoint, cli, config, data, paths, pretrained
+from vit_scale import checkpoint, cli, config, data, paths, pretrained, train
 from vit_scale.data import records
 from vit_scale.errors import UserError
 from vit_scale.run import Run, read_json, write_json
@@ -70,7 +71,8 @@ def killed(bucket, images, on_disk) -> pathlib.Path:
     run = paths.path(f"{bucket}/killed")
 
     def saved():
-        return len(checkpoint.steps(run)) > 0
+        time.sleep(0.2)  # the server is one process: to ask it all the time would slow the run down
+        return checkpoint.steps(run) != []
 
     kill_at_random(command(run, **fields(images)), saved, 0.0, on_disk.parent)
     last = max(checkpoint.steps(run))
@@ -114,14 +116,18 @@ def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jp
 
 
 def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_path, capsys):
-    run, given = tmp_path / "run", {"init__source": resumed, "eval__final": ""}
-    given |= {"steps": 1, "optim__warmup": 0, "optim__lr": 0.0, "data__workers": 0}
-    assert cli.main(command(run, **fields(jpegs, **given))) == 0
+    begun, init_state = [], train.init_state
+
+    def keep(*arguments):
+        begun.append(jax.tree.map(np.asarray, init_state(*arguments).params))
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "init_state", keep)
+        cli.main(command(tmp_path / "run", **fields(jpegs, init__source=resumed)))
     assert f"initialised from {resumed}/checkpoints/{STEPS}\n" in capsys.readouterr().out
-    trees = [jax.tree.map(np.asarray, pretrained.read(r).params) for r in (run, resumed, on_disk)]
-    jax.tree.map(np.testing.assert_array_equal, *trees[1:])
-    # The learning rate is 0: what was begun with is what was saved.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *trees[:2])
+    for run in (resumed, on_disk):
+        jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained.read(run).params)
 
 
 def test_stages_begin_with_each_other_in_a_bucket(bucket, monkeypatch):
