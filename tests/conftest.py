@@ -6,9 +6,11 @@ The environment is set before anything imports jax, and is inherited by every pr
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -124,6 +126,43 @@ def jpegs(tmp_path_factory) -> pathlib.Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(file, quality=95)
     return top
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory) -> Iterator[str]:
+    """The address of an empty bucket, "gs://...", which every process that a test starts reaches.
+
+    What can't be in it is kept in a folder of the session, never in the home of who tests.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "tests" / "bucket.py"), str(port), "bucket"]
+    log = tmp_path_factory.mktemp("bucket") / "log"
+    with pytest.MonkeyPatch.context() as patch, log.open("w") as output:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{port}")
+        patch.setenv("NO_GCE_CHECK", "true")  # no search for a cloud's credentials
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        server = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            wait_for(port, server)
+            yield "gs://bucket"
+        finally:
+            server.kill()
+            server.wait()
+
+
+def wait_for(port: int, server: subprocess.Popen) -> None:
+    """Return once `server` answers on `port`."""
+    patience = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("localhost", port)).close()
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < patience, "no bucket: see its log"
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
     {"errors"},
-    {"config", "hosts", "posemb", "flops", "metrics", "layers"},
+    {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
     {"model", "augment", "mesh", "run"},
     {"objectives", "optim", "data", "checkpoint", "tracking", "report"},
     {"pretrained", "program"},
@@ -42,8 +42,10 @@ HOMES = {
     "clu.metric_writers": ("clu", {"tracking"}),
     "clu.metrics": ("clu", {"metrics"}),
     "clu.parameter_overview": ("clu", {"tracking"}),
+    "etils": ("etils", {"paths"}),
     "flax": ("flax", {"layers", "model"}),
     "flax.struct": ("flax", {"metrics"}),  # a clu.metrics.Collection is declared with it
+    "fsspec": ("fsspec", {"paths"}),
     "grain": ("grain", {"data"}),
     "jax": ("jax", set()),
     "jaxtyping": ("jaxtyping", set()),

@@ -8,6 +8,7 @@ the optimizer that made them.
 
 import contextlib
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -15,12 +16,13 @@ from collections.abc import Iterator, Mapping
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from vit_scale import hosts
+from vit_scale import hosts, paths
 from vit_scale.errors import UserError
 
 FOLDER = "checkpoints"
 TREES = ("params", "ema", "opt_state")
 DESCRIPTION = "description"
+COMMITTED = "commit_success.txt"  # Orbax's name
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
@@ -39,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: pathlib.Path, keep: int = 1):
-        self.folder = pathlib.Path(run).absolute() / FOLDER
+        self.folder = paths.path(run).absolute() / FOLDER
         policy = managers.AnyPreservationPolicy(
             [
                 managers.LatestN(max(keep, 1)),
@@ -55,7 +57,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         with _disk_errors(self.folder):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(os.fspath(self.folder), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -105,9 +107,16 @@ class Checkpoints:
 
 def steps(run: pathlib.Path) -> list[int]:
     """The finished steps in a run's folder, oldest first."""
-    folder = pathlib.Path(run) / FOLDER
+    folder = paths.path(run) / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(f.name) for f in found if f.name.isdigit() and (f / DESCRIPTION).is_dir())
+    return sorted(int(f.name) for f in found if f.name.isdigit() and _is_finished(f))
+
+
+def _is_finished(folder: pathlib.Path) -> bool:
+    """On disk a checkpoint gets its name when it is whole; in a bucket, a file that says so."""
+    if paths.in_bucket(folder):
+        return (folder / COMMITTED).is_file()
+    return (folder / DESCRIPTION).is_dir()
 
 
 def description(path: pathlib.Path) -> dict:
@@ -123,7 +132,9 @@ def read(path: pathlib.Path, target: Mapping) -> dict:
 def _read(path: pathlib.Path, items: Mapping) -> dict:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+            restored = checkpointer.restore(
+                os.fspath(path.absolute()), args=ocp.args.Composite(**items)
+            )
         return {name: restored[name] for name in items}
     except (ValueError, KeyError, OSError) as error:
         line = " ".join(str(error).split())[:300]
@@ -137,12 +148,13 @@ def holds_average(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what a full, read-only or missing disk makes of Orbax into one line."""
+    """Turns what a full, read-only or missing disk or bucket makes of Orbax into one line."""
     try:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+        known = ("RESOURCE_EXHAUSTED", "No space left", paths.SCHEME)
+        if paths.reason(error) or any(part in text for part in known):
             # The system's reason stands last, after what it was that could not be written.
             reason = re.search(r"([^:\"]+) \[os_error_code", text)
             text = reason[1].strip() if reason else text[:300]

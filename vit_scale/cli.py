@@ -6,7 +6,6 @@ A user's mistake is one line and a non-zero exit, never a traceback.
 import argparse
 import json
 import logging
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -114,7 +113,7 @@ def train(args, overrides: Sequence[str]) -> None:
     from vit_scale.stages import train_stages
 
     join_hosts(args)
-    workdir = pathlib.Path(args.workdir or f"runs/{config.title(args.config)}")
+    workdir = args.workdir or f"runs/{config.title(args.config)}"
     runs = train_stages(args.config, overrides, workdir, args.quiet)
     if not args.quiet:
         rows = report.rows(runs)
@@ -238,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.unraisablehook = _report_unraisable
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     # What Orbax and its loops log of a full disk is hundreds of lines; the one line here says it.
-    for name in ("absl", "asyncio"):
+    # So it does of what a bucket refuses, which its packages log with tracebacks.
+    for name in ("absl", "asyncio", "gcsfs", "google"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         args = parser().parse_args(arguments)
@@ -250,6 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return failed(f"{error.filename or ''}: {error.strerror or error}", FAILED)
     except Exception as error:
+        from vit_scale import paths
+
+        if reason := paths.reason(error):
+            return failed(f"object storage: {reason}", FAILED)
         leave_hosts(FAILED, error)
         raise
     return DONE

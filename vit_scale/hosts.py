@@ -174,7 +174,7 @@ def check_shared(folder: pathlib.Path) -> None:
     token, file = agree(secrets.token_hex(8)), folder / ".shared"
     with together():
         if is_first():
-            file.write_text(token)
+            file.write_bytes(token.encode())
     with together():
         try:
             seen = file.read_text()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vit_scale import pretrained
+from vit_scale import paths, pretrained
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
 from vit_scale.data.images import Corrupt, decode
@@ -50,7 +50,7 @@ class Predictor:
 def read_image(file: str | pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of an image file at `size`: resized to cover it, the centre cut out."""
     try:
-        return decode(pathlib.Path(file).read_bytes(), size)
+        return decode(paths.path(file).read_bytes(), size)
     except OSError as error:
         raise UserError(f"image {file} can't be opened: {error.strerror}") from error
     except Corrupt as error:

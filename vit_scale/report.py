@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from vit_scale import paths
 from vit_scale.errors import UserError
 from vit_scale.run import read_json
 
@@ -41,7 +42,7 @@ PERCENT = ("accuracy", "best accuracy")
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
     """A row of results for each run folder. Raises UserError where one has not ended yet."""
-    reports = [(run, _report(pathlib.Path(run))) for run in runs]
+    reports = [(run, _report(paths.path(run))) for run in runs]
     return [{name: cell(*pair) for name, cell in COLUMNS.items()} for pair in reports]
 
 

@@ -6,7 +6,8 @@
     report.json     the result, written last
     .lock           held by the one process that writes here; the kernel frees it when that dies
 
-The folder alone is enough to load, evaluate and predict (law 7).
+The folder alone is enough to load, evaluate and predict (law 7). Of one in a bucket, `gs://`, the
+lock and Weights & Biases' files are on the disk of the machine that trains (`paths.local`).
 """
 
 import fcntl
@@ -15,7 +16,7 @@ import os
 import pathlib
 from typing import IO
 
-from vit_scale import config, hosts
+from vit_scale import config, hosts, paths
 from vit_scale.errors import UserError
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
@@ -33,10 +34,13 @@ class Run:
 
     Raises UserError where it can't be made or written, where another live process holds it, where
     it is a run of another config (with the differences), and where the hosts don't share it.
+
+    A bucket has no lock that a death frees: of a `workdir` in one, only the processes of the same
+    machine (and user) are kept out. Two machines that train in it at once overwrite each other.
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
-        self.path = pathlib.Path(workdir)
+        self.path = paths.path(workdir)
         self.description = description
         self.report: dict | None = None
         self._lock: IO | None = None
@@ -57,8 +61,9 @@ class Run:
 
     def _open(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115, open as long as the run
+            folder = paths.local(self.path)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115, open as long as the run
         except OSError as error:
             raise UserError(
                 f"cannot write to workdir {self.path}: {error.strerror}; give another --workdir"
@@ -118,12 +123,9 @@ class Run:
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Write a whole file or none. Raises UserError where the disk refuses."""
-    temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
+        paths.write(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}; free space, then run again"
         ) from error

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import config, data, flops, hosts
+from vit_scale import config, data, flops, hosts, paths
 from vit_scale.augment import train_images
 from vit_scale.checkpoint import Checkpoints, steps
 from vit_scale.data import Source, open_split, train_batches
@@ -36,7 +36,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     with hosts.together():
         program, sources = plan_program(cfg), open_sources(cfg)
         about = describe(program, name, sources.train)
-        if not steps(pathlib.Path(workdir)):
+        if not steps(paths.path(workdir)):
             check_source(program, sources.train.classes)
     with Run(workdir, about) as run, Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints:
         if run.report:

@@ -4,6 +4,8 @@ The Python layout is pickled, and a pickle is a program: the unpickler here runs
 rebuilds an array of bytes, so a file from anywhere is safe to open.
 """
 
+import contextlib
+import io
 import pickle
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from vit_scale import paths
 from vit_scale.data.sources import InMemory, check_labels
 from vit_scale.errors import UserError
 
@@ -30,7 +33,7 @@ def source(cfg: ConfigDict, name: str) -> InMemory:
     cfg.path holds `cifar-10-batches-bin` or `cifar-10-batches-py`, or is one of them. Raises
     UserError if neither is there (with the way to get it) or a file is cut short, hostile or wrong.
     """
-    folder, ending = _find(Path(cfg.path))
+    folder, ending = _find(paths.path(cfg.path))
     stems = BATCHES[name]
     images = np.empty((len(stems) * IMAGES, 32, 32, 3), np.uint8)
     labels = np.empty(len(images), np.int32)
@@ -47,8 +50,9 @@ def _find(path: Path) -> tuple[Path, str]:
     for layout, ending in LAYOUTS.items():
         for folder in (path / layout, path):
             stems = (*BATCHES["train"], *BATCHES["test"])
-            if any((folder / f"{stem}{ending}").is_file() for stem in stems):
-                return folder, ending
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if not paths.sizes(folder).keys().isdisjoint(f"{stem}{ending}" for stem in stems):
+                    return folder, ending
     raise UserError(
         f"CIFAR-10 is not in {path}: run `vit-scale data download cifar10 --out {path}`, "
         f"or unpack cifar-10-python.tar.gz there, as {path / 'cifar-10-batches-py'}"
@@ -67,7 +71,7 @@ def _read_file(file: Path, read) -> Batch:
 
 def _read_binary(file: Path) -> Batch:
     """Rows of one label byte and PIXELS pixel bytes."""
-    rows = np.fromfile(file, np.uint8)
+    rows = np.frombuffer(file.read_bytes(), np.uint8)
     if rows.size != IMAGES * (1 + PIXELS):
         raise UserError(
             f"{file} ends at byte {rows.size}, in image {rows.size // (1 + PIXELS)}, not after "
@@ -79,7 +83,7 @@ def _read_binary(file: Path) -> Batch:
 
 def _read_pickle(file: Path) -> Batch:
     """A dictionary of `data`, uint8 [IMAGES, PIXELS], and `labels`, a list."""
-    with file.open("rb") as stream:
+    with io.BufferedReader(io.BytesIO(file.read_bytes())) as stream:  # type: ignore[type-var]
         try:
             content = ArrayUnpickler(stream, encoding="bytes").load()
             found = {k if isinstance(k, str) else k.decode(): v for k, v in content.items()}

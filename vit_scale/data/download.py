@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vit_scale import paths
 from vit_scale.errors import UserError
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -23,9 +24,15 @@ def cifar10(folder: str | Path, url: str = CIFAR10, md5: str = CIFAR10_MD5) -> P
     """Download and unpack CIFAR-10 into `folder`; the path of its `cifar-10-batches-py`.
 
     An archive that is already in `folder` is used, and an interrupted download goes on where it
-    stopped. Raises UserError, which says what to put where, if the network or the archive fails.
+    stopped. Raises UserError, which says what to put where, if the network or the archive fails,
+    and for a `folder` in a bucket: nothing can be unpacked there.
     """
-    target = Path(folder) / "cifar-10-batches-py"
+    target = paths.path(folder) / "cifar-10-batches-py"
+    if paths.in_bucket(target):
+        raise UserError(
+            f"--out {folder}: a set is unpacked on a disk; download it to one, and copy the folder "
+            f"with `gcloud storage cp -r .data/{target.name} {target.parent}/`"
+        )
     if not target.exists():
         archive = Path(folder) / url.rpartition("/")[2]
         fetch(url, archive, md5)

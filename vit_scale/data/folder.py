@@ -16,6 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale import paths
 from vit_scale.data.images import Corrupt, EncodedImages
 from vit_scale.errors import UserError
 
@@ -70,8 +71,9 @@ def source(cfg: ConfigDict, name: str) -> Folder:
     Without a labelled test set `test` is the validation set. Raises UserError for a folder that is
     missing, empty, or has a class that the training set lacks.
     """
-    listing = list_images(Path(cfg.path), name)
-    return Folder(f"{Path(cfg.path).resolve().name} {listing.root.name}", listing, cfg)
+    folder = paths.path(cfg.path)
+    listing = list_images(folder, name)
+    return Folder(f"{folder.resolve().name} {listing.root.name}", listing, cfg)
 
 
 def list_images(folder: Path, name: str) -> Listing:
@@ -115,8 +117,8 @@ def _split_folder(folder: Path, name: str, classes: tuple[str, ...]) -> Path:
 
 
 def _subfolders(folder: Path) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+    found = paths.entries(folder)
+    return tuple(name for name, is_folder in found if is_folder and not name.startswith("."))
 
 
 def _by_class(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
@@ -126,17 +128,16 @@ def _by_class(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, int]]
             raise UserError(
                 f"{root / name} is a class that the training set lacks; remove it, or add it there"
             )
-        for file in _images(os.path.join(root, name)):
-            yield os.path.relpath(file, root), label[name]
+        for file in _images(root / name):
+            yield f"{name}/{file}", label[name]
 
 
-def _images(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _images(entry.path)
-            elif entry.name.lower().endswith(ENDINGS) and not entry.name.startswith("."):
-                yield entry.path
+def _images(folder: Path) -> Iterator[str]:
+    for name, is_folder in paths.entries(folder):
+        if is_folder:
+            yield from (f"{name}/{file}" for file in _images(folder / name))
+        elif name.lower().endswith(ENDINGS) and not name.startswith("."):
+            yield name
 
 
 def _annotated(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, int]]:

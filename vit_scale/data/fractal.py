@@ -11,9 +11,9 @@ square root of float64, which IEEE 754 rounds exactly, one NumPy operation at a 
 """
 
 import hashlib
+import io
 import json
 import logging
-import os
 import uuid
 import zipfile
 import zlib
@@ -24,6 +24,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale import paths
 from vit_scale.data.sources import InMemory
 from vit_scale.errors import UserError, nearest
 
@@ -49,7 +50,7 @@ def source(cfg: ConfigDict, split: str) -> InMemory:
     per_class = block.train_per_class if split == "train" else block.test_per_class
     if not per_class:
         raise UserError(f"the fractal set has no {split} images: data.fractal.{split}_per_class=0")
-    gray = _cached(Path(cfg.path), block, split, per_class)
+    gray = _cached(paths.path(cfg.path), block, split, per_class)
     labels = np.tile(np.arange(block.classes, dtype=np.int32), per_class)
     names = tuple(f"fractal-{block.first + k:05d}" for k in range(block.classes))
     return InMemory(f"fractal {split}", np.repeat(gray[..., None], 3, axis=3), labels, names)
@@ -82,7 +83,7 @@ def _cached(folder: Path, block: ConfigDict, split: str, per_class: int) -> np.n
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached images, or None, with a line, where the file is not what was written."""
     try:
-        with np.load(path) as stored:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
             images = stored["images"]  # checked against the archive's CRC-32
         if images.shape == shape and images.dtype == np.uint8:
             return images
@@ -104,14 +105,12 @@ def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _save(path: Path, images: np.ndarray) -> None:
     """Write the cache, whole or not at all. Raises UserError where that fails."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    content = io.BytesIO()
+    np.savez_compressed(content, images=images)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, images=images)
-        os.replace(temporary, path)
+        paths.write(path, content.getvalue(), f".{uuid.uuid4().hex}.tmp")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot keep the generated images in {path.parent}: {error.strerror}; "
             "set data.path to a folder with space that can be written"

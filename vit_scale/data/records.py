@@ -4,13 +4,15 @@ A folder of a million files is slow to list, to copy and to read from a network 
 shards are not. `pack` shuffles once, so that a shard is a fair sample, and writes a shard under a
 temporary name until it is whole: interrupted, the same command goes on. A record is its label,
 4 bytes little-endian, and the bytes of the file. `index.json` says what a finished set holds.
+
+ArrayRecord reads and writes local files only. Shards in a bucket are copied to this machine once
+(`paths.stage`), and `pack` uploads each shard when it is whole.
 """
 
 import concurrent.futures
 import hashlib
 import json
 import multiprocessing
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale import paths
 from vit_scale.data.folder import FOLDERS, Listing, list_images, readable
 from vit_scale.data.images import CHOICES, Corrupt, EncodedImages, verify
 from vit_scale.data.pipeline import attach_to_parent
@@ -40,11 +43,13 @@ class Records(EncodedImages):
     def __init__(self, name: str, folder: Path, index: dict, cfg: ConfigDict):
         super().__init__(f"{folder.name} {name}", index["classes"], cfg)
         shards = index["splits"][name]
-        self._files = [folder / shard["file"] for shard in shards]
+        self._shards = [folder / shard["file"] for shard in shards]
         self._first = np.cumsum([0] + [shard["images"] for shard in shards])
         self._readers: dict[int, ArrayRecordReader] = {}
-        for file, shard in zip(self._files, shards, strict=True):
-            _check_size(file, shard["bytes"])
+        found = paths.sizes(folder)
+        for file, shard in zip(self._shards, shards, strict=True):
+            _check_size(file, found.get(file.name), shard["bytes"])
+        self._files = paths.stage(self._shards)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -70,7 +75,7 @@ class Records(EncodedImages):
 
     def place(self, index: int) -> str:
         shard, position = self._locate(index)
-        return f"{self._files[shard]} (record {position})"
+        return f"{self._shards[shard]} (record {position})"
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -83,7 +88,7 @@ def source(cfg: ConfigDict, name: str) -> Records:
     Without a labelled test set `test` is the validation set. Raises UserError for a set that is
     missing or unfinished, and for a shard that is missing or truncated.
     """
-    folder = Path(cfg.path)
+    folder = paths.path(cfg.path)
     index = _read_index(folder)
     if index is None or not index["finished"]:
         state = "is no packed set" if index is None else "is not packed to its end"
@@ -108,8 +113,7 @@ def _read_index(folder: Path) -> dict | None:
     return index
 
 
-def _check_size(file: Path, size: int) -> None:
-    found = file.stat().st_size if file.is_file() else None
+def _check_size(file: Path, found: int | None, size: int) -> None:
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes of {size}"
         raise UserError(f"{file} {state}; copy it again, or pack the set again into a new folder")
@@ -140,7 +144,7 @@ def pack(
     """
     if on_corrupt not in CHOICES:
         raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
-    folder, out = Path(folder), Path(out)
+    folder, out = paths.path(folder), paths.path(out)
     listings = _listings(folder)
     index = {
         "version": VERSION,
@@ -152,10 +156,17 @@ def pack(
         name: _shards(out, name, listing, shard, on_corrupt == "skip")
         for name, listing in listings.items()
     }
-    _write_shards([s for shards in plan.values() for s in shards], workers)
-    splits = {name: [_entry(s.file) for s in shards] for name, shards in plan.items()}
+    images = _write_shards([s for shards in plan.values() for s in shards], workers)
+    stored = paths.sizes(out)
+    splits = {
+        name: [
+            {"file": s.file.name, "images": images[s.file], "bytes": stored[s.file.name]}
+            for s in shards
+        ]
+        for name, shards in plan.items()
+    }
     _write_index(out, index | {"finished": True, "splits": splits})
-    counts = {name: sum(entry["images"] for entry in splits[name]) for name in splits}
+    counts = {name: sum(images[s.file] for s in shards) for name, shards in plan.items()}
     found = sum(len(listing.labels) for listing in listings.values())
     return counts | {"skipped": found - sum(counts.values())}
 
@@ -205,19 +216,22 @@ def _claim(out: Path, index: dict) -> None:
 
 
 def _write_index(out: Path, index: dict) -> None:
-    temporary = out / f".{INDEX}.partial"
-    temporary.write_text(json.dumps(index, indent=1))
-    os.replace(temporary, out / INDEX)
+    paths.write(out / INDEX, json.dumps(index, indent=1).encode())
 
 
-def _entry(file: Path) -> dict:
-    reader = ArrayRecordReader(str(file), READ)
-    return {"file": file.name, "images": reader.num_records(), "bytes": file.stat().st_size}
+def _count(shard: Shard) -> int:
+    """The images in a finished shard. One in a bucket is only read where it may lack some."""
+    if paths.in_bucket(shard.file) and not shard.skip:
+        return len(shard.listing.labels)
+    (file,) = paths.stage([shard.file])
+    return ArrayRecordReader(str(file), READ).num_records()
 
 
-def _write_shards(shards: list[Shard], workers: int | None) -> None:
-    """Write those that aren't there yet. The first failure stops the rest."""
-    missing = [shard for shard in shards if not shard.file.is_file()]
+def _write_shards(shards: list[Shard], workers: int | None) -> dict[Path, int]:
+    """Write those that aren't there yet; the images in each. The first failure stops the rest."""
+    there = paths.sizes(shards[0].file.parent)
+    missing = [shard for shard in shards if shard.file.name not in there]
+    images = {shard.file: _count(shard) for shard in shards if shard.file.name in there}
     total = sum(len(shard.listing.labels) for shard in shards)
     done = total - sum(len(shard.listing.labels) for shard in missing)
     spawn = multiprocessing.get_context("spawn")
@@ -225,26 +239,31 @@ def _write_shards(shards: list[Shard], workers: int | None) -> None:
         tqdm(total=total, initial=done, desc="pack", unit="image", disable=None) as bar,
         concurrent.futures.ProcessPoolExecutor(workers, spawn, attach_to_parent) as pool,
     ):
-        jobs = [pool.submit(write_shard, shard) for shard in missing]
+        jobs = {pool.submit(write_shard, shard): shard for shard in missing}
         try:
             for job in concurrent.futures.as_completed(jobs):
-                bar.update(job.result())
+                images[jobs[job].file] = job.result()
+                bar.update(len(jobs[job].listing.labels))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return images
 
 
 def write_shard(shard: Shard) -> int:
-    """Write one shard, whole or, with a UserError, not; the number of images it was given."""
-    temporary = shard.file.with_name(f".{shard.file.name}.partial")
+    """Write one shard, whole or, with a UserError, not; the number of images in it."""
+    local, images = paths.local(shard.file), 0
+    temporary = local.with_name(f".{shard.file.name}.partial")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         writer = ArrayRecordWriter(str(temporary), WRITE)
         for index, label in enumerate(shard.listing.labels.tolist()):
             data = _verified(shard, index)
             if data is not None:
                 writer.write(LABEL.pack(label) + data)
+                images += 1
         writer.close()
-        os.replace(temporary, shard.file)
+        paths.move(temporary, shard.file)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{shard.file} could not be written ({_short(error)}); make room or choose another "
@@ -252,7 +271,7 @@ def write_shard(shard: Shard) -> int:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return len(shard.listing.labels)
+    return images
 
 
 def _verified(shard: Shard, index: int) -> bytes | None:

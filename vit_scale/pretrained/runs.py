@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vit_scale import checkpoint, config
+from vit_scale import checkpoint, config, paths
 from vit_scale.errors import UserError
 from vit_scale.model import Model, build
 
@@ -28,7 +28,7 @@ def read(source: str | pathlib.Path) -> Pretrained:
     Where the run averaged its weights, the average is the model. Raises UserError where there is
     neither, or where it is damaged.
     """
-    folder = locate(pathlib.Path(source))
+    folder = locate(paths.path(source))
     described = checkpoint.description(folder)
     cfg = config.from_json(described["config"])
     model = build(cfg.model, config.image_size(cfg))

@@ -3,7 +3,8 @@
 Four CLU MetricWriters stand side by side behind one `Tracker`, so that the loop says everything
 once. Guaranteed: logging never waits for the newest step; `metrics.jsonl` holds each row once,
 across kills and resumes; only process 0 writes; a file that can't be written ends the run with one
-line.
+line. In a bucket, where a file is uploaded whole, that is done before an evaluation or a checkpoint
+begins, every UPLOAD seconds and at the end: a checkpoint never precedes the rows up to its step.
 """
 
 import contextlib
@@ -36,6 +37,8 @@ __all__ = ["Tracker", "git_state", "parameter_table", "versions"]
 # Steps that the device may have before it while the host prepares the next: one runs, one waits.
 # Without a bound the host runs ahead, and the batches of dispatched steps fill the device's memory.
 AHEAD = 2
+
+UPLOAD = 60  # seconds that rows stay on this machine, at least
 
 
 class Tracker:
@@ -87,6 +90,7 @@ class Tracker:
         self._due = False  # the last of them ends an interval
         self._terminal: TerminalWriter | None = None
         self._wandb: WandbWriter | None = None
+        self._clock, self._uploaded = clock, clock()
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Tracker":
@@ -160,6 +164,8 @@ class Tracker:
             self._finish_pending()
             self._log_if_due()
         with self._speed.timing(wait=name == "data"):
+            if name != "data":
+                self._upload()
             yield
 
     def waiting(self, batches: Iterable) -> Iterator:
@@ -206,6 +212,13 @@ class Tracker:
     def _write(self, method: str, step: int, values: Mapping[str, Any]) -> None:
         with self._one_line_errors():
             getattr(self._writer, method)(step, values)
+        if self._clock() - self._uploaded >= UPLOAD:
+            self._upload()
+
+    def _upload(self) -> None:
+        with self._one_line_errors():
+            self._writer.flush()
+        self._uploaded = self._clock()
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:

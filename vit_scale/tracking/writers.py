@@ -1,8 +1,8 @@
 """The four CLU MetricWriters. Each takes what it can show and ignores the rest.
 
 Files hold a row when the call returns, so a killed run loses nothing that was reported, and an
-error surfaces where it happens. Hence no AsyncWriter: writing takes milliseconds every `log.every`
-steps.
+error surfaces where it happens; in a bucket they hold it when `flush` returns. Hence no
+AsyncWriter: writing takes milliseconds every `log.every` steps.
 """
 
 import html
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vit_scale import paths
 from vit_scale.errors import DONE, UserError
 
 # `clu.metric_writers` imports TensorFlow (1.3 GB) for one of its writers, which is not used here. A
@@ -71,12 +72,11 @@ class JsonLinesWriter(Writer):
     """
 
     def __init__(self, path: Path, start: int):
-        if path.exists():
-            kept = [line for line in path.read_bytes().splitlines() if _is_kept(line, start)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-            os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        there = path.read_bytes().splitlines() if path.exists() else []
+        kept = [line for line in there if _is_kept(line, start)]
+        self._rows = paths.Appended(path)
+        paths.write(self._rows.file, b"".join(line + b"\n" for line in kept))
+        self._file = open(self._rows.file, "a", encoding="utf-8")  # noqa: SIM115
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {name: number(value) for name, value in scalars.items()}
@@ -85,8 +85,12 @@ class JsonLinesWriter(Writer):
         self._file.write(line + "\n")
         self._file.flush()
 
+    def flush(self) -> None:
+        self._rows.save()
+
     def close(self) -> None:
         self._file.close()
+        self._rows.finish()
 
 
 def _is_kept(line: bytes, start: int) -> bool:
@@ -109,9 +113,11 @@ class TensorBoardWriter(Writer):
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._summary, self._event = summary, Event
-        folder.mkdir(parents=True, exist_ok=True)
+        local = paths.local(folder)
+        local.mkdir(parents=True, exist_ok=True)
         # The library names a file by the second: a run resumed within it would overwrite the first.
-        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}.{start}")
+        self._events = EventsWriter(str(local / "events"), f".{os.getpid()}.{start}")
+        self._file = paths.Appended(folder / Path(self._events._file_name).name)
         # A session's start makes TensorBoard forget the later steps of the run that was killed.
         session = SessionLog(status=SessionLog.START)
         self._add(start + 1, session_log=session)
@@ -122,29 +128,30 @@ class TensorBoardWriter(Writer):
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self._add(step, summary=self._summary.scalar(name, number(value)))
-        self.flush()
+        self._events.flush()
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for name, batch in images.items():
             for i, image in enumerate(batch):
                 content = self._summary.image(f"{name}/{i}", image, dataformats="HWC")
                 self._add(step, summary=content)
-        self.flush()
+        self._events.flush()
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
             code = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown, verbatim
             self._add(step, summary=self._summary.text(name, code))
-        self.flush()
+        self._events.flush()
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         self.write_texts(0, {"config": json.dumps(hparams, indent=2, default=str)})
 
     def flush(self) -> None:
-        self._events.flush()
+        self._file.save()
 
     def close(self) -> None:
         self._events.close()
+        self._file.finish()
 
 
 class WandbWriter(Writer):
@@ -152,13 +159,14 @@ class WandbWriter(Writer):
 
     The run's id is kept in its folder, so a resumed run continues the same page. Offline, each
     start leaves a folder of its own; the line names them all, and their common id makes them one
-    page. WANDB_MODE (online, offline, disabled) decides where it is set.
+    page. WANDB_MODE (online, offline, disabled) decides where it is set. Of a run in a bucket, only
+    the id is there; W&B's own folder is on this machine (paths.local).
     """
 
     def __init__(self, workdir: Path, project: str, name: str, quiet: bool = False):
         import wandb
 
-        self._wandb, self._workdir, self._quiet = wandb, workdir, quiet
+        self._wandb, self._folder, self._quiet = wandb, paths.local(workdir), quiet
         self.exit_code = DONE
         try:
             # wandb reads the variable only once in a process; an argument is always heard.
@@ -168,7 +176,7 @@ class WandbWriter(Writer):
             self._run = wandb.init(
                 project=project,
                 name=name,
-                dir=str(workdir),
+                dir=str(self._folder),
                 id=_run_id(workdir / "wandb_id.txt"),
                 mode=mode,
                 resume="allow",
@@ -199,7 +207,7 @@ class WandbWriter(Writer):
         if self._quiet or self._run.disabled:
             return
         if self._run.offline:
-            folders = sorted((self._workdir / "wandb").glob(f"offline-run-*-{self._run.id}"))
+            folders = sorted((self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"))
             line = shlex.join(["wandb", "sync", *(str(folder.resolve()) for folder in folders)])
             print(f"Weights & Biases ran offline; to upload this run:\n{line}", file=sys.stderr)
         else:
@@ -213,9 +221,7 @@ def _has_key(wandb: Any) -> bool:
 
 def _run_id(path: Path) -> str:
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(secrets.token_hex(4) + "\n")
-        os.replace(temporary, path)
+        paths.write(path, f"{secrets.token_hex(4)}\n".encode())
     return path.read_text().strip()
 
 
