@@ -18,6 +18,7 @@ from vit_scale.plan import estimate
 from vit_scale.plan.hlo import exposed_cycles
 from vit_scale.plan.topology import ENVIRONMENT, Topology
 
+COMPILER = os.path.join(sys.prefix, "libtpu")  # where launch/compiler.sh puts it
 LOG = {  # of the scheduler, on standard error
     "TPU_MIN_LOG_LEVEL": "0",
     "TPU_STDERR_LOG_LEVEL": "0",
@@ -26,9 +27,7 @@ LOG = {  # of the scheduler, on standard error
 SAVE_MATMULS = "dots_with_no_batch_dims_saveable"  # recomputes what is cheap
 
 
-def plan(
-    name: str, overrides: Sequence[str], where: Topology, price: float | None = None
-) -> dict:
+def plan(name: str, overrides: Sequence[str], where: Topology, price: float | None = None) -> dict:
     """What the config `name` with `overrides` comes to on a slice. Bytes are per device.
 
     Where it fits: times in ms, speed, cost, collectives. Where it doesn't: "fits" is False, and
@@ -53,7 +52,7 @@ def _compile(name: str, overrides: Sequence[str], where: Topology) -> tuple[dict
     done = subprocess.run(
         [sys.executable, "-m", "vit_scale.plan.step"],
         input=json.dumps(request | {"slices": where.slices}) + "\n",
-        env=os.environ | ENVIRONMENT | LOG | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ | ENVIRONMENT | LOG | {"PYTHONPATH": os.pathsep.join([*sys.path, COMPILER])},
         capture_output=True,
         text=True,
         errors="replace",
@@ -86,9 +85,7 @@ def compare(
     return sorted(found, key=lambda row: row.get("step_ms", float("inf")))
 
 
-def fit(
-    found: dict, where: Topology, price: float | None, tell: Callable[[str], None]
-) -> dict:
+def fit(found: dict, where: Topology, price: float | None, tell: Callable[[str], None]) -> dict:
     """The first plan that fits of those with the cheapest changes; its "flags" are to be added.
 
     `found` is a plan that does not fit; `tell` hears of every attempt. Raises UserError where none

@@ -1,4 +1,4 @@
-"""What a compiled step is predicted to take: arithmetic on what the compiler says, and nothing else.
+"""What a compiled step is predicted to take: arithmetic on what the compiler says, nothing else.
 
 Every number here is a prediction. None was calibrated on a TPU: take them for ranking, and for
 whether something fits.

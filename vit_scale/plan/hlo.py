@@ -18,7 +18,7 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"),
     *("collective-broadcast", "ragged-all-to-all", "send"),
 )
-BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64}  # others end with their number of bits
+BITS = {"pred": 8, "token": 0}  # the number in any other name is its bits: bf16, f8e4m3fn, u32
 
 
 class Collective(NamedTuple):
@@ -147,7 +147,8 @@ class Program:
 
 def _computations(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     """(name, whether it is the entry, lines) of each computation."""
-    name, is_entry, lines = "", False, []
+    name, is_entry = "", False
+    lines: list[str] = []
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%([\w.\-~]+) \(", line)
         if head:
@@ -187,7 +188,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def _bits(kind: str) -> int:
-    return BITS.get(kind) or (8 if kind.startswith("f8") else int(re.sub(r"\D", "", kind)))
+    return BITS[kind] if kind in BITS else int(re.findall(r"\d+", kind)[0])
 
 
 def _collective(kind: str, found: Instruction, hidden: int | None) -> Collective:
@@ -212,7 +213,7 @@ def _group(text: str) -> int:
     if found := re.search(r"replica_groups=mesh\[([^]]*)\](.*?)\{([^}]*)\}", text):
         sizes = dict(re.findall(r"('[\w]+')=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'[\w]+'", found[3]))
-    return 2
+    return 2  # source_target_pairs
 
 
 def exposed_cycles(log: str) -> float:

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,8 @@ def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler fails: {str(error).splitlines()[0]}") from error
         return found | {"fits": False, "peak_bytes": needed_bytes(str(error))}
-    memory = compiled.memory_analysis()
-    cost = Hlo(compiled.as_text()).cost()
+    memory: Any = compiled.memory_analysis()
+    cost = Hlo(compiled.as_text() or "").cost()
     return found | {
         "fits": True,
         "peak_bytes": memory.peak_memory_in_bytes,

@@ -89,8 +89,8 @@ def parse(text: str, slices: int = 1) -> Topology:
 
     Raises UserError, with what there is, for any other name and for a slice that is not made.
     """
-    kind, mark, rest = text.lower().replace("v5litepod", "v5e").partition(
-        ":" if ":" in text else "-"
+    kind, mark, rest = (
+        text.lower().replace("v5litepod", "v5e").partition(":" if ":" in text else "-")
     )
     if slices < 1:
         raise UserError(f"--slices={slices} must be at least 1", USAGE)
@@ -156,8 +156,8 @@ def devices(topology: Topology) -> list:
         import libtpu  # noqa: F401  (it says where its library is)
     except ImportError:
         raise UserError(
-            "vit-scale plan needs libtpu, the TPU compiler (no TPU): "
-            "pip install 'vit_scale[tpu]', or add the folder that has it to PYTHONPATH"
+            "vit-scale plan needs libtpu, the TPU's compiler: launch/compiler.sh installs it, "
+            "and so does pip install 'vit_scale[tpu]'"
         ) from None
     options = dict(topology.family.options)
     if math.prod(_sides(topology.name)) == 1:
