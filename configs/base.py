@@ -83,6 +83,8 @@ def model() -> dict:
         "dtype": "float32",  # of the computation: float32 | bfloat16; parameters stay float32
         "scan": True,  # one compiled block scanned over the depth, or unrolled blocks
         "remat": "none",  # what backward recomputes: none | full | a jax.checkpoint_policies name
+        "logits": "float32",  # of attention's scores and softmax: float32 | bfloat16
+        "gelu": "exact",  # exact (erf) | tanh (its approximation)
         "attention": "xla",  # implementation of jax.nn.dot_product_attention: xla | cudnn
     }
 
@@ -100,6 +102,7 @@ def optim() -> dict:
         "factor": 0.1,  # piecewise: by this
         "b1": 0.9,  # adamw, lion, muon: decay of the first moment; sgd: momentum
         "b2": 0.999,  # adamw, lion, and muon for what is no matrix: decay of the second moment
+        "moment": "float32",  # in which the first moment is kept: float32 | bfloat16
         "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
         "clip": 1.0,  # global gradient norm; 0: off
         "accumulate": 1,  # micro-batches per step; the global batch is cut into these

@@ -8,6 +8,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/launch/environment.sh" test
+"$root/launch/compiler.sh"  # plan's tests compile for TPUs; only they see it
 cd "$root"
 # A file's tests stay in one process: they share fixtures and compiled programs.
 exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile "$@"

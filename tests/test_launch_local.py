@@ -32,6 +32,7 @@ else
   [[ ${FAKE:-} != hang ]] || sleep 600
   [[ ${FAKE:-} != slow ]] || sleep 1
   bin=$(dirname "$4")
+  if [[ $* == *--target* ]]; then mkdir -p "${*: -2:1}"; exit; fi
   printf '#!/bin/bash\\necho "vit-scale $*" >>"$LOG"\\nexit "${TRAINER:-0}"\\n' >"$bin/vit-scale"
   chmod +x "$bin/vit-scale"
 fi
@@ -262,9 +263,27 @@ def test_tests_run_with_their_extra(clone, script):
     shutil.copy(ROOT / ".ci" / "run", clone.root / ".ci")
     result = clone.run(script, "-k", "a b")
     assert result.returncode == 0, result.stderr
-    _, install, test = clone.calls()
-    assert install.endswith("[test]")
+    _, install, compiler, test = clone.calls()
+    assert install.endswith("[test]") and compiler.endswith("libtpu")
     assert test.startswith("python -m pytest") and test.endswith("-k a b")
+
+
+def test_the_compiler_has_a_folder_of_its_own(clone):
+    """Pinned as everything, installed once, and again when the pins change."""
+    folder = clone.root / ".venv" / "libtpu"
+    for _ in range(2):
+        assert clone.run("compiler.sh").returncode == 0
+    (install,) = [call for call in clone.calls() if "--target" in call]
+    assert "--no-deps -c" in install and "constraints.txt" in install
+    assert install.endswith(f"--target {folder}.new libtpu") and (folder / "stamp").exists()
+    with (clone.root / "constraints.txt").open("a") as pins:
+        pins.write("# new\n")
+    clone.run("compiler.sh")
+    assert [call for call in clone.calls() if "--target" in call] == [install]
+    shutil.rmtree(folder)
+    failed = clone.run("compiler.sh", FAKE="fail")
+    assert failed.returncode == 1 and not folder.exists()
+    assert failed.stderr.splitlines()[-1].startswith("compiler: libtpu was not installed")
 
 
 @pytest.mark.slow

@@ -57,16 +57,16 @@ def specs(tree, mesh):
 SPLIT = {  # on 2 x 2 x 2, with unrolled blocks; every other parameter is whole everywhere
     "embed/kernel": P(None, None, None, "fsdp"),
     "posemb": P(None, None, "fsdp"),
-    "attention/qkv/kernel": P("fsdp", None, "tensor"),
-    "attention/qkv/bias": P(None, "tensor"),
+    "query/kernel": P("fsdp", "tensor"),
+    "query/bias": P("tensor"),
+    "key/kernel": P("fsdp", "tensor"),
+    "key/bias": P("tensor"),
+    "value/kernel": P("fsdp", "tensor"),
+    "value/bias": P("tensor"),
     "attention/out/kernel": P("tensor", None, "fsdp"),
     "mlp/up/kernel": P("fsdp", "tensor"),
     "mlp/up/bias": P("tensor"),
     "mlp/down/kernel": P("tensor", "fsdp"),
-    "pool/query/kernel": P("fsdp", "tensor"),
-    "pool/query/bias": P("tensor"),
-    "pool/kv/kernel": P("fsdp", None, "tensor"),
-    "pool/kv/bias": P(None, "tensor"),
     "pool/out/kernel": P("tensor", None, "fsdp"),
     "head/kernel": P("fsdp"),
 }
@@ -110,8 +110,8 @@ def test_optimizer_state_lies_with_its_parameter(optimizer):
 def test_a_dimension_that_does_not_divide_is_whole():
     """3 heads over tensor=2: attention is not split over it, the MLP is."""
     found = specs(shapes(width=12, heads=3, scan=False), abstract_of(1, 2, 2))
-    assert found["blocks/0/attention/qkv/kernel"] == P("fsdp")
-    assert found["blocks/0/attention/qkv/bias"] == P()
+    assert found["blocks/0/attention/key/kernel"] == P("fsdp")
+    assert found["blocks/0/attention/key/bias"] == P()
     assert found["blocks/0/attention/out/kernel"] == P(None, None, "fsdp")
     assert found["blocks/0/mlp/up/kernel"] == P("fsdp", "tensor")
 
@@ -121,7 +121,7 @@ def test_fsdp_falls_back_to_the_longest_dimension_that_divides():
     found = specs(shapes(width=12, heads=2, scan=False), abstract_of(1, 8, 1))
     assert found["blocks/0/mlp/up/kernel"] == P(None, "fsdp")
     assert found["blocks/0/mlp/down/kernel"] == P("fsdp")
-    assert found["blocks/0/attention/qkv/kernel"] == P()
+    assert found["blocks/0/attention/key/kernel"] == P()
     assert found["head/kernel"] == P()
     stacked = specs(shapes(width=12, heads=2, depth=8), abstract_of(1, 8, 1))
     assert stacked["blocks/mlp/down/kernel"] == P(None, "fsdp")

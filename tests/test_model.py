@@ -55,8 +55,8 @@ def test_parameter_names_and_shapes():
     assert found == {
         "blocks/attention/out/bias": (2, 16),
         "blocks/attention/out/kernel": (2, 4, 4, 16),
-        "blocks/attention/qkv/bias": (2, 3, 4, 4),
-        "blocks/attention/qkv/kernel": (2, 16, 3, 4, 4),
+        **{f"blocks/attention/{part}/bias": (2, 4, 4) for part in ("query", "key", "value")},
+        **{f"blocks/attention/{part}/kernel": (2, 16, 4, 4) for part in ("query", "key", "value")},
         "blocks/mlp/down/bias": (2, 16),
         "blocks/mlp/down/kernel": (2, 24, 16),
         "blocks/mlp/up/bias": (2, 24),
@@ -98,14 +98,14 @@ def plain_logits(params, image, pool, patch):
     x = np.stack([params["cls"], *tokens] if pool == "cls" else tokens)
     for block in unstack(params)["blocks"].values():
         attention, y = block["attention"], norm(block["norm1"], x)
-        q, k, v = np.moveaxis(linear(attention["qkv"], y, "nd,dske->nske"), 1, 0)
+        q, k, v = (linear(attention[part], y, "nd,dke->nke") for part in ("query", "key", "value"))
         x = x + linear(attention["out"], attend(q, k, v), "nke,ked->nd")
         x = x + mlp(block["mlp"], norm(block["norm2"], x))
     x = norm(params["norm"], x)
     if pool == "map":
         part = params["pool"]
         q = linear(part["query"], part["probe"], "nd,dke->nke")
-        k, v = np.moveaxis(linear(part["kv"], x, "nd,dske->nske"), 1, 0)
+        k, v = (linear(part[name], x, "nd,dke->nke") for name in ("key", "value"))
         x = linear(part["out"], attend(q, k, v), "nke,ked->nd")
         x = x + mlp(part["mlp"], norm(part["norm"], x))
     x = x.mean(0) if pool == "gap" else x[0]

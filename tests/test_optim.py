@@ -143,9 +143,7 @@ def matrices(tree):
     flat = {}
     for name, leaf in named(tree).items():
         per_layer = leaf if name.startswith("blocks/") else leaf[None]
-        if name.endswith(("qkv/kernel", "/kv/kernel")):  # l d s k e
-            flat[name] = np.moveaxis(per_layer, 2, 1).reshape(-1, 8, 8)
-        elif name.endswith(("query/kernel", "out/kernel")):  # l d k e, l k e d
+        if name.endswith(tuple(f"{part}/kernel" for part in ("query", "key", "value", "out"))):
             flat[name] = np.asarray(per_layer).reshape(-1, 8, 8)
         elif name.endswith(("up/kernel", "down/kernel")):
             flat[name] = np.asarray(per_layer)
@@ -162,9 +160,9 @@ def muon_updates(pooled):
 def test_muon_orthogonalises_each_hidden_matrix(muon_updates):
     """Newton-Schulz brings singular values near 1; 0.2 sqrt(max(in, out)) makes that Adam-sized."""
     updates = matrices(muon_updates)
-    assert len(updates) == 4 + 5
-    assert len(updates["blocks/attention/qkv/kernel"]) == 3 * DEPTH
-    assert len(updates["pool/kv/kernel"]) == 2
+    assert len(updates) == 6 + 6
+    assert len(updates["blocks/attention/key/kernel"]) == DEPTH
+    assert len(updates["pool/value/kernel"]) == 1
     for name, stacked in updates.items():
         for matrix in stacked:
             values = np.linalg.svd(matrix, compute_uv=False) / (0.02 * max(matrix.shape) ** 0.5)

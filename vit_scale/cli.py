@@ -62,6 +62,18 @@ def parser() -> argparse.ArgumentParser:
         "--devices", type=count, metavar="N", help="with --sharding: on so many (default: all here)"
     )
 
+    sub = verb("plan", plan, "compile the training step for a TPU slice that is not there")
+    sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
+    sub.add_argument("--topology", required=True, help="such as v5e:16x16 or v5litepod-256")
+    sub.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
+    sub.add_argument("--fit", action="store_true", help="find the changes that make it fit")
+    sub.add_argument(
+        "--compare", nargs="+", metavar="FIELD=VALUE,...", help="variants, the fastest first"
+    )
+    sub.add_argument("--price", type=float, help="USD per chip and hour")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
+
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
 
@@ -185,6 +197,21 @@ def show(args, overrides: Sequence[str]) -> None:
     else:
         for key, value in config.dotted(content).items():
             print(f"{key:24} {value}")
+
+
+def plan(args, overrides: Sequence[str]) -> None:
+    from vit_scale import plan
+    from vit_scale.plan import table, topology
+
+    where = topology.parse(args.topology, args.slices)
+    if args.compare:
+        rows = plan.compare(args.config, overrides, args.compare, where, args.price)
+        print(json.dumps({"variants": rows}) if args.json else table.comparison(rows))
+        return
+    found = plan.plan(args.config, overrides, where, args.price)
+    if args.fit and not found["fits"]:
+        found = plan.fit(found, where, args.price, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(found) if args.json else table.text(found))
 
 
 def download_data(args, overrides: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ is dropped.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,29 +50,58 @@ class Projection(nnx.Module):
         return jnp.einsum(self.equation, x.astype(self.dtype), kernel) + bias
 
 
-# Xavier over each head-split matrix as if it stood alone; axis "s" of the fused q, k, v is a batch.
+# Xavier over all heads' outputs, or inputs, as the one matrix that they are.
 _xavier = nnx.initializers.variance_scaling
-QKV_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(2, 3), batch_axis=1)
+HEADS_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
 OUT_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
+
+
+def to_heads(tokens: str, cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
+    """Queries, keys or values, of axes `tokens`: "bn" or "n". One kernel each, for a TPU's sake.
+
+    One fused kernel is one matmul less, but taking its result apart is a copy of all of it.
+    """
+    d, k = size.width, size.heads
+    equation = f"{tokens}d,dke->{tokens}ke"
+    return Projection(equation, (d, k, d // k), (k, d // k), HEADS_INIT, cfg.dtype, rngs)
+
+
+def from_heads(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
+    d, k = size.width, size.heads
+    return Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+
+
+def attend(
+    q: Float[Array, "b n k e"],
+    k: Float[Array, "b m k e"],
+    v: Float[Array, "b m k e"],
+    implementation: Literal["xla", "cudnn"],
+    logits: jnp.dtype,
+) -> Float[Array, "b n k e"]:
+    """Softmax attention, its weights before and after the softmax in the precision `logits`."""
+    if logits == jnp.float32:
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    scores = jnp.einsum("bnke,bmke->bknm", q * scale, k).astype(logits)
+    return jnp.einsum("bknm,bmke->bnke", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 class Attention(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        d, k = size.width, size.heads
-        self.implementation = cfg.attention
-        self.qkv = Projection(
-            "bnd,dske->bnske", (d, 3, k, d // k), (3, k, d // k), QKV_INIT, cfg.dtype, rngs
-        )
-        self.out = Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+        self.implementation, self.logits = cfg.attention, jnp.dtype(cfg.logits)
+        self.query = to_heads("bn", cfg, size, rngs)
+        self.key = to_heads("bn", cfg, size, rngs)
+        self.value = to_heads("bn", cfg, size, rngs)
+        self.out = from_heads(cfg, size, rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
-        return self.out(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return self.out(attend(q, k, v, self.implementation, self.logits))
 
 
 class MLP(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.dropout = cfg.dropout
+        self.dropout, self.exact = cfg.dropout, cfg.gelu == "exact"
         options = {
             "kernel_init": nnx.initializers.xavier_uniform(),
             "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
@@ -82,7 +112,7 @@ class MLP(nnx.Module):
         self.down = nnx.Linear(size.mlp, size.width, **options)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
-        x = jax.nn.gelu(self.up(x), approximate=False)
+        x = jax.nn.gelu(self.up(x), approximate=not self.exact)
         if key is not None and self.dropout:
             x = drop(x, self.dropout, key, x.shape)
         return self.down(x)
@@ -140,19 +170,18 @@ class AttentionPool(nnx.Module):
     """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
 
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        d, k = size.width, size.heads
-        self.implementation = cfg.attention
-        self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, d)))
-        init = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
-        kv_init, shape = QKV_INIT, (d, 2, k, d // k)
-        self.query = Projection("nd,dke->nke", (d, k, d // k), (k, d // k), init, cfg.dtype, rngs)
-        self.kv = Projection("bnd,dske->bnske", shape, shape[1:], kv_init, cfg.dtype, rngs)
-        self.out = Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+        self.implementation, self.logits = cfg.attention, jnp.dtype(cfg.logits)
+        init = nnx.initializers.xavier_uniform()
+        self.probe = nnx.Param(init(rngs.params(), (1, size.width)))
+        self.query = to_heads("n", cfg, size, rngs)
+        self.key = to_heads("bn", cfg, size, rngs)
+        self.value = to_heads("bn", cfg, size, rngs)
+        self.out = from_heads(cfg, size, rngs)
         self.norm = layer_norm(cfg, size, rngs)
         self.mlp = MLP(cfg, size, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:
-        k, v = jnp.moveaxis(self.kv(x), 2, 0)
+        k, v = self.key(x), self.value(x)
         q = jnp.broadcast_to(self.query(self.probe[...]), (x.shape[0], 1, *k.shape[2:]))
-        x = self.out(jax.nn.dot_product_attention(q, k, v, implementation=self.implementation))
+        x = self.out(attend(q, k, v, self.implementation, self.logits))
         return (x + self.mlp(self.norm(x), key))[:, 0]

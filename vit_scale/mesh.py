@@ -34,10 +34,8 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # The end of a parameter's name -> the mesh axis of each of its dimensions. What is not listed
 # (norms, [CLS], probe, biases of width d, scalars) is small, and whole on every device.
 RULES = {
-    r"(qkv|kv)/kernel": ("fsdp", None, "tensor", None),  # d 3 k e
-    r"(qkv|kv)/bias": (None, "tensor", None),  # 3 k e
-    r"query/kernel": ("fsdp", "tensor", None),  # d k e
-    r"query/bias": ("tensor", None),  # k e
+    r"(query|key|value)/kernel": ("fsdp", "tensor", None),  # d k e
+    r"(query|key|value)/bias": ("tensor", None),  # k e
     r"out/kernel": ("tensor", None, "fsdp"),  # k e d
     r"mlp/up/kernel": ("fsdp", "tensor"),  # d f
     r"mlp/up/bias": ("tensor",),  # f

@@ -89,7 +89,7 @@ class TrainMetrics(metrics.Collection):
         cls,
         outputs: Mapping[str, Array],
         grads: PyTree,
-        updates: PyTree,
+        change: PyTree,
         params: PyTree,
         learning_rate: float | Float[Array, ""],
     ) -> "TrainMetrics":
@@ -98,8 +98,8 @@ class TrainMetrics(metrics.Collection):
         Args:
           outputs: per-example "loss" (float), "correct" (bool) and "mask" (bool), each [b].
           grads: of the mean loss, before clipping.
-          updates: what is added to the parameters.
-          params: the parameters after the step.
+          change: what was added to the parameters.
+          params: the parameters before the step.
           learning_rate: of this step.
         """
         loss, correct, mask = outputs["loss"], outputs["correct"], outputs["mask"]
@@ -109,7 +109,7 @@ class TrainMetrics(metrics.Collection):
             loss=metrics.Average.from_model_output(loss.astype(jnp.float32), mask),
             accuracy=Share.from_model_output(correct, mask),
             gradient_norm=metrics.Average.from_model_output(norm(grads)),
-            update_norm=metrics.Average.from_model_output(norm(updates)),
+            update_norm=metrics.Average.from_model_output(norm(change)),
             parameter_norm=metrics.LastValue.from_model_output(norm(params)),
             learning_rate=metrics.LastValue.from_model_output(
                 jnp.asarray(learning_rate, jnp.float32)

@@ -37,6 +37,8 @@ CHOICES = {
     "posemb": ("learned", "sincos2d"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("xla", "cudnn"),
+    "logits": ("float32", "bfloat16"),
+    "gelu": ("exact", "tanh"),
 }
 
 
@@ -85,17 +87,28 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
             raise UserError(
                 f"model.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}"
             )
+    if cfg.logits != "float32" and cfg.attention != "xla":
+        raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
     for field in ("dropout", "drop_path"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")
     return Shape(size, patch, grid, cfg.pool)
 
 
-class ViT(nnx.Module):
-    """Images in, class logits out: of a `model` block, for images of (height, width) pixels."""
+def _as_is(x: Array) -> Array:
+    return x
 
-    def __init__(self, cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs):
-        self.shape = shape(cfg, image)
+
+class ViT(nnx.Module):
+    """Images in, class logits out: of a `model` block, for images of (height, width) pixels.
+
+    `place` gets the tokens that enter and leave a block, and returns them.
+    """
+
+    def __init__(
+        self, cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs, place: Callable = _as_is
+    ):
+        self.shape, self.place = shape(cfg, image), place
         self.scan, self.remat = cfg.scan, remat_policy(cfg.remat)
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
         self.learned = cfg.posemb == "learned"
@@ -152,7 +165,7 @@ class ViT(nnx.Module):
         return x
 
     def transform(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b n d"]:
-        depth = self.shape.size.depth
+        depth, x = self.shape.size.depth, self.place(x)
         rates = jnp.linspace(0.0, self.drop_path, depth)
         keys = None if key is None else jax.random.split(key, depth)
         if self.scan:
@@ -160,14 +173,14 @@ class ViT(nnx.Module):
 
             def step(x, layer):
                 params, rate, key = layer
-                return nnx.merge(graph, params)(x, rate, key), None
+                return self.place(nnx.merge(graph, params)(x, rate, key)), None
 
             return jax.lax.scan(self.remat(step, prevent_cse=False), x, (stacked, rates, keys))[0]
         for i in range(depth):
             graph, params = nnx.split(self.blocks[str(i)])
 
             def block(x, params, rate, key, graph=graph):
-                return nnx.merge(graph, params)(x, rate, key)
+                return self.place(nnx.merge(graph, params)(x, rate, key))
 
             x = self.remat(block)(x, params, rates[i], None if keys is None else keys[i])
         return x
@@ -199,15 +212,16 @@ class Model:
     shape: Shape
 
 
-def build(cfg: ConfigDict, image: tuple[int, int]) -> Model:
+def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> Model:
     """The model of a `model` block for images of (height, width) pixels.
 
+    `place` says where the tokens between blocks live, as a sharding constraint does.
     Raises UserError where the block makes no model; allocates nothing.
     """
     resolved = shape(cfg, image)
 
     def make(key):
-        return ViT(cfg, image, nnx.Rngs(params=key))
+        return ViT(cfg, image, nnx.Rngs(params=key), place)
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
 

@@ -30,11 +30,10 @@ from vit_scale.errors import UserError, nearest
 Schedule = Callable[[Any], Any]
 
 # The hidden matrices that Muon orthogonalises: which axes go in and which come out, counted from
-# the end. Other axes, layers and the fused q, k, v, are as many matrices on their own. Embedding,
-# head, vectors and biases go to Adam (Jordan et al. 2024).
+# the end. A leading axis of layers is as many matrices on their own. Embedding, head, vectors and
+# biases go to Adam (Jordan et al. 2024).
 MATRICES = {
-    r"(qkv|kv)/kernel$": ((-4,), (-2, -1)),  # d 3 k e
-    r"query/kernel$": ((-3,), (-2, -1)),  # d k e
+    r"(query|key|value)/kernel$": ((-3,), (-2, -1)),  # d k e
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
     r"mlp/(up|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
@@ -115,15 +114,15 @@ def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
 
 
 def _adamw(cfg: ConfigDict) -> optax.GradientTransformation:
-    return optax.scale_by_adam(cfg.b1, cfg.b2)
+    return optax.scale_by_adam(cfg.b1, cfg.b2, mu_dtype=cfg.moment)
 
 
 def _sgd(cfg: ConfigDict) -> optax.GradientTransformation:
-    return optax.trace(cfg.b1)
+    return optax.trace(cfg.b1, accumulator_dtype=cfg.moment)
 
 
 def _lion(cfg: ConfigDict) -> optax.GradientTransformation:
-    return optax.scale_by_lion(cfg.b1, cfg.b2)
+    return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.moment)
 
 
 def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
@@ -132,6 +131,7 @@ def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
         beta=cfg.b1,
         adam_b1=cfg.b1,
         adam_b2=cfg.b2,
+        mu_dtype=cfg.moment,
         # Updates as large as Adam's (Liu et al. 2025), so that both groups share one lr.
         consistent_rms=0.2,
         muon_weight_dimension_numbers=lambda params: map_named(_matrix_axes, params),
@@ -269,6 +269,7 @@ def update_ema(ema: PyTree, params: PyTree, decay: float) -> PyTree:
 CHOICES: dict[str, Collection[str]] = {
     "name": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "moment": ("float32", "bfloat16"),
     "train": ("all", "head"),
 }
 BOUNDS = {  # lowest allowed, first not allowed

@@ -4,6 +4,7 @@ Everything is checked here before anything is allocated or compiled. The step is
 the state and the batch; its randomness comes from (seed, step) alone (law 1).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +82,9 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     check_augment(cfg.augment)
     check_method(cfg.init.resample)
     check_counts(cfg)
-    model = build(cfg.model, image_size(cfg))
+    # Without this the compiler may split the tokens' width as the parameters', not the batch.
+    place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
+    model = build(cfg.model, image_size(cfg), place)
     params = jax.eval_shape(model.init, jax.random.key(0))
     optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
     state = TrainState(
@@ -117,7 +120,7 @@ def check_counts(cfg: ConfigDict) -> None:
             raise UserError(f"{name}={given[name]} must be at least {lowest}")
 
 
-def jit_train_step(program: Program) -> Callable:
+def jit_train_step(program: Program) -> jax.stages.Wrapped:
     """(state, batch) -> (state, TrainMetrics); the state that goes in is donated."""
     cfg, objective = program.cfg, program.objective
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
@@ -138,8 +141,11 @@ def jit_train_step(program: Program) -> Callable:
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
         ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
+        # Of the change as it was made, and of the old parameters: norms of anything else keep a TPU
+        # from updating in place, which is a third of the optimizer's time, and half of compiling.
+        change = jax.tree.map(jnp.subtract, params, state.params)
         metrics = TrainMetrics.of_step(
-            outputs, grads, updates, params, program.schedule(state.step)
+            outputs, grads, change, state.params, program.schedule(state.step)
         )
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 

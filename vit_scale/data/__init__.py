@@ -5,10 +5,12 @@ Grain pipelines. A new kind of set is one module with a `source(cfg.data, name)`
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from vit_scale.data import cifar, folder, fractal, records
+from vit_scale.data.images import decoded_size
 from vit_scale.data.pipeline import eval_batches, in_memory, train_batches
 from vit_scale.data.sources import Batch, InMemory, Slice, Source, cut, split_name
 from vit_scale.errors import UserError, nearest
@@ -18,6 +20,7 @@ __all__ = [
     "InMemory",
     "Slice",
     "Source",
+    "delivered_size",
     "describe",
     "eval_batches",
     "open_split",
@@ -25,13 +28,34 @@ __all__ = [
 ]
 
 
-# Of each data.name: the whole sets that it has, and what opens one.
-SETS: dict[str, tuple[tuple[str, ...], Callable[[ConfigDict, str], Source]]] = {
-    "cifar10": (("train", "test"), cifar.source),
-    "fractal": (("train", "test"), fractal.source),
-    "folder": (("train", "test", "val", "validation"), folder.source),
-    "array_record": (("train", "test", "val", "validation"), records.source),
+class Set(NamedTuple):
+    splits: tuple[str, ...]  # the whole sets that it has
+    source: Callable[[ConfigDict, str], Source]  # opens one
+    size: Callable[[ConfigDict], tuple[int, int]]  # (height, width) of its images, unopened
+
+
+def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
+    return cfg.fractal.resolution, cfg.fractal.resolution
+
+
+SETS = {  # by data.name
+    "cifar10": Set(("train", "test"), cifar.source, lambda cfg: (32, 32)),
+    "fractal": Set(("train", "test"), fractal.source, _fractal_size),
+    "folder": Set(("train", "test", "val", "validation"), folder.source, decoded_size),
+    "array_record": Set(("train", "test", "val", "validation"), records.source, decoded_size),
 }
+
+
+def find(cfg: ConfigDict) -> Set:
+    """The set that a data block names. Raises UserError for an unknown one."""
+    if cfg.name not in SETS:
+        raise UserError(f"data.name={cfg.name!r} is unknown; {nearest(cfg.name, SETS)}")
+    return SETS[cfg.name]
+
+
+def delivered_size(cfg: ConfigDict) -> tuple[int, int]:
+    """(height, width) in pixels of the images in a batch, known without opening the set."""
+    return find(cfg).size(cfg)
 
 
 def open_split(cfg: ConfigDict, split: str) -> Source:
@@ -41,10 +65,8 @@ def open_split(cfg: ConfigDict, split: str) -> Source:
     share a bound are disjoint. `cfg` is the configuration's data block. Raises UserError naming the
     valid names, the file that is missing or broken, or the label that is none of the classes.
     """
-    if cfg.name not in SETS:
-        raise UserError(f"data.name={cfg.name!r} is unknown; {nearest(cfg.name, SETS)}")
-    valid, opener = SETS[cfg.name]
-    source = cut(opener(cfg, split_name(split, valid)), split)
+    given = find(cfg)
+    source = cut(given.source(cfg, split_name(split, given.splits)), split)
     return in_memory(source, cfg.workers) if cfg.memory and source.decodes else source
 
 

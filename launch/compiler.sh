@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Puts libtpu, the TPU's compiler, in .venv/libtpu, for `vit-scale plan` on a machine without a TPU. Linux only.
+#
+# A folder of its own, which only plan's processes look into: in .venv itself, every training on a CPU would
+# first look for a TPU, and end with a stack trace when it is stopped. It does nothing when it is there.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+folder=$venv/libtpu
+"$root/launch/environment.sh"
+
+wanted() { cksum <"$root/constraints.txt"; }
+if [[ -f $folder/stamp && $(<"$folder/stamp") == "$(wanted)" ]]; then exit; fi
+
+echo "compiler: installing libtpu (about 700 MB)" >&2
+rm -rf "$folder" "$folder.new"
+options=(--no-deps -c "$root/constraints.txt" --target "$folder.new" libtpu)
+if command -v uv >/dev/null; then
+  uv pip install --python "$venv/bin/python" "${options[@]}" >&2
+else
+  "$venv/bin/python" -m pip install "${options[@]}" >&2
+fi || { echo "compiler: libtpu was not installed (see above); run the same command to try again" >&2; exit 1; }
+wanted >"$folder.new/stamp"
+mv "$folder.new" "$folder"
