@@ -85,7 +85,7 @@ def model() -> dict:
         "remat": "none",  # what backward recomputes: none | full | a jax.checkpoint_policies name
         "logits": "float32",  # of attention's scores and softmax: float32 | bfloat16
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
-        "attention": "xla",  # implementation of jax.nn.dot_product_attention: xla | cudnn
+        "attention": "xla",  # xla (vit_scale/attention.py) | cudnn
     }
 
 
