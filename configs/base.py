@@ -121,6 +121,10 @@ def mesh() -> dict:
         "slices_data": -1,  # slices of a pod that `data` goes over, as well; -1: the rest
         "slices_fsdp": 1,  # slices that `fsdp` goes over, as well
         "slices_tensor": 1,  # slices that `tensor` goes over, as well
+        "compiler": (  # options of a TPU's compiler, FLAG=VALUE; other devices ignore them
+            # Where data=1: gather parameters whole, not in steps that leave matrix units waiting.
+            "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
+        ),
     }
 
 

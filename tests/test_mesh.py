@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,15 @@ from jax.sharding import PartitionSpec as P
 
 from vit_scale.config import base
 from vit_scale.errors import UserError
-from vit_scale.mesh import AXES, batch_sharding, check_batch, make_mesh, put_batch, shardings
+from vit_scale.mesh import (
+    AXES,
+    batch_sharding,
+    check_batch,
+    compiler_options,
+    make_mesh,
+    put_batch,
+    shardings,
+)
 from vit_scale.model import build, named
 from vit_scale.optim import apply_updates, make_optimizer
 
@@ -45,6 +54,18 @@ def shapes(**fields):
 
 def specs(tree, mesh):
     return {name: sharding.spec for name, sharding in named(shardings(tree, mesh)).items()}
+
+
+def test_options_are_for_the_compiler_of_tpus():
+    cfg = base().mesh
+    cfg.compiler = ("xla_a=1", "xla_b=c=d")
+
+    def options(platform):
+        devices = np.array([types.SimpleNamespace(platform=platform)], object)
+        return compiler_options(cfg, types.SimpleNamespace(devices=devices))
+
+    assert options("tpu") == {"xla_a": "1", "xla_b": "c=d"}
+    assert options("cpu") is None and options("gpu") is None
 
 
 # The table

@@ -148,6 +148,19 @@ def fit(
     return fits
 
 
+def compiler_options(cfg: ConfigDict, mesh: Mesh) -> dict[str, str] | None:
+    """The options of a `mesh` block for the compiler of a mesh of TPUs; None for other devices.
+
+    Raises UserError for one that is not FLAG=VALUE.
+    """
+    for option in cfg.compiler:
+        if not re.fullmatch(r"\w+=\S+", option):
+            raise UserError(f"mesh.compiler: {option!r} is not FLAG=VALUE, such as xla_flag=true")
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return dict(option.split("=", 1) for option in cfg.compiler)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [b, ...]: the batch is split over data and fsdp."""
     return NamedSharding(mesh, BATCH)

@@ -17,7 +17,7 @@ from vit_scale import flops
 from vit_scale.augment import check as check_augment
 from vit_scale.config import fields, image_size, to_json
 from vit_scale.errors import UserError
-from vit_scale.mesh import batch_sharding, check_batch, make_mesh, shardings
+from vit_scale.mesh import batch_sharding, check_batch, compiler_options, make_mesh, shardings
 from vit_scale.metrics import TrainMetrics
 from vit_scale.model import Model, build, count
 from vit_scale.objectives import Objective, make_objective
@@ -70,6 +70,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     check_augment(cfg.augment)
     check_method(cfg.init.resample)
     check_counts(cfg)
+    compiler_options(cfg.mesh, mesh)
     # Without this the compiler may split the tokens' width as the parameters', not the batch.
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     model = build(cfg.model, image_size(cfg), place)
@@ -143,6 +144,7 @@ def jit_train_step(program: Program) -> jax.stages.Wrapped:
         in_shardings=(state_shardings, batch_sharding(program.mesh)),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options(cfg.mesh, program.mesh),
     )
 
 

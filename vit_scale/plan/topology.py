@@ -4,6 +4,7 @@ One row of `FAMILIES` is one kind of chip. HBM is what the compiler leaves a pro
 as jax counts devices; clocks are nominal; bandwidths are those of Google's documentation.
 """
 
+import importlib.util
 import math
 import os
 import re
@@ -152,13 +153,11 @@ def devices(topology: Topology) -> list:
     from jax.experimental import topologies
 
     os.environ.update(ENVIRONMENT)
-    try:
-        import libtpu  # noqa: F401  (it says where its library is)
-    except ImportError:
+    if not importlib.util.find_spec("libtpu"):
         raise UserError(
             "vit-scale plan needs libtpu, the TPU's compiler: launch/compiler.sh installs it, "
             "and so does pip install 'vit_scale[tpu]'"
-        ) from None
+        )
     options = dict(topology.family.options)
     if math.prod(_sides(topology.name)) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
