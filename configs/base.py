@@ -85,7 +85,7 @@ def model() -> dict:
         "remat": "none",  # what backward recomputes: none | full | a jax.checkpoint_policies name
         "logits": "float32",  # of attention's scores and softmax: float32 | bfloat16
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
-        "attention": "xla",  # implementation of jax.nn.dot_product_attention: xla | cudnn
+        "attention": "xla",  # xla (vit_scale/attention.py) | cudnn
     }
 
 
@@ -121,6 +121,10 @@ def mesh() -> dict:
         "slices_data": -1,  # slices of a pod that `data` goes over, as well; -1: the rest
         "slices_fsdp": 1,  # slices that `fsdp` goes over, as well
         "slices_tensor": 1,  # slices that `tensor` goes over, as well
+        "compiler": (  # options of a TPU's compiler, FLAG=VALUE; other devices ignore them
+            # Where data=1: gather parameters whole, not in steps that leave matrix units waiting.
+            "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
+        ),
     }
 
 

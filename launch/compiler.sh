@@ -8,6 +8,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 folder=$venv/libtpu
+[[ $(uname -s) == Linux ]] || { echo "compiler: libtpu is for Linux only; its tests are skipped" >&2; exit; }
 "$root/launch/environment.sh"
 
 wanted() { cksum <"$root/constraints.txt"; }

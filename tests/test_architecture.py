@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
-    {"errors"},
+    {"errors", "attention"},
     {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
     {"model", "augment", "mesh", "run"},
     {"objectives", "optim", "data", "checkpoint", "tracking", "report"},

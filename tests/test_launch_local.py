@@ -15,7 +15,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "echo", "env", "flock", "mkdir", "mv"]
-TOOLS += ["rm", "sed", "sleep", "sort", "touch", "xargs"]
+TOOLS += ["rm", "sed", "sleep", "sort", "touch", "uname", "xargs"]
 
 # `uv venv FOLDER` makes FOLDER/bin/python, `uv pip install` FOLDER/bin/vit-scale. Each call is a
 # line of the log. FAKE=fail breaks the installation, FAKE=hang never finishes it.

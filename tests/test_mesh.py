@@ -1,6 +1,7 @@
 """mesh: where each leaf goes, and the refusals' arithmetic. Real devices: test_laws_mesh.py."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from vit_scale.mesh import (
     abstract_mesh,
     batch_sharding,
     check_batch,
+    compiler_options,
     device_bytes,
     make_mesh,
     place,
@@ -50,6 +52,18 @@ def shapes(**fields):
 
 def specs(tree, mesh):
     return {name: sharding.spec for name, sharding in named(shardings(tree, mesh)).items()}
+
+
+def test_options_are_for_the_compiler_of_tpus():
+    cfg = base().mesh
+    cfg.compiler = ("xla_a=1", "xla_b=c=d")
+
+    def options(platform):
+        devices = np.array([types.SimpleNamespace(platform=platform)], object)
+        return compiler_options(cfg, types.SimpleNamespace(devices=devices))
+
+    assert options("tpu") == {"xla_a": "1", "xla_b": "c=d"}
+    assert options("cpu") is None and options("gpu") is None
 
 
 # The table

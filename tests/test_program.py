@@ -79,6 +79,7 @@ def bits(tree) -> list[bytes]:
         (["data.resolution=20"], "image height 20 is not divisible by the patch of 8 pixels"),
         (["augment.crop=rezised"], "did you mean resized"),
         (["optim.freeze=('posembed',)"], "matches no parameter; did you mean posemb"),
+        (["mesh.compiler=('fast',)"], "mesh.compiler: 'fast' is not FLAG=VALUE"),
         (["model.remat=some"], "model.remat='some' is unknown"),
     ],
 )

@@ -105,7 +105,8 @@ def _refuse_wrong_tuples(cfg: ConfigDict) -> None:
     for key, default in fields(base()).items():
         if not isinstance(default, tuple):
             continue
-        value, kind = given[key], (int, float) if default else str
+        words = not default or isinstance(default[0], str)
+        value, kind = given[key], str if words else (int, float)
         if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
             raise UserError(
                 f"{key}={value!r} must be a tuple such as {default or ('a', 'b')}", USAGE

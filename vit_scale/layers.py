@@ -6,13 +6,14 @@ is dropped.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
+
+from vit_scale.attention import attend
 
 NORM_EPSILON = 1e-6
 
@@ -71,24 +72,9 @@ def from_heads(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
     return Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
 
 
-def attend(
-    q: Float[Array, "b n k e"],
-    k: Float[Array, "b m k e"],
-    v: Float[Array, "b m k e"],
-    implementation: Literal["xla", "cudnn"],
-    logits: jnp.dtype,
-) -> Float[Array, "b n k e"]:
-    """Softmax attention, its weights before and after the softmax in the precision `logits`."""
-    if logits == jnp.float32:
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    scores = jnp.einsum("bnke,bmke->bknm", q * scale, k).astype(logits)
-    return jnp.einsum("bknm,bmke->bnke", jax.nn.softmax(scores).astype(v.dtype), v)
-
-
 class Attention(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.implementation, self.logits = cfg.attention, jnp.dtype(cfg.logits)
+        self.implementation, self.logits = cfg.attention, cfg.logits
         self.query = to_heads("bn", cfg, size, rngs)
         self.key = to_heads("bn", cfg, size, rngs)
         self.value = to_heads("bn", cfg, size, rngs)
@@ -96,7 +82,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         q, k, v = self.query(x), self.key(x), self.value(x)
-        return self.out(attend(q, k, v, self.implementation, self.logits))
+        return self.out(attend(q, k, v, self.logits, self.implementation))
 
 
 class MLP(nnx.Module):
@@ -170,7 +156,7 @@ class AttentionPool(nnx.Module):
     """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
 
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.implementation, self.logits = cfg.attention, jnp.dtype(cfg.logits)
+        self.implementation, self.logits = cfg.attention, cfg.logits
         init = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, size.width)))
         self.query = to_heads("n", cfg, size, rngs)
@@ -183,5 +169,5 @@ class AttentionPool(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:
         k, v = self.key(x), self.value(x)
         q = jnp.broadcast_to(self.query(self.probe[...]), (x.shape[0], 1, *k.shape[2:]))
-        x = self.out(attend(q, k, v, self.implementation, self.logits))
+        x = self.out(attend(q, k, v, self.logits, self.implementation))
         return (x + self.mlp(self.norm(x), key))[:, 0]

@@ -186,6 +186,19 @@ def place(tree: PyTree, places: PyTree) -> PyTree:
     return jax.tree.map(put, tree, places)
 
 
+def compiler_options(cfg: ConfigDict, mesh: AnyMesh) -> dict[str, str] | None:
+    """The options of a `mesh` block for the compiler of a mesh of TPUs; None for other devices.
+
+    Raises UserError for one that is not FLAG=VALUE.
+    """
+    for option in cfg.compiler:
+        if not re.fullmatch(r"\w+=\S+", option):
+            raise UserError(f"mesh.compiler: {option!r} is not FLAG=VALUE, such as xla_flag=true")
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "tpu":
+        return None
+    return dict(option.split("=", 1) for option in cfg.compiler)
+
+
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Of arrays [b, ...]: the batch is split over data and fsdp."""
     return NamedSharding(mesh, BATCH)

@@ -22,6 +22,7 @@ from vit_scale.mesh import (
     abstract_mesh,
     batch_sharding,
     check_batch,
+    compiler_options,
     device_bytes,
     make_mesh,
     shardings,
@@ -82,6 +83,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     check_augment(cfg.augment)
     check_method(cfg.init.resample)
     check_counts(cfg)
+    compiler_options(cfg.mesh, mesh)
     # Without this the compiler may split the tokens' width as the parameters', not the batch.
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     model = build(cfg.model, image_size(cfg), place)
@@ -155,6 +157,7 @@ def jit_train_step(program: Program) -> jax.stages.Wrapped:
         in_shardings=(state_shardings, batch_sharding(program.mesh)),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options(cfg.mesh, program.mesh),
     )
 
 
