@@ -26,9 +26,7 @@ def get_config():
     cfg.model.variant = "L/16"
     cfg.model.classes = 10
     cfg.model.dtype = "bfloat16"
-    cfg.model.logits = "bfloat16"
-    cfg.model.gelu = "tanh"
-    cfg.model.scan = False
+    cfg.model.scan = False  # as it was pretrained
 
     cfg.optim.name = "sgd"
     cfg.optim.lr = 0.03

@@ -32,13 +32,10 @@ def get_config():
     cfg.model.classes = 1000
     cfg.model.drop_path = 0.1
     cfg.model.dtype = "bfloat16"
-    cfg.model.logits = "bfloat16"
-    cfg.model.gelu = "tanh"
     cfg.model.scan = False  # compiles for minutes once, and every step is shorter
 
     cfg.optim.lr = 1e-3
     cfg.optim.warmup = 10_000
-    cfg.optim.moment = "bfloat16"
     cfg.optim.weight_decay = 0.1
 
     cfg.eval.split = "train[99%:]"

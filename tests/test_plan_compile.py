@@ -80,6 +80,7 @@ def test_a_step_and_its_variants(run, capsys):
     assert {"all-gather", "reduce-scatter"} & {row["kind"] for row in sharded["collectives"]}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_what_would(run, capsys):
     """Residuals of 64 blocks for 65,536 images are too much; recomputing them is not."""
     fields = ("data.batch=65536", "model.depth=64", "model.scan=True")
