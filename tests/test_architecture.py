@@ -164,8 +164,8 @@ def local_addresses(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
     for file in files:
         try:
             lines = (root / file).read_text().splitlines()
-        except (UnicodeDecodeError, FileNotFoundError):
-            continue  # binary, or deleted and not yet committed
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue  # binary, deleted and not yet committed, or a link to a folder
         found += [f"{file}:{n}: {line}" for n, line in enumerate(lines, 1) if LOCAL.search(line)]
     return found
 

@@ -82,8 +82,8 @@ def test_a_step_and_its_variants(run, capsys):
 
 @pytest.mark.slow
 def test_what_does_not_fit_and_what_would(run, capsys):
-    """Residuals of 64 blocks for 65,536 images are too much; recomputing them is not."""
-    fields = ("data.batch=65536", "model.depth=64", "model.scan=True")
+    """Residuals of 256 blocks for 65,536 images are too much; recomputing them is not."""
+    fields = ("data.batch=65536", "model.depth=256", "model.scan=True")
     found = run(capsys, fields=fields)
     assert found["fits"] is False and "step_ms" not in found
     assert found["peak_bytes"] > found["hbm_bytes"]
