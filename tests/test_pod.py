@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Each host writes its arguments and its devices, then does what the test says for its number.
 HOST = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, subprocess, sys, time
 number, folder = int(sys.argv[-1]), pathlib.Path(sys.argv[1])
 devices = os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"]
 (folder / f"host-{number}").write_text(repr((os.getpid(), sys.argv[2:], devices)))
@@ -74,6 +74,7 @@ def test_the_first_failure_is_shown_first_and_stops_all(tmp_path):
     script = """
 all_started()
 if number == 2:
+    subprocess.Popen(["sleep", "3"])  # a worker that still holds its output
     say("step 7"); complain("vit-scale: image 3 is corrupt"); sys.exit(3)
 while os.path.exists(f"/proc/{eval((folder / 'host-2').read_text())[0]}"):
     time.sleep(0.01)
