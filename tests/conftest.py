@@ -163,13 +163,3 @@ def wait_for(port: int, server: subprocess.Popen) -> None:
         except OSError:
             assert server.poll() is None and time.monotonic() < patience, "no bucket: see its log"
             time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly() -> Iterator[None]:
-    """For modules whose programs run once or twice: compiling is all the time there is to save."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -11,7 +11,7 @@ from vit_scale.errors import UserError
 from vit_scale.evaluate import Evaluate, check_classes
 from vit_scale.mesh import make_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 IMAGES, LABELS = random_images(23), np.random.RandomState(1).randint(0, 4, 23)
 MASK = np.arange(23) % 5 != 2  # 5 are corrupt

@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from test_laws import TINY
 
 from vit_scale import checkpoint
 
@@ -25,33 +26,18 @@ STEPS, MIDDLE = 20, 10
 # Without mixing, whose Beta distribution takes as long to compile as all the rest: the test of the
 # batches has it. Everything else that draws random numbers or keeps state is on.
 MIXING = ["augment.mixup=0.5", "augment.cutmix=0.5"]
-FIELDS = {
+FIELDS = TINY | {
     "data.batch": 16,
-    "model.variant": "Ti/8",
-    "model.width": 16,
-    "model.depth": 2,
-    "model.heads": 2,
-    "model.mlp": 16,
     "model.scan": True,
-    "model.dropout": 0.2,
-    "model.drop_path": 0.2,
     "augment.crop": "resized",
     "augment.flip": True,
-    "augment.smoothing": 0.1,
-    "optim.schedule": "cosine",
-    "optim.warmup": 2,
-    "optim.lr": 0.003,
-    "optim.ema": 0.9,
-    "eval.split": "",
     "eval.final": "test[:60]",  # which 16 do not divide
     "eval.batch": 16,
     "steps": STEPS,
     "checkpoint.every": MIDDLE,
     "checkpoint.keep": 2,
-    "log.every": 1,
-    "log.images": 0,
-    "log.wandb": False,
-    "log.tensorboard": False,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
 }
 MESHES = {"8-1-1": (8, 1, 1), "1-8-1": (1, 8, 1), "2-4-1": (2, 4, 1), "2-2-2": (2, 2, 2)}
 

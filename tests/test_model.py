@@ -15,7 +15,7 @@ from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.model import build, count, named, stack, unstack
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY = jax.random.key(0)
 

@@ -9,7 +9,7 @@ from tiny import random_batch, random_params, tiny_config, tiny_model
 from vit_scale.errors import UserError
 from vit_scale.objectives import classification, make_objective
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY = jax.random.key(0)
 MASK = np.array([1, 0, 1, 1, 1, 1, 0, 1], bool)

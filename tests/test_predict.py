@@ -11,7 +11,7 @@ import vit_scale
 from vit_scale.errors import UserError
 from vit_scale.predict import Predictor, read_image
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 NORMALISED = ("augment.mean=(0.4, 0.5, 0.6)", "augment.std=(0.2, 0.25, 0.3)")
 

@@ -19,7 +19,7 @@ from vit_scale.program import (
     summary,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Everything that the tests below look at is on in the one program that they share.
 STEP = (

@@ -12,7 +12,7 @@ from vit_scale.posemb import resample
 from vit_scale.program import plan_program
 from vit_scale.state import averaged, check_source, init_state, restore
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

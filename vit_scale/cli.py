@@ -90,10 +90,14 @@ def add_host_flags(sub: argparse.ArgumentParser) -> None:
         "several hosts", "found without flags on TPU VMs, SLURM, Open MPI and GKE"
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--processes", type=count, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     group.add_argument(
-        "--wait", type=int, default=300, metavar="SECONDS", help="for all to appear (default: 300)"
+        "--wait",
+        type=count,
+        default=300,
+        metavar="SECONDS",
+        help="for all to appear (default: 300)",
     )
 
 
