@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
             "eval": evaluation(),
             "log": log(),
             "checkpoint": checkpoint(),
+            "divergence": divergence(),
+            "watchdog": watchdog(),
         }
     )
 
@@ -157,5 +159,22 @@ def log() -> dict:
 def checkpoint() -> dict:
     return {
         "every": 1000,  # steps; 0: only at the end
-        "keep": 1,  # newest checkpoints kept, beside the best one
+        "keep": 2,  # newest checkpoints kept, beside the best one
+    }
+
+
+def divergence() -> dict:
+    return {
+        "skip": True,  # a step whose loss or gradient is not finite updates nothing
+        "patience": 10,  # such steps in a row that are borne; one more: back to a checkpoint
+        "rollbacks": 3,  # times that a run goes back, past the batches between; then it exits 43
+    }
+
+
+def watchdog() -> dict:
+    return {  # seconds without progress after which the process ends, to be resumed; 0: no limit
+        "compile": 7200.0,  # of one compilation
+        "step": 1800.0,  # of a training step, a batch to come, a batch of evaluation
+        "storage": 7200.0,  # of opening, restoring or saving
+        "peer": 90.0,  # of another host that is not heard from; below jax's own 100 s
     }

@@ -22,12 +22,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
-    {"errors", "attention"},
+    {"errors", "attention", "integrity"},
     {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
-    {"model", "augment", "mesh", "run"},
-    {"objectives", "optim", "data", "checkpoint", "tracking", "report"},
-    {"pretrained", "program"},
-    {"state", "evaluate", "predict"},
+    {"model", "augment", "mesh", "run", "preemption", "goodput"},
+    {"objectives", "optim", "data", "checkpoint", "report", "divergence", "watch"},
+    {"pretrained", "program", "tracking"},
+    {"state", "evaluate", "predict", "verify"},
     {"train", "inspect", "plan"},
     {"stages"},
     {"__init__"},

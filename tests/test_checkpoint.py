@@ -38,7 +38,9 @@ def save(folder: pathlib.Path, metrics: dict[int, dict | None], keep: int = 1) -
     """A run that saved these steps, with what was measured at each, and ended."""
     with Checkpoints(folder, keep) as checkpoints:
         for step, measured in metrics.items():
-            checkpoints.save(step, trees(step), ABOUT, measured)
+            checkpoints.save(step, trees(step), ABOUT)
+            if measured:
+                checkpoints.record(step, measured)
 
 
 def same_bits(left, right) -> None:
@@ -52,7 +54,7 @@ def test_restored_is_what_was_saved_bit_for_bit(tmp_path, ema):
     saved = trees(7, ema)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest is None
-        checkpoints.save(7, saved, ABOUT, None)
+        checkpoints.save(7, saved, ABOUT)
         checkpoints.wait()
         assert checkpoints.latest == 7
     with Checkpoints(tmp_path) as checkpoints:
@@ -79,9 +81,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * -3 + 1, tree), donate_argnums=0)
     expected = np.arange(2_000_000, dtype=np.float32)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(
-            1, {"params": state, "opt_state": {"n": jnp.int32(1)}, "ema": None}, ABOUT, None
-        )
+        checkpoints.save(1, {"params": state, "opt_state": {"n": jnp.int32(1)}, "ema": None}, ABOUT)
         for _ in range(20):  # donated, unless the save still holds the buffer: that is the race
             state = step(state)
         checkpoints.wait()
@@ -96,7 +96,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
     ("accuracies", "keep", "kept", "best"),
     [
         ([0.1, 0.9, 0.3, 0.2], 1, [2, 4], 2),
-        ([0.1, 0.2, 0.3, 0.4], 1, [4], 4),
+        ([0.1, 0.2, 0.3, 0.4], 1, [3, 4], 4),
         ([0.9, 0.2, 0.3, 0.4], 2, [1, 3, 4], 1),
         ([0.1, 0.9, np.nan, np.nan], 1, [2, 4], 2),
         ([np.nan, 0.9, 0.3], 1, [2, 3], 2),
@@ -125,8 +125,10 @@ def test_the_best_survives_a_restart(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best == 1 and checkpoints.metrics(1) == {"accuracy": 0.9}
         assert checkpoints.metrics(4) == {}
-        checkpoints.save(5, trees(5), ABOUT, {"accuracy": 0.95})
-    assert steps(tmp_path) == [5]
+        checkpoints.save(5, trees(5), ABOUT)
+        checkpoints.record(5, {"accuracy": 0.95})
+        checkpoints.save(6, trees(6), ABOUT)
+    assert steps(tmp_path) == [5, 6]
 
 
 def test_score_orders_what_was_measured():
@@ -190,7 +192,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
 def test_a_damaged_description_is_one_line(tmp_path, content):
     save(tmp_path, {1: None})
     folder = tmp_path / checkpoint.FOLDER / "1"
-    (folder / checkpoint.DESCRIPTION / "metadata").write_text(content)
+    (folder / checkpoint.MANIFEST / "metadata").write_text(content)
     with pytest.raises(UserError, match="does not fit or is damaged"):
         checkpoint.description(folder)
 

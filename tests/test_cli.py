@@ -280,7 +280,11 @@ def test_show_runs_as_text_markdown_and_json(learnt, capsys):
     row = dict(zip(cells[0], cells[2], strict=True))
     assert row["run"] == str(learnt)
     assert (row["n"], row["steps"], row["initialised from"]) == ("12", "80", "random")
-    assert len(ran(capsys, "show", learnt).splitlines()) == 2
+    table = ran(capsys, "show", learnt).splitlines()
+    assert len(table) == 5 and table[3].startswith(f"{learnt}: goodput ")
+    spent = content["goodput"][str(learnt)]
+    lost = spent["productive"] + sum(spent["lost"].values())
+    assert spent["attempts"] >= 1 and lost == pytest.approx(spent["wall"], abs=0.5)
 
 
 # data pack

@@ -486,7 +486,10 @@ SWITCHES = {
 }
 # `objective` has one value so far. The others decide which pixels the step gets, where it starts,
 # or what is done beside it.
-OTHERS = ("stages", "objective", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint.")
+OTHERS = (
+    *("stages", "objective", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
+    *("divergence.", "watchdog."),  # test_divergence.py, test_watch.py
+)
 MORE = [  # further values of a switch that is in the table
     ("model.pool=map", "model.pool=gap"),
     ("model.remat=dots_saveable", "model.remat=full"),

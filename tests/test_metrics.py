@@ -8,7 +8,7 @@ import pytest
 from vit_scale.metrics import Count, EvalMetrics, Share, TrainMetrics, norm, reduce, to_floats
 
 evaluate = jax.jit(EvalMetrics.single_from_model_output)
-of_step = jax.jit(TrainMetrics.of_step)
+of_step = jax.jit(lambda *given: TrainMetrics.of_step(*given[:5], jnp.asarray(given[5])))
 
 
 def eval_batch(examples, seed=0, classes=7):
@@ -103,7 +103,7 @@ def test_bfloat16_losses_are_summed_in_float32():
     """A bfloat16 sum of 1,000 ones stops at 256."""
     ones = jnp.ones(1000, jnp.bfloat16)
     outputs = train_outputs(ones * 1.5, ones, ones)
-    assert to_floats(of_step(outputs, TREE, TREE, TREE, 0.1))["loss"] == 1.5
+    assert to_floats(of_step(outputs, TREE, TREE, TREE, 0.1, True))["loss"] == 1.5
     logits = jnp.zeros((1000, 2), jnp.bfloat16)
     metrics = evaluate(logits=logits, labels=jnp.zeros(1000, jnp.int32), mask=ones.astype(bool))
     assert metrics.loss.total.dtype == jnp.float32
@@ -117,6 +117,7 @@ def test_train_values_of_one_step_and_of_several():
         {"a": jnp.array([0.3])},
         {"a": jnp.array([2.0])},
         0.1,
+        True,
     )
     assert to_floats(first) == pytest.approx(
         {
@@ -127,10 +128,12 @@ def test_train_values_of_one_step_and_of_several():
             "parameter_norm": 2.0,
             "learning_rate": 0.1,
             "skipped": 1,
+            "nonfinite": 0,
         }
     )
     double = jax.tree.map(lambda x: 2 * x, TREE)
-    second = of_step(train_outputs([8.0, 0, 0], [1, 1, 1], [1, 1, 1]), double, TREE, TREE, 0.2)
+    outputs = train_outputs([8.0, 0, 0], [1, 1, 1], [1, 1, 1])
+    second = of_step(outputs, double, TREE, TREE, 0.2, False)
     expected = {
         "loss": (1 + 3 + 8) / 5,
         "accuracy": 4 / 5,
@@ -139,6 +142,7 @@ def test_train_values_of_one_step_and_of_several():
         "parameter_norm": 5.0,  # the last step's
         "learning_rate": 0.2,  # the last step's
         "skipped": 1,
+        "nonfinite": 1,
     }
     assert reduce([first, second]) == pytest.approx(expected)
     assert to_floats(first.merge(second)) == pytest.approx(expected)
@@ -157,7 +161,7 @@ def test_a_mask_that_does_not_fit_is_an_error():
             EvalMetrics.single_from_model_output(**{**batch, "mask": mask})
     outputs = train_outputs([1.0, 2.0], [1, 1], [1])
     with pytest.raises(ValueError, match="one mask each"):
-        TrainMetrics.of_step(outputs, TREE, TREE, TREE, 0.1)
+        TrainMetrics.of_step(outputs, TREE, TREE, TREE, 0.1, jnp.bool_(True))
 
 
 def test_norm():

@@ -10,7 +10,7 @@ from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.posemb import resample
 from vit_scale.program import plan_program
-from vit_scale.state import averaged, check_source, init_state, restore
+from vit_scale.state import averaged, check_source, init_state, recover, restore
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -97,11 +97,11 @@ def test_restored_is_what_was_saved(tmp_path, program, state):
         opt_state=jax.tree.map(lambda leaf: leaf + 1, state.opt_state),
     )
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert restore(program, checkpoints) is None
-        checkpoints.save(4, state._asdict(), {}, None)
-        checkpoints.save(8, state._replace(ema=state.params)._asdict(), {}, None)
+        assert recover(program, checkpoints) is None
+        checkpoints.save(4, state._asdict(), {})
+        checkpoints.save(8, state._replace(ema=state.params)._asdict(), {})
         checkpoints.wait()
-        newest, given = restore(program, checkpoints), restore(program, checkpoints, 4)
+        newest, given = recover(program, checkpoints), restore(program, checkpoints, 4)
     assert newest is not None and given is not None
     assert jax.tree.structure(given) == jax.tree.structure(state)
     same(given, state)

@@ -77,5 +77,5 @@ def write_run(
     write_json(folder / "run.json", about)
     with Checkpoints(folder) as checkpoints:
         trees = {"params": params, "opt_state": {"count": np.int32(step)}, "ema": ema}
-        checkpoints.save(step, trees, about, None)
+        checkpoints.save(step, trees, about)
     return folder

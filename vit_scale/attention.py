@@ -43,7 +43,8 @@ def _scale(q: Array) -> Array:
 
 
 def _forward(q, k, v, logits):
-    scores = jnp.einsum("bnke,bmke->bknm", q * _scale(q), k, preferred_element_type=logits)
+    q = q * _scale(q)  # what backward needs as well: the unscaled ones would be kept beside them
+    scores = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=logits)
     weights = jax.nn.softmax(scores).astype(v.dtype)
     out = jnp.einsum("bknm,bmke->bnke", weights, v)
     return out, (q, k, v, weights, out)
@@ -56,7 +57,7 @@ def _backward(logits, kept, grad):
     of_scores = (weights * (of_weights - row[..., None])).astype(v.dtype)
     return (
         jnp.einsum("bknm,bmke->bnke", of_scores, k) * _scale(q),
-        jnp.einsum("bknm,bnke->bmke", of_scores, q) * _scale(q),
+        jnp.einsum("bknm,bnke->bmke", of_scores, q),
         jnp.einsum("bknm,bnke->bmke", weights, grad),
     )
 

@@ -6,6 +6,7 @@ augmented alike on any number of hosts. What is drawn for an example is whole pi
 that two machines that round differently still agree. One draw a batch decides how it is mixed.
 """
 
+import functools
 import math
 
 import jax
@@ -123,19 +124,37 @@ def _sample(
 ) -> Float[Array, "b H W 3"]:
     """Each image's box resized to `size`, in [0, 255], black outside of the source; then flipped.
 
-    Crop, padding and antialiased resizing are this one resampling; a box of exactly `size` keeps
-    exact pixels. At its border the filter sees the source around the box, not a repeated edge.
+    Crop, padding, antialiased resizing and the flip are this one resampling, a product with a
+    matrix on each side: what jax.image.scale_and_translate does, but for the flip, which as a step
+    of its own copies the batch once more. A box of exactly `size` keeps exact pixels. At its border
+    the filter sees the source around the box, not a repeated edge.
     """
+    boxes = {side: chosen[side].astype(jnp.float32) for side in ("top", "left", "height", "width")}
+    rows = functools.partial(_triangles, images.shape[1], size[0])
+    columns = functools.partial(_triangles, images.shape[2], size[1])
 
-    def sample(image: Array, box: Float[Array, "4"]) -> Array:
-        scale = jnp.array(size) / box[2:]
-        return jax.image.scale_and_translate(
-            image, (*size, 3), (0, 1), scale, -box[:2] * scale, "linear", antialias=True
-        )
+    def sample(image, top, left, height, width, flip):
+        down, across = rows(top, height, jnp.bool_(False)), columns(left, width, flip)
+        return jnp.einsum("hwc,hH,wW->HWc", image, down, across, precision="highest")
 
-    boxes = jnp.stack([chosen[side] for side in ("top", "left", "height", "width")], axis=1)
-    sampled = jax.vmap(sample)(images.astype(jnp.float32), boxes.astype(jnp.float32))
-    return jnp.where(chosen["flip"][:, None, None, None], sampled[:, :, ::-1], sampled)
+    return jax.vmap(sample)(images.astype(jnp.float32), **boxes, flip=chosen["flip"])
+
+
+def _triangles(
+    source: int, size: int, start: Array, length: Array, flip: Array
+) -> Float[Array, "{source} {size}"]:
+    """The weight of each pixel of a line in each of `size` samples, which cover `length` pixels.
+
+    Linear interpolation: triangles one pixel wide to each side, or one sample where that is wider
+    (antialiasing). The weights of a sample sum to 1, or are all 0 where it is outside of the line.
+    """
+    step = length / size
+    order = jnp.where(flip, jnp.arange(size)[::-1], jnp.arange(size))
+    centres = start + (order + 0.5) * step - 0.5
+    distance = jnp.abs(centres - jnp.arange(source)[:, None]) / jnp.maximum(step, 1)
+    weights = jnp.maximum(0, 1 - distance)
+    inside = (centres >= -0.5) & (centres <= source - 0.5)
+    return jnp.where(inside, weights / weights.sum(axis=0), 0)
 
 
 def _normalise(images: Float[Array, "b H W 3"], cfg: ConfigDict) -> Float[Array, "b H W 3"]:

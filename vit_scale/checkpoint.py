@@ -1,34 +1,47 @@
 """Checkpoints of a run, by Orbax: written asynchronously, the newest and the best kept.
 
-A checkpoint is the parameters, their average if there is one, the optimizer's state and a
-description (the resolved config, the class names): with the step, which is its folder's name, that
-is all there is to remember. It is read back onto any devices; parameters alone can be read without
-the optimizer that made them.
+A checkpoint is the parameters, their average if there is one, the optimizer's state, and a manifest
+(integrity.py): the resolved config, the class names, and the fingerprint of every array. With the
+step, which is its folder's name, that is all there is to remember. All of it appears at once, when
+it is whole. It is read back onto any devices, and never without being verified; parameters alone
+can be read without the optimizer that made them.
+
+What was measured of a checkpoint comes later, and lies beside its arrays in `selection.json`.
 """
 
 import contextlib
+import json
 import math
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_scale import hosts, paths
-from vit_scale.errors import UserError
+from vit_scale.errors import RESUMABLE, STORAGE, UserError
+from vit_scale.integrity import MANIFEST, Damaged, check_arrays, check_signed, manifest, signed
 
 FOLDER = "checkpoints"
+ASIDE = "damaged"  # the folder of a run in which damaged checkpoints are kept
 TREES = ("params", "ema", "opt_state")
-DESCRIPTION = "description"
+SELECTION = "selection.json"
 COMMITTED = "commit_success.txt"  # Orbax's name
+# What tensorstore says where storage can't be reached or doesn't let us: nothing is damaged then.
+REFUSALS = (
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+    "RESOURCE_EXHAUSTED",
+)
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
     """What "best" means: accuracy on the selection split, higher is better.
 
-    NaN, and nothing measured, are the worst: a NaN would hide the true best from Orbax.
+    NaN, and nothing measured, are the worst: a NaN would hide the true best.
     """
     value = (metrics or {}).get("accuracy", -math.inf)
     return -math.inf if math.isnan(value) else value
@@ -40,18 +53,12 @@ class Checkpoints:
     `keep` newest checkpoints stay, and the best one. Raises UserError where the disk refuses.
     """
 
-    def __init__(self, run: pathlib.Path, keep: int = 1):
-        self.folder = paths.path(run).absolute() / FOLDER
-        policy = managers.AnyPreservationPolicy(
-            [
-                managers.LatestN(max(keep, 1)),
-                managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
+    def __init__(self, run: pathlib.Path, keep: int = 2):
+        self.run = paths.path(run).absolute()
+        self.folder = self.run / FOLDER
+        self._metrics: dict[int, dict] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=score,  # without it, Orbax does not store the metrics
-            best_mode="max",
+            preservation_policy=_Kept(self, max(keep, 1)),
             save_decision_policy=managers.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
@@ -78,17 +85,29 @@ class Checkpoints:
         return hosts.agree(max(steps, key=lambda s: (score(self.metrics(s)), s), default=None))
 
     def metrics(self, step: int) -> dict:
-        """What was measured at this step; empty if nothing was."""
-        return dict(self._manager.metrics(step) or {})
+        """What was measured at this step; empty if nothing was. Raises UserError where damaged."""
+        if step not in self._metrics:
+            self._metrics[step] = selection(self.folder / str(step))
+        return self._metrics[step]
 
-    def save(self, step: int, trees: Mapping, description: dict, metrics: dict | None) -> None:
+    def save(self, step: int, trees: Mapping, description: dict) -> None:
         """Start writing a checkpoint of {"params": ..., "opt_state": ..., "ema": ... or None}."""
-        items = {
-            name: ocp.args.StandardSave(trees[name]) for name in TREES if trees[name] is not None
-        }
-        items[DESCRIPTION] = ocp.args.JsonSave(description)
+        given = {name: trees[name] for name in TREES if trees[name] is not None}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in given.items()}
+        items[MANIFEST] = ocp.args.JsonSave(manifest(step, description, given))
+        self._check_workdir()
         with _disk_errors(self.folder):
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write what was measured of the checkpoint of `step`, once that is on disk."""
+        self.wait()
+        with hosts.together():
+            if hosts.is_first():
+                text = json.dumps(signed({"step": step, "metrics": dict(metrics)}))
+                with _disk_errors(self.folder):
+                    paths.write(self.folder / str(step) / SELECTION, text.encode())
+        self._metrics[step] = dict(metrics)
 
     def restore(self, step: int, target: Mapping) -> dict:
         """The trees of a step, those that `target` has, shaped and placed as its leaves.
@@ -99,51 +118,190 @@ class Checkpoints:
         wanted = {name: target[name] for name in TREES if target[name] is not None}
         return read(self.folder / str(step), wanted)
 
+    def recover(self, target: Mapping) -> tuple[int, dict] | None:
+        """The newest step that is whole, and its trees; None if there is no checkpoint at all.
+
+        Newer ones that are damaged are named, and moved to the run's folder `damaged`: once a
+        whole one is found, for without one nothing is touched. Raises UserError then, and where
+        storage can't be read.
+        """
+        there = hosts.agree(sorted(folders(self.run), reverse=True))
+        damage = {}
+        for step in there:
+            try:
+                with hosts.together():
+                    selection(self.folder / str(step))
+                    trees = self.restore(step, target)
+            except UserError as error:
+                if error.code == RESUMABLE:
+                    raise
+                damage[step] = str(error)
+                continue
+            self._set_aside(damage)
+            return step, trees
+        if damage:
+            raise UserError(
+                f"no checkpoint of {self.run} can be used ({'; '.join(damage.values())}); repair "
+                f"them, or give another --workdir, or delete {self.folder} to start over"
+            )
+        return None
+
+    def _set_aside(self, damage: Mapping[int, str]) -> None:
+        with hosts.together():
+            for step, line in damage.items() if hosts.is_first() else ():
+                place = unused(self.run / ASIDE / str(step))
+                with _disk_errors(self.folder):
+                    paths.move_folder(self.folder / str(step), place)
+                print(f"vit-scale: {line}; moved to {place}", flush=True)
+        if damage:
+            self._metrics.clear()
+            self._manager.reload()
+
+    def check(self) -> None:
+        """Raise what a save in the background met, as UserError."""
+        with _disk_errors(self.folder):
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Return once everything is on disk."""
         with _disk_errors(self.folder):
             self._manager.wait_until_finished()
 
+    def _check_workdir(self) -> None:
+        """Orbax would make a deleted folder again, and write half a run."""
+        with hosts.together():
+            if hosts.is_first() and not paths.in_bucket(self.run) and not self.run.is_dir():
+                raise UserError(
+                    f"workdir {self.run} was deleted while training in it; run the same command "
+                    "again to begin anew",
+                    RESUMABLE,
+                )
+
+
+class _Kept(managers.PreservationPolicy):
+    """The newest, and the best by what `record` wrote, which Orbax knows nothing of."""
+
+    def __init__(self, checkpoints: Checkpoints, newest: int):
+        self.checkpoints, self.newest = checkpoints, newest
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        measured = [step for step in steps[:-1] if self.checkpoints.metrics(step)]
+        kept = set(steps[-self.newest :])
+        if measured:
+            kept.add(max(measured, key=lambda s: (score(self.checkpoints.metrics(s)), s)))
+        return [step in kept for step in steps]
+
+
+def folders(run: pathlib.Path) -> list[int]:
+    """The steps that have a folder in a run, whole or not, oldest first."""
+    folder = paths.path(run) / FOLDER
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(f.name) for f in found if f.name.isdigit())
+
 
 def steps(run: pathlib.Path) -> list[int]:
     """The finished steps in a run's folder, oldest first."""
     folder = paths.path(run) / FOLDER
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(f.name) for f in found if f.name.isdigit() and _is_finished(f))
+    return [step for step in folders(run) if _is_finished(folder / str(step))]
 
 
 def _is_finished(folder: pathlib.Path) -> bool:
     """On disk a checkpoint gets its name when it is whole; in a bucket, a file that says so."""
     if paths.in_bucket(folder):
         return (folder / COMMITTED).is_file()
-    return (folder / DESCRIPTION).is_dir()
+    return (folder / MANIFEST).is_dir()
+
+
+def unused(place: pathlib.Path) -> pathlib.Path:
+    """`place`, or with a number after its name where there is one already."""
+    names = [place.name, *(f"{place.name}-{i}" for i in range(1, 1000))]
+    return next(p for p in (place.with_name(name) for name in names) if not p.exists())
+
+
+def selection(path: pathlib.Path) -> dict:
+    """What was measured of the checkpoint folder `path`; empty if nothing was."""
+    file = path / SELECTION
+    if not file.is_file():
+        return {}
+    with _damage(path):
+        content = check_signed(json.loads(file.read_text()))
+        if str(content["step"]) != path.name:
+            raise Damaged(f"{SELECTION} is of step {content['step']}")
+    return content["metrics"]
 
 
 def description(path: pathlib.Path) -> dict:
     """What the checkpoint folder `path` says of itself: {"config": ..., "classes": ..., ...}."""
-    return _read(path, {DESCRIPTION: ocp.args.JsonRestore()})[DESCRIPTION]
+    return read_manifest(path)["description"]
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """{"step": ..., "description": ..., "arrays": {name: fingerprint}} of a checkpoint folder."""
+    with _damage(path):
+        content = check_signed(_restore(path, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST])
+        if str(content["step"]) != path.name:
+            raise Damaged(f"it is of step {content['step']}")
+    return content
 
 
 def read(path: pathlib.Path, target: Mapping) -> dict:
     """The named trees of the checkpoint folder `path`, shaped and placed as `target`'s leaves."""
-    return _read(path, {name: ocp.args.StandardRestore(tree) for name, tree in target.items()})
+    content = read_manifest(path)
+    with _damage(path):
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
+        trees = _restore(path, items)
+        check_arrays(content, trees)
+    return trees
 
 
-def _read(path: pathlib.Path, items: Mapping) -> dict:
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                os.fspath(path.absolute()), args=ocp.args.Composite(**items)
+def verify(path: pathlib.Path) -> int:
+    """Read all of the checkpoint folder `path`; the number of its arrays.
+
+    Raises UserError where it is damaged.
+    """
+    content = read_manifest(path)
+    selection(path)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    written = {name.partition("/")[0] for name in content["arrays"]}
+    for tree in sorted(written):  # one at a time: all may not fit
+        with _damage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            found = checkpointer.metadata(os.fspath(path.absolute() / tree)).item_metadata
+            if found is None:
+                raise Damaged(f"what {tree} says of itself can't be read")
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                found.tree,
             )
-        return {name: restored[name] for name in items}
-    except (ValueError, KeyError, OSError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error
+        read(path, {tree: shapes})
+    return len(content["arrays"])
+
+
+def _restore(path: pathlib.Path, items: Mapping) -> dict:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            os.fspath(path.absolute()), args=ocp.args.Composite(**items)
+        )
+    return {name: restored[name] for name in items}
 
 
 def holds_average(path: pathlib.Path) -> bool:
     """Whether the checkpoint folder `path` has an average of the parameters."""
-    return (path / "ema").is_dir()
+    return any(name.startswith("ema/") for name in read_manifest(path)["arrays"])
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path) -> Iterator[None]:
+    """Turns what reading a checkpoint meets into one line; broken files raise just anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, PermissionError) or any(word in line for word in REFUSALS):
+            raise UserError(f"checkpoint {path} can't be read: {line}", RESUMABLE) from error
+        raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error
 
 
 @contextlib.contextmanager
@@ -151,15 +309,18 @@ def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
     """Turns what a full, read-only or missing disk or bucket makes of Orbax into one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         text = " ".join(str(error).split())
-        known = ("RESOURCE_EXHAUSTED", "No space left", paths.SCHEME)
+        known = ("RESOURCE_EXHAUSTED", paths.SCHEME, *map(os.strerror, STORAGE))
         if paths.reason(error) or any(part in text for part in known):
             # The system's reason stands last, after what it was that could not be written.
             reason = re.search(r"([^:\"]+) \[os_error_code", text)
             text = reason[1].strip() if reason else text[:300]
             raise UserError(
                 f"cannot write or read {folder}: {text}; free space or repair it, and run "
-                "the same command again: the checkpoints before this one are untouched"
+                "the same command again: the checkpoints before this one are untouched",
+                RESUMABLE,
             ) from error
         raise

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vit_scale.errors import DONE, FAILED, USAGE, UserError, nearest
+from vit_scale import preemption
+from vit_scale.errors import DONE, FAILED, RESUMABLE, STORAGE, USAGE, UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
 
+    sub = verb("verify", verify, "read every checkpoint of a run, and compare it with its manifest")
+    sub.add_argument("run", metavar="RUN", help="a run's folder")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
 
@@ -125,6 +130,7 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
 
 
 def train(args, overrides: Sequence[str]) -> None:
+    preemption.install()
     from vit_scale import config, report
     from vit_scale.stages import train_stages
 
@@ -180,7 +186,7 @@ def predict(args, overrides: Sequence[str]) -> None:
 
 
 def show(args, overrides: Sequence[str]) -> None:
-    from vit_scale import config, report
+    from vit_scale import config, goodput, report
     from vit_scale.program import placements, plan_program, summary
 
     if bool(args.runs) == bool(args.config):
@@ -188,7 +194,13 @@ def show(args, overrides: Sequence[str]) -> None:
     if args.runs:
         refuse(overrides, "show RUN")
         rows = report.rows(args.runs)
-        print(json.dumps({"runs": rows}) if args.json else report.table(rows, args.markdown))
+        spent = {str(run): used for run in args.runs if (used := report.goodput(run))}
+        if args.json:
+            print(json.dumps({"runs": rows, "goodput": spent}))
+            return
+        print(report.table(rows, args.markdown))
+        for run, used in spent.items() if not args.markdown else ():
+            print(f"\n{run}: {goodput.text(used)}")
         return
     cfg = config.load(args.config, overrides)
     if args.sharding:
@@ -216,6 +228,19 @@ def plan(args, overrides: Sequence[str]) -> None:
     if args.fit and not found["fits"]:
         found = plan.fit(found, where, args.price, lambda line: print(line, file=sys.stderr))
     print(json.dumps(found) if args.json else table.text(found))
+
+
+def verify(args, overrides: Sequence[str]) -> None:
+    from vit_scale import report, verify
+
+    refuse(overrides, "verify")
+    rows = verify.verify(args.run)
+    print(json.dumps({"files": rows}) if args.json else report.table(rows))
+    if bad := [row["file"] for row in rows if row["state"] != "whole"]:
+        raise UserError(
+            f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training goes "
+            "on from the newest whole checkpoint"
+        )
 
 
 def download_data(args, overrides: Sequence[str]) -> None:
@@ -279,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return failed("stopped; the same command goes on from the last checkpoint", 130)
     except OSError as error:
-        return failed(f"{error.filename or ''}: {error.strerror or error}", FAILED)
+        code = RESUMABLE if error.errno in STORAGE else FAILED
+        return failed(f"{error.filename or 'storage'}: {error.strerror or error}", code)
     except Exception as error:
         from vit_scale import paths
 

@@ -1,8 +1,12 @@
 """What a user did wrong, in one line, and the exit codes that launchers read."""
 
 import difflib
+import errno
 
 DONE, FAILED, USAGE, RESUMABLE, DIVERGED = 0, 1, 2, 42, 43
+# What a disk says that is full, over its quota, read-only or failing: a run can go on elsewhere, or
+# when that is mended.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class UserError(Exception):

@@ -5,7 +5,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vit_scale import hosts
+from vit_scale import hosts, preemption, watch
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
 from vit_scale.data import Source, eval_batches
@@ -57,6 +57,8 @@ class Evaluate:
                     self._eval_step(params, put_batch(batch, self.mesh, cfg.eval.batch))
                 )
                 jax.block_until_ready(total)  # else all batches would wait on the device
+                watch.beat()
+                preemption.check(f"while evaluating {source.name}")
                 bar.update(min(cfg.eval.batch, len(source) - bar.n))
         result = to_floats(total)
         if not result["n"]:

@@ -22,9 +22,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_scale.errors import FAILED, USAGE, UserError
+from vit_scale.errors import FAILED, RESUMABLE, USAGE, UserError
 
 WAIT = 300  # seconds for all processes to appear
+PARTING = 15  # seconds for all to leave when they stop together
 
 
 def join(
@@ -53,8 +54,7 @@ def join(
             "how many there are, and which one this is",
             USAGE,
         )
-    # Its SIGTERM handler would swallow the signal: nothing here asks it yet.
-    jax.config.update("jax_enable_preemption_service", False)
+    # From here on jax takes SIGTERM, for `preemption.requested` to ask it.
     with _at_most(wait, f"the {processes or ''} processes did not all meet".replace("  ", " ")):
         try:
             # Its own time limit ends the process with a stack trace: let it never come.
@@ -107,6 +107,12 @@ def leave(code: int, error: BaseException | None = None) -> None:
             traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == RESUMABLE:  # where all stop, nobody leaves while another still needs it
+            timer = threading.Timer(PARTING, os._exit, (code,))
+            timer.daemon = True
+            timer.start()
+            with contextlib.suppress(RuntimeError):
+                jax.distributed.shutdown()
         os._exit(code)
 
 

@@ -83,6 +83,7 @@ class TrainMetrics(metrics.Collection):
     parameter_norm: metrics.LastValue
     learning_rate: metrics.LastValue
     skipped: Count  # corrupt examples, masked out
+    nonfinite: Count  # steps whose loss or gradient was not finite
 
     @classmethod
     def of_step(
@@ -92,6 +93,7 @@ class TrainMetrics(metrics.Collection):
         change: PyTree,
         params: PyTree,
         learning_rate: float | Float[Array, ""],
+        finite: Bool[Array, ""],
     ) -> "TrainMetrics":
         """The metrics of one step.
 
@@ -101,6 +103,7 @@ class TrainMetrics(metrics.Collection):
           change: what was added to the parameters.
           params: the parameters before the step.
           learning_rate: of this step.
+          finite: whether its loss and gradient were.
         """
         loss, correct, mask = outputs["loss"], outputs["correct"], outputs["mask"]
         _check_shapes(loss=loss, correct=correct, mask=mask)
@@ -115,6 +118,7 @@ class TrainMetrics(metrics.Collection):
                 jnp.asarray(learning_rate, jnp.float32)
             ),
             skipped=Count.from_model_output(~mask),
+            nonfinite=Count.from_model_output(~finite),
         )
 
 

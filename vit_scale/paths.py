@@ -191,6 +191,28 @@ def sizes(folder: pathlib.Path) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in scanned if entry.is_file()}
 
 
+def versions(folder: pathlib.Path) -> dict[str, Any]:
+    """Of each file in `folder`, what changes whenever it is written. In a bucket, one listing."""
+    if in_bucket(folder):
+        return {name: entry.get("generation") for name, entry in _listed(folder).items()}
+    with os.scandir(folder) as scanned:
+        return {e.name: (e.stat().st_mtime_ns, e.inode()) for e in scanned if e.is_file()}
+
+
+def move_folder(folder: pathlib.Path, place: pathlib.Path) -> None:
+    """Give a folder another name on the same disk or in the same bucket. Raises OSError.
+
+    In a bucket each object is copied before any is deleted: what interrupts it loses nothing.
+    """
+    if not in_bucket(folder):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder, place)
+        return
+    with _reasons(folder):
+        _store().copy(str(folder), str(place), recursive=True)
+        _store().rm(str(folder), recursive=True)
+
+
 def write(place: pathlib.Path, data: bytes, ending: str = ".partial") -> None:
     """Write a whole file, or leave the old one. Raises OSError.
 

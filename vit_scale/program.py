@@ -27,7 +27,7 @@ from vit_scale.mesh import (
     make_mesh,
     shardings,
 )
-from vit_scale.metrics import TrainMetrics
+from vit_scale.metrics import TrainMetrics, norm
 from vit_scale.model import Model, build, count, named
 from vit_scale.objectives import Objective, make_objective
 from vit_scale.optim import apply_updates, make_optimizer, trained, update_ema
@@ -111,6 +111,12 @@ LOWEST = {
     "log.images": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "divergence.patience": 0,
+    "divergence.rollbacks": 0,
+    "watchdog.compile": 0,
+    "watchdog.step": 0,
+    "watchdog.storage": 0,
+    "watchdog.peer": 0,
 }
 
 
@@ -143,13 +149,14 @@ def jit_train_step(program: Program) -> jax.stages.Wrapped:
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
         ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
+        new, finite = TrainState(state.step + 1, params, opt_state, ema), is_finite(outputs, grads)
+        if cfg.divergence.skip:
+            new = unless(finite, new, state)
         # Of the change as it was made, and of the old parameters: norms of anything else keep a TPU
         # from updating in place, which is a third of the optimizer's time, and half of compiling.
-        change = jax.tree.map(jnp.subtract, params, state.params)
-        metrics = TrainMetrics.of_step(
-            outputs, grads, change, state.params, program.schedule(state.step)
-        )
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        change = jax.tree.map(jnp.subtract, new.params, state.params)
+        rate = program.schedule(state.step)
+        return new, TrainMetrics.of_step(outputs, grads, change, state.params, rate, finite)
 
     replicated = NamedSharding(program.mesh, PartitionSpec())
     return jax.jit(
@@ -159,6 +166,21 @@ def jit_train_step(program: Program) -> jax.stages.Wrapped:
         donate_argnums=0,
         compiler_options=compiler_options(cfg.mesh, program.mesh),
     )
+
+
+def is_finite(outputs: dict, grads) -> jax.Array:
+    """Whether the loss of every example that counts, and every gradient, is finite."""
+    losses = jnp.where(outputs["mask"], outputs["loss"], 0)
+    return jnp.isfinite(losses).all() & jnp.isfinite(norm(grads))
+
+
+def unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new`, or, where it is not finite, `old` at the new step: counters go on, values stay."""
+
+    def choose(a, b):
+        return jnp.where(finite, a, b) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(choose, new, old)
 
 
 def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[Any, dict]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from vit_scale import paths
 from vit_scale.errors import UserError
+from vit_scale.goodput import read as read_attempts
+from vit_scale.goodput import summarise
 from vit_scale.run import read_json
 
 
@@ -44,6 +46,12 @@ def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
     """A row of results for each run folder. Raises UserError where one has not ended yet."""
     reports = [(run, _report(paths.path(run))) for run in runs]
     return [{name: cell(*pair) for name, cell in COLUMNS.items()} for pair in reports]
+
+
+def goodput(run: str | pathlib.Path) -> dict[str, Any] | None:
+    """What the run's time was spent on (`goodput.summarise`); None where it was not recorded."""
+    attempts = read_attempts(paths.path(run))
+    return summarise(attempts) if attempts else None
 
 
 def table(content: Sequence[dict[str, Any]], markdown: bool = False) -> str:

@@ -3,6 +3,10 @@
     run.json        resolved config, class names, versions, git state: written once, before training
     checkpoints/    see checkpoint.py
     metrics.jsonl, tensorboard/, wandb/     see tracking.py
+    rollbacks.json  where training went back to a checkpoint, if it did (divergence.py)
+    heartbeats/     what each process is doing (watch.py)
+    goodput.json    what the time was spent on (goodput.py)
+    damaged/        checkpoints that were not what had been written, if there were any
     report.json     the result, written last
     .lock           held by the one process that writes here; the kernel frees it when that dies
 
@@ -17,13 +21,13 @@ import pathlib
 from typing import IO
 
 from vit_scale import config, hosts, paths
-from vit_scale.errors import UserError
+from vit_scale.errors import RESUMABLE, UserError
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 # So may what is done about a corrupt image: a run that stopped at one has met none before.
 FREE = (
     *("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "data.on_corrupt"),
-    *("eval.batch", "mesh."),
+    *("eval.batch", "mesh.", "watchdog."),
 )
 
 
@@ -127,7 +131,7 @@ def write_json(path: pathlib.Path, content: dict) -> None:
         paths.write(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; free space, then run again"
+            f"cannot write {path}: {error.strerror}; free space, then run again", RESUMABLE
         ) from error
 
 

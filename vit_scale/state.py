@@ -1,6 +1,6 @@
 """How a run begins: what it holds, and where it comes from.
 
-The order is written down once: resumed if there is a checkpoint (`restore`), else initialised, from
+The order is written down once: resumed if there is a checkpoint (`recover`), else initialised, from
 `init.source` where that is set (`init_state`). Fine-tuning is nothing but initialisation (law 5).
 """
 
@@ -14,15 +14,20 @@ from vit_scale.mesh import place
 from vit_scale.program import Program, TrainState
 
 
-def restore(
-    program: Program, checkpoints: Checkpoints, step: int | None = None
-) -> TrainState | None:
-    """The checkpoint of `step`, or the newest; None if there is none."""
-    step = checkpoints.latest if step is None else step
-    if step is None:
-        return None
+def restore(program: Program, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The checkpoint of `step`. Raises UserError where it is damaged."""
     with hosts.together():
         trees = checkpoints.restore(step, program.state._asdict())
+    return _placed(program, step, trees)
+
+
+def recover(program: Program, checkpoints: Checkpoints) -> TrainState | None:
+    """The newest checkpoint that is whole; None if there is none. See `Checkpoints.recover`."""
+    found = checkpoints.recover(program.state._asdict())
+    return _placed(program, *found) if found else None
+
+
+def _placed(program: Program, step: int, trees: dict) -> TrainState:
     steps = jax.device_put(np.int32(step), program.state.step.sharding)
     return TrainState(steps, trees["params"], trees["opt_state"], trees.get("ema"))
 

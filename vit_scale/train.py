@@ -4,9 +4,11 @@ A resumed run repeats the undisturbed one bit for bit, because its batches, thei
 dropout and the learning rate are functions of (seed, step), and nothing else is remembered (law 4).
 """
 
+import contextlib
 import functools
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,58 +16,175 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import config, data, flops, hosts, paths
+from vit_scale import config, data, divergence, flops, hosts, paths, preemption
 from vit_scale.augment import train_images
-from vit_scale.checkpoint import Checkpoints, steps
-from vit_scale.data import Source, open_split, train_batches
+from vit_scale.checkpoint import Checkpoints, folders
+from vit_scale.data import Batch, Source, open_split, train_batches
+from vit_scale.divergence import Diverged, Guard, Rollback
 from vit_scale.evaluate import Evaluate, check_classes
 from vit_scale.mesh import batch_rows, put_batch
+from vit_scale.metrics import TrainMetrics
 from vit_scale.model import count
-from vit_scale.program import Program, jit_train_step, plan_program, training_flops
+from vit_scale.preemption import Preempted
+from vit_scale.program import Program, TrainState, jit_train_step, plan_program, training_flops
 from vit_scale.run import Run
-from vit_scale.state import averaged, check_source, init_state, restore
+from vit_scale.state import averaged, check_source, init_state, recover, restore
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
+from vit_scale.watch import Watch, phase
 
 
 def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = False) -> dict:
-    """Run `cfg` in the folder `workdir`, from its newest checkpoint on; returns its report.
+    """Run `cfg` in the folder `workdir`, from its newest whole checkpoint on; returns its report.
 
     A finished run is left as it is. Raises UserError, before anything is compiled, for whatever can
-    be seen to be wrong.
+    be seen to be wrong; Preempted after SIGTERM, with everything saved.
     """
     with hosts.together():
         program, sources = plan_program(cfg), open_sources(cfg)
         about = describe(program, name, sources.train)
-        if not steps(paths.path(workdir)):
+        if not folders(paths.path(workdir)):
             check_source(program, sources.train.classes)
-    with Run(workdir, about) as run, Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints:
+    with (
+        Run(workdir, about) as run,
+        preemption.deferred(),
+        Watch(run.path, cfg.watchdog) as watch,
+        Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
+    ):
         if run.report:
             return run.report
-        state = restore(program, checkpoints) or init_state(program, sources.train.classes, quiet)
-        train_step, evaluate = jit_train_step(program), Evaluate(cfg, program.model, program.mesh)
-        with tracker(program, run, int(state.step), quiet) as track:
-            start, rows = int(state.step), batch_rows(cfg.data.batch, program.mesh)
-            batches = train_batches(sources.train, cfg.data, cfg.seed, start, cfg.steps, rows)
-            for finished, batch in track.waiting(batches):
-                if finished == 0 and cfg.log.images:
-                    track.images("train/images", 0, sample_images(program, batch))
-                state, measures = train_step(state, put_batch(batch, program.mesh, cfg.data.batch))
-                step, selection = finished + 1, None
-                track(step, measures)
-                if sources.selection and due(step, cfg.eval.every, cfg.steps):
-                    with track.timer("eval"):
-                        selection = evaluate(averaged(state), sources.selection)
-                    track.scalars(step, {f"eval/{key}": x for key, x in selection.items()})
-                if selection or due(step, cfg.checkpoint.every, cfg.steps):
-                    with track.timer("checkpoint"):
-                        checkpoints.save(step, state._asdict(), about, selection)
-            checkpoints.wait()
-            report = summarise(program, sources, track) | {"config": name}
-            if sources.final:
-                report["eval"] = final_results(program, checkpoints, evaluate, sources.final)
-                track.scalars(cfg.steps, {"final/accuracy": report["eval"]["accuracy"]})
+        training = Training(program, sources, run, checkpoints, watch, quiet)
+        while True:
+            try:
+                report = training.attempt()
+                break
+            except Diverged as error:
+                training.roll_back(error)
         run.write_report(report)
     return report
+
+
+class Training:
+    """One run, from wherever it stands to its end."""
+
+    def __init__(self, program, sources, run: Run, checkpoints: Checkpoints, watch: Watch, quiet):
+        self.program, self.sources, self.run, self.quiet = program, sources, run, quiet
+        self.checkpoints, self.watch = checkpoints, watch
+        self.cfg = program.cfg
+        self.evaluate = Evaluate(self.cfg, program.model, program.mesh)
+        self.train_step: Callable | None = None
+
+    def attempt(self) -> dict:
+        """Train from the newest checkpoint to the end; the report. Raises Diverged."""
+        cfg, checkpoints = self.cfg, self.checkpoints
+        with phase("restore"):
+            state = recover(self.program, checkpoints) or init_state(
+                self.program, self.sources.train.classes, self.quiet
+            )
+        start, guard = int(state.step), Guard(cfg.divergence)
+        self.watch.begin_at(start)
+        preemption.check(f"after step {start}")
+        with tracker(self.program, self.run, start, self.quiet) as track:
+            if start and self.is_selected(start):  # a run stopped while it evaluated does so now
+                self.select(state, start, track)
+            with phase("train"):
+                for finished, batch in track.waiting(self.batches(start)):
+                    if finished == 0 and cfg.log.images:
+                        track.images("train/images", 0, sample_images(self.program, batch))
+                    state, measures = self.step(state, batch)
+                    step = finished + 1
+                    track(step, measures)
+                    guard(step, measures.nonfinite.total)
+                    self.after(state, step, guard, track)
+            with phase("checkpoint"):
+                checkpoints.wait()
+            report = summarise(self.program, self.sources, track)
+            report["config"] = self.run.description["name"]
+            if self.sources.final:
+                with phase("eval"):
+                    report["eval"] = self.final_results()
+                track.scalars(cfg.steps, {"final/accuracy": report["eval"]["accuracy"]})
+        return report
+
+    def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """(finished steps, this host's part of the batch), with what rollbacks left out."""
+        cfg, rows = self.cfg, batch_rows(self.cfg.data.batch, self.program.mesh)
+        rollbacks = divergence.read(self.run.path)
+        for first, last, shift in divergence.parts(rollbacks, start, cfg.steps):
+            source = self.sources.train
+            part = train_batches(source, cfg.data, cfg.seed, first + shift, last + shift, rows)
+            with contextlib.closing(part):
+                for position, batch in part:
+                    yield position - shift, batch
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+        placed = put_batch(batch, self.program.mesh, self.cfg.data.batch)
+        if self.train_step is None:
+            with phase("compile"):
+                self.train_step = jit_train_step(self.program).lower(state, placed).compile()
+            preemption.check("before the first step")
+        return self.train_step(state, placed)
+
+    def after(self, state: TrainState, step: int, guard: Guard, track: Tracker) -> None:
+        """Save and evaluate what is due after `step`, and stop here if that is asked for."""
+        cfg, stop = self.cfg, preemption.requested()
+        self.checkpoints.check()
+        selected = self.is_selected(step)
+        saved = selected or due(step, cfg.checkpoint.every, cfg.steps) or stop
+        # What is not finite is not saved: training goes back past it, or comes through it.
+        if saved and (guard.is_sound() or step == cfg.steps):
+            with track.timer("checkpoint"):
+                self.checkpoints.save(step, state._asdict(), self.run.description)
+            if selected and not stop:
+                self.select(state, step, track)
+        if stop:
+            with track.timer("checkpoint"):
+                self.checkpoints.wait()
+            raise Preempted(f"after step {step}, saved up to {self.checkpoints.latest or 0}")
+
+    def is_selected(self, step: int) -> bool:
+        """Whether the parameters after `step` compete for the best."""
+        return bool(self.sources.selection) and due(step, self.cfg.eval.every, self.cfg.steps)
+
+    def select(self, state: TrainState, step: int, track: Tracker) -> None:
+        """Measure the checkpoint of `step`, if that is not done, and report it."""
+        measured = self.checkpoints.metrics(step)
+        if not measured:
+            with track.timer("eval"):
+                measured = self.evaluate(averaged(state), self.sources.selection)
+            with track.timer("checkpoint"):
+                self.checkpoints.record(step, measured)
+        track.scalars(step, {f"eval/{key}": x for key, x in measured.items()})
+
+    def final_results(self) -> dict:
+        """The results on the final split of the last step and, under "best", of the chosen one."""
+        cfg, checkpoints = self.cfg, self.checkpoints
+
+        def result(step):
+            state = restore(self.program, checkpoints, step)
+            found = self.evaluate(averaged(state), self.sources.final)
+            return {"split": cfg.eval.final, "step": step, **found}
+
+        last, best = result(checkpoints.latest), checkpoints.best
+        if best is None:
+            return last
+        selected = {"split": cfg.eval.split, **checkpoints.metrics(best)}
+        chosen = last if best == last["step"] else result(best)
+        return {**last, "best": {**chosen, "selected_by": selected}}
+
+    def roll_back(self, error: Diverged) -> None:
+        """Write down that training goes on from the newest checkpoint, past what went wrong.
+
+        Raises UserError where it has gone back too often already.
+        """
+        self.checkpoints.wait()
+        rollbacks = divergence.read(self.run.path)
+        if len(rollbacks) >= self.cfg.divergence.rollbacks:
+            raise divergence.give_up(error, rollbacks) from None
+        step = self.checkpoints.latest or 0
+        with hosts.together():
+            if hosts.is_first():
+                divergence.write(self.run.path, [*rollbacks, Rollback(step, error.step)])
+                print(f"vit-scale: {error}; back to step {step}, past the batches between")
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -165,20 +284,3 @@ def summarise(program: Program, sources: Sources, track: Tracker) -> dict:
         "devices": devices(),
         "versions": versions(),
     }
-
-
-def final_results(
-    program: Program, checkpoints: Checkpoints, evaluate: Evaluate, source: Source
-) -> dict:
-    """The results on `source` of the last step and, under "best", of the one selection chose."""
-
-    def result(step):
-        state = restore(program, checkpoints, step)
-        return {"split": program.cfg.eval.final, "step": step, **evaluate(averaged(state), source)}
-
-    last, best = result(checkpoints.latest), checkpoints.best
-    if best is None:
-        return last
-    selected = {"split": program.cfg.eval.split, **checkpoints.metrics(best)}
-    chosen = last if best == last["step"] else result(best)
-    return {**last, "best": {**chosen, "selected_by": selected}}

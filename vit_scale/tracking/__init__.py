@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from vit_scale import hosts, metrics
-from vit_scale.errors import DONE, FAILED, UserError
+from vit_scale import hosts, metrics, watch
+from vit_scale.errors import DONE, FAILED, RESUMABLE, UserError
 from vit_scale.tracking.provenance import git_state, parameter_table, versions
 from vit_scale.tracking.speed import Speed
 from vit_scale.tracking.writers import (
@@ -140,6 +140,7 @@ class Tracker:
         self._due = step % self._cfg.log.every == 0 or step == self._steps
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD][1])
+        watch.beat(step)
         if self._terminal:
             self._terminal.advance(step)
 
@@ -163,7 +164,7 @@ class Tracker:
         if name != "data":
             self._finish_pending()
             self._log_if_due()
-        with self._speed.timing(wait=name == "data"):
+        with watch.phase(name), self._speed.timing(wait=name == "data"):
             if name != "data":
                 self._upload()
             yield
@@ -227,7 +228,9 @@ class Tracker:
         except OSError as error:
             raise UserError(
                 f"{error.filename or self._workdir}: can't write the run's metrics "
-                f"({error.strerror or error}); free space, or choose another --workdir"
+                f"({error.strerror or error}); free space, and run the same command again, or give "
+                "another --workdir",
+                RESUMABLE,
             ) from error
 
 

@@ -68,7 +68,7 @@ class JsonLinesWriter(Writer):
 
     JSON has no NaN and no infinity: they are written as null. Opening the file at step `start`
     drops a torn last line and the rows of later steps, which a killed run wrote and this one writes
-    again; at step 0 it drops all.
+    again, and what was measured of step `start`, which is reported again; at step 0 it drops all.
     """
 
     def __init__(self, path: Path, start: int):
@@ -95,7 +95,9 @@ class JsonLinesWriter(Writer):
 
 def _is_kept(line: bytes, start: int) -> bool:
     try:
-        return start > 0 and json.loads(line)["step"] <= start
+        row = json.loads(line)
+        measured = any(name.startswith(("eval/", "final/")) for name in row)
+        return 0 < row["step"] < start or (0 < row["step"] == start and not measured)
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -1,0 +1,44 @@
+"""The training that soak.py disturbs: seconds long, with everything on that keeps state."""
+
+from vit_scale.config import base
+
+
+def get_config():
+    cfg = base()
+    cfg.steps = 24
+
+    cfg.data.name = "fractal"
+    cfg.data.batch = 16
+    cfg.data.resolution = 16
+    cfg.data.fractal.classes = 4
+    cfg.data.fractal.train_per_class = 16
+    cfg.data.fractal.test_per_class = 8
+    cfg.data.fractal.resolution = 16
+    cfg.data.fractal.points = 500
+
+    cfg.augment.mixup = 0.5
+    cfg.augment.flip = True
+
+    cfg.model.variant = "Ti/8"
+    cfg.model.width = 16
+    cfg.model.depth = 2
+    cfg.model.heads = 2
+    cfg.model.mlp = 16
+    cfg.model.classes = 4
+    cfg.model.dropout = 0.1
+
+    cfg.optim.lr = 3e-3
+    cfg.optim.warmup = 4
+    cfg.optim.ema = 0.9
+
+    cfg.eval.every = 8
+    cfg.eval.batch = 16
+    cfg.checkpoint.every = 4
+    cfg.log.every = 1
+    cfg.log.images = 0
+    cfg.log.wandb = False
+    cfg.log.tensorboard = False
+
+    cfg.divergence.patience = 2
+    cfg.watchdog.peer = 8.0
+    return cfg

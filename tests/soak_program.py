@@ -1,0 +1,112 @@
+"""`vit-scale`, with one fault that happens at an exact moment: what soak.py runs.
+
+SOAK_FAULT is JSON: {"kind": "sigkill", "phase": "eval", "nth": 2, "delay": 0.01} strikes 10 ms
+after the phase is entered for the second time; with "process", only that one of several. SOAK_LOG
+is a file that gets a line for each phase entered, and one for the fault. SOAK_NAN is a list of
+batches, by position, whose pixels are NaN on the device. The training is what everybody runs.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+
+BEGAN = time.monotonic()
+FAULT = json.loads(os.environ.get("SOAK_FAULT", "{}"))
+LOG = os.environ.get("SOAK_LOG", os.devnull)
+NAN = json.loads(os.environ.get("SOAK_NAN", "[]"))
+MARK = (1, 2, 3)  # the first pixel of a batch that is to become NaN
+phase = "import"
+
+
+def log(**content) -> None:
+    with contextlib.suppress(OSError), open(LOG, "a") as file:  # the disk may be "full"
+        file.write(json.dumps({"time": time.monotonic() - BEGAN, **content}) + "\n")
+
+
+def strike() -> None:
+    time.sleep(FAULT["delay"])
+    kind = FAULT["kind"]
+    log(fault=kind, phase=phase)
+    if kind == "disk":  # no file may grow: what a full disk and a quota look like to a writer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    elif kind != "raise":
+        number = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "freeze": signal.SIGSTOP}
+        os.kill(os.getpid(), number[kind])
+
+
+def arm(name: str, count: int) -> None:
+    if FAULT.get("phase") != name or FAULT["nth"] != count:
+        return
+    if FAULT["kind"] == "raise":
+        log(fault="raise", phase=name)
+        raise RuntimeError("a mistake on this host alone")
+    threading.Thread(target=strike, daemon=True).start()
+
+
+def follow_phases() -> None:
+    from vit_scale import watch
+
+    counts: dict[str, int] = {}
+    enter = watch.Watch.enter
+
+    def entered(self, name: str) -> str:
+        global phase
+        before, phase = enter(self, name), name
+        counts[name] = counts.get(name, 0) + 1
+        log(phase=name)
+        arm(name, counts[name])
+        return before
+
+    watch.Watch.enter = entered
+
+
+def spoil_batches() -> None:
+    import jax.numpy as jnp
+
+    from vit_scale import objectives, train
+
+    read, augment = train.train_batches, objectives.train_images
+
+    def marked(*given):
+        for position, batch in read(*given):
+            if position in NAN:
+                batch["image"][0, 0, 0] = MARK
+            yield position, batch
+
+    def spoilt(batch, *given):
+        images, targets = augment(batch, *given)
+        bad = (batch["image"][:, 0, 0] == jnp.array(MARK)).all(-1).any()
+        return jnp.where(bad, jnp.nan, images), targets
+
+    train.train_batches, objectives.train_images = marked, spoilt
+
+
+def is_here() -> bool:
+    """Whether this is the process that the fault is for."""
+    wanted = str(FAULT.get("process", ""))
+    return not wanted or ("--process", wanted) in zip(sys.argv, sys.argv[1:], strict=False)
+
+
+if __name__ == "__main__":
+    if not is_here():
+        FAULT = {}
+    from vit_scale import preemption
+
+    if FAULT.get("kind") == "sigterm":
+        preemption.install()  # as early as the verb does, so that the moment before is not random
+    log(phase="import")
+    with contextlib.suppress(KeyError):
+        arm("import", 1)
+    from vit_scale import cli
+
+    follow_phases()
+    if NAN:
+        spoil_batches()
+    code = cli.main(sys.argv[1:])
+    log(phase="end")
+    sys.exit(code)
