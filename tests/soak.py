@@ -119,7 +119,8 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 def phases(run: Run) -> dict[str, list[float]]:
     """How long each phase lasted each time, in the undisturbed run."""
-    rows, found = read_lines(run.folder / "log-0"), collections.defaultdict(list)
+    rows = [row for row in read_lines(run.folder / "log-0") if row["process"] == 0]
+    found = collections.defaultdict(list)
     for this, following in itertools.pairwise(rows):
         found[this["phase"]].append(following["time"] - this["time"])
     return found
@@ -156,18 +157,28 @@ def damage(draw: random.Random, run: Run, kind: str) -> str | None:
     return str(file)
 
 
-def check_code(run: Run, code: int, kind: str) -> None:
-    """Raises Failed where a process left in another way than is documented for what it met."""
+def check_code(run: Run, code: int, kind: str, process: int | None) -> None:
+    """Raises Failed where a process left in another way than is documented for what it met.
+
+    Of several, the one that the fault was for has to be named: it is the cause, not the others.
+    """
     expected = {
         "sigkill": {0, 42, KILLED},  # 0: it had ended before; 42: of a pod, the survivor's
         "sigterm": {0, 42},
         "disk": {0, 42},
-        "freeze": {0, 42, KILLED},
+        "freeze": {0, 42},
         "raise": {0, 1},
         "none": {0},
     }[kind]
     if code not in expected:
         raise Failed(f"exit code {code} after {kind}: {run.errors()[-500:]}")
+    cause = {
+        "freeze": f"process {process} (",
+        "sigkill": f"pod: host {process} of",
+        "raise": "a mistake on this host alone",
+    }.get(kind)
+    if process is not None and code and cause and cause not in run.errors():
+        raise Failed(f"{kind} of process {process} is not named: {run.errors()[-500:]}")
 
 
 def check_rows(run: Run) -> None:
@@ -229,7 +240,7 @@ def schedule(number: int, args, folder: pathlib.Path, whole: Run, spoilt: dict[s
             if args.hosts > 1:
                 fault["process"] = draw.randrange(args.hosts) if kind != "freeze" else 1
             code = run.attempt(fault)
-            check_code(run, code, signal_kind)
+            check_code(run, code, signal_kind, fault.get("process"))
             if kind in DAMAGE and code:
                 damage(draw, run, kind)
         while (code := run.attempt()) and len(run.codes) < MOST:

@@ -20,12 +20,14 @@ FAULT = json.loads(os.environ.get("SOAK_FAULT", "{}"))
 LOG = os.environ.get("SOAK_LOG", os.devnull)
 NAN = json.loads(os.environ.get("SOAK_NAN", "[]"))
 MARK = (1, 2, 3)  # the first pixel of a batch that is to become NaN
+PROCESS = int(sys.argv[sys.argv.index("--process") + 1]) if "--process" in sys.argv else 0
 phase = "import"
 
 
 def log(**content) -> None:
     with contextlib.suppress(OSError), open(LOG, "a") as file:  # the disk may be "full"
-        file.write(json.dumps({"time": time.monotonic() - BEGAN, **content}) + "\n")
+        row = {"time": time.monotonic() - BEGAN, "process": PROCESS, **content}
+        file.write(json.dumps(row) + "\n")
 
 
 def strike() -> None:
@@ -86,14 +88,8 @@ def spoil_batches() -> None:
     train.train_batches, objectives.train_images = marked, spoilt
 
 
-def is_here() -> bool:
-    """Whether this is the process that the fault is for."""
-    wanted = str(FAULT.get("process", ""))
-    return not wanted or ("--process", wanted) in zip(sys.argv, sys.argv[1:], strict=False)
-
-
 if __name__ == "__main__":
-    if not is_here():
+    if FAULT.get("process", PROCESS) != PROCESS:
         FAULT = {}
     from vit_scale import preemption
 

@@ -10,7 +10,8 @@ import pytest
 
 from vit_scale import checkpoint
 from vit_scale.checkpoint import Checkpoints, score, steps
-from vit_scale.errors import UserError
+from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.verify import verify
 
 ABOUT = {"config": {"optim": {"lr": 0.1, "freeze": ["embed"]}}, "classes": ["cat", "dög"]}
 
@@ -214,3 +215,109 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError) as caught:
         save(tmp_path, {1: None})
     assert str(caught.value).startswith(f"cannot write or read {tmp_path / checkpoint.FOLDER}: ")
+
+
+# Going on from the newest that is whole
+
+
+def flip(file: pathlib.Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << (bit % 8)
+    file.write_bytes(content)
+
+
+def recovered(folder: pathlib.Path):
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.recover(like(trees(0)))
+
+
+def empty(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def of_another_step(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("1"), folder)
+
+
+@unread
+@pytest.mark.parametrize(
+    "damage", [remove_tree, remove_values, truncate, break_metadata, empty, of_another_step]
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, capsys, damage):
+    save(tmp_path, {1: {"accuracy": 0.5}, 2: None}, keep=2)
+    folder = tmp_path / checkpoint.FOLDER / "2"
+    damage(folder)
+    left = sorted(file.name for file in folder.rglob("*"))
+    step, found = recovered(tmp_path)
+    assert step == 1
+    same_bits(found["params"], trees(1)["params"])
+    aside = tmp_path / checkpoint.ASIDE / "2"
+    assert sorted(file.name for file in aside.rglob("*")) == left
+    said = capsys.readouterr().out
+    assert said.startswith(f"vit-scale: checkpoint {folder} ") and f"moved to {aside}" in said
+    # The step is saved again, and damaged again: nothing that was set aside is lost.
+    save(tmp_path, {2: None}, keep=2)
+    damage(folder)
+    assert recovered(tmp_path)[0] == 1
+    assert (tmp_path / checkpoint.ASIDE / "2-1").is_dir()
+
+
+@unread
+def test_without_a_whole_checkpoint_nothing_is_touched_and_nothing_begins(tmp_path):
+    save(tmp_path, {1: None, 2: None}, keep=2)
+    for step in ("1", "2"):
+        truncate(tmp_path / checkpoint.FOLDER / step)
+    for _ in range(2):  # the same command says the same again
+        with pytest.raises(UserError, match=r"no checkpoint of .* can be used \(.*/2 .*; .*/1 "):
+            recovered(tmp_path)
+        assert checkpoint.folders(tmp_path) == [1, 2]
+    assert recovered(tmp_path / "new") is None
+
+
+@unread
+def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
+    """Of all files of a checkpoint: Orbax alone restores most of them as other values."""
+    save(tmp_path / "good", {1: None, 2: {"accuracy": 0.5}}, keep=2)
+    place = pathlib.Path(checkpoint.FOLDER, "2")
+    files = sorted(f for f in (tmp_path / "good" / place).rglob("*") if f.is_file())
+    draw, seen = np.random.RandomState(0), 0
+    for number in range(60):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", run)
+        file = run / files[draw.randint(len(files))].relative_to(tmp_path / "good")
+        flip(file, draw.randint(2**31))
+        with Checkpoints(run) as checkpoints:
+            step, found = checkpoints.recover(like(trees(0)))
+            assert step == 1 or checkpoints.metrics(2) == {"accuracy": 0.5}
+        same_bits(found["params"], trees(step)["params"])
+        same_bits(found["opt_state"], trees(step)["opt_state"])
+        seen += step == 1
+    assert 10 < seen < 60
+
+
+@unread
+def test_verify_reads_everything(tmp_path):
+    save(tmp_path, {1: None, 2: None}, keep=2)
+    rows = {row["file"]: row for row in verify(tmp_path)}
+    assert rows["checkpoints/1"] == {"file": "checkpoints/1", "state": "whole", "what": "5 arrays"}
+    assert rows["run.json"]["state"] == "damaged"  # a run has one
+    for file in (tmp_path / checkpoint.FOLDER / "2" / "opt_state").rglob("d/*"):
+        flip(file, 8 * file.stat().st_size // 2)
+    rows = {row["file"]: row for row in verify(tmp_path)}
+    assert [rows[f"checkpoints/{step}"]["state"] for step in (1, 2)] == ["whole", "damaged"]
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        verify(tmp_path / "nothing")
+
+
+def test_a_deleted_workdir_is_not_made_again(tmp_path):
+    run = tmp_path / "run"
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(1, trees(1), ABOUT)
+        checkpoints.wait()
+        shutil.rmtree(run)
+        with pytest.raises(UserError, match="was deleted while training") as caught:
+            checkpoints.save(2, trees(2), ABOUT)
+    assert caught.value.code == RESUMABLE
+    assert not run.exists()
