@@ -14,6 +14,7 @@ last checkpoint. SIGUSR1 prints the stacks of all threads, and nothing else happ
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -180,7 +181,8 @@ class Others:
         said = self._read(number)
         if said.get("attempt") != self.watch.attempt:
             return
-        self._heard[number] = time.monotonic()
+        # One that has ended well has nothing more to say.
+        self._heard[number] = math.inf if said["code"] == 0 else time.monotonic()
         # One that stops because of another says so as well: the cause is looked for there.
         if said["code"] and not said["words"].startswith("process "):
             self.watch.end(f"process {number} ({said['host']}): {said['words']}", said["code"])
