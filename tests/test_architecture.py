@@ -24,9 +24,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
     {"errors", "attention", "integrity"},
     {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
-    {"model", "augment", "mesh", "run", "preemption", "goodput"},
-    {"objectives", "optim", "data", "checkpoint", "report", "divergence", "watch"},
-    {"pretrained", "program", "tracking"},
+    {"model", "augment", "mesh", "lock", "preemption", "goodput"},
+    {"objectives", "optim", "data", "checkpoint", "run", "watch"},
+    {"pretrained", "program", "tracking", "report", "divergence"},
     {"state", "evaluate", "predict", "verify"},
     {"train", "inspect", "plan"},
     {"stages"},

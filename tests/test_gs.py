@@ -14,12 +14,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_checkpoint import like, save, trees
+from test_checkpoint import same_bits as same_trees
 from test_laws import Killed, command, final_state, kill_at_random, losses, same_bits, undisturbed
 from test_tracking import events, loss, tracker
 
-from vit_scale import checkpoint, cli, config, data, paths, pretrained, train
+from vit_scale import checkpoint, cli, config, data, lock, paths, pretrained, train
 from vit_scale.data import records
-from vit_scale.errors import UserError
+from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.lock import Lease
 from vit_scale.run import Run, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -153,6 +156,107 @@ def test_a_second_process_of_this_machine_is_kept_out(bucket):
     with Run(f"{bucket}/locked", about()) as run:
         run.write_report({"step": 3})
         assert run.report == {"step": 3}
+
+
+@pytest.fixture
+def quick_lease(monkeypatch):
+    monkeypatch.setattr(lock, "RENEW", 0.2)
+    monkeypatch.setattr(lock, "LEASE", 2.0)
+
+
+def left_by(place: pathlib.Path, **holder) -> None:
+    here = {"pid": os.getpid(), "host": "another", "boot": lock.boot()}
+    (place / lock.NAME).write_bytes(json.dumps(here | holder).encode())
+
+
+def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lease, monkeypatch):
+    place = paths.path(f"{bucket}/leased")
+    first = Lease(place)
+    first.acquire()
+    generation, said = paths.read_generation(place / lock.NAME)
+    assert said["pid"] == os.getpid()
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
+    with pytest.raises(UserError, match=f"leased is in use by the live process {os.getpid()} on "):
+        Lease(place).acquire()
+    assert paths.read_generation(place / lock.NAME)[0] != generation  # it was renewed
+    first.release()
+    assert paths.read_generation(place / lock.NAME) == ("0", {})
+    second = Lease(place)
+    second.acquire()
+    second.release()
+
+
+@pytest.mark.parametrize(
+    ("holder", "waits"),
+    [
+        ({"host": "another"}, True),
+        ({"host": "this", "pid": 2**30}, False),
+        ({"host": "this", "boot": "the one before"}, False),
+        ({"host": "this"}, True),  # lives, but does not renew: frozen for long
+    ],
+)
+def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypatch, holder, waits):
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "this")
+    place = paths.path(f"{bucket}/left")
+    left_by(place, **holder)
+    began, this = time.monotonic(), Lease(place)
+    this.acquire()
+    assert (time.monotonic() - began >= lock.LEASE) == waits
+    this.release()
+
+
+def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
+    place = paths.path(f"{bucket}/raced") / lock.NAME
+    assert paths.write_generation(place, b"{}", "0")
+    assert paths.write_generation(place, b"{}", "0") is None
+    generation, _ = paths.read_generation(place)
+    assert paths.write_generation(place, b"{}", generation)
+    assert paths.write_generation(place, b"{}", generation) is None
+    paths.remove_generation(place, generation)  # an old one: nothing happens
+    assert place.exists()
+
+
+def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, capsys):
+    codes: list[int] = []
+    this = Lease(paths.path(f"{bucket}/stolen"))
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(lock.os, "_exit", leave)
+    this.acquire()
+    left_by(this.run)
+    this._thread.join(timeout=20)
+    assert codes == [RESUMABLE]
+    assert "the lock of gs://bucket/stolen is lost: another process has" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
+    run = paths.path(f"{bucket}/damaged")
+    save(run, {1: None, 2: None}, keep=2)
+    spoilt = {}
+    for file in [f for f in walk(run / "checkpoints" / "2" / "params") if f.parent.name == "d"]:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(bytes(content))
+        spoilt[file.name] = bytes(content)
+    with checkpoint.Checkpoints(run) as checkpoints:
+        step, found = checkpoints.recover(like(trees(0)))
+    assert step == 1 and checkpoint.folders(run) == [1]
+    same_trees(found["params"], trees(1)["params"])
+    aside = run / checkpoint.ASIDE / "2"
+    assert f"moved to {aside}" in capsys.readouterr().out
+    moved = {f.name: f.read_bytes() for f in walk(aside / "params") if f.name in spoilt}
+    assert moved == spoilt
+
+
+def walk(folder: pathlib.Path):
+    for name, is_folder in paths.entries(folder):
+        if is_folder:
+            yield from walk(folder / name)
+        else:
+            yield folder / name
 
 
 # What a run reports

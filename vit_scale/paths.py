@@ -14,12 +14,13 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import json
 import logging
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import fsspec
@@ -197,6 +198,58 @@ def versions(folder: pathlib.Path) -> dict[str, Any]:
         return {name: entry.get("generation") for name, entry in _listed(folder).items()}
     with os.scandir(folder) as scanned:
         return {e.name: (e.stat().st_mtime_ns, e.inode()) for e in scanned if e.is_file()}
+
+
+def read_generation(place: pathlib.Path) -> tuple[str, dict]:
+    """The generation of an object, "0" where there is none, and the JSON in it."""
+    try:
+        with _reasons(place):
+            generation = str(_store().info(str(place))["generation"])
+            return generation, json.loads(_store().cat_file(str(place)))
+    except FileNotFoundError:
+        return "0", {}
+    except ValueError:
+        return generation, {}
+
+
+def write_generation(place: pathlib.Path, data: bytes, generation: str) -> str | None:
+    """Write an object if it is of this generation ("0": if there is none); its new generation.
+
+    None where another process was faster.
+    """
+    bucket, _, name = str(place).removeprefix(SCHEME).partition("/")
+    url = f"{_store()._location}/upload/storage/v1/b/{bucket}/o"
+    query = {"uploadType": "media", "name": name, "ifGenerationMatch": generation}
+    return _if_first(
+        lambda: _store().call("POST", url, **query, data=data, json_out=True)["generation"], place
+    )
+
+
+def remove_generation(place: pathlib.Path, generation: str) -> None:
+    """Remove an object if it is still of this generation."""
+    bucket, _, name = str(place).removeprefix(SCHEME).partition("/")
+    with contextlib.suppress(OSError):
+        _if_first(
+            lambda: _store().call(
+                "DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=generation
+            ),
+            place,
+        )
+
+
+def _if_first(request: Callable[[], Any], place: pathlib.Path) -> Any:
+    """What `request` gives; None where the storage says that its condition does not hold."""
+    try:
+        return request()
+    except FileExistsError:
+        return None
+    except Exception as error:
+        if "412" in (str(getattr(error, "code", "")), str(getattr(error, "status", ""))):
+            return None
+        if "PreconditionFailed" in repr(error) or "conditionNotMet" in repr(error):
+            return None
+        with _reasons(place):
+            raise
 
 
 def move_folder(folder: pathlib.Path, place: pathlib.Path) -> None:

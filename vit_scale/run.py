@@ -8,20 +8,19 @@
     goodput.json    what the time was spent on (goodput.py)
     damaged/        checkpoints that were not what had been written, if there were any
     report.json     the result, written last
-    .lock           held by the one process that writes here; the kernel frees it when that dies
+    .lock           held by the one process that writes here (lock.py)
 
-The folder alone is enough to load, evaluate and predict (law 7). Of one in a bucket, `gs://`, the
-lock and Weights & Biases' files are on the disk of the machine that trains (`paths.local`).
+The folder alone is enough to load, evaluate and predict (law 7). Of one in a bucket, `gs://`,
+Weights & Biases' files are on the disk of the machine that trains (`paths.local`).
 """
 
-import fcntl
 import json
 import os
 import pathlib
-from typing import IO
 
 from vit_scale import config, hosts, paths
 from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.lock import Lock
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 # So may what is done about a corrupt image: a run that stopped at one has met none before.
@@ -38,16 +37,13 @@ class Run:
 
     Raises UserError where it can't be made or written, where another live process holds it, where
     it is a run of another config (with the differences), and where the hosts don't share it.
-
-    A bucket has no lock that a death frees: of a `workdir` in one, only the processes of the same
-    machine (and user) are kept out. Two machines that train in it at once overwrite each other.
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
         self.path = paths.path(workdir)
         self.description = description
         self.report: dict | None = None
-        self._lock: IO | None = None
+        self._lock = Lock(self.path)
 
     def __enter__(self) -> "Run":
         with hosts.together():
@@ -64,35 +60,16 @@ class Run:
         return self
 
     def _open(self) -> None:
-        try:
-            folder = paths.local(self.path)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115, open as long as the run
-        except OSError as error:
-            raise UserError(
-                f"cannot write to workdir {self.path}: {error.strerror}; give another --workdir"
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            raise UserError(
-                f"workdir {self.path} is in use by the live process {holder}; wait for it, stop "
-                "it, or give another --workdir"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+        self._lock.acquire()
         try:
             self._claim()
         except UserError:
-            self._lock.close()  # a refused run holds nothing
+            self._lock.release()  # a refused run holds nothing
             raise
 
     def __exit__(self, *exception) -> None:
-        if self._lock:
-            self._lock.close()
+        if hosts.is_first():
+            self._lock.release()
 
     def _claim(self) -> None:
         """Write run.json, or check that this config continues the one that is there."""

@@ -1,0 +1,162 @@
+"""One writer: the lock of a run's folder, which a death frees.
+
+On a disk the kernel holds it, and lets go when the process ends, however it does. A bucket has no
+such thing: there the lock is an object, `RUN/.lock`, that its holder writes again every RENEW
+seconds. Each write names the generation that it replaces, so that of two only one succeeds. One
+that was not renewed for LEASE seconds is of a dead process, and is taken over; a holder that finds
+it taken, or can't renew it for so long, ends at once, before it overwrites another's work.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from typing import IO
+
+from vit_scale import paths
+from vit_scale.errors import RESUMABLE, UserError
+
+NAME = ".lock"
+RENEW, LEASE = 15.0, 90.0  # seconds
+
+
+def boot() -> str:
+    """What is another at each start of this machine; empty where it can't be known."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+class Lock:
+    """The lock of the folder `run`, held from `acquire` to `release`.
+
+    Raises UserError where a live process holds it.
+    """
+
+    def __init__(self, run: pathlib.Path):
+        self.run = run
+        self._file: IO | None = None
+        self._lease: Lease | None = None
+
+    def acquire(self) -> None:
+        self._lock_file()
+        if paths.in_bucket(self.run):
+            self._lease = Lease(self.run)
+            try:
+                self._lease.acquire()
+            except UserError:
+                self.release()
+                raise
+
+    def _lock_file(self) -> None:
+        try:
+            folder = paths.local(self.run)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the run
+        except OSError as error:
+            raise UserError(
+                f"cannot write to workdir {self.run}: {error.strerror}; give another --workdir"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            raise in_use(self.run, self._file.read().strip() or "unknown") from error
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._lease:
+            self._lease.release()
+        if self._file:
+            self._file.close()
+
+
+class Lease:
+    """The lock's object in a bucket, renewed by a thread."""
+
+    def __init__(self, run: pathlib.Path):
+        self.run, self.object = run, run / NAME
+        self._generation, self._renewed = "", 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def acquire(self) -> None:
+        """Take the lock; where another's was left, once it is clear that nobody renews it."""
+        found = self._write("0")
+        if not found:
+            left, holder = self._wait_for_the_dead()
+            found = self._write(left)
+            if not found:
+                raise in_use(self.run, holder)
+        self._generation, self._renewed = found, time.monotonic()
+        self._thread.start()
+
+    def _wait_for_the_dead(self) -> tuple[str, str]:
+        """The generation that a dead process left, and who that was."""
+        first, said = paths.read_generation(self.object)
+        holder = f"{said.get('pid', 'unknown')} on {said.get('host', 'unknown')}"
+        until = time.monotonic() + (0 if is_dead(said) else LEASE)
+        while first != "0" and time.monotonic() < until:
+            time.sleep(min(1.0, LEASE / 10))
+            now, _ = paths.read_generation(self.object)
+            if now != first:
+                if now == "0":
+                    return now, holder
+                raise in_use(self.run, holder)
+        return first, holder
+
+    def _write(self, generation: str) -> str | None:
+        content = {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot()}
+        data = json.dumps({**content, "time": time.time()}).encode()
+        return paths.write_generation(self.object, data, generation)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(RENEW):
+            try:
+                found = self._write(self._generation)
+            except OSError:
+                found = self._generation if self._is_fresh() else None
+            else:
+                self._renewed = time.monotonic()
+            if found is None and not self._ended.is_set():
+                print(
+                    f"vit-scale: the lock of {self.run} is lost: another process has taken it, or "
+                    f"the bucket could not be reached for {LEASE:.0f} s; ended without saving",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(RESUMABLE)
+            self._generation = found or ""
+
+    def _is_fresh(self) -> bool:
+        return time.monotonic() - self._renewed < LEASE - 2 * RENEW
+
+    def release(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=LEASE)
+        if self._generation:
+            paths.remove_generation(self.object, self._generation)
+
+
+def is_dead(said: dict) -> bool:
+    """Whether the process that wrote this is of this machine, and has ended."""
+    if said.get("host") != socket.gethostname():
+        return False
+    if said.get("boot") != boot():
+        return True
+    return not pathlib.Path(f"/proc/{said.get('pid')}").exists()
+
+
+def in_use(run: pathlib.Path, holder: str) -> UserError:
+    return UserError(
+        f"workdir {run} is in use by the live process {holder}; wait for it, stop it, or give "
+        "another --workdir"
+    )
