@@ -29,7 +29,8 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
     probability 1 - 2^-64. Bits are compared, so NaN equals the same NaN, and 0.0 is not -0.0.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
+    # One after the other: programs that all reduce over the same CPU devices wait for each other.
+    sums = [jax.device_get(_sums(leaf)) for _, leaf in leaves]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             f"{leaf.dtype}{list(leaf.shape)} {first:08x}{second:08x}".replace(", ", ",")

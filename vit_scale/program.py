@@ -178,7 +178,11 @@ def unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
     """`new`, or, where it is not finite, `old` at the new step: counters go on, values stay."""
 
     def choose(a, b):
-        return jnp.where(finite, a, b) if jnp.issubdtype(a.dtype, jnp.floating) else a
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        # In float32 also what is bfloat16: else a TPU makes a pass of its own of it.
+        chosen = jnp.where(finite, a.astype(jnp.float32), b.astype(jnp.float32))
+        return chosen.astype(a.dtype)
 
     return jax.tree.map(choose, new, old)
 
