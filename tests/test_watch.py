@@ -56,8 +56,13 @@ def test_a_heartbeat_says_what_is_done(tmp_path, limits):
 
 
 def test_last_words_are_written(tmp_path, limits):
-    with pytest.raises(ValueError), Watch(tmp_path, limits):
-        raise ValueError("a mistake")
+    with pytest.raises(ValueError), Watch(tmp_path, limits) as this:
+        try:
+            with this.last_words():
+                raise ValueError("a mistake")
+        finally:  # at once, and they stay while the run is tidied up
+            assert heartbeat(tmp_path)["words"] == "a mistake"
+            this.write()
     assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (1, "a mistake")
     assert goodput.read(tmp_path)[-1]["code"] == 1
 

@@ -52,13 +52,8 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     ):
         if run.report:
             return run.report
-        training = Training(program, sources, run, checkpoints, watch, quiet)
-        while True:
-            try:
-                report = training.attempt()
-                break
-            except Diverged as error:
-                training.roll_back(error)
+        with watch.last_words():
+            report = Training(program, sources, run, checkpoints, watch, quiet).to_the_end()
         run.write_report(report)
     return report
 
@@ -72,6 +67,14 @@ class Training:
         self.cfg = program.cfg
         self.evaluate = Evaluate(self.cfg, program.model, program.mesh)
         self.train_step: Callable | None = None
+
+    def to_the_end(self) -> dict:
+        """Train, back from where it diverges as often as that is allowed; the report."""
+        while True:
+            try:
+                return self.attempt()
+            except Diverged as error:
+                self.roll_back(error)
 
     def attempt(self) -> dict:
         """Train from the newest checkpoint to the end; the report. Raises Diverged."""

@@ -53,6 +53,8 @@ class Watch:
         self.every = BUCKET if paths.in_bucket(run) else max(DISK, jax.process_count() / 8)
         self.attempt = hosts.agree(secrets.token_hex(4))  # else heartbeats of an earlier one count
         self._others = Others(self) if hosts.is_several() else None
+        self._code: int | None = None
+        self._words = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
@@ -68,16 +70,27 @@ class Watch:
 
     def __exit__(self, kind, error, trace) -> None:
         global _current
-        code = 0 if error is None else getattr(error, "code", FAILED)
-        if isinstance(error, Exception) and self._others and _is_collateral(error):
-            self._others.blame()  # does not return where another host is the cause
         self._ended.set()
         self._thread.join(timeout=10)
         _current = None
         self.book()
-        self.write(code, str(error or ""))
+        if self._code is None:
+            self._code = 0
+        self.write()
         if self._ledger:
-            self._ledger.end(code)
+            self._ledger.end(self._code)
+
+    @contextlib.contextmanager
+    def last_words(self) -> Iterator[None]:
+        """What ends what is inside is told to the other hosts, before anything is tidied up."""
+        try:
+            yield
+        except BaseException as error:
+            if self._others and isinstance(error, jax.errors.JaxRuntimeError):
+                self._others.blame()  # does not return where another host is the cause
+            self._code, self._words = getattr(error, "code", FAILED), str(error)
+            self.write()
+            raise
 
     def enter(self, phase: str) -> str:
         """Begin a phase; returns the one before."""
@@ -105,8 +118,8 @@ class Watch:
                 self._ledger.add(self._phase, now - self._booked, self.step)
             self._booked = now
 
-    def write(self, code: int | None = None, words: str = "") -> None:
-        """The heartbeat; `code` and `words` are the process's last. Never in the way."""
+    def write(self) -> None:
+        """The heartbeat, with the last words if there are any. Never in the way."""
         content = {
             "attempt": self.attempt,
             "host": socket.gethostname(),
@@ -114,8 +127,8 @@ class Watch:
             "time": time.time(),
             "phase": self._phase,
             "step": self.step,
-            "code": code,
-            "words": words,
+            "code": self._code,
+            "words": self._words,
         }
         with contextlib.suppress(OSError):
             file = self.run / FOLDER / f"{jax.process_index()}.json"
@@ -144,7 +157,8 @@ class Watch:
     def end(self, line: str, code: int = RESUMABLE) -> NoReturn:
         """End the process here and now, from any thread."""
         print(f"vit-scale: {line}; the same command goes on", file=sys.stderr, flush=True)
-        self.write(code, line)
+        self._code, self._words = code, line
+        self.write()
         if self._ledger:
             self._ledger.end(code)
         os._exit(code)
@@ -200,11 +214,6 @@ class Others:
         while time.monotonic() < until:
             self.check(patience)
             time.sleep(self.watch.every / 4)
-
-
-def _is_collateral(error: Exception) -> bool:
-    """Whether this may be what the end of another host looks like from here."""
-    return isinstance(error, jax.errors.JaxRuntimeError)
 
 
 _current: Watch | None = None
