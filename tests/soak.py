@@ -2,6 +2,7 @@
 
     python tests/soak.py --schedules 100 --seed 0 --json
     python tests/soak.py --schedules 20 --hosts 2 --faults sigkill,freeze --jobs 2
+    python tests/soak.py --damage 150 --json
 
 A schedule is one run of tests/soak_config.py with one to three faults, each at a random moment of a
 random phase, and then left to end. It holds if the run ends with the parameters, averages and
@@ -16,6 +17,10 @@ does with the moment is not.
     nan                       a batch whose pixels are NaN: once, or too often in a row
     freeze, raise             of one of several hosts (--hosts 2)
     hosts                     the run goes on with another number of hosts (--hosts 2)
+
+--damage damages one file of the newest checkpoint of the undisturbed run, anew each time (two of
+three times one flipped bit, else a truncation or a removal), and checks that what is restored is that
+checkpoint or the one before, to the bit.
 """
 
 import argparse
@@ -260,6 +265,34 @@ def schedule(number: int, args, folder: pathlib.Path, whole: Run, spoilt: dict[s
     }
 
 
+def damage_and_restore(number: int, seed: int, folder: pathlib.Path, whole: Run) -> dict:
+    """Damage a copy of the undisturbed run, and restore it."""
+    from vit_scale import config
+    from vit_scale.checkpoint import Checkpoints, read_manifest
+    from vit_scale.integrity import fingerprints
+    from vit_scale.program import plan_program
+
+    draw = random.Random(f"{seed}/{number}")
+    kind = "bitflip" if number % 3 else draw.choice(("truncate", "remove"))
+    run = Run(folder / f"{number:04}", whole.data, 1)
+    shutil.copytree(whole.workdir, run.workdir)
+    written = {int(f.name): read_manifest(f)["arrays"] for f in run.checkpoints()}
+    newest = max(written)
+    damage(draw, run, kind)
+    state = plan_program(config.load(str(CONFIG))).state._asdict()
+    with Checkpoints(run.workdir) as checkpoints:
+        step, trees = checkpoints.recover(state)
+    exact = fingerprints(trees) == written[step]
+    outcome = "harmless" if step == newest else "seen"
+    shutil.rmtree(run.folder)
+    return {
+        "schedule": number,
+        "faults": [f"{kind}, {outcome if exact else 'silent'}"],
+        "codes": [],
+        "failed": None if exact else f"{run.struck}: other values were restored",
+    }
+
+
 def undisturbed(folder: pathlib.Path, data: pathlib.Path, hosts: int, nan=()) -> Run:
     run = Run(folder, data, hosts, nan)
     if code := run.attempt():
@@ -288,6 +321,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--schedules", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--damage", type=int, help="instead: damage and restore, so many times")
     parser.add_argument("--faults", help=f"of {','.join(dict.fromkeys(ONE + SEVERAL))}")
     parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="schedules at the same time")
@@ -303,6 +337,9 @@ def main(argv=None) -> int:
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     data = folder / "data"
     whole = undisturbed(folder / "whole", data, args.hosts)
+    if args.damage:
+        rows = (damage_and_restore(n, args.seed, folder, whole) for n in range(args.damage))
+        return report(list(rows), args.json)
     # Once, and skipped; and four in a row, so that the run goes back past them.
     spoilt = {"once": [9], "often": [13, 14, 15, 16]} if "nan" in args.faults else {}
     spoilt = {name: undisturbed(folder / name, data, args.hosts, n) for name, n in spoilt.items()}
@@ -317,8 +354,12 @@ def main(argv=None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
+    return report(done, args.json)
+
+
+def report(done: list[dict], as_json: bool) -> int:
     result = summarise(done)
-    print(json.dumps(result) if args.json else json.dumps(result, indent=2))
+    print(json.dumps(result) if as_json else json.dumps(result, indent=2))
     return 1 if result["failed"] else 0
 
 
