@@ -19,8 +19,8 @@ does with the moment is not.
     hosts                     the run goes on with another number of hosts (--hosts 2)
 
 --damage damages one file of the newest checkpoint of the undisturbed run, anew each time (two of
-three times one flipped bit, else a truncation or a removal), and checks that what is restored is that
-checkpoint or the one before, to the bit.
+three times one flipped bit, else a truncation or a removal), and checks that what is restored is
+that checkpoint or the one before, to the bit.
 """
 
 import argparse

@@ -234,9 +234,9 @@ def test_the_pods_were_what_they_are_called(pods):
 
 
 def test_fsdp_over_8_holds_an_eighth_on_each_device(pods):
-    """Of the ViT-Ti/16 with AdamW: 5.7 M parameters of 4 bytes, and twice that of moments."""
+    """Of the ViT-Ti/16 with AdamW: 5.7 M parameters of 4 bytes, moments of 2 and of 4."""
     found = json.loads((pods.folder / "state_bytes.json").read_text())
-    for name, whole in (("params", 4 * 5_717_224), ("opt_state", 8 * 5_717_224)):
+    for name, whole in (("params", 4 * 5_717_224), ("opt_state", 6 * 5_717_224)):
         assert len(found[name]) == 8
         for held in found[name].values():
             assert whole / 8 <= held <= 1.1 * whole / 8

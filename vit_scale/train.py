@@ -44,15 +44,14 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         about = describe(program, name, sources.train)
         if not folders(paths.path(workdir)):
             check_source(program, sources.train.classes)
-    with (
-        Run(workdir, about) as run,
-        preemption.deferred(),
-        Watch(run.path, cfg.watchdog) as watch,
-        Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
-    ):
+    with Run(workdir, about) as run, preemption.deferred():
         if run.report:
             return run.report
-        with watch.last_words():
+        with (
+            Watch(run.path, cfg.watchdog) as watch,
+            Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
+            watch.last_words(),
+        ):
             report = Training(program, sources, run, checkpoints, watch, quiet).to_the_end()
         run.write_report(report)
     return report
