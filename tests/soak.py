@@ -320,6 +320,7 @@ def summarise(done: list[dict]) -> dict:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--schedules", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="number of the first schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--damage", type=int, help="instead: damage and restore, so many times")
     parser.add_argument("--faults", help=f"of {','.join(dict.fromkeys(ONE + SEVERAL))}")
@@ -345,7 +346,7 @@ def main(argv=None) -> int:
     spoilt = {name: undisturbed(folder / name, data, args.hosts, n) for name, n in spoilt.items()}
     done = []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        numbers = range(args.schedules)
+        numbers = range(args.first, args.first + args.schedules)
         for row in pool.map(lambda n: schedule(n, args, folder, whole, spoilt), numbers):
             done.append(row)
             how = row["failed"] or "holds"

@@ -91,18 +91,18 @@ def spoil_batches() -> None:
 if __name__ == "__main__":
     if FAULT.get("process", PROCESS) != PROCESS:
         FAULT = {}
-    from vit_scale import preemption
+    from vit_scale import cli, preemption
 
-    if FAULT.get("kind") == "sigterm":
-        preemption.install()  # as early as the verb does, so that the moment before is not random
-    log(phase="import")
-    with contextlib.suppress(KeyError):
+    try:
+        if FAULT.get("kind") == "sigterm":
+            preemption.install()  # the verb does that first; what follows is only imported earlier
+        log(phase="import")
         arm("import", 1)
-    from vit_scale import cli
-
-    follow_phases()
-    if NAN:
-        spoil_batches()
-    code = cli.main(sys.argv[1:])
+        follow_phases()
+        if NAN:
+            spoil_batches()
+        code = cli.main(sys.argv[1:])
+    except preemption.Preempted as error:  # among the imports above: the verb would catch it
+        code = error.code
     log(phase="end")
     sys.exit(code)
