@@ -242,8 +242,10 @@ def schedule(number: int, args, folder: pathlib.Path, whole: Run, spoilt: dict[s
             fault = moment(draw, lasting, signal_kind)
             if kind in DAMAGE:  # late enough that there is something to damage
                 fault["phase"], fault["nth"] = "train", draw.randrange(8, len(lasting["train"]))
-            if args.hosts > 1:
-                fault["process"] = draw.randrange(args.hosts) if kind != "freeze" else 1
+            if run.hosts > 1:
+                fault["process"] = draw.randrange(run.hosts) if kind != "freeze" else 1
+            elif signal_kind in ("freeze", "raise"):  # nobody else is there to notice
+                fault["kind"] = signal_kind = "sigkill"
             code = run.attempt(fault)
             check_code(run, code, signal_kind, fault.get("process"))
             if kind in DAMAGE and code:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from vit_scale import checkpoint, cli, train
+from vit_scale.errors import RESUMABLE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -433,9 +434,9 @@ def damage_nothing_else(run: pathlib.Path, pattern: str, content: bytes | None) 
         ("checkpoints/2/params/**/d/*", None),
         ("checkpoints/2/params/manifest.ocdbt", b""),
         ("checkpoints/2/params/_METADATA", b""),
-        ("checkpoints/2/description/metadata", b""),
+        ("checkpoints/2/manifest/metadata", b""),
     ],
-    ids=["truncated", "missing", "manifest", "metadata", "description"],
+    ids=["truncated", "missing", "index", "metadata", "manifest"],
 )
 def test_a_damaged_checkpoint(pattern, content, user, trained, jpegs):
     run = shutil.copytree(trained, user.folder / "damaged")
@@ -567,10 +568,10 @@ def test_a_disk_that_is_full_at_the_second_checkpoint(user):
         timeout=300,
     )
     lines = done.stdout.splitlines()
-    assert lines[:2] == ["exit code 1", "2"], done
+    assert lines[:2] == ["exit code 42", "2"], done
     says = [f"{disk / 'run'}", "No space left on device", "free space"]
     one_line(errors.read_text(), says)
-    assert lines[-2:] == ["exit code 0", "6"], (done, errors.with_suffix(".again"))
+    assert lines[-3:] == ["exit code 0", "4", "6"], (done, errors.with_suffix(".again"))
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_it(user, monkeypatch):
@@ -587,7 +588,8 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(user, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", save_with_a_limit)
         try:
-            user.refused(user.training("steps=6"), f"{user.run}", "free space", "same command")
+            says = (f"{user.run}", "free space", "same command")
+            user.refused(user.training("steps=6"), *says, code=RESUMABLE)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoint.steps(user.run) == [2]
@@ -596,7 +598,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(user, monkeypatch):
     undisturbed = user.folder / "undisturbed"
     user.train("steps=6", workdir=undisturbed)
     left, right = (
-        {n: x for n, x in tree(run).items() if n == "checkpoints/6/description/metadata"}
+        {n: x for n, x in tree(run).items() if n == "checkpoints/6/manifest/metadata"}
         for run in (user.run, undisturbed)
     )
     assert left == right
