@@ -1,12 +1,10 @@
 """preemption: SIGTERM as a request, in processes of their own. test_soak.py trains under it."""
 
-import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-
-import pytest
 
 from vit_scale import preemption
 from vit_scale.errors import RESUMABLE, UserError
@@ -82,16 +80,7 @@ def test_without_a_signal_nothing_happens():
 
 def test_a_notebook_s_thread_takes_no_signals_over():
     before = signal.getsignal(signal.SIGTERM)
-    import threading
-
     thread = threading.Thread(target=preemption.install)
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
-def test_the_verb_ignores_nothing_else():
-    code, _, _ = ended("ready()\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass", signals=0)
-    assert code == 130
-    assert os.name == "posix"
