@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     same_bits(found["params"], trees(1)["params"])
     aside = tmp_path / checkpoint.ASIDE / "2"
     assert sorted(file.name for file in aside.rglob("*")) == left
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith(f"vit-scale: checkpoint {folder} ") and f"moved to {aside}" in said
     # The step is saved again, and damaged again: nothing that was set aside is lost.
     save(tmp_path, {2: None}, keep=2)

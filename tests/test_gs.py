@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
     assert step == 1 and checkpoint.folders(run) == [1]
     same_trees(found["params"], trees(1)["params"])
     aside = run / checkpoint.ASIDE / "2"
-    assert f"moved to {aside}" in capsys.readouterr().out
+    assert f"moved to {aside}" in capsys.readouterr().err
     moved = {f.name: f.read_bytes() for f in walk(aside / "params") if f.name in spoilt}
     assert moved == spoilt
 

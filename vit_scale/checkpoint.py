@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -152,7 +153,7 @@ class Checkpoints:
                 place = unused(self.run / ASIDE / str(step))
                 with _disk_errors(self.folder):
                     paths.move_folder(self.folder / str(step), place)
-                print(f"vit-scale: {line}; moved to {place}", flush=True)
+                print(f"vit-scale: {line}; moved to {place}", file=sys.stderr, flush=True)
         if damage:
             self._metrics.clear()
             self._manager.reload()

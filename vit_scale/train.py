@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -186,7 +187,8 @@ class Training:
         with hosts.together():
             if hosts.is_first():
                 divergence.write(self.run.path, [*rollbacks, Rollback(step, error.step)])
-                print(f"vit-scale: {error}; back to step {step}, past the batches between")
+                line = f"vit-scale: {error}; back to step {step}, past the batches between"
+                print(line, file=sys.stderr, flush=True)
 
 
 def due(step: int, every: int, last: int) -> bool:
