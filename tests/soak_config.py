@@ -27,7 +27,7 @@ def get_config():
     cfg.model.classes = 4
     cfg.model.dropout = 0.1
 
-    cfg.optim.lr = 1e-3  # Adam makes differences of rounding as large as its steps
+    cfg.optim.lr = 3e-3
     cfg.optim.warmup = 4
     cfg.optim.ema = 0.9
 

@@ -1,5 +1,6 @@
 """checkpoint: bit-exact, newest and best kept through restarts, damage is one line."""
 
+import errno
 import pathlib
 import shutil
 
@@ -274,6 +275,28 @@ def test_without_a_whole_checkpoint_nothing_is_touched_and_nothing_begins(tmp_pa
             recovered(tmp_path)
         assert checkpoint.folders(tmp_path) == [1, 2]
     assert recovered(tmp_path / "new") is None
+
+
+def test_a_damaged_measurement_of_an_older_checkpoint_does_not_end_the_run(tmp_path, capsys):
+    save(tmp_path, {1: {"accuracy": 0.9}, 2: {"accuracy": 0.5}}, keep=2)
+    flip(tmp_path / checkpoint.FOLDER / "1" / checkpoint.SELECTION, 300)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best == 2
+        checkpoints.save(3, trees(3), ABOUT)
+    assert steps(tmp_path) == [2, 3]
+    assert "checkpoints/1 does not fit or is damaged" in capsys.readouterr().err
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path, {1: None, 2: None}, keep=2)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_restore", fail)
+    with pytest.raises(UserError, match=r"can't be read: .*Input/output error") as caught:
+        recovered(tmp_path)
+    assert caught.value.code == RESUMABLE and checkpoint.folders(tmp_path) == [1, 2]
 
 
 @unread

@@ -10,6 +10,7 @@ What was measured of a checkpoint comes later, and lies beside its arrays in `se
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -86,9 +87,16 @@ class Checkpoints:
         return hosts.agree(max(steps, key=lambda s: (score(self.metrics(s)), s), default=None))
 
     def metrics(self, step: int) -> dict:
-        """What was measured at this step; empty if nothing was. Raises UserError where damaged."""
+        """What was measured at this step; empty if nothing was.
+
+        A damaged file is named, and counts as nothing: it must not end a run that doesn't need it.
+        """
         if step not in self._metrics:
-            self._metrics[step] = selection(self.folder / str(step))
+            try:
+                self._metrics[step] = selection(self.folder / str(step))
+            except UserError as error:
+                print(f"vit-scale: {error}; it can't be the best", file=sys.stderr, flush=True)
+                self._metrics[step] = {}
         return self._metrics[step]
 
     def save(self, step: int, trees: Mapping, description: dict) -> None:
@@ -300,7 +308,12 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as error:
         line = " ".join(str(error).split())[:300] or type(error).__name__
-        if isinstance(error, PermissionError) or any(word in line for word in REFUSALS):
+        refused = isinstance(error, OSError) and error.errno in (
+            *STORAGE,
+            errno.EACCES,
+            errno.EPERM,
+        )
+        if refused or any(word in line for word in REFUSALS):
             raise UserError(f"checkpoint {path} can't be read: {line}", RESUMABLE) from error
         raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error
 
