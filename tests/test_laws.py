@@ -93,6 +93,10 @@ def rows(run: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def report(run: pathlib.Path) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
 def losses(run: pathlib.Path) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in rows(run) if "train/loss" in row]
 
@@ -145,6 +149,27 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cif
     assert cli.main([*command(run, **settings(cifar)), "--quiet"]) == 0
     same_bits(final_state(run), final_state(whole))
     assert losses(run) == losses(whole)  # each row once, with the same numbers
+
+
+def test_a_damaged_best_checkpoint_does_not_end_a_run(quick_compile, cifar, tmp_path, capsys):
+    """It is older than the newest, so that training itself never reads it."""
+    run = tmp_path / "run"
+    fields = settings(cifar, eval__split="test[64:96]", eval__every=EVERY)
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    (run / "report.json").unlink()  # as if it had been killed before the final evaluation
+    with checkpoint.Checkpoints(run) as checkpoints:
+        checkpoints.record(8, {"accuracy": 1.0})
+    best = run / "checkpoints" / "8"
+    shutil.copytree(run, tmp_path / "sound")
+    for file in (best / "ema").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-20])
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    assert f"checkpoint {best} does not fit or is damaged" in capsys.readouterr().err
+    assert (run / "damaged" / "8").is_dir() and 8 not in checkpoint.steps(run)
+    result = report(run)["eval"]
+    assert result["best"]["step"] == result["step"] == STEPS
+    assert cli.main([*command(tmp_path / "sound", **fields), "--quiet"]) == 0
+    assert report(tmp_path / "sound")["eval"]["best"]["step"] == 8
 
 
 def kill_at_random(arguments: Sequence[str], ready, delay: float, cwd: pathlib.Path) -> None:
@@ -357,7 +382,7 @@ def test_the_eval_verb_gives_the_same_for_every_batch_size(whole, capsys):
 def test_the_report_is_what_eval_measures(whole, capsys):
     assert cli.main(["eval", str(whole), "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    reported = json.loads((whole / "report.json").read_text())["eval"]
+    reported = report(whole)["eval"]
     assert reported["n"] == 64
     assert {k: measured[k] for k in ("n", "split", "step", "accuracy")} == {
         k: reported[k] for k in ("n", "split", "step", "accuracy")

@@ -81,10 +81,18 @@ class Checkpoints:
         return hosts.agree(self._manager.latest_step())
 
     @property
-    def best(self) -> int | None:
-        """The step with the highest accuracy on the selection split, if one was measured."""
+    def ranked(self) -> list[int]:
+        """The steps that were measured, the highest accuracy on the selection split first."""
         steps = [s for s in self._manager.all_steps() if self.metrics(s)]
-        return hosts.agree(max(steps, key=lambda s: (score(self.metrics(s)), s), default=None))
+        return hosts.agree(sorted(steps, key=self._rank, reverse=True))
+
+    @property
+    def best(self) -> int | None:
+        """The first of `ranked`."""
+        return next(iter(self.ranked), None)
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        return score(self.metrics(step)), step
 
     def metrics(self, step: int) -> dict:
         """What was measured at this step; empty if nothing was.
@@ -127,16 +135,17 @@ class Checkpoints:
         wanted = {name: target[name] for name in TREES if target[name] is not None}
         return read(self.folder / str(step), wanted)
 
-    def recover(self, target: Mapping) -> tuple[int, dict] | None:
-        """The newest step that is whole, and its trees; None if there is no checkpoint at all.
+    def recover(self, target: Mapping, order: list[int] | None = None) -> tuple[int, dict] | None:
+        """The first step of `order` that is whole, and its trees; None if `order` is empty.
 
-        Newer ones that are damaged are named, and moved to the run's folder `damaged`: once a
-        whole one is found, for without one nothing is touched. Raises UserError then, and where
-        storage can't be read.
+        Unless it is given, `order` is that of time, the newest first. Those before it that are
+        damaged are named, and moved to the run's folder `damaged`: once a whole one is found, for
+        without one nothing is touched. Raises UserError then, and where storage can't be read.
         """
-        there = hosts.agree(sorted(folders(self.run), reverse=True))
+        if order is None:
+            order = hosts.agree(sorted(folders(self.run), reverse=True))
         damage = {}
-        for step in there:
+        for step in order:
             try:
                 with hosts.together():
                     selection(self.folder / str(step))
@@ -198,7 +207,7 @@ class _Kept(managers.PreservationPolicy):
         measured = [step for step in steps[:-1] if self.checkpoints.metrics(step)]
         kept = set(steps[-self.newest :])
         if measured:
-            kept.add(max(measured, key=lambda s: (score(self.checkpoints.metrics(s)), s)))
+            kept.add(max(measured, key=self.checkpoints._rank))
         return [step in kept for step in steps]
 
 

@@ -21,9 +21,14 @@ def restore(program: Program, checkpoints: Checkpoints, step: int) -> TrainState
     return _placed(program, step, trees)
 
 
-def recover(program: Program, checkpoints: Checkpoints) -> TrainState | None:
-    """The newest checkpoint that is whole; None if there is none. See `Checkpoints.recover`."""
-    found = checkpoints.recover(program.state._asdict())
+def recover(
+    program: Program, checkpoints: Checkpoints, order: list[int] | None = None
+) -> TrainState | None:
+    """The newest checkpoint that is whole, or the first of `order`; None if there is none.
+
+    What is damaged is set aside: see `Checkpoints.recover`.
+    """
+    found = checkpoints.recover(program.state._asdict(), order)
     return _placed(program, *found) if found else None
 
 

@@ -162,16 +162,16 @@ class Training:
         """The results on the final split of the last step and, under "best", of the chosen one."""
         cfg, checkpoints = self.cfg, self.checkpoints
 
-        def result(step):
-            state = restore(self.program, checkpoints, step)
+        def result(state):
             found = self.evaluate(averaged(state), self.sources.final)
-            return {"split": cfg.eval.final, "step": step, **found}
+            return {"split": cfg.eval.final, "step": int(state.step), **found}
 
-        last, best = result(checkpoints.latest), checkpoints.best
-        if best is None:
+        last = chosen = result(restore(self.program, checkpoints, checkpoints.latest))
+        if checkpoints.best is None:
             return last
-        selected = {"split": cfg.eval.split, **checkpoints.metrics(best)}
-        chosen = last if best == last["step"] else result(best)
+        if checkpoints.best != last["step"]:
+            chosen = result(recover(self.program, checkpoints, checkpoints.ranked))
+        selected = {"split": cfg.eval.split, **checkpoints.metrics(chosen["step"])}
         return {**last, "best": {**chosen, "selected_by": selected}}
 
     def roll_back(self, error: Diverged) -> None:
