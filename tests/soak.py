@@ -2,6 +2,7 @@
 
     python tests/soak.py --schedules 100 --seed 0 --json
     python tests/soak.py --schedules 20 --hosts 2 --faults sigkill,freeze --jobs 2
+    python tests/soak.py --schedules 8 --hosts 2 --faults sigterm --in-turn
     python tests/soak.py --damage 150 --json
 
 A schedule is one run of tests/soak_config.py with one to three faults, each at a random moment of a
@@ -18,6 +19,8 @@ does with the moment is not.
     nan                       a batch whose pixels are NaN: once, or too often in a row
     freeze, raise             of one of several hosts (--hosts 2)
     hosts                     the run goes on with another number of hosts (--hosts 2)
+
+--in-turn makes that one fault a schedule, and goes through the phases instead of drawing them.
 
 --damage damages one file of the newest checkpoint of the undisturbed run, anew each time (two of
 three times one flipped bit, else a truncation or a removal), and checks that what is restored is
@@ -132,12 +135,11 @@ def phases(run: Run) -> dict[str, list[float]]:
     return found
 
 
-def moment(draw: random.Random, lasting: dict[str, list[float]], kind: str) -> dict:
-    """A fault of `kind` at a random moment of a random phase."""
+def moment(draw: random.Random, lasting: dict[str, list[float]], kind: str, turn=None) -> dict:
+    """A fault of `kind` at a random moment of a phase: of a random one, or of the next in turn."""
     late = ("train", "checkpoint", "eval")
-    phase = draw.choice(
-        [p for p in (late if kind in ("disk", "raise") else PHASES) if p in lasting]
-    )
+    phases = [p for p in (late if kind in ("disk", "raise") else PHASES) if p in lasting]
+    phase = draw.choice(phases) if turn is None else phases[turn % len(phases)]
     nth = draw.randrange(len(lasting[phase]))
     delay = 0 if kind == "disk" else draw.uniform(0, lasting[phase][nth])
     return {"kind": kind, "phase": phase, "nth": nth + 1, "delay": delay}
@@ -224,7 +226,10 @@ def distance(run: Run, other: Run) -> float:
 def schedule(number: int, args, folder: pathlib.Path, whole: Run, spoilt: dict[str, Run]) -> dict:
     """One schedule; what it did, and "failed" where it did not hold."""
     draw = random.Random(f"{args.seed}/{number}")
-    kinds = [draw.choice(args.faults) for _ in range(draw.choice((1, 2, 2, 3)))]
+    turn = number if args.in_turn else None
+    kinds = [
+        draw.choice(args.faults) for _ in range(1 if args.in_turn else draw.choice((1, 2, 2, 3)))
+    ]
     reference = whole
     if "nan" in kinds:
         reference = spoilt[draw.choice(sorted(spoilt))]
@@ -241,7 +246,7 @@ def schedule(number: int, args, folder: pathlib.Path, whole: Run, spoilt: dict[s
                 run.struck.append({"fault": "hosts", "phase": str(run.hosts)})
                 kind = "sigkill"
             signal_kind = "sigkill" if kind in DAMAGE else kind
-            fault = moment(draw, lasting, signal_kind)
+            fault = moment(draw, lasting, signal_kind, turn)
             if kind in DAMAGE:  # late enough that there is something to damage
                 fault["phase"], fault["nth"] = "train", draw.randrange(8, len(lasting["train"]))
             if run.hosts > 1:
@@ -326,6 +331,7 @@ def main(argv=None) -> int:
     parser.add_argument("--schedules", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="number of the first schedule")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-turn", action="store_true", help="one fault each, phase by phase")
     parser.add_argument("--damage", type=int, help="instead: damage and restore, so many times")
     parser.add_argument("--faults", help=f"of {','.join(dict.fromkeys(ONE + SEVERAL))}")
     parser.add_argument("--hosts", type=int, default=1)
