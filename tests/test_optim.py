@@ -350,9 +350,13 @@ def test_refuses(params, fields, message):
 
 
 def test_edge_values_are_accepted(params):
-    make_optimizer(optim_block(warmup=99), 100, params)
-    make_optimizer(optim_block(schedule="rsqrt", warmup=60, cooldown=40), 100, params)
-    make_optimizer(optim_block(layer_decay=1.0, b1=0.0, lr=0.0), 1, params)
+    def schedule(steps, **fields):
+        return make_optimizer(optim_block(**fields), steps, params)[1]
+
+    assert float(schedule(100, warmup=99, lr=0.99)(98)) == pytest.approx(0.98)
+    rsqrt = schedule(100, schedule="rsqrt", warmup=60, cooldown=40, lr=1.0)
+    assert [float(rsqrt(n)) for n in (60, 100)] == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert float(schedule(1, layer_decay=1.0, b1=0.0, lr=0.0)(0)) == 0.0
 
 
 # EMA

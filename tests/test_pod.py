@@ -158,6 +158,7 @@ def test_hosts_do_not_outlive_it(tmp_path):
     process.kill()
     process.communicate()
     wait_until(lambda: all_gone(tmp_path))
+    assert len(list(tmp_path.glob("host-*"))) == 3
 
 
 def test_refusals(tmp_path):

@@ -67,9 +67,12 @@ def test_last_words_are_written(tmp_path, limits):
     assert goodput.read(tmp_path)[-1]["code"] == 1
 
 
-def test_nobody_watches_outside_of_training():
+def test_nobody_watches_outside_of_training(tmp_path):
+    with Watch(tmp_path, base().watchdog) as this:
+        this.enter("train")
     with watch.phase("eval"):
         watch.beat(3)
+    assert (this.step, heartbeat(tmp_path)["phase"]) == (0, "train")
 
 
 @pytest.mark.parametrize(
