@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
     {"errors", "attention", "integrity"},
     {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
+    {"generations"},
     {"model", "augment", "mesh", "lock", "preemption", "goodput"},
     {"objectives", "optim", "data", "checkpoint", "run", "watch"},
     {"pretrained", "program", "tracking", "report", "divergence"},

@@ -19,7 +19,7 @@ from test_checkpoint import same_bits as same_trees
 from test_laws import Killed, command, final_state, kill_at_random, losses, same_bits, undisturbed
 from test_tracking import events, loss, tracker
 
-from vit_scale import checkpoint, cli, config, data, lock, paths, pretrained, train
+from vit_scale import checkpoint, cli, config, data, generations, lock, paths, pretrained, train
 from vit_scale.data import records
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.lock import Lease
@@ -173,14 +173,14 @@ def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lea
     place = paths.path(f"{bucket}/leased")
     first = Lease(place)
     first.acquire()
-    generation, said = paths.read_generation(place / lock.NAME)
+    generation, said = generations.read(place / lock.NAME)
     assert said["pid"] == os.getpid()
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
     with pytest.raises(UserError, match=f"leased is in use by the live process {os.getpid()} on "):
         Lease(place).acquire()
-    assert paths.read_generation(place / lock.NAME)[0] != generation  # it was renewed
+    assert generations.read(place / lock.NAME)[0] != generation  # it was renewed
     first.release()
-    assert paths.read_generation(place / lock.NAME) == ("0", {})
+    assert generations.read(place / lock.NAME) == ("0", {})
     second = Lease(place)
     second.acquire()
     second.release()
@@ -207,12 +207,12 @@ def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypat
 
 def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
     place = paths.path(f"{bucket}/raced") / lock.NAME
-    assert paths.write_generation(place, b"{}", "0")
-    assert paths.write_generation(place, b"{}", "0") is None
-    generation, _ = paths.read_generation(place)
-    assert paths.write_generation(place, b"{}", generation)
-    assert paths.write_generation(place, b"{}", generation) is None
-    paths.remove_generation(place, generation)  # an old one: nothing happens
+    assert generations.write(place, b"{}", "0")
+    assert generations.write(place, b"{}", "0") is None
+    generation, _ = generations.read(place)
+    assert generations.write(place, b"{}", generation)
+    assert generations.write(place, b"{}", generation) is None
+    generations.remove(place, generation)  # an old one: nothing happens
     assert place.exists()
 
 
@@ -432,9 +432,9 @@ def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
 @pytest.fixture
 def forgotten():
     """As in a process that has not met a bucket yet."""
-    paths._store.cache_clear(), paths._check_bucket.cache_clear()
+    paths.store.cache_clear(), paths._check_bucket.cache_clear()
     yield
-    paths._store.cache_clear(), paths._check_bucket.cache_clear()
+    paths.store.cache_clear(), paths._check_bucket.cache_clear()
 
 
 def refusal(capsys, *arguments) -> str:
@@ -541,7 +541,7 @@ def test_what_others_write_is_seen(bucket):
 
 def test_a_folder_that_the_console_made_is_not_in_itself(bucket):
     folder = paths.path(f"{bucket}/made")
-    paths._store().pipe_file(f"{folder}/", b"")
+    paths.store().pipe_file(f"{folder}/", b"")
     assert folder.is_dir() and paths.entries(folder) == []
     (folder / "sub" / "a.txt").write_bytes(b"a")
     (folder / "b.txt").write_bytes(b"bc")

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import IO
 
-from vit_scale import paths
+from vit_scale import generations, paths
 from vit_scale.errors import RESUMABLE, UserError
 
 NAME = ".lock"
@@ -100,12 +100,12 @@ class Lease:
 
     def _wait_for_the_dead(self) -> tuple[str, str]:
         """The generation that a dead process left, and who that was."""
-        first, said = paths.read_generation(self.object)
+        first, said = generations.read(self.object)
         holder = f"{said.get('pid', 'unknown')} on {said.get('host', 'unknown')}"
         until = time.monotonic() + (0 if is_dead(said) else LEASE)
         while first != "0" and time.monotonic() < until:
             time.sleep(min(1.0, LEASE / 10))
-            now, _ = paths.read_generation(self.object)
+            now, _ = generations.read(self.object)
             if now != first:
                 if now == "0":
                     return now, holder
@@ -115,7 +115,7 @@ class Lease:
     def _write(self, generation: str) -> str | None:
         content = {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot()}
         data = json.dumps({**content, "time": time.time()}).encode()
-        return paths.write_generation(self.object, data, generation)
+        return generations.write(self.object, data, generation)
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW):
@@ -143,7 +143,7 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join(timeout=LEASE)
         if self._generation:
-            paths.remove_generation(self.object, self._generation)
+            generations.remove(self.object, self._generation)
 
 
 def is_dead(said: dict) -> bool:

@@ -14,13 +14,12 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
-import json
 import logging
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import fsspec
@@ -48,9 +47,9 @@ class ObjectPath(PosixGPath):
         return self
 
     def _kind(self) -> str | None:
-        with _reasons(self):
+        with reasons(self):
             try:
-                return _store().info(str(self))["type"]
+                return store().info(str(self))["type"]
             except FileNotFoundError:
                 return None
 
@@ -70,15 +69,15 @@ class ObjectPath(PosixGPath):
         """Nothing: an object needs no folder."""
 
     def read_bytes(self) -> bytes:
-        with _reasons(self):
-            return _store().cat_file(str(self))
+        with reasons(self):
+            return store().cat_file(str(self))
 
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode()
 
     def write_bytes(self, data: bytes) -> int:
-        with _reasons(self):
-            _store().pipe_file(str(self), bytes(data))
+        with reasons(self):
+            store().pipe_file(str(self), bytes(data))
         return len(data)
 
 
@@ -110,8 +109,8 @@ def in_bucket(place: pathlib.Path) -> bool:
 @functools.cache
 def _check_bucket(bucket: str) -> None:
     try:
-        with _reasons(ObjectPath(SCHEME + bucket)):
-            _store().ls(bucket, detail=False, max_results=1)
+        with reasons(ObjectPath(SCHEME + bucket)):
+            store().ls(bucket, detail=False, max_results=1)
     except ImportError as error:
         raise UserError(f"{SCHEME}{bucket} needs the package gcsfs: {INSTALL}") from error
     except FileNotFoundError as error:
@@ -121,7 +120,7 @@ def _check_bucket(bucket: str) -> None:
 
 
 @functools.cache
-def _store() -> Any:
+def store() -> Any:
     """The file system of gs://, for this process. Raises ImportError without gcsfs.
 
     Its settings are of this process too, so that Orbax has them for what it opens by itself. No
@@ -135,7 +134,7 @@ def _store() -> Any:
 
 
 @contextlib.contextmanager
-def _reasons(place: pathlib.PurePath) -> Iterator[None]:
+def reasons(place: pathlib.PurePath) -> Iterator[None]:
     """Turns what gcsfs raises about `place` into an OSError with a `strerror` and a `filename`."""
     try:
         yield
@@ -171,8 +170,8 @@ def entries(folder: pathlib.Path) -> list[tuple[str, bool]]:
 
 def _listed(folder: pathlib.Path) -> dict[str, dict]:
     """What a bucket says of each object and folder in `folder`, by name, sorted."""
-    with _reasons(folder):
-        found = _store().ls(str(folder), detail=True)
+    with reasons(folder):
+        found = store().ls(str(folder), detail=True)
     # An empty object "FOLDER/", which the cloud's console makes, is listed as the folder itself.
     itself = str(folder).removeprefix(SCHEME).rstrip("/")
     named = [(entry["name"].rstrip("/"), entry) for entry in found]
@@ -200,58 +199,6 @@ def versions(folder: pathlib.Path) -> dict[str, Any]:
         return {e.name: (e.stat().st_mtime_ns, e.inode()) for e in scanned if e.is_file()}
 
 
-def read_generation(place: pathlib.Path) -> tuple[str, dict]:
-    """The generation of an object, "0" where there is none, and the JSON in it."""
-    try:
-        with _reasons(place):
-            generation = str(_store().info(str(place))["generation"])
-            return generation, json.loads(_store().cat_file(str(place)))
-    except FileNotFoundError:
-        return "0", {}
-    except ValueError:
-        return generation, {}
-
-
-def write_generation(place: pathlib.Path, data: bytes, generation: str) -> str | None:
-    """Write an object if it is of this generation ("0": if there is none); its new generation.
-
-    None where another process was faster.
-    """
-    bucket, _, name = str(place).removeprefix(SCHEME).partition("/")
-    url = f"{_store()._location}/upload/storage/v1/b/{bucket}/o"
-    query = {"uploadType": "media", "name": name, "ifGenerationMatch": generation}
-    return _if_first(
-        lambda: _store().call("POST", url, **query, data=data, json_out=True)["generation"], place
-    )
-
-
-def remove_generation(place: pathlib.Path, generation: str) -> None:
-    """Remove an object if it is still of this generation."""
-    bucket, _, name = str(place).removeprefix(SCHEME).partition("/")
-    with contextlib.suppress(OSError):
-        _if_first(
-            lambda: _store().call(
-                "DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=generation
-            ),
-            place,
-        )
-
-
-def _if_first(request: Callable[[], Any], place: pathlib.Path) -> Any:
-    """What `request` gives; None where the storage says that its condition does not hold."""
-    try:
-        return request()
-    except FileExistsError:
-        return None
-    except Exception as error:
-        if "412" in (str(getattr(error, "code", "")), str(getattr(error, "status", ""))):
-            return None
-        if "PreconditionFailed" in repr(error) or "conditionNotMet" in repr(error):
-            return None
-        with _reasons(place):
-            raise
-
-
 def move_folder(folder: pathlib.Path, place: pathlib.Path) -> None:
     """Give a folder another name on the same disk or in the same bucket. Raises OSError.
 
@@ -261,9 +208,9 @@ def move_folder(folder: pathlib.Path, place: pathlib.Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, place)
         return
-    with _reasons(folder):
-        _store().copy(str(folder), str(place), recursive=True)
-        _store().rm(str(folder), recursive=True)
+    with reasons(folder):
+        store().copy(str(folder), str(place), recursive=True)
+        store().rm(str(folder), recursive=True)
 
 
 def write(place: pathlib.Path, data: bytes, ending: str = ".partial") -> None:
@@ -332,8 +279,8 @@ def move(file: pathlib.Path, place: pathlib.Path) -> None:
 
 def _upload(file: pathlib.Path, place: pathlib.Path) -> None:
     """Copy to a bucket, in parts where the file is large; the object appears when it is whole."""
-    with _reasons(place):
-        _store().put_file(str(file), str(place))
+    with reasons(place):
+        store().put_file(str(file), str(place))
 
 
 def stage(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
@@ -370,8 +317,8 @@ def _copy(copies: dict[pathlib.Path, pathlib.Path], total: int) -> None:
         # A name of its own: another process of this machine may be copying the same file.
         temporary = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}.partial")
         try:
-            with _reasons(file):
-                _store().get_file(str(file), str(temporary))
+            with reasons(file):
+                store().get_file(str(file), str(temporary))
             os.replace(temporary, copy)
         finally:
             temporary.unlink(missing_ok=True)

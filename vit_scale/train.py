@@ -166,7 +166,7 @@ class Training:
             found = self.evaluate(averaged(state), self.sources.final)
             return {"split": cfg.eval.final, "step": int(state.step), **found}
 
-        last = chosen = result(restore(self.program, checkpoints, checkpoints.latest))
+        last = chosen = result(restore(self.program, checkpoints, cfg.steps))
         if checkpoints.best is None:
             return last
         if checkpoints.best != last["step"]:
