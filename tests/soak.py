@@ -20,7 +20,8 @@ does with the moment is not.
     freeze, raise             of one of several hosts (--hosts 2)
     hosts                     the run goes on with another number of hosts (--hosts 2)
 
---in-turn makes that one fault a schedule, and goes through the phases instead of drawing them.
+--in-turn makes that one fault a schedule, and goes through the phases instead of drawing them: the
+first time at their very beginning, then at random moments.
 
 --damage damages one file of the newest checkpoint of the undisturbed run, anew each time (two of
 three times one flipped bit, else a truncation or a removal), and checks that what is restored is
@@ -141,7 +142,8 @@ def moment(draw: random.Random, lasting: dict[str, list[float]], kind: str, turn
     phases = [p for p in (late if kind in ("disk", "raise") else PHASES) if p in lasting]
     phase = draw.choice(phases) if turn is None else phases[turn % len(phases)]
     nth = draw.randrange(len(lasting[phase]))
-    delay = 0 if kind == "disk" else draw.uniform(0, lasting[phase][nth])
+    at_once = kind == "disk" or (turn is not None and turn < len(phases))
+    delay = 0 if at_once else draw.uniform(0, lasting[phase][nth])
     return {"kind": kind, "phase": phase, "nth": nth + 1, "delay": delay}
 
 

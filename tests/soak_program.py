@@ -47,7 +47,10 @@ def arm(name: str, count: int) -> None:
     if FAULT["kind"] == "raise":
         log(fault="raise", phase=name)
         raise RuntimeError("a mistake on this host alone")
-    threading.Thread(target=strike, daemon=True).start()
+    if FAULT["delay"]:
+        threading.Thread(target=strike, daemon=True).start()
+    else:
+        strike()
 
 
 def follow_phases() -> None:
