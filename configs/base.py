@@ -160,6 +160,7 @@ def checkpoint() -> dict:
     return {
         "every": 1000,  # steps; 0: only at the end
         "keep": 2,  # newest checkpoints kept, beside the best one
+        "programs": True,  # compiled programs are kept in the run: going on does not compile again
     }
 
 

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
-    {"errors", "attention", "integrity"},
+    {"errors", "attention", "compiled", "integrity"},
     {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
     {"generations"},
     {"model", "augment", "mesh", "lock", "preemption", "goodput"},

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import config, data, divergence, flops, hosts, paths, preemption
+from vit_scale import compiled, config, data, divergence, flops, hosts, paths, preemption
 from vit_scale.augment import train_images
 from vit_scale.checkpoint import Checkpoints, folders
 from vit_scale.data import Batch, Source, open_split, train_batches
@@ -49,6 +49,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         if run.report:
             return run.report
         with (
+            compiled.kept(run.path, cfg.checkpoint.programs),
             Watch(run.path, cfg.watchdog) as watch,
             Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
             watch.last_words(),
