@@ -33,13 +33,13 @@ def test_nothing_is_lost_in_the_long_run(tmp_path, capsys, hosts):
 def test_the_soak_sees_what_is_lost(tmp_path):
     """A run that differs, by an array, a step or a result, does not hold."""
 
-    def run(name, arrays, accuracy, steps, loss=1.0):
+    def run(name, arrays, accuracy, steps):
         made = soak.Run(tmp_path / name, tmp_path / "data", 1)
         folder = made.workdir / "checkpoints" / str(soak.STEPS) / "manifest"
         folder.mkdir(parents=True)
         (folder / "metadata").write_text(json.dumps({"arrays": arrays}))
         (made.workdir / "report.json").write_text(json.dumps({"eval": {"accuracy": accuracy}}))
-        rows = [{"step": step, "train/loss": loss} for step in steps]
+        rows = [{"step": step, "train/loss": 1.0} for step in steps]
         rows.append({"step": soak.STEPS, "eval/accuracy": accuracy})
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (made.workdir / "metrics.jsonl").write_text(text)
@@ -56,9 +56,6 @@ def test_the_soak_sees_what_is_lost(tmp_path):
     ]:
         with pytest.raises(soak.Failed, match=what):
             soak.check_result(other, whole, exact=True)
-    soak.check_result(run("near", {}, 0.5, steps, 1.000009), whole, exact=False)
-    with pytest.raises(soak.Failed, match=r"losses are up to 1.1e-05"):
-        soak.check_result(run("far", {}, 0.5, steps, 1.000011), whole, exact=False)
     for wrong in (steps[1:], [*steps, 24], [1, *steps]):
         with pytest.raises(soak.Failed, match=r"steps in metrics.jsonl"):
             soak.check_rows(run(f"rows-{len(wrong)}-{wrong[0]}-{wrong[1]}", {}, 0.5, wrong))
