@@ -200,6 +200,7 @@ def undisturbed(folder: pathlib.Path, fields: dict) -> pathlib.Path:
     return run
 
 
+@pytest.mark.slow  # of the short tests, test_soak.py does the same to a smaller run
 def test_sigkill_at_random_moments_then_the_same_command_again(cifar, tmp_path):
     """Once before any checkpoint exists, then once while one is saved after the other."""
     fields = settings(cifar, steps=40, checkpoint__every=2, eval__final="", log__every=10)
