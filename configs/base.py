@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "data": data(),
             "augment": augment(),
             "model": model(),
+            "distill": distill(),
             "optim": optim(),
             "mesh": mesh(),
             "init": init(),
@@ -72,13 +73,16 @@ def augment() -> dict:
 
 def model() -> dict:
     return {
-        "variant": "S/16",  # a size of vit_scale.model.SIZES, a slash, the patch in pixels
-        "width": placeholder(int),  # replaces the size's token width
-        "depth": placeholder(int),  # replaces the size's number of blocks
+        # A size of vit_scale.model.SIZES, a slash, the patch in pixels; hybrids have a stem of
+        # vit_scale.convnets.STEMS and a plus before it (R20+Ti/4). Or one of convnets.SIZES (cnn).
+        "variant": "S/16",
+        "width": placeholder(int),  # replaces the size's token width; convnets: first channels
+        "depth": placeholder(int),  # replaces the size's number of blocks; ResNets: of layers
         "heads": placeholder(int),  # replaces the size's number of attention heads
-        "mlp": placeholder(int),  # replaces the size's MLP width
+        "mlp": placeholder(int),  # replaces the size's MLP width; cnn: of its first dense layer
         "classes": 1000,  # outputs of the head
         "pool": "cls",  # cls | gap (mean of tokens) | map (attention pooling)
+        "distilled": False,  # a distillation token with a head of its own beside [CLS] (DeiT)
         "posemb": "learned",  # learned | sincos2d
         "dropout": 0.0,  # after position embeddings, attention and both MLP layers
         "drop_path": 0.0,  # stochastic depth (Huang et al. 2016): rises linearly to this rate
@@ -88,6 +92,16 @@ def model() -> dict:
         "logits": "float32",  # of attention's scores and softmax: float32 | bfloat16
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
         "attention": "xla",  # xla (vit_scale/attention.py) | cudnn
+    }
+
+
+def distill() -> dict:
+    return {  # of objective=distillation
+        "teacher": "",  # run folder or RUN/checkpoints/STEP of the model that teaches
+        "checksum": "",  # what identifies it; filled in when a run begins
+        "kind": "hard",  # hard (its likeliest class) | soft (its probabilities)
+        "weight": 0.5,  # of what the teacher says; the labels have the rest
+        "temperature": 1.0,  # soft: by which both models' logits are divided
     }
 
 

@@ -22,12 +22,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
-    {"errors", "attention", "compiled", "integrity"},
-    {"config", "hosts", "posemb", "flops", "metrics", "layers", "paths"},
+    {"errors", "attention", "compiled", "flops", "integrity"},
+    {"config", "convnets", "hosts", "posemb", "metrics", "layers", "paths"},
     {"generations"},
     {"model", "augment", "mesh", "lock", "preemption", "goodput"},
     {"objectives", "optim", "data", "checkpoint", "run", "watch"},
-    {"pretrained", "program", "tracking", "report", "divergence"},
+    {"pretrained", "tracking", "report", "divergence"},
+    {"distill"},
+    {"program"},
     {"state", "evaluate", "predict", "verify"},
     {"train", "inspect", "plan"},
     {"stages"},
@@ -44,7 +46,7 @@ HOMES = {
     "clu.metrics": ("clu", {"metrics"}),
     "clu.parameter_overview": ("clu", {"tracking"}),
     "etils": ("etils", {"paths"}),
-    "flax": ("flax", {"layers", "model"}),
+    "flax": ("flax", {"convnets", "layers", "model"}),
     "flax.struct": ("flax", {"metrics"}),  # a clu.metrics.Collection is declared with it
     "fsspec": ("fsspec", {"paths"}),
     "grain": ("grain", {"data"}),

@@ -481,6 +481,7 @@ SWITCHES = {
     "model.mlp": ("16",),
     "model.classes": ("4",),
     "model.pool": ("gap",),
+    "model.distilled": ("true",),
     "model.posemb": ("sincos2d",),
     "model.dropout": (".1",),
     "model.drop_path": (".1",),
@@ -510,10 +511,10 @@ SWITCHES = {
     "optim.train": ("head",),
     "optim.freeze": ("('embed',)",),
 }
-# `objective` has one value so far. The others decide which pixels the step gets, where it starts,
-# or what is done beside it.
+# `objective` and `distill` are test_distill.py's. The others decide which pixels the step gets,
+# where it starts, or what is done beside it.
 OTHERS = (
-    *("stages", "objective", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
+    *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
     *("divergence.", "watchdog."),  # test_divergence.py, test_watch.py
 )
 MORE = [  # further values of a switch that is in the table

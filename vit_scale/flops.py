@@ -1,11 +1,13 @@
-"""How much arithmetic a ViT is, counted on paper, and how much of a chip's peak a speed amounts to.
+"""How much arithmetic a model is, counted on paper, and how much of a chip's peak a speed comes to.
 
-Counted are the multiply-accumulates (MACs) of matrix products, attention's two among them; norms,
-softmax, GELU and biases are not, as is usual for model FLOPs utilisation (PaLM, appendix B).
-Recomputation (remat) isn't either: MFU measures what the model needs, not what was done.
+Counted are the multiply-accumulates (MACs) of matrix products, attention's two among them, and of
+convolutions, also with the zeros around an image; norms, softmax, GELU and biases are not, as is
+usual for model FLOPs utilisation (PaLM, appendix B). Recomputation (remat) isn't either: MFU
+measures what the model needs, not what was done.
 """
 
 import re
+from collections.abc import Sequence
 
 # Dense bfloat16 FLOP/s of one device, as jax counts devices; vendors' data sheets. Each pattern is
 # searched in `jax.Device.device_kind`; the first that is found decides. A slice of a GPU (MIG) has
@@ -24,26 +26,75 @@ PEAK = {
 
 
 def forward_macs(
-    grid: tuple[int, int], patch: int, d: int, depth: int, f: int, classes: int, pool: str
+    grid: tuple[int, int],
+    patch: int,
+    d: int,
+    depth: int,
+    f: int,
+    classes: int,
+    pool: str,
+    *,
+    channels: int = 3,
+    distilled: bool = False,
 ) -> int:
     """Multiply-accumulates of one image's forward pass.
 
     Args:
       grid: rows and columns of patches (h, w).
-      patch: side of a patch, pixels; three channels.
+      patch: side of a patch, pixels (a hybrid's are of its feature map).
       d: token width.
       depth: number of blocks.
       f: MLP width.
       classes: outputs of the head; 0: no head.
       pool: cls (one more token) | gap | map (attention pooling, its MLP as wide as the blocks').
+      channels: of a pixel.
+      distilled: whether there is a distillation token, and its head.
     """
     patches = grid[0] * grid[1]
-    n = patches + (pool == "cls")
-    embed = patches * patch * patch * 3 * d
+    n = patches + (pool == "cls") + distilled
+    embed = patches * patch * patch * channels * d
     block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * f  # q k v out; scores and values; MLP
     # One query: its q and out, every token's k and v, then one token's MLP.
     pooling = (2 + 2 * n) * d * d + 2 * n * d + 2 * d * f if pool == "map" else 0
-    return embed + depth * block + pooling + d * classes
+    return embed + depth * block + pooling + (1 + distilled) * d * classes
+
+
+def convolution_macs(out: tuple[int, int], side: int, channels: tuple[int, int]) -> int:
+    """Of a convolution with square kernels, at each of `out` (h, w) pixels; padding counts."""
+    return out[0] * out[1] * side * side * channels[0] * channels[1]
+
+
+def cnn_macs(image: tuple[int, int], width: int, mlp: int, classes: int) -> int:
+    """Multiply-accumulates of one image's forward pass of convnets.CNN."""
+    (h, w), c = image, width
+    channels = ((3, c, 2 * c), (2 * c, 4 * c, 4 * c), (4 * c, 8 * c, 8 * c))
+    total = 0
+    for i, (first, second, third) in enumerate(channels):
+        for pair in ((first, second), (second, third)):
+            total += convolution_macs((h >> i, w >> i), 3, pair)
+    return total + (h // 8) * (w // 8) * 8 * c * mlp + mlp * (mlp // 2) + mlp // 2 * classes
+
+
+def resnet_macs(
+    image: tuple[int, int], width: int, blocks: int, stages: int, projection: bool
+) -> int:
+    """Of convnets.ResNetFeatures: 2 `blocks` convolutions in each of `stages`; no head."""
+    total = convolution_macs(image, 3, (3, width))
+    for i in range(stages):
+        out, c = (image[0] >> i, image[1] >> i), width << i
+        total += (2 * blocks - (i > 0)) * convolution_macs(out, 3, (c, c))
+        if i:
+            total += convolution_macs(out, 3, (c // 2, c))
+            total += projection * convolution_macs(out, 1, (c // 2, c))
+    return total
+
+
+def stem_macs(image: tuple[int, int], channels: Sequence[int]) -> int:
+    """Of convnets.ConvStem: convolutions of stride 2 with these channels."""
+    pairs = zip((3, *channels), channels, strict=False)
+    return sum(
+        convolution_macs((image[0] >> i, image[1] >> i), 3, pair) for i, pair in enumerate(pairs, 1)
+    )
 
 
 def training_flops(macs: int) -> int:

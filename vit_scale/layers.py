@@ -136,15 +136,15 @@ class Block(nnx.Module):
 class PatchEmbed(nnx.Module):
     """A strided convolution written as the matmul that it is."""
 
-    def __init__(self, cfg: ConfigDict, patch: int, size: Size, rngs: nnx.Rngs):
+    def __init__(self, cfg: ConfigDict, patch: int, size: Size, rngs: nnx.Rngs, channels: int = 3):
         p, d = patch, size.width
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
         self.patch = p
         self.dtype = jnp.dtype(cfg.dtype)
-        self.kernel = nnx.Param(init(rngs.params(), (p, p, 3, d)))
+        self.kernel = nnx.Param(init(rngs.params(), (p, p, channels, d)))
         self.bias = nnx.Param(jnp.zeros((d,)))
 
-    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w d"]:
+    def __call__(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
         b, height, width, channels = images.shape
         p = self.patch
         patches = images.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)

@@ -1,9 +1,9 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), pre-LN: only mathematics.
 
-Flax NNX defines the modules; `build` turns them into two pure functions over a nested dict of
-parameters, which is all that the rest of the project sees. Names joined by "/"
-("blocks/mlp/up/kernel") are stable: sharding rules, weight decay, freezing and checkpoints are
-written against them.
+Flax NNX defines the modules; `build`, where the kind of model is chosen, turns them into pure
+functions over a nested dict of parameters, which is all that the rest of the project sees. Names
+joined by "/" ("blocks/mlp/up/kernel") are stable: sharding rules, weight decay, freezing and
+checkpoints are written against them.
 
 Scanned and unrolled blocks (`model.scan`) start from the same values and compute the same function;
 `stack` and `unstack` convert between their two layouts.
@@ -14,14 +14,15 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from vit_scale import convnets
 from vit_scale.errors import UserError, nearest
 from vit_scale.layers import AttentionPool, Block, PatchEmbed, Size, drop, layer_norm
 from vit_scale.posemb import sincos2d
@@ -50,23 +51,23 @@ class Shape:
     patch: int
     grid: tuple[int, int]
     pool: str
+    stem: convnets.Stem | None = None  # of a hybrid
+    distilled: bool = False  # whether there is a distillation token
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] + (self.pool == "cls")
+        return self.grid[0] * self.grid[1] + (self.pool == "cls") + self.distilled
 
 
-def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
+def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape | convnets.Shape:
     """Resolve `cfg.variant` and its overrides for images of (height, width) pixels.
 
     Raises UserError for an unknown size, and with the arithmetic where the numbers don't fit.
     """
-    match = re.fullmatch(r"(\w+)/(\d+)", cfg.variant)
-    if not match or match[1] not in SIZES:
-        hint = nearest(cfg.variant.split("/")[0], SIZES)
-        raise UserError(f"model.variant={cfg.variant!r} is not SIZE/PATCH such as S/16; {hint}")
-    given = {f: cfg[f] for f in ("width", "depth", "heads", "mlp") if cfg[f] is not None}
-    size, patch = dataclasses.replace(SIZES[match[1]], **given), int(match[2])
+    check_choices(cfg)
+    if cfg.variant in convnets.SIZES:
+        return convnets.shape(cfg, image)
+    name, size, patch = parse(cfg)
     if min(*dataclasses.astuple(size), patch, cfg.classes) < 1:
         raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
     if size.width % size.heads:
@@ -82,17 +83,37 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
             f"{image[0]} x {image[1]} pixels / patch {patch} is a grid of {grid[0]} x {grid[1]} "
             "tokens; at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
         )
+    stem = convnets.stem(name, patch, size.width, image) if name else None
+    return Shape(size, patch, grid, cfg.pool, stem, cfg.distilled)
+
+
+def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
+    """(stem or "", size, patch) of STEM+SIZE/PATCH or SIZE/PATCH and the overrides."""
+    match = re.fullmatch(r"(?:(\w+)\+)?(\w+)/(\d+)", cfg.variant)
+    if not match or match[2] not in SIZES:
+        name = cfg.variant.split("/")[0].rpartition("+")[2]
+        hint = nearest(name, [*SIZES, *convnets.SIZES])
+        raise UserError(f"model.variant={cfg.variant!r} is not SIZE/PATCH such as S/16; {hint}")
+    if match[1] and match[1] not in convnets.STEMS:
+        hint = nearest(match[1], convnets.STEMS)
+        raise UserError(f"model.variant={cfg.variant!r}: no stem is named {match[1]!r}; {hint}")
+    given = {f: cfg[f] for f in ("width", "depth", "heads", "mlp") if cfg[f] is not None}
+    return match[1] or "", dataclasses.replace(SIZES[match[2]], **given), int(match[3])
+
+
+def check_choices(cfg: ConfigDict) -> None:
     for field, valid in CHOICES.items():
         if cfg[field] not in valid:
             raise UserError(
                 f"model.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}"
             )
+    if cfg.distilled and cfg.pool != "cls":
+        raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
     if cfg.logits != "float32" and cfg.attention != "xla":
         raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
     for field in ("dropout", "drop_path"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")
-    return Shape(size, patch, grid, cfg.pool)
 
 
 def _as_is(x: Array) -> Array:
@@ -108,17 +129,25 @@ class ViT(nnx.Module):
     def __init__(
         self, cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs, place: Callable = _as_is
     ):
-        self.shape, self.place = shape(cfg, image), place
+        resolved = shape(cfg, image)
+        assert isinstance(resolved, Shape)
+        self.shape, self.place = resolved, place
         self.scan, self.remat = cfg.scan, remat_policy(cfg.remat)
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
         self.learned = cfg.posemb == "learned"
         size = self.shape.size
-        self.embed = PatchEmbed(cfg, self.shape.patch, size, rngs)
+        if stem := self.shape.stem:
+            self.stem: Any = convnets.stem_module(stem, self.shape.patch, cfg, rngs, place)
+            self.embed = PatchEmbed(cfg, stem.patch, size, rngs, stem.channels)
+        else:
+            self.embed = PatchEmbed(cfg, self.shape.patch, size, rngs)
         if self.learned:
             init = nnx.initializers.normal(0.02)
             self.posemb = nnx.Param(init(rngs.params(), (*self.shape.grid, size.width)))
         if cfg.pool == "cls":  # its position is part of it: one vector, not a sum of two
             self.cls = nnx.Param(jnp.zeros((size.width,)))
+        if cfg.distilled:
+            self.dist = nnx.Param(jnp.zeros((size.width,)))
         layers = rngs.split(size.depth)
         if cfg.scan:
             self.blocks: Any = nnx.vmap(lambda layer: Block(cfg, size, layer))(layers)
@@ -134,16 +163,30 @@ class ViT(nnx.Module):
             self.pool = AttentionPool(cfg, size, rngs)
         zeros = nnx.initializers.zeros_init()
         self.head = nnx.Linear(size.width, cfg.classes, kernel_init=zeros, rngs=rngs)
+        if cfg.distilled:
+            self.head_dist = nnx.Linear(size.width, cfg.classes, kernel_init=zeros, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "b H W 3"], key: Array | None = None
     ) -> Float[Array, "b c"]:
         """Float32 logits. Dropout and drop path are on with a key, and off without one."""
+        return Outputs(*self.heads(images, key), {}).prediction
+
+    def heads(
+        self,
+        images: Float[Array, "b H W 3"],
+        key: Array | None,
+        mask: Bool[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+        """Float32 logits of what learns from labels, and of what learns from a teacher.
+
+        They are the same without a distillation token. The mask is for a stem's statistics.
+        """
         embed_key, blocks_key, pool_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = self.tokens(images)
+        x = self.tokens(images, mask)
         if embed_key is not None and self.dropout:
             x = drop(x, self.dropout, embed_key, x.shape)
-        x = self.norm(self.transform(x, blocks_key))
+        tokens = x = self.norm(self.transform(x, blocks_key))
         match self.shape.pool:
             case "cls":
                 x = x[:, 0]
@@ -151,14 +194,25 @@ class ViT(nnx.Module):
                 x = x.mean(axis=1)
             case "map":
                 x = self.pool(x, pool_key)
-        return self.head(x.astype(jnp.float32))
+        logits = self.head(x.astype(jnp.float32))
+        if not self.shape.distilled:
+            return logits, logits
+        return logits, self.head_dist(tokens[:, 1].astype(jnp.float32))
 
-    def tokens(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b n d"]:
-        """Patches with their positions, row by row, after [CLS] where there is one."""
-        x = self.embed(images)
+    def tokens(
+        self, images: Float[Array, "b H W 3"], mask: Bool[Array, "b"] | None = None
+    ) -> Float[Array, "b n d"]:
+        """Patches with their positions, row by row, after [CLS] where there is one.
+
+        A distillation token comes after [CLS] (DeiT: Touvron et al. 2021, arXiv 2012.12877).
+        """
+        x = self.embed(self.stem(images, mask) if self.shape.stem else images)
         b, h, w, d = x.shape
         position = self.posemb[...] if self.learned else sincos2d((h, w), d)
         x = (x + position.astype(x.dtype)).reshape(b, h * w, d)
+        if self.shape.distilled:
+            dist = jnp.broadcast_to(self.dist[...].astype(x.dtype), (b, 1, d))
+            x = jnp.concatenate([dist, x], axis=1)
         if self.shape.pool == "cls":
             cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (b, 1, d))
             x = jnp.concatenate([cls, x], axis=1)
@@ -203,13 +257,29 @@ def remat_policy(name: str) -> Callable:
     return functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, name))
 
 
+class Outputs(NamedTuple):
+    """Of a forward pass in training."""
+
+    logits: Float[Array, "b c"]  # to learn from labels
+    distilled: Float[Array, "b c"]  # to learn from a teacher: of the distillation token, if any
+    statistics: dict  # what batch normalisation has measured, as in the parameters; {} without it
+
+    @property
+    def prediction(self) -> Float[Array, "b c"]:
+        """The mean of both heads' logits, as DeiT's code and timm have it."""
+        if self.distilled is self.logits:
+            return self.logits
+        return (self.logits + self.distilled) / 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Two pure functions over a nested dict of float32 parameters."""
+    """Pure functions over a nested dict of float32 parameters (and of statistics: `measured`)."""
 
     init: Callable  # (key) -> params
     apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
-    shape: Shape
+    train: Callable  # (params, images [b, H, W, 3], key, mask [b]) -> Outputs
+    shape: Shape | convnets.Shape
 
 
 def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> Model:
@@ -221,17 +291,25 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
     resolved = shape(cfg, image)
 
     def make(key):
-        return ViT(cfg, image, nnx.Rngs(params=key), place)
+        rngs = nnx.Rngs(params=key)
+        if isinstance(resolved, convnets.Shape):
+            return convnets.network(resolved, cfg, rngs, place)
+        return ViT(cfg, image, rngs, place)
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
 
     def init(key):
-        return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(make(key), nnx.Any(nnx.Param, nnx.BatchStat)))
 
     def apply(params, images, key=None):
         return nnx.merge(graph, params)(images, key)
 
-    return Model(init, apply, resolved)
+    def train(params, images, key, mask):
+        network = nnx.merge(graph, params)
+        logits, distilled = network.heads(images, key, mask)
+        return Outputs(logits, distilled, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat)))
+
+    return Model(init=init, apply=apply, train=train, shape=resolved)
 
 
 def named(tree) -> dict:
@@ -240,14 +318,32 @@ def named(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def measured(name: str) -> bool:
+    """Whether a leaf is a running statistic: measured by batch normalisation, not trained."""
+    return name.rpartition("/")[2] in ("mean", "variance")
+
+
+def parameters(tree) -> list:
+    """The leaves of a tree of parameters but for statistics, in jax's order."""
+    return [leaf for name, leaf in named(tree).items() if not measured(name)]
+
+
+def with_statistics(params: dict, statistics: dict) -> dict:
+    """`params` with the leaves of `statistics`, a part of the same tree, in their places."""
+    return params | {
+        name: with_statistics(params[name], new) if isinstance(new, dict) else new
+        for name, new in statistics.items()
+    }
+
+
 def count(params) -> int:
-    """Number of parameters, of arrays or of their shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """Number of parameters, of arrays or of their shapes; statistics are none."""
+    return sum(math.prod(leaf.shape) for leaf in parameters(params))
 
 
 def stack(params: dict) -> dict:
-    """Parameters of unrolled blocks, laid out for scanned ones; those are returned as they are."""
-    blocks = params["blocks"]
+    """Parameters of unrolled blocks, laid out for scanned ones; others are returned as they are."""
+    blocks = params.get("blocks", {})
     if "0" not in blocks:
         return params
     layers = [blocks[str(i)] for i in range(len(blocks))]
@@ -256,8 +352,8 @@ def stack(params: dict) -> dict:
 
 def unstack(params: dict) -> dict:
     """The inverse of `stack`."""
-    blocks = params["blocks"]
-    if "0" in blocks:
+    blocks = params.get("blocks", {})
+    if "0" in blocks or not blocks:
         return params
     depth = jax.tree.leaves(blocks)[0].shape[0]
     layers = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(depth)}

@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
+from vit_scale.model import measured
 
 Schedule = Callable[[Any], Any]
 
@@ -174,7 +175,7 @@ def layer_scale(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
     last, at scale 1. For a stacked leaf (l ...): one scale per block, (l 1 ...).
     """
     first, _, rest = name.partition("/")
-    if first in ("embed", "posemb", "cls"):
+    if first in ("stem", "embed", "posemb", "cls", "dist"):
         return rate ** (blocks + 1)
     if first != "blocks":
         return 1.0
@@ -195,6 +196,8 @@ def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
 def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
     """True for each parameter that is trained, False for each one frozen by `train` or `freeze`.
 
+    So are running statistics, for what changes them is no gradient.
+
     Raises:
       UserError: a pattern that is no regular expression or matches no parameter; nothing is left.
     """
@@ -209,8 +212,12 @@ def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
         if not matched:
             hint = nearest(pattern, names)
             raise UserError(f"optim.freeze={pattern!r} matches no parameter; {hint}")
-    patterns = [*cfg.freeze, *([r"^(?!head/)"] if cfg.train == "head" else [])]
-    mask = map_named(lambda name, leaf: not any(re.search(p, name) for p in patterns), params)
+    patterns = [*cfg.freeze, *([r"^(?!head(_dist)?/)"] if cfg.train == "head" else [])]
+
+    def is_trained(name: str, leaf) -> bool:
+        return not measured(name) and not any(re.search(p, name) for p in patterns)
+
+    mask = map_named(is_trained, params)
     if not any(jax.tree.leaves(mask)):
         raise UserError(f"optim.freeze={cfg.freeze} and train={cfg.train!r} leave nothing to train")
     return mask

@@ -4,6 +4,7 @@ Everything is checked here before anything is allocated or compiled. The step is
 the state and the batch; its randomness comes from (seed, step) alone (law 1).
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from vit_scale import flops
+from vit_scale import convnets, distill, flops
 from vit_scale.augment import check as check_augment
-from vit_scale.config import fields, image_size, to_json
+from vit_scale.config import base, fields, image_size, to_json
 from vit_scale.errors import UserError
 from vit_scale.mesh import (
     AnyMesh,
@@ -28,7 +29,15 @@ from vit_scale.mesh import (
     shardings,
 )
 from vit_scale.metrics import TrainMetrics, norm
-from vit_scale.model import Model, build, count, named
+from vit_scale.model import (
+    Model,
+    build,
+    count,
+    measured,
+    named,
+    parameters,
+    with_statistics,
+)
 from vit_scale.objectives import Objective, make_objective
 from vit_scale.optim import apply_updates, make_optimizer, trained, update_ema
 from vit_scale.posemb import check_method
@@ -53,17 +62,22 @@ class Program(NamedTuple):
     optimizer: Any
     schedule: Callable
     state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+    teacher: distill.Teacher | None = None
 
 
 def training_flops(model: Model, classes: int) -> int:
-    """FLOPs of one image's training step, forward and backward (flops.py)."""
+    """FLOPs of one image's training step, forward and backward (flops.py); a teacher's not."""
     shape = model.shape
-    size = shape.size
-    return flops.training_flops(
-        flops.forward_macs(
-            shape.grid, shape.patch, size.width, size.depth, size.mlp, classes, shape.pool
-        )
+    if isinstance(shape, convnets.Shape):
+        return flops.training_flops(shape.macs(classes))
+    size, stem = shape.size, shape.stem
+    patch = stem.patch if stem else shape.patch
+    macs = flops.forward_macs(
+        *(shape.grid, patch, size.width, size.depth, size.mlp, classes, shape.pool),
+        channels=stem.channels if stem else 3,
+        distilled=shape.distilled,
     )
+    return flops.training_flops(macs + (stem.macs if stem else 0))
 
 
 def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Program:
@@ -88,6 +102,12 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     model = build(cfg.model, image_size(cfg), place)
     params = jax.eval_shape(model.init, jax.random.key(0))
+    check_combination(cfg, mesh, params)
+    teacher = distill.find(cfg, mesh, place)
+    objective = make_objective(model, cfg, teacher.logits if teacher else None)
+    if teacher:
+        cfg = copy.deepcopy(cfg)
+        cfg.distill.checksum = teacher.checksum
     optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
@@ -100,7 +120,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
         state,
         shardings(state, mesh),
     )
-    return Program(cfg, mesh, model, make_objective(model, cfg), optimizer, schedule, state)
+    return Program(cfg, mesh, model, objective, optimizer, schedule, state, teacher)
 
 
 LOWEST = {
@@ -128,8 +148,43 @@ def check_counts(cfg: ConfigDict) -> None:
             raise UserError(f"{name}={given[name]} must be at least {lowest}")
 
 
+def check_combination(cfg: ConfigDict, mesh: AnyMesh, params) -> None:
+    """Raises UserError for a field that this kind of model can't do, or does not look at."""
+    name = cfg.model.variant
+    wanted: dict[str, tuple] = {}  # field: the one value that it can have, what else it would do
+    if any(measured(leaf) for leaf in named(params)):
+        frozen = "would leave frozen layers' batch normalisation measuring"
+        cut = "cuts the batch whose statistics batch normalisation takes"
+        wanted |= {"optim.accumulate": (1, cut), "optim.freeze": ((), frozen)}
+        wanted |= {"optim.train": ("all", frozen)}
+    if name in convnets.SIZES:
+        wanted |= {"optim.layer_decay": (1.0, "goes by a ViT's blocks")}
+        known = ("variant", "classes", "dtype", *convnets.FIELDS)
+        wanted |= {
+            f"model.{field}": (value, "is of a ViT")
+            for field, value in base().model.items()
+            if field not in known
+        }
+        if cfg.optim.name == "muon":
+            raise UserError(f"optim.name=muon knows the matrices of a ViT, not those of {name}")
+        if mesh.shape["tensor"] > 1:
+            raise UserError(
+                f"mesh.tensor={mesh.shape['tensor']} splits attention heads and MLP, of which "
+                f"{name} has none: set it to 1"
+            )
+    given = fields(cfg)
+    for field, (value, why) in wanted.items():
+        if given[field] != value:
+            raise UserError(
+                f"{field}={given[field]} {why}: with model.variant={name} it must be {value}"
+            )
+
+
 def jit_train_step(program: Program) -> jax.stages.Wrapped:
-    """(state, batch) -> (state, TrainMetrics); the state that goes in is donated."""
+    """(state, batch) -> (state, TrainMetrics); the state that goes in is donated.
+
+    With a teacher, its parameters are the third argument.
+    """
     cfg, objective = program.cfg, program.objective
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     is_trained = trained(cfg.optim, program.state.params)
@@ -140,14 +195,15 @@ def jit_train_step(program: Program) -> jax.stages.Wrapped:
         params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
         return objective.loss(params, examples, key)
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, TrainMetrics]:
+    def train_step(state: TrainState, batch: dict, *teacher) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         augment_key, model_key = jax.random.split(key)
-        examples = objective.prepare(batch, augment_key)
+        examples = objective.prepare(batch, augment_key, *teacher)
         grads, outputs = gradients(loss, state.params, examples, model_key, cfg.optim.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
+        params = with_statistics(params, outputs["statistics"])
         ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
         new, finite = TrainState(state.step + 1, params, opt_state, ema), is_finite(outputs, grads)
         if cfg.divergence.skip:
@@ -156,12 +212,16 @@ def jit_train_step(program: Program) -> jax.stages.Wrapped:
         # from updating in place, which is a third of the optimizer's time, and half of compiling.
         change = jax.tree.map(jnp.subtract, new.params, state.params)
         rate = program.schedule(state.step)
-        return new, TrainMetrics.of_step(outputs, grads, change, state.params, rate, finite)
+        before = parameters(state.params)
+        metrics = TrainMetrics.of_step(outputs, grads, parameters(change), before, rate, finite)
+        return new, metrics
 
     replicated = NamedSharding(program.mesh, PartitionSpec())
+    teacher = program.teacher
+    given = (jax.tree.map(lambda leaf: leaf.sharding, teacher.params),) if teacher else ()
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, batch_sharding(program.mesh)),
+        in_shardings=(state_shardings, batch_sharding(program.mesh), *given),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
         compiler_options=compiler_options(cfg.mesh, program.mesh),

@@ -26,7 +26,7 @@ from vit_scale.lock import Lock
 # So may what is done about a corrupt image: a run that stopped at one has met none before.
 FREE = (
     *("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "data.on_corrupt"),
-    *("eval.batch", "mesh.", "watchdog."),
+    *("eval.batch", "mesh.", "watchdog.", "distill.teacher"),  # its checksum may not
 )
 
 

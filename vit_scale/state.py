@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scale import hosts, pretrained
+from vit_scale import distill, hosts, pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.mesh import place
 from vit_scale.program import Program, TrainState
@@ -40,9 +40,12 @@ def _placed(program: Program, step: int, trees: dict) -> TrainState:
 def check_source(program: Program, classes: tuple[str, ...]) -> None:
     """Raises UserError for an `init.source` that is missing, damaged, or does not fit the model.
 
+    And for a teacher of other classes.
+
     For before a run's folder is claimed: the corrected command then finds it free.
     """
     cfg = program.cfg
+    distill.check_classes(program.teacher, classes)
     if not cfg.init.source:
         return
     given = pretrained.read(cfg.init.source)

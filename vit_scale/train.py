@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import compiled, config, data, divergence, flops, hosts, paths, preemption
+from vit_scale import (
+    compiled,
+    config,
+    data,
+    distill,
+    divergence,
+    flops,
+    hosts,
+    paths,
+    preemption,
+)
 from vit_scale.augment import train_images
 from vit_scale.checkpoint import Checkpoints, folders
 from vit_scale.data import Batch, Source, open_split, train_batches
@@ -68,6 +78,7 @@ class Training:
         self.cfg = program.cfg
         self.evaluate = Evaluate(self.cfg, program.model, program.mesh)
         self.train_step: Callable | None = None
+        self.teacher: tuple = ()
 
     def to_the_end(self) -> dict:
         """Train, back from where it diverges as often as that is allowed; the report."""
@@ -84,6 +95,7 @@ class Training:
             state = recover(self.program, checkpoints) or init_state(
                 self.program, self.sources.train.classes, self.quiet
             )
+            self.teacher = distill.load(self.program.teacher)
         start, guard = int(state.step), Guard(cfg.divergence)
         self.watch.begin_at(start)
         preemption.check(f"after step {start}")
@@ -124,9 +136,10 @@ class Training:
         placed = put_batch(batch, self.program.mesh, self.cfg.data.batch)
         if self.train_step is None:
             with phase("compile"):
-                self.train_step = jit_train_step(self.program).lower(state, placed).compile()
+                lowered = jit_train_step(self.program).lower(state, placed, *self.teacher)
+                self.train_step = lowered.compile()
             preemption.check("before the first step")
-        return self.train_step(state, placed)
+        return self.train_step(state, placed, *self.teacher)
 
     def after(self, state: TrainState, step: int, guard: Guard, track: Tracker) -> None:
         """Save and evaluate what is due after `step`, and stop here if that is asked for."""

@@ -38,7 +38,9 @@ def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
     found = describe(program, where)
     start = time.monotonic()
     try:
-        compiled = jit_train_step(program).lower(program.state, batch_shapes(program)).compile()
+        step, teacher = jit_train_step(program), program.teacher
+        given = () if teacher is None else (teacher.params,)
+        compiled = step.lower(program.state, batch_shapes(program), *given).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler fails: {str(error).splitlines()[0]}") from error

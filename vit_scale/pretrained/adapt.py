@@ -15,7 +15,8 @@ from vit_scale.errors import UserError
 from vit_scale.model import named, stack, unstack
 from vit_scale.posemb import resample
 
-HEAD, POSITIONS = ("head/kernel", "head/bias"), "posemb"
+HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
+POSITIONS = "posemb"
 
 
 class Placement(NamedTuple):
@@ -34,7 +35,7 @@ def adapt(
     `source` and `target` are parameter trees; `target`'s own values stay only in a replaced head.
     Raises UserError, listing both sides, if any other leaf of either has no counterpart.
     """
-    source = stack(source) if "0" not in target["blocks"] else unstack(source)
+    source = stack(source) if "0" not in target.get("blocks", {}) else unstack(source)
     given, wanted = named(source), named(target)
     placed, rows, unplaced = {}, [], []
     for name, leaf in wanted.items():
