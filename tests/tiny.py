@@ -34,6 +34,14 @@ def tiny_config(*overrides: str) -> ConfigDict:
     return config.override(config.base(), [*SIZES, *overrides])
 
 
+def convnet_config(variant: str, *overrides: str) -> ConfigDict:
+    """A narrow network of vit_scale.convnets on the same images: "cnn" or a ResNet."""
+    small = ["model.width=4", *(["model.mlp=12"] if variant == "cnn" else ["model.depth=8"])]
+    others = [item for item in SIZES if not item.startswith("model.")]
+    sizes = [f"model.variant={variant}", *small, f"model.classes={len(CLASSES)}", *others]
+    return config.override(config.base(), [*sizes, *overrides])
+
+
 @functools.cache
 def tiny_model(*overrides: str) -> Model:
     cfg = tiny_config(*overrides)
@@ -45,7 +53,7 @@ def random_params(model: Model, seed: int = 0) -> dict:
     shapes = _shapes(model)
     draw = np.random.RandomState(seed)
     leaves = [
-        (name.endswith("scale") + 0.2 * draw.randn(*leaf.shape)).astype(np.float32)
+        (name.endswith(("scale", "variance")) + 0.2 * draw.randn(*leaf.shape)).astype(np.float32)
         for name, leaf in named(shapes).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
