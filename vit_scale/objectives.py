@@ -92,7 +92,7 @@ def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Obj
         if t.kind == "hard":
             return optax.softmax_cross_entropy_with_integer_labels(logits, taught.argmax(-1))
         student, taught = (jax.nn.log_softmax(x / t.temperature) for x in (logits, taught))
-        return t.temperature**2 * optax.kl_divergence_with_log_targets(student, taught)
+        return t.temperature**2 * optax.losses.kl_divergence_with_log_targets(student, taught)
 
     def loss(params, examples, key):
         out = model.train(params, examples["image"], key, examples["mask"])
