@@ -2,11 +2,11 @@
 
 import pathlib
 
-from benchmarks import finetune, speed, tutorial
+from benchmarks import comparison, finetune, speed, tutorial
 from benchmarks.measurement import RESULTS, Measurement
 from vit_scale.run import read_json
 
-MEASUREMENTS = (tutorial.MEASUREMENT, finetune.MEASUREMENT, speed.MEASUREMENT)
+MEASUREMENTS = tuple(module.MEASUREMENT for module in (tutorial, finetune, comparison, speed))
 
 
 def listing(results: pathlib.Path = RESULTS) -> str:

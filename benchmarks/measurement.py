@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from vit_scale import config
+from vit_scale import config, convnets
 from vit_scale.errors import DONE, RESUMABLE, UserError
 from vit_scale.run import read_json, write_json
 
@@ -33,16 +33,20 @@ TOY = (
     "steps=4",
     "data.batch=16",
     "data.workers=0",
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=2",
-    "model.mlp=32",
     "optim.warmup=1",
     "eval.every=0",
     "eval.batch=500",
     "checkpoint.every=2",
     "log.every=1",
 )
+TOY_VIT = ("model.width=16", "model.depth=1", "model.heads=2", "model.mlp=32")
+TOY_CONVNET = ("model.width=4",)
+
+
+def toy(config_name: str) -> tuple[str, ...]:
+    """What makes a config a toy."""
+    convnet = config.load(config_name).model.variant in convnets.SIZES
+    return (*TOY, *(TOY_CONVNET if convnet else TOY_VIT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +120,9 @@ class Session:
         """
         run = self.workdir / folder
         if not (run / "report.json").exists():
-            self._train_on(config_name, run, (*WATCHED, *overrides, *(TOY if self.toy else ())))
+            self._train_on(
+                config_name, run, (*WATCHED, *overrides, *(toy(config_name) if self.toy else ()))
+            )
         report, about = read_json(run / "report.json"), read_json(run / "run.json")
         self.machine = {
             "device": report["devices"],

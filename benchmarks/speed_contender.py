@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.measurement import HERE, TOY
+from benchmarks.measurement import HERE, TOY, TOY_VIT
 from vit_scale import config
 
 TURN_SECONDS = 1.5
@@ -123,7 +123,9 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
 
 def start(case: str, name: str, overrides: Sequence[str], toy: bool) -> Program:
     """Build, compile and warm up; about["steps_per_turn"] is what fits in a turn."""
-    cfg = config.load(f"{HERE / 'speed_config.py'}:{case}", [*overrides, *(TOY if toy else ())])
+    cfg = config.load(
+        f"{HERE / 'speed_config.py'}:{case}", [*overrides, *((*TOY, *TOY_VIT) if toy else ())]
+    )
     program = timm(cfg, "eager" if toy else "inductor") if name == "timm" else vit_scale(cfg)
     program.train(1)
     program.train(1 if toy else WARM_UP)

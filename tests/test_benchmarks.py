@@ -13,7 +13,7 @@ from conftest import ROOT, colour_coded
 from PIL import Image
 
 from benchmarks import __main__ as listing
-from benchmarks import measurement, speed
+from benchmarks import comparison, measurement, speed
 from vit_scale.errors import RESUMABLE, UserError
 
 NOTE = "CIFAR-10 (colours)"
@@ -97,6 +97,21 @@ def test_finetune(image_sets, tmp_path):
     sources = [config["init"].pop("source") for config in pair]
     assert sources == [str(tmp_path / "pretrain"), ""]
     assert pair[0] == pair[1]
+
+
+def test_comparison(image_sets, tmp_path):
+    figures = result("comparison", image_sets, tmp_path)["figures"]
+    names = list(comparison.CONTENDERS)
+    assert (
+        [row["model"] for row in figures["table"]] == names == ["ViT", "hybrid", "CNN", "ResNet-18"]
+    )
+    for row in figures["table"]:
+        trained = figures[row["model"]]
+        check_result(trained, "test[:1000]", 1000)
+        assert row["n"] == 1000
+        assert row["loss"] == trained["eval"]["loss"]
+        assert row["images_per_second"] > 0
+    assert len({row["parameters"] for row in figures["table"]}) == 4
 
 
 def test_speed(image_sets, tmp_path):

@@ -309,10 +309,11 @@ class ResNet(Classifier):
         return self.head(x.mean((1, 2)))
 
 
-def network(shape: Shape, cfg: ConfigDict, rngs: nnx.Rngs, place: Callable) -> Classifier:
-    if isinstance(shape.size, CNNSize):
-        return CNN(shape.size, shape.image, cfg, rngs, place)
-    return ResNet(shape.size, cfg, rngs, place)
+def network(cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs, place: Callable) -> Classifier:
+    size = shape(cfg, image).size
+    if isinstance(size, CNNSize):
+        return CNN(size, image, cfg, rngs, place)
+    return ResNet(size, cfg, rngs, place)
 
 
 # Stems: what a hybrid has before its patches (ViT paper, section 3.1)

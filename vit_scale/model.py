@@ -59,14 +59,12 @@ class Shape:
         return self.grid[0] * self.grid[1] + (self.pool == "cls") + self.distilled
 
 
-def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape | convnets.Shape:
-    """Resolve `cfg.variant` and its overrides for images of (height, width) pixels.
+def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
+    """Resolve the `cfg.variant` of a ViT and its overrides for images of (height, width) pixels.
 
     Raises UserError for an unknown size, and with the arithmetic where the numbers don't fit.
     """
     check_choices(cfg)
-    if cfg.variant in convnets.SIZES:
-        return convnets.shape(cfg, image)
     name, size, patch = parse(cfg)
     if min(*dataclasses.astuple(size), patch, cfg.classes) < 1:
         raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
@@ -129,9 +127,7 @@ class ViT(nnx.Module):
     def __init__(
         self, cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs, place: Callable = _as_is
     ):
-        resolved = shape(cfg, image)
-        assert isinstance(resolved, Shape)
-        self.shape, self.place = resolved, place
+        self.shape, self.place = shape(cfg, image), place
         self.scan, self.remat = cfg.scan, remat_policy(cfg.remat)
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
         self.learned = cfg.posemb == "learned"
@@ -279,7 +275,7 @@ class Model:
     init: Callable  # (key) -> params
     apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
     train: Callable  # (params, images [b, H, W, 3], key, mask [b]) -> Outputs
-    shape: Shape | convnets.Shape
+    shape: Any  # Shape, or convnets.Shape
 
 
 def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> Model:
@@ -288,13 +284,14 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
     `place` says where the tokens between blocks live, as a sharding constraint does.
     Raises UserError where the block makes no model; allocates nothing.
     """
-    resolved = shape(cfg, image)
+    kinds: tuple[Callable, Callable] = (ViT, shape)
+    if cfg.variant in convnets.SIZES:
+        check_choices(cfg)
+        kinds = (convnets.network, convnets.shape)
+    network, resolved = kinds[0], kinds[1](cfg, image)
 
     def make(key):
-        rngs = nnx.Rngs(params=key)
-        if isinstance(resolved, convnets.Shape):
-            return convnets.network(resolved, cfg, rngs, place)
-        return ViT(cfg, image, rngs, place)
+        return network(cfg, image, nnx.Rngs(params=key), place)
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
 
@@ -305,9 +302,9 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
         return nnx.merge(graph, params)(images, key)
 
     def train(params, images, key, mask):
-        network = nnx.merge(graph, params)
-        logits, distilled = network.heads(images, key, mask)
-        return Outputs(logits, distilled, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat)))
+        merged = nnx.merge(graph, params)
+        logits, distilled = merged.heads(images, key, mask)
+        return Outputs(logits, distilled, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat)))
 
     return Model(init=init, apply=apply, train=train, shape=resolved)
 
