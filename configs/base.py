@@ -73,9 +73,8 @@ def augment() -> dict:
 
 def model() -> dict:
     return {
-        # A size of vit_scale.model.SIZES, a slash, the patch in pixels; hybrids have a stem of
-        # vit_scale.convnets.STEMS and a plus before it (R20+Ti/4). Or one of convnets.SIZES (cnn).
-        "variant": "S/16",
+        "variant": "S/16",  # SIZE/PATCH, STEM+SIZE/PATCH (model.SIZES, convnets.STEMS), or
+        # one of convnets.SIZES: cnn, resnet20, ...; the patch is in pixels
         "width": placeholder(int),  # replaces the size's token width; convnets: first channels
         "depth": placeholder(int),  # replaces the size's number of blocks; ResNets: of layers
         "heads": placeholder(int),  # replaces the size's number of attention heads

@@ -24,6 +24,7 @@ from test_laws import (
 )
 
 from vit_scale import checkpoint, cli, pretrained
+from vit_scale.model import measured, named
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -31,13 +32,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PROGRAM = "tests/pod_program.py"
 STEPS, EVERY = 10, 4
-# The learning rate at which a network of so few channels learns. Nothing is mixed: that takes as
-# long to compile as all the rest.
+# Nothing is mixed: that takes as long to compile as all the rest. SGD, as ResNets have it: below a
+# head that begins at zero the first gradients are tiny, and Adam, which divides them by their own
+# size, makes 1e-4 of what a mesh rounds differently (measured; test_laws_mesh.py has Adam).
 SHARED = {
     **{name: value for name, value in TINY.items() if not name.startswith("model.")},
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
-    "optim.lr": 0.01,
+    "optim.name": "sgd",
+    "optim.lr": 0.1,
     "optim.ema": 0.5,
     "steps": STEPS,
     "checkpoint.every": EVERY,
@@ -167,12 +170,11 @@ def test_the_curve_is_that_of_one_device(pods, whole, student, name):
 
 
 def test_statistics_are_the_same_on_every_mesh(pods, whole):
-    expected = final_state(whole)
+    expected = named(pretrained.read(whole).params)
     for name in CNNS:
-        found = final_state(pods / name)
-        for leaf in found:
-            if "'mean'" in leaf or "'variance'" in leaf:
-                np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-3, atol=1e-4)
+        found = named(pretrained.read(pods / name).params)
+        for leaf in filter(measured, found):
+            np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-4, atol=1e-6)
 
 
 # Laws 6 and 7

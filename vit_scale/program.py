@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
     """Everything that changes from step to step, and nothing else."""
 
     step: Any  # int32, the number of finished steps
-    params: Any
+    params: Any  # and, where there is batch normalisation, its running statistics
     opt_state: Any
     ema: Any  # average of the parameters, or None
 
