@@ -32,7 +32,7 @@ REFERENCE = {
 
 def measure(session: Session) -> dict:
     precision = "model.dtype=" + ("float32" if session.toy else "bfloat16")
-    toy = ("eval.final=test[:1000]",) if session.toy else ()
+    toy = ("eval.final=test[:1000]", "eval.split=") if session.toy else ()
     found = {
         name: session.train(config, config, f"data.path={session.data}", precision, *toy)
         for name, config in CONTENDERS.items()

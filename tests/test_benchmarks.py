@@ -99,6 +99,7 @@ def test_finetune(image_sets, tmp_path):
     assert pair[0] == pair[1]
 
 
+@pytest.mark.slow
 def test_comparison(image_sets, tmp_path):
     figures = result("comparison", image_sets, tmp_path)["figures"]
     names = list(comparison.CONTENDERS)
