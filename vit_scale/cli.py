@@ -51,6 +51,25 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("images", metavar="IMAGE", nargs="+")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    sub = verb(
+        "inspect", inspect, "look inside runs: write a report with pictures, and compare them"
+    )
+    sub.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's folder, or RUN/checkpoints/STEP"
+    )
+    sub.add_argument("--images", metavar="DIR", help="look at these, instead of the split's images")
+    sub.add_argument(
+        "--split", help="such as test or train[98%%:]; the run's eval.final if not given"
+    )
+    sub.add_argument(
+        "--out", metavar="DIR", help="RUN/inspect, or of several the first one's RUN/compare"
+    )
+    sub.add_argument(
+        "--wandb", action="store_true", help="add the pictures to the runs' Weights & Biases pages"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "--config.data.path=DIR says where the runs' images are now"
+
     sub = verb("show", show, "print what a config comes to, or the results of runs as a table")
     sub.add_argument("runs", metavar="RUN", nargs="*", help="folders of finished runs")
     sub.add_argument("--config", help="a config's name, a path, or NAME:ARGUMENT")
@@ -183,6 +202,20 @@ def predict(args, overrides: Sequence[str]) -> None:
         print(image)
         for name, probability in top:
             print(f"  {100 * probability:6.2f} %  {name}")
+
+
+def inspect(args, overrides: Sequence[str]) -> None:
+    from vit_scale import report
+    from vit_scale.inspect import inspect
+
+    found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(report.table(found["runs"]))
+    for note in found["notes"]:
+        print(note)
+    print(found["page"])
 
 
 def show(args, overrides: Sequence[str]) -> None:
