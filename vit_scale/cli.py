@@ -206,13 +206,13 @@ def predict(args, overrides: Sequence[str]) -> None:
 
 def inspect(args, overrides: Sequence[str]) -> None:
     from vit_scale import report
-    from vit_scale.inspect import inspect
+    from vit_scale.inspect import describe, inspect
 
     found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
     if args.json:
         print(json.dumps(found))
         return
-    print(report.table(found["runs"]))
+    print(report.table(describe(found["runs"])))
     for note in found["notes"]:
         print(note)
     print(found["page"])

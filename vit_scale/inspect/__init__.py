@@ -43,3 +43,10 @@ def inspect(
             "inspect draws with matplotlib, which is not here: pip install 'vit_scale[inspect]'"
         ) from error
     return report(runs, images, split, out, overrides, wandb)
+
+
+def describe(rows: Sequence[dict]) -> list[dict[str, str]]:
+    """What `inspect` gives for "runs" as text, for a table."""
+    from vit_scale.inspect.comparison import described
+
+    return [described(row) for row in rows]

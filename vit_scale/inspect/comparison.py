@@ -42,13 +42,33 @@ def numbers(looked: Looked) -> dict:
     }
 
 
+def described(row: dict) -> dict[str, str]:
+    """The numbers of one run as text, for a table."""
+    speed, loss = row["images_per_second"], row["loss"]
+    return {
+        "run": row["run"],
+        "step": f"{row['step']:,}",
+        "evaluated on": row["split"] or "-",
+        "n": f"{row['n']:,}",
+        "accuracy": _percent(row["accuracy"]),
+        "loss": "-" if loss is None else f"{loss:.4f}",
+        "ECE": _percent(row["ece"]),
+        "parameters": f"{row['parameters']:,}",
+        "resolution": " x ".join(map(str, row["resolution"])),
+        "images/s": "-" if speed is None else f"{speed:,.0f} on {row['devices']}",
+    }
+
+
 def compare(all_looked: Sequence[Looked]) -> list[Picture | Table | Note]:
     rows = [numbers(looked) for looked in all_looked]
     names = [looked.subject.name for looked in all_looked]
     steps = ", ".join(f"{n} (step {row['step']:,})" for n, row in zip(names, rows, strict=True))
     recorded = {looked.subject.name: looked.subject.curves for looked in all_looked}
     parts: list[Picture | Table | Note] = [
-        Table("In numbers", [_row(*pair) for pair in zip(names, rows, strict=True)]),
+        Table(
+            "In numbers",
+            [described(row) | {"run": name} for name, row in zip(names, rows, strict=True)],
+        ),
         Picture("measures", "Accuracy, parameters, speed", _caption(rows),
                 pictures.comparison(names, _measures(rows), steps)),
         Picture("curves", "Training curves", "Training is solid, evaluation dashed.",
@@ -91,22 +111,6 @@ def _measures(rows: Sequence[dict]) -> dict[str, dict]:
     }
 
 
-def _row(name: str, row: dict) -> dict[str, str]:
-    speed, loss = row["images_per_second"], row["loss"]
-    return {
-        "run": name,
-        "step": f"{row['step']:,}",
-        "evaluated on": row["split"] or "-",
-        "n": f"{row['n']:,}",
-        "accuracy": _percent(row["accuracy"]),
-        "loss": "-" if loss is None else f"{loss:.4f}",
-        "ECE": _percent(row["ece"]),
-        "parameters": f"{row['parameters']:,}",
-        "resolution": " x ".join(map(str, row["resolution"])),
-        "images/s": "-" if speed is None else f"{speed:,.0f} on {row['devices']}",
-    }
-
-
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
@@ -114,7 +118,7 @@ def _percent(share: float | None) -> str:
 def _pairs(all_looked: Sequence[Looked]) -> list[Table | Note]:
     """The first run against each other one, image by image."""
     (first, one), *others = all_looked
-    rows, title = [], "On the same images"
+    rows, title = [], f"On the same images as {first.name}, step {first.step:,}"
     for other, two in others:
         if one is None or two is None or not _same_images(one, two):
             return [Note(title, "The runs were not measured on the same images.")]
@@ -122,11 +126,12 @@ def _pairs(all_looked: Sequence[Looked]) -> list[Table | Note]:
         both, only_one, only_two = (int(np.sum(hits)) for hits in counts)
         rows.append(
             {
-                "runs": f"{first.name}, {other.name}",
+                "run": other.name,
+                "step": f"{other.step:,}",
                 "both right": f"{both:,}",
-                f"only {first.name}": f"{only_one:,}",
-                "only the other": f"{only_two:,}",
-                "neither": f"{one.n - both - only_one - only_two:,}",
+                f"only {first.name} right": f"{only_one:,}",
+                "only this run right": f"{only_two:,}",
+                "both wrong": f"{one.n - both - only_one - only_two:,}",
                 "n": f"{one.n:,}",
             }
         )

@@ -7,12 +7,14 @@ be understood without its page.
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from vit_scale.inspect.curves import Curve
@@ -30,23 +32,25 @@ Image = Float[np.ndarray, "H W 3"]
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.0f} %")
 
 
-def png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DOTS, metadata={"Software": None})
-    return file.getvalue()
-
-
-def pixels(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
-    """What `png` encodes."""
+def draw(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
     figure.set_dpi(DOTS)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, list]:
-    """A figure `height` inches high, and its axes, row by row."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """A PNG of exactly these pixels."""
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    return file.getvalue()
+
+
+def _figure(
+    title: str, rows: int, columns: int, height: float, width: float = WIDTH, **options
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` x `height` inches, and its axes, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.ravel())
@@ -86,7 +90,9 @@ def curves(runs: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
                 label = (
                     f"{run}, {WORDS[key.split('/')[0]]}" if several else WORDS[key.split("/")[0]]
                 )
-                style = {"linestyle": "--", "marker": "o", "markersize": 3} if part else {}
+                style: dict[str, Any] = (
+                    {"linestyle": "--", "marker": "o", "markersize": 3} if part else {}
+                )
                 colour = COLOURS[(number if several else part) % len(COLOURS)]
                 axes.plot(*found[key], label=label, color=colour, linewidth=1.4, **style)
         axes.set_title(name, fontsize=10)
@@ -127,7 +133,7 @@ def attention(
 
 def rollouts(images: Sequence[Image], names: Sequence[str], maps, title: str) -> Figure:
     """Below each image its map [h, w], and the image in the light of it."""
-    figure, panels = _figure(title, 3, len(images), 1.1 + 3 * WIDTH / (len(images) + 1))
+    figure, panels = _figure(title, 3, len(images), 0.7 + 3 * WIDTH / (len(images) + 0.9))
     top = max(float(np.max(maps)), 1e-6)
     for column, (image, name) in enumerate(zip(images, names, strict=True)):
         light = maps[column] / max(float(maps[column].max()), 1e-6)
@@ -146,16 +152,16 @@ def rollouts(images: Sequence[Image], names: Sequence[str], maps, title: str) ->
 
 
 def distances(found: Float[np.ndarray, "l k"], uniform: float, title: str) -> Figure:
-    """A dot for each head of each block."""
+    """A dot for each head of each block, beside each other by distance."""
     figure, (axes,) = _figure(title, 1, 1, 4.2)
-    blocks, heads = np.arange(1, len(found) + 1), found.shape[1]
-    axes.plot(np.repeat(blocks, heads), found.ravel(), "o", color=COLOURS[0], alpha=0.6,
-              markersize=6, markeredgewidth=0, label="a head")  # fmt: skip
+    blocks = np.arange(1, len(found) + 1)
+    beside = blocks[:, None] + np.linspace(-0.2, 0.2, found.shape[1])
+    axes.plot(beside.ravel(), np.sort(found).ravel(), "o", color=COLOURS[0],
+              markersize=5, markeredgewidth=0, label="a head")  # fmt: skip
     axes.plot(blocks, found.mean(axis=1), color=COLOURS[1], label="mean over heads")
     axes.axhline(uniform, color="black", linestyle=":", label="uniform attention")
     axes.set_xlabel("block, from the input")
     axes.set_ylabel("mean attention distance, pixels")
-    axes.set_ylim(0, 1.08 * max(float(found.max()), uniform))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -167,7 +173,8 @@ def distances(found: Float[np.ndarray, "l k"], uniform: float, title: str) -> Fi
 
 def similarities(panels: Mapping[str, Float[np.ndarray, "h w h w"]], title: str) -> Figure:
     """Of each table of position embeddings a map for each patch, at the patch's place."""
-    figure, drawn = _figure(title, 1, len(panels), 1.2 + 8.6 / max(len(panels), 2))
+    side = 5.4 if len(panels) == 1 else WIDTH / len(panels)
+    figure, drawn = _figure(title, 1, len(panels), side + 0.9, side * len(panels) + 0.9)
     lowest = min(float(maps.min()) for maps in panels.values())
     for axes, (name, maps) in zip(drawn, panels.items(), strict=True):
         tile = maps.shape[2:]
@@ -190,7 +197,7 @@ def similarities(panels: Mapping[str, Float[np.ndarray, "h w h w"]], title: str)
 def filters(components: np.ndarray, shares: Float[np.ndarray, "count"], title: str) -> Figure:
     """Principal components [count, p, p, 3]; grey is 0, and each has its own scale."""
     rows = -(-len(components) // 7)
-    figure, panels = _figure(title, rows, 7, 0.7 + 1.6 * rows)
+    figure, panels = _figure(title, rows, 7, 0.6 + 1.58 * rows)
     for axes in panels[len(components) :]:
         axes.set_axis_off()
     for axes, component, share in zip(panels, components, shares, strict=False):
@@ -254,7 +261,7 @@ def confusion(matrix: Int[np.ndarray, "c c"], classes: Sequence[str], title: str
 def mistakes(images: Sequence[np.ndarray], texts: Sequence[str], title: str) -> Figure:
     columns = 6
     rows = -(-len(images) // columns)
-    figure, panels = _figure(title, rows, columns, 0.7 + 2.05 * rows)
+    figure, panels = _figure(title, rows, columns, 0.5 + 1.95 * rows)
     for axes in panels[len(images) :]:
         axes.set_axis_off()
     for axes, image, text in zip(panels, images, texts, strict=False):
@@ -269,7 +276,7 @@ def reliability(found: Calibration, title: str) -> Figure:
     )
     left, width = found.edges[:-1], np.diff(found.edges)
     filled = found.counts > 0
-    bars = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
+    bars: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
     upper.bar(left[filled], found.accuracy[filled], width[filled], color=COLOURS[0],
               label="accuracy", **bars)  # fmt: skip
     upper.plot(found.confidence[filled], found.accuracy[filled], "o", color="black",

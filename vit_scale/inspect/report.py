@@ -6,6 +6,9 @@ import pathlib
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from tqdm import tqdm
+
 from vit_scale import paths
 from vit_scale.data import Source
 from vit_scale.errors import UserError
@@ -16,6 +19,7 @@ from vit_scale.inspect.samples import Samples
 from vit_scale.inspect.subject import Subject
 from vit_scale.tracking import publish
 
+Drawn = dict[str, np.ndarray]  # uint8 [h, w, 3], by the name of the file
 PAGE, NUMBERS = "index.html", "numbers.json"
 
 
@@ -36,19 +40,31 @@ def report(
     for subject in subjects:
         found, section = look(subject, images, split, bool(split or overrides))
         looked.append(found)
-        pages.append(section if len(subjects) > 1 else section._replace(name=""))
-    together = Section("comparison", "Comparison", compare(looked)) if len(looked) > 1 else None
-    shown = [together, *pages] if together else pages
+        pages.append(section)
+    if len(pages) == 1:
+        pages = [pages[0]._replace(name="")]
+    together = [Section("comparison", "Comparison", compare(looked))] if len(looked) > 1 else []
+    drawn = draw([*together, *pages])
     content = {
         "page": str(folder / PAGE),
         "runs": [numbers(one) for one in looked],
         "notes": [
-            note.text for section in shown for note in section.parts if isinstance(note, Note)
+            f"{section.title}: {part.text}"
+            for section in [*together, *pages]
+            for part in section.parts
+            if isinstance(part, Note)
         ],
     }
-    write(folder, f"Inside {', '.join(subject.name for subject in subjects)}", shown, content)
-    for one, section in zip(looked, pages, strict=True) if wandb else ():
-        track(one, [section._replace(name=""), *([together] if together else [])])
+    write(
+        folder,
+        f"Inside {' and '.join(s.name for s in subjects)}",
+        [*together, *pages],
+        drawn,
+        content,
+    )
+    if wandb:
+        for one, section in zip(looked, pages, strict=True):
+            track(one, section, together, drawn)
     return content
 
 
@@ -118,31 +134,34 @@ def check_finished(subjects: Sequence[Subject]) -> None:
             )
 
 
-def write(folder: pathlib.Path, title: str, shown: Sequence[Section], content: dict) -> None:
-    """The PNGs, the numbers, and the page, which holds the PNGs as well. Raises OSError."""
+def draw(shown: Sequence[Section]) -> Drawn:
+    """The pixels of every picture, by the name of its file."""
+    pairs = [(section, picture) for section in shown for picture in section.pictures()]
+    with tqdm(pairs, desc="draw", unit="picture", disable=None, leave=False) as bar:
+        return {file_name(*pair): pictures.draw(pair[1].figure) for pair in bar}
+
+
+def write(
+    folder: pathlib.Path, title: str, shown: Sequence[Section], drawn: Drawn, content: dict
+) -> None:
+    """The PNGs, the numbers, and last the page, which holds the PNGs as well. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    pngs = {
-        file_name(section, picture): pictures.png(picture.figure)
-        for section in shown
-        for picture in section.pictures()
-    }
+    pngs = {name: pictures.encode(pixels) for name, pixels in drawn.items()}
     for name, png in pngs.items():
         paths.write(folder / f"{name}.png", png)
     paths.write(folder / NUMBERS, (json.dumps(content, indent=2) + "\n").encode())
     paths.write(folder / PAGE, page(title, shown, pngs).encode())
 
 
-def track(looked: Looked, shown: Sequence[Section]) -> None:
+def track(looked: Looked, section: Section, together: Sequence[Section], drawn: Drawn) -> None:
     """The same pictures and numbers on the run's page of Weights & Biases."""
-    subject, measured = looked.subject, numbers(looked)
-    drawn = {
-        f"inspect/{file_name(section, picture)}": pictures.pixels(picture.figure)
-        for section in shown
-        for picture in section.pictures()
-    }
+    subject, shown = looked.subject, {}
+    for part, prefix in ((section, ""), *((part, f"{part.name}-") for part in together)):
+        for picture in part.pictures():
+            shown[f"inspect/{prefix}{picture.name}"] = drawn[file_name(part, picture)]
     values = {
         f"inspect/{name}": value
-        for name, value in measured.items()
+        for name, value in numbers(looked).items()
         if isinstance(value, int | float)
     }
-    publish(subject.folder, subject.cfg.log.project, subject.about["name"], drawn, values)
+    publish(subject.folder, subject.cfg.log.project, subject.about["name"], shown, values)

@@ -28,10 +28,10 @@ ROWS = 6  # images whose attention is shown head by head
 def training(subject: Subject) -> Parts:
     if not subject.curves:
         return [Note("Training curves", "The run has no metrics.jsonl: nothing is known of it.")]
-    n = len(subject.curves.get("train/loss", ([],))[0])
+    last = max(steps[-1] for steps, _ in subject.curves.values())
     split = subject.cfg.eval.split or "no split"
     figure = pictures.curves(
-        {subject.name: subject.curves}, f"Training: {subject.stamp(n, 'rows')}"
+        {subject.name: subject.curves}, f"Training: {subject.name}, up to step {last:,}"
     )
     caption = (
         f"Each point of a training curve is a mean over {subject.cfg.log.every} steps of "
