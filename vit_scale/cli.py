@@ -51,25 +51,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("images", metavar="IMAGE", nargs="+")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = verb(
-        "inspect", inspect, "look inside runs: write a report with pictures, and compare them"
-    )
-    sub.add_argument(
-        "runs", metavar="RUN", nargs="+", help="a run's folder, or RUN/checkpoints/STEP"
-    )
-    sub.add_argument("--images", metavar="DIR", help="look at these, instead of the split's images")
-    sub.add_argument(
-        "--split", help="such as test or train[98%%:]; the run's eval.final if not given"
-    )
-    sub.add_argument(
-        "--out", metavar="DIR", help="RUN/inspect, or of several the first one's RUN/compare"
-    )
-    sub.add_argument(
-        "--wandb", action="store_true", help="add the pictures to the runs' Weights & Biases pages"
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.epilog = "--config.data.path=DIR says where the runs' images are now"
-
     sub = verb("show", show, "print what a config comes to, or the results of runs as a table")
     sub.add_argument("runs", metavar="RUN", nargs="*", help="folders of finished runs")
     sub.add_argument("--config", help="a config's name, a path, or NAME:ARGUMENT")
@@ -98,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    add_inspect_flags(verb("inspect", inspect, "look inside runs, and compare them"))
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
 
@@ -130,6 +112,24 @@ def join_hosts(args) -> None:
 
     hosts.join(args.coordinator, args.processes, args.process, args.wait)
     args.quiet = getattr(args, "quiet", False) or not hosts.is_first()
+
+
+def add_inspect_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's folder, or RUN/checkpoints/STEP"
+    )
+    sub.add_argument("--images", metavar="DIR", help="look at these, instead of the split's images")
+    sub.add_argument(
+        "--split", help="such as test or train[98%%:]; the run's eval.final if not given"
+    )
+    sub.add_argument(
+        "--out", metavar="DIR", help="RUN/inspect, or of several the first one's RUN/compare"
+    )
+    sub.add_argument(
+        "--wandb", action="store_true", help="add the pictures to the runs' Weights & Biases pages"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "--config.data.path=DIR says where the runs' images are now"
 
 
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:

@@ -174,7 +174,7 @@ def distances(found: Float[np.ndarray, "l k"], uniform: float, title: str) -> Fi
 def similarities(panels: Mapping[str, Float[np.ndarray, "h w h w"]], title: str) -> Figure:
     """Of each table of position embeddings a map for each patch, at the patch's place."""
     side = 5.4 if len(panels) == 1 else WIDTH / len(panels)
-    figure, drawn = _figure(title, 1, len(panels), side + 0.9, side * len(panels) + 0.9)
+    figure, drawn = _figure(title, 1, len(panels), side + 0.7, side * len(panels) + 1)
     lowest = min(float(maps.min()) for maps in panels.values())
     for axes, (name, maps) in zip(drawn, panels.items(), strict=True):
         tile = maps.shape[2:]
