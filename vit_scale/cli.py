@@ -63,17 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--devices", type=count, metavar="N", help="with --sharding: on so many (default: all here)"
     )
 
-    sub = verb("plan", plan, "compile the training step for a TPU slice that is not there")
-    sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
-    sub.add_argument("--topology", required=True, help="such as v5e:16x16 or v5litepod-256")
-    sub.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
-    sub.add_argument("--fit", action="store_true", help="find the changes that make it fit")
-    sub.add_argument(
-        "--compare", nargs="+", metavar="FIELD=VALUE,...", help="variants, the fastest first"
-    )
-    sub.add_argument("--price", type=float, help="USD per chip and hour")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
+    add_plan_flags(verb("plan", plan, "compile the training step for a TPU slice not there"))
 
     sub = verb("verify", verify, "read every checkpoint of a run, and compare it with its manifest")
     sub.add_argument("run", metavar="RUN", help="a run's folder")
@@ -130,6 +120,19 @@ def add_inspect_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.epilog = "--config.data.path=DIR says where the runs' images are now"
+
+
+def add_plan_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
+    sub.add_argument("--topology", required=True, help="such as v5e:16x16 or v5litepod-256")
+    sub.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
+    sub.add_argument("--fit", action="store_true", help="find the changes that make it fit")
+    sub.add_argument(
+        "--compare", nargs="+", metavar="FIELD=VALUE,...", help="variants, the fastest first"
+    )
+    sub.add_argument("--price", type=float, help="USD per chip and hour")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
 
 
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:
