@@ -270,7 +270,7 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
     def attention(params, images, see):
         return nnx.merge(graph, params).attention(images, see)
 
-    return Model(init, apply, resolved, attention)
+    return Model(init, apply, resolved, attention=attention)
 
 
 def named(tree) -> dict:

@@ -37,6 +37,8 @@ class Subject:
         self.cfg = config.override(given.cfg, overrides)
         self.model, self.params, self.classes = given.model, given.params, given.classes
         self.step, self.folder = given.step, given.path.parent.parent
+        if not (self.folder / "run.json").is_file():
+            raise UserError(f"{source} is not the folder of a run: inspect looks into runs")
         self.name = self.folder.absolute().name
         self.size = config.image_size(self.cfg)
         self.parameters = count(self.params)
