@@ -174,7 +174,7 @@ def distances(found: Float[np.ndarray, "l k"], uniform: float, title: str) -> Fi
 def similarities(panels: Mapping[str, Float[np.ndarray, "h w h w"]], title: str) -> Figure:
     """Of each table of position embeddings a map for each patch, at the patch's place."""
     side = 5.4 if len(panels) == 1 else WIDTH / len(panels)
-    figure, drawn = _figure(title, 1, len(panels), side + 0.7, side * len(panels) + 1)
+    figure, drawn = _figure(title, 1, len(panels), side + 0.5, side * len(panels) + 1)
     lowest = min(float(maps.min()) for maps in panels.values())
     for axes, (name, maps) in zip(drawn, panels.items(), strict=True):
         tile = maps.shape[2:]
@@ -184,7 +184,7 @@ def similarities(panels: Mapping[str, Float[np.ndarray, "h w h w"]], title: str)
         )
         axes.set_title(name, fontsize=9)
         for axis, count, side in ((axes.xaxis, maps.shape[1], tile[1]), (axes.yaxis, *tile)):
-            shown = np.unique(np.linspace(0, count - 1, min(count, 8)).round().astype(int))
+            shown = np.arange(0, count, -(-count // 8))
             axis.set_ticks(shown * (side + gap) + side / 2 - 0.5, [str(i + 1) for i in shown])
         axes.set_xlabel("column of the patch", fontsize=8)
         axes.set_ylabel("row of the patch", fontsize=8)
