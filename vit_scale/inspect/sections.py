@@ -29,15 +29,15 @@ def training(subject: Subject) -> Parts:
     if not subject.curves:
         return [Note("Training curves", "The run has no metrics.jsonl: nothing is known of it.")]
     last = max(steps[-1] for steps, _ in subject.curves.values())
-    split = subject.cfg.eval.split or "no split"
     figure = pictures.curves(
         {subject.name: subject.curves}, f"Training: {subject.name}, up to step {last:,}"
     )
     caption = (
         f"Each point of a training curve is a mean over {subject.cfg.log.every} steps of "
-        f"{subject.cfg.data.batch} images, augmented, and mixed where mixup or CutMix is on; "
-        f"evaluation is of {split}, as it is."
+        f"{subject.cfg.data.batch} images, augmented, and mixed where mixup or CutMix is on."
     )
+    if subject.cfg.eval.split:
+        caption += f" Evaluation is of {subject.cfg.eval.split}, as it is."
     return [Picture("curves", "Training curves", caption, figure)]
 
 
