@@ -52,6 +52,7 @@ HOMES = {
     "grain": ("grain", {"data"}),
     "jax": ("jax", set()),
     "jaxtyping": ("jaxtyping", set()),
+    "matplotlib": ("matplotlib", {"inspect"}),
     "ml_collections": ("ml-collections", {"config", "cli"}),
     "ml_collections.ConfigDict": ("ml-collections", set()),  # the type, for annotations
     "numpy": ("numpy", set()),
@@ -216,7 +217,8 @@ def test_each_package_has_one_home():
 def test_what_is_imported_is_what_is_installed():
     """A missing requirement breaks only on a fresh machine; a superfluous one costs everybody."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    optional = project["optional-dependencies"]["inspect"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + optional}
     assert declared == {distribution for distribution, _ in HOMES.values()}
 
 

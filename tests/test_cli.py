@@ -74,14 +74,17 @@ def learnt(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
 def test_help_lists_the_verbs(run_cli):
     done = run_cli("--help")
     assert done.returncode == 0
-    for verb in ("train", "eval", "predict", "show", "plan", "data"):
+    for verb in ("train", "eval", "predict", "inspect", "show", "plan", "data"):
         assert re.search(rf"^ +{verb} +\w+", done.stdout, re.M), verb
     assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
     "verb",
-    [["train"], ["eval"], ["predict"], ["show"], ["plan"], ["data", "download"], ["data", "pack"]],
+    [
+        *([verb] for verb in ("train", "eval", "predict", "inspect", "show", "plan")),
+        *(["data", verb] for verb in ("download", "pack")),
+    ],
 )
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as ended:

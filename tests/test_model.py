@@ -127,8 +127,12 @@ def mlp(part, x):
 
 
 def attend(q, k, v):
+    return np.einsum("knm,mke->nke", plain_weights(q, k), v)
+
+
+def plain_weights(q, k):
     scores = np.exp(np.einsum("nke,mke->knm", q, k) / np.sqrt(q.shape[-1]))
-    return np.einsum("knm,mke->nke", scores / scores.sum(-1, keepdims=True), v)
+    return scores / scores.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize("pool", ["cls", "gap", "map"])
@@ -140,6 +144,38 @@ def test_equals_a_plain_numpy_vit(pool):
     expected = plain_vit(params, images, pool, 8)
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(jax.jit(vit.apply)(params, images), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("pool", ["cls", "gap", "map"])
+def test_attention_shows_the_weights_that_the_plain_vit_uses(pool, scan, monkeypatch):
+    """Of every block and head, and the shares of the last tokens in the pooled vector."""
+    vit = tiny_model(f"model.pool={pool}", "data.width=24", f"model.scan={scan}")
+    params, images, used = random_params(vit), pixels(1, (16, 24)), []
+
+    def recorded(q, k, plain=plain_weights):
+        used.append(plain(q, k))
+        return used[-1]
+
+    monkeypatch.setitem(globals(), "plain_weights", recorded)
+    plain_vit(params, images, pool, 8)
+    seen, pooled = jax.jit(lambda *args: vit.attention(*args, lambda w: w))(params, images)
+    assert seen.shape == (2, 1, 2, *2 * [vit.shape.tokens]) and seen.dtype == jnp.float32
+    assert np.ptp(used[0]) > 0.01
+    np.testing.assert_allclose(seen[:, 0], used[:2], atol=2e-6)
+    expected = {
+        "cls": np.eye(vit.shape.tokens)[0],
+        "gap": np.full(vit.shape.tokens, 1 / vit.shape.tokens),
+        "map": used[-1].mean(axis=(0, 1)),
+    }
+    np.testing.assert_allclose(pooled[0], expected[pool], atol=2e-6)
+
+
+def test_bfloat16_weights_are_shown_as_float32():
+    vit = tiny_model("model.dtype=bfloat16", "model.logits=bfloat16")
+    seen, _ = vit.attention(random_params(vit), pixels(1), lambda w: w)
+    assert seen.dtype == jnp.float32
+    np.testing.assert_allclose(seen.sum(-1), 1, atol=0.02)
 
 
 GOLDEN = [[0.088236, -0.520982, -0.651212, -0.182720], [0.965330, -0.445415, -1.446648, -1.117839]]

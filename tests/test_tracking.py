@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import wandb
 from clu import metrics as clu_metrics
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from wandb_offline import OfflineRun
 
 from vit_scale.config import base
 from vit_scale.errors import RESUMABLE, UserError
-from vit_scale.tracking import Tracker, git_state, parameter_table, versions
+from vit_scale.tracking import Tracker, git_state, parameter_table, publish, versions
 
 DESCRIPTION = {
     "config": {"seed": 3, "optim": {"lr": 0.5}},
@@ -405,6 +406,27 @@ def test_a_resumed_wandb_run_keeps_its_id_and_exits_with_the_code(cfg, tmp_path,
     second = OfflineRun(tmp_path, f"offline-run-20[!0]*-{first_id}")
     assert second.exit_code == RESUMABLE
     assert [row["_step"] for row in second.history if "train/loss" in row] == [3]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert shlex.split(line) == ["wandb", "sync", str(old), str(second.folder)]
+
+
+def test_pictures_are_added_to_the_page_of_a_finished_run(cfg, tmp_path, capsys):
+    """Under the run's own id, and not at its last step, of which Weights & Biases has a row."""
+    cfg.log.wandb = True
+    with tracker(tmp_path, cfg, quiet=False) as track:
+        track(1, loss(1))
+    first = OfflineRun(tmp_path)
+    old = first.folder.rename(tmp_path / "wandb" / f"offline-run-20000101_0-{first.run.run_id}")
+    picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    publish(tmp_path, "vit_scale", "little", {"inspect/map": picture}, {"inspect/step": 1})
+    second = OfflineRun(tmp_path, f"offline-run-20[!0]*-{first.run.run_id}")
+    (row,) = second.history
+    shown = row["inspect/map"]
+    assert (row["inspect/step"], shown["height"], shown["width"]) == (1, 4, 5)
+    file = second.folder / "files" / shown["path"]
+    with Image.open(file) as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+    assert second.exit_code == 0 and second.run.project == "vit_scale"
     line = capsys.readouterr().err.splitlines()[-1]
     assert shlex.split(line) == ["wandb", "sync", str(old), str(second.folder)]
 

@@ -33,6 +33,14 @@ def attend(
     return _attend(q, k, v, logits)
 
 
+def weights(q: Heads, k: Float[Array, "b m k e"], logits: str) -> Float[Array, "b k n m"]:
+    """softmax(q k^T / sqrt(e)): what `attend` sums v with, before it is rounded to v's type.
+
+    Nothing that trains calls it: there the weights of a block are gone when the block is done.
+    """
+    return _weights(q * _scale(q), k, logits)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend(q, k, v, logits):
     return _forward(q, k, v, logits)[0]
@@ -42,10 +50,13 @@ def _scale(q: Array) -> Array:
     return jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
+def _weights(q, k, logits):
+    return jax.nn.softmax(jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=logits))
+
+
 def _forward(q, k, v, logits):
     q = q * _scale(q)  # what backward needs as well: the unscaled ones would be kept beside them
-    scores = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=logits)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
+    weights = _weights(q, k, logits).astype(v.dtype)
     out = jnp.einsum("bknm,bmke->bnke", weights, v)
     return out, (q, k, v, weights, out)
 

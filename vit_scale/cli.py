@@ -63,22 +63,13 @@ def parser() -> argparse.ArgumentParser:
         "--devices", type=count, metavar="N", help="with --sharding: on so many (default: all here)"
     )
 
-    sub = verb("plan", plan, "compile the training step for a TPU slice that is not there")
-    sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
-    sub.add_argument("--topology", required=True, help="such as v5e:16x16 or v5litepod-256")
-    sub.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
-    sub.add_argument("--fit", action="store_true", help="find the changes that make it fit")
-    sub.add_argument(
-        "--compare", nargs="+", metavar="FIELD=VALUE,...", help="variants, the fastest first"
-    )
-    sub.add_argument("--price", type=float, help="USD per chip and hour")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
+    add_plan_flags(verb("plan", plan, "compile the training step for a TPU slice not there"))
 
     sub = verb("verify", verify, "read every checkpoint of a run, and compare it with its manifest")
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    add_inspect_flags(verb("inspect", inspect, "look inside runs, and compare them"))
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
 
@@ -111,6 +102,37 @@ def join_hosts(args) -> None:
 
     hosts.join(args.coordinator, args.processes, args.process, args.wait)
     args.quiet = getattr(args, "quiet", False) or not hosts.is_first()
+
+
+def add_inspect_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run's folder, or RUN/checkpoints/STEP"
+    )
+    sub.add_argument("--images", metavar="DIR", help="look at these, instead of the split's images")
+    sub.add_argument(
+        "--split", help="such as test or train[98%%:]; the run's eval.final if not given"
+    )
+    sub.add_argument(
+        "--out", metavar="DIR", help="RUN/inspect, or of several the first one's RUN/compare"
+    )
+    sub.add_argument(
+        "--wandb", action="store_true", help="add the pictures to the runs' Weights & Biases pages"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "--config.data.path=DIR says where the runs' images are now"
+
+
+def add_plan_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help="a config's name, a path, or NAME:ARGUMENT")
+    sub.add_argument("--topology", required=True, help="such as v5e:16x16 or v5litepod-256")
+    sub.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
+    sub.add_argument("--fit", action="store_true", help="find the changes that make it fit")
+    sub.add_argument(
+        "--compare", nargs="+", metavar="FIELD=VALUE,...", help="variants, the fastest first"
+    )
+    sub.add_argument("--price", type=float, help="USD per chip and hour")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
 
 
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:
@@ -183,6 +205,20 @@ def predict(args, overrides: Sequence[str]) -> None:
         print(image)
         for name, probability in top:
             print(f"  {100 * probability:6.2f} %  {name}")
+
+
+def inspect(args, overrides: Sequence[str]) -> None:
+    from vit_scale import report
+    from vit_scale.inspect import describe, inspect
+
+    found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(report.table(describe(found["runs"])))
+    for note in found["notes"]:
+        print(note)
+    print(found["page"])
 
 
 def show(args, overrides: Sequence[str]) -> None:

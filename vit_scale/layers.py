@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vit_scale.attention import attend
+from vit_scale.attention import attend, weights
 
 NORM_EPSILON = 1e-6
 
@@ -84,6 +84,10 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         q, k, v = self.query(x), self.key(x), self.value(x)
         return self.out(attend(q, k, v, self.logits, self.implementation))
+
+    def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
+        """Of each head, what share of a token's output (row) comes from each token (column)."""
+        return weights(self.query(x), self.key(x), self.logits).astype(jnp.float32)
 
 
 class MLP(nnx.Module):
@@ -169,6 +173,13 @@ class AttentionPool(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:
         k, v = self.key(x), self.value(x)
-        q = jnp.broadcast_to(self.query(self.probe[...]), (x.shape[0], 1, *k.shape[2:]))
-        x = self.out(attend(q, k, v, self.logits, self.implementation))
+        x = self.out(attend(self.probes(k), k, v, self.logits, self.implementation))
         return (x + self.mlp(self.norm(x), key))[:, 0]
+
+    def probes(self, k: Float[Array, "b n k e"]) -> Float[Array, "b 1 k e"]:
+        return jnp.broadcast_to(self.query(self.probe[...]), (k.shape[0], 1, *k.shape[2:]))
+
+    def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n"]:
+        """Of each head, what share of the pooled vector comes from each token."""
+        k = self.key(x)
+        return weights(self.probes(k), k, self.logits).astype(jnp.float32)[:, :, 0]

@@ -235,6 +235,40 @@ class ViT(nnx.Module):
             x = self.remat(block)(x, params, rates[i], None if keys is None else keys[i])
         return x
 
+    def attention(
+        self, images: Float[Array, "b H W 3"], see: Callable
+    ) -> tuple[Any, Float[Array, "b n"]]:
+        """What the tokens attend to, for looking inside; a training step never comes here.
+
+        The first is `see(weights)` of each block, stacked: all weights of all blocks, float32
+        [b, k, n, n] each, are gigabytes. The second is the share of each last token in the pooled
+        vector; it sums to 1.
+        """
+        x, seen = self.tokens(images), []
+        for block in self.layers():
+            seen.append(see(block.attention.weights(block.norm1(x))))
+            x = block(x)
+        b, n, _ = x.shape
+        match self.shape.pool:
+            case "cls":  # and the distillation token, whose head has half a say
+                heads = 1 + self.shape.distilled
+                pooled = jnp.zeros((b, n)).at[:, :heads].set(1 / heads)
+            case "gap":
+                pooled = jnp.full((b, n), 1 / n)
+            case "map":
+                pooled = self.pool.weights(self.norm(x)).mean(axis=1)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen), pooled
+
+    def layers(self) -> list[Block]:
+        """The blocks, in order, one by one also where they are stacked."""
+        depth = self.shape.size.depth
+        if not self.scan:
+            return [self.blocks[str(i)] for i in range(depth)]
+        graph, stacked = nnx.split(self.blocks)
+        return [
+            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(depth)
+        ]
+
 
 def remat_policy(name: str) -> Callable:
     """`jax.checkpoint` with the named policy: `none` saves everything, `full` only the inputs.
@@ -276,6 +310,9 @@ class Model:
     apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
     train: Callable  # (params, images [b, H, W, 3], key, mask [b]) -> Outputs
     shape: Any  # Shape, or convnets.Shape
+    # (params, images, see) -> (see(weights [b, k, n, n]) of each block, stacked; share of each last
+    # token in the pooled vector [b, n]), as `ViT.attention`; None where there is no attention.
+    attention: Callable | None = None
 
 
 def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> Model:
@@ -306,7 +343,10 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
         logits, distilled = merged.heads(images, key, mask)
         return Outputs(logits, distilled, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat)))
 
-    return Model(init=init, apply=apply, train=train, shape=resolved)
+    def attention(params, images, see):
+        return nnx.merge(graph, params).attention(images, see)
+
+    return Model(init, apply, train, resolved, attention if network is ViT else None)
 
 
 def named(tree) -> dict:

@@ -82,8 +82,10 @@ def placements(found: dict[str, Any]) -> str:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     if name in PERCENT:
         return f"{100 * value:.2f} %"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}"

@@ -32,7 +32,7 @@ from vit_scale.tracking.writers import (
     number,
 )
 
-__all__ = ["Tracker", "git_state", "parameter_table", "versions"]
+__all__ = ["Tracker", "git_state", "parameter_table", "publish", "versions"]
 
 # Steps that the device may have before it while the host prepares the next: one runs, one waits.
 # Without a bound the host runs ahead, and the batches of dispatched steps fill the device's memory.
@@ -232,6 +232,22 @@ class Tracker:
                 "another --workdir",
                 RESUMABLE,
             ) from error
+
+
+def publish(
+    workdir: Path,
+    project: str,
+    name: str,
+    pictures: Mapping[str, UInt8[np.ndarray, "h w 3"]],
+    values: Mapping[str, float],
+) -> None:
+    """Add pictures and values to the Weights & Biases page of a finished run.
+
+    Raises UserError where it can't be reached; offline without a key, like a training.
+    """
+    writer = WandbWriter(workdir, project, name)
+    with contextlib.closing(writer):
+        writer.append(pictures, values)
 
 
 def _exit_code(error: BaseException | None) -> int:

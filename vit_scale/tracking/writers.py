@@ -204,6 +204,11 @@ class WandbWriter(Writer):
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         self._run.config.update(dict(hparams), allow_val_change=True)
 
+    def append(self, pictures: Mapping[str, np.ndarray], values: Mapping[str, float]) -> None:
+        """One row after the last: Weights & Biases drops rows of a step that it has already."""
+        shown = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
+        self._run.log(shown | dict(values))
+
     def close(self) -> None:
         self._run.finish(exit_code=self.exit_code)
         if self._quiet or self._run.disabled:

@@ -1,0 +1,42 @@
+"""What was learned before the first block: position embeddings and patch filters."""
+
+import numpy as np
+from jaxtyping import Float
+
+
+def similarity(posemb: Float[np.ndarray, "h w d"]) -> Float[np.ndarray, "h w h w"]:
+    """Cosine similarity of the position embedding of each patch with that of every other.
+
+    ViT paper, figure 7, centre. Entry (i, j) is the map of patch (i, j).
+    """
+    flat = np.asarray(posemb, np.float32).reshape(-1, posemb.shape[-1])
+    units = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    return (units @ units.T).reshape(*posemb.shape[:2], *posemb.shape[:2])
+
+
+def principal_components(
+    filters: Float[np.ndarray, "p p c d"], count: int = 28
+) -> tuple[Float[np.ndarray, "count p p c"], Float[np.ndarray, "count"]]:
+    """The first principal components of d patch filters, and the share of variance of each.
+
+    ViT paper, figure 7, left, which shows 28. A component has length 1; its largest entry is
+    positive, as its sign means nothing. There are never more than pixels or filters.
+    """
+    *patch, d = filters.shape
+    samples = np.asarray(filters, np.float32).reshape(-1, d).T
+    _, lengths, components = np.linalg.svd(samples - samples.mean(axis=0), full_matrices=False)
+    largest = np.take_along_axis(components, np.abs(components).argmax(1)[:, None], axis=1)
+    shares = lengths**2 / max(float((lengths**2).sum()), 1e-30)
+    return (components * np.sign(largest))[:count].reshape(-1, *patch), shares[:count]
+
+
+def mosaic(maps: Float[np.ndarray, "h w H W"], gap: int = 1) -> Float[np.ndarray, "M N"]:
+    """A map for each patch, placed where the patch is, `gap` empty (nan) pixels between them."""
+    padded = np.pad(
+        np.asarray(maps, np.float32),
+        ((0, 0), (0, 0), (0, gap), (0, gap)),
+        constant_values=np.nan,
+    )
+    h, w, height, width = padded.shape
+    whole = padded.transpose(0, 2, 1, 3).reshape(h * height, w * width)
+    return whole[: h * height - gap, : w * width - gap]

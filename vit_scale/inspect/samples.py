@@ -1,0 +1,71 @@
+"""Images to look at: some of a labelled set, or of a folder of any images."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vit_scale import paths
+from vit_scale.data import Source
+from vit_scale.errors import UserError
+from vit_scale.predict import read_image
+
+COUNT = 128  # images that attention distance is averaged over, as in the ViT paper's figure 7
+SHOWN = 8  # of them are shown
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+class Samples(NamedTuple):
+    """Images of one size, what each is called, and where they are from, for people."""
+
+    images: UInt8[np.ndarray, "b h w 3"]
+    names: tuple[str, ...]
+    source: str
+
+    def shown(self) -> "Samples":
+        """At most SHOWN of them, with as many different names as there are."""
+        first = [self.names.index(name) for name in dict.fromkeys(self.names)]
+        others = [i for i in range(len(self.names)) if i not in first]
+        chosen = sorted((spread(first, SHOWN) + others)[:SHOWN])
+        return Samples(self.images[chosen], tuple(self.names[i] for i in chosen), self.source)
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, from the first to the last, equally far apart."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[i] for i in places]
+
+
+def of_source(source: Source, count: int = COUNT) -> Samples:
+    """At most `count` images from all over a set, which may be stored class by class."""
+    batch = source.read(np.array(spread(range(len(source)), count)))
+    there = np.flatnonzero(batch["mask"])
+    names = tuple(source.classes[batch["label"][i]] for i in there)
+    return Samples(batch["image"][there], names, source.name)
+
+
+def of_folder(folder: str, size: tuple[int, int], count: int = COUNT) -> Samples:
+    """At most `count` images of a folder and its folders, at `size`: resized, the centre cut out.
+
+    Raises UserError where there is none, and for one that can't be decoded.
+    """
+    try:
+        files = spread(_image_files(paths.path(folder)), count)
+    except OSError as error:
+        raise UserError(f"--images {folder} can't be read: {error.strerror}") from error
+    if not files:
+        raise UserError(f"--images {folder} has no image ({', '.join(ENDINGS)})")
+    images = np.stack([read_image(file, size) for file in files])
+    return Samples(images, tuple(file.stem for file in files), folder)
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = []
+    for name, is_folder in paths.entries(folder):
+        if is_folder:
+            found += _image_files(folder / name)
+        elif name.lower().endswith(ENDINGS):
+            found.append(folder / name)
+    return found
