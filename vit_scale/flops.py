@@ -24,7 +24,14 @@ PEAK = {
 
 
 def forward_macs(
-    grid: tuple[int, int], patch: int, d: int, depth: int, f: int, classes: int, pool: str
+    grid: tuple[int, int],
+    patch: int,
+    d: int,
+    depth: int,
+    f: int,
+    classes: int,
+    pool: str,
+    representation: int = 0,
 ) -> int:
     """Multiply-accumulates of one image's forward pass.
 
@@ -36,6 +43,7 @@ def forward_macs(
       f: MLP width.
       classes: outputs of the head; 0: no head.
       pool: cls (one more token) | gap | map (attention pooling, its MLP as wide as the blocks').
+      representation: width of the layer before the head; 0: none.
     """
     patches = grid[0] * grid[1]
     n = patches + (pool == "cls")
@@ -43,7 +51,8 @@ def forward_macs(
     block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * f  # q k v out; scores and values; MLP
     # One query: its q and out, every token's k and v, then one token's MLP.
     pooling = (2 + 2 * n) * d * d + 2 * n * d + 2 * d * f if pool == "map" else 0
-    return embed + depth * block + pooling + d * classes
+    head = (d + classes) * representation if representation else d * classes
+    return embed + depth * block + pooling + head
 
 
 def training_flops(macs: int) -> int:

@@ -50,6 +50,7 @@ class Shape:
     patch: int
     grid: tuple[int, int]
     pool: str
+    representation: int = 0
 
     @property
     def tokens(self) -> int:
@@ -89,10 +90,15 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
             )
     if cfg.logits != "float32" and cfg.attention != "xla":
         raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
+    if cfg.representation < 0 or cfg.norm_epsilon <= 0:
+        raise UserError(
+            f"model.representation={cfg.representation} must be at least 0, and "
+            f"model.norm_epsilon={cfg.norm_epsilon} above 0"
+        )
     for field in ("dropout", "drop_path"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")
-    return Shape(size, patch, grid, cfg.pool)
+    return Shape(size, patch, grid, cfg.pool, cfg.representation)
 
 
 def _as_is(x: Array) -> Array:
@@ -132,8 +138,10 @@ class ViT(nnx.Module):
         self.norm = layer_norm(cfg, size, rngs)
         if cfg.pool == "map":
             self.pool = AttentionPool(cfg, size, rngs)
-        zeros = nnx.initializers.zeros_init()
-        self.head = nnx.Linear(size.width, cfg.classes, kernel_init=zeros, rngs=rngs)
+        if cfg.representation:
+            self.representation = nnx.Linear(size.width, cfg.representation, rngs=rngs)
+        zeros, width = nnx.initializers.zeros_init(), cfg.representation or size.width
+        self.head = nnx.Linear(width, cfg.classes, kernel_init=zeros, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "b H W 3"], key: Array | None = None
@@ -151,7 +159,10 @@ class ViT(nnx.Module):
                 x = x.mean(axis=1)
             case "map":
                 x = self.pool(x, pool_key)
-        return self.head(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        if self.shape.representation:
+            x = jnp.tanh(self.representation(x))
+        return self.head(x)
 
     def tokens(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b n d"]:
         """Patches with their positions, row by row, after [CLS] where there is one."""

@@ -61,7 +61,8 @@ def training_flops(model: Model, classes: int) -> int:
     size = shape.size
     return flops.training_flops(
         flops.forward_macs(
-            shape.grid, shape.patch, size.width, size.depth, size.mlp, classes, shape.pool
+            *(shape.grid, shape.patch, size.width, size.depth, size.mlp, classes, shape.pool),
+            shape.representation,
         )
     )
 
