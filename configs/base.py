@@ -135,6 +135,7 @@ def mesh() -> dict:
 def init() -> dict:
     return {
         "source": "",  # run, RUN/checkpoints/STEP, or others' weights to start from; empty: random
+        "instead": "",  # config that pretrains such a model, named where source can't be fetched
         "dialect": "",  # of a source that is no run: timm, ...; empty: recognised from its names
         "head": "auto",  # auto (the source's where the classes agree) | keep | new
         "resample": "cubic",  # positions to a new grid: cubic (timm) | corners (Google's ViT)

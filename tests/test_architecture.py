@@ -29,7 +29,7 @@ LAYERS = (
     {"objectives", "optim", "data", "checkpoint", "run", "watch"},
     {"pretrained", "program", "tracking", "report", "divergence"},
     {"state", "evaluate", "predict", "verify"},
-    {"train", "inspect", "plan"},
+    {"train", "inspect", "plan", "export"},
     {"stages"},
     {"__init__"},
     {"cli"},
@@ -44,6 +44,7 @@ HOMES = {
     "clu.metrics": ("clu", {"metrics"}),
     "clu.parameter_overview": ("clu", {"tracking"}),
     "etils": ("etils", {"paths"}),
+    "flatbuffers": ("flatbuffers", {"export"}),  # jax.export needs it, and doesn't require it
     "flax": ("flax", {"layers", "model"}),
     "flax.struct": ("flax", {"metrics"}),  # a clu.metrics.Collection is declared with it
     "fsspec": ("fsspec", {"paths"}),
@@ -56,7 +57,9 @@ HOMES = {
     "optax": ("optax", {"optim", "objectives"}),
     "orbax": ("orbax-checkpoint", {"checkpoint"}),
     "PIL": ("pillow", {"data"}),
+    "safetensors": ("safetensors", {"pretrained"}),
     "tensorboardX": ("tensorboardX", {"tracking"}),
+    "torch": ("torch", {"pretrained"}),  # where it is there: PyTorch's pickles
     "tqdm": ("tqdm", set()),
     "wandb": ("wandb", {"tracking"}),
 }
@@ -215,7 +218,9 @@ def test_what_is_imported_is_what_is_installed():
     """A missing requirement breaks only on a fresh machine; a superfluous one costs everybody."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
-    assert declared == {distribution for distribution, _ in HOMES.values()}
+    optional = {line for line in project["optional-dependencies"]["peers"] if line in HOMES}
+    assert optional == {"torch"}
+    assert declared == {distribution for distribution, _ in HOMES.values()} - optional
 
 
 def test_launch_needs_only_the_standard_library():
@@ -255,7 +260,7 @@ PLANTED = {
     "vit_scale/data/cifar.py": "from vit_scale.data.sources import Source\nimport grain\n",
     "vit_scale/optim.py": "from vit_scale import data\nfrom ml_collections import ConfigDict\n",
     "vit_scale/mesh.py": "from ml_collections import config_flags\nfrom . import errors\n",
-    "vit_scale/novel.py": "def f():\n    import torch\n",
+    "vit_scale/novel.py": "def f():\n    import scipy\n",
     "launch/tpu.py": "import json, jax\nfrom launch.states import State\nimport vit_scale\n",
     "launch/states.py": "def f():\n" + "    1\n" * 60,
 }
@@ -280,7 +285,7 @@ def test_planted_mistakes_are_found(planted):
     assert away_from_home(planted) == [
         "vit_scale/mesh.py:1: ml_collections.config_flags may be imported in cli, config only",
         "vit_scale/model.py:1: wandb may be imported in tracking only",
-        "vit_scale/novel.py:2: give torch a home in HOMES",
+        "vit_scale/novel.py:2: give scipy a home in HOMES",
     ]
     assert not_standard_library(planted) == [
         "launch/tpu.py:1: jax is not in the standard library",

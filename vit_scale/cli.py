@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("verify", verify, "read every checkpoint of a run, and compare it with its manifest")
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-
+    add_weight_verbs(verb)
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
 
@@ -111,6 +111,22 @@ def join_hosts(args) -> None:
 
     hosts.join(args.coordinator, args.processes, args.process, args.wait)
     args.quiet = getattr(args, "quiet", False) or not hosts.is_first()
+
+
+def add_weight_verbs(verb) -> None:
+    sub = verb("convert", convert, "make a run of weights that were trained elsewhere")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help=".npz, .safetensors, .pth, or a Hugging Face folder; on disk, gs:// or https://",
+    )
+    sub.add_argument("out", metavar="OUT", help="the new run's folder")
+    sub.epilog = "--config.data.resolution=384 resamples positions; --config.init.dialect=timm"
+
+    sub = verb("export", export, "write a run's model for others: timm, transformers, Google, jax")
+    sub.add_argument("run", metavar="RUN", help="a run's folder, or RUN/checkpoints/STEP")
+    sub.add_argument("--format", required=True, help="safetensors-timm, safetensors-hf, npz or jax")
+    sub.add_argument("--out", required=True, metavar="PATH", help="a folder; for npz, jax a file")
 
 
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:
@@ -171,10 +187,10 @@ def evaluate(args, overrides: Sequence[str]) -> None:
 
 
 def predict(args, overrides: Sequence[str]) -> None:
-    from vit_scale.predict import Predictor
+    from vit_scale.predict import load
 
     refuse(overrides, "predict")
-    predictor = Predictor(args.run)
+    predictor = load(args.run)
     found = {image: predictor.top(image) for image in args.images}
     if args.json:
         print(json.dumps({image: dict(top) for image, top in found.items()}))
@@ -241,6 +257,20 @@ def verify(args, overrides: Sequence[str]) -> None:
             f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training goes "
             "on from the newest whole checkpoint"
         )
+
+
+def convert(args, overrides: Sequence[str]) -> None:
+    from vit_scale import pretrained
+
+    made, rows = pretrained.convert(args.source, args.out, overrides)
+    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {made.cfg.model.variant}"]))
+
+
+def export(args, overrides: Sequence[str]) -> None:
+    from vit_scale.export import export
+
+    refuse(overrides, "export")
+    print("\n".join(export(args.run, args.format, args.out)))
 
 
 def download_data(args, overrides: Sequence[str]) -> None:
