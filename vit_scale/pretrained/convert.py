@@ -5,11 +5,12 @@ import os
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from vit_scale import config, paths
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
-from vit_scale.model import build
+from vit_scale.model import Model, build
 from vit_scale.pretrained.adapt import Placement, adapt, agree
 from vit_scale.pretrained.foreign import Hints, numbered
 from vit_scale.pretrained.runs import Pretrained, read
@@ -46,7 +47,7 @@ def convert(
     model = build(cfg.model, config.image_size(cfg))
     params, rows = adapt(
         given.params,
-        jax.jit(model.init)(jax.random.key(0)),
+        _fresh(model, cfg.model.representation != given.cfg.model.representation),
         cfg.init.resample,
         agree(given.classes, classes, cfg.init.head),
     )
@@ -59,3 +60,11 @@ def convert(
     with Run(workdir, about), Checkpoints(workdir) as checkpoints:
         checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, about)
     return Pretrained(cfg, model, params, classes, 0, workdir, given.lines), rows
+
+
+def _fresh(model: Model, drawn: bool) -> dict:
+    """Parameters of which only a new head is used, which is zero, unless it has hidden layers."""
+    if drawn:
+        return jax.jit(model.init)(jax.random.key(0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)

@@ -78,8 +78,9 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
     with _about(file):
         cfg = configure(dialect, arrays, known, hints)
         model = build(cfg.model, config.image_size(cfg))
-        _check(dialect, arrays, model)
-        params = _params(dialect, arrays, model)
+        shapes = jax.eval_shape(lambda key: unstack(model.init(key)), jax.random.key(0))
+        _check(dialect, arrays, model, shapes)
+        params = _params(dialect, arrays, model, shapes)
     if dialect.table and POSITIONS not in _names(dialect, arrays):
         grid = " x ".join(map(str, model.shape.grid))
         lines.append(f"no positions are stored: they are the fixed table, of {grid} patches")
@@ -205,9 +206,10 @@ def _heads(
     )
 
 
-def _check(dialect: Dialect, arrays: Arrays, model: Model) -> None:
+def _check(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict) -> None:
     """Raises UserError, in the file's names, unless these are the arrays of such a model."""
-    expected = {name: array.shape for name, array in _expected(dialect, arrays, model).items()}
+    whole = _expected(dialect, arrays, model, named(shapes))
+    expected = {name: array.shape for name, array in whole.items()}
     missing = sorted(expected.keys() - arrays)
     extra = sorted(arrays.keys() - expected)
     wrong = [
@@ -223,9 +225,8 @@ def _check(dialect: Dialect, arrays: Arrays, model: Model) -> None:
         )
 
 
-def _expected(dialect: Dialect, arrays: Arrays, model: Model) -> Arrays:
+def _expected(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict) -> Arrays:
     """Arrays of the shapes that such a model has in the file, which take no memory."""
-    shapes = named(_shapes(model))
     there = _names(dialect, arrays)
     optional = {"head/kernel", "head/bias", *([POSITIONS] if dialect.table else [])} - there
     ours = {
@@ -241,8 +242,8 @@ def _expected(dialect: Dialect, arrays: Arrays, model: Model) -> Arrays:
     return expected
 
 
-def _params(dialect: Dialect, arrays: Arrays, model: Model) -> dict:
-    """Our tree of parameters, with stacked blocks."""
+def _params(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict) -> dict:
+    """Our tree of parameters, with stacked blocks; `shapes` has them unrolled."""
     size, grid = model.shape.size, model.shape.grid
     ours = read(dialect, arrays, size.depth, size.heads)
     if POSITIONS in ours:
@@ -253,16 +254,10 @@ def _params(dialect: Dialect, arrays: Arrays, model: Model) -> dict:
     elif dialect.table:
         table = sincos2d(grid, size.width, dialect.table(size.width))
         ours[POSITIONS] = np.asarray(table)
-    shapes = _shapes(model)
     leaves = [
         ours.get(name, np.zeros(leaf.shape, np.float32)) for name, leaf in named(shapes).items()
     ]
     return stack(jax.tree.unflatten(jax.tree.structure(shapes), leaves))
-
-
-def _shapes(model: Model) -> dict:
-    """Our tree of parameters, with unrolled blocks, of their shapes."""
-    return jax.eval_shape(lambda key: unstack(model.init(key)), jax.random.key(0))
 
 
 def _some(names: Sequence[str]) -> str:
