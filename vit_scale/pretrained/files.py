@@ -92,8 +92,9 @@ def _read_pytorch(file: pathlib.Path) -> dict[str, np.ndarray]:
             f"torch, or {SAFE}"
         ) from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        # Opened here: by a name that ends in .safetensors torch would believe the ending.
+        with file.open("rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
