@@ -180,6 +180,10 @@ def test_config_json_that_says_otherwise(tmp_path):
     refused(folder, "2 classes are named beside a head of 5")
     says(image_size=20)
     assert pretrained.read(folder).model.shape.grid == (3, 3), "the arrays decide"
+    says(num_attention_heads="many")
+    refused(folder, "is not as Hugging Face transformers writes it")
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    refused(folder, "is not as Hugging Face transformers writes it", "num_attention_heads")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json can't be read")
     (folder / "config.json").write_text("[]")

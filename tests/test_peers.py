@@ -87,11 +87,10 @@ def same_bits(left, right) -> None:
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def there_and_back(source: pathlib.Path, folder: pathlib.Path, size: str | None):
-    """The source as a run; each format that it goes out in comes back bit for bit."""
-    heads = () if size else (f"model.heads={TINY[2]}",)
-    made, _ = convert(source, folder / "run", heads)
-    return made
+def converted(source: pathlib.Path, folder: pathlib.Path, size: str | None, *overrides: str):
+    """The source as a run."""
+    heads = f"model.heads={numbers(size)[2]}"
+    return convert(source, folder / "run", [heads, *overrides])[0]
 
 
 @SIZE
@@ -116,7 +115,7 @@ def test_timm(size, kind, tmp_path):
     close(given, images, theirs(model, images), f"timm {kind} {size}")
     if kind == "deit.pth":
         return
-    made = there_and_back(file, tmp_path, size)
+    made = converted(file, tmp_path, size)
     export(tmp_path / "run", "safetensors-timm", tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     close(made, images, theirs(loaded, images), f"timm {kind} {size}, exported")
@@ -134,9 +133,7 @@ def test_timm_at_another_resolution(size, tmp_path):
     state["pos_embed"] = timm.layers.resample_abs_pos_embed(state["pos_embed"], new_size=grid)
     larger.load_state_dict(state)
     images = random_images(side)
-    made, _ = convert(
-        file, tmp_path / "run", [f"data.resolution={side}", f"model.heads={numbers(size)[2]}"]
-    )
+    made = converted(file, tmp_path, size, f"data.resolution={side}")
     close(made, images, theirs(larger, images), f"timm {size} at {side} px")
 
 
@@ -151,7 +148,7 @@ def test_huggingface(size, tmp_path):
     model = randomised(transformers.ViTForImageClassification(cfg))
     model.save_pretrained(tmp_path / "saved")
     images = random_images(side)
-    made = there_and_back(tmp_path / "saved", tmp_path, None if size is None else size)
+    made = converted(tmp_path / "saved", tmp_path, size)
     close(made, images, theirs(model, images), f"Hugging Face {size}")
     export(tmp_path / "run", "safetensors-hf", tmp_path / "out")
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()

@@ -14,7 +14,7 @@ from jax import export as jax_export
 
 from vit_scale import paths
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.model import named, unstack
+from vit_scale.model import Shape, named, unstack
 from vit_scale.posemb import sincos2d
 from vit_scale.predict import load
 from vit_scale.pretrained import Pretrained, about, dialects, files, read, rules
@@ -49,7 +49,7 @@ def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[st
 
 
 def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
-    given = _with_head(run)
+    given = _vit(run)
     arrays = _arrays(given, dialects.TIMM)
     content = about.timm(given.cfg, given.classes)
     _write_folder(folder, arrays, {"config.json": content})
@@ -63,7 +63,7 @@ def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
 
 
 def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
-    given = _with_head(run)
+    given = _vit(run)
     if given.cfg.model.pool != "cls":
         raise UserError(f"transformers' ViT has pool=cls only, this is {given.cfg.model.pool}")
     arrays = _arrays(given, dialects.HUGGINGFACE)
@@ -76,7 +76,7 @@ def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
 
 
 def _npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
-    given = _with_head(run)
+    given = _vit(run)
     if file.suffix != ".npz":
         raise UserError(f"--out {file}: the name of a .npz file ends so")
     dialect = dialects.BIG_VISION if given.cfg.model.pool == "map" else dialects.GOOGLE
@@ -114,8 +114,11 @@ FORMATS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
 }
 
 
-def _with_head(run: str | os.PathLike) -> Pretrained:
+def _vit(run: str | os.PathLike) -> Pretrained:
+    """The model of a run, if it is a ViT with a head."""
     given = read(run)
+    if not isinstance(given.model.shape, Shape):
+        raise UserError(f"{run} is no ViT but {given.cfg.model.variant}: it goes out as jax only")
     if not given.classes:
         raise UserError(f"{run} has no head to export")
     return given

@@ -14,6 +14,7 @@ from vit_scale.config import image_size
 from vit_scale.data.download import Unreachable
 from vit_scale.errors import UserError
 from vit_scale.mesh import place
+from vit_scale.model import Shape
 from vit_scale.program import Program, TrainState
 
 
@@ -43,10 +44,11 @@ def _placed(program: Program, step: int, trees: dict) -> TrainState:
 def read_source(program: Program) -> pretrained.Pretrained:
     """What `init.source` names. Raises UserError, with the way round where it can't be fetched."""
     cfg = program.cfg
-    heads, image = program.model.shape.size.heads, image_size(cfg)
+    shape = program.model.shape
+    heads = shape.size.heads if isinstance(shape, Shape) else None
     try:
         return pretrained.read(
-            cfg.init.source, pretrained.Hints(cfg.init.dialect, heads=heads, image=image)
+            cfg.init.source, pretrained.Hints(cfg.init.dialect, heads, image_size(cfg))
         )
     except Unreachable as error:
         if not cfg.init.instead:

@@ -41,7 +41,19 @@ class About(NamedTuple):
 
 
 def read(dialect: Dialect, file: pathlib.Path) -> About:
-    """What stands beside a file of weights. Raises UserError for a model that is no plain ViT."""
+    """What stands beside a file of weights.
+
+    Raises UserError for a model that is no plain ViT, and where it is not as the dialect writes it.
+    """
+    try:
+        return _read(dialect, file)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file}: what stands beside it is not as {dialect.text} writes it: {error!r}"
+        ) from error
+
+
+def _read(dialect: Dialect, file: pathlib.Path) -> About:
     own = read_json(file.with_suffix(".json")) if file.suffix == ".npz" else {}
     if own:
         return About(own["model"], _pixels(own), tuple(own["classes"]), tuple(own["image"]))
@@ -77,7 +89,7 @@ def _read_timm(content: dict) -> About:
     arguments, trained = content.get("model_args", {}), content.get("pretrained_cfg", {})
     model: dict[str, Any] = {}
     if "num_heads" in arguments:
-        model["heads"] = arguments["num_heads"]
+        model["heads"] = int(arguments["num_heads"])
     if "act_layer" in arguments:
         model |= _gelu(arguments["act_layer"], "config.json")
     pool = arguments.get("global_pool", content.get("global_pool"))
@@ -90,7 +102,10 @@ def _read_timm(content: dict) -> About:
 
 def _read_huggingface(file: pathlib.Path, content: dict) -> About:
     pixels = read_json(file.parent / "preprocessor_config.json")
-    model = {"heads": content["num_attention_heads"], "norm_epsilon": content["layer_norm_eps"]}
+    model = {
+        "heads": int(content["num_attention_heads"]),
+        "norm_epsilon": float(content["layer_norm_eps"]),
+    }
     model |= _gelu(content.get("hidden_act", "gelu"), "config.json")
     size = content["image_size"]
     size = (size, size) if isinstance(size, int) else tuple(size)

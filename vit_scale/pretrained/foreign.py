@@ -102,8 +102,8 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
 def _about(file: pathlib.Path) -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+    except (UserError, TypeError) as error:  # a TypeError: a field of another type
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def numbered(count: int) -> tuple[str, ...]:
