@@ -263,7 +263,9 @@ def convert(args, overrides: Sequence[str]) -> None:
     from vit_scale import pretrained
 
     made, rows = pretrained.convert(args.source, args.out, overrides)
-    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {made.cfg.model.variant}"]))
+    shape, classes = made.model.shape, len(made.classes)
+    text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
+    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {text}"]))
 
 
 def export(args, overrides: Sequence[str]) -> None:

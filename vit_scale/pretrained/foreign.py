@@ -202,7 +202,7 @@ def _heads(
             return usual.heads
     raise UserError(
         f"width {size[0]}, depth {size[1]} and MLP {size[2]} are no usual size, and nothing tells "
-        "how many heads there are: give --config.model.heads"
+        "how many heads there are: give --config.model.heads to train or convert"
     )
 
 
