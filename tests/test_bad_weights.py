@@ -147,9 +147,9 @@ def test_a_missing_array(tmp_path):
 
 
 def test_an_extra_array(tmp_path):
-    extra = {"blocks.0.ls1.gamma": np.ones(12, "f"), "dist_token": np.ones((1, 1, 12), "f")}
+    extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "dist_token": np.ones((1, 1, 12), "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
-    refused(file, "no place for: blocks.0.ls1.gamma, dist_token")
+    refused(file, "no place for: blocks.0.q_norm.bias, dist_token")
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **{"fc_norm.bias": np.ones(12)})
     refused(file, "no place for: fc_norm.bias")
 

@@ -7,6 +7,7 @@ dialect is tested where that code is absent; test_peers.py asks it itself.
 import functools
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ CASES = {  # file: (dialect, fields of the model block that it must come to)
     "timm.safetensors": ("timm", {"pool": "cls", "gelu": "exact", "norm_epsilon": 1e-6}),
     "timm-gap.safetensors": ("timm", {"pool": "gap"}),
     "timm-map.safetensors": ("timm", {"pool": "map"}),
+    "timm-deit3.safetensors": ("timm", {"pool": "cls"}),
     "huggingface": ("huggingface", {"pool": "cls", "gelu": "exact", "norm_epsilon": 1e-12}),
 }
 NAMES = ("ant", "bee", "cat", "dog", "eel")  # of the golden folder of Hugging Face
@@ -106,7 +108,7 @@ def test_the_logits_are_those_of_the_code_it_comes_from(case):
     assert given.model.shape.size.heads == 3 and given.model.shape.grid == (3, 3)
 
 
-@pytest.mark.parametrize("case", ["timm", "timm-gap", "timm-map"])
+@pytest.mark.parametrize("case", ["timm", "timm-gap", "timm-map", "timm-deit3"])
 def test_at_another_resolution_as_timm_resamples(case):
     given = golden(f"{case}.safetensors")
     model = build(given.cfg.model, (20, 20))
@@ -153,6 +155,22 @@ def test_positions_without_a_row_for_cls(tmp_path):
     same_bits(given.params, golden("timm.safetensors").params)
 
 
+def test_layer_scale_is_multiplied_into_the_layers_before_it(tmp_path):
+    """And by DeiT III's own names of it."""
+    line = "LayerScale is multiplied into the layers before it: 4 arrays"
+    given = golden("timm-deit3.safetensors")
+    assert given.lines[1] == line and golden("timm.safetensors").lines[1] != line
+    arrays = files.read(GOLDEN / "timm-deit3.safetensors")
+    renamed = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): x for name, x in arrays.items()}
+    assert "blocks.1.gamma_2" in renamed
+    files.write_safetensors(tmp_path / "x.safetensors", renamed)
+    same_bits(pretrained.read(tmp_path / "x.safetensors", HEADS).params, given.params)
+    renamed["blocks.1.gamma_2"] = np.ones(3, np.float32)
+    files.write_safetensors(tmp_path / "x.safetensors", renamed)
+    message = refusal(pretrained.read, tmp_path / "x.safetensors", HEADS)
+    assert "blocks.1.ls2.gamma has the wrong shape" in message
+
+
 def test_half_precision_is_read(tmp_path):
     """.npz has no bfloat16: numpy writes two bytes of nothing in particular."""
     arrays = files.read(GOLDEN / "google.npz")
@@ -186,9 +204,9 @@ def test_other_spellings_are_the_same_model(tmp_path):
     respelt = {respelled(name): array for name, array in arrays.items()}
     assert "module.layers.1.mlp.fc2.bias" in respelt
     files.write_safetensors(tmp_path / "x.safetensors", respelt)
-    same_bits(
-        pretrained.read(tmp_path / "x.safetensors", HEADS).params, golden("huggingface").params
-    )
+    given = pretrained.read(tmp_path / "x.safetensors", HEADS)
+    same_bits(given.params, golden("huggingface").params)
+    assert given.cfg.model.norm_epsilon == 1e-12, "with no config.json beside it"
 
 
 def test_the_dialect_can_be_forced():

@@ -213,7 +213,7 @@ def write_timm(case: str, **options) -> None:
     larger = timm.create_model(
         "vit_tiny_patch16_224", **{**TIMM, "img_size": LARGER}, **options
     ).eval()
-    prefix = model.num_prefix_tokens
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     state["pos_embed"] = resample_abs_pos_embed(
         state["pos_embed"], new_size=[5, 5], num_prefix_tokens=prefix
     )
@@ -259,6 +259,7 @@ def main() -> None:
     write_timm("timm-gap", class_token=False, global_pool="avg", fc_norm=False)
     write_timm("timm-map", class_token=False, global_pool="map")
     write_huggingface("huggingface")
+    write_timm("timm-deit3", init_values=1.0, no_embed_class=True)
     np.savez_compressed(FOLDER / "expected.npz", **EXPECTED)
     for file in sorted(FOLDER.rglob("*.*")):
         print(f"{file.relative_to(FOLDER)}: {file.stat().st_size:,} bytes")

@@ -26,7 +26,7 @@ GELUS = {  # in transformers and timm
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}  # in timm
 # What a ViT may be in a model's config: what else is set there makes another function.
 PLAIN: dict[str, dict[str, Any]] = {
-    TIMM.name: {"fc_norm": False, "qk_norm": False, "init_values": None, "reg_tokens": 0},
+    TIMM.name: {"fc_norm": False, "qk_norm": False, "reg_tokens": 0},
     HUGGINGFACE.name: {"num_channels": 3},
 }
 
@@ -102,7 +102,7 @@ def _read_timm(content: dict) -> About:
 
 def _read_huggingface(file: pathlib.Path, content: dict) -> About:
     pixels = read_json(file.parent / "preprocessor_config.json")
-    model = {
+    model: dict[str, Any] = {
         "heads": int(content["num_attention_heads"]),
         "norm_epsilon": float(content["layer_norm_eps"]),
     }

@@ -31,6 +31,7 @@ from vit_scale.pretrained.rules import (
     Dialect,
     read,
     rules_of,
+    scaled,
     spelled,
     write,
 )
@@ -76,6 +77,9 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
         lines.append(f"left aside, no parameters: {_some(elsewhere)}")
     known = about.read(dialect, file)
     with _about(file):
+        arrays, scales = scaled(dialect, arrays, _depth(dialect, arrays))
+        if scales:
+            lines.append(f"LayerScale is multiplied into the layers before it: {scales} arrays")
         cfg = configure(dialect, arrays, known, hints)
         model = build(cfg.model, config.image_size(cfg))
         shapes = jax.eval_shape(lambda key: unstack(model.init(key)), jax.random.key(0))
@@ -185,7 +189,7 @@ def _depth(dialect: Dialect, arrays: Mapping[str, Any]) -> int:
         if BLOCK in rule.theirs
     ]
     found = (re.fullmatch(pattern, name) for pattern in patterns for name in arrays)
-    return 1 + max(int(match[1]) for match in found if match)
+    return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
 def _heads(

@@ -76,6 +76,8 @@ class Dialect:
       fused: the first row of the positions is [CLS]'s, and is added to it.
       roots: prefixes under which the parameters may lie; nothing else is read then.
       aliases: (regular expression, replacement) that make other spellings the rules' names.
+      scales: (array of factors, prefix of the layer that they multiply the outputs of): LayerScale
+        (Touvron et al. 2021, arXiv 2103.17239), which is multiplied into that layer.
       stacked: (prefix with the axis of blocks in front, prefix of one block), if it is ever so.
       table: the temperature of the fixed positions of a model that stores none, as a function of
         its width; None where positions are always stored.
@@ -90,6 +92,7 @@ class Dialect:
     fused: bool = True
     roots: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    scales: tuple[tuple[str, str], ...] = ()
     stacked: tuple[str, str] | None = None
     table: Callable[[int], float] | None = None
 
@@ -126,6 +129,27 @@ def spelled(dialect: Dialect, arrays: Mapping[str, np.ndarray]) -> tuple[Arrays,
         else:
             found[name] = array
     return found, [name for name in arrays if not name.startswith(root)]
+
+
+def scaled(dialect: Dialect, arrays: Arrays, depth: int) -> tuple[Arrays, int]:
+    """The arrays with LayerScale's factors in the layers before them, and how many there were.
+
+    In float64: the function stays the same to a rounding of each parameter.
+    """
+    found, count = dict(arrays), 0
+    for scale, layer in dialect.scales:
+        for i in range(depth):
+            factors = found.pop(scale.replace(BLOCK, str(i)), None)
+            names = [f"{layer.replace(BLOCK, str(i))}.{end}" for end in ("weight", "bias")]
+            if factors is None or not all(name in found for name in names):
+                continue
+            count += 1
+            for name in names:
+                column = factors.reshape(-1, *[1] * (found[name].ndim - 1))
+                if column.shape[:1] != found[name].shape[:1]:
+                    raise UserError(f"{scale.replace(BLOCK, str(i))} has the wrong shape")
+                found[name] = (found[name] * column.astype(np.float64)).astype(np.float32)
+    return found, count
 
 
 def read(dialect: Dialect, arrays: Mapping[str, np.ndarray], depth: int, heads: int) -> Arrays:

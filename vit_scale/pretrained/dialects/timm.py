@@ -1,6 +1,7 @@
 """timm's VisionTransformer and DeiT's, which it began as: PyTorch's layouts, fused q, k and v.
 
-[CLS] has a position of its own, the first, except where the models say no_embed_class.
+[CLS] has a position of its own, the first, except where the models say no_embed_class, as DeiT III,
+whose LayerScale is multiplied into the layers before it.
 """
 
 from vit_scale.pretrained.rules import Dialect, Rule
@@ -59,4 +60,9 @@ TIMM = Dialect(
     rules=RULES,
     model={"gelu": "exact", "norm_epsilon": 1e-6},
     roots=("module.",),
+    aliases=((r"\.gamma_([12])$", r".ls\1.gamma"),),  # DeiT III's own code
+    scales=(
+        ("blocks.{i}.ls1.gamma", "blocks.{i}.attn.proj"),
+        ("blocks.{i}.ls2.gamma", "blocks.{i}.mlp.fc2"),
+    ),
 )
