@@ -344,7 +344,10 @@ def test_a_training_begins_with_them(capsys):
     assert "resampled 3 x 3 -> 5 x 5, cubic" in printed
     assert "left: it belongs to the old head" in printed
     assert "was trained with" not in printed
-    program.cfg.model.gelu = "exact"
+    program.cfg.init.dialect = "timm"
+    with pytest.raises(UserError, match="of another dialect than timm"):
+        check_source(program, ("cat", "dog", "eel", "fox"))
+    program.cfg.init.dialect, program.cfg.model.gelu = "", "exact"
     init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)
     line = "the source was trained with model.gelu=tanh; this config has exact"
     assert line in capsys.readouterr().out
