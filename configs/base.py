@@ -90,6 +90,8 @@ def model() -> dict:
         "remat": "none",  # what backward recomputes: none | full | a jax.checkpoint_policies name
         "logits": "float32",  # of attention's scores and softmax: float32 | bfloat16
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
+        "norm_epsilon": 1e-6,  # added to the variance in layer norms; 1e-12 in Hugging Face's ViT
+        "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none
         "attention": "xla",  # xla (vit_scale/attention.py) | cudnn
     }
 
@@ -145,7 +147,10 @@ def mesh() -> dict:
 
 def init() -> dict:
     return {
-        "source": "",  # run folder or RUN/checkpoints/STEP to start from; empty: random
+        "source": "",  # run, RUN/checkpoints/STEP, or others' weights to start from; empty: random
+        "instead": "",  # config that pretrains such a model, named where source can't be fetched
+        "dialect": "",  # of a source that is no run: timm, ...; empty: recognised from its names
+        "head": "auto",  # auto (the source's where the classes agree) | keep | new
         "resample": "cubic",  # positions to a new grid: cubic (timm) | corners (Google's ViT)
     }
 

@@ -1,13 +1,21 @@
 """ViT-Ti/16 on CIFAR-10 at 384 px, from a 224 px checkpoint: the ViT paper's fine-tuning.
 
+    vit-scale train --config vit_tiny_cifar
     vit-scale train --config vit_tiny_cifar --config.init.source=runs/vit_tiny_imagenet
 
 SGD with momentum, no weight decay, clip 1, batch 512, cosine over 10,000 steps with 500 of warm-up,
 a fresh zero head, pixels in [-1, 1], 2 % of the training set held out to choose the learning rate
-from .001, .003, .01, .03 (arXiv 2010.11929, appendix B.1.1). Result: not measured yet.
+from .001, .003, .01, .03 (arXiv 2010.11929, appendix B.1.1). The first command downloads
+AugReg's weights, of ImageNet-21k, that Steiner et al. 2021 (arXiv 2106.10270) recommend; the second
+continues your own pretraining. Result: not measured yet.
 """
 
 from vit_scale.config import base
+
+AUGREG = (
+    "https://storage.googleapis.com/vit_models/augreg/"
+    "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0.npz"
+)
 
 
 def get_config():
@@ -29,6 +37,10 @@ def get_config():
     cfg.model.logits = "bfloat16"
     cfg.model.gelu = "tanh"  # as Google's ViT
     cfg.model.scan = False  # as it was pretrained
+
+    cfg.init.source = AUGREG
+    cfg.init.instead = "vit_tiny_imagenet"
+    cfg.init.resample = "corners"  # as Google's ViT
 
     cfg.optim.name = "sgd"
     cfg.optim.lr = 0.01

@@ -133,6 +133,18 @@ def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_
         jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained.read(run).params)
 
 
+def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(bucket):
+    golden = pathlib.Path(__file__).with_name("golden") / "weights" / "huggingface"
+    for file in golden.iterdir():
+        paths.write(paths.path(f"{bucket}/weights/{file.name}"), file.read_bytes())
+    for source in (f"{bucket}/weights", f"{bucket}/weights/model.safetensors"):
+        given = pretrained.read(source)
+        assert given.classes == ("ant", "bee", "cat", "dog", "eel")
+        assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
+        here = pretrained.read(golden)
+        jax.tree.map(np.testing.assert_array_equal, given.params, here.params)
+
+
 def test_stages_begin_with_each_other_in_a_bucket(bucket, monkeypatch):
     """Not trained: the folders are handed on whole, with both slashes."""
     from vit_scale import stages

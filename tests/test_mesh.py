@@ -83,6 +83,7 @@ SPLIT = {  # on 2 x 2 x 2, with unrolled blocks; every other parameter is whole 
     "mlp/down/kernel": P("tensor", "fsdp"),
     "pool/out/kernel": P("tensor", None, "fsdp"),
     "head/kernel": P("fsdp"),
+    "representation/kernel": P("fsdp"),
 }
 
 
@@ -91,7 +92,7 @@ def expected(name):
 
 
 def test_every_unrolled_parameter():
-    found = specs(shapes(scan=False, pool="map"), abstract_of(2, 2, 2))
+    found = specs(shapes(scan=False, pool="map", representation=8), abstract_of(2, 2, 2))
     assert found == {name: expected(name) for name in found}
     used = {end for end in SPLIT for name in found if f"/{name}".endswith(f"/{end}")}
     assert used == SPLIT.keys()

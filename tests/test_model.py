@@ -109,6 +109,8 @@ def plain_logits(params, image, pool, patch):
         x = linear(part["out"], attend(q, k, v), "nke,ked->nd")
         x = x + mlp(part["mlp"], norm(part["norm"], x))
     x = x.mean(0) if pool == "gap" else x[0]
+    if "representation" in params:
+        x = np.tanh(linear(params["representation"], x, "d,dr->r"))
     return linear(params["head"], x, "d,dc->c")
 
 
@@ -241,6 +243,28 @@ def test_norm_divides_by_the_variance_plus_epsilon():
     np.testing.assert_allclose(
         layer(jnp.array([1e-3, -1e-3])), np.array([1, -1]) / 2**0.5, rtol=1e-3
     )
+
+
+def test_the_epsilon_of_the_norms_is_a_switch():
+    params, images = random_params(tiny_model()), pixels(2)
+    logits = [
+        jax.jit(tiny_model(f"model.norm_epsilon={epsilon}").apply)(params, images)
+        for epsilon in (1e-6, 1e-2)
+    ]
+    assert 1e-4 < np.abs(logits[0] - logits[1]).max() < 1
+
+
+def test_a_representation_is_a_tanh_layer_before_the_head():
+    """ViT paper, section 3.2: pretraining's head has one hidden layer."""
+    vit = tiny_model("model.representation=12")
+    found = {name: leaf.shape for name, leaf in shapes(vit).items()}
+    assert found["representation/kernel"] == (16, 12) and found["head/kernel"] == (12, 4)
+    params, images = random_params(vit), pixels(2)
+    expected = plain_vit(params, images, "cls", 8)
+    np.testing.assert_allclose(jax.jit(vit.apply)(params, images), expected, atol=1e-5)
+    sizes = ((2, 2), 8, 16, 2, 24, 4, "cls")
+    more = flops.forward_macs(*sizes, 12) - flops.forward_macs(*sizes)
+    assert more == 16 * 12 + 12 * 4 - 16 * 4
 
 
 def test_bfloat16_is_of_the_computation_only():
@@ -407,6 +431,8 @@ def test_unknown_remat_names_the_nearest():
         ("model.drop_path=-0.1", "model.drop_path=-0.1 must be at least 0 and below 1"),
         ("model.classes=0", "0 classes: each must be at least 1"),
         ("model.depth=0", "each must be at least 1"),
+        ("model.representation=-1", "model.representation=-1 must be at least 0"),
+        ("model.norm_epsilon=0.0", "model.norm_epsilon=0.0 above 0"),
     ],
 )
 def test_refusals(override, message):

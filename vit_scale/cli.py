@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("verify", verify, "read every checkpoint of a run, and compare it with its manifest")
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-
     add_inspect_flags(verb("inspect", inspect, "look inside runs, and compare them"))
+    add_weight_verbs(verb)
     add_data_verbs(verb("data", None, "download or pack image sets"))
     return top
 
@@ -135,6 +135,22 @@ def add_plan_flags(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
 
 
+def add_weight_verbs(verb) -> None:
+    sub = verb("convert", convert, "make a run of weights that were trained elsewhere")
+    sub.add_argument(
+        "source",
+        metavar="SOURCE",
+        help=".npz, .safetensors, .pth, or a Hugging Face folder; on disk, gs:// or https://",
+    )
+    sub.add_argument("out", metavar="OUT", help="the new run's folder")
+    sub.epilog = "--config.data.resolution=384 resamples positions; --config.init.dialect=timm"
+
+    sub = verb("export", export, "write a run's model for others: timm, transformers, Google, jax")
+    sub.add_argument("run", metavar="RUN", help="a run's folder, or RUN/checkpoints/STEP")
+    sub.add_argument("--format", required=True, help="safetensors-timm, safetensors-hf, npz or jax")
+    sub.add_argument("--out", required=True, metavar="PATH", help="a folder; for npz, jax a file")
+
+
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     verbs = sub.add_subparsers(dest="data_verb", metavar="VERB", required=True)
     text = "download a set, resuming and checking it"
@@ -193,10 +209,10 @@ def evaluate(args, overrides: Sequence[str]) -> None:
 
 
 def predict(args, overrides: Sequence[str]) -> None:
-    from vit_scale.predict import Predictor
+    from vit_scale.predict import load
 
     refuse(overrides, "predict")
-    predictor = Predictor(args.run)
+    predictor = load(args.run)
     found = {image: predictor.top(image) for image in args.images}
     if args.json:
         print(json.dumps({image: dict(top) for image, top in found.items()}))
@@ -277,6 +293,22 @@ def verify(args, overrides: Sequence[str]) -> None:
             f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training goes "
             "on from the newest whole checkpoint"
         )
+
+
+def convert(args, overrides: Sequence[str]) -> None:
+    from vit_scale import pretrained
+
+    made, rows = pretrained.convert(args.source, args.out, overrides)
+    shape, classes = made.model.shape, len(made.classes)
+    text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
+    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {text}"]))
+
+
+def export(args, overrides: Sequence[str]) -> None:
+    from vit_scale.export import export
+
+    refuse(overrides, "export")
+    print("\n".join(export(args.run, args.format, args.out)))
 
 
 def download_data(args, overrides: Sequence[str]) -> None:

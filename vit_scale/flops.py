@@ -36,6 +36,7 @@ def forward_macs(
     *,
     channels: int = 3,
     distilled: bool = False,
+    representation: int = 0,
 ) -> int:
     """Multiply-accumulates of one image's forward pass.
 
@@ -49,6 +50,7 @@ def forward_macs(
       pool: cls (one more token) | gap | map (attention pooling, its MLP as wide as the blocks').
       channels: of a pixel.
       distilled: whether there is a distillation token, and its head.
+      representation: width of the layer before the head; 0: none.
     """
     patches = grid[0] * grid[1]
     n = patches + (pool == "cls") + distilled
@@ -56,7 +58,8 @@ def forward_macs(
     block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * f  # q k v out; scores and values; MLP
     # One query: its q and out, every token's k and v, then one token's MLP.
     pooling = (2 + 2 * n) * d * d + 2 * n * d + 2 * d * f if pool == "map" else 0
-    return embed + depth * block + pooling + (1 + distilled) * d * classes
+    head = (d + classes) * representation if representation else d * classes
+    return embed + depth * block + pooling + head + distilled * d * classes
 
 
 def convolution_macs(out: tuple[int, int], side: int, channels: tuple[int, int]) -> int:

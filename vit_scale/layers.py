@@ -15,8 +15,6 @@ from ml_collections import ConfigDict
 
 from vit_scale.attention import attend, weights
 
-NORM_EPSILON = 1e-6
-
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -110,7 +108,9 @@ class MLP(nnx.Module):
 
 
 def layer_norm(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(size.width, epsilon=NORM_EPSILON, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+    return nnx.LayerNorm(
+        size.width, epsilon=cfg.norm_epsilon, dtype=jnp.dtype(cfg.dtype), rngs=rngs
+    )
 
 
 class Block(nnx.Module):

@@ -42,7 +42,7 @@ RULES = {
     r"mlp/down/kernel": ("tensor", "fsdp"),  # f d
     r"embed/kernel": (None, None, None, "fsdp"),  # p p 3 d
     r"posemb": (None, None, "fsdp"),  # h w d
-    r"head(_dist)?/kernel": ("fsdp", None),  # d c
+    r"(head(_dist)?|representation)/kernel": ("fsdp", None),  # d c
     r"(\w*conv\d*|convs/\d+)/kernel": (None, None, None, "fsdp"),  # p p i o
     r"dense/\d+/kernel": ("fsdp", None),  # i o
 }

@@ -53,6 +53,7 @@ class Shape:
     pool: str
     stem: convnets.Stem | None = None  # of a hybrid
     distilled: bool = False  # whether there is a distillation token
+    representation: int = 0  # width of the layer before the head; 0: none
 
     @property
     def tokens(self) -> int:
@@ -82,7 +83,7 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
             "tokens; at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
         )
     stem = convnets.stem(name, patch, size.width, image) if name else None
-    return Shape(size, patch, grid, cfg.pool, stem, cfg.distilled)
+    return Shape(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation)
 
 
 def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
@@ -109,6 +110,11 @@ def check_choices(cfg: ConfigDict) -> None:
         raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
     if cfg.logits != "float32" and cfg.attention != "xla":
         raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
+    if cfg.representation < 0 or cfg.norm_epsilon <= 0:
+        raise UserError(
+            f"model.representation={cfg.representation} must be at least 0, and "
+            f"model.norm_epsilon={cfg.norm_epsilon} above 0"
+        )
     for field in ("dropout", "drop_path"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")
@@ -157,8 +163,10 @@ class ViT(nnx.Module):
         self.norm = layer_norm(cfg, size, rngs)
         if cfg.pool == "map":
             self.pool = AttentionPool(cfg, size, rngs)
-        zeros = nnx.initializers.zeros_init()
-        self.head = nnx.Linear(size.width, cfg.classes, kernel_init=zeros, rngs=rngs)
+        if cfg.representation:
+            self.representation = nnx.Linear(size.width, cfg.representation, rngs=rngs)
+        zeros, width = nnx.initializers.zeros_init(), cfg.representation or size.width
+        self.head = nnx.Linear(width, cfg.classes, kernel_init=zeros, rngs=rngs)
         if cfg.distilled:
             self.head_dist = nnx.Linear(size.width, cfg.classes, kernel_init=zeros, rngs=rngs)
 
@@ -190,7 +198,10 @@ class ViT(nnx.Module):
                 x = x.mean(axis=1)
             case "map":
                 x = self.pool(x, pool_key)
-        logits = self.head(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        if self.shape.representation:
+            x = jnp.tanh(self.representation(x))
+        logits = self.head(x)
         if not self.shape.distilled:
             return logits, logits
         return logits, self.head_dist(tokens[:, 1].astype(jnp.float32))

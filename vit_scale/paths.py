@@ -221,11 +221,18 @@ def write(place: pathlib.Path, data: bytes, ending: str = ".partial") -> None:
     if in_bucket(place):
         place.write_bytes(data)
         return
+    with whole(place, ending) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole(place: pathlib.Path, ending: str = ".partial") -> Iterator[pathlib.Path]:
+    """A path on disk to write to, which gets the name `place` if nothing is raised."""
     temporary = place.with_name(place.name + ending)
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, place)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -238,8 +245,13 @@ def local(place: pathlib.Path) -> pathlib.Path:
     """
     if not in_bucket(place):
         return place
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache.joinpath("vit_scale", "gs", *str(place).removeprefix(SCHEME).split("/"))
+    return cache("gs", *str(place).removeprefix(SCHEME).split("/"))
+
+
+def cache(*parts: str) -> pathlib.Path:
+    """A place below XDG_CACHE_HOME/vit_scale, or ~/.cache/vit_scale."""
+    top = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return top.joinpath("vit_scale", *parts)
 
 
 class Appended:

@@ -1,41 +1,60 @@
 """Use a trained model: images in, class probabilities out, preprocessed as in its evaluation."""
 
+import dataclasses
+import functools
+import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
 
 from vit_scale import paths, pretrained
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
 from vit_scale.data.images import Corrupt, decode
 from vit_scale.errors import UserError
+from vit_scale.model import Model
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """The model of a run's folder (or of a step in it) as a function of uint8 images.
+    """A trained model as a function of uint8 images.
 
-    `classes` are the names of its outputs, `cfg` its config, `params` its parameters, `step` where
-    they are from, `size` the (height, width) that it sees. Raises UserError for what is no run.
+    Args:
+      model: its two pure functions.
+      params: its parameters; the average, where the run kept one.
+      cfg: the config that it was trained with.
+      classes: the names of its outputs.
+      step: where in its training the parameters are from; 0 for weights of others.
+      size: (height, width) in pixels that it sees.
     """
 
-    def __init__(self, source: str | pathlib.Path):
-        given = pretrained.read(source)
-        self.cfg, self.params = given.cfg, given.params
-        self.classes, self.step = given.classes, given.step
-        self.size = image_size(self.cfg)
+    model: Model
+    params: dict = dataclasses.field(repr=False)
+    cfg: ConfigDict = dataclasses.field(repr=False)
+    classes: tuple[str, ...] = dataclasses.field(repr=False)
+    step: int
+    size: tuple[int, int]
 
-        def probabilities(params, images):
-            images = eval_images(images, self.cfg.augment, self.size)
-            return jax.nn.softmax(given.model.apply(params, images))
+    def preprocess(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
+        """What the model sees of images of any one size: resized as in evaluation, normalised."""
+        return eval_images(images, self.cfg.augment, self.size)
 
-        self._probabilities = jax.jit(probabilities)
+    def probabilities(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b c"]:
+        """The whole function, to be compiled or exported."""
+        return jax.nn.softmax(self.model.apply(params, self.preprocess(images)))
+
+    @functools.cached_property
+    def _compiled(self) -> Callable:
+        return jax.jit(self.probabilities)
 
     def __call__(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b c"]:
         """Probabilities of the classes; images of any size are resized as in evaluation."""
-        return np.asarray(self._probabilities(self.params, jnp.asarray(images)))
+        return np.asarray(self._compiled(self.params, jnp.asarray(images)))
 
     def top(self, image: str | pathlib.Path, k: int = 5) -> list[tuple[str, float]]:
         """The k likeliest (class, probability) of an image file, the likeliest first.
@@ -57,6 +76,14 @@ def read_image(file: str | pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndar
         raise UserError(f"image {file} can't be decoded: {error}") from error
 
 
-def load(source: str | pathlib.Path) -> Predictor:
-    """`load("runs/vit_small_cifar")`: the model, its preprocessing and its class names."""
-    return Predictor(source)
+def load(source: str | os.PathLike) -> Predictor:
+    """`load("runs/vit_small_cifar")`: the model, its preprocessing and its class names.
+
+    `source` is a run's folder, a step in it, or weights of others (`vit_scale.pretrained.read`).
+    Raises UserError for what is none of these, or has no head.
+    """
+    given = pretrained.read(source)
+    if not given.classes:
+        raise UserError(f"{source} has no head: train one, --config.init.source={source}")
+    size = image_size(given.cfg)
+    return Predictor(given.model, given.params, given.cfg, given.classes, given.step, size)

@@ -76,6 +76,7 @@ def training_flops(model: Model, classes: int) -> int:
         *(shape.grid, patch, size.width, size.depth, size.mlp, classes, shape.pool),
         channels=stem.channels if stem else 3,
         distilled=shape.distilled,
+        representation=shape.representation,
     )
     return flops.training_flops(macs + (stem.macs if stem else 0))
 

@@ -10,7 +10,11 @@ import numpy as np
 
 from vit_scale import distill, hosts, pretrained
 from vit_scale.checkpoint import Checkpoints
+from vit_scale.config import image_size
+from vit_scale.data.download import Unreachable
+from vit_scale.errors import UserError
 from vit_scale.mesh import place
+from vit_scale.model import Shape
 from vit_scale.program import Program, TrainState
 
 
@@ -37,6 +41,24 @@ def _placed(program: Program, step: int, trees: dict) -> TrainState:
     return TrainState(steps, trees["params"], trees["opt_state"], trees.get("ema"))
 
 
+def read_source(program: Program) -> pretrained.Pretrained:
+    """What `init.source` names. Raises UserError, with the way round where it can't be fetched."""
+    cfg = program.cfg
+    shape = program.model.shape
+    heads = shape.size.heads if isinstance(shape, Shape) else None
+    try:
+        return pretrained.read(
+            cfg.init.source, pretrained.Hints(cfg.init.dialect, heads, image_size(cfg))
+        )
+    except Unreachable as error:
+        if not cfg.init.instead:
+            raise
+        raise UserError(
+            f"{error}; or pretrain it yourself: vit-scale train --config {cfg.init.instead}, then "
+            f"--config.init.source=runs/{cfg.init.instead} (empty: from random parameters)"
+        ) from error
+
+
 def check_source(program: Program, classes: tuple[str, ...]) -> None:
     """Raises UserError for an `init.source` that is missing, damaged, or does not fit the model.
 
@@ -48,10 +70,10 @@ def check_source(program: Program, classes: tuple[str, ...]) -> None:
     distill.check_classes(program.teacher, classes)
     if not cfg.init.source:
         return
-    given = pretrained.read(cfg.init.source)
+    given = read_source(program)
+    same = pretrained.agree(given.classes, classes, cfg.init.head)
 
     def fit(source, target):
-        same = given.classes == classes
         return pretrained.adapt(source, target, cfg.init.resample, same_classes=same)[0]
 
     jax.eval_shape(fit, given.params, program.state.params)
@@ -67,13 +89,13 @@ def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> Train
     make_params = jax.jit(program.model.init, out_shardings=shardings.params)
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
-        given = pretrained.read(cfg.init.source)
-        params, rows = pretrained.adapt(
-            given.params, params, cfg.init.resample, same_classes=given.classes == classes
-        )
+        given = read_source(program)
+        same = pretrained.agree(given.classes, classes, cfg.init.head)
+        params, rows = pretrained.adapt(given.params, params, cfg.init.resample, same)
         params = place(params, shardings.params)
         if not quiet:
-            print(f"initialised from {given.path}\n{pretrained.table(rows)}")
+            about = [*given.lines, *pretrained.differences(given.cfg, cfg)]
+            print("\n".join([f"initialised from {given.path}", pretrained.table(rows), *about]))
     make_opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)
     ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
     step = jax.device_put(np.int32(0), shardings.step)

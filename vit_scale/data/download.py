@@ -1,5 +1,8 @@
 """Getting a data set: resumed where it stopped, checked, unpacked, and only then given its name."""
 
+import base64
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
@@ -7,6 +10,8 @@ import shutil
 import tarfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,46 +40,73 @@ def cifar10(folder: str | Path, url: str = CIFAR10, md5: str = CIFAR10_MD5) -> P
         )
     if not target.exists():
         archive = Path(folder) / url.rpartition("/")[2]
-        fetch(url, archive, md5)
+        fetch(url, archive, f"md5={md5}")
         unpack(archive, target)
     return target
 
 
-def fetch(url: str, file: Path, md5: str) -> None:
+class Unreachable(UserError):
+    """The network, or the server, doesn't give a file."""
+
+
+def fetch(url: str, file: Path, checksum: str = "") -> None:
     """Download `url` to `file`. What has come so far is kept beside it as `.partial`.
 
-    Raises UserError if the network fails, keeping the part, or the checksum differs, removing it.
+    `checksum` is ALGORITHM=HEX, such as "md5=..." or "sha256=..."; without one, the server's own is
+    taken where it says one, as Google's storage does. Processes of this machine take turns.
+
+    Raises UserError if the checksum differs, removing the part, and its subclass Unreachable if the
+    network fails, keeping it.
     """
-    if file.exists():
-        _check(file, md5)
-        return
     partial = file.with_name(f"{file.name}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _receive(url, partial)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with _turn(partial):
+                if not file.exists():
+                    said = _receive(url, partial)
+                    _check_part(partial, checksum or said)
+                    os.replace(partial, file)
+                    return
+        _check(file, checksum)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(
+        raise Unreachable(
             f"{url} could not be downloaded ({reason}); run the same command again, or put that "
             f"file there as {file} and run it then"
         ) from error
+
+
+def fetch_optional(url: str, file: Path) -> None:
+    """`fetch`, and nothing where the server says that there is no such file."""
     try:
-        _check(partial, md5)
-    except UserError:
-        partial.unlink()
-        raise
-    os.replace(partial, file)
+        fetch(url, file)
+    except Unreachable as error:
+        if getattr(error.__cause__, "code", None) not in (403, 404):
+            raise
 
 
-def _receive(url: str, partial: Path) -> None:
-    """Append to `partial` what is missing of `url`."""
+@contextlib.contextmanager
+def _turn(partial: Path) -> Iterator[None]:
+    """Several processes of one machine may want the same file: one downloads, the others wait."""
+    with partial.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if partial.exists() and not partial.stat().st_size:
+                partial.unlink()
+
+
+def _receive(url: str, partial: Path) -> str:
+    """Append to `partial` what is missing of `url`; the checksum that the server says, if any."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # there is nothing after what we have: the checksum decides
-            return
+            return _said(error.headers)
         raise
     with response:
         if response.status != 206:  # the server doesn't resume: from the beginning
@@ -97,15 +129,39 @@ def _receive(url: str, partial: Path) -> None:
                 bar.update(len(chunk))
             if total is not None and stream.tell() != total:
                 raise OSError(f"it broke off at byte {stream.tell()} of {total}")
+        return _said(response.headers)
 
 
-def _check(file: Path, md5: str) -> None:
+def _said(headers: Message) -> str:
+    """ "md5=HEX" of Google's storage: `x-goog-hash: crc32c=...,md5=BASE64`."""
+    for header in headers.get_all("x-goog-hash", []):
+        for part in header.split(","):
+            name, _, value = part.strip().partition("=")
+            if name == "md5":
+                return f"md5={base64.b64decode(value).hex()}"
+    return ""
+
+
+def _check_part(partial: Path, checksum: str) -> None:
+    try:
+        _check(partial, checksum)
+    except UserError:
+        partial.unlink()
+        raise
+
+
+def _check(file: Path, checksum: str) -> None:
+    if not checksum:
+        return
+    algorithm, _, expected = checksum.partition("=")
+    if algorithm not in ("md5", "sha256"):
+        raise UserError(f"a checksum is md5=HEX or sha256=HEX, not {checksum!r}")
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "md5").hexdigest()
-    if found != md5:
+        found = hashlib.file_digest(stream, algorithm).hexdigest()
+    if found != expected.lower():
         raise UserError(
-            f"{file} has MD5 {found}, not {md5}: it is damaged or another file; remove it if it is "
-            "still there, and run the same command again"
+            f"{file} has {algorithm.upper()} {found}, not {expected}: it is damaged or another "
+            "file; remove it if it is still there, and run the same command again"
         )
 
 

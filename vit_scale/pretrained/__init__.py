@@ -1,6 +1,18 @@
-"""Fine-tuning is initialisation: another run's parameters, adapted to this run's model."""
+"""Fine-tuning is initialisation: other parameters, adapted to this run's model."""
 
-from vit_scale.pretrained.adapt import Placement, adapt, table
+from vit_scale.pretrained.adapt import Placement, adapt, agree, differences, table
+from vit_scale.pretrained.convert import convert
+from vit_scale.pretrained.foreign import Hints
 from vit_scale.pretrained.runs import Pretrained, read
 
-__all__ = ["Placement", "Pretrained", "adapt", "read", "table"]
+__all__ = [
+    "Hints",
+    "Placement",
+    "Pretrained",
+    "adapt",
+    "agree",
+    "convert",
+    "differences",
+    "read",
+    "table",
+]

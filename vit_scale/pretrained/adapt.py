@@ -1,8 +1,8 @@
 """Fit the parameters of one ViT to another: every leaf is accounted for, or nothing is done.
 
-The head is replaced where the classes differ, position embeddings are resampled to the new grid
-(ViT paper, section 3.2), blocks are stacked or unstacked. What can't be placed is refused, with
-both sides listed.
+The head is replaced where the classes differ, and then pretraining's representation layer before it
+goes too; position embeddings are resampled to the new grid (ViT paper, section 3.2), blocks are
+stacked or unstacked. What can't be placed is refused, with both sides listed.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from vit_scale.errors import UserError
+from vit_scale.errors import UserError, nearest
 from vit_scale.model import named, stack, unstack
 from vit_scale.posemb import resample
 
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 POSITIONS = "posemb"
+REPRESENTATION = ("representation/kernel", "representation/bias")
+HEADS = ("auto", "keep", "new")  # of init.head
+# Fields that no parameter shows, and that change what the parameters compute.
+TRAINED_WITH = ("model.gelu", "model.norm_epsilon", "model.pool", "augment.mean", "augment.std")
 
 
 class Placement(NamedTuple):
@@ -41,6 +46,8 @@ def adapt(
     for name, leaf in wanted.items():
         if name in HEAD and not same_classes:
             placed[name], action = leaf, "new: the classes differ"
+        elif name in REPRESENTATION and not same_classes and name not in given:
+            placed[name], action = leaf, "new: it belongs to the head"
         elif name not in given:
             unplaced.append(f"{name} {leaf.shape} is not in the source")
             continue
@@ -54,9 +61,13 @@ def adapt(
             unplaced.append(f"{name}: source {given[name].shape}, model {leaf.shape}")
             continue
         rows.append(Placement(name, tuple(leaf.shape), action))
-    unplaced += [
-        f"{name} {given[name].shape} has no place in the model" for name in given.keys() - wanted
-    ]
+    for name in given.keys() - wanted:
+        if name in REPRESENTATION and not same_classes:
+            rows.append(
+                Placement(name, tuple(given[name].shape), "left: it belongs to the old head")
+            )
+        else:
+            unplaced.append(f"{name} {given[name].shape} has no place in the model")
     if unplaced:
         raise UserError(f"the pretrained parameters don't fit: {'; '.join(sorted(unplaced))}")
     leaves = [jnp.asarray(placed[name], leaf.dtype) for name, leaf in wanted.items()]
@@ -72,3 +83,31 @@ def table(rows: Sequence[Placement]) -> str:
         f"{row.name:{width}}  {text:{shape_width}}  {row.action}"
         for row, text in zip(rows, shapes, strict=True)
     )
+
+
+def agree(given: Sequence[str], wanted: Sequence[str], head: str) -> bool:
+    """Whether the source's head is kept, of the classes `given`, for the classes `wanted`.
+
+    `head` is init.head. By itself it is kept where the classes are the same, and where nobody
+    named the source's ("0", "1", ...) and there are as many. Raises UserError where it can't be.
+    """
+    if head not in HEADS:
+        raise UserError(f"init.head={head!r} is unknown; {nearest(head, HEADS)}")
+    if head == "keep" and len(given) != len(wanted):
+        raise UserError(
+            f"init.head=keep: the source has {len(given)} classes, the model {len(wanted)}"
+        )
+    unnamed = tuple(given) == tuple(map(str, range(len(given))))
+    same = tuple(given) == tuple(wanted) or (unnamed and len(given) == len(wanted))
+    return head == "keep" or (head == "auto" and same)
+
+
+def differences(source: ConfigDict, cfg: ConfigDict) -> list[str]:
+    """Lines about what the source was trained with and `cfg` has otherwise."""
+    found = []
+    for field in TRAINED_WITH:
+        block, name = field.split(".")
+        given, wanted = source[block][name], cfg[block][name]
+        if given != wanted:
+            found.append(f"the source was trained with {field}={given}; this config has {wanted}")
+    return found

@@ -1,5 +1,6 @@
-"""Read the model of a run of this project: its folder, or a step's folder in it."""
+"""Read a trained model: a run of this project, or weights that others' code has saved."""
 
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -9,10 +10,16 @@ from ml_collections import ConfigDict
 from vit_scale import checkpoint, config, paths
 from vit_scale.errors import UserError
 from vit_scale.model import Model, build
+from vit_scale.pretrained import fetch, files, foreign
+from vit_scale.pretrained.foreign import NO_HINTS, Hints
 
 
 class Pretrained(NamedTuple):
-    """A trained model and what it needs to be used."""
+    """A trained model and what it needs to be used.
+
+    `classes` are "0", "1" and so on where nobody named them, and none where there is no head.
+    `lines` say what weights of others were taken for.
+    """
 
     cfg: ConfigDict
     model: Model
@@ -20,15 +27,28 @@ class Pretrained(NamedTuple):
     classes: tuple[str, ...]
     step: int
     path: pathlib.Path
+    lines: tuple[str, ...] = ()
 
 
-def read(source: str | pathlib.Path) -> Pretrained:
-    """The newest checkpoint of the run folder `source`, or `source` itself if it is a step in one.
+def read(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
+    """The model that `source` names.
 
-    Where the run averaged its weights, the average is the model. Raises UserError where there is
-    neither, or where it is damaged.
+    That is the newest checkpoint of a run's folder, or RUN/checkpoints/STEP, on disk or in a
+    bucket; or weights of others (dialects/): a .npz, .safetensors or PyTorch file, or a folder with
+    config.json beside it, on disk, gs:// or https://. Raises UserError where there is none, or
+    where it is damaged.
     """
-    folder = locate(paths.path(source))
+    if place := fetch.weights(source):
+        found = foreign.load(place, hints)
+        return Pretrained(
+            found.cfg, found.model, found.params, found.classes, 0, place, found.lines
+        )
+    return read_run(paths.path(source))
+
+
+def read_run(source: pathlib.Path) -> Pretrained:
+    """The model of a run. Where it averaged its weights, the average is the model."""
+    folder = locate(source)
     described = checkpoint.description(folder)
     cfg = config.from_json(described["config"])
     model = build(cfg.model, config.image_size(cfg))
@@ -48,7 +68,8 @@ def locate(source: pathlib.Path) -> pathlib.Path:
         return source
     if not (source / "run.json").is_file():
         raise UserError(
-            f"{source} is neither the folder of a run nor a step in it, RUN/checkpoints/STEP"
+            f"{source} is neither the folder of a run nor a step in it, RUN/checkpoints/STEP, nor "
+            f"weights ({', '.join(files.ENDINGS)}, or a folder with {files.MODEL})"
         )
     steps = checkpoint.steps(source)
     if not steps:

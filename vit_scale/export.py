@@ -1,0 +1,146 @@
+"""A trained model for others: files that timm, transformers and Google's code load, or a function.
+
+What comes out computes the same logits there. Where the other code computes something else than
+was trained (another epsilon, another GELU), a line says so. What it has no place for is refused.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+from vit_scale import paths
+from vit_scale.errors import USAGE, UserError, nearest
+from vit_scale.model import Shape, named, unstack
+from vit_scale.posemb import sincos2d
+from vit_scale.predict import load
+from vit_scale.pretrained import Pretrained, about, dialects, files, read, rules
+from vit_scale.pretrained.rules import Dialect
+from vit_scale.run import write_json
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+SNIPPET = """\
+from jax import export
+import numpy as np
+model = export.deserialize(bytearray(open({path!r}, "rb").read()))
+images = np.zeros((8, {height}, {width}, 3), np.uint8)  # any number of them
+probabilities = model.call(images)"""
+
+
+def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[str]:
+    """Write the model of `run` to `out` in the format `kind`; lines that say how to use it.
+
+    Raises UserError for an unknown format, a model that the format has no place for, and a place
+    that can't be written.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"--format {kind!r} is unknown; {nearest(kind, FORMATS)}", USAGE)
+    place = paths.path(out)
+    if paths.in_bucket(place):
+        raise UserError(f"--out {out}: export to a disk, then copy it there")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return FORMATS[kind](run, place)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
+
+
+def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
+    given = _vit(run)
+    arrays = _arrays(given, dialects.TIMM)
+    content = about.timm(given.cfg, given.classes)
+    _write_folder(folder, arrays, {"config.json": content})
+    lines = [f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)']
+    if given.cfg.model.norm_epsilon != 1e-6:
+        lines.append(
+            f"its norms add {given.cfg.model.norm_epsilon:g}, which timm's config can't say: there "
+            "it is 1e-6, and logits differ; set eps of every LayerNorm after loading"
+        )
+    return lines
+
+
+def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
+    given = _vit(run)
+    if given.cfg.model.pool != "cls":
+        raise UserError(f"transformers' ViT has pool=cls only, this is {given.cfg.model.pool}")
+    arrays = _arrays(given, dialects.HUGGINGFACE)
+    contents = {
+        "config.json": about.huggingface(given.cfg, given.classes),
+        "preprocessor_config.json": about.preprocessor(given.cfg),
+    }
+    _write_folder(folder, arrays, contents)
+    return [f'{folder}: transformers.ViTForImageClassification.from_pretrained("{folder}")']
+
+
+def _npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
+    given = _vit(run)
+    if file.suffix != ".npz":
+        raise UserError(f"--out {file}: the name of a .npz file ends so")
+    dialect = dialects.BIG_VISION if given.cfg.model.pool == "map" else dialects.GOOGLE
+    files.write_npz(file, _arrays(given, dialect))
+    write_json(file.with_suffix(".json"), about.own(given.cfg, given.classes))
+    lines = [f"{file}: in the layout of {dialect.text}; the .json beside it says what that can't"]
+    for name, theirs in dialect.model.items():
+        if given.cfg.model[name] != theirs:
+            lines.append(
+                f"it was trained with model.{name}={given.cfg.model[name]}; {dialect.text} "
+                f"computes with {theirs}, and gets other logits"
+            )
+    return lines
+
+
+def _jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
+    predictor = load(run)
+    (batch,) = jax_export.symbolic_shape("b")
+    height, width = predictor.size
+    images = jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8)
+    function = jax.jit(lambda images: predictor.probabilities(predictor.params, images))
+    artifact = jax_export.export(function, platforms=PLATFORMS)(images)
+    paths.write(file, bytes(artifact.serialize()))
+    names = {"classes": list(predictor.classes), "size": [height, width]}
+    write_json(file.with_name(file.name + ".json"), names)
+    snippet = SNIPPET.format(path=str(file), height=height, width=width)
+    return [f"{file}: for {', '.join(PLATFORMS)}; the classes are in {file.name}.json", snippet]
+
+
+FORMATS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
+    "safetensors-timm": _timm,
+    "safetensors-hf": _huggingface,
+    "npz": _npz,
+    "jax": _jax,
+}
+
+
+def _vit(run: str | os.PathLike) -> Pretrained:
+    """The model of a run, if it is a ViT with a head."""
+    given = read(run)
+    if not isinstance(given.model.shape, Shape):
+        raise UserError(f"{run} is no ViT but {given.cfg.model.variant}: it goes out as jax only")
+    if not given.classes:
+        raise UserError(f"{run} has no head to export")
+    return given
+
+
+def _arrays(given: Pretrained, dialect: Dialect) -> rules.Arrays:
+    """The parameters as the dialect has them; fixed positions become stored ones."""
+    params = jax.tree.map(np.asarray, unstack(given.params))
+    shape = given.model.shape
+    if given.cfg.model.posemb == "sincos2d":
+        params["posemb"] = np.asarray(sincos2d(shape.grid, shape.size.width))
+    representation = given.cfg.model.representation
+    if representation and dialect in (dialects.TIMM, dialects.HUGGINGFACE):
+        raise UserError(
+            f"{dialect.text} has no layer between pooling and head; this model has one, "
+            f"model.representation={representation}"
+        )
+    return rules.write(dialect, named(params), shape.size.depth)
+
+
+def _write_folder(folder: pathlib.Path, arrays: rules.Arrays, contents: dict[str, dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_json(folder / name, content)
+    files.write_safetensors(folder / files.MODEL, arrays)

@@ -1,0 +1,70 @@
+"""Make a run's folder of weights of others: from then on they are a run like any other."""
+
+import copy
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from vit_scale import config, paths
+from vit_scale.checkpoint import Checkpoints
+from vit_scale.errors import UserError
+from vit_scale.model import Model, build
+from vit_scale.pretrained.adapt import Placement, adapt, agree
+from vit_scale.pretrained.foreign import Hints, numbered
+from vit_scale.pretrained.runs import Pretrained, read
+from vit_scale.run import Run
+
+SIZE = ("data.resolution", "data.width")
+
+
+def convert(
+    source: str | os.PathLike, out: str | os.PathLike, overrides: Sequence[str] = ()
+) -> tuple[Pretrained, list[Placement]]:
+    """Write the model that `source` names to the run folder `out`, as its step 0.
+
+    Its config is what the weights were trained with; `overrides` such as "data.resolution=384"
+    change it, and the parameters with it. Returns the model as it was written, and what became of
+    each parameter. Raises UserError for what can't be read or doesn't fit, and for a folder that
+    holds something already.
+    """
+    workdir = paths.path(out)
+    if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+        raise UserError(f"{workdir} is not empty: give a folder that is new")
+    asked = config.override(config.base(), overrides)
+    sized = any(item.partition("=")[0] in SIZE for item in overrides)
+    hints = Hints(
+        asked.init.dialect, asked.model.heads, config.image_size(asked) if sized else None
+    )
+    given = read(source, hints)
+    cfg = config.override(copy.deepcopy(given.cfg), overrides)
+    if not given.classes and not any(item.startswith("model.classes=") for item in overrides):
+        raise UserError(f"{source} has no head: give --config.model.classes=N for a new one")
+    cfg.init.source = str(source)
+    count = cfg.model.classes
+    classes = given.classes if len(given.classes) == count else numbered(count)
+    model = build(cfg.model, config.image_size(cfg))
+    params, rows = adapt(
+        given.params,
+        _fresh(model, cfg.model.representation != given.cfg.model.representation),
+        cfg.init.resample,
+        agree(given.classes, classes, cfg.init.head),
+    )
+    about = {
+        "name": workdir.name,
+        "config": config.to_json(cfg),
+        "classes": list(classes),
+        "source": list(given.lines),
+    }
+    with Run(workdir, about), Checkpoints(workdir) as checkpoints:
+        checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, about)
+    return Pretrained(cfg, model, params, classes, 0, workdir, given.lines), rows
+
+
+def _fresh(model: Model, drawn: bool) -> dict:
+    """Parameters of which only a new head is used, which is zero, unless it has hidden layers."""
+    if drawn:
+        return jax.jit(model.init)(jax.random.key(0))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
