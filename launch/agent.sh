@@ -185,6 +185,7 @@ gc() {  # COPIES: of the code that are kept; of each run, the logs of five attem
     find "$folder" -mindepth 1 -maxdepth 1 -name 'a[0-9]*' 2>/dev/null | sort -rV | tail -n +6 |
       while read -r folder; do alive "$folder" || rm -rf "$folder"; done
   done
+  return 0
 }
 
 # --- a run ------------------------------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: the attempt itself, leader of its 
     umask 022
     "$venv/bin/vit-scale" "$@" &
     echo $! | put "$attempt/pid"
+    exec 2>/dev/null  # the log is the trainer's: not for bash to say there what it died of
     wait $!
     record "$attempt" $?
   else
@@ -281,7 +283,7 @@ stop() {  # RUN ATTEMPT GRACE
 
 kill_later() { sleep "$2"; kill_all "$1"; }
 
-stacks() { if alive "$home/runs/$1/a$2"; then ask_to_stop "$home/runs/$1/a$2" USR1; fi; }
+stacks() { if alive "$home/runs/$1/a$2"; then ask_to_stop "$home/runs/$1/a$2" USR1 || true; fi; }
 
 status() {  # RUN ATTEMPT|last [OFFSET [SITTER]]
   local run=$home/runs/$1 number=$2 offset=${3:-0} attempt state=absent rc="" ended="" size=0
@@ -299,6 +301,7 @@ status() {  # RUN ATTEMPT|last [OFFSET [SITTER]]
   echo "#HEARTBEAT $(cat "$attempt/heartbeat.json" 2>/dev/null | tr -d '\n')"
   echo "#LOG $offset $size"
   if ((size > offset)); then tail -c "+$((offset + 1))" "$attempt/train.log" | head -c 262144; fi
+  return 0  # where there is more, tail is cut short
 }
 
 reap() {  # RUN PATIENCE COMMAND...: returns at once

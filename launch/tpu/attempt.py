@@ -242,25 +242,34 @@ class Attempt:
         return None
 
     def _stalled(self, now: float) -> Cause | None:
+        """Whether one is frozen, or all wait for one that does not get on.
+
+        Times end where the worker was last heard of: what can't be reached proves nothing.
+        """
         args = self.plan.args
         running = [view for view in self.views if view.state == "running"]
         self.first_step = self.first_step or any(view.heartbeat.get("step") for view in running)
-        for view in sorted(running, key=lambda v: (v.beat, v.moved)):
-            phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
-            if view.heartbeat and now - view.beat > args.stall_timeout:
-                why = f"frozen: no heartbeat for {now - view.beat:.0f} s in phase {phase}"
-            elif phase == "train" and now - view.moved > args.stall_timeout:
-                why = f"hangs: no step for {now - view.moved:.0f} s"
-            elif not self.first_step and now - self.began > args.first_step_timeout:
-                why = f"no first step in {now - self.began:.0f} s, in phase {phase}"
-            else:
-                continue
-            self.why[view.worker] = f"{why} after step {step}; the stacks are in its log"
-            self.dump_stacks()
-            self.clock.sleep(5)
-            self.stop(10)
-            return self.settle()
+        for view in running:
+            silent = view.seen - view.beat
+            if view.heartbeat and silent > args.stall_timeout:
+                return self._end_stalled(view, f"frozen: no heartbeat for {silent:.0f} s")
+        # Who hangs is behind: the others have gone one step on, and wait.
+        for view in sorted(running, key=lambda v: (v.heartbeat.get("step", 0), v.moved)):
+            idle = view.seen - view.moved
+            if view.heartbeat.get("phase") == "train" and idle > args.stall_timeout:
+                return self._end_stalled(view, f"hangs: no step for {idle:.0f} s")
+            if not self.first_step and view.seen - self.began > args.first_step_timeout:
+                waited = view.seen - self.began
+                return self._end_stalled(view, f"no first step in {waited:.0f} s")
         return None
+
+    def _end_stalled(self, view: View, why: str) -> Cause:
+        phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
+        self.why[view.worker] = f"{why}, in phase {phase} after step {step}; its log has the stacks"
+        self.dump_stacks()
+        self.clock.sleep(5)
+        self.stop(10)
+        return self.settle()
 
     def settle(self) -> Cause:
         """The cause of the end, which is in the run's folder as well."""

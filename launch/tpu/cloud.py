@@ -53,7 +53,7 @@ class Cloud:
 
     def __init__(self, tpu: Tpu, clock: Clock, journal: Journal, owned: bool = False):
         self.tpu, self.clock, self.journal, self.owned = tpu, clock, journal, owned
-        self.account = ""
+        self.missing = 0  # looks in a row that found no node
 
     def call(self, argv: list[str], patience: int = TRIES) -> bytes:
         """gcloud's output. Raises ApiError; what may pass is tried again before."""
@@ -109,9 +109,12 @@ class Cloud:
         looks = []
         for name in names:
             found = self.read(gcloud.describe_node(self.tpu, name), patience)
-            missing = Look("absent", f"node {name} is not there")
+            # It may not be listed yet, or be gone while its request says nothing.
+            self.missing = 0 if found else self.missing + 1
+            kind = "gone" if self.missing >= 3 else "waiting"
+            missing = Look(kind, f"node {name} is not there")
             looks.append(self._node(name, found) if found else missing)
-        for kind in ("gone", "absent", "sick", "waiting"):
+        for kind in ("gone", "sick", "waiting"):
             for look in looks:
                 if look.kind == kind:
                     return look

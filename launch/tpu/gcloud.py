@@ -29,7 +29,10 @@ ERRORS = (
     (r"no more capacity in the zone|not enough resources available|stockout", "stockout"),
     (r"Quota limit .* exceeded|Quota '.*' (exceeded|exhausted)|quota .* exceeded", "quota"),
     (r"Insufficient reserved capacity", "quota"),
-    (r"already authenticated account to use|reauth|active account|gcloud auth login|invalid_grant", "auth"),
+    (
+        r"already authenticated account to use|reauth|active account|gcloud auth login|invalid_grant",
+        "auth",
+    ),
     (r"SSH Key is not present in the SSH agent", "agent"),
     (r"has not been used in project|SERVICE_DISABLED|it is disabled", "api"),
     (r"is not found or access is unauthorized|Location .* not found", "zone"),
@@ -219,4 +222,8 @@ def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) ->
 def _end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream:  # not read to its end: what it left behind may hold it open
+            with contextlib.suppress(OSError):
+                stream.close()

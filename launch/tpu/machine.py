@@ -311,6 +311,13 @@ class Launcher:
             if not left:
                 return results
             codes = {results[worker].code for worker in left}
+            for worker in left:
+                self.journal.write(
+                    what,
+                    worker=worker,
+                    code=results[worker].code,
+                    error=results[worker].err[-4000:],
+                )
             self.check_machine()
             if codes & {70, 71} and number:
                 break
