@@ -1,7 +1,8 @@
 """Whether to start again after a failure, when, and on which machine.
 
-Money is spent on progress: a failure after which the run got further is no failure in a row. What a
-preemption interrupts costs nothing but time, which --max-hours and --max-cost bound.
+Money is spent on progress: a failure after which the run got further is no failure in a row, and one
+that changes nothing is, also where the trainer says that it can go on. A preemption is no failure;
+--max-hours and --max-cost bound those.
 """
 
 from typing import NamedTuple
@@ -28,12 +29,10 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
         state["failures"] = []
     if cause.kind == "fatal":
         raise Stop(FAILED, cause.text)
-    if cause.kind in ("preempted", "resumable"):
+    if cause.kind == "preempted":
         state["restarts"] += 1
         _check_restarts(state, cause, restarts)
-        return Again(
-            DELAYS[0], recreate=False
-        )  # what is not usable is replaced where it is looked at
+        return Again(DELAYS[0], recreate=False)  # who looks at the machine replaces it
     state["failures"].append(f"{cause.kind} {cause.signature}")
     row = state["failures"]
     if len(row) >= failures:
