@@ -92,6 +92,7 @@ class Rig:
             shutil.copy(ROOT / name, self.root)
         (self.root / ".venv" / "bin").mkdir(parents=True)
         command = f"{sys.executable} -SE {FAKES / 'trainer.py'}"
+        (self.root / ".venv" / "bin" / "python").symlink_to(sys.executable)
         script(self.root / ".venv" / "bin" / "vit-scale", f'#!/bin/bash\nexec {command} "$@"\n')
 
     def set(self, **settings: Any) -> None:

@@ -100,7 +100,7 @@ def test_preemption(rig, state):
 def test_a_machine_in_repair_is_waited_for(rig):
     rig.profile(FAKE_SECONDS="0.2")
     rig.go_wrong(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "repair"))
-    code, result, err = rig.run()
+    code, _, err = rig.run()
     assert code == 0, err
     assert len(rig.calls("create")) == 1 and len(rig.attempts()) == 2
     assert "REPAIRING" in err

@@ -1,8 +1,8 @@
 """Whether to start again after a failure, when, and on which machine.
 
-Money is spent on progress: a failure after which the run got further is no failure in a row, and one
-that changes nothing is, also where the trainer says that it can go on. A preemption is no failure;
---max-hours and --max-cost bound those.
+Money is spent on progress: a failure after which the run got further is no failure in a row, and
+one that changes nothing is, also where the trainer says that it can go on. A preemption is no
+failure; --max-hours and --max-cost bound those.
 """
 
 from typing import NamedTuple

@@ -30,7 +30,7 @@ ERRORS = (
     (r"Quota limit .* exceeded|Quota '.*' (exceeded|exhausted)|quota .* exceeded", "quota"),
     (r"Insufficient reserved capacity", "quota"),
     (
-        r"already authenticated account to use|reauth|active account|gcloud auth login|invalid_grant",
+        r"authenticated account to use|reauth|active account|gcloud auth login|invalid_grant",
         "auth",
     ),
     (r"SSH Key is not present in the SSH agent", "agent"),

@@ -400,6 +400,7 @@ class Launcher:
             refused = attempt.start()
             self.watch_over()
             if refused:
+                self.journal.state["settled"] = number
                 self.check_machine()
                 return refused
             count = self.workers.count

@@ -5,11 +5,11 @@ connection that ends with 255 has the command run again, up to ten times, with a
 input. States, their order and the texts of errors are the real ones. What the launcher must never
 use is refused: `--worker=all`, whose exit code hides who failed.
 
-The cloud is an object in the test's process. `gcloud` on PATH is CLIENT, a real process, which hands
-over its arguments and its standard streams and ends with the code that it is told. `faults` is a
-list of {match, nth, times, do}: the nth to (nth + times - 1)th call that the regular expression
-finds gets it. A worker is a folder with a home of its own; its processes have FAKE_HOST in their
-environment.
+The cloud is an object in the test's process. `gcloud` on PATH is CLIENT, a real process, which
+hands over its arguments and its standard streams and ends with the code that it is told. `faults`
+is a list of {match, nth, times, do}: the nth to (nth + times - 1)th call that the regular
+expression finds gets it. A worker is a folder with a home of its own; its processes have FAKE_HOST
+in their environment.
 """
 
 import array
@@ -324,8 +324,10 @@ class Cloud:
                 raise Refusal(
                     f'This TPU has state "{state}", so it cannot be currently connected to.'
                 )
-            number = sorted(self.nodes).index(f"{zone}/{name}")
-            return dict(node, number=number, slices=len(self.nodes))
+            request, key = node["queuedResource"], f"{zone}/{name}"
+            slices = sorted(k for k, n in self.nodes.items() if n["queuedResource"] == request)
+            slices = slices if request else [key]
+            return dict(node, number=slices.index(key), slices=len(slices))
 
     def worker_folder(self, node, index):
         """The home of a worker, made at its first use."""
