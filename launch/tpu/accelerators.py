@@ -74,7 +74,9 @@ def parse(name: str, price: float | None = None) -> Accelerator:
     table, number = GENERATIONS[generation], int(match[2])
     chips, rest = divmod(number, table.counts)
     hosts = 1 if chips in table.one_host else chips // table.per_host
-    if rest or hosts < 1 or (chips not in table.one_host and chips % table.per_host):
+    uneven = chips not in table.one_host and chips % table.per_host
+    square = table.dimensions == 3 or chips & (chips - 1) == 0
+    if rest or hosts < 1 or uneven or not square:
         raise Stop(REFUSED, f"type {name}: no slice of {generation} has this size")
     price = table.price if price is None else price
     return Accelerator(

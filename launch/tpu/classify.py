@@ -13,7 +13,7 @@ from launch.tpu.codes import TPU_HELD
 SIGNATURES = (
     (
         r"already in use by process with pid|libtpu multi-process lockfile"
-        r"|/dev/vfio/\d+: Device or resource busy",
+        r"|/dev/vfio/\d+\)?: Device or resource busy",
         "busy",
     ),
     (r"Failed to start RPC server", "port"),
