@@ -129,7 +129,7 @@ unpack() {  # SHA
 find_uv() {
   PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null && return
-  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -m venv -h >/dev/null 2>&1 && return
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -c "import ensurepip" 2>/dev/null && return
   say "installing uv"
   python3 -m pip install --quiet --user uv >&2 ||
     python3 -m pip install --quiet --user --break-system-packages uv >&2 || fail 70 "uv could not be installed"

@@ -28,6 +28,11 @@ def breaks(worker: int, step: int, do: str, **more) -> dict:
     return {"worker": worker, "step": step, "do": do, **more}
 
 
+def slow(*values):
+    """One of several that show the same: with -m slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def cause(rig: Rig, attempt: int = 1) -> str:
     return (rig.notes() / f"a{attempt}" / "cause.txt").read_text().splitlines()[0]
 
@@ -54,11 +59,13 @@ def test_happy_path(rig):
     [
         (breaks(1, 5, "raise", attempt=1), "user", "[w01] exit code 1: image 3 is corrupt"),
         (breaks(1, 5, "kill", attempt=1), "infra", "[w01] killed by signal 9: worker 1 step 5"),
-        (breaks(0, 6, "killall", attempt=1), "infra", "[w00] lost: its processes vanished"),
+        slow(breaks(0, 6, "killall", attempt=1), "infra", "[w00] lost: its processes vanished"),
         (breaks(1, 5, "freeze", attempt=1), "infra", "[w01] lost: frozen: no heartbeat for"),
         (breaks(1, 5, "hang", attempt=1), "infra", "[w01] lost: hangs: no step for"),
-        (breaks(1, 5, "busy", attempt=1), "busy", "[w01] exit code 1: RuntimeError: The TPU is"),
-        (breaks(1, 5, "exit0", attempt=1), "infra", "[w01] exit code 0: it ended with 0 while"),
+        slow(
+            breaks(1, 5, "busy", attempt=1), "busy", "[w01] exit code 1: RuntimeError: The TPU is"
+        ),
+        slow(breaks(1, 5, "exit0", attempt=1), "infra", "[w01] exit code 0: it ended with 0 while"),
     ],
     ids=lambda value: value.get("do") if isinstance(value, dict) else None,
 )
@@ -74,16 +81,11 @@ def test_a_worker_that_fails_is_named_and_the_run_goes_on(rig, broken, kind, sai
     assert rig.attempts() == {1: [0, 1], 2: [0, 1]}
     assert {entry["step"] for entry in rig.starts() if entry["attempt"] == 2} == {4}
     assert result["steps"] == 12 and rig.is_empty()
+    if broken["do"] == "hang":
+        assert "stack of thread 1" in (rig.notes() / "a1" / "w01.log").read_text()
 
 
-def test_stacks_of_what_hangs_are_in_its_log(rig):
-    rig.profile(FAKE_PATIENCE="60")
-    rig.trainer_faults(breaks(1, 5, "hang", attempt=1))
-    assert rig.run("--stall-timeout", "200").code == 0
-    assert "stack of thread 1" in (rig.notes() / "a1" / "w01.log").read_text()
-
-
-@pytest.mark.parametrize("state", ["PREEMPTED", "UNKNOWN", "GONE", "SUSPENDED"])
+@pytest.mark.parametrize("state", ["PREEMPTED", slow("UNKNOWN"), "GONE", slow("SUSPENDED")])
 def test_preemption(rig, state):
     """What is left of the machine is deleted before the next one is made; the run goes on."""
     rig.profile(FAKE_SECONDS="0.2")
@@ -97,6 +99,7 @@ def test_preemption(rig, state):
     assert len(rig.attempts()) == 2
 
 
+@pytest.mark.slow
 def test_a_machine_in_repair_is_waited_for(rig):
     rig.profile(FAKE_SECONDS="0.2")
     rig.go_wrong(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "repair"))
@@ -123,6 +126,7 @@ def test_a_crash_at_the_first_step_is_a_crash_loop(rig):
     assert rig.is_empty()
 
 
+@pytest.mark.slow
 def test_crashes_with_progress_are_no_crash_loop(rig):
     faults = [breaks(0, step, "raise", attempt=n) for n, step in enumerate((5, 6, 7, 9, 10), 1)]
     rig.trainer_faults(*faults)
@@ -130,7 +134,7 @@ def test_crashes_with_progress_are_no_crash_loop(rig):
     assert (code, result["attempts"]) == (0, 6), err
 
 
-@pytest.mark.parametrize("code", [2, 43])
+@pytest.mark.parametrize("code", [2, slow(43)])
 def test_a_mistake_is_not_repeated(rig, code):
     rig.trainer_faults(breaks(0, 5, f"exit{code}"))
     ended = rig.run()
@@ -141,7 +145,7 @@ def test_a_mistake_is_not_repeated(rig, code):
 STOCKOUT = 'There is no more capacity in the zone "us-a"; you can try in another zone'
 
 
-@pytest.mark.parametrize("how", ["request", "node"])
+@pytest.mark.parametrize("how", ["request", slow("node")])
 def test_a_stockout_moves_to_the_next_zone(rig, how):
     rig.set(timelines=[["ACCEPTED", f"FAILED:{STOCKOUT}"], ["ACTIVE"]])
     more = []
@@ -174,7 +178,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("name", ["quota", "permission", slow("zone"), slow("type")])
 def test_refusals_say_what_to_do(rig, name):
     do, code, remedy = REFUSALS[name]
     rig.go_wrong(fault("create", do))
@@ -203,7 +207,7 @@ def test_the_queue_may_last_too_long(rig):
     assert (ended.code, rig.is_empty()) == (69, True)
 
 
-@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("how", [slow("before"), "after"])
 def test_a_connection_that_drops_at_the_start(rig, how):
     """gcloud runs the command once more, and the trainer starts once."""
     rig.go_wrong(fault("agent.sh start", how, times=2))
@@ -211,6 +215,7 @@ def test_a_connection_that_drops_at_the_start(rig, how):
     assert rig.attempts() == {1: [0, 1]}
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_on_one_worker_starts_nowhere(rig):
     """All or none; the machine is good, and the next attempt starts."""
     rig.go_wrong(fault("--worker 1 .*agent.sh start", "error:connection reset", times=3))
@@ -226,6 +231,7 @@ def test_a_hanging_connection(rig):
     assert rig.attempts() == {1: [0, 1]}
 
 
+@pytest.mark.slow
 def test_an_unreachable_worker_is_lost(rig):
     """Its node is READY, and it does not answer: the attempt ends, and the next one answers."""
     rig.profile(FAKE_SECONDS="0.3")
@@ -244,6 +250,7 @@ def test_an_api_that_fails_for_a_while(rig):
     assert rig.attempts() == {1: [0, 1]}
 
 
+@pytest.mark.slow
 def test_a_creation_whose_answer_is_lost(rig):
     rig.go_wrong(fault("create", "lost", times=5))
     code, _, err = rig.run()
@@ -251,7 +258,7 @@ def test_a_creation_whose_answer_is_lost(rig):
     assert rig.is_empty() and rig.attempts() == {1: [0, 1]}
 
 
-@pytest.mark.parametrize("do", ["truncate", "fail"])
+@pytest.mark.parametrize("do", ["truncate", slow("fail")])
 def test_code_that_arrives_damaged(rig, do):
     rig.go_wrong(fault("scp .*--worker 1", do))
     code, _, err = rig.run()
@@ -292,9 +299,11 @@ def test_an_existing_vm_is_never_created_nor_deleted(rig):
     assert rig.calls("create") == [] and rig.calls("delete") == []
     rig.verb(*rig.flags(), "--no-queue", "--on-success", "keep")
     created = len(rig.calls("create"))
-    code, result, err = rig.run("--existing", "--again")
+    words = [word for word in rig.flags() if not word.startswith("--type")]
+    code, result, err = rig.end(rig.start(*words, "--existing", "--again"))
     assert code == 0, err
     assert len(rig.calls("create")) == created and rig.calls("delete") == []
+    assert "type v4-16 (the TPU VM itself)" in err
     assert result["cloud"].startswith("kept (vit, us-a")
 
 
@@ -329,18 +338,19 @@ def test_limits_save_and_delete(rig):
     assert rig.run("--max-hours", "9").code == 0
 
 
-def slow(rig: Rig) -> None:
+def train_slowly(rig: Rig) -> None:
     rig.profile(FAKE_SECONDS="0.4")
 
 
 def test_ctrl_c_detaches_and_the_same_command_takes_it_up(rig):
-    slow(rig)
+    train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
     rig.wait_for(lambda: list(rig.notes().glob("a1/w00.log")))
     process.send_signal(signal.SIGINT)
     code, result, err = rig.end(process)
     assert (code, result["result"]) == (130, "detached")
+    assert "type v4-16 (the TPU VM itself)" in err
     assert result["cloud"].startswith("kept (vit, us-a, $") and "still running" in err
     code, result, err = rig.run()
     assert code == 0, err
@@ -348,7 +358,7 @@ def test_ctrl_c_detaches_and_the_same_command_takes_it_up(rig):
 
 
 def test_a_second_ctrl_c_stops_and_deletes(rig):
-    slow(rig)
+    train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
     rig.wait_for(lambda: list(rig.notes().glob("a1/w00.log")))
@@ -385,20 +395,15 @@ def journal(rig: Rig) -> str:
     return file.read_text() if file.exists() else ""
 
 
+@pytest.mark.slow
 def test_a_kept_machine_is_deleted_in_the_end(rig):
     rig.trainer_faults(breaks(0, 0, "exit2"))
     ended = rig.run("--on-failure", "keep:2m")
     assert (ended.code, ended.result["cloud"]) == (1, "deleted") and rig.is_empty()
 
 
-WHEN = [
-    "create",
-    "describe",
-    "scp",
-    "agent.sh prepare",
-    "agent.sh start",
-    "agent.sh status .* 1 [1-9]",
-]
+WHEN = ["describe", "agent.sh start"]
+WHEN += map(slow, ["create", "scp", "agent.sh prepare", "agent.sh status .* 1 [1-9]"])
 
 
 @pytest.mark.parametrize("when", WHEN)
@@ -417,8 +422,9 @@ def test_a_killed_launcher_is_taken_up(rig, when):
     assert result["steps"] == 12
 
 
+@pytest.mark.slow
 def test_two_launchers_of_one_run(rig):
-    slow(rig)
+    train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
     second = rig.run()
@@ -427,7 +433,7 @@ def test_two_launchers_of_one_run(rig):
 
 
 def test_stop_from_another_terminal(rig):
-    slow(rig)
+    train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
     stopped = rig.verb("stop", "--name", "vit")

@@ -1,6 +1,8 @@
 """launch/tpu_vm.sh beside the faults: secrets, the dry run, other verbs, this machine as a pod."""
 
 import ast
+import contextlib
+import http.server
 import json
 import os
 import pathlib
@@ -56,7 +58,7 @@ def holding(folder: pathlib.Path, text: str) -> list[pathlib.Path]:
     return [file for file in files if text.encode() in file.read_bytes()]
 
 
-@pytest.mark.parametrize("source", ["environment", "file"])
+@pytest.mark.parametrize("source", ["file", pytest.param("environment", marks=pytest.mark.slow)])
 def test_a_secret_reaches_the_trainer_and_nothing_else(rig, source):
     """Not a command line, log, journal, bundle, nor call; and it is on no disk when all is over."""
     rig.trainer_faults({"worker": 0, "step": 2, "do": "leak"})
@@ -81,6 +83,7 @@ def test_a_secret_reaches_the_trainer_and_nothing_else(rig, source):
     assert logs == [], "the trainer's own log on the worker is all that may hold what it printed"
 
 
+@pytest.mark.slow
 def test_secrets_that_arrive_cut_off_are_refused(rig):
     """gcloud's second try sends nothing: the agent wants the last line."""
     rig.go_wrong({"match": "agent.sh secrets", "do": "before", "times": 99})
@@ -223,6 +226,7 @@ def test_status_logs_list_delete(rig):
     assert "no machine" in rig.verb("list", "--zone", "us-a").stderr
 
 
+@pytest.mark.slow
 def test_logs_follow_a_run(rig):
     rig.profile(FAKE_SECONDS="0.2")
     process = rig.start(*rig.flags())
@@ -258,6 +262,7 @@ def test_gc_finds_what_is_forgotten(rig):
     assert list(rig.cloud.nodes) == ["us-a/other"]
 
 
+@pytest.mark.slow
 def test_stop_without_a_launcher(rig):
     rig.profile(FAKE_SECONDS="0.4")
     process = rig.start(*rig.flags())
@@ -269,6 +274,7 @@ def test_stop_without_a_launcher(rig):
     assert rig.is_empty() and (rig.workdir / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_command_on_all_workers(rig):
     rig.run("--on-success", "keep")
     found = rig.verb("ssh", "--name", "vit", "--", "echo", "I am", "there")
@@ -286,6 +292,7 @@ def test_a_machine_whose_launcher_is_gone_deletes_itself(rig):
     rig.wait_for(lambda: not rig.cloud.nodes)
 
 
+@pytest.mark.slow
 def test_a_run_in_the_background(rig):
     begun = rig.verb(*rig.flags(), "--detach")
     assert begun.returncode == 0 and "logs -f --name vit" in begun.stdout
@@ -314,6 +321,64 @@ def test_this_machine_as_a_pod(rig):
     assert rig.calls() == [] and result["cloud"] == "none"
     assert rig.attempts() == {1: [0, 1, 2], 2: [0, 1, 2]}
     assert "[w02] exit code 1: image 3 is corrupt" in err
+
+
+def test_gc_leaves_alone_what_trains(rig):
+    """A label that could not be renewed is no reason to end a training."""
+    rig.profile(FAKE_SECONDS="0.4")
+    process = rig.start(*rig.flags())
+    rig.wait_for(lambda: len(rig.starts()) == 2)
+    rig.cloud.nodes["us-a/vit"]["labels"]["expires"] = "1000"
+    assert rig.verb("gc", "--zone", "us-a", "--yes").stdout.startswith("in use: ")
+    assert rig.end(process).code == 0
+
+
+@contextlib.contextmanager
+def tpu_metadata(**values: str):
+    """The metadata server of a TPU VM; yields its address."""
+    text = "".join(f"{key}: '{value}'\n" for key, value in values.items()).encode()
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"localhost:{server.server_port}"
+        server.shutdown()
+
+
+def test_on_a_tpu_vm_of_one_host(rig):
+    """The agent works in the user's own home; no gcloud is needed."""
+    words = ["--config", "tiny", "--name", "vit", "--target", "here", "--workdir", str(rig.workdir)]
+    variables = {**rig.settings["profile"], "PATH": f"{rig.tools}:/usr/bin:/bin"}
+    with tpu_metadata(ACCELERATOR_TYPE="v4-8", NODE_ID="x") as address:
+        process = rig.start(*words, **variables, GCE_METADATA_HOST=address)
+        code, result, err = rig.end(process)
+    assert code == 0, err
+    assert (result["cloud"], rig.calls()) == ("none", [])
+    assert (rig.folder / ".vit_scale" / "runs" / result["run"] / "a1" / "rc").exists()
+
+
+def test_on_one_host_of_a_slice_all_of_it_is_used(rig):
+    rig.run("--on-success", "keep")
+    words = ["--config", "tiny", "--target", "here", "--workdir", str(rig.elsewhere)]
+    about = {"ACCELERATOR_TYPE": "v4-16", "NODE_ID": "vit", "ZONE": "us-a"}
+    with tpu_metadata(**about, CONSUMER_PROJECT_ID="p") as address:
+        process = rig.start(*words, "--workdir-is-mounted", GCE_METADATA_HOST=address)
+        code, _, err = rig.end(process)
+    assert code == 0, err
+    assert len((rig.elsewhere / "starts.jsonl").read_text().splitlines()) == 2
+    assert rig.calls("ssh")[-1].count("--internal-ip") == 1 and rig.calls("delete") == []
+    with tpu_metadata(ACCELERATOR_TYPE="v4-16") as address:
+        alone = rig.verb(*words, GCE_METADATA_HOST=address)
+    assert alone.returncode == 64 and "training on one host hangs" in alone.stderr
 
 
 def test_doctor(rig):

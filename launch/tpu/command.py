@@ -1,11 +1,12 @@
 """The command line of launch/tpu_vm.sh."""
 
+import json
 import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
 
-from launch.tpu import flags, plan, script, verbs
+from launch.tpu import bundle, flags, plan, script, verbs
 from launch.tpu.clock import Clock
 from launch.tpu.cloud import Cloud
 from launch.tpu.codes import DONE, USAGE, Stop
@@ -43,16 +44,17 @@ def run(args, overrides: list[str]) -> int:
         print("\n".join(script.dry_run(made)))
         return DONE
     if journal.state["result"] == DONE and not args.again:
-        raise Stop(
-            DONE,
-            f"run {made.run} is done: its results are in {made.workdir} (--again runs it again)",
-        )
+        print(f"tpu_vm: {made.run} is done, see {made.workdir}; --again runs it", file=sys.stderr)
+        steps = max(journal.state["progress"].values(), default=0)
+        print(json.dumps({"run": made.run, "result": "done", "code": DONE, "steps": steps}))
+        return DONE
     if not journal.take():
         raise Stop(
             USAGE,
             f"process {journal.watcher()} watches {made.run} already: launch/tpu_vm.sh logs -f "
             f"--name {made.name}",
         )
+    (made.folder / "stop").unlink(missing_ok=True)  # of a launcher that had ended already
     if args.detach:
         return detach(made, journal)
     for what, text in made.lines:
@@ -66,10 +68,6 @@ def run(args, overrides: list[str]) -> int:
 
 def write_request(made: Plan, journal: Journal) -> None:
     """What was asked for, for whoever looks at the run later, and for the other verbs."""
-    import json
-
-    from launch.tpu import bundle
-
     tpu = vars(made.tpu) if made.tpu else None
     content = {
         "run": made.run,

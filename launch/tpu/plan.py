@@ -9,7 +9,7 @@ import re
 import urllib.request
 from dataclasses import dataclass, field
 
-from launch.tpu import accelerators, bundle, check, cloud, secret
+from launch.tpu import accelerators, bundle, check, cloud, gcloud, secret
 from launch.tpu.accelerators import Accelerator
 from launch.tpu.codes import BAD_INPUT, REFUSED, USAGE, Stop
 from launch.tpu.flags import Values
@@ -59,6 +59,7 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
     target, count = choose_target(args, values)
     if target == "here":
         target, args = here(args, values)
+        name = args.name or name
     tpu, zones, accelerator = machine(args, values, name) if target == "vm" else (None, [], None)
     hosts = accelerator.hosts * tpu.slices if accelerator else count
     devices = accelerator.chips * tpu.slices if accelerator else hosts * args.devices
@@ -158,12 +159,14 @@ def metadata() -> dict[str, str]:
 def machine(
     args: argparse.Namespace, values: Values, name: str
 ) -> tuple[Tpu, list[str], Accelerator]:
-    if not (kind := values.get("type")):
-        raise Stop(REFUSED, "--type is needed, such as v4-32")
-    accelerator = accelerators.parse(kind, args.price)
     zones = [zone for zone in values.of_gcloud("zone", "compute/zone").split(",") if zone]
     if not zones:
         raise Stop(REFUSED, "--zone is needed, such as us-central2-b")
+    project = values.of_gcloud("project", "project")
+    kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
+    if not kind:
+        raise Stop(REFUSED, "--type is needed, such as v4-32")
+    accelerator = accelerators.parse(kind, args.price)
     if args.num_slices < 1:
         raise Stop(USAGE, f"--num-slices {args.num_slices} must be at least 1")
     if args.num_slices > 1 and args.no_queue:
@@ -171,7 +174,7 @@ def machine(
     tpu = Tpu(
         name=name,
         zone=zones[0],
-        project=values.of_gcloud("project", "project"),
+        project=project,
         type=accelerator.type,
         runtime=args.runtime or accelerator.runtime,
         model=args.model or "on-demand",
@@ -186,6 +189,16 @@ def machine(
         data_disk=args.data_disk,
     )
     return tpu, zones, accelerator
+
+
+def existing_type(values: Values, name: str, zone: str, project: str) -> str:
+    """The type of a TPU VM that is there; nothing where it can't be asked for."""
+    if values.args.dry_run:
+        return ""
+    argv = gcloud.describe_node(Tpu(name, zone, project, "", ""), name)
+    result = gcloud.run(argv, timeout=60)
+    values.sources["type"] = "the TPU VM itself"
+    return json.loads(result.out).get("acceleratorType", "") if result.code == 0 else ""
 
 
 def find_workdir(args, values: Values, name: str, root: pathlib.Path, target: str) -> str:

@@ -219,7 +219,7 @@ def delete(args: argparse.Namespace) -> int:
     if look.kind == "absent":
         print(f"{found.tpu.name}: {look.detail}", file=sys.stderr)
         return DONE
-    if look.labels.get("managed-by") != "vit_scale" and look.labels:
+    if look.labels.get("managed-by") != "vit_scale":
         raise Stop(USAGE, f"{found.tpu.name} was not made by this program: it is not deleted")
     if not confirmed(args, f"delete {found.tpu.name} ({look.detail})"):
         return DONE
@@ -338,7 +338,7 @@ def collect(args: argparse.Namespace) -> int:
     for machine in machines(args):
         wanted = machine.expired or (machine.left and not args.expired)
         text = json.dumps(machine.as_json())
-        if not wanted:
+        if not wanted or (not machine.left and trains(machine)):
             print(f"in use: {text}")
             continue
         if not confirmed(args, f"delete {text}"):
@@ -351,6 +351,18 @@ def collect(args: argparse.Namespace) -> int:
             print(f"NOT deleted: {text}: {stop}")
             code = INFRASTRUCTURE
     return code
+
+
+def trains(machine: Machine) -> bool:
+    """Whether a training runs there, whatever the labels say: they can't always be renewed."""
+    clock = Clock()
+    journal = Journal(FOLDER / "list", quiet=True)
+    look = cloud.Cloud(machine.tpu, clock, journal).look()
+    if look.kind != "ready" or not look.hosts:
+        return False
+    workers = GcloudWorkers(machine.tpu, look.hosts, clock, lambda argv: None)
+    result = workers.agent(0, "status", machine.labels.get("run", ""), "last")
+    return b"state=running" in result.out
 
 
 def ssh(args: argparse.Namespace, words: list[str]) -> int:
