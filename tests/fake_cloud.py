@@ -1,6 +1,6 @@
 """A cloud in a folder, for tests of the launcher: tests/fakes/gcloud on PATH, workers as processes.
 
-Time runs a hundred times faster for the launcher (LAUNCH_TIME_SCALE). The clone that it is started
+Time runs thirty times faster for the launcher (LAUNCH_TIME_SCALE). The clone that it is started
 in has a space in its name, and the trainer is tests/fakes/trainer.py if nothing else is said.
 """
 
@@ -16,7 +16,7 @@ from tests.fakes.gcloud import CLIENT, Cloud
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
-SCALE = 0.01
+SCALE = 0.03
 CONFIG = "tiny"
 
 UV = """#!/bin/bash

@@ -16,7 +16,7 @@ import pytest
 from launch.tpu import codes
 from tests.fake_cloud import Rig
 
-SCHEDULES = int(os.environ.get("LAUNCH_SCHEDULES", "5"))
+SCHEDULES = int(os.environ.get("LAUNCH_SCHEDULES", "4"))
 SSH = "tpu-vm ssh .*agent.sh"
 CALLS = (
     "create",
@@ -72,7 +72,7 @@ def test_schedule(tmp_path, number):
     rig.trainer_faults(*(trainer_fault(draw) for _ in range(draw.randint(0, 3))))
     rig.go_wrong(*(gcloud_fault(draw) for _ in range(draw.randint(0, 4))))
     zones = draw.choice([[], ["--zones", "us-a,us-b"]])
-    flags = [*rig.flags(), "--stall-timeout", "300", "--first-step-timeout", "1000", *zones]
+    flags = [*rig.flags(), "--stall-timeout", "100", "--first-step-timeout", "400", *zones]
     try:
         for _ in range(draw.choice([0, 0, 1, 2])):
             process = rig.start(*flags, LAUNCH_LEAST="2")

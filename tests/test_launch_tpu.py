@@ -269,7 +269,7 @@ def test_stop_without_a_launcher(rig):
     rig.wait_for(lambda: len(rig.starts()) == 2)
     process.kill()
     process.communicate()
-    stopped = rig.verb("stop", "--name", "vit")
+    stopped = rig.verb("stop", "--name", "vit", "--grace", "20m")
     assert stopped.returncode == 0, stopped.stderr
     assert rig.is_empty() and (rig.workdir / "checkpoint").exists()
 
@@ -323,6 +323,7 @@ def test_this_machine_as_a_pod(rig):
     assert "[w02] exit code 1: image 3 is corrupt" in err
 
 
+@pytest.mark.slow
 def test_gc_leaves_alone_what_trains(rig):
     """A label that could not be renewed is no reason to end a training."""
     rig.profile(FAKE_SECONDS="0.4")
@@ -366,6 +367,7 @@ def test_on_a_tpu_vm_of_one_host(rig):
     assert (rig.folder / ".vit_scale" / "runs" / result["run"] / "a1" / "rc").exists()
 
 
+@pytest.mark.slow
 def test_on_one_host_of_a_slice_all_of_it_is_used(rig):
     rig.run("--on-success", "keep")
     words = ["--config", "tiny", "--target", "here", "--workdir", str(rig.elsewhere)]

@@ -17,7 +17,7 @@ from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, free_port, on_all
 
 POLL = 10  # seconds between questions
-LOST = 180  # seconds without an answer of a worker whose node is READY
+LOST, MISSED = 180, 3  # seconds, and questions, without an answer of a worker of a READY node
 PATIENCE = 60  # seconds for the others to end by themselves, when one has ended with 0 or 42
 TAIL = 64_000  # characters of a log that are kept to look for causes
 LONGEST_LINE = 200_000  # bytes
@@ -41,6 +41,7 @@ class View:
     tail: str = ""
     stopped: bool = False
     error: str = ""
+    missed: int = 0  # questions in a row without an answer
     sitter: str = ""
     attempt: int = 0
     free_gb: str = ""
@@ -148,7 +149,7 @@ class Attempt:
         result = self.workers.agent(worker, *words)
         _, found, answer = result.out.partition(b"#STATUS ")
         if result.code or not found:
-            view.error = last(result.err)
+            view.error, view.missed = last(result.err), view.missed + 1
             return []
         head, _, log = answer.partition(b"\n#LOG ")
         sizes, _, log = log.partition(b"\n")
@@ -159,6 +160,7 @@ class Attempt:
         status, *rest = head.split("\n")
         values = dict(word.partition("=")[::2] for word in status.split())
         lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in rest}
+        view.missed = 0
         view.seen, view.error, view.sitter = now, "", lines.get("#SITTER", "")
         view.state, view.attempt = values["state"], int(values["attempt"])
         view.stopped, view.free_gb = values["stopped"] == "1", values["free_gb"]
@@ -235,7 +237,8 @@ class Attempt:
 
     def _silent(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
         for view in self.views:
-            if not view.over and now - view.seen > LOST and is_ready():
+            silent = view.missed >= MISSED and now - view.seen > LOST
+            if silent and not view.over and is_ready():
                 self.why[view.worker] = f"not reached for {now - view.seen:.0f} s: {view.error}"
                 self.stop(10)
                 return self.settle()

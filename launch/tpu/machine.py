@@ -377,7 +377,7 @@ class Launcher:
     def odd(self, prints: dict[int, dict]) -> tuple[int, str] | None:
         """The worker that is not like most, and in what."""
         texts = [json.dumps(found, sort_keys=True) for found in prints.values()]
-        usual = json.loads(max(set(texts), key=texts.count))
+        usual = json.loads(max(texts, key=texts.count))
         for worker, found in sorted(prints.items()):
             differs = [key for key in usual if usual[key] != found.get(key)]
             if differs:
