@@ -68,7 +68,7 @@ def parse(name: str, price: float | None = None) -> Accelerator:
     """
     match = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]*)", name)
     generation = {"v5e": "v5litepod"}.get(match[1], match[1]) if match else ""
-    if generation not in GENERATIONS:
+    if match is None or generation not in GENERATIONS:
         known = ", ".join(f"{key}-N" for key in GENERATIONS)
         raise Stop(REFUSED, f"type {name!r} is none of {known}, such as v4-32")
     table, number = GENERATIONS[generation], int(match[2])

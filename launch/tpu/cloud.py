@@ -103,8 +103,8 @@ class Cloud:
             return Look("gone", f"its request is {state}", labels=labels)
         if state != "ACTIVE":
             return Look("waiting", state or "no state yet", labels=labels)
-        found = self._nodes(names, patience)
-        return found if found.labels else found._replace(labels=labels)
+        look = self._nodes(names, patience)
+        return look if look.labels else look._replace(labels=labels)
 
     def _nodes(self, names: list[str], patience: int) -> Look:
         looks = []

@@ -4,17 +4,28 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from launch.tpu import bundle, flags, plan, script, verbs
+from launch.tpu import bundle, doctor, flags, fleet, plan, script, verbs
 from launch.tpu.clock import Clock
 from launch.tpu.cloud import Cloud
 from launch.tpu.codes import DONE, USAGE, Stop
 from launch.tpu.journal import Journal
-from launch.tpu.machine import Launcher
+from launch.tpu.launcher import Launcher
 from launch.tpu.plan import ROOT, Plan
 from launch.tpu.secret import shown
 from launch.tpu.transport import HOME, LocalWorkers
+
+VERBS: dict[str, Callable[..., int]] = {
+    "status": verbs.status,
+    "logs": verbs.logs,
+    "stop": verbs.stop,
+    "ssh": verbs.ssh,
+    "delete": fleet.delete,
+    "list": fleet.listing,
+    "gc": fleet.collect,
+    "doctor": doctor.doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = flags.parser().parse_args(words)
         if args.verb != "run":
-            return verbs.run(args, after)
+            return VERBS[args.verb](args, after) if args.verb == "ssh" else VERBS[args.verb](args)
         if after:
             raise Stop(
                 USAGE, f"what is {after[0]!r}? fields are overridden by --config.FIELD=VALUE"

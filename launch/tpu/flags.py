@@ -164,7 +164,8 @@ class Values:
     """Values with their sources, as they are printed."""
 
     def __init__(self, args: argparse.Namespace, root: pathlib.Path):
-        self.args, self.sources = args, {}
+        self.args = args
+        self.sources: dict[str, str] = {}
         self.stored = read(root / "launch" / "tpu.env")
 
     def get(self, name: str, default: str = "", source: str = "default") -> str:

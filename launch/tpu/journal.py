@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import IO
 
 
 class Journal:
@@ -23,7 +24,7 @@ class Journal:
         self.folder = folder
         self.quiet = quiet
         self.hidden: list[str] = []
-        self._lock = None
+        self._lock: IO | None = None
         self.state: dict = {
             "attempt": 0,
             "progress": {},  # {run folder: highest step}

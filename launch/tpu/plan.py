@@ -61,8 +61,8 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
         target, args = here(args, values)
         name = args.name or name
     tpu, zones, accelerator = machine(args, values, name) if target == "vm" else (None, [], None)
-    hosts = accelerator.hosts * tpu.slices if accelerator else count
-    devices = accelerator.chips * tpu.slices if accelerator else hosts * args.devices
+    hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
+    devices = accelerator.chips * tpu.slices if tpu and accelerator else hosts * args.devices
     shown = check.resolve(root, config, overrides, devices)
     workdir = find_workdir(args, values, name, root, target)
     if target == "vm":
@@ -242,8 +242,10 @@ def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, 
         ]
     else:
         lines.append(("resolve", f"{plan.hosts} workers on this machine"))
-    size = len(plan.code.data) / 1e6
-    lines.append(("resolve", f"code {plan.code.description}, {plan.code.sha[:12]}, {size:.1f} MB"))
+    megabytes = len(plan.code.data) / 1e6
+    lines.append(
+        ("resolve", f"code {plan.code.description}, {plan.code.sha[:12]}, {megabytes:.1f} MB")
+    )
     if plan.setup:
         lines.append(("resolve", f"each worker runs first: {plan.setup}"))
     if plan.secrets:

@@ -29,6 +29,7 @@ class Workers:
     """The workers of a run, by number."""
 
     count = 0
+    places: list[tuple[str, int]] = []  # noqa: RUF012, (node, number on it) of those in the cloud
 
     def shell(self, worker: int, line: str, stdin: bytes, limit: float) -> gcloud.Result:
         raise NotImplementedError
