@@ -5,11 +5,11 @@
 #
 # Safe to run at every start. It does nothing when .venv already holds what is asked for, takes turns with
 # another start, and rebuilds an environment whose installation was interrupted. Everything it prints goes
-# to standard error. PYTHON=/path/to/python chooses the interpreter.
+# to standard error. PYTHON=/path/to/python chooses the interpreter, VENV=/path another place than .venv.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
+venv=${VENV:-$root/.venv}
 stamp=$venv/vit_scale.stamp            # what a finished installation holds
 unfinished=$venv/vit_scale.unfinished  # present while an installation runs, so left by an interrupted one
 

@@ -180,6 +180,16 @@ def test_overrides_with_equals_or_apart_before_or_after(capsys):
         assert content["data"]["width"] == 64
 
 
+def test_show_checks_a_config_for_devices(capsys):
+    """All of its stages, without any device: what a launcher asks before anything is billed."""
+    content = shown(capsys, "--config", "quickstart", "--devices", "64")
+    assert next(iter(content["stages"])) == "pretrain"
+    assert content["stages"]["finetune-64"]["data"]["resolution"] == 64
+    assert "stages" not in shown(capsys, "--config", "vit_tiny_cifar")
+    assert cli.main(["show", "--config", "quickstart", "--devices", "48"]) == 1
+    assert "batch 128 is not divisible by 48 data shards" in capsys.readouterr().err
+
+
 # train, eval, predict, show RUN
 
 

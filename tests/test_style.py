@@ -8,7 +8,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*ROOT.glob("launch/**/*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+)
 
 
 def check(*command) -> None:

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--sharding", action="store_true", help="print where each parameter of --config lies"
     )
     sub.add_argument(
-        "--devices", type=count, metavar="N", help="with --sharding: on so many (default: all here)"
+        "--devices", type=count, metavar="N", help="check that --config trains on so many devices"
     )
 
     add_plan_flags(verb("plan", plan, "compile the training step for a TPU slice not there"))
@@ -260,6 +260,12 @@ def show(args, overrides: Sequence[str]) -> None:
         print(json.dumps(found) if args.json else report.placements(found))
         return
     content = summary(cfg)
+    stages = {stage: config.load(f"{args.config}:{stage}", overrides) for stage in cfg.stages}
+    if args.devices:  # raises where it can't be
+        for part in stages.values() or (cfg,):
+            plan_program(part, args.devices)
+    if stages:
+        content["stages"] = {stage: config.to_json(part) for stage, part in stages.items()}
     if args.json:
         print(json.dumps(content))
     else:

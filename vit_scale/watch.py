@@ -9,6 +9,7 @@ The loop says which phase it is in (`phase`) and that it gets on (`beat`). A thr
 
 A process ended here exits 42, or as the host that failed did: the same command goes on from the
 last checkpoint. SIGUSR1 prints the stacks of all threads, and nothing else happens.
+A launcher that gives VIT_SCALE_HEARTBEAT=FILE, on a disk, finds each heartbeat there as well.
 """
 
 import contextlib
@@ -121,6 +122,7 @@ class Watch:
     def write(self) -> None:
         """The heartbeat, with the last words if there are any. Never in the way."""
         content = {
+            "run": str(self.run),
             "attempt": self.attempt,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -130,9 +132,12 @@ class Watch:
             "code": self._code,
             "words": self._words,
         }
-        with contextlib.suppress(OSError):
-            file = self.run / FOLDER / f"{jax.process_index()}.json"
-            paths.write(file, json.dumps(content).encode())
+        places = [self.run / FOLDER / f"{jax.process_index()}.json"]
+        if launchers := os.environ.get("VIT_SCALE_HEARTBEAT"):
+            places.append(pathlib.Path(launchers))
+        for file in places:
+            with contextlib.suppress(OSError):
+                paths.write(file, json.dumps(content).encode())
 
     def _loop(self) -> None:
         while not self._ended.wait(self.every):

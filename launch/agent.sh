@@ -1,0 +1,359 @@
+#!/usr/bin/env bash
+# The worker's side of a run: launch/tpu copies it to every host, and calls it there for each thing it wants.
+#
+#   agent.sh install                     make the folders
+#   agent.sh prepare SHA EXTRA [SETUP]   unpack the code, make the environment, run SETUP; prints a fingerprint
+#   agent.sh secrets RUN                 NAME=VALUE lines from standard input, which end with #END
+#   agent.sh start RUN ATTEMPT SHA PORT ARGUMENT...    vit-scale ARGUMENT..., detached
+#   agent.sh status RUN ATTEMPT|last [OFFSET [SITTER]] how the attempt is, and its log from OFFSET on
+#   agent.sh stop RUN ATTEMPT GRACE      SIGTERM to the trainer, and SIGKILL to all of it after GRACE seconds
+#   agent.sh stacks RUN ATTEMPT          SIGUSR1 to the trainer, which prints the stacks of its threads
+#   agent.sh reap RUN PATIENCE COMMAND...  runs COMMAND once the run has ended and nobody has asked for PATIENCE s
+#   agent.sh env | gc [COPIES]          the newest code's fingerprint; remove old code and logs
+#
+# Guaranteed: the same call twice does what one does, so that a connection that drops may be tried again; one
+# attempt starts at most once, and never when a later one has, or after its stop; a secret is on the disk only until the
+# trainer has it; the exit code is never 255, which ssh keeps for itself.
+#
+# Exit codes: 0; 64 usage; 65 what arrived is not what was sent; 70 the environment; 71 the disk is full;
+# 75 too late, or busy: ask again; 79 another program holds the TPU.
+#
+# A machine may differ by these variables: VIT_SCALE_HOME (where all this lies), VIT_SCALE_VENV (an environment that is
+# there and is not to be touched), VIT_SCALE_DEVICES (the folder of the device files).
+set -uo pipefail
+umask 077
+export LC_ALL=C  # numbers have points here; the trainer does not inherit it
+
+home=${VIT_SCALE_HOME:-$HOME/.vit_scale}
+venv=${VIT_SCALE_VENV:-$home/venv}
+devices=${VIT_SCALE_DEVICES:-/dev}
+temporary=${TMPDIR:-/tmp}
+self=$home/agent.sh
+need=10  # GB that must be free before an environment is made
+
+say() { echo "agent: $*" >&2; }
+fail() { local code=$1; shift; say "$@"; exit "$code"; }
+
+# A file appears whole, or not at all.
+put() { cat >"$1.$$" && mv -f "$1.$$" "$1"; }
+
+lock() {  # FILE SECONDS
+  mkdir -p "${1%/*}"
+  exec 9>"$1"
+  flock -w "$2" 9 || fail 75 "busy: ${1##*/} is held for $2 s"
+}
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+started() {  # PID: when it started, in clock ticks since boot; with the pid, that is one process only
+  local stat fields
+  { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
+  read -ra fields <<<"${stat##*) }"
+  [[ ${fields[0]} != Z ]] && echo "${fields[19]}"
+}
+
+alive() {  # ATTEMPT_FOLDER: whether any process of the attempt lives
+  local group ticks now stat fields
+  { read -r group ticks <"$1/group"; } 2>/dev/null || return 1
+  if now=$(started "$group"); then [[ $now == "$ticks" ]]; return; fi
+  for stat in /proc/[0-9]*/stat; do
+    { read -r stat <"$stat"; } 2>/dev/null || continue
+    read -ra fields <<<"${stat##*) }"
+    if [[ ${fields[2]} == "$group" && ${fields[0]} != Z ]]; then return 0; fi
+  done
+  return 1
+}
+
+record() {  # ATTEMPT_FOLDER CODE: the first that says so decides
+  [[ -e $1/rc ]] || echo "$2 $(date +%s.%N)" | put "$1/rc"
+}
+
+kill_all() {  # ATTEMPT_FOLDER
+  local group tries
+  read -r group _ 2>/dev/null <"$1/group" || return 0
+  for ((tries = 0; tries < 100; tries++)); do
+    alive "$1" || break
+    kill -KILL -- "-$group" 2>/dev/null
+    sleep 0.05
+  done
+  record "$1" 137
+}
+
+holders() {  # the processes that have a TPU's device file open
+  local sudo=()
+  if sudo -n true 2>/dev/null; then sudo=(sudo -n); fi
+  "${sudo[@]}" find /proc/[0-9]*/fd -maxdepth 1 \( -lname "$devices/accel*" -o -lname "$devices/vfio/[0-9]*" \) \
+    -printf '%h\n' 2>/dev/null | cut -d/ -f3 | sort -un
+}
+
+newest() {  # RUN_FOLDER: the number of its last attempt, or 0
+  local folder last=0
+  for folder in "$1"/a*/; do
+    folder=${folder%/}; folder=${folder##*/a}
+    if [[ $folder =~ ^[0-9]+$ ]] && ((folder > last)); then last=$folder; fi
+  done
+  echo "$last"
+}
+
+# --- code and environment ---------------------------------------------------------------------------------------
+
+install() {
+  mkdir -p "$home/incoming" "$home/code" "$home/runs" "$home/data"
+  echo "installed"
+}
+
+free_gb() { df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }'; }
+
+room() {
+  (($(free_gb) >= need)) && return
+  say "less than $need GB are free: old code, logs and package caches go"
+  gc 1
+  rm -rf "$HOME/.cache/uv" "$HOME/.cache/pip" "$temporary/tpu_logs"
+  (($(free_gb) >= need)) || fail 71 "the disk is full: $(free_gb) GB are free in $home, $need are needed"
+}
+
+unpack() {  # SHA
+  local code=$home/code/$1 sum
+  if [[ -d $code ]]; then touch "$code"; return; fi
+  sum=$(sha256sum 2>/dev/null <"$home/incoming/$1.tgz") || fail 65 "the code did not arrive"
+  [[ ${sum:0:16} == "$1" ]] || fail 65 "the code arrived damaged: its sum is ${sum:0:16}, not $1"
+  rm -rf "$code.new"
+  mkdir -p "$code.new"
+  tar -xzf "$home/incoming/$1.tgz" -C "$code.new" || fail 71 "the code could not be unpacked (see above)"
+  ln -sfn "$home/data" "$code.new/.data"
+  mv -T "$code.new" "$code"
+  rm -f "$home/incoming/"*.tgz
+}
+
+# TPU VMs come with Python 3.10, and uv brings a later one.
+find_uv() {
+  PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null && return
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -c "import ensurepip" 2>/dev/null && return
+  say "installing uv"
+  python3 -m pip install --quiet --user uv >&2 ||
+    python3 -m pip install --quiet --user --break-system-packages uv >&2 || fail 70 "uv could not be installed"
+}
+
+environment() {  # SHA EXTRA
+  local try
+  [[ -z ${VIT_SCALE_VENV:-} ]] || return 0
+  find_uv
+  for try in 1 2 3; do
+    # shellcheck disable=SC2086  # no extra is no argument
+    VENV=$venv "$home/code/$1/launch/environment.sh" $2 && return
+    say "attempt $try to install failed"
+    sleep $((RANDOM % 15))
+  done
+  fail 70 "the environment could not be made (see above)"
+}
+
+fingerprint() {  # SHA: what must be the same on every host
+  "$venv/bin/python" - "$1" "$home/code/$1/constraints.txt" "$devices" <<'END' || fail 70 "no Python in $venv"
+import glob, hashlib, importlib.metadata as metadata, json, platform, sys
+code, constraints, devices = sys.argv[1:]
+found = {"python": platform.python_version(), "code": code[:12]}
+found["constraints"] = hashlib.sha256(open(constraints, "rb").read()).hexdigest()[:12]
+for name in "jax jaxlib libtpu flax optax orbax-checkpoint grain numpy".split():
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        found[name] = "-"
+found["chips"] = len(glob.glob(devices + "/accel[0-9]*") + glob.glob(devices + "/vfio/[0-9]*"))
+print("#FINGERPRINT " + json.dumps(found))
+END
+}
+
+prepare() {  # SHA EXTRA [SETUP]
+  lock "$home/prepare.lock" 1800
+  room
+  unpack "$1"
+  environment "$1" "$2"
+  if [[ -n ${3:-} ]]; then
+    (cd "$home/code/$1" && PATH=$venv/bin:$PATH PYTHONPATH=$home/code/$1 bash -c "$3" >&2 9>&-) ||
+      fail 70 "the setup command failed (see above): $3"
+  fi
+  fingerprint "$1"
+  gc 2
+}
+
+gc() {  # COPIES: of the code that are kept; of each run, the logs of five attempts
+  local folder
+  find "$home/code" -mindepth 1 -maxdepth 1 -printf '%T@ %p\n' 2>/dev/null | sort -rn | tail -n "+$((${1:-2} + 1))" |
+    while read -r _ folder; do rm -rf "$folder"; done
+  for folder in "$home"/runs/*/; do
+    find "$folder" -mindepth 1 -maxdepth 1 -name 'a[0-9]*' 2>/dev/null | sort -rV | tail -n +6 |
+      while read -r folder; do alive "$folder" || rm -rf "$folder"; done
+  done
+  return 0
+}
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+secrets() {  # RUN
+  local run=$home/runs/$1
+  mkdir -p "$run"
+  cat >"$run/secrets.$$"
+  if [[ $(tail -n 1 "$run/secrets.$$") != "#END" ]]; then  # gcloud's second try sends nothing
+    rm -f "$run/secrets.$$"
+    fail 65 "the secrets did not arrive whole"
+  fi
+  mv -f "$run/secrets.$$" "$run/secrets"
+}
+
+free_the_tpu() {
+  local tries pid
+  for ((tries = 0; tries < 60; tries++)); do
+    pid=$(holders | head -n 1)
+    if [[ -z $pid ]]; then rm -f "$temporary"/libtpu_lockfile* 2>/dev/null; return; fi
+    # Ours are dead by now, and their devices take a moment; what another started stays.
+    ((tries < ${VIT_SCALE_RELEASE:-20})) || break
+    sleep 1
+  done
+  fail 79 "process $pid of $(stat -c %U "/proc/$pid" 2>/dev/null) holds the TPU: $(tr '\0' ' ' <"/proc/$pid/cmdline" | cut -c1-80)"
+}
+
+start() {  # RUN ATTEMPT SHA PORT ARGUMENT...
+  local run=$home/runs/$1 attempt=$home/runs/$1/a$2 number tries
+  lock "$run/lock" 60
+  if [[ -e $attempt/stopped ]]; then fail 75 "attempt $2 has been stopped"; fi
+  if (($(newest "$run") > $2)); then fail 75 "attempt $(newest "$run") has begun: $2 is over"; fi
+  if [[ -e $attempt/group ]]; then echo "attempt $2 has started before"; return; fi
+  for ((number = 1; number < $2; number++)); do
+    if [[ -e $run/a$number/group ]]; then kill_all "$run/a$number"; fi
+  done
+  free_the_tpu
+  mkdir -p "$attempt"
+  # It holds the lock as well, until it has written who it is: also if this process is killed here.
+  setsid bash "$self" wrap "$@" </dev/null >"$attempt/train.log" 2>&1 &
+  for ((tries = 0; tries < 200; tries++)); do
+    if [[ -e $attempt/group ]]; then echo "attempt $2 started"; return; fi
+    sleep 0.05
+  done
+  fail 70 "attempt $2 did not start"
+}
+
+wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: the attempt itself, leader of its process group
+  local run=$home/runs/$1 attempt=$home/runs/$1/a$2 code=$home/code/$3 line
+  echo "$$ $(started $$)" | put "$attempt/group"
+  exec 9>&-
+  export RUN_ID=$1 ATTEMPT=$2 RUN_DIR=$run JAX_COORDINATOR_PORT=$4 VIT_SCALE_HEARTBEAT=$attempt/heartbeat.json
+  export TPU_LOG_DIR=${TPU_LOG_DIR:-disabled} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONPATH=$code
+  unset LD_PRELOAD LC_ALL
+  shift 4
+  printf '%q ' vit-scale "$@" | put "$attempt/command"
+  if [[ -e $run/secrets ]]; then
+    while IFS= read -r line; do
+      if [[ $line == *=* ]]; then export "${line%%=*}=${line#*=}"; fi
+    done <"$run/secrets"
+    rm -f "$run/secrets"
+  fi
+  if cd "$code"; then
+    umask 022
+    "$venv/bin/vit-scale" "$@" &
+    echo $! | put "$attempt/pid"
+    exec 2>/dev/null  # the log is the trainer's: not for bash to say there what it died of
+    wait $!
+    record "$attempt" $?
+  else
+    record "$attempt" 70
+  fi
+  kill -KILL -- -$$  # what it has left behind, and this process
+}
+
+ask_to_stop() {  # ATTEMPT_FOLDER SIGNAL
+  local pid
+  read -r pid 2>/dev/null <"$1/pid" && kill "-$2" "$pid" 2>/dev/null
+}
+
+stop() {  # RUN ATTEMPT GRACE
+  local run=$home/runs/$1 attempt=$home/runs/$1/a$2
+  lock "$run/lock" 60
+  rm -f "$run/secrets"
+  mkdir -p "$attempt"
+  if ! alive "$attempt"; then touch "$attempt/stopped"; echo "nothing runs"; return; fi
+  if (($3 == 0)); then touch "$attempt/stopped"; kill_all "$attempt"; echo "killed"; return; fi
+  if [[ ! -e $attempt/stopped ]]; then  # a second SIGTERM ends the trainer without saving
+    touch "$attempt/stopped"
+    ask_to_stop "$attempt" TERM
+    setsid bash "$self" kill_later "$attempt" "$3" </dev/null >/dev/null 2>&1 9>&- &
+  fi
+  echo "asked to stop"
+}
+
+kill_later() { sleep "$2"; kill_all "$1"; }
+
+stacks() { if alive "$home/runs/$1/a$2"; then ask_to_stop "$home/runs/$1/a$2" USR1 || true; fi; }
+
+status() {  # RUN ATTEMPT|last [OFFSET [SITTER]]
+  local run=$home/runs/$1 number=$2 offset=${3:-0} attempt state=absent rc="" ended="" size=0
+  if [[ $number == last ]]; then number=$(newest "$run"); fi
+  attempt=$run/a$number
+  if [[ -n ${4:-} && -d $run ]]; then echo "$4 $(date +%s)" | put "$run/sitter"; fi
+  if [[ -e $attempt/group ]]; then
+    # In this order: it may end between the two questions, and is not lost then.
+    if alive "$attempt"; then state=running; else state=lost; fi
+    if read -r rc ended 2>/dev/null <"$attempt/rc"; then state=ended; fi
+    size=$(stat -c %s "$attempt/train.log" 2>/dev/null || echo 0)
+  fi
+  echo "#STATUS attempt=$number state=$state rc=$rc ended=$ended now=$(date +%s.%N) free_gb=$(free_gb) stopped=$([[ -e $attempt/stopped ]] && echo 1 || echo 0)"
+  echo "#SITTER $(cat "$run/sitter" 2>/dev/null)"
+  echo "#HEARTBEAT $(cat "$attempt/heartbeat.json" 2>/dev/null | tr -d '\n')"
+  echo "#LOG $offset $size"
+  if ((size > offset)); then tail -c "+$((offset + 1))" "$attempt/train.log" | head -c 262144; fi
+  return 0  # where there is more, tail is cut short
+}
+
+reap() {  # RUN PATIENCE COMMAND...: returns at once
+  local run=$home/runs/$1
+  lock "$run/lock" 60
+  if alive "$run/reaper"; then echo "watched already"; return; fi
+  mkdir -p "$run/reaper"
+  rm -f "$run/reaper/group"
+  setsid bash "$self" reaper "$@" </dev/null >"$run/reaper/log" 2>&1 9>&- &
+  echo "watched"
+}
+
+# The last resort against a machine that nobody remembers: its launcher is gone, and its training has ended.
+reaper() {
+  local run=$home/runs/$1 patience=$2 asked ended number
+  echo "$$ $(started $$)" | put "$run/reaper/group"
+  shift 2
+  while sleep "$((patience / 10 + 1))"; do
+    number=$(newest "$run")
+    alive "$run/a$number" && continue
+    read -r _ asked 2>/dev/null <"$run/sitter" || asked=0
+    ended=$(stat -c %Y "$run/a$number" 2>/dev/null || echo 0)
+    if (($(date +%s) > (asked > ended ? asked : ended) + patience)); then
+      echo "ended, and nobody has asked for $patience s: $*"
+      "$@"
+      return
+    fi
+  done
+}
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+arguments() {  # LEAST GIVEN USAGE
+  (($2 >= $1)) || fail 64 "usage: agent.sh $3"
+}
+
+trap 'code=$?; if ((code == 255)); then exit 254; fi' EXIT
+verb=${1:-}
+shift || true
+case $verb in
+  install) install ;;
+  prepare) arguments 2 $# "prepare SHA EXTRA [SETUP]"; prepare "$@" ;;
+  env) fingerprint "$(find "$home/code" -mindepth 1 -maxdepth 1 -printf '%T@ %f\n' | sort -rn | sed -n '1s/.* //p')" ;;
+  gc) gc "$@" ;;
+  secrets) arguments 1 $# "secrets RUN"; secrets "$@" ;;
+  start) arguments 5 $# "start RUN ATTEMPT SHA PORT ARGUMENT..."; start "$@" ;;
+  wrap) wrap "$@" ;;
+  status) arguments 2 $# "status RUN ATTEMPT|last [OFFSET [SITTER]]"; status "$@" ;;
+  stop) arguments 3 $# "stop RUN ATTEMPT GRACE"; stop "$@" ;;
+  kill_later) kill_later "$@" ;;
+  stacks) arguments 2 $# "stacks RUN ATTEMPT"; stacks "$@" ;;
+  reap) arguments 3 $# "reap RUN PATIENCE COMMAND..."; reap "$@" ;;
+  reaper) reaper "$@" ;;
+  *) fail 64 "no verb is named '$verb'" ;;
+esac

@@ -1,0 +1,312 @@
+"""One attempt of a run on all its workers: start it on all or on none, follow it, find its end.
+
+Calls go to one worker each and may fail: a worker that can't be reached is not dead.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from launch.tpu import script, secret
+from launch.tpu.classify import Cause, End, cause, last_line
+from launch.tpu.clock import Clock
+from launch.tpu.codes import TPU_HELD
+from launch.tpu.journal import Journal
+from launch.tpu.plan import Plan
+from launch.tpu.transport import Workers, free_port, on_all
+
+POLL = 10  # seconds between questions
+LOST, MISSED = 180, 3  # seconds, and questions, without an answer of a worker of a READY node
+PATIENCE = 60  # seconds for the others to end by themselves, when one has ended with 0 or 42
+TAIL = 64_000  # characters of a log that are kept to look for causes
+LONGEST_LINE = 200_000  # bytes
+STEPPING = ("train", "eval", "checkpoint")  # phases of the trainer in which steps are counted
+
+
+@dataclass
+class View:
+    """What is known of one worker's part of the attempt."""
+
+    worker: int
+    state: str = "unknown"  # absent | running | ended | lost | unknown
+    code: int | None = None
+    ended: float = 0.0
+    heartbeat: dict = field(default_factory=dict)
+    beat: float = 0.0  # when it last changed
+    moved: float = 0.0  # when its step or phase last changed
+    seen: float = 0.0
+    offset: int = 0
+    size: int = 0
+    tail: str = ""
+    stopped: bool = False
+    error: str = ""
+    missed: int = 0  # questions in a row without an answer
+    sitter: str = ""
+    attempt: int = 0
+    free_gb: str = ""
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("ended", "lost")
+
+
+class Attempt:
+    def __init__(
+        self, plan: Plan, workers: Workers, number: int, clock: Clock, journal: Journal, sitter: str
+    ):
+        self.plan, self.workers, self.number = plan, workers, number
+        self.clock, self.journal, self.sitter = clock, journal, sitter
+        now = clock.now()
+        self.began, self.first_step = now, False
+        self.views = [View(i, beat=now, moved=now, seen=now) for i in range(workers.count)]
+        for view in self.views:
+            file = journal.log_file(number, view.worker)
+            view.offset = file.stat().st_size if file.exists() else 0
+        self.failed_at: float | None = None
+        self.stopping = False
+        self.stopped: set[int] = set()  # workers that did not end by themselves
+        self.why: dict[int, str] = {}
+
+    # --- beginning and ending it
+
+    def start(self) -> Cause | None:
+        """Start it everywhere; None, or why that was not possible, with nothing left running."""
+        answers = on_all(range(self.workers.count), self._send_secrets)
+        port = (
+            free_port() if self.plan.target == "local" else script.port(self.plan.run, self.number)
+        )
+        if all(answer is None for answer in answers.values()):
+            answers = on_all(range(self.workers.count), lambda i: self._start(i, port))
+        refused = {worker: answer for worker, answer in answers.items() if answer}
+        if not refused:
+            return None
+        self.stop(0)
+        worker, (kind, line) = min(refused.items(), key=lambda item: item[1][0] != "busy")
+        return Cause(kind, worker, f"did not start: {line}", f"start {kind}")
+
+    def _send_secrets(self, worker: int) -> tuple[str, str] | None:
+        if not self.plan.secrets:
+            return None
+        content = secret.message(self.plan.secrets)
+        return self._ask(worker, script.command("secrets", self.plan.run), content)
+
+    def _start(self, worker: int, port: int) -> tuple[str, str] | None:
+        mine = [word.format(worker=worker) for word in self.workers.arguments(port)]
+        return self._ask(worker, script.start(self.plan, self.number, port, mine))
+
+    def _ask(self, worker: int, line: str, stdin: bytes = b"") -> tuple[str, str] | None:
+        """Have the worker do it, with three tries: it does it once. None, or what went wrong."""
+        for _ in range(3):
+            result = self.workers.shell(worker, line, stdin, 90)
+            if result.code == 0:
+                return None
+            said = last(result.err)
+            if result.code == TPU_HELD:
+                return "busy", said
+            if result.code == 75 and "stopped" in said:
+                break
+            self.clock.sleep(3)
+        return "infra", said
+
+    def stop(self, grace: float) -> None:
+        """End it everywhere, with `grace` seconds to save; return when it has ended or can't be."""
+        self.stopping = True
+        seconds = max(1, round(grace * self.clock.scale)) if grace else 0
+        words = ("stop", self.plan.run, self.number, seconds)
+        answers = on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
+        self.stopped |= {i for i, answer in answers.items() if b"nothing runs" not in answer.out}
+        until = self.clock.now() + grace + 30
+        self.poll()
+        while any(view.state == "running" for view in self.views) and self.clock.now() < until:
+            self.clock.sleep(min(POLL, 3))
+            self.poll()
+        if grace and any(view.state in ("running", "unknown") for view in self.views):
+            self.stop(0)
+
+    def dump_stacks(self) -> None:
+        words = ("stacks", self.plan.run, self.number)
+        on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
+
+    # --- following it
+
+    def poll(self) -> None:
+        for worker, lines in on_all(range(self.workers.count), self._poll).items():
+            for line in lines:
+                self.journal.print_log(worker, line)
+
+    def catch_up(self) -> None:
+        """Fetch what the logs still hold, of an attempt that is over."""
+        for _ in range(100):
+            if all(view.offset >= view.size for view in self.views if view.over):
+                return
+            self.poll()
+
+    def _poll(self, worker: int) -> list[str]:
+        """Ask one worker; the new whole lines of its log."""
+        view, now = self.views[worker], self.clock.now()
+        words = ("status", self.plan.run, self.number, view.offset, self.sitter)
+        result = self.workers.agent(worker, *words)
+        _, found, answer = result.out.partition(b"#STATUS ")
+        if result.code or not found:
+            view.error, view.missed = last(result.err), view.missed + 1
+            return []
+        head, _, log = answer.partition(b"\n#LOG ")
+        sizes, _, log = log.partition(b"\n")
+        self._read_head(view, head.decode(errors="replace"), now)
+        return self._read_log(view, [int(word) for word in sizes.split()], log)
+
+    def _read_head(self, view: View, head: str, now: float) -> None:
+        status, *rest = head.split("\n")
+        values = dict(word.partition("=")[::2] for word in status.split())
+        lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in rest}
+        view.missed = 0
+        view.seen, view.error, view.sitter = now, "", lines.get("#SITTER", "")
+        view.state, view.attempt = values["state"], int(values["attempt"])
+        view.stopped, view.free_gb = values["stopped"] == "1", values["free_gb"]
+        if view.state == "ended" and values["rc"]:
+            view.code = int(values["rc"])
+        if view.over:
+            end, there = values["ended"] or values["now"], values["now"]
+            view.ended = now - (float(there) - float(end)) / self.clock.scale
+        try:
+            heartbeat = json.loads(lines.get("#HEARTBEAT") or "{}")
+        except ValueError:
+            return  # it is being written
+        old = view.heartbeat
+        if heartbeat != old:
+            view.beat = now
+        if (heartbeat.get("step"), heartbeat.get("phase")) != (old.get("step"), old.get("phase")):
+            view.moved = now
+        view.heartbeat = heartbeat
+
+    def _read_log(self, view: View, sizes: list[int], log: bytes) -> list[str]:
+        offset, view.size = sizes
+        file = self.journal.log_file(self.number, view.worker)
+        if view.size < offset:  # another machine's log
+            view.offset = 0
+            file.unlink(missing_ok=True)
+            return []
+        whole = log if view.over and offset + len(log) >= view.size else b""
+        if not whole:  # whole lines: a secret is hidden in one piece
+            whole = log[: log.rfind(b"\n") + 1] or (log if len(log) > LONGEST_LINE else b"")
+        if offset and not view.tail:
+            view.tail = file.read_text(errors="replace")
+        text = self.journal.hide(whole.decode(errors="surrogateescape"))
+        with file.open("ab") as stream:
+            stream.write(text.encode(errors="surrogateescape"))
+        view.offset += len(whole)
+        view.tail = (view.tail + text)[-TAIL:]
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+        return [printable(line) for line in lines if line.strip()]
+
+    # --- what it comes to
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """{run folder: the furthest step}: a config may be several runs, one after the other."""
+        furthest: dict[str, int] = {}
+        for view in self.views:
+            run, step = view.heartbeat.get("run", ""), int(view.heartbeat.get("step") or 0)
+            if view.heartbeat:
+                furthest[run] = max(step, furthest.get(run, 0))
+        return furthest
+
+    def judge(self, is_ready: Callable[[], bool]) -> Cause | None:
+        """Why it has ended, with nothing left running; None while it goes on.
+
+        `is_ready` says whether the machine is there: one that can't be asked proves nothing.
+        """
+        now, over = self.clock.now(), [view for view in self.views if view.over]
+        if len(over) == len(self.views):
+            return self.settle()
+        bad = [view for view in over if view.code not in (0, 42)]
+        if bad:
+            self.stop(min(10, self.plan.args.grace))
+            return self.settle()
+        if over:
+            self.failed_at = now if self.failed_at is None else self.failed_at
+            patience = self.plan.args.grace if any(v.code for v in over) else PATIENCE
+            if now - self.failed_at > patience:
+                for view in over:
+                    if view.code == 0:
+                        self.why[view.worker] = "it ended with 0 while others go on"
+                self.stop(min(10, self.plan.args.grace))
+                return self.settle()
+        return self._silent(now, is_ready) or self._stalled(now)
+
+    def _silent(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
+        for view in self.views:
+            silent = view.missed >= MISSED and now - view.seen > LOST
+            if silent and not view.over and is_ready():
+                self.why[view.worker] = f"not reached for {now - view.seen:.0f} s: {view.error}"
+                self.stop(10)
+                return self.settle()
+        return None
+
+    def _stalled(self, now: float) -> Cause | None:
+        """Whether one is frozen, or all wait for one that does not get on.
+
+        Times end where the worker was last heard of: what can't be reached proves nothing.
+        """
+        args = self.plan.args
+        running = [view for view in self.views if view.state == "running"]
+        self.first_step = self.first_step or any(view.heartbeat.get("step") for view in running)
+        for view in running:
+            silent = view.seen - view.beat
+            if view.heartbeat and silent > args.stall_timeout:
+                return self._end_stalled(view, f"frozen: no heartbeat for {silent:.0f} s")
+        # Who hangs is behind: the others have gone one step on, and wait.
+        for view in sorted(running, key=lambda v: (v.heartbeat.get("step", 0), v.moved)):
+            idle = view.seen - view.moved
+            if view.heartbeat.get("phase") == "train" and idle > args.stall_timeout:
+                return self._end_stalled(view, f"hangs: no step for {idle:.0f} s")
+            if not self.first_step and view.seen - self.began > args.first_step_timeout:
+                waited = view.seen - self.began
+                return self._end_stalled(view, f"no first step in {waited:.0f} s")
+        return None
+
+    def _end_stalled(self, view: View, why: str) -> Cause:
+        phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
+        self.why[view.worker] = f"{why}, in phase {phase} after step {step}; its log has the stacks"
+        self.dump_stacks()
+        self.clock.sleep(5)
+        self.stop(10)
+        return self.settle()
+
+    def settle(self) -> Cause:
+        """The cause of the end, which is in the run's folder as well."""
+        self.catch_up()
+        ends = [self._end(view) for view in self.views]
+        found = cause(ends)
+        rows = "\n".join(
+            f"[w{end.worker:02}] code {end.code}, {end.why or end.words or last_line(end.tail)}"
+            + " (stopped)" * end.stopped
+            for end in ends
+        )
+        self.journal.put(f"a{self.number}/cause.txt", f"{found.kind}: {found.text}\n\n{rows}\n")
+        return found
+
+    def _end(self, view: View) -> End:
+        why = self.why.get(view.worker, "")
+        stopped = not why and view.worker in self.stopped
+        if not why and not stopped and view.state in ("lost", "absent"):
+            why = "its processes vanished: the machine was restarted, or all of them were killed"
+        # It did not end by itself, whatever it said when it was made to.
+        code = None if view.worker in self.why and view.worker in self.stopped else view.code
+        at = -1.0 if view.worker in self.why else view.ended
+        words = str(view.heartbeat.get("words") or "")
+        return End(view.worker, code, at, view.tail[-8000:], words, stopped, why)
+
+
+def printable(line: str) -> str:
+    return line.encode(errors="replace").decode()
+
+
+def last(text: str) -> str:
+    """The last line that says something of its own: agent's, else gcloud's."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("agent: ")]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    said = (own or errors or lines or ["no answer"])[-1]
+    return re.sub(r"^(agent: |ERROR: \S+ )", "", said)[:300]

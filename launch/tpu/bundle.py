@@ -1,0 +1,85 @@
+"""The working tree as one file: what is tracked, or new and not ignored, as it is now.
+
+The same files make the same bytes, so their SHA-256 is the code's name on every worker.
+"""
+
+import gzip
+import hashlib
+import io
+import pathlib
+import subprocess
+import tarfile
+from typing import NamedTuple
+
+from launch.tpu.codes import BAD_INPUT, Stop
+
+LARGEST = 50_000_000  # bytes of all files
+NEVER = (".env", ".git", ".venv", ".data", "tpu.env", "__pycache__", "runs", "wandb")
+
+
+class Bundle(NamedTuple):
+    sha: str
+    data: bytes
+    description: str  # such as a630608+changes
+
+
+def _git(root: pathlib.Path, *arguments: str) -> bytes | None:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def files(root: pathlib.Path) -> list[str]:
+    """Relative paths, sorted; without git, everything that is not hidden."""
+    listing = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listing is None:
+        names = [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
+        names = [name for name in names if not name.startswith(".") and "/." not in name]
+    else:
+        names = [name for name in listing.decode().split("\0") if name]
+    return sorted({name for name in names if _wanted(root, name)})
+
+
+def _wanted(root: pathlib.Path, name: str) -> bool:
+    parts = pathlib.PurePath(name).parts
+    secret = any(part in NEVER or part.startswith(".env") for part in parts)
+    return not secret and (root / name).is_file()
+
+
+def make(root: pathlib.Path, hidden: list[str]) -> Bundle:
+    """Pack `root`. Raises Stop where it is too large, or holds one of the values `hidden`."""
+    names = files(root)
+    sizes = {name: (root / name).stat().st_size for name in names}
+    if sum(sizes.values()) > LARGEST:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        listed = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB" for name in largest)
+        total = sum(sizes.values()) / 1e6
+        raise Stop(
+            BAD_INPUT, f"the code is {total:.0f} MB, the limit {LARGEST / 1e6:.0f} MB: {listed}"
+        )
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in names:
+            content = (root / name).read_bytes()
+            if any(value.encode() in content for value in hidden):
+                raise Stop(BAD_INPUT, f"{name} holds the value of a secret: take it out")
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            entry.mode = 0o755 if (root / name).stat().st_mode & 0o100 else 0o644
+            tar.addfile(entry, io.BytesIO(content))
+    data = gzip.compress(packed.getvalue(), mtime=0)
+    return Bundle(hashlib.sha256(data).hexdigest()[:16], data, describe(root))
+
+
+def describe(root: pathlib.Path) -> str:
+    head = _git(root, "rev-parse", "--short", "HEAD")
+    if head is None:
+        return "no git"
+    return head.decode().strip() + ("+changes" if _git(root, "status", "--porcelain") else "")
+
+
+def changes(root: pathlib.Path) -> str:
+    """What differs from the last commit."""
+    return (_git(root, "diff", "HEAD") or b"").decode(errors="replace")

@@ -1,0 +1,214 @@
+"""The slice in the cloud: how it is, making it, and deleting it until it is gone.
+
+The answer of `create` is not waited for: it may never come though the machine is there. What counts
+is what `describe` says.
+"""
+
+import json
+import os
+import random
+import time
+from typing import NamedTuple
+
+from launch.tpu import clock as clocks
+from launch.tpu import gcloud
+from launch.tpu.clock import Clock
+from launch.tpu.codes import AUTH, INFRASTRUCTURE, REFUSED, Stop
+from launch.tpu.gcloud import ApiError, Tpu
+from launch.tpu.journal import Journal
+
+TERMINAL = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN")
+SICK = ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNKNOWN")
+CODES = {"quota": REFUSED, "zone": REFUSED, "invalid": REFUSED, "api": REFUSED}
+CODES |= {"auth": AUTH, "permission": AUTH, "agent": AUTH}
+TRIES, LONGEST = 12, 60  # of an API that doesn't answer; seconds between the last tries
+DELETION = 1200  # seconds that a deletion may take
+EXPIRES = 24 * 3600  # after which `gc` calls a machine forgotten, unless its launcher renews that
+
+
+class Look(NamedTuple):
+    """`kind`: absent, waiting, ready, sick (may recover), gone (never will), failed."""
+
+    kind: str
+    detail: str
+    hosts: list[tuple[str, int]] = []  # noqa: RUF012, [(node, number of workers)]
+    created: str = ""
+    labels: dict = {}  # noqa: RUF012
+
+
+def refuse(error: ApiError) -> Stop:
+    """What ends the launcher for an error that waiting does not mend."""
+    remedy = gcloud.REMEDIES.get(error.kind, "")
+    return Stop(CODES.get(error.kind, INFRASTRUCTURE), f"{error}; {remedy}".rstrip("; "))
+
+
+def count_hosts(node: dict) -> int:
+    """A node with several network cards lists each of them."""
+    ends, cards = node.get("networkEndpoints", []), node.get("networkConfigs", [])
+    return len(ends) // max(1, len(cards))
+
+
+class Cloud:
+    """The slices of `tpu`. `owned`: made by this program, and so deleted by it."""
+
+    def __init__(self, tpu: Tpu, clock: Clock, journal: Journal, owned: bool = False):
+        self.tpu, self.clock, self.journal, self.owned = tpu, clock, journal, owned
+        self.missing = 0  # looks in a row that found no node
+
+    def call(self, argv: list[str], patience: int = TRIES) -> bytes:
+        """gcloud's output. Raises ApiError; what may pass is tried again before."""
+        delay = 1.0
+        while True:
+            self.journal.write("gcloud", argv=argv)
+            result = gcloud.run(argv, timeout=self.clock.limit(120))
+            if result.code == 0:
+                return result.out
+            if result.code == 127:
+                raise Stop(AUTH, "gcloud is not installed: https://cloud.google.com/sdk")
+            error = gcloud.error(result.err)
+            patience -= 1
+            if error.kind != "transient" or patience <= 0:
+                raise error
+            self.journal.write("retry", error=str(error))
+            self.clock.sleep(delay * random.uniform(0.8, 1.2))
+            delay = min(2 * delay, LONGEST)
+
+    def read(self, argv: list[str], patience: int = TRIES) -> dict | None:
+        """What a describe command says; None where there is nothing. Raises Stop for a refusal."""
+        try:
+            return json.loads(self.call(argv, patience))
+        except ApiError as error:
+            if error.kind == "absent":
+                return None
+            raise refuse(error) from None
+        except ValueError:
+            raise Stop(INFRASTRUCTURE, f"no JSON came from: {gcloud.line(argv)}") from None
+
+    def look(self, patience: int = TRIES) -> Look:
+        found = self.read(gcloud.describe(self.tpu), patience)
+        if found is None:
+            return Look("absent", "there is none")
+        if not self.tpu.queue:
+            return self._node(self.tpu.name, found)
+        state = found.get("state", {}).get("state", "")
+        spec = found.get("tpu", {}).get("nodeSpec", [{}])
+        labels = spec[0].get("node", {}).get("labels", {})
+        names = [
+            entry.get("nodeId") or name for entry, name in zip(spec, self.tpu.nodes, strict=False)
+        ]
+        if state == "FAILED":
+            error = found["state"].get("failedData", {}).get("error", {}).get("message", "")
+            return Look("failed", error or "the request FAILED", labels=labels)
+        if state in ("SUSPENDING", "SUSPENDED", "DELETING"):
+            return Look("gone", f"its request is {state}", labels=labels)
+        if state != "ACTIVE":
+            return Look("waiting", state or "no state yet", labels=labels)
+        look = self._nodes(names, patience)
+        return look if look.labels else look._replace(labels=labels)
+
+    def _nodes(self, names: list[str], patience: int) -> Look:
+        looks = []
+        for name in names:
+            found = self.read(gcloud.describe_node(self.tpu, name), patience)
+            # It may not be listed yet, or be gone while its request says nothing.
+            self.missing = 0 if found else self.missing + 1
+            kind = "gone" if self.missing >= 3 else "waiting"
+            missing = Look(kind, f"node {name} is not there")
+            looks.append(self._node(name, found) if found else missing)
+        for kind in ("gone", "sick", "waiting"):
+            for look in looks:
+                if look.kind == kind:
+                    return look
+        hosts = [host for look in looks for host in look.hosts]
+        return looks[0]._replace(hosts=hosts)
+
+    def _node(self, name: str, node: dict) -> Look:
+        state, health = node.get("state", "UNKNOWN"), node.get("health", "")
+        known = {"created": node.get("createTime", ""), "labels": node.get("labels", {})}
+        if state in TERMINAL:
+            return Look("gone", f"node {name} is {state}", **known)
+        if state in SICK:
+            return Look("sick", f"node {name} is {state}", **known)
+        if state != "READY":
+            return Look("waiting", f"node {state}", **known)
+        if health.startswith("UNHEALTHY"):
+            said = node.get("healthDescription") or health
+            return Look("sick", f"node {name}: {said}", **known)
+        return Look("ready", "node READY", [(name, count_hosts(node))], **known)
+
+    def create(self) -> None:
+        """Ask for it; a second call finds it there. Raises Stop, or ApiError for a stockout."""
+        self.journal.say("acquire", f"asking for {self.tpu.name} in {self.tpu.zone}")
+        try:
+            self.call(gcloud.create(self.tpu), patience=5)
+        except ApiError as error:
+            if error.kind == "exists":
+                return
+            if error.kind in CODES:
+                raise refuse(error) from None
+            raise
+
+    def delete(self) -> None:
+        """Delete it, and return when it is gone. Raises Stop where that does not happen."""
+        if not self.owned:
+            return
+        began, told = self.clock.now(), False
+        while self.clock.now() - began < DELETION:
+            found = self._exists()
+            if found is None:
+                self.journal.write("deleted", zone=self.tpu.zone)
+                return
+            if not told or "DELETING" not in json.dumps(found.get("state", "")):
+                told = self._ask_to_delete() or told
+            self.clock.sleep(10)
+        raise Stop(
+            INFRASTRUCTURE,
+            f"{self.tpu.name} is still there {clocks.text(DELETION)} after its deletion began; "
+            f"run: {gcloud.line(gcloud.delete(self.tpu))}",
+        )
+
+    def _exists(self) -> dict | None:
+        """The request or a node of it, as long as there is any."""
+        found = self.read(gcloud.describe(self.tpu))
+        if found is None and self.tpu.queue:  # a node may outlive what asked for it
+            for node in self.tpu.nodes:
+                found = found or self.read(gcloud.describe_node(self.tpu, node))
+            if found:
+                self._delete_nodes()
+        return found
+
+    def _delete_nodes(self) -> None:
+        for node in self.tpu.nodes:
+            one = gcloud.Tpu(node, self.tpu.zone, self.tpu.project, "", "", queue=False)
+            try:
+                self.call(gcloud.delete(one))
+            except ApiError as error:
+                self.journal.write("delete", error=str(error))
+
+    def _ask_to_delete(self) -> bool:
+        try:
+            self.call(gcloud.delete(self.tpu))
+        except ApiError as error:
+            if error.kind not in ("absent", "transient", "exists"):
+                self.journal.write("delete", error=str(error))
+            return False
+        return True
+
+    def renew(self) -> None:
+        """Say that the machine is still wanted; where that can't be said, `gc` asks before."""
+        for node in self.tpu.nodes:
+            try:
+                self.call(gcloud.renew(self.tpu, node, int(time.time() + EXPIRES)), patience=1)
+            except (ApiError, Stop) as error:
+                self.journal.write("renew", error=str(error))
+
+
+def labels(run: str) -> dict[str, str]:
+    """What marks a machine as this program's; lower case, digits, - and _."""
+    owner = "".join(c if c.isalnum() else "-" for c in os.environ.get("USER", "unknown").lower())
+    return {
+        "managed-by": "vit_scale",
+        "run": run,
+        "owner": owner[:63],
+        "expires": str(int(time.time() + EXPIRES)),
+    }

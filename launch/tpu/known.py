@@ -1,0 +1,59 @@
+"""The runs that this machine has notes of, in runs/tpu, and the way to their workers."""
+
+import argparse
+import json
+import pathlib
+
+from launch.tpu import cloud, flags
+from launch.tpu.clock import Clock
+from launch.tpu.codes import REFUSED, USAGE, Stop
+from launch.tpu.gcloud import Tpu
+from launch.tpu.journal import Journal
+from launch.tpu.plan import ROOT
+from launch.tpu.transport import GcloudWorkers, LocalWorkers, Workers
+
+FOLDER = ROOT / "runs" / "tpu"
+
+
+class Known:
+    """A run that this machine has notes of, and the way to its workers."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.clock = args, Clock()
+        values = flags.Values(args, ROOT)
+        name = values.get("name")
+        found = [path for path in FOLDER.glob("*/launch.json") if is_of(path, name)]
+        if not found:
+            raise Stop(
+                USAGE,
+                f"no run {name or ''} is known here: give its --name, or see `list`".replace(
+                    "  ", " "
+                ),
+            )
+        self.folder = max(found, key=lambda path: path.stat().st_mtime).parent
+        self.request = json.loads((self.folder / "launch.json").read_text())
+        self.journal = Journal(self.folder, quiet=True)
+        self.run, self.name = self.request["run"], self.request["name"]
+        self.cloud: cloud.Cloud | None = None
+        if self.request["tpu"]:
+            tpu = Tpu(**self.request["tpu"])
+            zone = args.zone or self.journal.state["zone"] or tpu.zone
+            tpu = Tpu(**{**vars(tpu), "zone": zone})
+            self.cloud = cloud.Cloud(tpu, self.clock, self.journal, not self.request["existing"])
+
+    def workers(self) -> Workers:
+        """Raises Stop where there are none."""
+        if self.cloud is None:
+            homes = sorted(self.folder.glob("worker-*")) or [pathlib.Path.home()]
+            return LocalWorkers(homes, "", 0, self.clock)
+        look = self.cloud.look()
+        if look.kind != "ready":
+            raise Stop(REFUSED, f"{self.name} has no workers: {look.detail}")
+        return GcloudWorkers(self.cloud.tpu, look.hosts, self.clock, lambda argv: None)
+
+
+def is_of(path: pathlib.Path, name: str) -> bool:
+    try:
+        return not name or json.loads(path.read_text())["name"] == name
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,424 @@
+"""A run from beginning to end: acquire, prepare, start, watch; again after what passes; release.
+
+It may be ended anywhere and begun again with the same command: each step looks at what there is
+before it does anything, and what is there already is taken over.
+"""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import time
+
+from launch.tpu import budget, gcloud, script
+from launch.tpu.attempt import Attempt, last
+from launch.tpu.classify import Cause
+from launch.tpu.clock import Clock
+from launch.tpu.cloud import Cloud
+from launch.tpu.codes import (
+    AUTH,
+    BAD_INPUT,
+    CRASH_LOOP,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RESULTS,
+    SETUP,
+    TPU_HELD,
+    USAGE,
+    Stop,
+)
+from launch.tpu.flags import seconds
+from launch.tpu.gcloud import ApiError
+from launch.tpu.journal import Journal
+from launch.tpu.machine import LOOK, Gone, Machine
+from launch.tpu.meter import Meter
+from launch.tpu.plan import Plan
+from launch.tpu.prepare import Preparation
+from launch.tpu.transport import GcloudWorkers, Workers
+
+WATCH = 30  # seconds between looks at a machine that trains
+RENEW = 3600  # seconds between saying that the machine is wanted
+LEASE = 300  # seconds for which a launcher on another machine that watched is respected
+WINDOW = 3  # seconds for a second Ctrl-C, which stops
+KEPT = (
+    FAILED,
+    BAD_INPUT,
+    SETUP,
+    CRASH_LOOP,
+    TPU_HELD,
+)  # ends after which a look is worth its price
+
+
+class Interrupted(Exception):
+    """Somebody wants this launcher to end; `stop`: and the training with it."""
+
+    def __init__(self, stop: bool, keep: bool = False):
+        super().__init__("stop" if stop else "detach")
+        self.stop, self.keep = stop, keep
+
+
+class Launcher:
+    """`cloud` is None where the workers are of this machine."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        cloud: Cloud | None,
+        workers: Workers | None,
+        clock: Clock,
+        journal: Journal,
+    ):
+        self.plan, self.clock, self.journal = plan, clock, journal
+        self.workers = workers or Workers()
+        self.meter = Meter(plan.price, clock, journal)
+        self.attempt: Attempt | None = None
+        self.signals = 0
+        self.machine = Machine(plan, cloud, self.meter, self.pause) if cloud else None
+        self.knows = False  # what trains there
+        self.sitter = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.renewed = clock.now()
+
+    # --- the whole
+
+    def run(self) -> int:
+        """Run to an end; its exit code. The last line printed is a JSON object."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        self.journal.state.update(failures=[], restarts=0, result=None, sitter=self.sitter)
+        self.journal.save()
+        try:
+            self.to_the_end()
+            code, line = DONE, "all workers have finished"
+        except Stop as stop:
+            code, line = stop.code, str(stop)
+        except Interrupted as interrupted:
+            return self.interrupted(interrupted)
+        except Exception as error:  # the machine must not be left because of a mistake in here
+            self.journal.write("bug", error=repr(error))
+            self._quietly_release()
+            raise
+        return self.finish(code, line)
+
+    def to_the_end(self) -> None:
+        """Attempts, until one has trained to the end. Raises Stop."""
+        while True:
+            before = dict(self.journal.state["progress"])
+            try:
+                self.acquire()
+                found = self.one_attempt()
+            except Gone as gone:
+                found = Cause("preempted", None, str(gone), "gone")
+                if self.attempt:
+                    self.journal.state["settled"] = self.attempt.number
+            if found.kind == "done":
+                return
+            self.journal.say("event", f"attempt {self.journal.state['attempt']}: {found.text}")
+            progress = self.note_progress()
+            progressed = any(step > before.get(run, 0) for run, step in progress.items())
+            args = self.plan.args
+            again = budget.decide(
+                self.journal.state, found, progressed, args.max_failures, args.max_restarts
+            )
+            self.journal.save()
+            if again.recreate and self.machine and self.machine.cloud.owned:
+                self.journal.say("event", "the machine is replaced")
+                self.machine.remove()
+            self.attempt = None
+            self.pause(again.delay)
+
+    def note_progress(self) -> dict[str, int]:
+        progress = self.journal.state["progress"]
+        for run, step in (self.attempt.steps if self.attempt else {}).items():
+            progress[run] = max(step, progress.get(run, 0))
+        self.meter.book()
+        self.journal.save()
+        return progress
+
+    def pause(self, delay: float) -> None:
+        """Wait, and raise Interrupted where somebody asks for it."""
+        until = self.clock.now() + delay
+        while True:
+            self.check_interrupt()
+            left = until - self.clock.now()
+            if left <= 0:
+                return
+            self.clock.sleep(min(left, 10))
+
+    # --- the machine
+
+    def acquire(self) -> None:
+        """Have workers, and know how to call them. Raises Gone, Stop or Interrupted."""
+        if self.machine:
+            look = self.machine.acquire()
+            tpu = self.machine.cloud.tpu
+            self.workers = GcloudWorkers(tpu, look.hosts, self.clock, self._record)
+            if self.workers.count != self.plan.hosts:
+                found = f"{self.workers.count} workers are there, {self.plan.hosts} were expected"
+                self.journal.say("acquire", found)
+        self.preparation = Preparation(
+            self.plan, self.workers, self.clock, self.journal, self.check, self.pause
+        )
+
+    def _record(self, argv: list[str]) -> None:
+        self.journal.write("gcloud", argv=argv)
+
+    @property
+    def owned(self) -> bool:
+        """Whether there is a machine that this program has made."""
+        return self.machine is not None and self.machine.cloud.owned
+
+    @property
+    def responsible(self) -> bool:
+        """Whether it is this launcher's to delete: not that of a training which it can't reach."""
+        return self.knows or (self.machine is not None and self.machine.made)
+
+    def check(self) -> None:
+        """Raises Gone where the machine is no more."""
+        if self.machine:
+            self.machine.check()
+
+    def is_ready(self) -> bool:
+        """Whether the workers' machine is known to be there."""
+        return self.machine is None or self.machine.is_ready()
+
+    # --- attempts
+
+    def one_attempt(self) -> Cause:
+        """Take up the attempt that is there, or make the next; why it ended."""
+        self.preparation.reach()
+        self.attempt = attempt = self.find_attempt()
+        self.knows = True
+        if attempt is None:
+            self.preparation.prepare()
+            number = self.journal.state["attempt"] + 1
+            self.journal.state["attempt"] = number
+            self.journal.save()
+            self.attempt = attempt = self.new_attempt(number)
+            refused = attempt.start()
+            self.watch_over()
+            if refused:
+                self.journal.state["settled"] = number
+                self.check()
+                return refused
+            count = self.workers.count
+            self.journal.say("train", f"attempt {number} started on {count}/{count}")
+        found = self.babysit(attempt)
+        self.journal.state["settled"] = attempt.number
+        self.note_progress()
+        return found
+
+    def new_attempt(self, number: int) -> Attempt:
+        return Attempt(self.plan, self.workers, number, self.clock, self.journal, self.sitter)
+
+    def find_attempt(self) -> Attempt | None:
+        """The attempt that the workers have, unless it is over and accounted for."""
+        results = self.preparation.on_every(
+            "status",
+            range(self.workers.count),
+            lambda i: self.workers.agent(i, "status", self.plan.run, "last"),
+        )
+        heads = [result.out.decode(errors="replace") for result in results.values()]
+        numbers = [int(head.partition("attempt=")[2].split()[0]) for head in heads]
+        self.check_sitter(heads[0])
+        number, state = max(numbers), self.journal.state
+        state["attempt"] = max(state["attempt"], number)
+        running = any("state=running" in head for head in heads)
+        if number == 0 or (number <= state.get("settled", 0) and not running):
+            return None
+        attempt = self.new_attempt(number)
+        attempt.poll()
+        states = [view.state for view in attempt.views]
+        if any(state in ("absent", "unknown") for state in states):
+            self.journal.say("train", f"attempt {number} had not started everywhere: ended")
+            attempt.stop(0)
+            return None
+        if all(view.stopped for view in attempt.views) and all(view.over for view in attempt.views):
+            return None  # somebody had stopped it, and wants it to go on now
+        self.journal.say("train", f"attempt {number} is there already: taken over")
+        return attempt
+
+    def check_sitter(self, head: str) -> None:
+        """Raises Stop where a launcher on another machine watches this run."""
+        words = head.partition("#SITTER ")[2].splitlines()[:1]
+        if not words or not words[0].strip():
+            return
+        who, asked = words[0].split()
+        now = float(head.partition("now=")[2].split()[0])
+        mine = who.split(":")[0] == socket.gethostname()
+        if not mine and (now - float(asked)) / self.clock.scale < LEASE:
+            raise Stop(
+                USAGE,
+                f"{who} watches this run; when it has ended, wait {LEASE // 60} minutes",
+            )
+
+    def watch_over(self) -> None:
+        """Have worker 0 delete the machine where it is forgotten; that it can't is no failure."""
+        if self.owned and self.plan.args.orphan:
+            result = self.workers.shell(0, script.reap(self.plan), b"", 60)
+            if result.code:
+                self.journal.write("reap", error=last(result.err))
+
+    def babysit(self, attempt: Attempt) -> Cause:
+        """Follow the attempt to its end. Raises Gone, Stop or Interrupted."""
+        said = ""
+        while True:
+            attempt.poll()
+            self.note_progress()
+            if attempt.stopping or not all(view.stopped for view in attempt.views):
+                found = attempt.judge(self.is_ready)
+            else:
+                raise Interrupted(stop=True, keep=True)  # by another command, which deletes
+            if found:
+                if found.kind != "done":
+                    self.is_ready()
+                return found
+            said = self.say_progress(attempt, said)
+            self.look_after(attempt)
+            self.pause(10)
+
+    def say_progress(self, attempt: Attempt, said: str) -> str:
+        steps = [view.heartbeat.get("step", 0) for view in attempt.views]
+        phases = sorted({view.heartbeat.get("phase", "start") for view in attempt.views})
+        line = f"step {max(steps)}, {'/'.join(phases)}"
+        if line != said:
+            self.journal.write("progress", step=max(steps), phases=phases, cost=self.meter.cost)
+        return line
+
+    def look_after(self, attempt: Attempt) -> None:
+        """The node, now and then, and at once where a worker does not answer."""
+        self.meter.check(self.plan.args.max_hours, self.plan.args.max_cost)
+        now = self.clock.now()
+        silent = any(view.error for view in attempt.views)
+        if self.machine and now - self.machine.looked > (LOOK if silent else WATCH):
+            self.is_ready()
+        if self.machine and self.owned and now - self.renewed > RENEW:
+            self.renewed = now
+            self.machine.cloud.renew()
+
+    # --- the end
+
+    def _on_signal(self, number, frame) -> None:
+        self.signals += 1
+        self.clock.wake.set()
+
+    def check_interrupt(self) -> None:
+        """Raises Interrupted after a signal, and after `stop` in another terminal."""
+        request = self.plan.folder / "stop"
+        if request.exists():
+            keep = request.read_text().strip() == "keep"
+            request.unlink()
+            raise Interrupted(stop=True, keep=keep)
+        if not self.signals:
+            return
+        self.clock.wake.clear()
+        training = self.attempt is not None and not self.attempt.stopping
+        choice = self.plan.args.on_interrupt or ("detach" if training else "stop")
+        if not self.responsible:
+            choice = "detach"
+        if choice == "detach" and training and self.signals == 1:
+            price = "" if self.plan.price is None else f", ${self.plan.price:.2f}/h"
+            self.journal.say(
+                "detach",
+                f"still running{price}: the same command takes it up, `launch/tpu_vm.sh stop "
+                f"--name {self.plan.name}` ends it, and Ctrl-C does so now",
+            )
+            time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
+        raise Interrupted(stop=choice == "stop" or self.signals > 1)
+
+    def interrupted(self, interrupted: Interrupted) -> int:
+        if not interrupted.stop:
+            return self.end(INTERRUPTED, "detached", deleted=False)
+        self.signals = 0
+        self.clock.wake.clear()
+        if self.attempt:
+            self.journal.say("stop", f"attempt {self.attempt.number}: saving, then ending")
+            self.end_attempt(self.attempt)
+        deleted = False if interrupted.keep else self._quietly_release()
+        return self.end(INTERRUPTED, "stopped", deleted)
+
+    def end_attempt(self, attempt: Attempt) -> None:
+        attempt.stop(self.plan.args.grace)
+        attempt.catch_up()
+        self.journal.state["settled"] = attempt.number
+        self.note_progress()
+
+    def finish(self, code: int, line: str) -> int:
+        """Say why it ended, and leave the machine as it was asked for."""
+        if code != DONE:
+            self.journal.say("cause", line)
+        if self.attempt and any(not view.over for view in self.attempt.views):
+            if code == AUTH:  # it trains on: only this launcher is shut out
+                return self.end(code, line, deleted=False)
+            self.end_attempt(self.attempt)
+        policy = self.plan.args.on_success if code == DONE else "delete"
+        if code in KEPT:
+            policy = self.plan.args.on_failure
+        word, _, duration = policy.partition(":")
+        deleted = False
+        if word == "delete" or (duration and self.keep(seconds(duration))):
+            deleted = self._quietly_release()
+        return self.end(code, line, deleted)
+
+    def keep(self, duration: float) -> bool:
+        """Keep the machine a while for another try; whether it is to be deleted then."""
+        if not self.owned:
+            return False
+        until = time.strftime("%H:%M", time.localtime(time.time() + duration))
+        self.journal.say(
+            "keep", f"the machine is kept until {until}: run the command again, or Ctrl-C to delete"
+        )
+        self.journal.save()
+        self.journal.give_up()
+        self.attempt = None
+        end = self.clock.now() + duration
+        while self.clock.now() < end and not self.signals:
+            if self.journal.watcher():
+                self.journal.say("keep", "another launcher has taken it over")
+                return False
+            self.clock.sleep(min(5, end - self.clock.now()))
+        self.clock.wake.clear()
+        return self.journal.take() and self.journal.state.get("sitter") == self.sitter
+
+    def _quietly_release(self) -> bool:
+        """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
+        if not (self.machine and self.owned and self.responsible):
+            return False
+        try:
+            self.machine.remove()
+            return True
+        except (Stop, ApiError) as error:
+            self.journal.say("delete", f"NOT deleted: {error}")
+            return False
+
+    def end(self, code: int, line: str, deleted: bool) -> int:
+        """The last line, for programs."""
+        self.meter.end()
+        state = self.journal.state
+        state["result"] = code
+        self.journal.save()
+        there = "none"
+        if self.machine:
+            there = "deleted" if deleted else self.kept(self.machine.cloud.tpu)
+        result = {
+            "run": self.plan.run,
+            "result": line if code == INTERRUPTED else RESULTS[code],
+            "code": code,
+            "steps": max(state["progress"].values(), default=0),
+            "attempts": state["attempt"],
+            "cost_usd": self.meter.cost,
+            "cloud": there,
+        }
+        if code not in (DONE, INTERRUPTED):
+            result["cause"] = self.journal.hide(line)
+        self.journal.write("end", **result)
+        self.journal.give_up()
+        print(json.dumps(result), flush=True)
+        return code
+
+    def kept(self, tpu: gcloud.Tpu) -> str:
+        if not self.owned and not self.plan.args.existing:
+            return "none"
+        price = "unknown price" if self.plan.price is None else f"${self.plan.price:.2f}/h"
+        return f"kept ({tpu.name}, {tpu.zone}, {price})"

@@ -1,0 +1,278 @@
+"""Everything that is decided before anything is done, for a run and for a dry run alike."""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import re
+import urllib.request
+from dataclasses import dataclass, field
+
+from launch.tpu import accelerators, bundle, check, cloud, gcloud, secret
+from launch.tpu.accelerators import Accelerator
+from launch.tpu.codes import BAD_INPUT, REFUSED, USAGE, Stop
+from launch.tpu.flags import Values
+from launch.tpu.gcloud import Tpu
+from launch.tpu.transport import on_a_tpu_vm
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # and a suffix: 63 characters in all
+
+
+@dataclass
+class Plan:
+    args: argparse.Namespace
+    target: str  # vm | here | local
+    name: str
+    run: str  # the same for the same command, from any machine
+    folder: pathlib.Path  # what this machine knows of the run
+    hosts: int
+    config: str
+    workdir: str
+    arguments: list[str]  # of vit-scale
+    steps: int | None
+    setup: str  # a command for each worker, before training
+    secrets: dict[str, str]
+    code: bundle.Bundle
+    tpu: Tpu | None = None
+    zones: list[str] = field(default_factory=list)
+    accelerator: Accelerator | None = None
+    lines: list[tuple[str, str]] = field(default_factory=list)  # what to say of it
+
+    @property
+    def price(self) -> float | None:
+        """USD an hour of all slices; None where it is unknown."""
+        each = self.accelerator.price if self.accelerator else None
+        return None if each is None or self.tpu is None else each * self.tpu.slices
+
+
+def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = ROOT) -> Plan:
+    """Resolve and check everything. Raises Stop for whatever can be seen to be wrong."""
+    if not args.config:
+        raise Stop(USAGE, "--config NAME is needed; see launch/tpu_vm.sh --help")
+    values = Values(args, root)
+    config = check.check_name(root, args.config)
+    name = values.get("name", re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(config).stem.lower()))
+    if not NAME.fullmatch(name):
+        raise Stop(USAGE, f"--name {name!r}: at most 40 of a-z, 0-9 and -, a letter first")
+    target, count = choose_target(args, values)
+    if target == "here":
+        target, args = here(args, values)
+        name = args.name or name
+    tpu, zones, accelerator = machine(args, values, name) if target == "vm" else (None, [], None)
+    hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
+    devices = accelerator.chips * tpu.slices if tpu and accelerator else hosts * args.devices
+    shown = check.resolve(root, config, overrides, devices)
+    workdir = find_workdir(args, values, name, root, target)
+    if target == "vm":
+        check.check_workdir(workdir, hosts, args.existing, args.workdir_is_mounted)
+    commands = check.check_data(shown, target != "vm") if shown else []
+    commands = [args.setup] * bool(args.setup) + commands
+    secrets = secret.collect(args.secret, args.env_file)
+    code = bundle.make(root, secret.shown(secrets))
+    mark = json.dumps([config, overrides, workdir]).encode()
+    run = f"{name}-{hashlib.sha256(mark).hexdigest()[:8]}"
+    plan = Plan(
+        args=args,
+        target=target,
+        name=name,
+        run=run,
+        folder=root / "runs" / "tpu" / run,
+        hosts=hosts,
+        config=config,
+        workdir=workdir,
+        arguments=["train", "--config", config, "--workdir", workdir, *overrides],
+        steps=sum(part["steps"] for part in check.parts(shown).values()) if shown else None,
+        setup=" && ".join(commands),
+        secrets=secrets,
+        code=code,
+        tpu=labelled(tpu, run),
+        zones=zones,
+        accelerator=accelerator,
+    )
+    plan.lines = describe(plan, values, shown)
+    return plan
+
+
+def labelled(tpu: Tpu | None, run: str) -> Tpu | None:
+    return None if tpu is None else Tpu(**{**vars(tpu), "labels": cloud.labels(run)})
+
+
+def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
+    """vm, here or local, and the number of workers of the last."""
+    word, _, number = args.target.partition(":")
+    if word == "local":
+        if number and not (number.isdigit() and int(number) > 0):
+            raise Stop(USAGE, f"--target {args.target}: local:N, of N workers")
+        return "local", int(number or 1)
+    if args.target not in ("auto", "vm", "here"):
+        raise Stop(USAGE, f"--target {args.target} is none of auto, vm, here, local:N")
+    if args.target != "auto":
+        return args.target, 1
+    if values.get("type") or args.existing:
+        return "vm", 1
+    if on_a_tpu_vm():
+        return "here", 1
+    raise Stop(
+        USAGE,
+        "no TPU is named, and this machine has none: "
+        "give --type v4-32 --zone ZONE, or --target local:4",
+    )
+
+
+def here(args: argparse.Namespace, values: Values) -> tuple[str, argparse.Namespace]:
+    """On a TPU VM: this host alone, or the slice that it is one host of, which starts together."""
+    found = metadata()
+    if not found:
+        return "here", args
+    accelerator = accelerators.parse(found.get("ACCELERATOR_TYPE", "v4-8"))
+    if accelerator.hosts == 1:
+        return "here", args
+    names = {"name": "NODE_ID", "zone": "ZONE", "project": "CONSUMER_PROJECT_ID"}
+    given = {key: found.get(variable, "") for key, variable in names.items()}
+    if not all(given.values()):
+        raise Stop(
+            USAGE,
+            f"this is one host of a {accelerator.type}, and its name can't be found: training on "
+            "one host hangs; start it with --existing --name NODE --zone ZONE --type TYPE",
+        )
+    for key, value in {**given, "type": accelerator.type}.items():
+        setattr(args, key, value)
+    args.existing = args.internal_ip = True
+    return "vm", args
+
+
+def metadata() -> dict[str, str]:
+    """What a TPU VM knows of itself: NODE_ID, ZONE, ACCELERATOR_TYPE, WORKER_ID ..."""
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    url = f"http://{host}/computeMetadata/v1/instance/attributes/tpu-env"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=3) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return {}
+    return dict(re.findall(r"^(\w+): '?([^'\n]*)'?$", text, re.M))
+
+
+def machine(
+    args: argparse.Namespace, values: Values, name: str
+) -> tuple[Tpu, list[str], Accelerator]:
+    zones = [zone for zone in values.of_gcloud("zone", "compute/zone").split(",") if zone]
+    if not zones:
+        raise Stop(REFUSED, "--zone is needed, such as us-central2-b")
+    project = values.of_gcloud("project", "project")
+    kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
+    if not kind:
+        raise Stop(REFUSED, "--type is needed, such as v4-32")
+    accelerator = accelerators.parse(kind, args.price)
+    if args.num_slices < 1:
+        raise Stop(USAGE, f"--num-slices {args.num_slices} must be at least 1")
+    if args.num_slices > 1 and args.no_queue:
+        raise Stop(USAGE, "--num-slices is of queued resources: leave --no-queue out")
+    tpu = Tpu(
+        name=name,
+        zone=zones[0],
+        project=project,
+        type=accelerator.type,
+        runtime=args.runtime or accelerator.runtime,
+        model=args.model or "on-demand",
+        queue=not args.no_queue and not (args.existing and args.num_slices == 1),
+        slices=args.num_slices,
+        valid_until=args.valid_until,
+        internal_ip=args.internal_ip,
+        iap=args.iap,
+        network=args.network,
+        subnetwork=args.subnetwork,
+        service_account=values.get("service_account"),
+        data_disk=args.data_disk,
+    )
+    return tpu, zones, accelerator
+
+
+def existing_type(values: Values, name: str, zone: str, project: str) -> str:
+    """The type of a TPU VM that is there; nothing where it can't be asked for."""
+    if values.args.dry_run:
+        return ""
+    argv = gcloud.describe_node(Tpu(name, zone, project, "", ""), name)
+    result = gcloud.run(argv, timeout=60)
+    values.sources["type"] = "the TPU VM itself"
+    return json.loads(result.out).get("acceleratorType", "") if result.code == 0 else ""
+
+
+def find_workdir(args, values: Values, name: str, root: pathlib.Path, target: str) -> str:
+    if args.workdir:
+        values.sources["workdir"] = "flag"
+        local = target != "vm" and "://" not in args.workdir
+        return str(pathlib.Path(args.workdir).resolve()) if local else args.workdir
+    if bucket := values.get("bucket"):
+        if not bucket.startswith("gs://"):
+            raise Stop(BAD_INPUT, f"BUCKET={bucket} must be gs://NAME")
+        values.sources["workdir"] = values.sources["bucket"]
+        return f"{bucket.rstrip('/')}/{name}"
+    return "" if target == "vm" else str(root / "runs" / name)
+
+
+def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, str]]:
+    """Every resolved value with its source."""
+    said = values.sources
+    lines = [("resolve", f"config {plan.config}" + ("" if shown else ", which worker 0 checks"))]
+    if shown:
+        batch = f"global batch {shown['global_batch']}"
+        size = f"{shown['parameters'] / 1e6:.1f} M parameters"
+        lines[0] = ("resolve", f"config {plan.config}: {size}, {batch}, {plan.steps} steps")
+    lines.append(("resolve", f"workdir {plan.workdir} ({said.get('workdir', 'default')})"))
+    if plan.tpu and plan.accelerator:
+        tpu, slice_ = plan.tpu, plan.accelerator
+        many = f"{tpu.slices} x " if tpu.slices > 1 else ""
+        model = "existing" if plan.args.existing else tpu.model
+        lines += [
+            (
+                "resolve",
+                f"type {many}{slice_.type} ({said['type']}): {slice_.chips} chips, {slice_.hosts} "
+                f"hosts{' each' if many else ''}, {model}, runtime {tpu.runtime} "
+                f"({'flag' if plan.args.runtime else 'table'})",
+            ),
+            (
+                "resolve",
+                f"zone {', '.join(plan.zones)} ({said['zone']}), project "
+                f"{tpu.project or 'as gcloud has it'} ({said.get('project', 'gcloud config')})",
+            ),
+        ]
+    else:
+        lines.append(("resolve", f"{plan.hosts} workers on this machine"))
+    megabytes = len(plan.code.data) / 1e6
+    lines.append(
+        ("resolve", f"code {plan.code.description}, {plan.code.sha[:12]}, {megabytes:.1f} MB")
+    )
+    if plan.setup:
+        lines.append(("resolve", f"each worker runs first: {plan.setup}"))
+    if plan.secrets:
+        lines.append(("resolve", f"secrets by standard input: {', '.join(sorted(plan.secrets))}"))
+    if plan.tpu:
+        lines.append(("cost", cost_line(plan)))
+    return lines
+
+
+def cost_line(plan: Plan) -> str:
+    args, price = plan.args, plan.price
+    if price is None:
+        rate = "an unknown price (give --price USD_PER_CHIP_HOUR)"
+    else:
+        bound = "at most " if plan.tpu and plan.tpu.model == "spot" and args.price is None else ""
+        source = "--price" if args.price is not None else accelerators.PRICES
+        rate = f"{bound}${price:.2f}/h ({source})"
+    limits = [f"{args.max_hours:g} h"] * bool(args.max_hours)
+    limits += [f"${args.max_cost:g}"] * bool(args.max_cost)
+    if args.max_cost and price is None:
+        raise Stop(USAGE, "--max-cost needs a price: give --price USD_PER_CHIP_HOUR")
+    kept = (
+        "the machine stays"
+        if args.existing
+        else (
+            f"success: {args.on_success}, failure: {args.on_failure}, "
+            f"Ctrl-C: {args.on_interrupt or 'detach'}"
+        )
+    )
+    return f"{rate}, limit {' and '.join(limits) or 'none'}; {kept}"

@@ -1,0 +1,125 @@
+"""The code and one environment on every worker, the same on all."""
+
+import json
+from collections.abc import Callable
+
+from launch.tpu import clock as clocks
+from launch.tpu import gcloud, script
+from launch.tpu.attempt import last
+from launch.tpu.clock import Clock
+from launch.tpu.cloud import refuse
+from launch.tpu.codes import INFRASTRUCTURE, SETUP, Stop
+from launch.tpu.journal import Journal
+from launch.tpu.plan import Plan
+from launch.tpu.transport import Workers, on_all
+
+
+class Preparation:
+    """Of `workers`. `check` raises Gone where their machine is no more; `pause` waits."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: Workers,
+        clock: Clock,
+        journal: Journal,
+        check: Callable[[], None],
+        pause: Callable[[float], None],
+    ):
+        self.plan, self.workers, self.clock, self.journal = plan, workers, clock, journal
+        self.check, self.pause = check, pause
+
+    def reach(self) -> None:
+        """The code and the agent are on every worker. Raises Gone or Stop.
+
+        The first connection of all changes the node's metadata, and two at once get in each other's
+        way: worker 0 comes first.
+        """
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
+        file = script.code_file(self.plan)
+        if not file.exists():
+            for old in self.plan.folder.glob("*.tgz"):
+                old.unlink()
+            file.write_bytes(self.plan.code.data)
+        self.on_every("reach", [0], self._reach)
+        self.on_every("reach", range(1, self.workers.count), self._reach)
+
+    def _reach(self, worker: int) -> gcloud.Result:
+        result = self.workers.shell(worker, script.prime(self.plan.code.sha), b"", 90)
+        if result.code:
+            return result
+        files = [str(script.AGENT)]
+        if b"have" not in result.out:
+            files.append(str(script.code_file(self.plan)))
+        result = self.workers.copy(worker, files, script.INCOMING, 600)
+        return result if result.code else self.workers.shell(worker, script.install(), b"", 60)
+
+    def on_every(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
+        """Have all do it, again where it fails. Raises Gone, or Stop with the worker's own line."""
+        left = list(workers)
+        results: dict[int, gcloud.Result] = {}
+        for number in range(tries):
+            results |= on_all(left, call)
+            left = [worker for worker in left if results[worker].code]
+            if not left:
+                return results
+            codes = {results[worker].code for worker in left}
+            for worker in left:
+                self.journal.write(
+                    what,
+                    worker=worker,
+                    code=results[worker].code,
+                    error=results[worker].err[-4000:],
+                )
+            self.check()
+            if codes & {70, 71} and number:
+                break
+            self.pause(10 * (number + 1))
+        worker = left[0]
+        line = f"{what}: [w{worker:02}] {last(results[worker].err)}"
+        if results[worker].code in (65, 70, 71):
+            raise Stop(SETUP, line)
+        error = gcloud.error(results[worker].err)
+        if error.kind in ("agent", "auth", "permission"):
+            raise refuse(error)
+        raise Stop(INFRASTRUCTURE, line)
+
+    def prepare(self) -> None:
+        """One environment, the same on every worker. Raises Stop with the odd one's name."""
+        count, began = self.workers.count, self.clock.now()
+        line = script.prepare(self.plan)
+
+        def call(worker):
+            return self.workers.shell(worker, line, b"", 1800)
+
+        prints = self.fingerprints(self.on_every("prepare", range(count), call, tries=3))
+        if odd := self.odd(prints):
+            self.journal.say("prepare", f"[w{odd[0]:02}] differs, once more: {odd[1]}")
+            prints |= self.fingerprints(self.on_every("prepare", [odd[0]], call, tries=2))
+            if odd := self.odd(prints):
+                raise Stop(SETUP, f"[w{odd[0]:02}] differs from the others: {odd[1]}")
+        found = prints[0]
+        shown = ", ".join(
+            f"{key} {found[key]}" for key in ("python", "jax", "libtpu") if key in found
+        )
+        took = clocks.text(self.clock.now() - began)
+        self.journal.say("prepare", f"{count}/{count} workers alike: {shown} ({took})")
+
+    def fingerprints(self, results: dict[int, gcloud.Result]) -> dict[int, dict]:
+        found = {}
+        for worker, result in results.items():
+            _, marked, text = result.out.decode(errors="replace").partition("#FINGERPRINT ")
+            if not marked:
+                raise Stop(SETUP, f"prepare: [w{worker:02}] no fingerprint: {last(result.err)}")
+            found[worker] = json.loads(text.splitlines()[0])
+        return found
+
+    def odd(self, prints: dict[int, dict]) -> tuple[int, str] | None:
+        """The worker that is not like most, and in what."""
+        texts = [json.dumps(found, sort_keys=True) for found in prints.values()]
+        usual = json.loads(max(texts, key=texts.count))
+        for worker, found in sorted(prints.items()):
+            differs = [key for key in usual if usual[key] != found.get(key)]
+            if differs:
+                return worker, ", ".join(f"{k} {found.get(k)} not {usual[k]}" for k in differs)
+        return None

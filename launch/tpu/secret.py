@@ -1,0 +1,58 @@
+"""Secrets: only names are ever on a command line; values travel over a worker's standard input.
+
+The receiver wants the last line #END: gcloud tries a broken connection again, and sends nothing.
+"""
+
+import os
+import pathlib
+import stat
+from collections.abc import Iterable
+
+from launch.tpu.codes import BAD_INPUT, Stop
+
+USUAL = ("WANDB_API_KEY", "HF_TOKEN")  # sent where they are set
+
+
+def collect(names: Iterable[str], file: str = "") -> dict[str, str]:
+    """The values of `names` and of the usual ones, from the environment or else from `file`.
+
+    Raises Stop for one that is nowhere, and for a file that others can read.
+    """
+    names, stored = list(names), read(file) if file else {}
+    values = {name: os.environ.get(name) or stored.get(name, "") for name in (*names, *USUAL)}
+    for name in names:
+        if not values[name]:
+            raise Stop(BAD_INPUT, f"secret {name} is not set: export it, or give --env-file")
+    values = {name: value for name, value in (stored | values).items() if value}
+    for name, value in values.items():
+        if not name.isidentifier() or "\n" in value:
+            raise Stop(BAD_INPUT, f"secret {name!r} can't be sent: a name and one line, please")
+    return values
+
+
+def read(file: str) -> dict[str, str]:
+    path = pathlib.Path(file)
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text()
+    except OSError as error:
+        raise Stop(BAD_INPUT, f"--env-file {file}: {error.strerror}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise Stop(BAD_INPUT, f"--env-file {file} is readable by others: run: chmod 600 {file}")
+    pairs = (line.removeprefix("export ").partition("=") for line in text.splitlines())
+    lines = ((name.strip(), value.strip()) for name, equals, value in pairs if equals)
+    return {name: _unquoted(value) for name, value in lines if not name.startswith("#")}
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
+def message(values: dict[str, str]) -> bytes:
+    return "".join(f"{name}={value}\n" for name, value in values.items()).encode() + b"#END\n"
+
+
+def shown(values: dict[str, str]) -> list[str]:
+    """The values that must not be shown; short ones could be anything."""
+    return sorted((value for value in values.values() if len(value) >= 6), key=len, reverse=True)

@@ -1,0 +1,121 @@
+"""How the launcher calls the agent on each worker: through gcloud, or on this machine.
+
+Each call is of one worker, has a limit, and may be repeated: the agent sees to that.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import shlex
+import shutil
+import socket
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from launch.tpu import gcloud
+from launch.tpu.clock import Clock
+
+HOME = ".vit_scale"  # below a worker's home folder; agent.sh calls it so too
+AGENT = f"bash {HOME}/agent.sh"
+PARALLEL = 16  # gcloud processes at the same time: each is 65 MB and most of a second of a core
+
+
+def command(*arguments: Any) -> str:
+    """The agent's verb and arguments as a worker's shell reads them."""
+    return f"{AGENT} {shlex.join(map(str, arguments))}"
+
+
+class Workers:
+    """The workers of a run, by number."""
+
+    count = 0
+    places: list[tuple[str, int]] = []  # noqa: RUF012, (node, number on it) of those in the cloud
+
+    def shell(self, worker: int, line: str, stdin: bytes, limit: float) -> gcloud.Result:
+        raise NotImplementedError
+
+    def copy(self, worker: int, files: list[str], folder: str, limit: float) -> gcloud.Result:
+        """Copy files to `folder` below the worker's home folder."""
+        raise NotImplementedError
+
+    def arguments(self, attempt_port: int) -> list[str]:
+        """What the trainer needs to be told on these workers, {worker} being its number."""
+        return []
+
+    def agent(self, worker: int, *arguments: Any, stdin: bytes = b"", limit: float = 60):
+        return self.shell(worker, command(*arguments), stdin, limit)
+
+
+class GcloudWorkers(Workers):
+    """The workers of TPU VMs, slice by slice. `hosts` is how many each node has."""
+
+    def __init__(self, tpu: gcloud.Tpu, hosts: list[tuple[str, int]], clock: Clock, record):
+        self.tpu, self.clock, self.record = tpu, clock, record
+        self.places = [(node, index) for node, count in hosts for index in range(count)]
+        self.count = len(self.places)
+
+    def shell(self, worker, line, stdin, limit):
+        node, index = self.places[worker]
+        return self._run(gcloud.ssh(self.tpu, node, index, line), stdin, limit)
+
+    def copy(self, worker, files, folder, limit):
+        node, index = self.places[worker]
+        return self._run(gcloud.copy(self.tpu, node, index, files, folder), b"", limit)
+
+    def _run(self, argv, stdin, limit):
+        self.record(argv)
+        return gcloud.run(argv, stdin, self.clock.limit(limit))
+
+
+class LocalWorkers(Workers):
+    """Workers on this machine: the one that is here, or so many that each has a home of its own.
+
+    With `devices`, they are a pod of that many virtual CPU devices each; `environment` is what
+    stands in for the agent's own.
+    """
+
+    def __init__(self, homes: list[pathlib.Path], environment: str, devices: int, clock: Clock):
+        self.homes, self.devices, self.clock = homes, devices, clock
+        self.count = len(homes)
+        self.variables = {"VIT_SCALE_VENV": environment} if environment else {}
+        if devices:
+            self.variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+
+    def shell(self, worker, line, stdin, limit):
+        home = self.homes[worker]
+        home.mkdir(parents=True, exist_ok=True)
+        variables = {**self.variables, "HOME": str(home)}
+        argv = ["env", "-C", str(home), *(f"{name}={value}" for name, value in variables.items())]
+        return gcloud.run([*argv, "bash", "-c", line], stdin, self.clock.limit(limit))
+
+    def copy(self, worker, files, folder, limit):
+        target = self.homes[worker] / folder
+        try:
+            for file in files:
+                shutil.copy(file, target)
+        except OSError as error:
+            return gcloud.Result(1, b"", str(error))
+        return gcloud.Result(0, b"", "")
+
+    def arguments(self, attempt_port):
+        if self.count == 1:
+            return []
+        where = f"--coordinator=localhost:{attempt_port}"
+        return [where, f"--processes={self.count}", "--process={worker}"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def on_all(workers: Iterable[int], call: Callable[[int], Any]) -> dict[int, Any]:
+    """{worker: call(worker)}, several at a time."""
+    workers = list(workers)
+    with concurrent.futures.ThreadPoolExecutor(min(PARALLEL, len(workers) or 1)) as pool:
+        return dict(zip(workers, pool.map(call, workers), strict=True))
+
+
+def on_a_tpu_vm() -> bool:
+    return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))

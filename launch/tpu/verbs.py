@@ -1,0 +1,147 @@
+"""The verbs of one run beside `run`: status, logs, stop, ssh."""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+from launch.tpu import attempt, cloud, gcloud
+from launch.tpu.codes import DONE, INFRASTRUCTURE, USAGE, Stop
+from launch.tpu.known import Known
+from launch.tpu.transport import on_all
+
+
+def status(args: argparse.Namespace) -> int:
+    known = Known(args)
+    state, request = known.journal.state, known.request
+    look = known.cloud.look() if known.cloud else cloud.Look("ready", "this machine")
+    rows = []
+    if look.kind == "ready":
+        workers = known.workers()
+        answers = on_all(
+            range(workers.count), lambda i: workers.agent(i, "status", known.run, "last")
+        )
+        rows = [row(worker, result) for worker, result in answers.items()]
+    hours, price = state["billed"] / 3600, request["price"]
+    content = {
+        "run": known.run,
+        "machine": look.detail,
+        "zone": known.cloud.tpu.zone if known.cloud else None,
+        "watched_by": known.journal.watcher() or None,
+        "attempts": state["attempt"],
+        "hours": round(hours, 2),
+        "cost_usd": None if price is None else round(hours * price, 2),
+        "workers": rows,
+    }
+    if args.json:
+        print(json.dumps(content))
+        return DONE
+    for key, value in content.items():
+        if key != "workers" and value is not None:
+            print(f"{key:12} {value}")
+    for entry in rows:
+        print(
+            "  ".join(f"{key} {value}" for key, value in entry.items() if value not in ("", None))
+        )
+    return DONE
+
+
+def row(worker: int, result: gcloud.Result) -> dict:
+    """What one worker's agent says of its last attempt."""
+    text = result.out.decode(errors="replace")
+    if result.code or "#STATUS" not in text:
+        return {"worker": worker, "state": "not reached", "why": attempt.last(result.err)}
+    values = dict(
+        word.partition("=")[::2] for word in text.partition("#STATUS ")[2].split("\n")[0].split()
+    )
+    try:
+        beat = json.loads(text.partition("#HEARTBEAT ")[2].split("\n")[0] or "{}")
+    except ValueError:
+        beat = {}
+    age = float(values["now"]) - beat["time"] if "time" in beat else None
+    return {
+        "worker": worker,
+        "attempt": int(values["attempt"]),
+        "state": values["state"],
+        "code": values["rc"],
+        "step": beat.get("step"),
+        "phase": beat.get("phase"),
+        "heartbeat_age_s": None if age is None else round(age),
+        "free_gb": int(values["free_gb"]),
+    }
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Print the logs that were collected; with --follow go on, as long as they are."""
+    known = Known(args)
+    number = args.attempt or known.journal.state["attempt"]
+    folder = known.folder / f"a{number}"
+    offsets: dict[pathlib.Path, int] = {}
+    if not folder.is_dir():
+        raise Stop(USAGE, f"{known.run} has no logs of attempt {number} here")
+    while True:
+        for file in sorted(folder.glob("w*.log")):
+            if args.worker not in ("all", str(int(file.stem[1:]))):
+                continue
+            with file.open(errors="replace") as stream:
+                stream.seek(offsets.get(file, 0))
+                for line in stream:
+                    print(f"[{file.stem}] {line}", end="" if line.endswith("\n") else "\n")
+                offsets[file] = stream.tell()
+        newest = json.loads((known.folder / "state.json").read_text())["attempt"]
+        if args.follow and not args.attempt and newest > number:
+            number, folder, offsets = newest, known.folder / f"a{newest}", {}
+            print(f"--- attempt {number}", file=sys.stderr)
+        elif not args.follow or not known.journal.watcher():
+            return DONE
+        sys.stdout.flush()
+        known.clock.sleep(2)
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Have the launcher of this machine stop the run; without one, do it here."""
+    known = Known(args)
+    if known.journal.watcher():
+        (known.folder / "stop").write_text("keep" if args.keep else "delete")
+        print(f"process {known.journal.watcher()} stops {known.run}", file=sys.stderr)
+        while known.journal.watcher():
+            known.clock.sleep(2)
+        print((known.folder / "journal.jsonl").read_text().splitlines()[-1])
+        return DONE
+    workers, number = known.workers(), known.journal.state["attempt"]
+    seconds = max(1, round(args.grace * known.clock.scale))
+    answers = on_all(range(workers.count), lambda i: workers.agent(i, "status", known.run, "last"))
+    rows = [row(worker, result) for worker, result in answers.items()]
+    number = max([number, *(entry.get("attempt", 0) for entry in rows)])
+    on_all(range(workers.count), lambda i: workers.agent(i, "stop", known.run, number, seconds))
+    until = known.clock.now() + args.grace + 60
+    while known.clock.now() < until:
+        answers = on_all(
+            range(workers.count), lambda i: workers.agent(i, "status", known.run, number)
+        )
+        if all(row(i, result)["state"] != "running" for i, result in answers.items()):
+            break
+        known.clock.sleep(5)
+    print(f"{known.run}: attempt {number} is stopped", file=sys.stderr)
+    if not args.keep and known.cloud and known.cloud.owned:
+        known.cloud.delete()
+        print(f"{known.name} is deleted", file=sys.stderr)
+    return DONE
+
+
+def ssh(args: argparse.Namespace, words: list[str]) -> int:
+    known = Known(args)
+    if known.cloud is None:
+        raise Stop(USAGE, f"{known.run} is on this machine: its workers are in {known.folder}")
+    workers = known.workers()
+    if not words:
+        node, index = workers.places[0 if args.worker == "all" else int(args.worker)]
+        return subprocess.call(gcloud.ssh(known.cloud.tpu, node, index))
+    chosen = range(workers.count) if args.worker == "all" else [int(args.worker)]
+    results = on_all(chosen, lambda i: workers.shell(i, shlex.join(words), b"", 600))
+    for worker, result in results.items():
+        for line in (result.out.decode(errors="replace") + result.err).splitlines():
+            print(f"[w{worker:02}] {line}")
+    return DONE if all(result.code == 0 for result in results.values()) else INFRASTRUCTURE

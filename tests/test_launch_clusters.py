@@ -1,0 +1,173 @@
+"""launch/slurm.sbatch with fakes of SLURM, and the manifest of launch/gke.py."""
+
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.fake_cloud import ROOT, script
+
+# srun runs the command once, and passes SIGTERM on, as the real one does.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >>"$LOG"; shift; done
+"$@" &
+trap 'kill -TERM $!' TERM
+wait $!
+code=$?
+while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
+exit $code
+"""
+TRAINER = """#!/bin/bash
+echo "vit-scale $*" >>"$LOG"
+echo "key ${KEY:-none}" >>"$LOG"
+trap 'echo saved >>"$LOG"; exit 42' TERM
+if [[ -n ${WAIT:-} ]]; then touch "$WAIT"; for i in $(seq 400); do sleep 0.05; done; fi
+exit "${TRAINER:-0}"
+"""
+
+
+class Slurm:
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.root = folder, folder / "a clone"
+        self.log, self.bin = folder / "log", folder / "bin"
+        for part in (self.root / "launch", self.root / ".venv" / "bin", self.bin):
+            part.mkdir(parents=True)
+        script(self.root / "launch" / "environment.sh", '#!/bin/bash\necho "env $*" >>"$LOG"\n')
+        script(self.root / ".venv" / "bin" / "vit-scale", TRAINER)
+        script(self.bin / "srun", SRUN)
+        script(self.bin / "scontrol", '#!/bin/bash\necho "scontrol $*" >>"$LOG"\n')
+
+    def start(self, *words: str, **variables: str) -> subprocess.Popen:
+        environment = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HOME": str(self.folder),
+            "LOG": str(self.log),
+            "SLURM_SUBMIT_DIR": str(self.root),
+            "SLURM_JOB_ID": "7",
+            **variables,
+        }
+        command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *words]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *words: str, **variables: str) -> tuple[int, str]:
+        process = self.start(*words, **variables)
+        _, err = process.communicate(timeout=60)
+        return process.returncode, err
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+def test_slurm_runs_one_task_per_node(slurm):
+    file = slurm.folder / ".vit_scale" / "secrets.env"
+    file.parent.mkdir()
+    file.write_text("KEY='a b'\n")
+    assert slurm.run("--config", "x")[0] == 65, "others can read it"
+    file.chmod(0o600)
+    assert slurm.run("--config", "x", "--workdir", "a b") == (0, "")
+    assert slurm.lines() == [
+        "env gpu",
+        "--kill-on-bad-exit=1",
+        "--ntasks-per-node=1",
+        "vit-scale train --config x --workdir a b",
+        "key a b",
+    ]
+
+
+@pytest.mark.parametrize("code, ends, queued", [(42, 0, True), (1, 1, False), (43, 43, False)])
+def test_slurm_queues_again_what_can_go_on(slurm, code, ends, queued):
+    assert slurm.run("--config", "x", TRAINER=str(code))[0] == ends
+    assert ("scontrol requeue 7" in slurm.lines()) == queued
+
+
+def test_slurm_does_so_a_hundred_times(slurm):
+    code, err = slurm.run(TRAINER="42", SLURM_RESTART_COUNT="100")
+    assert (code, "not once more" in err) == (42, True)
+    assert "scontrol requeue 7" not in slurm.lines()
+
+
+def test_slurm_saves_before_its_time_is_over(slurm):
+    """SIGTERM to the batch script alone, as --signal=B:TERM sends it."""
+    ready = slurm.folder / "ready"
+    process = slurm.start("--config", "x", WAIT=str(ready))
+    until = time.monotonic() + 30
+    while not ready.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert slurm.lines()[-2:] == ["saved", "scontrol requeue 7"]
+
+
+def test_slurm_wants_the_repository(slurm):
+    code, err = slurm.run(SLURM_SUBMIT_DIR=str(slurm.folder))
+    assert code == 64 and "submit from there" in err
+
+
+def gke(*words: str) -> subprocess.CompletedProcess:
+    usual = ["--config", "quickstart:pretrain", "--name", "vit", "--image", "I:1"]
+    usual += ["--workdir", "gs://b/vit"]
+    command = [sys.executable, str(ROOT / "launch" / "gke.py"), *usual, *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_jobset():
+    done = gke(
+        "--type", "v5e-16", "--num-slices", "2", "--spot", "--secret", "wandb", "--config.seed=1"
+    )
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(done.stdout)
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = found["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (job["replicas"], spec["parallelism"], spec["completions"]) == (2, 4, 4)
+    assert spec["backoffLimit"] == 0
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
+    assert rule["onExitCodes"]["values"] == [42, *range(127, 256)]
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 150
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["envFrom"] == [{"secretRef": {"name": "wandb"}}]
+    assert container["command"] == shlex.split(
+        "vit-scale train --config quickstart:pretrain --workdir gs://b/vit --config.seed=1"
+    )
+
+
+def test_the_command_of_xpk():
+    words = shlex.split(gke("--type", "v4-32", "--xpk", "mine").stdout)
+    assert words[:5] == ["xpk", "workload", "create", "--cluster", "mine"]
+    assert words[words.index("--tpu-type") + 1] == "v4-32"
+    assert words[-1] == "vit-scale train --config quickstart:pretrain --workdir gs://b/vit"
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["--type", "v3-32"], 78, "GKE's name of it is not known"),
+        (["--type", "v4-32", "--workdir", "runs/x"], 65, "is on a worker's disk"),
+        (["--type", "v4-32", "--config", "vit_tony"], 65, "did you mean vit_tiny"),
+    ],
+)
+def test_mistakes_before_anything_is_rendered(words, code, said):
+    done = gke(*words)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1)
+    assert said in done.stderr
