@@ -263,7 +263,7 @@ def test_a_representation_is_a_tanh_layer_before_the_head():
     expected = plain_vit(params, images, "cls", 8)
     np.testing.assert_allclose(jax.jit(vit.apply)(params, images), expected, atol=1e-5)
     sizes = ((2, 2), 8, 16, 2, 24, 4, "cls")
-    more = flops.forward_macs(*sizes, 12) - flops.forward_macs(*sizes)
+    more = flops.forward_macs(*sizes, representation=12) - flops.forward_macs(*sizes)
     assert more == 16 * 12 + 12 * 4 - 16 * 4
 
 
