@@ -6,6 +6,7 @@ in has a space in its name, and the trainer is tests/fakes/trainer.py if nothing
 
 import json
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
 SCALE = 0.03
 CONFIG = "tiny"
+TRAINER = shlex.join([sys.executable, "-SE", str(FAKES / "trainer.py")])  # paths may hold spaces
 
 UV = """#!/bin/bash
 if [[ $1 == venv ]]; then
@@ -57,9 +59,10 @@ class Rig:
         for part in (self.cloud_folder, self.workdir, self.elsewhere, self.bin, self.tools):
             part.mkdir(parents=True)
         self._clone()
-        python = sys.executable
         for where in (self.bin, self.tools):
-            script(where / "gcloud", CLIENT.format(python=python))
+            (where / "client.py").write_text(CLIENT)
+            started = shlex.join([sys.executable, "-SE", str(where / "client.py")])
+            script(where / "gcloud", f'#!/bin/bash\nexec {started} "$@"\n')
         script(self.tools / "uv", UV)
         script(self.tools / "df", DF)
         script(self.tools / "sudo", "#!/bin/bash\nexit 1\n")
@@ -74,8 +77,8 @@ class Rig:
             "timelines": [["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]],
             "tools": str(self.tools),
             "profile": {
-                "FAKE_TRAINER": f"{python} -SE {FAKES / 'trainer.py'}",
-                "FAKE_PYTHON": python,
+                "FAKE_TRAINER": TRAINER,
+                "FAKE_PYTHON": sys.executable,
             },
             "profiles": {},
             **settings,
@@ -91,9 +94,8 @@ class Rig:
         for name in ("pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, self.root)
         (self.root / ".venv" / "bin").mkdir(parents=True)
-        command = f"{sys.executable} -SE {FAKES / 'trainer.py'}"
         (self.root / ".venv" / "bin" / "python").symlink_to(sys.executable)
-        script(self.root / ".venv" / "bin" / "vit-scale", f'#!/bin/bash\nexec {command} "$@"\n')
+        script(self.root / ".venv" / "bin" / "vit-scale", f'#!/bin/bash\nexec {TRAINER} "$@"\n')
 
     def set(self, **settings: Any) -> None:
         self.settings.update(settings)

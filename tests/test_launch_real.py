@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ TRAINER = """#!/bin/bash
 exec {python} -m vit_scale.cli "$@" --coordinator "localhost:$JAX_COORDINATOR_PORT" \\
   --processes "$FAKE_WORKERS" --process "$FAKE_WORKER"
 """
+PYTHON = shlex.quote(sys.executable)
 SMALL = ["--config.model.width=32", "--config.model.depth=2", "--config.model.mlp=64"]
 SMALL += ["--config.data.batch=16", "--config.data.fractal.classes=16"]
 SMALL += ["--config.model.classes=16", "--config.steps=4", "--config.log.every=1"]
@@ -27,11 +29,12 @@ def real_rig(folder: pathlib.Path, hosts: int, devices: int) -> Rig:
     rig = Rig(folder, hosts=hosts, timelines=[["WAITING_FOR_RESOURCES", "ACTIVE"]])
     for part in ("vit_scale", "configs"):
         shutil.copytree(ROOT / part, rig.root / part, dirs_exist_ok=True)
-    script(rig.tools / "trainer", TRAINER.format(python=sys.executable))
-    command = f'#!/bin/bash\nexec {sys.executable} -m vit_scale.cli "$@"\n'
+    script(rig.tools / "trainer", TRAINER.format(python=PYTHON))
+    command = f'#!/bin/bash\nexec {PYTHON} -m vit_scale.cli "$@"\n'
     script(rig.root / ".venv" / "bin" / "vit-scale", command)
     same = {key: value for key, value in os.environ.items() if key.startswith(("JAX_", "WANDB_"))}
-    rig.profile(**same, FAKE_TRAINER=str(rig.tools / "trainer"), JAX_NUM_CPU_DEVICES=str(devices))
+    trainer = shlex.quote(str(rig.tools / "trainer"))
+    rig.profile(**same, FAKE_TRAINER=trainer, JAX_NUM_CPU_DEVICES=str(devices))
     return rig
 
 

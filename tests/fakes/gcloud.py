@@ -26,7 +26,7 @@ import subprocess
 import threading
 import time
 
-CLIENT = """#!{python} -SE
+CLIENT = """\
 import _socket, os, sys
 server = _socket.socket(_socket.AF_UNIX)
 server.connect("\\0" + os.environ["FAKE_GCLOUD"])
