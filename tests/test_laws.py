@@ -490,6 +490,8 @@ SWITCHES = {
     "model.remat": ("full",),
     "model.logits": ("bfloat16",),
     "model.gelu": ("tanh",),
+    "model.norm_epsilon": ("1e-3",),
+    "model.representation": ("12",),
     "model.attention": ("cudnn",),
     "optim.name": ("sgd",),
     "optim.lr": (".5",),
