@@ -51,6 +51,9 @@ ONE = ("sigkill", "sigterm", *DAMAGE, "disk", "nan")
 SEVERAL = ("sigkill", "sigterm", "freeze", "raise", "hosts")
 KILLED = 137
 LIMIT = 600  # seconds for one attempt
+# Seconds from SIGTERM to the answer to stop. Of several hosts one looks for it every second, and
+# tells the others; on a machine with more processes than cores that takes its time.
+NOTICE = {1: 0.1, 2: 4.0}
 MOST = 12  # attempts of one schedule
 
 
@@ -107,7 +110,24 @@ class Run:
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
         self.codes.append(code)
         self.struck += [row for row in read_lines(log) if "fault" in row]
+        if code == 0 and fault and fault["kind"] == "sigterm":
+            self.check_too_late(read_lines(log))
         return code
+
+    def check_too_late(self, rows: list[dict]) -> None:
+        """Raises Failed where a process finished that was asked to stop while it still could."""
+        struck = next((row for row in rows if "fault" in row), None)
+        if struck is None:
+            return
+        ended = next(
+            row
+            for row in rows
+            if row.get("phase") == "end" and row["process"] == struck["process"]
+        )
+        if (late := ended["asked"] - struck["time"]) > NOTICE[min(self.hosts, 2)]:
+            raise Failed(
+                f"SIGTERM in {struck['phase']} was not answered, though asked for {late:.1f} s later"
+            )
 
     def errors(self) -> str:
         return (self.folder / f"errors-{len(self.codes) - 1}").read_text()

@@ -2,8 +2,9 @@
 
 SOAK_FAULT is JSON: {"kind": "sigkill", "phase": "eval", "nth": 2, "delay": 0.01} strikes 10 ms
 after the phase is entered for the second time; with "process", only that one of several. SOAK_LOG
-is a file that gets a line for each phase entered, and one for the fault. SOAK_NAN is a list of
-batches, by position, whose pixels are NaN on the device. The training is what everybody runs.
+is a file that gets a line for each phase entered, one for the fault, and one for the end that says
+when it was last asked whether to stop. SOAK_NAN is a list of batches, by position, whose pixels are
+NaN on the device. The training is what everybody runs.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ NAN = json.loads(os.environ.get("SOAK_NAN", "[]"))
 MARK = (1, 2, 3)  # the first pixel of a batch that is to become NaN
 PROCESS = int(sys.argv[sys.argv.index("--process") + 1]) if "--process" in sys.argv else 0
 phase = "import"
+asked = 0.0  # when this process last asked whether to stop
 
 
 def log(**content) -> None:
@@ -70,6 +72,19 @@ def follow_phases() -> None:
     watch.Watch.enter = entered
 
 
+def follow_questions() -> None:
+    from vit_scale import preemption
+
+    requested = preemption.requested
+
+    def noted() -> bool:
+        global asked
+        asked = time.monotonic() - BEGAN
+        return requested()
+
+    preemption.requested = noted
+
+
 def spoil_batches() -> None:
     import jax.numpy as jnp
 
@@ -102,10 +117,11 @@ if __name__ == "__main__":
         log(phase="import")
         arm("import", 1)
         follow_phases()
+        follow_questions()
         if NAN:
             spoil_batches()
         code = cli.main(sys.argv[1:])
     except preemption.Preempted as error:  # among the imports above: the verb would catch it
         code = error.code
-    log(phase="end")
+    log(phase="end", asked=asked)
     sys.exit(code)

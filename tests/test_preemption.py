@@ -1,5 +1,6 @@
 """preemption: SIGTERM as a request, in processes of their own. test_soak.py trains under it."""
 
+import pathlib
 import signal
 import subprocess
 import sys
@@ -84,3 +85,30 @@ def test_a_notebook_s_thread_takes_no_signals_over():
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+SWALLOWED = """
+import os, signal, sys, time
+from vit_scale import hosts, preemption
+preemption.install()
+rest = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+number = int(rest["--process"])
+if number == 1:
+    try:  # as an import would do, around anything
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except Exception:
+        pass
+hosts.join(rest["--coordinator"], int(rest["--processes"]), number)
+with preemption.deferred():
+    for question in range(300):
+        if preemption.requested():
+            sys.exit(42)
+        time.sleep(0.1)
+"""
+
+
+def test_one_that_was_swallowed_before_the_hosts_met_reaches_all_of_them():
+    pod = pathlib.Path(__file__).parent.parent / "launch" / "pod.py"
+    command = [sys.executable, str(pod), "--hosts", "2", sys.executable, "-c", SWALLOWED]
+    assert subprocess.run(command, timeout=100).returncode == RESUMABLE

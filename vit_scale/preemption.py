@@ -64,8 +64,14 @@ def _exit_at_once(*_) -> NoReturn:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Note SIGTERM for `check`, instead of acting on it."""
+    from vit_scale import hosts
+
     global _deferred
     _deferred = True
+    if _received and hosts.is_several():
+        # Raised before the hosts met, and caught by somebody's `except Exception`. Only jax's own
+        # handler, which is there by now, can tell the others.
+        signal.raise_signal(signal.SIGTERM)
     try:
         yield
     finally:
