@@ -120,13 +120,11 @@ class Run:
         if struck is None:
             return
         ended = next(
-            row
-            for row in rows
-            if row.get("phase") == "end" and row["process"] == struck["process"]
+            row for row in rows if row.get("phase") == "end" and row["process"] == struck["process"]
         )
         if (late := ended["asked"] - struck["time"]) > NOTICE[min(self.hosts, 2)]:
             raise Failed(
-                f"SIGTERM in {struck['phase']} was not answered, though asked for {late:.1f} s later"
+                f"SIGTERM in {struck['phase']} has no answer, though asked for {late:.1f} s later"
             )
 
     def errors(self) -> str:

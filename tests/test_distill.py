@@ -100,6 +100,8 @@ def test_the_token_is_one_more_with_a_head_of_its_own():
     block = 4 * 16 * 16 + 2 * 16 * 24 + 2 * 16 * (6 * 6 - 5 * 5)
     more = forward_macs(*sizes, distilled=True) - forward_macs(*sizes)
     assert more == 2 * block + 16 * 4
+    assert (plain.shape.read, token.shape.read) == (1, 2)
+    more = forward_macs(*sizes, distilled=True, read=2) - forward_macs(*sizes, read=1)
     assert training_flops(token, 4) - training_flops(plain, 4) == 6 * more
 
 

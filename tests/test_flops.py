@@ -28,6 +28,11 @@ def test_by_hand():
     assert forward_macs((2, 3), 4, 8, 1, 16, 5, "map") == embed + block + probe + 8 * 5
     assert forward_macs((2, 3), 4, 8, 2, 16, 5, "gap") == embed + 2 * block + 8 * 5
     assert forward_macs((2, 3), 4, 8, 0, 16, 0, "cls") == embed
+    n = 7  # with [CLS], which alone is read of the last of two blocks
+    block = n * 8 * 24 + 2 * n * n * 8 + n * 8 * 8 + 2 * n * 8 * 16
+    last = 8 * 8 + n * 8 * 16 + 2 * n * 8 + 8 * 8 + 2 * 8 * 16
+    assert forward_macs((2, 3), 4, 8, 2, 16, 5, "cls", read=1) == embed + block + last + 8 * 5
+    assert forward_macs((2, 3), 4, 8, 2, 16, 5, "cls") == embed + 2 * block + 8 * 5
 
 
 @pytest.mark.parametrize("pool", ["cls", "gap", "map"])
@@ -40,7 +45,7 @@ def test_xla_counts_the_same_in_the_real_model(pool):
     params = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
     counted = jax.jit(model.apply).lower(params, images).compile().cost_analysis()["flops"]
-    macs = forward_macs((16, 16), 8, 384, 1, 1536, 100, pool)
+    macs = forward_macs((16, 16), 8, 384, 1, 1536, 100, pool, read=model.shape.read)
     assert counted / (2 * 2 * macs) == pytest.approx(1.03, abs=0.03)
 
 

@@ -206,15 +206,21 @@ def test_a_new_model_has_zero_logits(initialised):
 
 
 def test_patches_are_a_strided_convolution():
+    """With their positions, after the tokens that are the same for all images."""
     cfg = tiny_config("model.variant=Ti/4", "data.width=24")
     size = model.shape(cfg.model, (16, 24)).size
     embed = layers.PatchEmbed(cfg.model, 4, size, nnx.Rngs(0))
     embed.bias[...] = jnp.arange(16.0)
-    images = pixels(2, (16, 24))
+    images, position = pixels(2, (16, 24)), np.random.RandomState(1).randn(4, 6, 16)
     expected = jax.lax.conv_general_dilated(
         images, embed.kernel[...], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(embed(images), expected + np.arange(16), atol=1e-5)
+    expected = (expected + np.arange(16) + position).reshape(2, 24, 16)
+    before = [np.full(16, 7.0), np.full(16, 8.0)]
+    tokens = embed(images, position, before)
+    np.testing.assert_allclose(tokens[:, 2:], expected, atol=1e-5)
+    np.testing.assert_array_equal(tokens[:, :2], [before, before])
+    np.testing.assert_allclose(embed(images, position), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["gap", "map"])
@@ -296,7 +302,7 @@ def test_flops_are_what_xla_counts():
         params = jax.eval_shape(vit.init, KEY)
         images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
         counted = jax.jit(vit.apply).lower(params, images).cost_analysis()["flops"]
-        on_paper = 2 * flops.forward_macs((14, 14), 16, 192, 2, 768, 100, pool)
+        on_paper = 2 * flops.forward_macs((14, 14), 16, 192, 2, 768, 100, pool, read=vit.shape.read)
         assert on_paper < counted < 1.06 * on_paper
 
 
@@ -311,10 +317,17 @@ def test_scanned_and_unrolled_blocks_begin_alike(initialised):
     assert np.abs(layers[0] - layers[1]).max() > 0.1, "each layer draws its own"
 
 
-def test_scanned_and_unrolled_blocks_are_one_function():
-    """Also of the key: each layer drops the same."""
-    rates = ("model.dropout=0.2", "model.drop_path=0.5")
-    scanned, unrolled = (tiny_model(f"model.scan={scan}", *rates) for scan in (True, False))
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("model.drop_path=0.5",),
+        ("model.dropout=0.2", "model.drop_path=0.5", "model.pool=gap"),
+        ("model.distilled=True",),
+    ],
+)
+def test_scanned_and_unrolled_blocks_are_one_function(options):
+    """Also of the key: each layer drops the same, where all tokens of the last one are read."""
+    scanned, unrolled = (tiny_model(f"model.scan={scan}", *options) for scan in (True, False))
     params, images = random_params(scanned), pixels(4)
     expected = jax.jit(scanned.apply)(params, images, KEY)
     np.testing.assert_allclose(
@@ -330,6 +343,16 @@ def test_stack_and_unstack_are_inverse():
     np.testing.assert_array_equal(kernel, stacked["blocks"]["mlp"]["up"]["kernel"][10])
     jax.tree.map(np.testing.assert_array_equal, stack(unstacked), stacked)
     assert stack(stacked) is stacked and unstack(unstacked) is unstacked
+
+
+@pytest.mark.parametrize(("pool", "distilled"), [("cls", False), ("cls", True), ("gap", False)])
+def test_the_last_block_computes_what_is_read(pool, distilled):
+    """And nothing else: the widest product of its MLP is of so many tokens."""
+    vit = tiny_model("model.scan=False", f"model.pool={pool}", f"model.distilled={distilled}")
+    program = str(jax.make_jaxpr(vit.apply)(shapes_tree(vit), pixels(2)))
+    tokens = [int(n) for n in re.findall(r":f32\[2,(\d+),24\] = dot_general", program)]
+    assert tokens == [vit.shape.tokens, vit.shape.read or vit.shape.tokens]
+    assert vit.shape.read == (None if pool == "gap" else 1 + distilled)
 
 
 # Dropout and stochastic depth
@@ -367,7 +390,7 @@ def test_nothing_is_dropped_without_a_key(rate):
 def test_drop_path_grows_linearly(monkeypatch):
     rates = []
 
-    def record(block, x, rate, key):
+    def record(block, x, rate, key, first):
         rates.append(float(rate))
         return x
 
@@ -475,15 +498,15 @@ def test_precision_of_logits_and_form_of_gelu_are_switches():
 
 
 def test_tokens_between_blocks_are_placed():
-    """Once where they enter the blocks, and as they leave each of them."""
+    """Once where they enter the blocks, and as they leave each; of the last, what is read."""
     seen = []
-    for scan, times in ((True, 2), (False, 3)):
+    for scan, expected in ((True, [5, 5]), (False, [5, 5, 1])):
         cfg = tiny_config(f"model.scan={scan}")
         seen.clear()
         vit = build(cfg.model, (16, 16), place=lambda x: (seen.append(x.shape), x)[1])
         seen.clear()
         jax.eval_shape(vit.apply, shapes_tree(vit), pixels(2))
-        assert seen == [(2, 5, 16)] * times
+        assert seen == [(2, n, 16) for n in expected]
 
 
 def shapes_tree(vit):

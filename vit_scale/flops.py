@@ -2,8 +2,8 @@
 
 Counted are the multiply-accumulates (MACs) of matrix products, attention's two among them, and of
 convolutions, also with the zeros around an image; norms, softmax, GELU and biases are not, as is
-usual for model FLOPs utilisation (PaLM, appendix B). Recomputation (remat) isn't either: MFU
-measures what the model needs, not what was done.
+usual for model FLOPs utilisation (PaLM, appendix B). Recomputation (remat) isn't either, nor what a
+head does not read of the last block: MFU measures what the model needs, not what was done.
 """
 
 import re
@@ -37,6 +37,7 @@ def forward_macs(
     channels: int = 3,
     distilled: bool = False,
     representation: int = 0,
+    read: int | None = None,
 ) -> int:
     """Multiply-accumulates of one image's forward pass.
 
@@ -51,15 +52,20 @@ def forward_macs(
       channels: of a pixel.
       distilled: whether there is a distillation token, and its head.
       representation: width of the layer before the head; 0: none.
+      read: tokens of the last block that the head reads; None: all, as figures in print have it.
     """
     patches = grid[0] * grid[1]
     n = patches + (pool == "cls") + distilled
     embed = patches * patch * patch * channels * d
-    block = 4 * n * d * d + 2 * n * n * d + 2 * n * d * f  # q k v out; scores and values; MLP
-    # One query: its q and out, every token's k and v, then one token's MLP.
-    pooling = (2 + 2 * n) * d * d + 2 * n * d + 2 * d * f if pool == "map" else 0
+
+    def block(m: int) -> int:
+        """Of m tokens that attend to all: their q and out, all k and v; scores and values; MLP."""
+        return (2 * m + 2 * n) * d * d + 2 * m * n * d + 2 * m * d * f
+
+    unread = block(n) - block(read) if read and depth else 0
+    pooling = block(1) if pool == "map" else 0  # one query, then its MLP
     head = (d + classes) * representation if representation else d * classes
-    return embed + depth * block + pooling + head + distilled * d * classes
+    return embed + depth * block(n) - unread + pooling + head + distilled * d * classes
 
 
 def convolution_macs(out: tuple[int, int], side: int, channels: tuple[int, int]) -> int:

@@ -5,7 +5,7 @@ is dropped.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,9 @@ class Attention(nnx.Module):
         self.value = to_heads("bn", cfg, size, rngs)
         self.out = from_heads(cfg, size, rngs)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        q, k, v = self.query(x), self.key(x), self.value(x)
+    def __call__(self, x: Float[Array, "b n d"], first: int | None = None) -> Float[Array, "b m d"]:
+        """Of all tokens, or of the `first` m alone, which attend to all."""
+        q, k, v = self.query(x[:, :first]), self.key(x), self.value(x)
         return self.out(attend(q, k, v, self.logits, self.implementation))
 
     def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
@@ -122,11 +123,19 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, size, rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], drop_path: float | Array = 0.0, key: Array | None = None
-    ) -> Float[Array, "b n d"]:
-        """`drop_path` is this block's rate; without a key nothing is dropped."""
+        self,
+        x: Float[Array, "b n d"],
+        drop_path: float | Array = 0.0,
+        key: Array | None = None,
+        first: int | None = None,
+    ) -> Float[Array, "b m d"]:
+        """All tokens, or the `first` m alone: what nobody reads of a last block is not computed.
+
+        `drop_path` is this block's rate; without a key nothing is dropped.
+        """
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-        x = x + self.branch(self.attention(self.norm1(x)), drop_path, keys[0], keys[1])
+        attended = self.attention(self.norm1(x), first)
+        x = x[:, :first] + self.branch(attended, drop_path, keys[0], keys[1])
         return x + self.branch(self.mlp(self.norm2(x), keys[2]), drop_path, keys[3], keys[4])
 
     def branch(self, x: Array, drop_path, dropout_key, path_key) -> Array:
@@ -138,7 +147,7 @@ class Block(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """A strided convolution written as the matmul that it is."""
+    """A strided convolution written as the matmul that it is, and what is added to its result."""
 
     def __init__(self, cfg: ConfigDict, patch: int, size: Size, rngs: nnx.Rngs, channels: int = 3):
         p, d = patch, size.width
@@ -148,13 +157,26 @@ class PatchEmbed(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (p, p, channels, d)))
         self.bias = nnx.Param(jnp.zeros((d,)))
 
-    def __call__(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
+    def __call__(
+        self,
+        images: Float[Array, "b H W c"],
+        position: Float[Array, "h w d"],
+        before: Sequence[Float[Array, "d"]] = (),
+    ) -> Float[Array, "b n d"]:
+        """Tokens: those `before`, the same for all images, then the patches, row by row.
+
+        The former are patches of zeros to which other vectors than a position are added: an array
+        of all tokens that was put together afterwards would be one more copy of it, twice.
+        """
         b, height, width, channels = images.shape
-        p = self.patch
+        p, d, m = self.patch, position.shape[-1], len(before)
+        position = position.reshape(-1, d)
         patches = images.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // p, width // p, -1)
-        kernel = self.kernel[...].astype(self.dtype).reshape(p * p * channels, -1)
-        return patches @ kernel + self.bias[...].astype(self.dtype)
+        patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(b, -1, channels * p * p)
+        patches = jnp.pad(patches, ((0, 0), (m, 0), (0, 0)))
+        kernel = self.kernel[...].astype(self.dtype).transpose(2, 0, 1, 3).reshape(-1, d)
+        added = jnp.concatenate([*(token[None] for token in before), position + self.bias[...]])
+        return (patches @ kernel + added).astype(self.dtype)
 
 
 class AttentionPool(nnx.Module):

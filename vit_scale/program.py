@@ -77,6 +77,7 @@ def training_flops(model: Model, classes: int) -> int:
         channels=stem.channels if stem else 3,
         distilled=shape.distilled,
         representation=shape.representation,
+        read=shape.read,
     )
     return flops.training_flops(macs + (stem.macs if stem else 0))
 
