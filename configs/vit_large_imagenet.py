@@ -33,7 +33,6 @@ def get_config():
     cfg.model.drop_path = 0.1
     cfg.model.dtype = "bfloat16"
     cfg.model.scan = False  # compiles for minutes once, and every step is shorter
-    cfg.model.logits = "bfloat16"
     cfg.model.gelu = "tanh"  # as Google's ViT
 
     cfg.optim.lr = 1e-3

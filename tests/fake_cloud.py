@@ -4,12 +4,17 @@ Time runs thirty times faster for the launcher (LAUNCH_TIME_SCALE). The clone th
 in has a space in its name, and the trainer is tests/fakes/trainer.py if nothing else is said.
 """
 
+import atexit
+import contextlib
+import functools
 import json
+import os
 import pathlib
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -40,6 +45,22 @@ echo "fake 0 0 ${FAKE_FREE:-90000000} 0% /"
 def script(file: pathlib.Path, text: str) -> None:
     file.write_text(text)
     file.chmod(0o755)
+
+
+@functools.cache
+def machine() -> str:
+    """A folder with what this machine has in /usr/bin and /bin, but for any real cloud's commands.
+
+    Where the fake one can't be run, exec goes on along PATH: a test must not reach another one.
+    """
+    folder = tempfile.mkdtemp(prefix="vit_scale-tools-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for place in ("/bin", "/usr/bin"):
+        for tool in pathlib.Path(place).iterdir():
+            if tool.name not in ("gcloud", "gsutil", "bq", "kubectl"):
+                with contextlib.suppress(FileExistsError):
+                    os.symlink(tool, f"{folder}/{tool.name}")
+    return folder
 
 
 class Ended(NamedTuple):
@@ -76,6 +97,7 @@ class Rig:
             "no_zone": [],
             "timelines": [["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]],
             "tools": str(self.tools),
+            "machine": machine(),
             "profile": {
                 "FAKE_TRAINER": TRAINER,
                 "FAKE_PYTHON": sys.executable,
@@ -115,7 +137,7 @@ class Rig:
 
     def environment(self, **variables: str) -> dict[str, str]:
         return {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "PATH": f"{self.bin}:{machine()}",
             "HOME": str(self.folder),
             "FAKE_GCLOUD": self.cloud.address,
             "LAUNCH_TIME_SCALE": str(SCALE),

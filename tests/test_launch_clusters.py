@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from tests.fake_cloud import ROOT, script
+from tests.fake_cloud import ROOT, machine, script
 
 # srun runs the command once, and passes SIGTERM on, as the real one does.
 SRUN = """#!/bin/bash
@@ -45,7 +45,7 @@ class Slurm:
 
     def start(self, *words: str, **variables: str) -> subprocess.Popen:
         environment = {
-            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "PATH": f"{self.bin}:{machine()}",
             "HOME": str(self.folder),
             "LOG": str(self.log),
             "SLURM_SUBMIT_DIR": str(self.root),

@@ -14,7 +14,7 @@ from launch.tpu.clock import Clock
 from launch.tpu.codes import Stop
 from launch.tpu.journal import Journal
 from launch.tpu.meter import Meter
-from tests.fake_cloud import ROOT
+from tests.fake_cloud import ROOT, machine
 
 SLICES = [
     ("v2-8", 4, 1, "tpu-ubuntu2204-base"),
@@ -295,7 +295,7 @@ class Agent:
 
     def __call__(self, *words, stdin: str = "") -> subprocess.CompletedProcess:
         environment = {
-            "PATH": "/usr/bin:/bin",
+            "PATH": machine(),
             "HOME": str(self.home.parent),
             "VIT_SCALE_RELEASE": "1",
         }

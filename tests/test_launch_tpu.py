@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from tests.fake_cloud import ROOT, Rig
+from tests.fake_cloud import ROOT, Rig, machine
 
 SENTINEL = "s3cr3t-of-nobody-4711"
 LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
@@ -105,7 +105,7 @@ def test_the_dry_run_prints_the_real_runs_commands(rig):
     rig.hosts = 1
     rig.set(hosts=1)
     flags = [*rig.flags(), "--project", "p", "--orphan", "1h"]
-    dry = rig.verb(*flags, "--dry-run", PATH="/usr/bin:/bin", WANDB_API_KEY=SENTINEL)
+    dry = rig.verb(*flags, "--dry-run", PATH=machine(), WANDB_API_KEY=SENTINEL)
     assert dry.returncode == 0, dry.stderr
     assert rig.calls() == [], "gcloud is not even asked"
     assert SENTINEL not in dry.stdout and "WANDB_API_KEY=..." in dry.stdout
@@ -316,7 +316,7 @@ def test_this_machine_as_a_pod(rig):
     ]
     rig.settings["profile"].clear()
     faults = json.dumps([{"worker": 2, "step": 5, "do": "raise", "attempt": 1}])
-    code, result, err = rig.end(rig.start(*words, PATH="/usr/bin:/bin", FAKE_FAULTS=faults))
+    code, result, err = rig.end(rig.start(*words, PATH=machine(), FAKE_FAULTS=faults))
     assert code == 0, err
     assert rig.calls() == [] and result["cloud"] == "none"
     assert rig.attempts() == {1: [0, 1, 2], 2: [0, 1, 2]}
@@ -358,7 +358,7 @@ def tpu_metadata(**values: str):
 def test_on_a_tpu_vm_of_one_host(rig):
     """The agent works in the user's own home; no gcloud is needed."""
     words = ["--config", "tiny", "--name", "vit", "--target", "here", "--workdir", str(rig.workdir)]
-    variables = {**rig.settings["profile"], "PATH": f"{rig.tools}:/usr/bin:/bin"}
+    variables = {**rig.settings["profile"], "PATH": f"{rig.tools}:{machine()}"}
     with tpu_metadata(ACCELERATOR_TYPE="v4-8", NODE_ID="x") as address:
         process = rig.start(*words, **variables, GCE_METADATA_HOST=address)
         code, result, err = rig.end(process)

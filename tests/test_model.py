@@ -174,7 +174,7 @@ def test_attention_shows_the_weights_that_the_plain_vit_uses(pool, scan, monkeyp
 
 
 def test_bfloat16_weights_are_shown_as_float32():
-    vit = tiny_model("model.dtype=bfloat16", "model.logits=bfloat16")
+    vit = tiny_model("model.dtype=bfloat16")
     seen, _ = vit.attention(random_params(vit), pixels(1), lambda w: w)
     assert seen.dtype == jnp.float32
     np.testing.assert_allclose(seen.sum(-1), 1, atol=0.02)
@@ -471,25 +471,38 @@ def plain_attention(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
-@pytest.mark.parametrize(("logits", "atol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
-def test_attention_and_its_gradients_equal_the_plain_one(logits, atol):
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_attention_and_its_gradients_equal_the_plain_one(dtype, atol):
     """With more keys than queries, as in pooling; large scores, so weights are unequal."""
     draw = np.random.RandomState(0)
     q, k, v, out = (draw.randn(2, n, 3, 4).astype(np.float32) for n in (5, 7, 7, 5))
-    expected, pull = jax.vjp(plain_attention, 2 * q, k, v)
-    found, pull_found = jax.vjp(lambda *x: attention.attend(*x, logits, "xla"), 2 * q, k, v)
-    np.testing.assert_allclose(found, expected, atol=atol)
-    errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), pull_found(out), pull(out))
+    half = [jnp.asarray(x, dtype) for x in (2 * q, k, v, out)]
+    q, k, v, out = (np.asarray(x, np.float32) for x in half)  # the same values, whatever the type
+    expected, pull = jax.vjp(plain_attention, q, k, v)
+    found, pull_found = jax.vjp(lambda *x: attention.attend(*x, "xla"), *half[:3])
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=atol)
+    errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), pull_found(half[3]), pull(out))
     assert max(errors) < 3 * atol
-    assert logits == "float32" or min(errors) > 1e-4, "bfloat16 changes something"
+    assert dtype == "float32" or min(errors) > 1e-4, "bfloat16 changes something"
 
 
-def test_precision_of_logits_and_form_of_gelu_are_switches():
+def test_scores_and_sums_of_attention_are_float32_in_a_bfloat16_model():
     params, images = random_params(tiny_model()), pixels(2)
-    half = ("model.dtype=bfloat16", "model.logits=bfloat16")
-    single = matrix_products(tiny_model(half[0]), params, images)
-    assert matrix_products(tiny_model(*half), params, images).count("bf16") == 9
-    assert single.count("bf16") == 8
+    half = tiny_model("model.dtype=bfloat16")
+    # Of the scanned block the scores, and the head; not patches, q, k, v, values, out, and the MLP.
+    products = matrix_products(half, params, images)
+    assert (products.count("f32"), products.count("bf16")) == (2, 8)
+    q, k = (jnp.asarray(x, jnp.bfloat16) for x in np.random.RandomState(0).randn(2, 1, 300, 1, 8))
+    close = attention.weights(q, k)
+    np.testing.assert_allclose(close.sum(axis=-1), 1, atol=1e-6)
+    plain = np.stack([plain_weights(*(np.asarray(x[0], np.float64) for x in (q, k)))])
+    # Of a row's 300 weights each is rounded once, to 8 bits; a sum in bfloat16 would stop growing.
+    np.testing.assert_allclose(close, plain, rtol=0.01)
+
+
+def test_the_form_of_gelu_is_a_switch():
+    params, images = random_params(tiny_model()), pixels(2)
     exact, tanh = (
         jax.jit(tiny_model(f"model.gelu={gelu}").apply)(params, images)
         for gelu in ("exact", "tanh")

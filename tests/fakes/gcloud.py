@@ -348,7 +348,7 @@ class Cloud:
             "HOME": str(folder / "home"),
             "TMPDIR": str(folder / "tmp"),
             "USER": "tester",
-            "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+            "PATH": f"{folder / 'bin'}:{self.settings['machine']}",
             "VIT_SCALE_DEVICES": str(folder / "dev"),
             "VIT_SCALE_RELEASE": "1",
             "FAKE_HOST": f"{node['folder']}/{index}",
