@@ -51,7 +51,7 @@ def vit_scale(cfg: ConfigDict) -> Program:
     import jax
 
     from vit_scale.mesh import put_batch
-    from vit_scale.model import count
+    from vit_scale.parameters import count
     from vit_scale.program import jit_train_step, plan_program
     from vit_scale.state import init_state
 

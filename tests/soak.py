@@ -238,7 +238,7 @@ def distance(run: Run, other: Run) -> float:
     import numpy as np
 
     from vit_scale import pretrained
-    from vit_scale.model import named
+    from vit_scale.parameters import named
 
     left, right = (named(pretrained.read(r.workdir).params) for r in (run, other))
     return max(float(np.abs(np.asarray(left[n]) - np.asarray(right[n])).max()) for n in right)

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
-    {"errors", "attention", "compiled", "flops", "integrity"},
+    {"errors", "attention", "compiled", "flops", "integrity", "parameters"},
     {"config", "convnets", "hosts", "posemb", "metrics", "layers", "paths"},
     {"generations"},
     {"model", "augment", "mesh", "lock", "preemption", "goodput"},

@@ -226,7 +226,7 @@ def test_the_report_names_config_devices_versions_and_speed(learnt):
 
 def learnt_shapes(run) -> dict[str, tuple[int, ...]]:
     import vit_scale
-    from vit_scale.model import named
+    from vit_scale.parameters import named
 
     return {name: leaf.shape for name, leaf in named(vit_scale.load(run).params).items()}
 

@@ -6,8 +6,9 @@ import pytest
 from vit_scale import config
 from vit_scale.augment import check
 from vit_scale.mesh import check_batch, make_mesh
-from vit_scale.model import build, count
+from vit_scale.model import build
 from vit_scale.optim import make_optimizer
+from vit_scale.parameters import count
 
 
 def runs(name: str) -> list[str]:

@@ -15,8 +15,9 @@ from tiny import (
 from vit_scale import config, convnets, flops
 from vit_scale.errors import UserError
 from vit_scale.mesh import abstract_mesh, partition
-from vit_scale.model import build, count, measured, named, with_statistics
+from vit_scale.model import build
 from vit_scale.optim import layer_scale
+from vit_scale.parameters import count, measured, named, with_statistics
 from vit_scale.pretrained import adapt
 from vit_scale.program import TrainState, jit_train_step, plan_program, summary, training_flops
 

@@ -18,9 +18,10 @@ from tiny import (
 from vit_scale import config, distill
 from vit_scale.errors import UserError
 from vit_scale.flops import forward_macs
-from vit_scale.model import build, named
+from vit_scale.model import build
 from vit_scale.objectives import distillation
 from vit_scale.optim import trained
+from vit_scale.parameters import named
 from vit_scale.posemb import resample
 from vit_scale.pretrained import adapt
 from vit_scale.program import TrainState, jit_train_step, plan_program, training_flops

@@ -25,7 +25,8 @@ from vit_scale import checkpoint, cli, config, pretrained, train
 from vit_scale.data import InMemory, open_split
 from vit_scale.evaluate import Evaluate
 from vit_scale.mesh import make_mesh
-from vit_scale.model import build, named, unstack
+from vit_scale.model import build
+from vit_scale.parameters import named, unstack
 from vit_scale.program import jit_train_step, plan_program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ from test_laws import (
 )
 
 from vit_scale import checkpoint, cli, pretrained
-from vit_scale.model import measured, named
+from vit_scale.parameters import measured, named
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -24,8 +24,9 @@ from vit_scale.mesh import (
     put_batch,
     shardings,
 )
-from vit_scale.model import build, named
+from vit_scale.model import build
 from vit_scale.optim import make_optimizer
+from vit_scale.parameters import named
 
 
 def mesh_block(data=-1, fsdp=1, tensor=1, **slices):

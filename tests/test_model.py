@@ -13,7 +13,8 @@ from tiny import random_images, random_params, tiny_config, tiny_model
 from vit_scale import attention, flops, layers, model
 from vit_scale.config import base
 from vit_scale.errors import UserError
-from vit_scale.model import build, count, named, stack, unstack
+from vit_scale.model import build
+from vit_scale.parameters import count, named, stack, unstack
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -8,8 +8,9 @@ import pytest
 
 from vit_scale.config import base
 from vit_scale.errors import UserError
-from vit_scale.model import build, named, stack, unstack
+from vit_scale.model import build
 from vit_scale.optim import apply_updates, make_optimizer, make_schedule, update_ema
+from vit_scale.parameters import named, stack, unstack
 
 DEPTH = 2
 LAYOUTS = ("stacked", "unrolled")

@@ -9,7 +9,7 @@ from tiny import CLASSES, random_params, tiny_config, tiny_model, write_run
 
 from vit_scale import checkpoint, pretrained
 from vit_scale.errors import UserError
-from vit_scale.model import named, stack, unstack
+from vit_scale.parameters import named, stack, unstack
 from vit_scale.posemb import resample
 from vit_scale.pretrained import adapt, table
 

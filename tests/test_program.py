@@ -8,8 +8,8 @@ from tiny import random_batch, random_params, tiny_config
 
 from vit_scale.errors import UserError
 from vit_scale.mesh import put_batch
-from vit_scale.model import count, named
 from vit_scale.optim import update_ema
+from vit_scale.parameters import count, named
 from vit_scale.program import (
     TrainState,
     gradients,

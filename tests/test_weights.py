@@ -21,7 +21,8 @@ import vit_scale
 from vit_scale import cli, config, pretrained
 from vit_scale.errors import UserError
 from vit_scale.export import export
-from vit_scale.model import build, named, unstack
+from vit_scale.model import build
+from vit_scale.parameters import named, unstack
 from vit_scale.pretrained import Hints, files
 from vit_scale.pretrained.adapt import adapt
 from vit_scale.pretrained.dialects import DIALECTS, HUGGINGFACE, TIMM

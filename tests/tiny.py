@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
-from vit_scale.model import Model, build, named
+from vit_scale.model import Model, build
+from vit_scale.parameters import named
 from vit_scale.run import write_json
 
 CLASSES = ("cat", "dog", "eel", "fox")

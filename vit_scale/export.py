@@ -14,7 +14,8 @@ from jax import export as jax_export
 
 from vit_scale import paths
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.model import Shape, named, unstack
+from vit_scale.model import Shape
+from vit_scale.parameters import named, unstack
 from vit_scale.posemb import sincos2d
 from vit_scale.predict import load
 from vit_scale.pretrained import Pretrained, about, dialects, files, read, rules

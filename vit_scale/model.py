@@ -1,18 +1,16 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), pre-LN: only mathematics.
 
 Flax NNX defines the modules; `build`, where the kind of model is chosen, turns them into pure
-functions over a nested dict of parameters, which is all that the rest of the project sees. Names
-joined by "/" ("blocks/mlp/up/kernel") are stable: sharding rules, weight decay, freezing and
-checkpoints are written against them.
+functions over a nested dict of parameters (parameters.py), which is all that the rest of the
+project sees.
 
-Scanned and unrolled blocks (`model.scan`) start from the same values and compute the same function;
-`stack` and `unstack` convert between their two layouts. Unrolled, the last block computes only the
-tokens that the heads read: with [CLS] that is a tenth of its work, and it draws less of dropout.
+Scanned and unrolled blocks (`model.scan`) start from the same values and compute the same function.
+Unrolled, the last block computes only the tokens that the heads read: with [CLS] that is a sixth of
+its work, and fewer draws of dropout.
 """
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -317,7 +315,7 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Pure functions over a nested dict of float32 parameters (and of statistics: `measured`)."""
+    """Pure functions over a nested dict of float32 parameters (and of running statistics)."""
 
     init: Callable  # (key) -> params
     apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
@@ -360,51 +358,3 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
         return nnx.merge(graph, params).attention(images, see)
 
     return Model(init, apply, train, resolved, attention if network is ViT else None)
-
-
-def named(tree) -> dict:
-    """{"blocks/mlp/up/kernel": leaf, ...}, sorted as jax sorts them."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def measured(name: str) -> bool:
-    """Whether a leaf is a running statistic: measured by batch normalisation, not trained."""
-    return name.rpartition("/")[2] in ("mean", "variance")
-
-
-def parameters(tree) -> list:
-    """The leaves of a tree of parameters but for statistics, in jax's order."""
-    return [leaf for name, leaf in named(tree).items() if not measured(name)]
-
-
-def with_statistics(params: dict, statistics: dict) -> dict:
-    """`params` with the leaves of `statistics`, a part of the same tree, in their places."""
-    return params | {
-        name: with_statistics(params[name], new) if isinstance(new, dict) else new
-        for name, new in statistics.items()
-    }
-
-
-def count(params) -> int:
-    """Number of parameters, of arrays or of their shapes; statistics are none."""
-    return sum(math.prod(leaf.shape) for leaf in parameters(params))
-
-
-def stack(params: dict) -> dict:
-    """Parameters of unrolled blocks, laid out for scanned ones; others are returned as they are."""
-    blocks = params.get("blocks", {})
-    if "0" not in blocks:
-        return params
-    layers = [blocks[str(i)] for i in range(len(blocks))]
-    return {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
-def unstack(params: dict) -> dict:
-    """The inverse of `stack`."""
-    blocks = params.get("blocks", {})
-    if "0" in blocks or not blocks:
-        return params
-    depth = jax.tree.leaves(blocks)[0].shape[0]
-    layers = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(depth)}
-    return {**params, "blocks": layers}

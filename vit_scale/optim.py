@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.model import measured
+from vit_scale.parameters import measured
 
 Schedule = Callable[[Any], Any]
 

@@ -29,17 +29,10 @@ from vit_scale.mesh import (
     shardings,
 )
 from vit_scale.metrics import TrainMetrics, norm
-from vit_scale.model import (
-    Model,
-    build,
-    count,
-    measured,
-    named,
-    parameters,
-    with_statistics,
-)
+from vit_scale.model import Model, build
 from vit_scale.objectives import Objective, make_objective
 from vit_scale.optim import apply_updates, make_optimizer, trained, update_ema
+from vit_scale.parameters import count, measured, named, parameters, with_statistics
 from vit_scale.posemb import check_method
 
 

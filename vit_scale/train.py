@@ -35,7 +35,7 @@ from vit_scale.divergence import Diverged, Guard, Rollback
 from vit_scale.evaluate import Evaluate, check_classes
 from vit_scale.mesh import batch_rows, put_batch
 from vit_scale.metrics import TrainMetrics
-from vit_scale.model import count
+from vit_scale.parameters import count
 from vit_scale.preemption import Preempted
 from vit_scale.program import Program, TrainState, jit_train_step, plan_program, training_flops
 from vit_scale.run import Run

@@ -20,7 +20,7 @@ from vit_scale.evaluate import check_classes
 from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
-from vit_scale.model import count
+from vit_scale.parameters import count
 from vit_scale.run import read_json
 
 BATCH = 8  # images whose weights of one block, [b, k, n, n], are in memory at once

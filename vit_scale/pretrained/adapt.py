@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.model import named, stack, unstack
+from vit_scale.parameters import named, stack, unstack
 from vit_scale.posemb import resample
 
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.errors import UserError, nearest
-from vit_scale.model import SIZES, Model, build, named, stack, unstack
+from vit_scale.model import SIZES, Model, build
+from vit_scale.parameters import named, stack, unstack
 from vit_scale.posemb import sincos2d
 from vit_scale.pretrained import about, files
 from vit_scale.pretrained.about import About
