@@ -48,7 +48,7 @@ STEPS = 24
 PHASES = ("import", "start", "restore", "compile", "train", "data", "checkpoint", "eval")
 DAMAGE = ("bitflip", "truncate", "remove")
 ONE = ("sigkill", "sigterm", *DAMAGE, "disk", "nan")
-SEVERAL = ("sigkill", "sigterm", "freeze", "raise", "hosts")
+SEVERAL = ("sigkill", "sigterm", *DAMAGE, "freeze", "raise", "hosts")
 KILLED = 137
 LIMIT = 600  # seconds for one attempt
 # Seconds from SIGTERM to the answer to stop. Of several hosts one looks for it every second, and

@@ -38,6 +38,7 @@ def get_config(optimizer="adamw"):
 
     cfg.eval.every = 8
     cfg.eval.batch = 16
+    cfg.mesh.data, cfg.mesh.fsdp = 1, -1  # each of several hosts holds, and reads, a part
     cfg.checkpoint.every = 4
     cfg.log.every = 1
     cfg.log.images = 0

@@ -277,13 +277,32 @@ def test_without_a_whole_checkpoint_nothing_is_touched_and_nothing_begins(tmp_pa
     assert recovered(tmp_path / "new") is None
 
 
+def test_storage_that_fails_while_a_measurement_is_read_deletes_no_checkpoint(
+    tmp_path, monkeypatch
+):
+    save(tmp_path, {1: {"accuracy": 0.9}, 2: {"accuracy": 0.5}}, keep=1)
+
+    def refused(path):
+        raise UserError("UNAVAILABLE", RESUMABLE)
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoint, "selection", refused)
+        with pytest.raises(UserError, match="UNAVAILABLE"):
+            checkpoints.save(3, trees(3), ABOUT)
+    monkeypatch.undo()
+    assert 1 in steps(tmp_path)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(4, trees(4), ABOUT)
+    assert steps(tmp_path) == [1, 4]
+
+
 def test_a_damaged_measurement_of_an_older_checkpoint_does_not_end_the_run(tmp_path, capsys):
     save(tmp_path, {1: {"accuracy": 0.9}, 2: {"accuracy": 0.5}}, keep=2)
     flip(tmp_path / checkpoint.FOLDER / "1" / checkpoint.SELECTION, 300)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best == 2
         checkpoints.save(3, trees(3), ABOUT)
-    assert steps(tmp_path) == [2, 3]
+    assert steps(tmp_path) == [1, 2, 3], "nobody knows that it is not the best: it stays"
     assert "checkpoints/1 does not fit or is damaged" in capsys.readouterr().err
 
 

@@ -177,7 +177,7 @@ def quick_lease(monkeypatch):
 
 
 def left_by(place: pathlib.Path, **holder) -> None:
-    here = {"pid": os.getpid(), "host": "another", "boot": lock.boot()}
+    here = {"pid": os.getpid(), "host": "another", "boot": lock.boot(), "pids": lock.pids()}
     (place / lock.NAME).write_bytes(json.dumps(here | holder).encode())
 
 
@@ -205,6 +205,7 @@ def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lea
         ({"host": "this", "pid": 2**30}, False),
         ({"host": "this", "boot": "the one before"}, False),
         ({"host": "this"}, True),  # lives, but does not renew: frozen for long
+        ({"host": "this", "pid": 2**30, "pids": "of another container"}, True),
     ],
 )
 def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypatch, holder, waits):
@@ -215,6 +216,24 @@ def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypat
     this.acquire()
     assert (time.monotonic() - began >= lock.LEASE) == waits
     this.release()
+
+
+def test_a_renewal_whose_answer_is_lost_is_our_own(bucket, quick_lease, monkeypatch):
+    """gcsfs makes the request again, which is refused: the object is of the first one by then."""
+    this, write, codes = Lease(paths.path(f"{bucket}/repeated")), generations.write, []
+    monkeypatch.setattr(lock.os, "_exit", codes.append)
+
+    def twice(place, data, generation):
+        write(place, data, generation)
+        return write(place, data, generation)
+
+    monkeypatch.setattr(generations, "write", twice)
+    this.acquire()
+    first = generations.read(this.object)[0]
+    while generations.read(this.object)[0] == first:
+        time.sleep(0.05)
+    this.release()
+    assert codes == [] and generations.read(this.object) == ("0", {})
 
 
 def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
@@ -242,6 +261,15 @@ def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, c
     this._thread.join(timeout=20)
     assert codes == [RESUMABLE]
     assert "the lock of gs://bucket/stolen is lost: another process has" in capsys.readouterr().err
+
+
+def test_a_first_save_that_was_killed_is_begun_anew(bucket):
+    """In a bucket an unfinished checkpoint has its name already; Orbax removes it in its time."""
+    run = paths.path(f"{bucket}/first")
+    save(run, {1: None})
+    (run / checkpoint.FOLDER / "1" / checkpoint.COMMITTED).unlink()
+    with checkpoint.Checkpoints(run) as checkpoints:
+        assert checkpoints.recover(like(trees(0))) is None
 
 
 def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):

@@ -50,6 +50,11 @@ def share(name):
 
 seen["shared"] = attempt(lambda: share("all"))
 seen["apart"] = attempt(lambda: share(f"of-{number // 2}"))
+hosts.check_alike({"seed": (1, 2)})
+try:
+    hosts.check_alike({"seed": 0, "lr": 1e-3 if number == 1 else 1e-2})
+except UserError as error:
+    seen["unlike"] = str(error)
 (folder / f"seen-{number}.json").write_text(json.dumps(seen))
 if number == 1:
     hosts.leave(9)
@@ -115,6 +120,14 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
     assert all("such as gs://bucket/run or NFS" in line for line in lines)
 
 
+def test_a_host_that_would_train_something_else_is_refused_by_all(seen):
+    line = (
+        "process 1 would train something else than process 0 (lr is 0.001, there 0.01): start the "
+        "same command, code and data on every host"
+    )
+    assert [found["unlike"] for found in seen] == [f"process 1: {line}", line, f"process 1: {line}"]
+
+
 def test_alone_everything_is_as_it_was():
     hosts.join()
     assert not hosts.is_several() and hosts.is_first()
@@ -123,6 +136,7 @@ def test_alone_everything_is_as_it_was():
         raise KeyError
     hosts.leave(3)  # returns
     hosts.check_shared(pathlib.Path("/nowhere"))
+    hosts.check_alike({"seed": object})
 
 
 @pytest.mark.parametrize("given", [("h:1", None, None), (None, 2, 0), ("h:1", 2, None)])

@@ -175,6 +175,25 @@ def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
     assert ended == []
 
 
+def test_a_host_that_stopped_with_all_others_is_not_blamed(three_hosts, ended):
+    """Process 0 is the last to end: it still writes what all have measured."""
+    this, now = three_hosts
+    says(this, 1, code=42, words="stopped by SIGTERM after step 7; the same command goes on")
+    says(this, 2, code=0)
+    this._others.check(30.0)
+    now[0] += 100
+    this._others.check(30.0)
+    assert ended == []
+
+
+def test_a_host_that_ends_itself_blames_no_other(three_hosts, ended):
+    this, _ = three_hosts
+    says(this, 1, code=1, words="a mistake")
+    this._code = 1
+    this._others.check(30.0)
+    assert ended == []
+
+
 def test_the_cause_is_looked_for_where_another_host_may_be_it(three_hosts, ended, monkeypatch):
     this, now = three_hosts
     says(this, 1)

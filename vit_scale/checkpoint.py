@@ -59,6 +59,7 @@ class Checkpoints:
         self.run = paths.path(run).absolute()
         self.folder = self.run / FOLDER
         self._metrics: dict[int, dict] = {}
+        self._unreadable: set[int] = set()  # steps of which nobody knows whether they are the best
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(self, max(keep, 1)),
             save_decision_policy=managers.FixedIntervalPolicy(1),
@@ -66,7 +67,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         with _disk_errors(self.folder):
-            self._manager = ocp.CheckpointManager(os.fspath(self.folder), options=options)
+            self._manager = _Manager(os.fspath(self.folder), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -98,11 +99,15 @@ class Checkpoints:
         """What was measured at this step; empty if nothing was.
 
         A damaged file is named, and counts as nothing: it must not end a run that doesn't need it.
+        Raises UserError where storage can't be read.
         """
         if step not in self._metrics:
             try:
                 self._metrics[step] = selection(self.folder / str(step))
             except UserError as error:
+                if error.code == RESUMABLE:
+                    raise
+                self._unreadable.add(step)
                 print(f"vit-scale: {error}; it can't be the best", file=sys.stderr, flush=True)
                 self._metrics[step] = {}
         return self._metrics[step]
@@ -129,11 +134,15 @@ class Checkpoints:
     def restore(self, step: int, target: Mapping) -> dict:
         """The trees of a step, those that `target` has, shaped and placed as its leaves.
 
-        The leaves are ShapeDtypeStructs with shardings. Raises UserError for a checkpoint of
-        another model and for a damaged one.
+        The leaves are ShapeDtypeStructs with shardings. Raises UserError, on all hosts, for a
+        checkpoint of another model and for a damaged one.
         """
+        path = self.folder / str(step)
         wanted = {name: target[name] for name in TREES if target[name] is not None}
-        return read(self.folder / str(step), wanted)
+        with hosts.together():  # a host that can't read its part must not leave others comparing
+            content, trees = read_manifest(path), _read(path, wanted)
+        _check(path, content, trees)
+        return trees
 
     def recover(self, target: Mapping, order: list[int] | None = None) -> tuple[int, dict] | None:
         """The first step of `order` that is whole, and its trees; None if `order` is empty.
@@ -143,13 +152,15 @@ class Checkpoints:
         without one nothing is touched. Raises UserError then, and where storage can't be read.
         """
         if order is None:
-            order = hosts.agree(sorted(folders(self.run), reverse=True))
+            # In a bucket one that was never finished has its name as well: Orbax removes it.
+            listed = steps if paths.in_bucket(self.run) else folders
+            order = hosts.agree(sorted(listed(self.run), reverse=True))
         damage = {}
         for step in order:
             try:
                 with hosts.together():
                     selection(self.folder / str(step))
-                    trees = self.restore(step, target)
+                trees = self.restore(step, target)
             except UserError as error:
                 if error.code == RESUMABLE:
                     raise
@@ -173,6 +184,7 @@ class Checkpoints:
                 print(f"vit-scale: {line}; moved to {place}", file=sys.stderr, flush=True)
         if damage:
             self._metrics.clear()
+            self._unreadable.clear()
             self._manager.reload()
 
     def check(self) -> None:
@@ -196,8 +208,22 @@ class Checkpoints:
                 )
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask jax whether this machine is about to be taken away.
+
+    jax answers yes at one number only, one after the highest it was asked with: preemption.py
+    counts its questions, and Orbax's, with the step, would move the answer to where nobody asks.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class _Kept(managers.PreservationPolicy):
-    """The newest, and the best by what `record` wrote, which Orbax knows nothing of."""
+    """The newest, and the best by what `record` wrote, which Orbax knows nothing of.
+
+    What can't be read of a checkpoint says nothing about it: it stays.
+    """
 
     def __init__(self, checkpoints: Checkpoints, newest: int):
         self.checkpoints, self.newest = checkpoints, newest
@@ -205,7 +231,7 @@ class _Kept(managers.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         steps = [info.step for info in checkpoints]
         measured = [step for step in steps[:-1] if self.checkpoints.metrics(step)]
-        kept = set(steps[-self.newest :])
+        kept = {*steps[-self.newest :], *self.checkpoints._unreadable}
         if measured:
             kept.add(max(measured, key=self.checkpoints._rank))
         return [step in kept for step in steps]
@@ -264,13 +290,24 @@ def read_manifest(path: pathlib.Path) -> dict:
 
 
 def read(path: pathlib.Path, target: Mapping) -> dict:
-    """The named trees of the checkpoint folder `path`, shaped and placed as `target`'s leaves."""
-    content = read_manifest(path)
+    """The named trees of the checkpoint folder `path`, shaped and placed as `target`'s leaves.
+
+    On devices of this host: of several hosts' `Checkpoints.restore` takes care.
+    """
+    content, trees = read_manifest(path), _read(path, target)
+    _check(path, content, trees)
+    return trees
+
+
+def _read(path: pathlib.Path, target: Mapping) -> dict:
     with _damage(path):
         items = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
-        trees = _restore(path, items)
+        return _restore(path, items)
+
+
+def _check(path: pathlib.Path, content: Mapping, trees: dict) -> None:
+    with _damage(path):
         check_arrays(content, trees)
-    return trees
 
 
 def verify(path: pathlib.Path) -> int:
@@ -296,7 +333,17 @@ def verify(path: pathlib.Path) -> int:
 
 
 def _restore(path: pathlib.Path, items: Mapping) -> dict:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    """What this host holds of some items. It waits for no other host: one may fail alone."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read-{me}"
+    )
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+        ),
+        multiprocessing_options=alone,
+    ) as checkpointer:
         restored = checkpointer.restore(
             os.fspath(path.absolute()), args=ocp.args.Composite(**items)
         )

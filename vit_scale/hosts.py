@@ -15,7 +15,7 @@ import secrets
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -67,6 +67,8 @@ def join(
             raise UserError(
                 f"--process {process}, --processes {processes}: {error}", USAGE
             ) from None
+        except jax.errors.JaxRuntimeError as error:  # a RuntimeError, too
+            raise UserError(f"the processes did not meet: {_first_line(error)}") from error
         except RuntimeError:
             if coordinator is None:
                 return  # a notebook, which has used its devices before: it is alone
@@ -171,6 +173,22 @@ def _raise_another_ones(error: Exception | None) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_alike(mine: Mapping[str, Any]) -> None:
+    """Raises UserError on all processes unless every one's `mine`, of JSON, is process 0's."""
+    if not is_several():
+        return
+    mine = json.loads(json.dumps(mine))
+    theirs = agree(mine)
+    with together():
+        wrong = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+        if wrong:
+            each = (f"{name} is {mine.get(name)}, there {theirs.get(name)}" for name in wrong[:5])
+            raise UserError(
+                f"process {jax.process_index()} would train something else than process 0 "
+                f"({'; '.join(each)}): start the same command, code and data on every host"
+            )
 
 
 def check_shared(folder: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 import socket
 import sys
 import threading
@@ -28,6 +29,14 @@ def boot() -> str:
     """What is another at each start of this machine; empty where it can't be known."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def pids() -> str:
+    """The namespace that a process's number is of: two containers have two; empty if unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -84,6 +93,7 @@ class Lease:
     def __init__(self, run: pathlib.Path):
         self.run, self.object = run, run / NAME
         self._generation, self._renewed = "", 0.0
+        self._name = secrets.token_hex(8)  # of this lock, in all that it writes
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
@@ -113,9 +123,14 @@ class Lease:
         return first, holder
 
     def _write(self, generation: str) -> str | None:
-        content = {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot()}
-        data = json.dumps({**content, "time": time.time()}).encode()
-        return generations.write(self.object, data, generation)
+        """The new generation; None where the lock is another's."""
+        content = {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot(), "pids": pids()}
+        data = json.dumps({**content, "lock": self._name, "time": time.time()}).encode()
+        found = generations.write(self.object, data, generation)
+        if found is None:  # also where the answer was lost, and the same request made again
+            left, said = generations.read(self.object)
+            found = left if said.get("lock") == self._name else None
+        return found
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW):
@@ -152,6 +167,8 @@ def is_dead(said: dict) -> bool:
         return False
     if said.get("boot") != boot():
         return True
+    if said.get("pids") != pids():
+        return False  # of another container, whose processes can't be seen from here
     return not pathlib.Path(f"/proc/{said.get('pid')}").exists()
 
 

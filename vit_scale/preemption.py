@@ -17,12 +17,14 @@ from typing import NoReturn
 
 from vit_scale.errors import RESUMABLE, UserError
 
+STOPPED = "stopped by SIGTERM"
+
 
 class Preempted(UserError):
     """Stopped by SIGTERM; the same command goes on."""
 
     def __init__(self, where: str):
-        super().__init__(f"stopped by SIGTERM {where}; the same command goes on", RESUMABLE)
+        super().__init__(f"{STOPPED} {where}; the same command goes on", RESUMABLE)
 
 
 _received = 0

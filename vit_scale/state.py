@@ -20,9 +20,7 @@ from vit_scale.program import Program, TrainState
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> TrainState:
     """The checkpoint of `step`. Raises UserError where it is damaged."""
-    with hosts.together():
-        trees = checkpoints.restore(step, program.state._asdict())
-    return _placed(program, step, trees)
+    return _placed(program, step, checkpoints.restore(step, program.state._asdict()))
 
 
 def recover(
@@ -89,7 +87,8 @@ def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> Train
     make_params = jax.jit(program.model.init, out_shardings=shardings.params)
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
-        given = read_source(program)
+        with hosts.together():
+            given = read_source(program)
         same = pretrained.agree(given.classes, classes, cfg.init.head)
         params, rows = pretrained.adapt(given.params, params, cfg.init.resample, same)
         params = place(params, shardings.params)

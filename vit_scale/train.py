@@ -38,7 +38,7 @@ from vit_scale.metrics import TrainMetrics
 from vit_scale.parameters import count
 from vit_scale.preemption import Preempted
 from vit_scale.program import Program, TrainState, jit_train_step, plan_program, training_flops
-from vit_scale.run import Run
+from vit_scale.run import FREE, Run
 from vit_scale.state import averaged, check_source, init_state, recover, restore
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
 from vit_scale.watch import Watch, phase
@@ -55,6 +55,8 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         about = describe(program, name, sources.train)
         if not folders(paths.path(workdir)):
             check_source(program, sources.train.classes)
+        same = identity(about, sources) if hosts.is_several() else {}
+    hosts.check_alike(same)
     with Run(workdir, about) as run, preemption.deferred():
         if run.report:
             return run.report
@@ -164,7 +166,7 @@ class Training:
 
     def select(self, state: TrainState, step: int, track: Tracker) -> None:
         """Measure the checkpoint of `step`, if that is not done, and report it."""
-        measured = self.checkpoints.metrics(step)
+        measured = hosts.agree(self.checkpoints.metrics(step))
         if not measured:
             with track.timer("eval"):
                 measured = self.evaluate(averaged(state), self.sources.selection)
@@ -255,6 +257,16 @@ def describe(program: Program, name: str, source: Source) -> dict:
         "versions": versions(),
         "parameters": parameter_table(program.state.params),
     }
+
+
+def identity(about: dict, sources: Sources) -> dict:
+    """What has to be the same on every host: the program, and the images."""
+    fields = config.dotted(about["config"])
+    same = {name: value for name, value in fields.items() if not name.startswith(FREE)}
+    for split, source in sources._asdict().items():
+        if source:
+            same[f"{split} set"] = [*data.describe(source).values(), data.checksum(source)]
+    return {**same, **{name: about[name] for name in ("classes", "git", "versions")}}
 
 
 def devices() -> dict:

@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import goodput, hosts, paths
 from vit_scale.errors import FAILED, RESUMABLE
+from vit_scale.preemption import STOPPED
 
 FOLDER = "heartbeats"
 DISK, BUCKET = 1, 15  # seconds between heartbeats
@@ -180,6 +181,8 @@ class Others:
 
     def check(self, patience: float) -> None:
         """End this process where another one has failed, or was not heard from for `patience`."""
+        if self.watch._code is not None:
+            return  # it ends already, and says why itself
         with self._lock, contextlib.suppress(OSError):
             versions = paths.versions(self.watch.run / FOLDER)
             for number in self._heard:
@@ -200,10 +203,12 @@ class Others:
         said = self._read(number)
         if said.get("attempt") != self.watch.attempt:
             return
-        # One that has ended well has nothing more to say.
-        self._heard[number] = math.inf if said["code"] == 0 else time.monotonic()
+        # One that has ended well has nothing more to say; nor has one that stopped by SIGTERM, for
+        # then all stop, and this one may still be writing what all of them have saved.
+        ended = said["code"] == 0 or said["words"].startswith(STOPPED)
+        self._heard[number] = math.inf if ended else time.monotonic()
         # One that stops because of another says so as well: the cause is looked for there.
-        if said["code"] and not said["words"].startswith("process "):
+        if not ended and said["code"] and not said["words"].startswith("process "):
             self.watch.end(f"process {number} ({said['host']}): {said['words']}", said["code"])
 
     def _read(self, number: int) -> dict:

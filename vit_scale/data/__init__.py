@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vit_scale.data import cifar, folder, fractal, records
 from vit_scale.data.images import decoded_size
 from vit_scale.data.pipeline import eval_batches, in_memory, train_batches
-from vit_scale.data.sources import Batch, InMemory, Slice, Source, cut, split_name
+from vit_scale.data.sources import Batch, InMemory, Slice, Source, checksum, cut, split_name
 from vit_scale.errors import UserError, nearest
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "InMemory",
     "Slice",
     "Source",
+    "checksum",
     "delivered_size",
     "describe",
     "eval_batches",
