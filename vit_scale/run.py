@@ -1,7 +1,7 @@
 """A run's folder: who may write it, what it is a run of, and what it ends with.
 
     run.json        resolved config, class names, versions, git state: written once, before training
-    checkpoints/    see checkpoint.py
+    checkpoints/    see checkpoint/
     metrics.jsonl, tensorboard/, wandb/     see tracking.py
     rollbacks.json  where training went back to a checkpoint, if it did (divergence.py)
     heartbeats/     what each process is doing (watch.py)

@@ -3,14 +3,13 @@
 A checkpoint is the parameters, their average if there is one, the optimizer's state, and a manifest
 (integrity.py): the resolved config, the class names, and the fingerprint of every array. With the
 step, which is its folder's name, that is all there is to remember. All of it appears at once, when
-it is whole. It is read back onto any devices, and never without being verified; parameters alone
-can be read without the optimizer that made them.
+it is whole. It is read back onto any devices, and never without being verified (folder.py);
+parameters alone can be read without the optimizer that made them.
 
 What was measured of a checkpoint comes later, and lies beside its arrays in `selection.json`.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -20,24 +19,45 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_scale import hosts, paths
+from vit_scale.checkpoint.folder import (
+    COMMITTED,
+    FOLDER,
+    SELECTION,
+    compare,
+    description,
+    folders,
+    holds_average,
+    read,
+    read_manifest,
+    read_part,
+    selection,
+    steps,
+    verify,
+)
 from vit_scale.errors import RESUMABLE, STORAGE, UserError
-from vit_scale.integrity import MANIFEST, Damaged, check_arrays, check_signed, manifest, signed
+from vit_scale.integrity import MANIFEST, manifest, signed
 
-FOLDER = "checkpoints"
+__all__ = [
+    "ASIDE",
+    "COMMITTED",
+    "FOLDER",
+    "SELECTION",
+    "Checkpoints",
+    "description",
+    "folders",
+    "holds_average",
+    "read",
+    "read_manifest",
+    "steps",
+    "verify",
+]
+
 ASIDE = "damaged"  # the folder of a run in which damaged checkpoints are kept
 TREES = ("params", "ema", "opt_state")
-SELECTION = "selection.json"
-COMMITTED = "commit_success.txt"  # Orbax's name
-# What tensorstore says where storage can't be reached or doesn't let us: nothing is damaged then.
-REFUSALS = (
-    *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
-    "RESOURCE_EXHAUSTED",
-)
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
@@ -140,8 +160,8 @@ class Checkpoints:
         path = self.folder / str(step)
         wanted = {name: target[name] for name in TREES if target[name] is not None}
         with hosts.together():  # a host that can't read its part must not leave others comparing
-            content, trees = read_manifest(path), _read(path, wanted)
-        _check(path, content, trees)
+            content, trees = read_manifest(path), read_part(path, wanted)
+        compare(path, content, trees)
         return trees
 
     def recover(self, target: Mapping, order: list[int] | None = None) -> tuple[int, dict] | None:
@@ -237,141 +257,10 @@ class _Kept(managers.PreservationPolicy):
         return [step in kept for step in steps]
 
 
-def folders(run: pathlib.Path) -> list[int]:
-    """The steps that have a folder in a run, whole or not, oldest first."""
-    folder = paths.path(run) / FOLDER
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(f.name) for f in found if f.name.isdigit())
-
-
-def steps(run: pathlib.Path) -> list[int]:
-    """The finished steps in a run's folder, oldest first."""
-    folder = paths.path(run) / FOLDER
-    return [step for step in folders(run) if _is_finished(folder / str(step))]
-
-
-def _is_finished(folder: pathlib.Path) -> bool:
-    """On disk a checkpoint gets its name when it is whole; in a bucket, a file that says so."""
-    if paths.in_bucket(folder):
-        return (folder / COMMITTED).is_file()
-    return (folder / MANIFEST).is_dir()
-
-
 def unused(place: pathlib.Path) -> pathlib.Path:
     """`place`, or with a number after its name where there is one already."""
     names = [place.name, *(f"{place.name}-{i}" for i in range(1, 1000))]
     return next(p for p in (place.with_name(name) for name in names) if not p.exists())
-
-
-def selection(path: pathlib.Path) -> dict:
-    """What was measured of the checkpoint folder `path`; empty if nothing was."""
-    file = path / SELECTION
-    if not file.is_file():
-        return {}
-    with _damage(path):
-        content = check_signed(json.loads(file.read_text()))
-        if str(content["step"]) != path.name:
-            raise Damaged(f"{SELECTION} is of step {content['step']}")
-    return content["metrics"]
-
-
-def description(path: pathlib.Path) -> dict:
-    """What the checkpoint folder `path` says of itself: {"config": ..., "classes": ..., ...}."""
-    return read_manifest(path)["description"]
-
-
-def read_manifest(path: pathlib.Path) -> dict:
-    """{"step": ..., "description": ..., "arrays": {name: fingerprint}} of a checkpoint folder."""
-    with _damage(path):
-        content = check_signed(_restore(path, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST])
-        if str(content["step"]) != path.name:
-            raise Damaged(f"it is of step {content['step']}")
-    return content
-
-
-def read(path: pathlib.Path, target: Mapping) -> dict:
-    """The named trees of the checkpoint folder `path`, shaped and placed as `target`'s leaves.
-
-    On devices of this host: of several hosts' `Checkpoints.restore` takes care.
-    """
-    content, trees = read_manifest(path), _read(path, target)
-    _check(path, content, trees)
-    return trees
-
-
-def _read(path: pathlib.Path, target: Mapping) -> dict:
-    with _damage(path):
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
-        return _restore(path, items)
-
-
-def _check(path: pathlib.Path, content: Mapping, trees: dict) -> None:
-    with _damage(path):
-        check_arrays(content, trees)
-
-
-def verify(path: pathlib.Path) -> int:
-    """Read all of the checkpoint folder `path`; the number of its arrays.
-
-    Raises UserError where it is damaged.
-    """
-    content = read_manifest(path)
-    selection(path)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    written = {name.partition("/")[0] for name in content["arrays"]}
-    for tree in sorted(written):  # one at a time: all may not fit
-        with _damage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            found = checkpointer.metadata(os.fspath(path.absolute() / tree)).item_metadata
-            if found is None:
-                raise Damaged(f"what {tree} says of itself can't be read")
-            shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                found.tree,
-            )
-        read(path, {tree: shapes})
-    return len(content["arrays"])
-
-
-def _restore(path: pathlib.Path, items: Mapping) -> dict:
-    """What this host holds of some items. It waits for no other host: one may fail alone."""
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read-{me}"
-    )
-    with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
-        ),
-        multiprocessing_options=alone,
-    ) as checkpointer:
-        restored = checkpointer.restore(
-            os.fspath(path.absolute()), args=ocp.args.Composite(**items)
-        )
-    return {name: restored[name] for name in items}
-
-
-def holds_average(path: pathlib.Path) -> bool:
-    """Whether the checkpoint folder `path` has an average of the parameters."""
-    return any(name.startswith("ema/") for name in read_manifest(path)["arrays"])
-
-
-@contextlib.contextmanager
-def _damage(path: pathlib.Path) -> Iterator[None]:
-    """Turns what reading a checkpoint meets into one line; broken files raise just anything."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        refused = isinstance(error, OSError) and error.errno in (
-            *STORAGE,
-            errno.EACCES,
-            errno.EPERM,
-        )
-        if refused or any(word in line for word in REFUSALS):
-            raise UserError(f"checkpoint {path} can't be read: {line}", RESUMABLE) from error
-        raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error
 
 
 @contextlib.contextmanager
