@@ -97,8 +97,6 @@ def converted(source: pathlib.Path, folder: pathlib.Path, size: str | None, *ove
 @SIZE
 @pytest.mark.parametrize("kind", ["cls", "gap", "map", "deit.pth"])
 def test_timm(size, kind, tmp_path):
-    if size in ("B", "L") and kind in ("gap", "map"):
-        pytest.skip("Ti and S have shown it")
     options = {
         "gap": {"class_token": False, "global_pool": "avg", "fc_norm": False},
         "map": {"class_token": False, "global_pool": "map"},
@@ -161,8 +159,6 @@ def test_huggingface(size, tmp_path):
 @pytest.mark.parametrize("kind", ["google", "big_vision-gap", "big_vision-map"])
 def test_google_as_timm_reads_it(size, kind, tmp_path):
     """timm's own reader of .npz, of both of Google's layouts."""
-    if size in ("B", "L") and kind != "google":
-        pytest.skip("Ti and S have shown it")
     width, depth, heads, mlp = numbers(size)
     side, patch = pixels(size)
     cfg = config.base()
