@@ -34,6 +34,7 @@ LAYERS = (
     {"train", "inspect", "plan", "export"},
     {"stages"},
     {"__init__"},
+    {"verbs"},
     {"cli"},
 )
 
