@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from its own package and from the rows above it, never from its own row or below.
 LAYERS = (
-    {"errors", "attention", "compiled", "flops", "integrity", "parameters"},
+    {"errors", "attention", "compiled", "convolution", "flops", "integrity", "parameters"},
     {"config", "convnets", "hosts", "posemb", "metrics", "layers", "paths"},
     {"generations"},
     {"model", "augment", "mesh", "lock", "preemption", "goodput"},
@@ -34,6 +34,7 @@ LAYERS = (
     {"train", "inspect", "plan", "export"},
     {"stages"},
     {"__init__"},
+    {"verbs"},
     {"cli"},
 )
 
@@ -47,7 +48,7 @@ HOMES = {
     "clu.parameter_overview": ("clu", {"tracking"}),
     "etils": ("etils", {"paths"}),
     "flatbuffers": ("flatbuffers", {"export"}),  # jax.export needs it, and doesn't require it
-    "flax": ("flax", {"convnets", "layers", "model"}),
+    "flax": ("flax", {"convnets", "convolution", "layers", "model"}),
     "flax.struct": ("flax", {"metrics"}),  # a clu.metrics.Collection is declared with it
     "fsspec": ("fsspec", {"paths"}),
     "grain": ("grain", {"data"}),

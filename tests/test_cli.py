@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_scale import checkpoint, cli, config
+from vit_scale import checkpoint, cli, config, verbs
 from vit_scale.data.cifar import CLASSES
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -374,7 +374,7 @@ def test_ctrl_c_is_one_line(learnt, monkeypatch, capsys):
     def interrupt(args, overrides):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "show", interrupt)
+    monkeypatch.setattr(verbs, "show", interrupt)
     assert cli.main(["show", str(learnt)]) == 130
     assert capsys.readouterr().err.startswith("vit-scale: stopped")
 

@@ -12,7 +12,7 @@ from vit_scale.errors import RESUMABLE, UserError
 
 BEGIN = """
 import hashlib, os, signal, sys
-from vit_scale import cli, preemption
+from vit_scale import cli, preemption, verbs
 from vit_scale.errors import UserError
 def ready():
     print("ready", flush=True)
@@ -20,7 +20,7 @@ def verb(args, overrides):
     preemption.install()
 """
 END = """
-cli.show = verb
+verbs.show = verb
 sys.exit(cli.main(["show"]))
 """
 # Python's handlers run between its own instructions: not in here, for a minute.

@@ -1,36 +1,21 @@
 """A run from beginning to end: acquire, prepare, start, watch; again after what passes; release.
 
 It may be ended anywhere and begun again with the same command: each step looks at what there is
-before it does anything, and what is there already is taken over.
+before it does anything, and what is there already is taken over. ending.py says what asks for an
+end, and what becomes of the machine.
 """
 
-import json
 import os
 import secrets
-import signal
 import socket
-import time
 
-from launch.tpu import budget, gcloud, script
+from launch.tpu import budget, script
 from launch.tpu.attempt import Attempt, last
 from launch.tpu.classify import Cause
 from launch.tpu.clock import Clock
 from launch.tpu.cloud import Cloud
-from launch.tpu.codes import (
-    AUTH,
-    BAD_INPUT,
-    CRASH_LOOP,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    RESULTS,
-    SETUP,
-    TPU_HELD,
-    USAGE,
-    Stop,
-)
-from launch.tpu.flags import seconds
-from launch.tpu.gcloud import ApiError
+from launch.tpu.codes import AUTH, DONE, INTERRUPTED, USAGE, Stop
+from launch.tpu.ending import Ending, Interrupted
 from launch.tpu.journal import Journal
 from launch.tpu.machine import LOOK, Gone, Machine
 from launch.tpu.meter import Meter
@@ -41,22 +26,6 @@ from launch.tpu.transport import GcloudWorkers, Workers
 WATCH = 30  # seconds between looks at a machine that trains
 RENEW = 3600  # seconds between saying that the machine is wanted
 LEASE = 300  # seconds for which a launcher on another machine that watched is respected
-WINDOW = 3  # seconds for a second Ctrl-C, which stops
-KEPT = (
-    FAILED,
-    BAD_INPUT,
-    SETUP,
-    CRASH_LOOP,
-    TPU_HELD,
-)  # ends after which a look is worth its price
-
-
-class Interrupted(Exception):
-    """Somebody wants this launcher to end; `stop`: and the training with it."""
-
-    def __init__(self, stop: bool, keep: bool = False):
-        super().__init__("stop" if stop else "detach")
-        self.stop, self.keep = stop, keep
 
 
 class Launcher:
@@ -74,18 +43,16 @@ class Launcher:
         self.workers = workers or Workers()
         self.meter = Meter(plan.price, clock, journal)
         self.attempt: Attempt | None = None
-        self.signals = 0
         self.machine = Machine(plan, cloud, self.meter, self.pause) if cloud else None
-        self.knows = False  # what trains there
         self.sitter = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.ending = Ending(plan, clock, journal, self.meter, self.machine, self.sitter)
         self.renewed = clock.now()
 
     # --- the whole
 
     def run(self) -> int:
         """Run to an end; its exit code. The last line printed is a JSON object."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+        self.ending.listen()
         self.journal.state.update(failures=[], restarts=0, result=None, sitter=self.sitter)
         self.journal.save()
         try:
@@ -97,7 +64,7 @@ class Launcher:
             return self.interrupted(interrupted)
         except Exception as error:  # the machine must not be left because of a mistake in here
             self.journal.write("bug", error=repr(error))
-            self._quietly_release()
+            self.ending.release()
             raise
         return self.finish(code, line)
 
@@ -140,7 +107,8 @@ class Launcher:
         """Wait, and raise Interrupted where somebody asks for it."""
         until = self.clock.now() + delay
         while True:
-            self.check_interrupt()
+            training = self.attempt is not None and not self.attempt.stopping
+            self.ending.check_interrupt(training)
             left = until - self.clock.now()
             if left <= 0:
                 return
@@ -164,16 +132,6 @@ class Launcher:
     def _record(self, argv: list[str]) -> None:
         self.journal.write("gcloud", argv=argv)
 
-    @property
-    def owned(self) -> bool:
-        """Whether there is a machine that this program has made."""
-        return self.machine is not None and self.machine.cloud.owned
-
-    @property
-    def responsible(self) -> bool:
-        """Whether it is this launcher's to delete: not that of a training which it can't reach."""
-        return self.knows or (self.machine is not None and self.machine.made)
-
     def check(self) -> None:
         """Raises Gone where the machine is no more."""
         if self.machine:
@@ -189,7 +147,7 @@ class Launcher:
         """Take up the attempt that is there, or make the next; why it ended."""
         self.preparation.reach()
         self.attempt = attempt = self.find_attempt()
-        self.knows = True
+        self.ending.knows = True
         if attempt is None:
             self.preparation.prepare()
             number = self.journal.state["attempt"] + 1
@@ -255,7 +213,7 @@ class Launcher:
 
     def watch_over(self) -> None:
         """Have worker 0 delete the machine where it is forgotten; that it can't is no failure."""
-        if self.owned and self.plan.args.orphan:
+        if self.ending.owned and self.plan.args.orphan:
             result = self.workers.shell(0, script.reap(self.plan), b"", 60)
             if result.code:
                 self.journal.write("reap", error=last(result.err))
@@ -293,50 +251,21 @@ class Launcher:
         silent = any(view.error for view in attempt.views)
         if self.machine and now - self.machine.looked > (LOOK if silent else WATCH):
             self.is_ready()
-        if self.machine and self.owned and now - self.renewed > RENEW:
+        if self.machine and self.ending.owned and now - self.renewed > RENEW:
             self.renewed = now
             self.machine.cloud.renew()
 
     # --- the end
 
-    def _on_signal(self, number, frame) -> None:
-        self.signals += 1
-        self.clock.wake.set()
-
-    def check_interrupt(self) -> None:
-        """Raises Interrupted after a signal, and after `stop` in another terminal."""
-        request = self.plan.folder / "stop"
-        if request.exists():
-            keep = request.read_text().strip() == "keep"
-            request.unlink()
-            raise Interrupted(stop=True, keep=keep)
-        if not self.signals:
-            return
-        self.clock.wake.clear()
-        training = self.attempt is not None and not self.attempt.stopping
-        choice = self.plan.args.on_interrupt or ("detach" if training else "stop")
-        if not self.responsible:
-            choice = "detach"
-        if choice == "detach" and training and self.signals == 1:
-            price = "" if self.plan.price is None else f", ${self.plan.price:.2f}/h"
-            self.journal.say(
-                "detach",
-                f"still running{price}: the same command takes it up, `launch/tpu_vm.sh stop "
-                f"--name {self.plan.name}` ends it, and Ctrl-C does so now",
-            )
-            time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
-        raise Interrupted(stop=choice == "stop" or self.signals > 1)
-
     def interrupted(self, interrupted: Interrupted) -> int:
         if not interrupted.stop:
-            return self.end(INTERRUPTED, "detached", deleted=False)
-        self.signals = 0
-        self.clock.wake.clear()
+            return self.ending.end(INTERRUPTED, "detached", deleted=False)
+        self.ending.forget()
         if self.attempt:
             self.journal.say("stop", f"attempt {self.attempt.number}: saving, then ending")
             self.end_attempt(self.attempt)
-        deleted = False if interrupted.keep else self._quietly_release()
-        return self.end(INTERRUPTED, "stopped", deleted)
+        deleted = False if interrupted.keep else self.ending.release()
+        return self.ending.end(INTERRUPTED, "stopped", deleted)
 
     def end_attempt(self, attempt: Attempt) -> None:
         attempt.stop(self.plan.args.grace)
@@ -350,75 +279,6 @@ class Launcher:
             self.journal.say("cause", line)
         if self.attempt and any(not view.over for view in self.attempt.views):
             if code == AUTH:  # it trains on: only this launcher is shut out
-                return self.end(code, line, deleted=False)
+                return self.ending.end(code, line, deleted=False)
             self.end_attempt(self.attempt)
-        policy = self.plan.args.on_success if code == DONE else "delete"
-        if code in KEPT:
-            policy = self.plan.args.on_failure
-        word, _, duration = policy.partition(":")
-        deleted = False
-        if word == "delete" or (duration and self.keep(seconds(duration))):
-            deleted = self._quietly_release()
-        return self.end(code, line, deleted)
-
-    def keep(self, duration: float) -> bool:
-        """Keep the machine a while for another try; whether it is to be deleted then."""
-        if not self.owned:
-            return False
-        until = time.strftime("%H:%M", time.localtime(time.time() + duration))
-        self.journal.say(
-            "keep", f"the machine is kept until {until}: run the command again, or Ctrl-C to delete"
-        )
-        self.journal.save()
-        self.journal.give_up()
-        self.attempt = None
-        end = self.clock.now() + duration
-        while self.clock.now() < end and not self.signals:
-            if self.journal.watcher():
-                self.journal.say("keep", "another launcher has taken it over")
-                return False
-            self.clock.sleep(min(5, end - self.clock.now()))
-        self.clock.wake.clear()
-        return self.journal.take() and self.journal.state.get("sitter") == self.sitter
-
-    def _quietly_release(self) -> bool:
-        """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
-        if not (self.machine and self.owned and self.responsible):
-            return False
-        try:
-            self.machine.remove()
-            return True
-        except (Stop, ApiError) as error:
-            self.journal.say("delete", f"NOT deleted: {error}")
-            return False
-
-    def end(self, code: int, line: str, deleted: bool) -> int:
-        """The last line, for programs."""
-        self.meter.end()
-        state = self.journal.state
-        state["result"] = code
-        self.journal.save()
-        there = "none"
-        if self.machine:
-            there = "deleted" if deleted else self.kept(self.machine.cloud.tpu)
-        result = {
-            "run": self.plan.run,
-            "result": line if code == INTERRUPTED else RESULTS[code],
-            "code": code,
-            "steps": max(state["progress"].values(), default=0),
-            "attempts": state["attempt"],
-            "cost_usd": self.meter.cost,
-            "cloud": there,
-        }
-        if code not in (DONE, INTERRUPTED):
-            result["cause"] = self.journal.hide(line)
-        self.journal.write("end", **result)
-        self.journal.give_up()
-        print(json.dumps(result), flush=True)
-        return code
-
-    def kept(self, tpu: gcloud.Tpu) -> str:
-        if not self.owned and not self.plan.args.existing:
-            return "none"
-        price = "unknown price" if self.plan.price is None else f"${self.plan.price:.2f}/h"
-        return f"kept ({tpu.name}, {tpu.zone}, {price})"
+        return self.ending.end(code, line, self.ending.leave(code))

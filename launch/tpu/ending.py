@@ -1,0 +1,188 @@
+"""How a run ends: who asks for it, what becomes of the machine, and the last line, for programs.
+
+Here a machine is deleted only where this program has made it, and never under a training that this
+launcher can't reach. An end that was asked for is an Interrupted, raised where the launcher waits.
+"""
+
+import json
+import signal
+import time
+
+from launch.tpu import gcloud
+from launch.tpu.clock import Clock
+from launch.tpu.codes import (
+    BAD_INPUT,
+    CRASH_LOOP,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    RESULTS,
+    SETUP,
+    TPU_HELD,
+    Stop,
+)
+from launch.tpu.flags import seconds
+from launch.tpu.gcloud import ApiError
+from launch.tpu.journal import Journal
+from launch.tpu.machine import Machine
+from launch.tpu.meter import Meter
+from launch.tpu.plan import Plan
+
+WINDOW = 3  # seconds for a second Ctrl-C, which stops
+KEPT = (
+    FAILED,
+    BAD_INPUT,
+    SETUP,
+    CRASH_LOOP,
+    TPU_HELD,
+)  # ends after which a look is worth its price
+
+
+class Interrupted(Exception):
+    """Somebody wants this launcher to end; `stop`: and the training with it."""
+
+    def __init__(self, stop: bool, keep: bool = False):
+        super().__init__("stop" if stop else "detach")
+        self.stop, self.keep = stop, keep
+
+
+class Ending:
+    """`machine` is None where the workers are of this machine; `sitter` is the launcher's name."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        clock: Clock,
+        journal: Journal,
+        meter: Meter,
+        machine: Machine | None,
+        sitter: str,
+    ):
+        self.plan, self.clock, self.journal, self.meter = plan, clock, journal, meter
+        self.machine, self.sitter = machine, sitter
+        self.signals = 0
+        self.knows = False  # what trains there
+
+    # --- who asks for it
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        self.signals += 1
+        self.clock.wake.set()
+
+    def check_interrupt(self, training: bool) -> None:
+        """Raises Interrupted after a signal, and after `stop` in another terminal.
+
+        `training`: an attempt runs, which can go on without this launcher.
+        """
+        request = self.plan.folder / "stop"
+        if request.exists():
+            keep = request.read_text().strip() == "keep"
+            request.unlink()
+            raise Interrupted(stop=True, keep=keep)
+        if not self.signals:
+            return
+        self.clock.wake.clear()
+        choice = self.plan.args.on_interrupt or ("detach" if training else "stop")
+        if not self.responsible:
+            choice = "detach"
+        if choice == "detach" and training and self.signals == 1:
+            price = "" if self.plan.price is None else f", ${self.plan.price:.2f}/h"
+            self.journal.say(
+                "detach",
+                f"still running{price}: the same command takes it up, `launch/tpu_vm.sh stop "
+                f"--name {self.plan.name}` ends it, and Ctrl-C does so now",
+            )
+            time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
+        raise Interrupted(stop=choice == "stop" or self.signals > 1)
+
+    def forget(self) -> None:
+        """What has been asked for is being done: from here on signals count anew."""
+        self.signals = 0
+        self.clock.wake.clear()
+
+    # --- the machine
+
+    @property
+    def owned(self) -> bool:
+        """Whether there is a machine that this program has made."""
+        return self.machine is not None and self.machine.cloud.owned
+
+    @property
+    def responsible(self) -> bool:
+        """Whether it is this launcher's to delete: not that of a training which it can't reach."""
+        return self.knows or (self.machine is not None and self.machine.made)
+
+    def leave(self, code: int) -> bool:
+        """Leave the machine as it was asked for; whether it is deleted."""
+        policy = self.plan.args.on_success if code == DONE else "delete"
+        if code in KEPT:
+            policy = self.plan.args.on_failure
+        word, _, duration = policy.partition(":")
+        if word == "delete" or (duration and self.keep(seconds(duration))):
+            return self.release()
+        return False
+
+    def keep(self, duration: float) -> bool:
+        """Keep the machine a while for another try; whether it is to be deleted then."""
+        if not self.owned:
+            return False
+        until = time.strftime("%H:%M", time.localtime(time.time() + duration))
+        self.journal.say(
+            "keep", f"the machine is kept until {until}: run the command again, or Ctrl-C to delete"
+        )
+        self.journal.save()
+        self.journal.give_up()
+        end = self.clock.now() + duration
+        while self.clock.now() < end and not self.signals:
+            if self.journal.watcher():
+                self.journal.say("keep", "another launcher has taken it over")
+                return False
+            self.clock.sleep(min(5, end - self.clock.now()))
+        self.clock.wake.clear()
+        return self.journal.take() and self.journal.state.get("sitter") == self.sitter
+
+    def release(self) -> bool:
+        """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
+        if not (self.machine and self.owned and self.responsible):
+            return False
+        try:
+            self.machine.remove()
+            return True
+        except (Stop, ApiError) as error:
+            self.journal.say("delete", f"NOT deleted: {error}")
+            return False
+
+    def end(self, code: int, line: str, deleted: bool) -> int:
+        """The last line, for programs."""
+        self.meter.end()
+        state = self.journal.state
+        state["result"] = code
+        self.journal.save()
+        there = "none"
+        if self.machine:
+            there = "deleted" if deleted else self.kept(self.machine.cloud.tpu)
+        result = {
+            "run": self.plan.run,
+            "result": line if code == INTERRUPTED else RESULTS[code],
+            "code": code,
+            "steps": max(state["progress"].values(), default=0),
+            "attempts": state["attempt"],
+            "cost_usd": self.meter.cost,
+            "cloud": there,
+        }
+        if code not in (DONE, INTERRUPTED):
+            result["cause"] = self.journal.hide(line)
+        self.journal.write("end", **result)
+        self.journal.give_up()
+        print(json.dumps(result), flush=True)
+        return code
+
+    def kept(self, tpu: gcloud.Tpu) -> str:
+        if not self.owned and not self.plan.args.existing:
+            return "none"
+        price = "unknown price" if self.plan.price is None else f"${self.plan.price:.2f}/h"
+        return f"kept ({tpu.name}, {tpu.zone}, {price})"

@@ -1,0 +1,80 @@
+"""Layers of convolutional networks: convolution, batch normalisation, pooling: only mathematics.
+
+Flax NNX modules. Parameters and statistics are float32; `dtype` is that of the computation.
+
+Batch normalisation's running statistics are leaves `mean` and `variance` beside its `scale` and
+`bias`, in the one tree that is saved, averaged and loaded. They are measured, not trained: where
+there is a mask, statistics are of the batch, the whole global one on any mesh, over the examples
+whose mask is set, and the running ones move towards them; without a mask the running ones are used.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+EPSILON = 1e-5  # added to the variance
+MOMENTUM = 0.9  # of the running statistics; both as He et al.'s, and torch's
+HE = nnx.initializers.he_normal()  # He et al. 2015, for ReLU
+Mask = Bool[Array, "b"] | None
+
+
+class Convolution(nnx.Module):
+    """Square, padded so that only the stride shrinks; a norm follows that has the bias."""
+
+    def __init__(self, side: int, channels: tuple[int, int], cfg, rngs, stride=1, bias=False):
+        self.stride, self.pad, self.dtype = stride, side // 2, jnp.dtype(cfg.dtype)
+        self.kernel = nnx.Param(HE(rngs.params(), (side, side, *channels)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(channels[1]))
+        self.biased = bias
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            (self.stride, self.stride),
+            [(self.pad, self.pad)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return x + self.bias[...].astype(self.dtype) if self.biased else x
+
+
+class BatchNorm(nnx.Module):
+    """Ioffe & Szegedy 2015, in float32 whatever the computation is in."""
+
+    def __init__(self, channels: int):
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.variance = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(self, x: Float[Array, "b h w c"], mask: Mask = None) -> Float[Array, "b h w c"]:
+        wide = x.astype(jnp.float32)
+        if mask is None:
+            mean, variance = self.mean[...], self.variance[...]
+        else:
+            mean, variance = self.measure(wide, mask)
+        factor = self.scale[...] * jax.lax.rsqrt(variance + EPSILON)
+        return ((wide - mean) * factor + self.bias[...]).astype(x.dtype)
+
+    def measure(self, x: Float[Array, "b h w c"], mask: Bool[Array, "b"]):
+        """Mean and (biased) variance over all pixels of the unmasked; the running ones move."""
+        weight = mask / (jnp.maximum(mask.sum(), 1) * x.shape[1] * x.shape[2])
+        weight = weight[:, None, None, None]
+        mean, square = ((weight * y).sum((0, 1, 2)) for y in (x, x * x))
+        variance = jnp.maximum(square - mean * mean, 0)
+        step = jnp.where(mask.any(), 1 - MOMENTUM, 0.0)  # of no example nothing is known
+        self.mean[...] += step * (mean - self.mean[...])
+        self.variance[...] += step * (variance - self.variance[...])
+        return mean, variance
+
+
+def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """The greatest of each 2 x 2 pixels."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def linear(channels: tuple[int, int], cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(*channels, kernel_init=HE, dtype=jnp.dtype(cfg.dtype), rngs=rngs)

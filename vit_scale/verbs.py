@@ -1,0 +1,193 @@
+"""What the verbs of the command line do, which is to call the rest of the package and print.
+
+A verb gets the parsed arguments and each --config.FIELD=VALUE as "FIELD=VALUE", and refuses what it
+has no use for. What it needs is imported when it runs: help, and a mistake in what is typed, don't
+wait for jax.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from vit_scale import preemption
+from vit_scale.errors import USAGE, UserError, nearest
+
+
+def train(args, overrides: Sequence[str]) -> None:
+    preemption.install()
+    from vit_scale import config, report
+    from vit_scale.stages import train_stages
+
+    join_hosts(args)
+    workdir = args.workdir or f"runs/{config.title(args.config)}"
+    runs = train_stages(args.config, overrides, workdir, args.quiet)
+    if not args.quiet:
+        rows = report.rows(runs)
+        print(report.table(rows))
+        print(json.dumps({"runs": rows}))
+
+
+def evaluate(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, pretrained
+    from vit_scale.data import open_split
+    from vit_scale.evaluate import Evaluate
+    from vit_scale.mesh import make_mesh, place, shardings
+
+    join_hosts(args)
+    given = pretrained.read(args.run)
+    given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
+    cfg = config.override(given.cfg, overrides)
+    split = args.split or cfg.eval.final
+    source = open_split(cfg.data, split)
+    mesh = make_mesh(cfg.mesh)
+    params = place(given.params, shardings(given.params, mesh))
+    result = Evaluate(cfg, given.model, mesh)(params, source)
+    if args.quiet:
+        return
+    shown = {"run": str(given.path), "step": given.step, "split": split, **result}
+    if args.json:
+        print(json.dumps(shown))
+    else:
+        print(
+            f"{source.name}: accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
+            f"n {result['n']:,} (step {given.step:,}, batch {cfg.eval.batch:,})"
+        )
+
+
+def predict(args, overrides: Sequence[str]) -> None:
+    from vit_scale.predict import load
+
+    refuse(overrides, "predict")
+    predictor = load(args.run)
+    found = {image: predictor.top(image) for image in args.images}
+    if args.json:
+        print(json.dumps({image: dict(top) for image, top in found.items()}))
+        return
+    for image, top in found.items():
+        print(image)
+        for name, probability in top:
+            print(f"  {100 * probability:6.2f} %  {name}")
+
+
+def inspect(args, overrides: Sequence[str]) -> None:
+    from vit_scale import report
+    from vit_scale.inspect import describe, inspect
+
+    found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(report.table(describe(found["runs"])))
+    for note in found["notes"]:
+        print(note)
+    print(found["page"])
+
+
+def show(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, goodput, report
+    from vit_scale.program import placements, plan_program, summary
+
+    if bool(args.runs) == bool(args.config):
+        raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
+    if args.runs:
+        refuse(overrides, "show RUN")
+        rows = report.rows(args.runs)
+        spent = {str(run): used for run in args.runs if (used := report.goodput(run))}
+        if args.json:
+            print(json.dumps({"runs": rows, "goodput": spent}))
+            return
+        print(report.table(rows, args.markdown))
+        for run, used in spent.items() if not args.markdown else ():
+            print(f"\n{run}: {goodput.text(used)}")
+        return
+    cfg = config.load(args.config, overrides)
+    if args.sharding:
+        found = placements(plan_program(cfg, args.devices))
+        print(json.dumps(found) if args.json else report.placements(found))
+        return
+    content = summary(cfg)
+    stages = {stage: config.load(f"{args.config}:{stage}", overrides) for stage in cfg.stages}
+    if args.devices:  # raises where it can't be
+        for part in stages.values() or (cfg,):
+            plan_program(part, args.devices)
+    if stages:
+        content["stages"] = {stage: config.to_json(part) for stage, part in stages.items()}
+    if args.json:
+        print(json.dumps(content))
+    else:
+        for key, value in config.dotted(content).items():
+            print(f"{key:24} {value}")
+
+
+def plan(args, overrides: Sequence[str]) -> None:
+    from vit_scale import plan
+    from vit_scale.plan import table, topology
+
+    where = topology.parse(args.topology, args.slices)
+    if args.compare:
+        rows = plan.compare(args.config, overrides, args.compare, where, args.price)
+        print(json.dumps({"variants": rows}) if args.json else table.comparison(rows))
+        return
+    found = plan.plan(args.config, overrides, where, args.price)
+    if args.fit and not found["fits"]:
+        found = plan.fit(found, where, args.price, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(found) if args.json else table.text(found))
+
+
+def verify(args, overrides: Sequence[str]) -> None:
+    from vit_scale import report, verify
+
+    refuse(overrides, "verify")
+    rows = verify.verify(args.run)
+    print(json.dumps({"files": rows}) if args.json else report.table(rows))
+    if bad := [row["file"] for row in rows if row["state"] != "whole"]:
+        raise UserError(
+            f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training goes "
+            "on from the newest whole checkpoint"
+        )
+
+
+def convert(args, overrides: Sequence[str]) -> None:
+    from vit_scale import pretrained
+
+    made, rows = pretrained.convert(args.source, args.out, overrides)
+    shape, classes = made.model.shape, len(made.classes)
+    text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
+    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {text}"]))
+
+
+def export(args, overrides: Sequence[str]) -> None:
+    from vit_scale.export import export
+
+    refuse(overrides, "export")
+    print("\n".join(export(args.run, args.format, args.out)))
+
+
+def download_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.data import download
+
+    refuse(overrides, "data download")
+    sets = {"cifar10": download.cifar10}
+    if args.set not in sets:
+        raise UserError(f"no set is named {args.set!r}; {nearest(args.set, sets)}", USAGE)
+    print(sets[args.set](args.out))
+
+
+def pack_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.data import records
+
+    refuse(overrides, "data pack")
+    counts = records.pack(args.folder, args.out, args.workers, args.on_corrupt)
+    print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def refuse(overrides: Sequence[str], verb: str) -> None:
+    if overrides:
+        raise UserError(f"vit-scale {verb} takes no --config.{overrides[0]}", USAGE)
+
+
+def join_hosts(args) -> None:
+    from vit_scale import hosts
+
+    hosts.join(args.coordinator, args.processes, args.process, args.wait)
+    args.quiet = getattr(args, "quiet", False) or not hosts.is_first()
