@@ -154,6 +154,21 @@ def test_stored_configs_of_another_version():
     assert message == "the run's config: steps='many' is of the wrong type"
 
 
+def test_what_became_of_a_removed_field_is_one_line():
+    for key, text in config.REMOVED.items():
+        assert key not in config.fields(config.base())
+        message = refusal(config.base(), [f"{key}=float32"], call=config.override)
+        assert message == f"{key} is no field any more: {text}; leave it out"
+    assert refusal("quickstart", ["model.logits=bfloat16"]).startswith("model.logits is no field")
+
+
+def test_a_stored_config_with_a_removed_field_is_read_without_it():
+    cfg = config.override(config.base(), ["model.depth=3"])
+    stored = config.to_json(cfg)
+    stored["model"]["logits"] = "bfloat16"
+    assert config.fields(config.from_json(stored)) == config.fields(cfg)
+
+
 def test_differences_name_the_field_and_both_values():
     old = config.to_json(config.base())
     new = config.to_json(config.override(config.base(), ["optim.lr=0.003", "data.width=64"]))

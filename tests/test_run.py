@@ -109,6 +109,15 @@ def test_what_a_run_computes_may_not_change(tmp_path, override):
     assert override.partition("=")[0] in refusal(enter(tmp_path, override))
 
 
+def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path):
+    old = about("optim.lr=0.5")
+    old["config"]["model"]["logits"] = "bfloat16"
+    write_json(tmp_path / "run.json", old)
+    enter(tmp_path, "optim.lr=0.5")()
+    assert "of another config (optim.lr: 0.5 -> 0.001); " in refusal(enter(tmp_path))
+    assert read_json(tmp_path / "run.json") == old
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[1]", '"x"', "\0", "{}", '{"config": 3}', '{"config": {"steps": "x"}}']
 )

@@ -16,6 +16,10 @@ from vit_scale.errors import USAGE, UserError, nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir())
+# Fields that there were, and what became of them. Runs that hold one are read without it (law 7).
+REMOVED = {
+    "model.logits": "attention's scores and sums are float32 at no cost, whatever model.dtype is",
+}
 
 
 def base() -> ConfigDict:
@@ -114,6 +118,8 @@ def _refuse_wrong_tuples(cfg: ConfigDict) -> None:
 
 
 def _refuse_unknown(key: str, known: Collection[str], where: str) -> None:
+    if key in REMOVED:
+        raise UserError(f"{where}{key} is no field any more: {REMOVED[key]}; leave it out", USAGE)
     if key not in known:
         raise UserError(f"{where}no config field is named {key!r}; {nearest(key, known)}", USAGE)
 
@@ -146,13 +152,16 @@ def to_json(cfg: ConfigDict) -> dict:
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """The inverse of `to_json` for this version's schema; a missing field has its default.
+    """The inverse of `to_json` for this version's schema.
 
-    Raises UserError for an unknown field and for a value of another type.
+    A missing field has its default, a removed one is left out. Raises UserError for an unknown
+    field and for a value of another type.
     """
     cfg = base()
     known = fields(cfg)
     for key, value in dotted(stored).items():
+        if key in REMOVED:
+            continue
         _refuse_unknown(key, known, "the run's config: ")
         owner = cfg
         *blocks, name = key.split(".")
