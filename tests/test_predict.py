@@ -8,7 +8,13 @@ from scipy.special import softmax
 from tiny import CLASSES, random_images, random_params, tiny_config, tiny_model, write_run
 
 import vit_scale
+from vit_scale import config
+from vit_scale.data import InMemory, describe
 from vit_scale.errors import UserError
+from vit_scale.evaluate import Evaluate
+from vit_scale.inspect.samples import of_folder
+from vit_scale.inspect.subject import Subject
+from vit_scale.mesh import make_mesh
 from vit_scale.predict import Predictor, read_image
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -67,6 +73,42 @@ def test_a_file_is_cut_to_the_centre(tmp_path):
     Image.fromarray(image).save(tmp_path / "wide.png")
     found = read_image(tmp_path / "wide.png", (16, 16))
     assert found.shape == (16, 16, 3) and (found[:, 2:-2] == 200).all()
+
+
+@pytest.mark.parametrize(
+    ("stored", "overrides"),
+    [
+        ((32, 32), ()),
+        ((20, 20), ("data.name=folder", "data.load=20", "data.width=64")),
+        ((52, 52), ("data.name=fractal", "data.fractal.resolution=52")),
+    ],
+    ids=["cifar10", "folder", "fractal"],
+)
+def test_a_file_gets_the_probabilities_of_its_evaluation(stored, overrides, tmp_path):
+    """Also where the stored images are smaller or larger than what the model sees, 48 px."""
+    overrides = ("data.resolution=48", *overrides)
+    cfg, model = tiny_config(*overrides), tiny_model(*overrides)
+    images, labels = random_images(3, stored), np.array([0, 1, 3])
+    source = InMemory("stored", images, labels, CLASSES)
+    run = write_run(tmp_path / "run", cfg, random_params(model), data=describe(source))
+    (tmp_path / "images").mkdir()
+    for image, label in zip(images, labels, strict=True):
+        Image.fromarray(image).save(tmp_path / "images" / f"{label}.png")
+    predictor, evaluate = vit_scale.load(run), Evaluate(cfg, model, make_mesh(cfg.mesh))
+    for image, label in zip(images, labels, strict=True):
+        measured = evaluate(predictor.params, InMemory("one", image[None], [label], CLASSES))
+        said = dict(predictor.top(tmp_path / "images" / f"{label}.png"))[CLASSES[label]]
+        np.testing.assert_allclose(said, np.exp(-measured["loss"]), rtol=1e-5)
+    looked = of_folder(str(tmp_path / "images"), Subject(run).stored)
+    np.testing.assert_array_equal(looked.images, images, "inspect --images")
+
+
+def test_a_run_of_before_a_field_was_removed_is_a_model(predictor, tmp_path):
+    old = config.to_json(tiny_config(*NORMALISED))
+    old["model"]["logits"] = "bfloat16"
+    run = write_run(tmp_path, predictor.cfg, predictor.params, config=old)
+    found = vit_scale.load(run)(random_images(2))
+    np.testing.assert_array_equal(found, predictor(random_images(2)))
 
 
 def test_unreadable_images_are_one_line(predictor, tmp_path):

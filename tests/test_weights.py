@@ -306,6 +306,18 @@ def test_weights_are_used_without_converting_them(tmp_path):
     assert {row.action for row in rows if "head/" in row.name} == {"new: the classes differ"}
 
 
+def test_weights_of_others_get_images_as_large_as_the_model_sees(tmp_path):
+    """The config they come with says cifar10, whose images have 32 px: that is a default."""
+    assert vit_scale.load(GOLDEN / "huggingface").stored == (12, 12)
+    pretrained.convert(GOLDEN / "huggingface", tmp_path / "theirs", ["data.resolution=20"])
+    assert vit_scale.load(tmp_path / "theirs").stored == (20, 20)
+    ours = write_run(
+        tmp_path / "ours", tiny_config(), random_params(tiny_model()), data={"height": 32}
+    )
+    pretrained.convert(ours, tmp_path / "larger", ["data.resolution=48"])
+    assert vit_scale.load(tmp_path / "larger").stored == (32, 32)
+
+
 def test_converting_takes_overrides(tmp_path):
     overrides = ["data.resolution=20", "model.heads=3", "augment.mean=(0.1, 0.2, 0.3)"]
     made, rows = pretrained.convert(GOLDEN / "timm.safetensors", tmp_path / "run", overrides)

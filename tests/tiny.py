@@ -78,10 +78,13 @@ def random_batch(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_run(
-    folder: pathlib.Path, cfg: ConfigDict, params, step: int = 5, ema=None
+    folder: pathlib.Path, cfg: ConfigDict, params, step: int = 5, ema=None, **said
 ) -> pathlib.Path:
-    """The folder of a run of `cfg` that has one checkpoint, of these parameters."""
-    about = {"name": "tiny", "config": config.to_json(cfg), "classes": list(CLASSES)}
+    """The folder of a run of `cfg` that has one checkpoint, of these parameters.
+
+    `said` is further what it says of itself, such as the `data` that it was trained on.
+    """
+    about = {"name": "tiny", "config": config.to_json(cfg), "classes": list(CLASSES), **said}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", about)
     with Checkpoints(folder) as checkpoints:

@@ -1,4 +1,8 @@
-"""Use a trained model: images in, class probabilities out, preprocessed as in its evaluation."""
+"""Use a trained model: images in, class probabilities out, preprocessed as in its evaluation.
+
+An image file is decoded at the size at which the evaluation reads images, and what the model sees
+is made of that on the device: a 32 px image is enlarged as it was in training.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +19,7 @@ from ml_collections import ConfigDict
 from vit_scale import paths, pretrained
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
+from vit_scale.data import delivered_size
 from vit_scale.data.images import Corrupt, decode
 from vit_scale.errors import UserError
 from vit_scale.model import Model
@@ -31,6 +36,7 @@ class Predictor:
       classes: the names of its outputs.
       step: where in its training the parameters are from; 0 for weights of others.
       size: (height, width) in pixels that it sees.
+      stored: (height, width) in pixels at which image files are decoded.
     """
 
     model: Model
@@ -39,6 +45,7 @@ class Predictor:
     classes: tuple[str, ...] = dataclasses.field(repr=False)
     step: int
     size: tuple[int, int]
+    stored: tuple[int, int]
 
     def preprocess(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
         """What the model sees of images of any one size: resized as in evaluation, normalised."""
@@ -61,9 +68,18 @@ class Predictor:
 
         Raises UserError where the file is missing or no image.
         """
-        (probabilities,) = self(read_image(image, self.size)[None])
+        (probabilities,) = self(read_image(image, self.stored)[None])
         order = np.argsort(-probabilities, kind="stable")[:k]
         return [(self.classes[i], float(probabilities[i])) for i in order]
+
+
+def stored_size(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[int, int]:
+    """(height, width) at which image files are decoded for a model: that of its evaluation.
+
+    `cfg` is its config, which may name another set than the model was trained on. Weights of others
+    come with none, and get images of the size that the model sees.
+    """
+    return delivered_size(cfg.data) if given.data else image_size(cfg)
 
 
 def read_image(file: str | pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
@@ -85,5 +101,12 @@ def load(source: str | os.PathLike) -> Predictor:
     given = pretrained.read(source)
     if not given.classes:
         raise UserError(f"{source} has no head: train one, --config.init.source={source}")
-    size = image_size(given.cfg)
-    return Predictor(given.model, given.params, given.cfg, given.classes, given.step, size)
+    return Predictor(
+        given.model,
+        given.params,
+        given.cfg,
+        given.classes,
+        given.step,
+        size=image_size(given.cfg),
+        stored=stored_size(given, given.cfg),
+    )

@@ -21,6 +21,7 @@ from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
 from vit_scale.parameters import count
+from vit_scale.predict import stored_size
 from vit_scale.run import read_json
 
 BATCH = 8  # images whose weights of one block, [b, k, n, n], are in memory at once
@@ -41,6 +42,7 @@ class Subject:
             raise UserError(f"{source} is not the folder of a run: inspect looks into runs")
         self.name = self.folder.absolute().name
         self.size = config.image_size(self.cfg)
+        self.stored = stored_size(given, self.cfg)
         self.parameters = count(self.params)
         self.curves = curves.read(self.folder)
 

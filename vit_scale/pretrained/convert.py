@@ -56,10 +56,12 @@ def convert(
         "config": config.to_json(cfg),
         "classes": list(classes),
         "source": list(given.lines),
+        **({"data": given.data} if given.data else {}),
     }
     with Run(workdir, about), Checkpoints(workdir) as checkpoints:
         checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, about)
-    return Pretrained(cfg, model, params, classes, 0, workdir, given.lines), rows
+    made = Pretrained(cfg, model, params, classes, 0, workdir, given.lines, given.data)
+    return made, rows
 
 
 def _fresh(model: Model, drawn: bool) -> dict:

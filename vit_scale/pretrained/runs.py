@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -18,6 +18,8 @@ class Pretrained(NamedTuple):
     """A trained model and what it needs to be used.
 
     `classes` are "0", "1" and so on where nobody named them, and none where there is no head.
+    `data` is what it says of the images that it was trained on here, None of weights of others:
+    then their config's data block is nothing but defaults.
     `lines` say what weights of others were taken for.
     """
 
@@ -28,6 +30,7 @@ class Pretrained(NamedTuple):
     step: int
     path: pathlib.Path
     lines: tuple[str, ...] = ()
+    data: dict[str, Any] | None = None
 
 
 def read(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
@@ -59,7 +62,15 @@ def read_run(source: pathlib.Path) -> Pretrained:
     )
     tree = "ema" if checkpoint.holds_average(folder) else "params"
     params = checkpoint.read(folder, {tree: target})[tree]
-    return Pretrained(cfg, model, params, tuple(described["classes"]), int(folder.name), folder)
+    return Pretrained(
+        cfg,
+        model,
+        params,
+        tuple(described["classes"]),
+        int(folder.name),
+        folder,
+        data=described.get("data"),
+    )
 
 
 def locate(source: pathlib.Path) -> pathlib.Path:
