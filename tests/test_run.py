@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from vit_scale import config
+from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.run import Run, read_json, write_json
 
@@ -107,6 +109,20 @@ def test_how_a_run_is_watched_may_change(tmp_path, override):
 def test_what_a_run_computes_may_not_change(tmp_path, override):
     enter(tmp_path)()
     assert override.partition("=")[0] in refusal(enter(tmp_path, override))
+
+
+def test_where_a_run_started_from_may_change_once_it_is_not_read_any_more(tmp_path):
+    enter(tmp_path, "init.source=runs/old")()
+    moved = enter(tmp_path, "init.source=gs://bucket/new")
+    assert "(init.source: runs/old -> gs://bucket/new); " in refusal(moved)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)  # one that was never finished
+    assert "(init.source: runs/old -> gs://bucket/new); " in refusal(moved)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, {"params": {"x": np.ones(2)}, "ema": None, "opt_state": None}, about())
+    moved()
+    enter(tmp_path)()
+    assert "(init.head: auto -> new); " in refusal(enter(tmp_path, "init.head=new"))
+    assert read_json(tmp_path / "run.json") == about("init.source=runs/old"), "written once"
 
 
 def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path):

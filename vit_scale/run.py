@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 
-from vit_scale import config, hosts, paths
+from vit_scale import checkpoint, config, hosts, paths
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.lock import Lock
 
@@ -28,6 +28,9 @@ FREE = (
     *("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "data.on_corrupt"),
     *("eval.batch", "mesh.", "watchdog.", "distill.teacher"),  # its checksum may not
 )
+# And so may where a run started from, once it has a checkpoint: it is not read again. Pretraining
+# that was moved, or that is seen from another folder, goes by another path.
+BEGUN = ("init.source",)
 
 
 class Run:
@@ -83,7 +86,8 @@ class Run:
             raise UserError(f"{path} is damaged: it holds no config; give another --workdir")
         begun = config.to_json(config.from_json(stored))
         differences = config.differences(begun, self.description["config"])
-        changed = [line for line in differences if not line.startswith(FREE)]
+        free = FREE + (BEGUN if checkpoint.steps(self.path) else ())
+        changed = [line for line in differences if not line.startswith(free)]
         if changed:
             raise UserError(
                 f"workdir {self.path} holds a run of another config ({'; '.join(changed)}); "

@@ -1,0 +1,93 @@
+"""stages: several runs are one config, wherever their folder lies."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from vit_scale import checkpoint, pretrained
+from vit_scale.errors import UserError
+from vit_scale.parameters import named
+from vit_scale.stages import train_stages
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS = 3
+CONFIG = """
+from vit_scale.config import base
+
+def get_config(stage=""):
+    cfg = base()
+    cfg.stages = () if stage else ("first", "second")
+    cfg.steps = 3
+    cfg.checkpoint.every = 1
+    cfg.init.source = "first" if stage == "second" else ""
+    cfg.data.name, cfg.data.workers, cfg.data.batch = "folder", 0, 8
+    cfg.data.resolution = 16 if stage == "second" else 8
+    cfg.model.variant, cfg.model.width, cfg.model.depth = "Ti/4", 8, 1
+    cfg.model.heads, cfg.model.mlp, cfg.model.classes = 2, 8, 3
+    cfg.eval.split, cfg.eval.final = "", ""
+    cfg.log.wandb = cfg.log.tensorboard = False
+    cfg.log.images = 0
+    return cfg
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, jpegs):
+    """(overrides, the folder of the config and of its two runs, which were started from there)."""
+    top, before = tmp_path_factory.mktemp("stages"), pathlib.Path.cwd()
+    (top / "two.py").write_text(CONFIG)
+    os.chdir(top)
+    try:
+        train_stages("./two.py", [f"data.path={jpegs}"], "runs", quiet=True)
+    finally:
+        os.chdir(before)
+    return [f"data.path={jpegs}"], top
+
+
+@pytest.fixture
+def moved(trained, tmp_path) -> pathlib.Path:
+    """All of it in another place."""
+    return shutil.copytree(trained[1], tmp_path / "moved")
+
+
+def parameters(run: pathlib.Path) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v) for k, v in named(pretrained.read(run).params).items()}
+
+
+def stop_after(run: pathlib.Path, step: int) -> None:
+    """As if it had been killed then; 0: before its first checkpoint."""
+    (run / "report.json").unlink()
+    for later in checkpoint.steps(run):
+        if later > step:
+            shutil.rmtree(run / "checkpoints" / str(later))
+
+
+def test_a_finished_one_is_finished_in_another_place(trained, moved):
+    runs = train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)
+    assert runs == [moved / "runs" / "first", moved / "runs" / "second"]
+    for run in runs:
+        before = trained[1] / "runs" / run.name / "report.json"
+        assert (run / "report.json").read_bytes() == before.read_bytes()
+
+
+def test_one_that_was_stopped_goes_on_in_another_place(trained, moved):
+    run, undisturbed = moved / "runs" / "second", trained[1] / "runs" / "second"
+    stop_after(run, STEPS - 1)
+    assert checkpoint.steps(run) == [STEPS - 1]
+    train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)
+    found, wanted = parameters(run), parameters(undisturbed)
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+    report = json.loads((run / "report.json").read_text())
+    assert report["init"] == str(moved / "runs" / "first")
+
+
+def test_before_it_has_begun_another_source_is_another_run(trained, moved):
+    stop_after(moved / "runs" / "second", 0)
+    with pytest.raises(UserError, match=r"another config \(init.source: runs/first -> .*/first\);"):
+        train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)
