@@ -118,6 +118,39 @@ def test_at_another_resolution_as_timm_resamples(case):
     np.testing.assert_allclose(jax.jit(model.apply)(params, images), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["timm.safetensors", "timm-gap.safetensors"])
+def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_path):
+    """Sixteen are those of 4 x 4 patches, also where 2 x 8 are wanted."""
+    arrays = files.read(GOLDEN / case)
+    first = arrays["pos_embed"].shape[1] - 9  # [CLS]'s row, where there is one
+    width = arrays["pos_embed"].shape[2]
+    arrays["pos_embed"] = np.random.RandomState(0).randn(1, first + 16, width).astype(np.float32)
+    files.write_safetensors(tmp_path / "x.safetensors", arrays)
+    given = pretrained.read(tmp_path / "x.safetensors", Hints(heads=3, image=(8, 32)))
+    stored = arrays["pos_embed"][0, first:].reshape(4, 4, width)
+    np.testing.assert_array_equal(given.params["posemb"], stored)
+    overrides = ["data.resolution=8", "data.width=32", "model.heads=3", "init.resample=corners"]
+    made, rows = pretrained.convert(tmp_path / "x.safetensors", tmp_path / "run", overrides)
+    assert {row.name: row.action for row in rows}["posemb"] == "resampled 4 x 4 -> 2 x 8, corners"
+    found = np.asarray(made.params["posemb"])
+    # With aligned corners: the first and the last row, the second column at 3/7 of the first step.
+    np.testing.assert_allclose(found[:, ::7], stored[::3, ::3], atol=1e-6)
+    between = (4 * stored[::3, 0] + 3 * stored[::3, 1]) / 7
+    np.testing.assert_allclose(found[:, 1], between, atol=1e-6)
+
+
+def test_what_is_said_of_the_shape_goes_before_the_square(tmp_path):
+    """Ours says it: 2 x 8 patches come back as such, whatever is wanted of them."""
+    overrides = ("data.resolution=16", "data.width=64")
+    run = a_run(tmp_path / "run", *overrides)
+    export(run, "npz", tmp_path / "x.npz")
+    export(run, "safetensors-timm", tmp_path / "timm")
+    for source in (tmp_path / "x.npz", tmp_path / "timm"):
+        back = pretrained.read(source, Hints(image=(32, 32)))
+        assert back.model.shape.grid == (2, 8)
+        same_bits(back.params, pretrained.read(run).params)
+
+
 def test_what_stands_beside_the_weights_is_believed():
     given = golden("huggingface", Hints())  # the number of heads is in config.json
     assert given.classes == NAMES

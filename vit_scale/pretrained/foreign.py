@@ -152,8 +152,11 @@ def configure(dialect: Dialect, arrays: Arrays, known: About, hints: Hints) -> C
     cfg.model.classes = len(first["head/bias"]) if "head/bias" in first else 1
     cfg.augment.update({**dialect.augment, **known.augment})
     rows = len(first[POSITIONS]) if POSITIONS in first else None
-    sizes = [size for size in (known.image, hints.image) if size]
-    grid = _grid(rows, cfg.model.pool == "cls", [(h // patch, w // patch) for h, w in sizes], patch)
+    said, hinted = (
+        (size[0] // patch, size[1] // patch) if size else None
+        for size in (known.image, hints.image)
+    )
+    grid = _grid(rows, cfg.model.pool == "cls", said, hinted, patch)
     cfg.data.resolution = grid[0] * patch
     cfg.data.width = grid[1] * patch if grid[1] != grid[0] else None
     return cfg
@@ -271,15 +274,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _grid(rows: int | None, cls: bool, grids: Sequence[Size], patch: int) -> Size:
-    """The patches (rows, columns) that so many positions are of: square, if `grids` has none."""
+def _grid(rows: int | None, cls: bool, said: Size | None, hinted: Size | None, patch: int) -> Size:
+    """The patches (rows, columns) that so many positions are of.
+
+    What stands beside the arrays is believed, else that they are square. A hint comes last: it may
+    be the size that is wanted, with as many patches as the one that they were trained at.
+    """
     if rows is None:
-        return grids[0] if grids else (RESOLUTION // patch, RESOLUTION // patch)
+        return said or hinted or (RESOLUTION // patch, RESOLUTION // patch)
     counts = (rows, rows - 1) if cls else (rows,)
     sides = [math.isqrt(count) for count in counts]
     square = [(side, side) for side, count in zip(sides, counts, strict=True) if side**2 == count]
-    for grid in [*grids, *square]:
-        if math.prod(grid) in counts:
+    for grid in (said, *square, hinted):
+        if grid and math.prod(grid) in counts:
             return grid
     raise UserError(
         f"{rows} positions are no square grid; give the size in pixels that it was trained at: "
