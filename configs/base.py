@@ -91,7 +91,7 @@ def model() -> dict:
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
         "norm_epsilon": 1e-6,  # added to the variance in layer norms; 1e-12 in Hugging Face's ViT
         "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none
-        "attention": "xla",  # xla (vit_scale/attention.py) | cudnn
+        "attention": "xla",  # xla (vit_scale/attention.py) | cudnn (NVIDIA GPUs, bfloat16)
     }
 
 

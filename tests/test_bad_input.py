@@ -223,6 +223,7 @@ VALUES = {
     "model.dtype=float16": ["model.dtype", "float16", "bfloat16"],
     "model.remat=ful": ["model.remat", "ful", "full"],
     "model.attention=flash": ["model.attention", "flash", "xla"],
+    "model.attention=cudnn": ["cudnn", "NVIDIA GPUs", "1 x cpu", "model.attention=xla"],
     "model.dropout=1.5": ["model.dropout=1.5"],
     "augment.crop=center": ["augment.crop", "center"],
     "augment.scale=0.5": ["augment.scale=(0.5,)", "two numbers"],

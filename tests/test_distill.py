@@ -219,6 +219,16 @@ def test_micro_batches_add_up_with_their_teachers_words():
     np.testing.assert_allclose(found, loss(params, examples, KEY)[0], rtol=1e-5)
 
 
+def test_a_teacher_that_was_trained_with_cudnn_teaches_without_a_gpu(tmp_path):
+    half, said = ("model.dtype=bfloat16",), []
+    params, images = random_params(tiny_model(*half)), np.ones((2, 16, 16, 3), np.float32)
+    for kind in ("cudnn", "xla"):
+        run = write_run(tmp_path / kind, tiny_config(*half, f"model.attention={kind}"), params)
+        program = plan_program(tiny_config("objective=distillation", f"distill.teacher={run}"))
+        said.append(jax.jit(program.teacher.logits)(*distill.load(program.teacher), images))
+    np.testing.assert_array_equal(*said)
+
+
 # Which teacher it is
 
 

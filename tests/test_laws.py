@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from vit_scale import checkpoint, cli, config, pretrained, train
+from vit_scale import checkpoint, cli, config, pretrained, program, train
 from vit_scale.data import InMemory, open_split
+from vit_scale.errors import UserError
 from vit_scale.evaluate import Evaluate
 from vit_scale.mesh import make_mesh
 from vit_scale.model import build
@@ -492,7 +493,6 @@ SWITCHES = {
     "model.gelu": ("tanh",),
     "model.norm_epsilon": ("1e-3",),
     "model.representation": ("12",),
-    "model.attention": ("cudnn",),
     "optim.name": ("sgd",),
     "optim.lr": (".5",),
     "optim.schedule": ("constant",),
@@ -516,6 +516,7 @@ SWITCHES = {
 # `objective` and `distill` are test_distill.py's. The others decide which pixels the step gets,
 # where it starts, or what is done beside it.
 OTHERS = (
+    *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
     *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
     *("divergence.", "watchdog."),  # test_divergence.py, test_watch.py
 )
@@ -550,11 +551,29 @@ def computed():
 @pytest.mark.parametrize("field", SWITCHES)
 def test_a_switch_changes_what_the_step_computes(field, computed):
     value, *on = SWITCHES[field]
-    if field == "model.attention":
-        with pytest.raises(Exception, match=r"(?i)cudnn|gpu|device"):
-            compute(f"{field}={value}", "model.dtype=bfloat16")
-        return
     assert differ(computed(*on), computed(*on, f"{field}={value}"))
+
+
+def test_cudnn_is_another_attention_and_refused_off_a_gpu(monkeypatch):
+    """Where it is believed that there are GPUs, it is jax's that every block is traced with."""
+    eight = ("model.width=16", "model.dtype=bfloat16")  # values in a head: what cuDNN can
+    with pytest.raises(UserError) as caught:
+        compute("model.attention=cudnn", *eight)
+    assert str(caught.value) == (
+        "model.attention=cudnn needs NVIDIA GPUs of Ampere or later, and the mesh is of 1 x cpu: "
+        "set model.attention=xla"
+    )
+    asked = []
+
+    def attend(q, k, v, implementation, attend=jax.nn.dot_product_attention):
+        asked.append((implementation, str(q.dtype)))
+        return attend(q, k, v, implementation="xla")
+
+    monkeypatch.setattr(program, "have_cudnn", lambda devices: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    unrolled = ("model.scan=false", *eight)
+    assert differ(compute(*unrolled), compute("model.attention=cudnn", *unrolled))
+    assert set(asked) == {("cudnn", "bfloat16")} and len(asked) >= 2
 
 
 @pytest.mark.parametrize(("left", "right"), MORE, ids=[left for left, _ in MORE])

@@ -16,6 +16,7 @@ from vit_scale.inspect.samples import of_folder
 from vit_scale.inspect.subject import Subject
 from vit_scale.mesh import make_mesh
 from vit_scale.predict import Predictor, read_image
+from vit_scale.run import read_json
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -101,6 +102,24 @@ def test_a_file_gets_the_probabilities_of_its_evaluation(stored, overrides, tmp_
         np.testing.assert_allclose(said, np.exp(-measured["loss"]), rtol=1e-5)
     looked = of_folder(str(tmp_path / "images"), Subject(run).stored)
     np.testing.assert_array_equal(looked.images, images, "inspect --images")
+
+
+def test_a_run_that_was_trained_with_cudnn_is_a_model_without_a_gpu(tmp_path):
+    overrides = ("model.dtype=bfloat16", "model.pool=map")
+    params = random_params(tiny_model(*overrides))
+    cudnn, xla = (
+        write_run(tmp_path / kind, tiny_config(*overrides, f"model.attention={kind}"), params)
+        for kind in ("cudnn", "xla")
+    )
+    predictor = vit_scale.load(cudnn)
+    images = random_images(3)
+    np.testing.assert_array_equal(predictor(images), vit_scale.load(xla)(images))
+    source = InMemory("three", images, np.array([0, 1, 3]), CLASSES)
+    evaluate = Evaluate(predictor.cfg, predictor.model, make_mesh(predictor.cfg.mesh))
+    assert evaluate(predictor.params, source)["n"] == 3
+    looked = Subject(cudnn).maps(images)["heads"]
+    np.testing.assert_array_equal(looked, Subject(xla).maps(images)["heads"])
+    assert read_json(cudnn / "run.json")["config"]["model"]["attention"] == "cudnn"
 
 
 def test_a_run_of_before_a_field_was_removed_is_a_model(predictor, tmp_path):

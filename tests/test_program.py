@@ -1,5 +1,7 @@
 """program: refusals with the arithmetic; a step is what it says, is repeatable, and learns."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,12 @@ from tiny import random_batch, random_params, tiny_config
 
 from vit_scale.errors import UserError
 from vit_scale.mesh import put_batch
+from vit_scale.model import build
 from vit_scale.optim import update_ema
 from vit_scale.parameters import count, named
 from vit_scale.program import (
     TrainState,
+    check_attention,
     gradients,
     jit_train_step,
     placements,
@@ -87,6 +91,54 @@ def test_what_cannot_work_is_refused(overrides, message):
     with pytest.raises(UserError) as caught:
         plan_program(tiny_config(*overrides))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+CUDNN = ("model.attention=cudnn", "model.dtype=bfloat16")
+
+
+def on(kind: str, platform: str = "gpu", **known) -> SimpleNamespace:
+    """A mesh of two such devices."""
+    device = SimpleNamespace(device_kind=kind, platform=platform, **known)
+    return SimpleNamespace(devices=np.array([[[device]], [[device]]]))
+
+
+A100, H100 = on("A100", compute_capability="8.0"), on("H100", compute_capability="9.0")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "overrides", "message"),
+    [
+        (on("cpu", "cpu"), (), "needs NVIDIA GPUs of Ampere or later, and the mesh is of 2 x cpu:"),
+        (on("TPU v5 lite", "tpu"), (), "the mesh is of 2 x TPU v5 lite: set model.attention=xla"),
+        (on("V100", compute_capability="7.0"), (), "the mesh is of 2 x V100: "),
+        (on("MI300X", compute_capability="gfx942"), (), "the mesh is of 2 x MI300X: "),
+        (A100, ("model.dtype=float32",), "needs model.dtype=bfloat16, not float32: "),
+        (A100, ("model.heads=4",), "model width 16 / 4 heads = 4: model.attention=cudnn needs a "),
+        (A100, ("model.width=272",), "272 / 2 heads = 136: model.attention=cudnn needs a multiple "
+         "of 8, at most 128; "),
+        (H100, ("model.width=528",), "528 / 2 heads = 264: model.attention=cudnn needs a multiple "
+         "of 8, at most 256; "),
+    ],
+)  # fmt: skip
+def test_what_cudnn_cannot_do_is_refused(mesh, overrides, message):
+    cfg = tiny_config(*CUDNN, *overrides)
+    with pytest.raises(UserError) as caught:
+        check_attention(cfg, mesh, build(cfg.model, (16, 16)))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mesh", "width"), [(A100, 16), (A100, 256), (H100, 272), (H100, 512)])
+def test_what_cudnn_can_do_is_not(mesh, width):
+    cfg = tiny_config(*CUDNN, f"model.width={width}")
+    check_attention(cfg, mesh, build(cfg.model, (16, 16)))
+
+
+def test_a_mesh_without_devices_may_have_cudnn():
+    plan_program(tiny_config(*CUDNN), devices=2)
+    with pytest.raises(UserError, match=r"needs model\.dtype=bfloat16, not float32"):
+        plan_program(tiny_config("model.attention=cudnn"), devices=2)
+    with pytest.raises(UserError, match=r"NVIDIA GPUs .* 1 x cpu: "):
+        plan_program(tiny_config(*CUDNN), jax.devices()[:1])
 
 
 def test_a_plan_allocates_nothing(program):

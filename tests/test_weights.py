@@ -15,15 +15,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax import export as jax_export
 from tiny import CLASSES, random_images, random_params, tiny_config, tiny_model, write_run
 
 import vit_scale
 from vit_scale import cli, config, pretrained
 from vit_scale.errors import UserError
-from vit_scale.export import export
+from vit_scale.export import FORMATS, export
 from vit_scale.model import build
 from vit_scale.parameters import named, unstack
-from vit_scale.pretrained import Hints, files
+from vit_scale.pretrained import Hints, files, runs
 from vit_scale.pretrained.adapt import adapt
 from vit_scale.pretrained.dialects import DIALECTS, HUGGINGFACE, TIMM
 
@@ -400,6 +401,20 @@ def test_what_goes_out_comes_back_bit_for_bit(kind, model, tmp_path):
         assert "its norms add 1e-12" in lines[1]
     assert changed == (["model.scan: False -> True"] if model == "unrolled" else [])
     assert config.image_size(back.cfg) == config.image_size(given.cfg)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_was_trained_with_cudnn_goes_out_for_every_device(gpu, tmp_path, monkeypatch):
+    overrides = ("model.dtype=bfloat16", "model.attention=cudnn")
+    run = a_run(tmp_path / "run", *overrides)
+    plain = vit_scale.load(a_run(tmp_path / "plain", *overrides[:1]))
+    monkeypatch.setattr(runs, "have_cudnn", lambda devices: gpu)
+    assert pretrained.read(run).cfg.model.attention == ("cudnn" if gpu else "xla")
+    for kind in FORMATS:
+        export(run, kind, tmp_path / f"{kind}.npz")
+    artifact = jax_export.deserialize(bytearray((tmp_path / "jax.npz").read_bytes()))
+    images = random_images(2)
+    np.testing.assert_allclose(artifact.call(images), plain(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf"])

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vit_scale import checkpoint, config, paths
 from vit_scale.errors import UserError
 from vit_scale.integrity import signed
-from vit_scale.mesh import place, shardings
+from vit_scale.mesh import devices_of, place, shardings
 from vit_scale.model import Model, build
 from vit_scale.pretrained import runs
 
@@ -58,7 +58,7 @@ def find(cfg: ConfigDict, mesh, put: Callable) -> Teacher | None:
             f"distill.teacher={folder} has the checksum {checksum}, "
             f"not distill.checksum={cfg.distill.checksum}: it is another teacher"
         )
-    given = config.from_json(about["config"])
+    given = runs.runnable(config.from_json(about["config"]), devices_of(mesh))
     if given.model.classes != cfg.model.classes:
         raise UserError(
             f"distill.teacher={source} has {given.model.classes} classes, "

@@ -4,6 +4,8 @@ What comes out computes the same logits there. Where the other code computes som
 was trained (another epsilon, another GELU), a line says so. What it has no place for is refused.
 """
 
+import copy
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -14,10 +16,10 @@ from jax import export as jax_export
 
 from vit_scale import paths
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.model import Shape
+from vit_scale.model import Shape, build
 from vit_scale.parameters import named, unstack
 from vit_scale.posemb import sincos2d
-from vit_scale.predict import load
+from vit_scale.predict import Predictor, load
 from vit_scale.pretrained import Pretrained, about, dialects, files, read, rules
 from vit_scale.pretrained.rules import Dialect
 from vit_scale.run import write_json
@@ -94,7 +96,7 @@ def _npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
 
 
 def _jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
-    predictor = load(run)
+    predictor = portable(load(run))
     (batch,) = jax_export.symbolic_shape("b")
     height, width = predictor.size
     images = jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8)
@@ -105,6 +107,13 @@ def _jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     write_json(file.with_name(file.name + ".json"), names)
     snippet = SNIPPET.format(path=str(file), height=height, width=width)
     return [f"{file}: for {', '.join(PLATFORMS)}; the classes are in {file.name}.json", snippet]
+
+
+def portable(predictor: Predictor) -> Predictor:
+    """The same function, of nothing that only some devices have: the artifact is for all."""
+    cfg = copy.deepcopy(predictor.cfg)
+    cfg.model.attention = "xla"
+    return dataclasses.replace(predictor, cfg=cfg, model=build(cfg.model, predictor.size))
 
 
 FORMATS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {

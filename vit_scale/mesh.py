@@ -13,7 +13,7 @@ Each axis is so many devices of a slice, whose links (ICI) are fast, times so ma
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ AnyMesh = Mesh | AbstractMesh
 # Auto: the compiler propagates shardings. Explicit would ask the model to state them.
 AUTO = (AxisType.Auto,) * len(AXES)
 BATCH = PartitionSpec(("data", "fsdp"))
+CUDNN = 8.0  # the compute capability from which on cuDNN's attention runs: Ampere
 
 # The end of a parameter's name -> the mesh axis of each of its dimensions. What is not listed
 # (norms, [CLS], probe, biases of width d, scalars) is small, and whole on every device.
@@ -77,6 +78,22 @@ def abstract_mesh(cfg: ConfigDict, devices: int) -> AbstractMesh:
     return AbstractMesh(
         tuple(map(math.prod, zip(inside, across, strict=True))), AXES, axis_types=AUTO
     )
+
+
+def devices_of(mesh: AnyMesh) -> tuple[jax.Device, ...]:
+    """The devices of a mesh, none of one that has none."""
+    return () if isinstance(mesh, AbstractMesh) else tuple(mesh.devices.flat)
+
+
+def gpu_generation(device: jax.Device) -> float:
+    """The compute capability of an NVIDIA GPU, such as 8.0 of an A100; 0 of what is none."""
+    text = str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
+    return float(text) if re.fullmatch(r"\d+\.\d+", text) else 0.0
+
+
+def have_cudnn(devices: Iterable[jax.Device]) -> bool:
+    """Whether cuDNN's attention (model.attention=cudnn) runs on all of them."""
+    return all(gpu_generation(device) >= CUDNN for device in devices)
 
 
 def count_slices(devices: Sequence[jax.Device], cfg: ConfigDict) -> tuple[int, bool]:

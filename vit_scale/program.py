@@ -25,6 +25,9 @@ from vit_scale.mesh import (
     check_batch,
     compiler_options,
     device_bytes,
+    devices_of,
+    gpu_generation,
+    have_cudnn,
     make_mesh,
     shardings,
 )
@@ -98,6 +101,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     model = build(cfg.model, image_size(cfg), place)
     params = jax.eval_shape(model.init, jax.random.key(0))
     check_combination(cfg, mesh, params)
+    check_attention(cfg, mesh, model)
     teacher = distill.find(cfg, mesh, place)
     objective = make_objective(model, cfg, teacher.logits if teacher else None)
     if teacher:
@@ -118,6 +122,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     return Program(cfg, mesh, model, objective, optimizer, schedule, state, teacher)
 
 
+HOPPER = 9.0  # its compute capability
 LOWEST = {
     "steps": 1,
     "data.workers": 0,
@@ -173,6 +178,34 @@ def check_combination(cfg: ConfigDict, mesh: AnyMesh, params) -> None:
             raise UserError(
                 f"{field}={given[field]} {why}: with model.variant={name} it must be {value}"
             )
+
+
+def check_attention(cfg: ConfigDict, mesh: AnyMesh, model: Model) -> None:
+    """Raises UserError where cuDNN's attention is wanted and can't run.
+
+    What it needs is what jax.nn.dot_product_attention refuses, once it is traced. A mesh without
+    devices is believed to have the newest.
+    """
+    if cfg.model.attention != "cudnn":
+        return
+    size, devices = model.shape.size, devices_of(mesh)
+    if not have_cudnn(devices):
+        raise UserError(
+            "model.attention=cudnn needs NVIDIA GPUs of Ampere or later, and the mesh is of "
+            f"{len(devices)} x {devices[0].device_kind}: set model.attention=xla"
+        )
+    if cfg.model.dtype != "bfloat16":
+        raise UserError(
+            f"model.attention=cudnn needs model.dtype=bfloat16, not {cfg.model.dtype}: "
+            "set that, or model.attention=xla"
+        )
+    width = size.width // size.heads
+    most = 256 if all(gpu_generation(device) >= HOPPER for device in devices) else 128
+    if width % 8 or width > most:
+        raise UserError(
+            f"model width {size.width} / {size.heads} heads = {width}: model.attention=cudnn needs "
+            f"a multiple of 8, at most {most}; set model.heads, or model.attention=xla"
+        )
 
 
 def jit_train_step(program: Program) -> jax.stages.Wrapped:

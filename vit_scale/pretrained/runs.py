@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config, paths
 from vit_scale.errors import UserError
+from vit_scale.mesh import have_cudnn
 from vit_scale.model import Model, build
 from vit_scale.pretrained import fetch, files, foreign
 from vit_scale.pretrained.foreign import NO_HINTS, Hints
@@ -53,9 +55,10 @@ def read_run(source: pathlib.Path) -> Pretrained:
     """The model of a run. Where it averaged its weights, the average is the model."""
     folder = locate(source)
     described = checkpoint.description(folder)
-    cfg = config.from_json(described["config"])
+    (first, *_) = jax.local_devices()
+    cfg = runnable(config.from_json(described["config"]), [first])
     model = build(cfg.model, config.image_size(cfg))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    device = jax.sharding.SingleDeviceSharding(first)
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         jax.eval_shape(model.init, jax.random.key(0)),
@@ -71,6 +74,16 @@ def read_run(source: pathlib.Path) -> Pretrained:
         folder,
         data=described.get("data"),
     )
+
+
+def runnable(cfg: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
+    """The config of a trained model for these devices: the same function, computed as they can.
+
+    A run that trained with cuDNN's attention is a model without a GPU too (law 7).
+    """
+    if not have_cudnn(devices):
+        cfg.model.attention = "xla"
+    return cfg
 
 
 def locate(source: pathlib.Path) -> pathlib.Path:
