@@ -99,6 +99,11 @@ def test_options_reach_the_compiler(run, capsys):
         run(capsys, fields=("mesh.compiler=('xla_no_such_option=1',)",))
 
 
+def test_what_no_tpu_has_is_refused(run, capsys):
+    with pytest.raises(AssertionError, match=r"needs NVIDIA GPUs .* of 4 x TPU v5 lite: set model"):
+        run(capsys, fields=("model.attention=cudnn", "model.dtype=bfloat16"))
+
+
 def test_without_its_compiler_one_line_says_so(run, capsys, monkeypatch, tmp_path):
     """And a slice that the compiler does not make."""
     monkeypatch.setattr("vit_scale.plan.COMPILER", str(tmp_path))
