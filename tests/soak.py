@@ -126,6 +126,7 @@ class Run:
             raise Failed(
                 f"SIGTERM in {struck['phase']} has no answer, though asked for {late:.1f} s later"
             )
+        self.struck[-1]["phase"] += ", too late to stop"
 
     def errors(self) -> str:
         return (self.folder / f"errors-{len(self.codes) - 1}").read_text()

@@ -111,17 +111,14 @@ if __name__ == "__main__":
         FAULT = {}
     from vit_scale import cli, preemption
 
-    try:
-        if FAULT.get("kind") == "sigterm":
-            preemption.install()  # the verb does that first; what follows is only imported earlier
-        log(phase="import")
-        arm("import", 1)
-        follow_phases()
-        follow_questions()
-        if NAN:
-            spoil_batches()
-        code = cli.main(sys.argv[1:])
-    except preemption.Preempted as error:  # among the imports above: the verb would catch it
-        code = error.code
+    if FAULT.get("kind") == "sigterm":
+        preemption.install()  # the verb does that first; what follows is only imported earlier
+    log(phase="import")
+    arm("import", 1)
+    follow_phases()
+    follow_questions()
+    if NAN:
+        spoil_batches()
+    code = cli.main(sys.argv[1:])
     log(phase="end", asked=asked)
     sys.exit(code)

@@ -116,8 +116,10 @@ def test_show_a_config_is_exact(capsys):
     assert content["tokens"] == 14 * 14 + 1
     assert content["global_batch"] == content["config"]["data"]["batch"] == 1024
     assert content["steps"] == content["config"]["steps"]
-    # DeiT-S is 4.6 GMACs forward, of two FLOPs each, and a step is three times that.
-    assert content["flops_per_image"] == pytest.approx(6 * 4.6e9, rel=0.02)
+    # DeiT-S is 4.6 GMACs forward, less what nobody reads of its last block: all but [CLS] of the
+    # queries, attention, its output and the MLP. A MAC is two FLOPs, a step three forward passes.
+    unread = 196 * (2 * 384**2 + 2 * 197 * 384 + 2 * 384 * 1536)
+    assert content["flops_per_image"] == pytest.approx(6 * (4.61e9 - unread), rel=0.005)
     assert content["config"]["model"]["variant"] == "S/16"
     assert (
         config.fields(config.from_json(content["config"])).keys()

@@ -33,7 +33,7 @@ _questions = itertools.count()  # the same number is the same question on every 
 
 
 def install() -> None:
-    """Take SIGTERM over, for the life of this process. Outside of `deferred` it ends the verb."""
+    """Take SIGTERM over, for the life of this process. Outside of `deferred` it ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         return  # in a notebook's thread: signals are not ours
     read, write = os.pipe()
@@ -48,7 +48,10 @@ def _handle(number, frame) -> None:
     global _received
     _received += 1
     if not _deferred:
-        raise Preempted("before training began")
+        # No exception: it would be raised inside of anything, such as an extension's beginning,
+        # which makes another one of it, or a library that catches all. Nothing is to be saved yet.
+        os.write(2, f"vit-scale: {Preempted('before training began')}\n".encode())
+        os._exit(RESUMABLE)
 
 
 def _end_at_the_second(signals: int) -> None:
@@ -66,14 +69,8 @@ def _exit_at_once(*_) -> NoReturn:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Note SIGTERM for `check`, instead of acting on it."""
-    from vit_scale import hosts
-
     global _deferred
     _deferred = True
-    if _received and hosts.is_several():
-        # Raised before the hosts met, and caught by somebody's `except Exception`. Only jax's own
-        # handler, which is there by now, can tell the others.
-        signal.raise_signal(signal.SIGTERM)
     try:
         yield
     finally:
