@@ -88,6 +88,7 @@ def model() -> dict:
         "dtype": "float32",  # of the computation: float32 | bfloat16; parameters stay float32
         "scan": True,  # one compiled block scanned over the depth, or unrolled blocks
         "remat": "none",  # what backward recomputes: none | full | a jax.checkpoint_policies name
+        "logits": "float32",  # of attention's scores and softmax: float32 | bfloat16
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
         "norm_epsilon": 1e-6,  # added to the variance in layer norms; 1e-12 in Hugging Face's ViT
         "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none

@@ -490,6 +490,7 @@ SWITCHES = {
     "model.dtype": ("bfloat16",),
     "model.scan": ("false",),
     "model.remat": ("full",),
+    "model.logits": ("bfloat16",),
     "model.gelu": ("tanh",),
     "model.norm_epsilon": ("1e-3",),
     "model.representation": ("12",),

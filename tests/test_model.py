@@ -472,15 +472,22 @@ def plain_attention(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 2e-6), ("bfloat16", 2e-2)])
-def test_attention_and_its_gradients_equal_the_plain_one(dtype, atol):
+@pytest.mark.parametrize(
+    ("dtype", "logits", "atol"),
+    [
+        ("float32", "float32", 2e-6),
+        ("bfloat16", "float32", 2e-2),
+        ("bfloat16", "bfloat16", 3e-2),
+    ],
+)
+def test_attention_and_its_gradients_equal_the_plain_one(dtype, logits, atol):
     """With more keys than queries, as in pooling; large scores, so weights are unequal."""
     draw = np.random.RandomState(0)
     q, k, v, out = (draw.randn(2, n, 3, 4).astype(np.float32) for n in (5, 7, 7, 5))
     half = [jnp.asarray(x, dtype) for x in (2 * q, k, v, out)]
     q, k, v, out = (np.asarray(x, np.float32) for x in half)  # the same values, whatever the type
     expected, pull = jax.vjp(plain_attention, q, k, v)
-    found, pull_found = jax.vjp(lambda *x: attention.attend(*x, "xla"), *half[:3])
+    found, pull_found = jax.vjp(lambda *x: attention.attend(*x, logits, "xla"), *half[:3])
     assert found.dtype == dtype
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=atol)
     errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), pull_found(half[3]), pull(out))
@@ -488,17 +495,21 @@ def test_attention_and_its_gradients_equal_the_plain_one(dtype, atol):
     assert dtype == "float32" or min(errors) > 1e-4, "bfloat16 changes something"
 
 
-def test_scores_and_sums_of_attention_are_float32_in_a_bfloat16_model():
+def test_precision_of_logits_is_a_switch():
+    """Float32 also where the model is bfloat16, but where it is said."""
     params, images = random_params(tiny_model()), pixels(2)
     half = tiny_model("model.dtype=bfloat16")
     # Of the scanned block the scores, and the head; not patches, q, k, v, values, out, and the MLP.
     products = matrix_products(half, params, images)
     assert (products.count("f32"), products.count("bf16")) == (2, 8)
-    q, k = (jnp.asarray(x, jnp.bfloat16) for x in np.random.RandomState(0).randn(2, 1, 300, 1, 8))
-    close = attention.weights(q, k)
+    lower = tiny_model("model.dtype=bfloat16", "model.logits=bfloat16")
+    assert matrix_products(lower, params, images).count("f32") == 1
+    q, k = (jnp.asarray(x, jnp.bfloat16) for x in np.random.RandomState(0).randn(2, 1, 300, 1, 16))
+    close = attention.weights(q, k, "float32")
     np.testing.assert_allclose(close.sum(axis=-1), 1, atol=1e-6)
     plain = np.stack([plain_weights(*(np.asarray(x[0], np.float64) for x in (q, k)))])
-    # Of a row's 300 weights each is rounded once, to 8 bits; a sum in bfloat16 would stop growing.
+    # Queries are scaled exactly, by 1 / 4; each weight is rounded once, to 8 bits. A sum in bfloat16
+    # would stop growing.
     np.testing.assert_allclose(close, plain, rtol=0.01)
 
 

@@ -122,9 +122,10 @@ def test_a_run_that_was_trained_with_cudnn_is_a_model_without_a_gpu(tmp_path):
     assert read_json(cudnn / "run.json")["config"]["model"]["attention"] == "cudnn"
 
 
-def test_a_run_of_before_a_field_was_removed_is_a_model(predictor, tmp_path):
+def test_a_run_of_before_a_field_was_removed_is_a_model(predictor, tmp_path, monkeypatch):
+    monkeypatch.setitem(config.REMOVED, "model.fused", "all kernels are apart")
     old = config.to_json(tiny_config(*NORMALISED))
-    old["model"]["logits"] = "bfloat16"
+    old["model"]["fused"] = True
     run = write_run(tmp_path, predictor.cfg, predictor.params, config=old)
     found = vit_scale.load(run)(random_images(2))
     np.testing.assert_array_equal(found, predictor(random_images(2)))

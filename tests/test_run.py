@@ -125,9 +125,10 @@ def test_where_a_run_started_from_may_change_once_it_is_not_read_any_more(tmp_pa
     assert read_json(tmp_path / "run.json") == about("init.source=runs/old"), "written once"
 
 
-def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path):
+def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(config.REMOVED, "model.fused", "all kernels are apart")
     old = about("optim.lr=0.5")
-    old["config"]["model"]["logits"] = "bfloat16"
+    old["config"]["model"]["fused"] = True
     write_json(tmp_path / "run.json", old)
     enter(tmp_path, "optim.lr=0.5")()
     assert "of another config (optim.lr: 0.5 -> 0.001); " in refusal(enter(tmp_path))

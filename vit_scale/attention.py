@@ -5,9 +5,9 @@ tokens several times; on a TPU that is most of what attention takes. Here the ba
 of FlashAttention (Dao et al. 2022, appendix B.2) without its tiles: the sum over a row of weight
 times gradient is taken from the output, which is n x e, and only the exponentials are kept.
 
-Scores, their maximum and all sums are float32, whatever the type of the values: in bfloat16 is only
-what has the size n x n and is stored. A compiler that fuses the scores into what follows them then
-takes no longer than for scores in bfloat16.
+Scores, their maximum and all sums are float32 if nothing else is said, whatever the type of the
+values: in bfloat16 is only what has the size n x n and is stored. Where a TPU's compiler fuses the
+scores into what follows them, that takes no longer than scores in bfloat16.
 """
 
 import functools
@@ -24,55 +24,56 @@ def attend(
     q: Heads,
     k: Float[Array, "b m k e"],
     v: Float[Array, "b m k e"],
+    logits: str,
     implementation: Literal["xla", "cudnn"],
 ) -> Heads:
-    """softmax(q k^T / sqrt(e)) v of each head."""
+    """softmax(q k^T / sqrt(e)) v of each head; `logits` is the precision up to the weights.
+
+    cudnn is its own implementation, of float32 logits.
+    """
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return _attend(q, k, v)
+    return _attend(q, k, v, logits)
 
 
-def weights(q: Heads, k: Float[Array, "b m k e"]) -> Float[Array, "b k n m"]:
-    """softmax(q k^T / sqrt(e)), in float32: what `attend` sums v with.
+def weights(q: Heads, k: Float[Array, "b m k e"], logits: str) -> Float[Array, "b k n m"]:
+    """softmax(q k^T / sqrt(e)), as float32: what `attend` sums v with, before it is rounded.
 
     Nothing that trains calls it: there the weights of a block are gone when the block is done.
     """
-    exps, total = _exponentials(q * _scale(q), k)
-    return exps / total
+    exps, total = _exponentials(q * _scale(q), k, logits)
+    return exps.astype(jnp.float32) / total
 
 
-@jax.custom_vjp
-def _attend(q, k, v):
-    return _forward(q, k, v)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q, k, v, logits):
+    return _forward(q, k, v, logits)[0]
 
 
 def _scale(q: Array) -> Array:
     return jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
-def _exponentials(q, k):
-    """exp(score - the row's maximum) in the type of q, and the sum of each row, float32."""
-    scores = _einsum("bnke,bmke->bknm", q, k)
+def _exponentials(q, k, logits):
+    """exp(score - the row's maximum) in the type of q, and the sum of each row."""
+    scores = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=logits)
     exps = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(q.dtype)
-    return exps, exps.sum(axis=-1, keepdims=True, dtype=jnp.float32)
+    return exps, exps.sum(axis=-1, keepdims=True, dtype=logits)
 
 
-def _forward(q, k, v):
+def _forward(q, k, v, logits):
     q = q * _scale(q)  # what backward needs as well: the unscaled ones would be kept beside them
-    exps, total = _exponentials(q, k)
+    exps, total = _exponentials(q, k, logits)
     weights = (exps / total).astype(v.dtype)
     out = jnp.einsum("bknm,bmke->bnke", weights, v)
     return out, (q, k, v, exps, total, out)
 
 
-def _backward(kept, grad):
+def _backward(logits, kept, grad):
     q, k, v, exps, total, out = kept
     weights = (exps / total).astype(v.dtype)
-    of_weights = _einsum("bnke,bmke->bknm", grad, v)
-    row = _einsum("bnke,bnke->bkn", grad, out)
+    of_weights = jnp.einsum("bnke,bmke->bknm", grad, v, preferred_element_type=logits)
+    row = jnp.einsum("bnke,bnke->bkn", grad, out, preferred_element_type=logits)
     of_scores = (weights * (of_weights - row[..., None])).astype(v.dtype)
     return (
         jnp.einsum("bknm,bmke->bnke", of_scores, k) * _scale(q),

@@ -17,9 +17,7 @@ from vit_scale.errors import USAGE, UserError, nearest
 HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir())
 # Fields that there were, and what became of them. Runs that hold one are read without it (law 7).
-REMOVED = {
-    "model.logits": "attention's scores and sums are float32 at no cost, whatever model.dtype is",
-}
+REMOVED: dict[str, str] = {}
 
 
 def base() -> ConfigDict:

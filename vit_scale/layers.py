@@ -73,7 +73,7 @@ def from_heads(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
 
 class Attention(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.implementation = cfg.attention
+        self.implementation, self.logits = cfg.attention, cfg.logits
         self.query = to_heads("bn", cfg, size, rngs)
         self.key = to_heads("bn", cfg, size, rngs)
         self.value = to_heads("bn", cfg, size, rngs)
@@ -82,11 +82,11 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], first: int | None = None) -> Float[Array, "b m d"]:
         """Of all tokens, or of the `first` m alone, which attend to all."""
         q, k, v = self.query(x[:, :first]), self.key(x), self.value(x)
-        return self.out(attend(q, k, v, self.implementation))
+        return self.out(attend(q, k, v, self.logits, self.implementation))
 
     def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
         """Of each head, what share of a token's output (row) comes from each token (column)."""
-        return weights(self.query(x), self.key(x))
+        return weights(self.query(x), self.key(x), self.logits)
 
 
 class MLP(nnx.Module):
@@ -183,7 +183,7 @@ class AttentionPool(nnx.Module):
     """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
 
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.implementation = cfg.attention
+        self.implementation, self.logits = cfg.attention, cfg.logits
         init = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, size.width)))
         self.query = to_heads("n", cfg, size, rngs)
@@ -195,7 +195,7 @@ class AttentionPool(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:
         k, v = self.key(x), self.value(x)
-        x = self.out(attend(self.probes(k), k, v, self.implementation))
+        x = self.out(attend(self.probes(k), k, v, self.logits, self.implementation))
         return (x + self.mlp(self.norm(x), key))[:, 0]
 
     def probes(self, k: Float[Array, "b n k e"]) -> Float[Array, "b 1 k e"]:
@@ -204,4 +204,4 @@ class AttentionPool(nnx.Module):
     def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n"]:
         """Of each head, what share of the pooled vector comes from each token."""
         k = self.key(x)
-        return weights(self.probes(k), k)[:, :, 0]
+        return weights(self.probes(k), k, self.logits)[:, :, 0]

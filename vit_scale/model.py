@@ -37,6 +37,7 @@ CHOICES = {
     "posemb": ("learned", "sincos2d"),
     "dtype": ("float32", "bfloat16"),
     "attention": ("xla", "cudnn"),
+    "logits": ("float32", "bfloat16"),
     "gelu": ("exact", "tanh"),
 }
 
@@ -111,6 +112,8 @@ def check_choices(cfg: ConfigDict) -> None:
             )
     if cfg.distilled and cfg.pool != "cls":
         raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
+    if cfg.logits != "float32" and cfg.attention != "xla":
+        raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
     if cfg.representation < 0 or cfg.norm_epsilon <= 0:
         raise UserError(
             f"model.representation={cfg.representation} must be at least 0, and "
