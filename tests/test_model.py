@@ -508,7 +508,7 @@ def test_precision_of_logits_is_a_switch():
     close = attention.weights(q, k, "float32")
     np.testing.assert_allclose(close.sum(axis=-1), 1, atol=1e-6)
     plain = np.stack([plain_weights(*(np.asarray(x[0], np.float64) for x in (q, k)))])
-    # Queries are scaled exactly, by 1 / 4; each weight is rounded once, to 8 bits. A sum in bfloat16
+    # Queries are scaled exactly, by 1 / 4; each weight is rounded once, to 8 bits. A bfloat16 sum
     # would stop growing.
     np.testing.assert_allclose(close, plain, rtol=0.01)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import random_batch, random_params, tiny_config
 
+from vit_scale import config
 from vit_scale.errors import UserError
 from vit_scale.mesh import put_batch
 from vit_scale.model import build
@@ -155,12 +156,20 @@ def test_summary():
         "global_batch": 8,
         "steps": 7,
     }
-    # By hand: 6 patches, 7 tokens; two blocks; the head on [CLS]. Six FLOPs a multiply-accumulate.
+    # By hand: 6 patches, 7 tokens; two blocks, of the second what [CLS] needs; the head on [CLS].
+    # Six FLOPs a multiply-accumulate.
     block = 7 * 16 * 64 + 2 * 7 * 7 * 16 + 2 * 7 * 16 * 24
-    assert content["flops_per_image"] == 6 * (6 * 192 * 16 + 2 * block + 16 * 4)
+    last = 16 * 32 + 7 * 16 * 32 + 2 * 7 * 16 + 2 * 16 * 24
+    assert content["flops_per_image"] == 6 * (6 * 192 * 16 + block + last + 16 * 4)
     program = plan_program(tiny_config("data.width=24"))
     assert content["parameters"] == count(program.state.params)
     assert content["config"]["data"]["width"] == 24
+
+
+def test_a_summary_is_of_what_can_be_trained():
+    cfg = config.load("cnn_cifar", ["model.drop_path=0.1"])
+    with pytest.raises(UserError, match=r"model\.drop_path=0\.1 is of a ViT"):
+        summary(cfg)
 
 
 # Gradients in parts

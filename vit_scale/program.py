@@ -100,7 +100,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     place = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     model = build(cfg.model, image_size(cfg), place)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    check_combination(cfg, mesh, params)
+    check_combination(cfg, params, mesh.shape["tensor"])
     check_attention(cfg, mesh, model)
     teacher = distill.find(cfg, mesh, place)
     objective = make_objective(model, cfg, teacher.logits if teacher else None)
@@ -148,8 +148,11 @@ def check_counts(cfg: ConfigDict) -> None:
             raise UserError(f"{name}={given[name]} must be at least {lowest}")
 
 
-def check_combination(cfg: ConfigDict, mesh: AnyMesh, params) -> None:
-    """Raises UserError for a field that this kind of model can't do, or does not look at."""
+def check_combination(cfg: ConfigDict, params, tensor: int = 1) -> None:
+    """Raises UserError for a field that this kind of model can't do, or does not look at.
+
+    `tensor` is the size of the mesh's axis of that name.
+    """
     name = cfg.model.variant
     wanted: dict[str, tuple] = {}  # field: the one value that it can have, what else it would do
     if any(measured(leaf) for leaf in named(params)):
@@ -167,10 +170,10 @@ def check_combination(cfg: ConfigDict, mesh: AnyMesh, params) -> None:
         }
         if cfg.optim.name == "muon":
             raise UserError(f"optim.name=muon knows the matrices of a ViT, not those of {name}")
-        if mesh.shape["tensor"] > 1:
+        if tensor > 1:
             raise UserError(
-                f"mesh.tensor={mesh.shape['tensor']} splits attention heads and MLP, of which "
-                f"{name} has none: set it to 1"
+                f"mesh.tensor={tensor} splits attention heads and MLP, of which {name} has none: "
+                "set it to 1"
             )
     given = fields(cfg)
     for field, (value, why) in wanted.items():
@@ -314,10 +317,15 @@ def placements(program: Program) -> dict:
 
 
 def summary(cfg: ConfigDict) -> dict:
-    """What a config comes to, on no particular devices: sizes and costs, and every field."""
+    """What a config comes to, on no particular devices: sizes and costs, and every field.
+
+    Raises UserError for fields that don't go together.
+    """
     model = build(cfg.model, image_size(cfg))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    check_combination(cfg, params)
     return {
-        "parameters": count(jax.eval_shape(model.init, jax.random.key(0))),
+        "parameters": count(params),
         "tokens": model.shape.tokens,
         "flops_per_image": training_flops(model, cfg.model.classes),
         "global_batch": cfg.data.batch,
