@@ -150,6 +150,7 @@ def test_budget():
         ("Location us-x is not found or access is unauthorized.", "zone"),
         ("Permission 'tpu.nodes.create' denied on resource", "permission"),
         ("You do not currently have an active account selected.", "auth"),
+        ("UNAUTHENTICATED: Request had invalid authentication credentials", "auth"),
         ("SSH Key is not present in the SSH agent", "agent"),
         ("Cloud TPU API has not been used in project 7 before or it is disabled", "api"),
         ("ALREADY_EXISTS: Resource 'vit' already exists", "exists"),
@@ -157,7 +158,11 @@ def test_budget():
     ],
 )
 def test_errors_of_gcloud(text, kind):
+    """Also with what gcloud 528 adds to 401, 403 and 404: it is not about the account."""
     assert gcloud.error(text).kind == kind
+    who = "This command is authenticated as a@b.c which is the active account specified by the "
+    error = gcloud.error(f"{text}. {who}[core/account] property\n- '@type': x")
+    assert error.kind == kind and "authenticated as" not in str(error)
 
 
 def test_a_process_that_hangs_is_ended_with_what_it_started():

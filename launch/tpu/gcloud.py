@@ -30,7 +30,8 @@ ERRORS = (
     (r"Quota limit .* exceeded|Quota '.*' (exceeded|exhausted)|quota .* exceeded", "quota"),
     (r"Insufficient reserved capacity", "quota"),
     (
-        r"authenticated account to use|reauth|active account|gcloud auth login|invalid_grant",
+        r"authenticated account to use|reauth|not currently have an active account"
+        r"|gcloud auth login|invalid_grant|UNAUTHENTICATED",
         "auth",
     ),
     (r"SSH Key is not present in the SSH agent", "agent"),
@@ -41,6 +42,8 @@ ERRORS = (
     (r"NOT_FOUND|was not found|not found: projects", "absent"),
     (r"INVALID_ARGUMENT|is not a valid|Invalid value|unrecognized arguments", "invalid"),
 )
+# gcloud says so after each 401, 403 and 404, whatever the reason was.
+ACCOUNT = re.compile(r"[. ]*This command is authenticated (as|with) [^\n]*")
 REMEDIES = {
     "quota": "ask for quota (console, IAM & Admin, Quotas), take another zone or type, or look for "
     "leftovers that still use it: launch/tpu_vm.sh gc",
@@ -185,7 +188,8 @@ def kind_of(text: str) -> str:
 
 
 def error(text: str) -> ApiError:
-    """The typed error of what gcloud printed."""
+    """The typed error of what gcloud printed, without whom it had asked for: see ACCOUNT."""
+    text = ACCOUNT.sub("", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "")
     said = re.sub(r"^ERROR: (\(gcloud[\w.-]*\) )?", "", said)

@@ -173,13 +173,22 @@ class Cloud:
             code = self.run(call)
         except Refusal as refusal:
             group = ".".join(word for word in call.argv[:4] if not word.startswith("-"))
-            call.complain(f"ERROR: (gcloud.{group}) {refusal}")
+            call.complain(f"ERROR: (gcloud.{group}) {refusal}{self.who(str(refusal))}")
             code = refusal.code
         finally:
             call.close()
         with contextlib.suppress(OSError):
             connection.sendall(bytes([code]))
             connection.close()
+
+    def who(self, text):
+        """What the real one adds to each 401, 403 and 404."""
+        if not text.startswith(("NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED")):
+            return ""
+        return (
+            f". This command is authenticated as {self.settings['account']} which is the active "
+            "account specified by the [core/account] property"
+        )
 
     def due(self, line):
         """What is to go wrong with this call."""
