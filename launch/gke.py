@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from launch.tpu import accelerators, check, flags
-from launch.tpu.codes import REFUSED, Stop
+from launch.tpu.codes import REFUSED, USAGE, Stop
 from launch.tpu.plan import NAME, ROOT
 
 AGAIN = [42, *range(127, 256)]  # exit codes after which the same command goes on
@@ -159,6 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         words, overrides, _ = flags.split(sys.argv[1:] if argv is None else argv)
         args = parser().parse_args(words)
+        if args.xpk and (args.secret or args.service_account):
+            given = "--secret" if args.secret else "--service-account"
+            raise Stop(USAGE, f"xpk has nothing like {given}: leave it out, or print the JobSet")
         if not NAME.fullmatch(args.name):
             raise Stop(
                 REFUSED, f"--name {args.name!r}: at most 40 of a-z, 0-9 and -, a letter first"

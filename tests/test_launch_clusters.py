@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -13,11 +14,12 @@ import yaml
 
 from tests.fake_cloud import ROOT, machine, script
 
-# srun runs the command once, and passes SIGTERM on, as the real one does.
+# srun runs the command once; SIGTERM to itself it does not pass on: it ends the step, with SIGKILL.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >>"$LOG"; shift; done
 "$@" &
-trap 'kill -TERM $!' TERM
+echo $! >"$LOG.step"
+trap 'kill -KILL $!' TERM
 wait $!
 code=$?
 while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
@@ -25,7 +27,7 @@ exit $code
 """
 TRAINER = """#!/bin/bash
 echo "vit-scale $*" >>"$LOG"
-echo "key ${KEY:-none}" >>"$LOG"
+echo "key ${KEY:-none} devices ${JAX_LOCAL_DEVICE_IDS:-none}" >>"$LOG"
 trap 'echo saved >>"$LOG"; exit 42' TERM
 if [[ -n ${WAIT:-} ]]; then touch "$WAIT"; for i in $(seq 400); do sleep 0.05; done; fi
 exit "${TRAINER:-0}"
@@ -81,8 +83,17 @@ def test_slurm_runs_one_task_per_node(slurm):
         "--kill-on-bad-exit=1",
         "--ntasks-per-node=1",
         "vit-scale train --config x --workdir a b",
-        "key a b",
+        "key a b devices none",
     ]
+
+
+@pytest.mark.parametrize("given, used", [("4", "0,1,2,3"), ("1", "0"), ("0", "none")])
+def test_slurm_gives_all_gpus_of_a_node_to_its_process(slurm, given, used):
+    """JAX would take the one whose number is that of the process."""
+    assert slurm.run(SLURM_GPUS_ON_NODE=given)[0] == 0
+    assert slurm.lines()[-1] == f"key none devices {used}"
+    assert slurm.run(SLURM_GPUS_ON_NODE=given, JAX_LOCAL_DEVICE_IDS="7")[0] == 0
+    assert slurm.lines()[-1] == "key none devices 7"
 
 
 @pytest.mark.parametrize("code, ends, queued", [(42, 0, True), (1, 1, False), (43, 43, False)])
@@ -97,15 +108,26 @@ def test_slurm_does_so_a_hundred_times(slurm):
     assert "scontrol requeue 7" not in slurm.lines()
 
 
-def test_slurm_saves_before_its_time_is_over(slurm):
-    """SIGTERM to the batch script alone, as --signal=B:TERM sends it."""
+def signalled(slurm: Slurm, process: subprocess.Popen) -> int:
+    """The process that SLURM signals: --signal=B: is the batch shell, else those of the steps."""
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    (given,) = re.findall(r"^#SBATCH --signal=(\S+)$", text, re.M)
+    assert given.endswith("TERM@120")
+    return process.pid if given.startswith("B:") else int((slurm.folder / "log.step").read_text())
+
+
+@pytest.mark.parametrize("shell_too", [False, True])
+def test_slurm_saves_before_its_time_is_over(slurm, shell_too):
+    """SIGTERM to whom --signal says; the shell gets one as well at the end of the time."""
     ready = slurm.folder / "ready"
     process = slurm.start("--config", "x", WAIT=str(ready))
     until = time.monotonic() + 30
     while not ready.exists():
         assert time.monotonic() < until
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
+    if shell_too:
+        os.kill(process.pid, signal.SIGTERM)
+    os.kill(signalled(slurm, process), signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert slurm.lines()[-2:] == ["saved", "scontrol requeue 7"]
@@ -157,6 +179,12 @@ def test_the_command_of_xpk():
     assert words[:5] == ["xpk", "workload", "create", "--cluster", "mine"]
     assert words[words.index("--tpu-type") + 1] == "v4-32"
     assert words[-1] == "vit-scale train --config quickstart:pretrain --workdir gs://b/vit"
+
+
+@pytest.mark.parametrize("flag", ["--secret", "--service-account"])
+def test_what_xpk_has_no_flag_for_is_refused(flag):
+    done = gke("--type", "v4-32", "--xpk", "mine", flag, "x")
+    assert (done.returncode, done.stdout) == (64, "") and f"nothing like {flag}" in done.stderr
 
 
 @pytest.mark.parametrize(
