@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from launch.tpu import check
 from tests.fake_cloud import ROOT, Rig, script
 
 TRAINER = """#!/bin/bash
@@ -104,3 +105,17 @@ TIME = {"LAUNCH_TIME_SCALE": "0.1"}
 def test_the_quickstart_on_a_slice_of_four_hosts(tmp_path):
     """All five stages, to their ends: a quarter of an hour on two cores."""
     check_equal(tmp_path, 4, ["--config", "quickstart", "--config.log.every=5", *QUIET], **TIME)
+
+
+VIT = sorted(file.stem for file in (ROOT / "configs").glob("vit_*.py"))
+
+
+@pytest.mark.parametrize("name", VIT)
+def test_every_config_passes_the_check_before_anything_is_billed(name):
+    """With ImageNet in a bucket. AugReg's weights are at https://, for any machine."""
+    from vit_scale import config
+
+    there = ["data.path=gs://b/imagenet"] if name.endswith("_imagenet") else []
+    shown = {"config": config.to_json(config.load(name, there))}
+    expected = [] if there else ["vit-scale data download cifar10 --out .data"]
+    assert check.check_data(shown, local=False) == expected

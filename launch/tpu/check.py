@@ -33,17 +33,20 @@ def check_name(root: pathlib.Path, config: str) -> str:
     return config
 
 
-def command(root: pathlib.Path, config: str, overrides: list[str], devices: int) -> list[str]:
-    program = [str(root / ".venv" / "bin" / "vit-scale"), "show", "--config", config, "--json"]
-    return [*program, "--devices", str(devices), *overrides]
+def show(config: str, overrides: list[str], devices: int | None) -> list[str]:
+    """vit-scale's words; `devices` is None where their number isn't known."""
+    many = [] if devices is None else ["--devices", str(devices)]
+    return ["show", "--config", config, "--json", *many, *overrides]
 
 
-def resolve(root: pathlib.Path, config: str, overrides: list[str], devices: int) -> dict | None:
+def resolve(
+    root: pathlib.Path, config: str, overrides: list[str], devices: int | None
+) -> dict | None:
     """What the config comes to on so many devices; None where the command can't be had here.
 
     Raises Stop for what the project refuses.
     """
-    argv = command(root, config, overrides, devices)
+    argv = [str(root / ".venv" / "bin" / "vit-scale"), *show(config, overrides, devices)]
     if not os.path.exists(argv[0]) and not make_environment(root):
         return None
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
@@ -51,11 +54,20 @@ def resolve(root: pathlib.Path, config: str, overrides: list[str], devices: int)
         done = subprocess.run(argv, cwd=root, env=environment, capture_output=True, text=True)
     except OSError:
         return None
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    said = [line for line in done.stderr.splitlines() if line.startswith("vit-scale: ")]
+    # One that says nothing is an environment that does not work: the workers have their own.
+    return read(done.returncode, done.stdout, done.stderr)
+
+
+def read(code: int, out: str, err: str) -> dict | None:
+    """What `vit-scale show` has printed; None where it did not come to that.
+
+    Raises Stop for what the project refuses.
+    """
+    if code == 0:
+        return json.loads(out.splitlines()[-1])
+    said = [line for line in err.splitlines() if line.startswith("vit-scale: ")]
     if not said:
-        return None  # an environment that does not work: the workers have their own
+        return None
     raise Stop(BAD_INPUT, said[-1].removeprefix("vit-scale: "))
 
 
@@ -86,7 +98,8 @@ def check_data(shown: dict, local: bool) -> list[str]:
                 "--config.data.path=gs://BUCKET/NAME, or a path that --setup mounts",
             )
         source = cfg["init"]["source"]
-        if source and source not in stages and not is_reachable(source):
+        web = source.startswith(("https://", "http://"))
+        if source and source not in stages and not web and not is_reachable(source):
             raise Stop(
                 BAD_INPUT,
                 f"{where}init.source={source} is a folder of this machine: copy it, and give "
