@@ -5,10 +5,13 @@
 #   agent.sh prepare SHA EXTRA [SETUP]   unpack the code, make the environment, run SETUP; prints a fingerprint
 #   agent.sh secrets RUN                 NAME=VALUE lines from standard input, which end with #END
 #   agent.sh start RUN ATTEMPT SHA PORT ARGUMENT...    vit-scale ARGUMENT..., detached
+#   agent.sh show SHA ARGUMENT...        vit-scale ARGUMENT... on the CPU: what the config comes to
 #   agent.sh status RUN ATTEMPT|last [OFFSET [SITTER]] how the attempt is, and its log from OFFSET on
+#   agent.sh lease RUN SITTER            SITTER watches this run
 #   agent.sh stop RUN ATTEMPT GRACE      SIGTERM to the trainer, and SIGKILL to all of it after GRACE seconds
 #   agent.sh stacks RUN ATTEMPT          SIGUSR1 to the trainer, which prints the stacks of its threads
-#   agent.sh reap RUN PATIENCE COMMAND...  runs COMMAND once the run has ended and nobody has asked for PATIENCE s
+#   agent.sh reap RUN PATIENCE COMMAND...  runs COMMAND once nothing runs and nobody has asked for PATIENCE s, till it works
+#   agent.sh disarm RUN                  ... and no more: the machine is to be kept
 #   agent.sh env | gc [COPIES]          the newest code's fingerprint; remove old code and logs
 #
 # Guaranteed: the same call twice does what one does, so that a connection that drops may be tried again; one
@@ -177,6 +180,13 @@ prepare() {  # SHA EXTRA [SETUP]
   gc 2
 }
 
+show() {  # SHA ARGUMENT...
+  local code=$home/code/$1
+  shift
+  cd "$code" || fail 70 "the code is not there"
+  JAX_PLATFORMS=cpu PYTHONPATH=$code "$venv/bin/vit-scale" "$@"
+}
+
 gc() {  # COPIES: of the code that are kept; of each run, the logs of five attempts
   local folder
   find "$home/code" -mindepth 1 -maxdepth 1 -printf '%T@ %p\n' 2>/dev/null | sort -rn | tail -n "+$((${1:-2} + 1))" |
@@ -285,11 +295,16 @@ kill_later() { sleep "$2"; kill_all "$1"; }
 
 stacks() { if alive "$home/runs/$1/a$2"; then ask_to_stop "$home/runs/$1/a$2" USR1 || true; fi; }
 
+lease() {  # RUN SITTER
+  mkdir -p "$home/runs/$1"
+  echo "$2 $(date +%s)" | put "$home/runs/$1/sitter"
+}
+
 status() {  # RUN ATTEMPT|last [OFFSET [SITTER]]
   local run=$home/runs/$1 number=$2 offset=${3:-0} attempt state=absent rc="" ended="" size=0
   if [[ $number == last ]]; then number=$(newest "$run"); fi
   attempt=$run/a$number
-  if [[ -n ${4:-} && -d $run ]]; then echo "$4 $(date +%s)" | put "$run/sitter"; fi
+  if [[ -n ${4:-} ]]; then lease "$1" "$4"; fi
   if [[ -e $attempt/group ]]; then
     # In this order: it may end between the two questions, and is not lost then.
     if alive "$attempt"; then state=running; else state=lost; fi
@@ -314,20 +329,34 @@ reap() {  # RUN PATIENCE COMMAND...: returns at once
   echo "watched"
 }
 
-# The last resort against a machine that nobody remembers: its launcher is gone, and its training has ended.
+disarm() {  # RUN
+  local run=$home/runs/$1
+  lock "$run/lock" 60
+  if alive "$run/reaper"; then kill_all "$run/reaper"; fi
+  echo "nobody deletes it"
+}
+
+preparing() {  # whether an environment is being made; a command of the user's that hangs is none
+  (($(date +%s) < $(stat -c %Y "$home/prepare.lock" 2>/dev/null || echo 0) + 7200)) || return 1
+  ! flock -n "$home/prepare.lock" true
+}
+
+# The last resort against a machine that nobody remembers: its launcher is gone, and nothing trains.
 reaper() {
-  local run=$home/runs/$1 patience=$2 asked ended number
+  local run=$home/runs/$1 patience=$2 began asked ended number
   echo "$$ $(started $$)" | put "$run/reaper/group"
   shift 2
+  began=$(date +%s)
   while sleep "$((patience / 10 + 1))"; do
     number=$(newest "$run")
     alive "$run/a$number" && continue
+    preparing && continue
     read -r _ asked 2>/dev/null <"$run/sitter" || asked=0
     ended=$(stat -c %Y "$run/a$number" 2>/dev/null || echo 0)
-    if (($(date +%s) > (asked > ended ? asked : ended) + patience)); then
+    asked=$((asked > ended ? asked : ended))
+    if (($(date +%s) > (asked > began ? asked : began) + patience)); then
       echo "ended, and nobody has asked for $patience s: $*"
-      "$@"
-      return
+      "$@" && return  # else later: the cloud may not have answered
     fi
   done
 }
@@ -345,6 +374,7 @@ case $verb in
   install) install ;;
   prepare) arguments 2 $# "prepare SHA EXTRA [SETUP]"; prepare "$@" ;;
   env) fingerprint "$(find "$home/code" -mindepth 1 -maxdepth 1 -printf '%T@ %f\n' | sort -rn | sed -n '1s/.* //p')" ;;
+  show) arguments 2 $# "show SHA ARGUMENT..."; show "$@" ;;
   gc) gc "$@" ;;
   secrets) arguments 1 $# "secrets RUN"; secrets "$@" ;;
   start) arguments 5 $# "start RUN ATTEMPT SHA PORT ARGUMENT..."; start "$@" ;;
@@ -353,6 +383,8 @@ case $verb in
   stop) arguments 3 $# "stop RUN ATTEMPT GRACE"; stop "$@" ;;
   kill_later) kill_later "$@" ;;
   stacks) arguments 2 $# "stacks RUN ATTEMPT"; stacks "$@" ;;
+  lease) arguments 2 $# "lease RUN SITTER"; lease "$@" ;;
+  disarm) arguments 1 $# "disarm RUN"; disarm "$@" ;;
   reap) arguments 3 $# "reap RUN PATIENCE COMMAND..."; reap "$@" ;;
   reaper) reaper "$@" ;;
   *) fail 64 "no verb is named '$verb'" ;;

@@ -249,6 +249,9 @@ class Still(Clock):
     def now(self):
         return self.time
 
+    def wall(self):
+        return self.time
+
 
 def test_meter(tmp_path):
     clock, journal = Still(), Journal(tmp_path)
@@ -410,3 +413,64 @@ def test_the_log_goes_on_at_an_offset(agent):
     assert whole == "0 10\ntrain one\n"
     assert agent("status", "run", 1, 6).stdout.endswith("#LOG 6 10\none\n")
     json.loads(agent("status", "run", 1).stdout.partition("#HEARTBEAT ")[2].split("\n")[0] or "{}")
+
+
+def forgotten(agent, *command: str, patience: int = 1, seconds: float = 6) -> bool:
+    """Whether the reaper runs its command within so many seconds."""
+    import time
+
+    done = agent.home / "done"
+    words = ["bash", "-c", *command] if command else ["touch", str(done)]
+    assert agent("reap", "run", patience, *words).returncode == 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if done.exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_reaper_goes_on_until_its_command_works(agent):
+    """It does so once; the cloud may not answer the first time."""
+    home = agent.home
+    command = f"cd '{home}'; echo x >>tries; [ $(wc -l <tries) -ge 2 ] && touch done"
+    assert forgotten(agent, command)
+    assert (home / "tries").read_text() == "x\nx\n"
+
+
+def test_the_reaper_waits_for_what_is_being_done(agent):
+    """From its own beginning, while a launcher watches, and while an environment is made."""
+    import threading
+    import time
+
+    (agent.home / "prepare.lock").touch()
+    holder = subprocess.Popen(["flock", str(agent.home / "prepare.lock"), "sleep", "3"])
+    began = time.monotonic()
+    assert forgotten(agent) is True
+    assert time.monotonic() - began > 2.5
+    holder.wait()
+    (agent.home / "done").unlink()
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(0.3):
+            agent("lease", "run", "me:1:x")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert forgotten(agent, patience=2, seconds=4) is False
+    finally:
+        ended.set()
+        watcher.join()
+    assert agent("reap", "run", 9, "true").stdout == "watched already\n"
+    agent("disarm", "run")
+    assert agent("reap", "run", 9, "true").stdout == "watched\n", "the one before has ended"
+    agent("disarm", "run")
+
+
+def test_the_agent_shows_what_a_config_comes_to(agent):
+    script = '#!/bin/bash\necho "$JAX_PLATFORMS $*"; exit 3\n'
+    (agent.home / "venv/bin/vit-scale").write_text(script)
+    done = agent("show", "c0de", "show", "--config", "a b")
+    assert (done.returncode, done.stdout) == (3, "cpu show --config a b\n")

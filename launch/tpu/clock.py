@@ -16,6 +16,10 @@ class Clock:
         """Seconds, of no particular beginning."""
         return time.monotonic() / self.scale
 
+    def wall(self) -> float:
+        """Seconds that go on while this machine sleeps, as money does."""
+        return time.time() / self.scale
+
     def sleep(self, seconds: float) -> None:
         """Sleep, or less where `wake` is set."""
         self.wake.wait(seconds * self.scale)

@@ -18,7 +18,7 @@ class Meter:
         """The machine is there; it may have been before, unwatched."""
         if self._since is not None:
             return
-        self._since = self.clock.now()
+        self._since = self.clock.wall()
         if created and created != self.journal.state.get("metered"):
             self.journal.state["metered"] = created
             self.journal.state["metered_from"] = self.journal.state["billed"]
@@ -28,8 +28,8 @@ class Meter:
 
     def book(self) -> None:
         if self._since is not None:
-            now = self.clock.now()
-            self.journal.state["billed"] += now - self._since
+            now = self.clock.wall()
+            self.journal.state["billed"] += max(0.0, now - self._since)
             self._since = now
 
     def end(self) -> None:
