@@ -182,19 +182,17 @@ class Attempt:
 
     def _read_log(self, view: View, sizes: list[int], log: bytes) -> list[str]:
         offset, view.size = sizes
-        file = self.journal.log_file(self.number, view.worker)
         if view.size < offset:  # another machine's log
             view.offset = 0
-            file.unlink(missing_ok=True)
+            self.journal.log_file(self.number, view.worker).unlink(missing_ok=True)
             return []
         whole = log if view.over and offset + len(log) >= view.size else b""
         if not whole:  # whole lines: a secret is hidden in one piece
             whole = log[: log.rfind(b"\n") + 1] or (log if len(log) > LONGEST_LINE else b"")
         if offset and not view.tail:
-            view.tail = file.read_text(errors="replace")
+            view.tail = self.journal.read_log(self.number, view.worker)
         text = self.journal.hide(whole.decode(errors="surrogateescape"))
-        with file.open("ab") as stream:
-            stream.write(text.encode(errors="surrogateescape"))
+        self.journal.add_log(self.number, view.worker, text)
         view.offset += len(whole)
         view.tail = (view.tail + text)[-TAIL:]
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]

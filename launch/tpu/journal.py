@@ -6,7 +6,8 @@
     a3/w00.log     what worker 0 printed in attempt 3; a3/cause.txt why it ended
     lock           held by the one launcher that watches the run
 
-No secret is written or printed: every line goes through `hide`.
+No secret is written or printed: every line goes through `hide`. A terminal that is gone and a full
+disk are no reason to leave a run: what can't be said or noted is not.
 """
 
 import contextlib
@@ -16,7 +17,16 @@ import os
 import pathlib
 import sys
 import time
-from typing import IO
+from typing import IO, TextIO
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Print a line; where nobody reads any more, neither this nor what comes is an error."""
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Journal:
@@ -46,34 +56,51 @@ class Journal:
         """A line for the user, which is journalled as well."""
         text = self.hide(text)
         if not self.quiet:
-            print(f"{what:8} {text}", file=sys.stderr, flush=True)
+            tell(f"{what:8} {text}", sys.stderr)
         self.write(what, text=text)
 
     def print_log(self, worker: int, text: str) -> None:
         if not self.quiet:
-            print(self.hide(f"[w{worker:02}] {text}"), file=sys.stderr, flush=True)
+            tell(self.hide(f"[w{worker:02}] {text}"), sys.stderr)
 
     def write(self, what: str, **content) -> None:
         line = self.hide(json.dumps({"time": round(time.time(), 3), "what": what, **content}))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "journal.jsonl").open("a") as file:
-            file.write(line + "\n")
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "journal.jsonl").open("a") as file:
+                file.write(line + "\n")
 
     def save(self) -> None:
         self.put("state.json", json.dumps(self.state, indent=1))
 
-    def put(self, name: str, text: str) -> None:
-        """A whole file, or the old one."""
+    def put(self, name: str, text: str) -> bool:
+        """A whole file, or the old one; whether it is the new one."""
         file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.{os.getpid()}")
-        partial.write_text(self.hide(text))
-        os.replace(partial, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(self.hide(text))
+            os.replace(partial, file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            return False
+        return True
 
     def log_file(self, attempt: int, worker: int) -> pathlib.Path:
         file = self.folder / f"a{attempt}" / f"w{worker:02}.log"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
         return file
+
+    def add_log(self, attempt: int, worker: int, text: str) -> None:
+        with contextlib.suppress(OSError), self.log_file(attempt, worker).open("ab") as file:
+            file.write(text.encode(errors="surrogateescape"))
+
+    def read_log(self, attempt: int, worker: int) -> str:
+        with contextlib.suppress(OSError):
+            return self.log_file(attempt, worker).read_text(errors="replace")
+        return ""
 
     def take(self) -> bool:
         """Become the one that watches this run; False where another process of this machine is."""
