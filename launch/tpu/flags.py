@@ -1,6 +1,7 @@
 """The flags, and where a value comes from: flag, environment, launch/tpu.env, gcloud's settings."""
 
 import argparse
+import difflib
 import os
 import pathlib
 import re
@@ -32,7 +33,18 @@ SETTINGS = {  # name of the environment's and the file's variable
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one line."""
+    """argparse, with its errors as one line, which name a misspelt flag and not what follows it."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        known = self._option_string_actions
+        for word in args or []:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                self.error(
+                    f"unrecognized arguments: {name}" + f" (did you mean {close[0]}?)" * bool(close)
+                )
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise Stop(USAGE, f"{message}; see launch/tpu_vm.sh --help")
@@ -44,6 +56,12 @@ def seconds(text: str) -> float:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 30s, 10m, 6h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[match[2]]
+
+
+def duration(text: str) -> str:
+    """As it was given, if it is one."""
+    seconds(text)
+    return text
 
 
 def ending(text: str) -> str:
@@ -102,7 +120,10 @@ def _add_machine(top: Parser) -> None:
         model.add_argument(f"--{name}", dest="model", action="store_const", const=name)
     add("--no-queue", action="store_true", help="make the node at once; no queued resource")
     add(
-        "--valid-until", default="", metavar="6h", help="how long the request may wait in the queue"
+        "--valid-until",
+        type=duration,
+        metavar="6h",
+        help="how long the request may wait in the queue",
     )
     add("--num-slices", type=int, default=1, metavar="N", help="slices of that type (multislice)")
     add("--existing", action="store_true", help="use the TPU VM NAME: never create, never delete")
@@ -142,6 +163,12 @@ def _add_verbs(top: Parser) -> None:
     add("--json", action="store_true", help="status, list: one JSON object")
     add("--expired", action="store_true", help="gc: only what has expired")
     add("--yes", action="store_true", help="gc, delete: don't ask")
+    add(
+        "--owner",
+        default="",
+        metavar="NAME|all",
+        help="list, gc, delete: whose machines",
+    )
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

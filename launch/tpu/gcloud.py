@@ -35,6 +35,7 @@ ERRORS = (
         "auth",
     ),
     (r"SSH Key is not present in the SSH agent", "agent"),
+    (r"Permission denied \(publickey", "key"),
     (r"has not been used in project|SERVICE_DISABLED|it is disabled", "api"),
     (r"is not found or access is unauthorized|Location .* not found", "zone"),
     (r"Permission '?.*'? denied|PERMISSION_DENIED|does not have permission", "permission"),
@@ -49,6 +50,8 @@ REMEDIES = {
     "leftovers that still use it: launch/tpu_vm.sh gc",
     "auth": "run: gcloud auth login",
     "agent": "run: ssh-add ~/.ssh/google_compute_engine",
+    "key": "the machine does not take this account's key: gcloud compute config-ssh, or with OS "
+    "Login the role OS Admin Login",
     "api": "run: gcloud services enable tpu.googleapis.com",
     "zone": "give a --zone that offers this type: gcloud compute tpus locations list",
     "permission": "this account needs the role TPU Admin in the project",
@@ -143,7 +146,7 @@ def delete(tpu: Tpu) -> list[str]:
     return [*TPUS, kind, "delete", tpu.name, *tpu.where, *force, "--quiet", "--async"]
 
 
-def renew(tpu: Tpu, node: str, expires: int) -> list[str]:
+def renew(tpu: Tpu, node: str, expires: str) -> list[str]:
     command = [*TPUS, "tpu-vm", "update", node, *tpu.where]
     return [*command, "--update-labels", f"expires={expires}", "--async", "--quiet"]
 
@@ -215,9 +218,12 @@ def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) ->
     try:
         out, err = process.communicate(stdin, timeout=timeout)
         return Result(process.returncode, out, err.decode(errors="replace"))
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as expired:
         _end(process)
-        return Result(124, b"", f"no answer in {timeout:.0f} s")
+        said = (expired.stderr or b"").decode(errors="replace").strip().splitlines()
+        why = f": {said[-1]}" if said else ""
+        lines = [*said[:-1], f"no answer in {timeout:.0f} s{why}"]
+        return Result(124, b"", "\n".join(lines))
     except BaseException:
         _end(process)
         raise

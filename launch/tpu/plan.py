@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from launch.tpu import accelerators, bundle, check, cloud, gcloud, secret
 from launch.tpu.accelerators import Accelerator
-from launch.tpu.codes import BAD_INPUT, REFUSED, USAGE, Stop
-from launch.tpu.flags import Values
+from launch.tpu.codes import BAD_INPUT, USAGE, Stop
+from launch.tpu.flags import Values, seconds
 from launch.tpu.gcloud import Tpu
-from launch.tpu.transport import on_a_tpu_vm
+from launch.tpu.transport import chips_here, on_a_tpu_vm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # and a suffix: 63 characters in all
@@ -35,6 +35,9 @@ class Plan:
     setup: str  # a command for each worker, before training
     secrets: dict[str, str]
     code: bundle.Bundle
+    overrides: list[str] = field(default_factory=list)
+    devices: int | None = None  # of all hosts; None where that isn't known
+    unchecked: bool = False  # the config, which worker 0 checks
     tpu: Tpu | None = None
     zones: list[str] = field(default_factory=list)
     accelerator: Accelerator | None = None
@@ -57,12 +60,14 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
     if not NAME.fullmatch(name):
         raise Stop(USAGE, f"--name {name!r}: at most 40 of a-z, 0-9 and -, a letter first")
     target, count = choose_target(args, values)
+    devices: int | None = count * args.devices
     if target == "here":
-        target, args = here(args, values)
+        target, devices = here(args)
         name = args.name or name
     tpu, zones, accelerator = machine(args, values, name) if target == "vm" else (None, [], None)
     hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
-    devices = accelerator.chips * tpu.slices if tpu and accelerator else hosts * args.devices
+    if tpu:
+        devices = accelerator.chips * tpu.slices if accelerator else None
     shown = check.resolve(root, config, overrides, devices)
     workdir = find_workdir(args, values, name, root, target)
     if target == "vm":
@@ -87,6 +92,9 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
         setup=" && ".join(commands),
         secrets=secrets,
         code=code,
+        overrides=overrides,
+        devices=devices,
+        unchecked=shown is None and target == "vm",
         tpu=labelled(tpu, run),
         zones=zones,
         accelerator=accelerator,
@@ -121,14 +129,17 @@ def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
     )
 
 
-def here(args: argparse.Namespace, values: Values) -> tuple[str, argparse.Namespace]:
-    """On a TPU VM: this host alone, or the slice that it is one host of, which starts together."""
+def here(args: argparse.Namespace) -> tuple[str, int | None]:
+    """On a TPU VM: this host alone, or the slice that it is one host of, which starts together.
+
+    With the number of this host's chips, if it is known; `args` names the slice.
+    """
     found = metadata()
     if not found:
-        return "here", args
+        return "here", chips_here()
     accelerator = accelerators.parse(found.get("ACCELERATOR_TYPE", "v4-8"))
     if accelerator.hosts == 1:
-        return "here", args
+        return "here", accelerator.chips
     names = {"name": "NODE_ID", "zone": "ZONE", "project": "CONSUMER_PROJECT_ID"}
     given = {key: found.get(variable, "") for key, variable in names.items()}
     if not all(given.values()):
@@ -140,7 +151,7 @@ def here(args: argparse.Namespace, values: Values) -> tuple[str, argparse.Namesp
     for key, value in {**given, "type": accelerator.type}.items():
         setattr(args, key, value)
     args.existing = args.internal_ip = True
-    return "vm", args
+    return "vm", None
 
 
 def metadata() -> dict[str, str]:
@@ -158,15 +169,15 @@ def metadata() -> dict[str, str]:
 
 def machine(
     args: argparse.Namespace, values: Values, name: str
-) -> tuple[Tpu, list[str], Accelerator]:
+) -> tuple[Tpu, list[str], Accelerator | None]:
     zones = [zone for zone in values.of_gcloud("zone", "compute/zone").split(",") if zone]
     if not zones:
-        raise Stop(REFUSED, "--zone is needed, such as us-central2-b")
+        raise Stop(USAGE, "--zone is needed, such as us-central2-b")
     project = values.of_gcloud("project", "project")
     kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
-    if not kind:
-        raise Stop(REFUSED, "--type is needed, such as v4-32")
-    accelerator = accelerators.parse(kind, args.price)
+    if not kind and not (args.existing and args.dry_run):
+        raise Stop(USAGE, "--type is needed, such as v4-32")
+    accelerator = accelerators.parse(kind, args.price) if kind else None
     if args.num_slices < 1:
         raise Stop(USAGE, f"--num-slices {args.num_slices} must be at least 1")
     if args.num_slices > 1 and args.no_queue:
@@ -175,12 +186,12 @@ def machine(
         name=name,
         zone=zones[0],
         project=project,
-        type=accelerator.type,
-        runtime=args.runtime or accelerator.runtime,
+        type=accelerator.type if accelerator else "",
+        runtime=args.runtime or (accelerator.runtime if accelerator else ""),
         model=args.model or "on-demand",
         queue=not args.no_queue and not (args.existing and args.num_slices == 1),
         slices=args.num_slices,
-        valid_until=args.valid_until,
+        valid_until=f"{seconds(args.valid_until):.0f}s" if args.valid_until else "",
         internal_ip=args.internal_ip,
         iap=args.iap,
         network=args.network,
@@ -223,7 +234,9 @@ def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, 
         size = f"{shown['parameters'] / 1e6:.1f} M parameters"
         lines[0] = ("resolve", f"config {plan.config}: {size}, {batch}, {plan.steps} steps")
     lines.append(("resolve", f"workdir {plan.workdir} ({said.get('workdir', 'default')})"))
-    if plan.tpu and plan.accelerator:
+    if plan.tpu and not plan.accelerator:
+        lines.append(("resolve", f"type: the one of TPU VM {plan.name}, which is asked for it"))
+    elif plan.tpu and plan.accelerator:
         tpu, slice_ = plan.tpu, plan.accelerator
         many = f"{tpu.slices} x " if tpu.slices > 1 else ""
         model = "existing" if plan.args.existing else tpu.model

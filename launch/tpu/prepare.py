@@ -3,8 +3,8 @@
 import json
 from collections.abc import Callable
 
+from launch.tpu import check, gcloud, script
 from launch.tpu import clock as clocks
-from launch.tpu import gcloud, script
 from launch.tpu.attempt import last
 from launch.tpu.clock import Clock
 from launch.tpu.cloud import refuse
@@ -12,6 +12,8 @@ from launch.tpu.codes import INFRASTRUCTURE, SETUP, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, on_all
+
+SHOWN = 15  # last lines of what a worker says that can't be prepared
 
 
 class Preparation:
@@ -40,7 +42,9 @@ class Preparation:
         if not file.exists():
             for old in self.plan.folder.glob("*.tgz"):
                 old.unlink()
-            file.write_bytes(self.plan.code.data)
+            partial = file.with_suffix(".part")
+            partial.write_bytes(self.plan.code.data)
+            partial.replace(file)
         self.on_every("reach", [0], self._reach)
         self.on_every("reach", range(1, self.workers.count), self._reach)
 
@@ -76,15 +80,46 @@ class Preparation:
                 break
             self.pause(10 * (number + 1))
         worker = left[0]
+        for said in results[worker].err.strip().splitlines()[-SHOWN:]:
+            self.journal.print_log(worker, said)
         line = f"{what}: [w{worker:02}] {last(results[worker].err)}"
         if results[worker].code in (65, 70, 71):
             raise Stop(SETUP, line)
         error = gcloud.error(results[worker].err)
-        if error.kind in ("agent", "auth", "permission"):
+        if error.kind in ("agent", "auth", "permission", "key"):
             raise refuse(error)
         raise Stop(INFRASTRUCTURE, line)
 
     def prepare(self) -> None:
+        """All that is needed to start, on every worker. Raises Stop."""
+        if self.plan.unchecked:
+            self.alike()
+            self.check_config()
+            if not self.plan.setup:
+                return
+        self.alike()
+
+    def check_config(self) -> None:
+        """Worker 0 says what this machine could not: what the config comes to, and needs.
+
+        Raises Stop for a mistake, as it would have been raised before there was a machine.
+        """
+        found, line = None, script.show(self.plan)
+        for _ in range(3):
+            result = self.workers.shell(0, line, b"", 300)
+            found = check.read(result.code, result.out.decode(errors="replace"), result.err)
+            if found:
+                break
+            self.check()
+            self.pause(10)
+        if not found:
+            raise Stop(SETUP, f"the config can't be checked: [w00] {last(result.err)}")
+        commands = check.check_data(found, local=self.plan.target != "vm")
+        self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + commands)
+        self.plan.unchecked = False
+        self.journal.say("prepare", "worker 0 has checked the config")
+
+    def alike(self) -> None:
         """One environment, the same on every worker. Raises Stop with the odd one's name."""
         count, began = self.workers.count, self.clock.now()
         line = script.prepare(self.plan)

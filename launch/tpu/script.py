@@ -4,7 +4,8 @@ import hashlib
 import pathlib
 import shlex
 
-from launch.tpu import gcloud
+from launch.tpu import check, gcloud
+from launch.tpu.flags import seconds
 from launch.tpu.plan import ROOT, Plan
 from launch.tpu.transport import HOME, command
 
@@ -27,7 +28,12 @@ def install() -> str:
 
 def prepare(plan: Plan) -> str:
     extra = "tpu" if plan.target != "local" else ""
-    return command("prepare", plan.code.sha, extra, plan.setup)
+    return command("prepare", plan.code.sha, extra, "" if plan.unchecked else plan.setup)
+
+
+def show(plan: Plan) -> str:
+    """What the config comes to, on a worker: where this machine can't say."""
+    return command("show", plan.code.sha, *check.show(plan.config, plan.overrides, plan.devices))
 
 
 def start(plan: Plan, attempt: int, port: int, arguments: list[str]) -> str:
@@ -64,19 +70,26 @@ def dry_run(plan: Plan) -> list[str]:
         ssh(prime(plan.code.sha)),
         gcloud.line(gcloud.copy(tpu, node, 0, files, INCOMING)),
         ssh(install()),
-        ssh(command("status", plan.run, "last")),
-        ssh(prepare(plan)),
     ]
+    if not plan.args.existing and plan.args.orphan:
+        lines.append(ssh(reap(plan, tpu)))
+    lines += [ssh(command("status", plan.run, "last")), ssh(prepare(plan))]
+    if plan.unchecked:
+        lines.append(ssh(show(plan)))
     if plan.secrets:
         names = " ".join(f"{name}=..." for name in sorted(plan.secrets))
         lines.append(f"{ssh(command('secrets', plan.run))} <<< '{names} #END'")
     lines.append(ssh(start(plan, 1, port(plan.run, 1), [])))
     if not plan.args.existing:
-        lines += [ssh(reap(plan)), gcloud.line(gcloud.delete(tpu))]
+        lines.append(gcloud.line(gcloud.delete(tpu)))
     return lines
 
 
-def reap(plan: Plan) -> str:
-    """Worker 0 deletes the machine where its launcher is gone for good."""
-    delete = gcloud.delete(plan.tpu) if plan.tpu else []
-    return command("reap", plan.run, int(plan.args.orphan), *delete)
+def reap(plan: Plan, tpu: gcloud.Tpu) -> str:
+    """Worker 0 deletes the machine where its launcher is gone for good, unless it is to be kept."""
+    kept = [ending.partition(":")[::2] for ending in (plan.args.on_success, plan.args.on_failure)]
+    if ("keep", "") in kept:
+        return command("disarm", plan.run)
+    longest = max(seconds(duration or "0") for _, duration in kept)
+    patience = max(plan.args.orphan, longest + 600 if longest else 0)
+    return command("reap", plan.run, int(patience), *gcloud.delete(tpu))

@@ -4,6 +4,7 @@ Each call is of one worker, has a limit, and may be repeated: the agent sees to 
 """
 
 import concurrent.futures
+import glob
 import os
 import pathlib
 import shlex
@@ -115,6 +116,11 @@ def on_all(workers: Iterable[int], call: Callable[[int], Any]) -> dict[int, Any]
     workers = list(workers)
     with concurrent.futures.ThreadPoolExecutor(min(PARALLEL, len(workers) or 1)) as pool:
         return dict(zip(workers, pool.map(call, workers), strict=True))
+
+
+def chips_here() -> int | None:
+    """The TPU's chips of this host, by its device files; None where there are none."""
+    return len(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")) or None
 
 
 def on_a_tpu_vm() -> bool:

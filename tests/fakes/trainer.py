@@ -25,6 +25,8 @@ CONFIG = {
 
 
 def show():
+    if asked := os.environ.get("FAKE_SHOWN"):
+        pathlib.Path(asked).write_text(" ".join(sys.argv[1:]))
     wrong = [word for word in sys.argv if "nonsense" in word]
     if wrong:
         print(f"vit-scale: no config field is named {wrong[0]!r}", file=sys.stderr)
