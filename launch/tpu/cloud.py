@@ -4,6 +4,7 @@ The answer of `create` is not waited for: it may never come though the machine i
 is what `describe` says.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -20,14 +21,15 @@ from launch.tpu.journal import Journal
 TERMINAL = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN")
 SICK = ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNKNOWN")
 CODES = {"quota": REFUSED, "zone": REFUSED, "invalid": REFUSED, "api": REFUSED}
-CODES |= {"auth": AUTH, "permission": AUTH, "agent": AUTH}
+CODES |= {"auth": AUTH, "permission": AUTH, "agent": AUTH, "key": AUTH}
 TRIES, LONGEST = 12, 60  # of an API that doesn't answer; seconds between the last tries
 DELETION = 1200  # seconds that a deletion may take
 EXPIRES = 24 * 3600  # after which `gc` calls a machine forgotten, unless its launcher renews that
 
 
 class Look(NamedTuple):
-    """`kind`: absent, waiting, ready, sick (may recover), gone (never will), failed."""
+    """`kind`: absent, waiting, ready, unhealthy (READY, and says so), sick (may recover), gone
+    (never will), failed, foreign (of this name, and not this run's)."""
 
     kind: str
     detail: str
@@ -53,7 +55,7 @@ class Cloud:
 
     def __init__(self, tpu: Tpu, clock: Clock, journal: Journal, owned: bool = False):
         self.tpu, self.clock, self.journal, self.owned = tpu, clock, journal, owned
-        self.missing = 0  # looks in a row that found no node
+        self.missing = 0  # looks in a row that missed a node
 
     def call(self, argv: list[str], patience: int = TRIES) -> bytes:
         """gcloud's output. Raises ApiError; what may pass is tried again before."""
@@ -84,15 +86,46 @@ class Cloud:
         except ValueError:
             raise Stop(INFRASTRUCTURE, f"no JSON came from: {gcloud.line(argv)}") from None
 
+    def is_ours(self, marks: dict) -> bool:
+        """Whether what has these labels is this run's; of any run where none is known."""
+        run = self.tpu.labels.get("run")
+        return marks.get("managed-by") == "vit_scale" and run in (None, marks.get("run"))
+
     def look(self, patience: int = TRIES) -> Look:
         found = self.read(gcloud.describe(self.tpu), patience)
+        if self.tpu.queue:
+            return self._request(found, patience) if found else self._without_request(patience)
         if found is None:
             return Look("absent", "there is none")
-        if not self.tpu.queue:
-            return self._node(self.tpu.name, found)
+        if found.get("queuedResource") and self.is_ours(found.get("labels", {})):
+            self.tpu = dataclasses.replace(self.tpu, queue=True)  # it was asked for in another way
+            return self.look(patience)
+        return self._node(self.tpu.name, found)
+
+    def _without_request(self, patience: int) -> Look:
+        """A node may outlive what asked for it; or be made without; or be another's."""
+        for name in self.tpu.nodes:
+            node = self.read(gcloud.describe_node(self.tpu, name), patience)
+            if node is None:
+                continue
+            look = self._node(name, node)
+            if self._is_left(node):
+                return look._replace(kind="gone", detail=f"node {name} is left of its request")
+            if self.is_ours(look.labels) and self.tpu.slices == 1:
+                self.tpu = dataclasses.replace(self.tpu, queue=False)
+                return look
+            return look._replace(kind="foreign", detail=f"a TPU VM {name} that is not of it")
+        return Look("absent", "there is none")
+
+    def _is_left(self, node: dict) -> bool:
+        """Whether the node is of this request, which is no more."""
+        marks, request = node.get("labels", {}), node.get("queuedResource", "")
+        named = request.rpartition("/")[2] == self.tpu.name and not marks.get("run")
+        return bool(request) and (named or self.is_ours(marks))
+
+    def _request(self, found: dict, patience: int) -> Look:
         state = found.get("state", {}).get("state", "")
-        spec = found.get("tpu", {}).get("nodeSpec", [{}])
-        labels = spec[0].get("node", {}).get("labels", {})
+        spec, labels = specs(found), marks_of(found)
         names = [
             entry.get("nodeId") or name for entry, name in zip(spec, self.tpu.nodes, strict=False)
         ]
@@ -107,24 +140,25 @@ class Cloud:
         return look if look.labels else look._replace(labels=labels)
 
     def _nodes(self, names: list[str], patience: int) -> Look:
-        looks = []
-        for name in names:
-            found = self.read(gcloud.describe_node(self.tpu, name), patience)
-            # It may not be listed yet, or be gone while its request says nothing.
-            self.missing = 0 if found else self.missing + 1
-            kind = "gone" if self.missing >= 3 else "waiting"
-            missing = Look(kind, f"node {name} is not there")
-            looks.append(self._node(name, found) if found else missing)
-        for kind in ("gone", "sick", "waiting"):
+        found = {name: self.read(gcloud.describe_node(self.tpu, name), patience) for name in names}
+        # It may not be listed yet, or be gone while its request says nothing.
+        self.missing = 0 if all(found.values()) else self.missing + 1
+        kind = "gone" if self.missing >= 3 else "waiting"
+        looks = [
+            self._node(name, node) if node else Look(kind, f"node {name} is not there")
+            for name, node in found.items()
+        ]
+        hosts = [host for look in looks for host in look.hosts]
+        for kind in ("gone", "sick", "waiting", "unhealthy"):
             for look in looks:
                 if look.kind == kind:
-                    return look
-        hosts = [host for look in looks for host in look.hosts]
+                    return look._replace(hosts=hosts)
         return looks[0]._replace(hosts=hosts)
 
     def _node(self, name: str, node: dict) -> Look:
         state, health = node.get("state", "UNKNOWN"), node.get("health", "")
-        known = {"created": node.get("createTime", ""), "labels": node.get("labels", {})}
+        known: dict = {"created": node.get("createTime", ""), "labels": node.get("labels", {})}
+        known["hosts"] = [(name, count_hosts(node))]
         if state in TERMINAL:
             return Look("gone", f"node {name} is {state}", **known)
         if state in SICK:
@@ -133,20 +167,24 @@ class Cloud:
             return Look("waiting", f"node {state}", **known)
         if health.startswith("UNHEALTHY"):
             said = node.get("healthDescription") or health
-            return Look("sick", f"node {name}: {said}", **known)
-        return Look("ready", "node READY", [(name, count_hosts(node))], **known)
+            return Look("unhealthy", f"node {name}: {said}", **known)
+        return Look("ready", "node READY", **known)
 
-    def create(self) -> None:
-        """Ask for it; a second call finds it there. Raises Stop, or ApiError for a stockout."""
+    def create(self) -> bool:
+        """Ask for it; False where there is one, whosever that is. Raises Stop, or ApiError for a
+        stockout."""
         self.journal.say("acquire", f"asking for {self.tpu.name} in {self.tpu.zone}")
+        marks = {**self.tpu.labels, "expires": expiry()}
+        self.tpu = dataclasses.replace(self.tpu, labels=marks)
         try:
             self.call(gcloud.create(self.tpu), patience=5)
         except ApiError as error:
             if error.kind == "exists":
-                return
+                return False
             if error.kind in CODES:
                 raise refuse(error) from None
             raise
+        return True
 
     def delete(self) -> None:
         """Delete it, and return when it is gone. Raises Stop where that does not happen."""
@@ -168,22 +206,23 @@ class Cloud:
         )
 
     def _exists(self) -> dict | None:
-        """The request or a node of it, as long as there is any."""
+        """The request or a node of it, as long as there is any; another's of that name is none."""
         found = self.read(gcloud.describe(self.tpu))
         if found is None and self.tpu.queue:  # a node may outlive what asked for it
-            for node in self.tpu.nodes:
-                found = found or self.read(gcloud.describe_node(self.tpu, node))
-            if found:
-                self._delete_nodes()
-        return found
+            for name in self.tpu.nodes:
+                node = self.read(gcloud.describe_node(self.tpu, name))
+                if node and self._is_left(node):
+                    found = node
+                    self._delete_node(name)
+            return found
+        return found if found and self.is_ours(marks_of(found)) else None
 
-    def _delete_nodes(self) -> None:
-        for node in self.tpu.nodes:
-            one = gcloud.Tpu(node, self.tpu.zone, self.tpu.project, "", "", queue=False)
-            try:
-                self.call(gcloud.delete(one))
-            except ApiError as error:
-                self.journal.write("delete", error=str(error))
+    def _delete_node(self, node: str) -> None:
+        one = gcloud.Tpu(node, self.tpu.zone, self.tpu.project, "", "", queue=False)
+        try:
+            self.call(gcloud.delete(one))
+        except ApiError as error:
+            self.journal.write("delete", error=str(error))
 
     def _ask_to_delete(self) -> bool:
         try:
@@ -198,17 +237,30 @@ class Cloud:
         """Say that the machine is still wanted; where that can't be said, `gc` asks before."""
         for node in self.tpu.nodes:
             try:
-                self.call(gcloud.renew(self.tpu, node, int(time.time() + EXPIRES)), patience=1)
+                self.call(gcloud.renew(self.tpu, node, expiry()), patience=1)
             except (ApiError, Stop) as error:
                 self.journal.write("renew", error=str(error))
 
 
+def specs(request: dict) -> list[dict]:
+    return request.get("tpu", {}).get("nodeSpec") or [{}]
+
+
+def marks_of(found: dict) -> dict:
+    """The labels of a node, or of a request's nodes."""
+    return found.get("labels") or specs(found)[0].get("node", {}).get("labels", {})
+
+
+def expiry() -> str:
+    return str(int(time.time() + EXPIRES))
+
+
+def owner() -> str:
+    """Who uses this program here, as a label says it."""
+    name = os.environ.get("USER", "unknown").lower()
+    return "".join(c if c.isalnum() else "-" for c in name)[:63]
+
+
 def labels(run: str) -> dict[str, str]:
     """What marks a machine as this program's; lower case, digits, - and _."""
-    owner = "".join(c if c.isalnum() else "-" for c in os.environ.get("USER", "unknown").lower())
-    return {
-        "managed-by": "vit_scale",
-        "run": run,
-        "owner": owner[:63],
-        "expires": str(int(time.time() + EXPIRES)),
-    }
+    return {"managed-by": "vit_scale", "run": run, "owner": owner(), "expires": expiry()}

@@ -70,11 +70,15 @@ def run(args, overrides: list[str]) -> int:
         return detach(made, journal)
     for what, text in made.lines:
         journal.say(what, text)
-    write_request(made, journal)
     clock = Clock()
     cloud = Cloud(made.tpu, clock, journal) if made.tpu else None
     workers = None if cloud else local_workers(made, clock)
-    return Launcher(made, cloud, workers, clock, journal).run()
+    launcher = Launcher(made, cloud, workers, clock, journal)
+    if launcher.machine:  # other verbs know a run by its notes: not before the machine is its own
+        launcher.machine.claim = lambda: write_request(made, journal)
+    else:
+        write_request(made, journal)
+    return launcher.run()
 
 
 def write_request(made: Plan, journal: Journal) -> None:
@@ -95,7 +99,8 @@ def write_request(made: Plan, journal: Journal) -> None:
         "existing": made.args.existing,
         "resolved": [text for what, text in made.lines],
     }
-    journal.put("launch.json", json.dumps(content, indent=1, default=str))
+    if not journal.put("launch.json", json.dumps(content, indent=1, default=str)):
+        raise Stop(USAGE, f"{made.folder} can't be written: is the disk full?")
     journal.put("changes.diff", bundle.changes(ROOT))
 
 

@@ -6,12 +6,12 @@ launcher can't reach. An end that was asked for is an Interrupted, raised where 
 
 import json
 import signal
+import sys
 import time
 
 from launch.tpu import gcloud
 from launch.tpu.clock import Clock
 from launch.tpu.codes import (
-    BAD_INPUT,
     CRASH_LOOP,
     DONE,
     FAILED,
@@ -23,7 +23,7 @@ from launch.tpu.codes import (
 )
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
-from launch.tpu.journal import Journal
+from launch.tpu.journal import Journal, tell
 from launch.tpu.machine import Machine
 from launch.tpu.meter import Meter
 from launch.tpu.plan import Plan
@@ -31,7 +31,6 @@ from launch.tpu.plan import Plan
 WINDOW = 3  # seconds for a second Ctrl-C, which stops
 KEPT = (
     FAILED,
-    BAD_INPUT,
     SETUP,
     CRASH_LOOP,
     TPU_HELD,
@@ -114,7 +113,9 @@ class Ending:
     @property
     def responsible(self) -> bool:
         """Whether it is this launcher's to delete: not that of a training which it can't reach."""
-        return self.knows or (self.machine is not None and self.machine.made)
+        if self.machine is None:
+            return self.knows
+        return self.knows or self.machine.made or (self.owned and self.machine.fresh)
 
     def leave(self, code: int) -> bool:
         """Leave the machine as it was asked for; whether it is deleted."""
@@ -178,7 +179,7 @@ class Ending:
             result["cause"] = self.journal.hide(line)
         self.journal.write("end", **result)
         self.journal.give_up()
-        print(json.dumps(result), flush=True)
+        tell(json.dumps(result), sys.stdout)
         return code
 
     def kept(self, tpu: gcloud.Tpu) -> str:

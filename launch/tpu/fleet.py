@@ -1,6 +1,7 @@
 """The machines of this program in the cloud, whoever has started them: list, delete, gc."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -10,43 +11,56 @@ from launch.tpu.clock import Clock
 from launch.tpu.codes import DONE, INFRASTRUCTURE, USAGE, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
-from launch.tpu.known import FOLDER, Known
+from launch.tpu.known import FOLDER, Known, whose
 from launch.tpu.plan import ROOT
-from launch.tpu.transport import GcloudWorkers
+from launch.tpu.transport import HOME, GcloudWorkers, command, on_all
 
 LEFT = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
+QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+LATELY = 900  # seconds
+NOT_REACHED = "in use, not reached"
 
 
 def delete(args: argparse.Namespace) -> int:
     """Delete a machine of this program, also one that this machine has no notes of."""
-    if args.zone and args.name:
-        values = flags.Values(args, ROOT)
-        tpu = Tpu(
-            args.name,
-            args.zone,
-            values.of_gcloud("project", "project"),
-            "",
-            "",
-            queue=not args.no_queue,
-        )
-        journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
-        found: cloud.Cloud | None = cloud.Cloud(tpu, Clock(), journal, owned=True)
-    else:
-        known = Known(args)
-        found = known.cloud
-    if found is None or not found.owned:
-        raise Stop(USAGE, "this run's machine was not made by this program: it is not deleted")
+    found, known = wanted(args)
     look = found.look()
     if look.kind == "absent":
         print(f"{found.tpu.name}: {look.detail}", file=sys.stderr)
         return DONE
-    if look.labels.get("managed-by") != "vit_scale":
+    marks = look.labels
+    if marks.get("managed-by") != "vit_scale":
         raise Stop(USAGE, f"{found.tpu.name} was not made by this program: it is not deleted")
-    if not confirmed(args, f"delete {found.tpu.name} ({look.detail})"):
+    owner = marks.get("owner", "")
+    own = found.is_ours(marks) and (known or owner == cloud.owner())
+    if not own and args.owner not in ("all", owner):
+        raise Stop(
+            USAGE,
+            f"{found.tpu.name} is not deleted: {whose(marks)}; give --owner {owner} to do so",
+        )
+    found.tpu = dataclasses.replace(found.tpu, labels={"run": marks.get("run", "")})
+    look = found.look()  # now that its run is known, it may be seen to be a node without a request
+    if not confirmed(args, f"delete {found.tpu.name} ({look.detail}; {whose(marks)})"):
         return DONE
     found.delete()
     print(f"{found.tpu.name} is deleted", file=sys.stderr)
     return DONE
+
+
+def wanted(args: argparse.Namespace) -> tuple[cloud.Cloud, bool]:
+    """The machine that is to be deleted; and whether this machine has notes of its run."""
+    try:
+        known = Known(args)
+    except Stop:
+        if not (args.zone and args.name):
+            raise
+        project = flags.Values(args, ROOT).of_gcloud("project", "project")
+        tpu = Tpu(args.name, args.zone, project, "", "", queue=not args.no_queue)
+        journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
+        return cloud.Cloud(tpu, Clock(), journal, owned=True), False
+    if known.cloud is None or not known.cloud.owned:
+        raise Stop(USAGE, "this run's machine was not made by this program: it is not deleted")
+    return known.cloud, True
 
 
 def confirmed(args: argparse.Namespace, what: str) -> bool:
@@ -61,10 +75,13 @@ class Machine:
     """A machine with this program's labels, in some zone."""
 
     def __init__(self, tpu: Tpu, state: str, labels: dict, created: str, kind: str):
-        self.tpu, self.state, self.labels, self.kind = tpu, state, labels, kind
+        self.state, self.labels, self.kind = state, labels, kind
+        self.tpu = dataclasses.replace(tpu, labels={"run": labels.get("run", "")})
         self.hours = meter.age(created) / 3600
         expires = labels.get("expires", "")
-        self.expired = expires.isdigit() and int(expires) < time.time()
+        # A request has no label that could be renewed, and may wait for days.
+        past = expires.isdigit() and int(expires) < time.time()
+        self.expired = past and state not in QUEUED
         self.left = state in LEFT
 
     @property
@@ -105,6 +122,7 @@ def machines(args: argparse.Namespace) -> list[Machine]:
             specs = request.get("tpu", {}).get("nodeSpec", [{}])
             node = specs[0].get("node", {})
             tpu = Tpu(last(request["name"]), zone, project, "", "", slices=len(specs))
+            tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
             there = [made.pop(spec.get("nodeId", ""), None) for spec in specs]
             labels = next(
                 (n["labels"] for n in there if n and n.get("labels")), node.get("labels", {})
@@ -118,6 +136,7 @@ def machines(args: argparse.Namespace) -> list[Machine]:
             found.append(Machine(tpu, state, labels, created, node.get("acceleratorType", "")))
         for name, node in made.items():
             tpu = Tpu(name, zone, project, "", "", queue=False)
+            tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
             found.append(
                 Machine(
                     tpu,
@@ -143,6 +162,8 @@ def last(name: str) -> str:
 
 def listing(args: argparse.Namespace) -> int:
     rows = [machine.as_json() for machine in machines(args)]
+    if args.owner not in ("", "all"):
+        rows = [row for row in rows if row["owner"] == args.owner]
     if args.json:
         print(json.dumps({"machines": rows}))
         return DONE
@@ -155,12 +176,16 @@ def listing(args: argparse.Namespace) -> int:
 
 def collect(args: argparse.Namespace) -> int:
     """Delete what is forgotten: each machine is shown, and asked about unless --yes is given."""
-    code = DONE
+    code, mine = DONE, args.owner or cloud.owner()
     for machine in machines(args):
-        wanted = machine.expired or (machine.left and not args.expired)
         text = json.dumps(machine.as_json())
-        if not wanted or (not machine.left and trains(machine)):
-            print(f"in use: {text}")
+        if mine not in ("all", machine.labels.get("owner")):
+            print(f"another's: {text}")
+            continue
+        wanted = machine.expired or (machine.left and not args.expired)
+        use = "in use" if not wanted else "" if machine.left else in_use(machine)
+        if use:
+            print(f"{use}: {text}")
             continue
         if not confirmed(args, f"delete {text}"):
             continue
@@ -174,13 +199,28 @@ def collect(args: argparse.Namespace) -> int:
     return code
 
 
-def trains(machine: Machine) -> bool:
-    """Whether a training runs there, whatever the labels say: they can't always be renewed."""
+def in_use(machine: Machine) -> str:
+    """How a machine is in use, whatever its labels say: they can't always be renewed; "" if not.
+
+    It is not where each worker says that nothing runs there, and that no launcher has asked lately.
+    """
     clock = Clock()
-    journal = Journal(FOLDER / "list", quiet=True)
-    look = cloud.Cloud(machine.tpu, clock, journal).look()
-    if look.kind != "ready" or not look.hosts:
-        return False
+    look = cloud.Cloud(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).look()
+    if look.kind in ("absent", "gone", "failed"):
+        return ""
     workers = GcloudWorkers(machine.tpu, look.hosts, clock, lambda argv: None)
-    result = workers.agent(0, "status", machine.labels.get("run", ""), "last")
-    return b"state=running" in result.out
+    ask = command("status", machine.labels.get("run", ""), "last")
+    line = f"if test -e {HOME}/agent.sh; then {ask}; else echo '#STATUS state=absent'; fi"
+    answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
+    said = [result.out.decode(errors="replace") for result in answers.values()]
+    if any("state=running" in text or watched(text, clock) for text in said):
+        return "in use"
+    reached = all(result.code == 0 for result in answers.values())
+    return "" if reached and said and all("#STATUS" in text for text in said) else NOT_REACHED
+
+
+def watched(status: str, clock: Clock) -> bool:
+    """Whether a launcher has asked this worker lately."""
+    asked = status.partition("#SITTER ")[2].split("\n")[0].split()[1:]
+    now = status.partition("now=")[2].split()[:1]
+    return bool(asked and now) and (float(now[0]) - float(asked[0])) / clock.scale < LATELY

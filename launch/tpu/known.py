@@ -18,6 +18,8 @@ FOLDER = ROOT / "runs" / "tpu"
 class Known:
     """A run that this machine has notes of, and the way to its workers."""
 
+    ANSWERING = ("ready", "unhealthy", "sick")  # looks at a machine whose workers may answer
+
     def __init__(self, args: argparse.Namespace):
         self.args, self.clock = args, Clock()
         values = flags.Values(args, ROOT)
@@ -46,10 +48,25 @@ class Known:
         if self.cloud is None:
             homes = sorted(self.folder.glob("worker-*")) or [pathlib.Path.home()]
             return LocalWorkers(homes, "", 0, self.clock)
-        look = self.cloud.look()
-        if look.kind != "ready":
+        look = self.look()
+        if look.kind not in self.ANSWERING:
             raise Stop(REFUSED, f"{self.name} has no workers: {look.detail}")
         return GcloudWorkers(self.cloud.tpu, look.hosts, self.clock, lambda argv: None)
+
+    def look(self) -> cloud.Look:
+        """How the machine is. Raises Stop where another run has it by now."""
+        assert self.cloud
+        look = self.cloud.look()
+        if self.cloud.owned and look.kind != "absent" and not self.cloud.is_ours(look.labels):
+            raise Stop(USAGE, f"{self.name} is not of {self.run} any more: {whose(look.labels)}")
+        return look
+
+
+def whose(labels: dict) -> str:
+    """Who has the machine with these labels."""
+    if labels.get("managed-by") != "vit_scale":
+        return "this program has not made it"
+    return f"it is of run {labels.get('run')}, of {labels.get('owner')}"
 
 
 def is_of(path: pathlib.Path, name: str) -> bool:

@@ -5,16 +5,20 @@ before it does anything, and what is there already is taken over. ending.py says
 end, and what becomes of the machine.
 """
 
+import contextlib
 import os
 import secrets
 import socket
+import threading
+import traceback
+from collections.abc import Iterator
 
 from launch.tpu import budget, script
 from launch.tpu.attempt import Attempt, last
 from launch.tpu.classify import Cause
 from launch.tpu.clock import Clock
-from launch.tpu.cloud import Cloud
-from launch.tpu.codes import AUTH, DONE, INTERRUPTED, USAGE, Stop
+from launch.tpu.cloud import Cloud, Look
+from launch.tpu.codes import AUTH, DONE, INTERRUPTED, SETUP, USAGE, Stop
 from launch.tpu.ending import Ending, Interrupted
 from launch.tpu.journal import Journal
 from launch.tpu.machine import LOOK, Gone, Machine
@@ -24,8 +28,8 @@ from launch.tpu.prepare import Preparation
 from launch.tpu.transport import GcloudWorkers, Workers
 
 WATCH = 30  # seconds between looks at a machine that trains
-RENEW = 3600  # seconds between saying that the machine is wanted
 LEASE = 300  # seconds for which a launcher on another machine that watched is respected
+ASKED = 4  # times that a worker is asked how a run is, before it is taken up without its answer
 
 
 class Launcher:
@@ -43,10 +47,12 @@ class Launcher:
         self.workers = workers or Workers()
         self.meter = Meter(plan.price, clock, journal)
         self.attempt: Attempt | None = None
+        self.trains = False  # an attempt was begun or taken up, and has not been seen to end
         self.machine = Machine(plan, cloud, self.meter, self.pause) if cloud else None
         self.sitter = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.ending = Ending(plan, clock, journal, self.meter, self.machine, self.sitter)
-        self.renewed = clock.now()
+        if self.machine:
+            self.machine.rescue = self.rescue
 
     # --- the whole
 
@@ -62,11 +68,18 @@ class Launcher:
             code, line = stop.code, str(stop)
         except Interrupted as interrupted:
             return self.interrupted(interrupted)
-        except Exception as error:  # the machine must not be left because of a mistake in here
-            self.journal.write("bug", error=repr(error))
-            self.ending.release()
-            raise
+        except Exception as error:  # noqa: BLE001, whatever it is, the machine is dealt with
+            return self.give_up(error)
         return self.finish(code, line)
+
+    def give_up(self, error: Exception) -> int:
+        """A mistake in here leaves no machine, but where an attempt of this run may train on it."""
+        self.journal.say("bug", traceback.format_exc())
+        may_train = self.trains and not (self.machine and self.machine.fresh)
+        if may_train:
+            self.journal.say("detach", "what trains goes on: the same command takes it up")
+        deleted = False if may_train else self.ending.release()
+        return self.ending.end(SETUP, f"a mistake in the launcher: {error!r}", deleted)
 
     def to_the_end(self) -> None:
         """Attempts, until one has trained to the end. Raises Stop."""
@@ -120,14 +133,25 @@ class Launcher:
         """Have workers, and know how to call them. Raises Gone, Stop or Interrupted."""
         if self.machine:
             look = self.machine.acquire()
-            tpu = self.machine.cloud.tpu
-            self.workers = GcloudWorkers(tpu, look.hosts, self.clock, self._record)
+            self.workers = self.workers_of(look)
             if self.workers.count != self.plan.hosts:
                 found = f"{self.workers.count} workers are there, {self.plan.hosts} were expected"
                 self.journal.say("acquire", found)
         self.preparation = Preparation(
             self.plan, self.workers, self.clock, self.journal, self.check, self.pause
         )
+
+    def workers_of(self, look: Look) -> Workers:
+        assert self.machine
+        return GcloudWorkers(self.machine.cloud.tpu, look.hosts, self.clock, self._record)
+
+    def rescue(self, look: Look) -> None:
+        """Have what may train on a sick machine save, before that is removed."""
+        number = self.journal.state["attempt"]
+        if number and look.hosts:
+            self.journal.say("stop", f"attempt {number}: saving, if it can")
+            self.workers = self.workers_of(look)
+            self.new_attempt(number).stop(self.plan.args.grace)
 
     def _record(self, argv: list[str]) -> None:
         self.journal.write("gcloud", argv=argv)
@@ -146,23 +170,27 @@ class Launcher:
     def one_attempt(self) -> Cause:
         """Take up the attempt that is there, or make the next; why it ended."""
         self.preparation.reach()
+        self.watch_over()
         self.attempt = attempt = self.find_attempt()
-        self.ending.knows = True
+        self.ending.knows, self.trains = True, attempt is not None
         if attempt is None:
-            self.preparation.prepare()
+            with self.lease():
+                self.preparation.prepare()
             number = self.journal.state["attempt"] + 1
             self.journal.state["attempt"] = number
             self.journal.save()
             self.attempt = attempt = self.new_attempt(number)
+            self.trains = True
             refused = attempt.start()
-            self.watch_over()
             if refused:
+                self.trains = False
                 self.journal.state["settled"] = number
                 self.check()
                 return refused
             count = self.workers.count
             self.journal.say("train", f"attempt {number} started on {count}/{count}")
         found = self.babysit(attempt)
+        self.trains = False
         self.journal.state["settled"] = attempt.number
         self.note_progress()
         return found
@@ -186,9 +214,8 @@ class Launcher:
         if number == 0 or (number <= state.get("settled", 0) and not running):
             return None
         attempt = self.new_attempt(number)
-        attempt.poll()
-        states = [view.state for view in attempt.views]
-        if any(state in ("absent", "unknown") for state in states):
+        self.ask_all(attempt)
+        if began_in_part(attempt):
             self.journal.say("train", f"attempt {number} had not started everywhere: ended")
             attempt.stop(0)
             return None
@@ -196,6 +223,15 @@ class Launcher:
             return None  # somebody had stopped it, and wants it to go on now
         self.journal.say("train", f"attempt {number} is there already: taken over")
         return attempt
+
+    def ask_all(self, attempt: Attempt) -> None:
+        """How it is, on all workers if they answer: who does not is no proof of anything."""
+        for number in range(ASKED):
+            attempt.poll()
+            if all(view.state != "unknown" for view in attempt.views):
+                return
+            self.check()
+            self.pause(5 * (number + 1))
 
     def check_sitter(self, head: str) -> None:
         """Raises Stop where a launcher on another machine watches this run."""
@@ -213,10 +249,30 @@ class Launcher:
 
     def watch_over(self) -> None:
         """Have worker 0 delete the machine where it is forgotten; that it can't is no failure."""
-        if self.ending.owned and self.plan.args.orphan:
-            result = self.workers.shell(0, script.reap(self.plan), b"", 60)
+        if self.machine and self.ending.owned and self.plan.args.orphan:
+            line = script.reap(self.plan, self.machine.cloud.tpu)
+            result = self.workers.shell(0, line, b"", 60)
             if result.code:
                 self.journal.write("reap", error=last(result.err))
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Say to worker 0 all the while that somebody watches: what is done may take long."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while True:
+                self.workers.agent(0, "lease", self.plan.run, self.sitter)
+                if ended.wait(LEASE / 4 * self.clock.scale):
+                    return
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def babysit(self, attempt: Attempt) -> Cause:
         """Follow the attempt to its end. Raises Gone, Stop or Interrupted."""
@@ -251,9 +307,8 @@ class Launcher:
         silent = any(view.error for view in attempt.views)
         if self.machine and now - self.machine.looked > (LOOK if silent else WATCH):
             self.is_ready()
-        if self.machine and self.ending.owned and now - self.renewed > RENEW:
-            self.renewed = now
-            self.machine.cloud.renew()
+        if self.machine:
+            self.machine.renew()
 
     # --- the end
 
@@ -264,6 +319,8 @@ class Launcher:
         if self.attempt:
             self.journal.say("stop", f"attempt {self.attempt.number}: saving, then ending")
             self.end_attempt(self.attempt)
+        if interrupted.keep and self.ending.owned:
+            self.workers.agent(0, "disarm", self.plan.run)
         deleted = False if interrupted.keep else self.ending.release()
         return self.ending.end(INTERRUPTED, "stopped", deleted)
 
@@ -282,3 +339,9 @@ class Launcher:
                 return self.ending.end(code, line, deleted=False)
             self.end_attempt(self.attempt)
         return self.ending.end(code, line, self.ending.leave(code))
+
+
+def began_in_part(attempt: Attempt) -> bool:
+    """Whether all say that it has not begun everywhere, so that nobody has made a step."""
+    states = {view.state for view in attempt.views}
+    return "absent" in states and "unknown" not in states and not any(attempt.steps.values())

@@ -14,6 +14,8 @@ from launch.tpu.plan import Plan
 
 LOOK = 15  # seconds between looks at a machine that is to come
 REPAIR = 1200  # seconds that a machine may take to recover
+RENEW = 3600  # seconds between saying that the machine is wanted
+AGAIN = (5, 30, 60, 120, 300)  # seconds to wait where there is one, and it isn't seen
 ROTATION = (30, 60, 120, 300, 600)  # seconds to wait after a stockout
 
 
@@ -24,14 +26,19 @@ class Gone(Exception):
 class Machine:
     """The run's slices. `pause` waits, and raises where somebody wants the launcher to end.
 
-    `made`: by this launcher, so that nothing trains there which it does not know of.
+    `made`: by this launcher, so that nothing trains there which it does not know of. `fresh`: no
+    look has found it READY yet. `claim` is called when it is, or is to be, this run's; `rescue`
+    with the last look before one is removed that may still train.
     """
 
     def __init__(self, plan: Plan, cloud: Cloud, meter: Meter, pause: Callable[[float], None]):
         self.plan, self.cloud, self.meter, self.pause = plan, cloud, meter, pause
         self.clock, self.journal = cloud.clock, cloud.journal
-        self.zone, self.shortages, self.made = 0, 0, False
-        self.looked = self.clock.now()
+        self.zone, self.shortages, self.refusals, self.made = 0, 0, 0, False
+        self.fresh = True
+        self.claim: Callable[[], None] = lambda: None
+        self.rescue: Callable[[Look], None] = lambda look: None
+        self.looked = self.renewed = self.clock.now()
 
     def acquire(self) -> Look:
         """Return when it is READY. Raises Stop for what waiting does not mend."""
@@ -40,18 +47,21 @@ class Machine:
         said = ""
         while True:
             look = self.cloud.look()
-            if look.kind != "absent" and not self.cloud.owned:
+            if look.kind == "foreign" or (look.kind != "absent" and not self.cloud.owned):
                 self.check_ours(look)
-            if look.kind != "sick":
+            self.fresh = self.fresh and look.kind in ("absent", "waiting", "failed")
+            if look.kind not in ("sick", "unhealthy"):
                 sick = self.clock.now()
             if look.detail != said and look.kind != "absent":
                 said = look.detail
                 waited = clocks.text(self.clock.now() - began)
                 self.journal.say("acquire", f"{self.cloud.tpu.name}: {said} ({waited})")
-            if look.kind == "ready":
+            # One that was there already may train, whatever its health is said to be.
+            if look.kind == "ready" or (look.kind == "unhealthy" and not self.made):
                 self.meter.begin(look.created)
                 self.journal.state["zone"] = self.cloud.tpu.zone
                 self.journal.save()
+                self.renew()
                 return look
             self._advance(look, began, sick)
 
@@ -69,32 +79,56 @@ class Machine:
     def _advance(self, look: Look, began: float, sick: float) -> None:
         """Do what the state of the machine asks for, and wait a little."""
         existing, now = self.plan.args.existing, self.clock.now()
-        if existing and look.kind in ("absent", "gone", "failed"):
+        if existing and look.kind in ("absent", "gone", "failed", "foreign"):
             raise Stop(REFUSED, f"TPU VM {self.plan.name} can't be used: {look.detail}")
         if look.kind == "absent":
             self.meter.end()
-            try:
-                self.cloud.create()
-                self.cloud.owned = self.made = True
-            except ApiError as error:
-                self.no_capacity(error, began)
+            self.claim()
+            self.ask(began)
         elif look.kind == "failed":
             reason = gcloud.error(look.detail)
             self.remove()
             self.no_capacity(reason, began)
         elif look.kind == "gone":
             self.remove()
-        elif look.kind == "sick" and now - sick > REPAIR:
+        elif look.kind in ("sick", "unhealthy") and now - sick > REPAIR:
             if existing:
                 raise Stop(INFRASTRUCTURE, f"{look.detail} for {clocks.text(now - sick)}")
+            self.rescue(look)
             self.remove()
+        self.renew()
         self.check_queue(began)
         self.meter.check(self.plan.args.max_hours, self.plan.args.max_cost)
         self.pause(2 if look.kind == "absent" else LOOK)
 
+    def ask(self, began: float) -> None:
+        """Have it made; where there is one, the next look says whose."""
+        try:
+            made = self.cloud.create()
+        except ApiError as error:
+            self.no_capacity(error, began)
+            return
+        self.cloud.owned = self.made = made
+        self.refusals = 0 if made else self.refusals + 1
+        if self.refusals > len(AGAIN):
+            raise Stop(
+                USAGE,
+                f"there is a TPU {self.plan.name} in {self.cloud.tpu.zone} that can't be seen: "
+                "give another --name",
+            )
+        if not made:
+            self.pause(AGAIN[self.refusals - 1])
+
+    def renew(self) -> None:
+        """Say now and then that the machine is wanted."""
+        if self.cloud.owned and self.clock.now() - self.renewed > RENEW:
+            self.renewed = self.clock.now()
+            self.cloud.renew()
+
     def check_ours(self, look: Look) -> None:
         """Take over the machine that is there, if it is this run's. Raises Stop for another's."""
         if self.plan.args.existing:
+            self.claim()
             return
         run = look.labels.get("run", "")
         if look.labels.get("managed-by") != "vit_scale":
@@ -109,7 +143,9 @@ class Machine:
                 f"TPU {self.plan.name} is of run {run}, with another config or workdir: give "
                 f"another --name, or end that one: launch/tpu_vm.sh delete --name {self.plan.name}",
             )
+        self.claim()
         self.cloud.owned = True
+        self.renewed = self.clock.now() - RENEW - 1  # what is taken over may be about to expire
         self.journal.say("acquire", f"{self.plan.name} is there already: taken over")
 
     def no_capacity(self, error: ApiError, began: float) -> None:
@@ -123,7 +159,8 @@ class Machine:
         self.shortages += 1
         self.journal.say("acquire", f"{self.cloud.tpu.zone}: {error}; next: {zones[self.zone]}")
         self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=zones[self.zone])
-        self.cloud.owned = False  # what is there is looked at first
+        self.cloud.owned = self.made = False  # what is there is looked at first
+        self.fresh = True
         self.check_queue(began)
         self.pause(wait if self.zone == 0 else 2)
 
@@ -137,7 +174,7 @@ class Machine:
         """Raises Gone where the machine is no more: 404 counts when it is said thrice."""
         for _ in range(3):
             look = self.cloud.look(patience)
-            if look.kind in ("gone", "failed", "sick"):
+            if look.kind in ("gone", "failed", "sick", "foreign"):
                 raise Gone(look.detail)
             if look.kind != "absent":
                 return
@@ -161,4 +198,5 @@ class Machine:
 
     def remove(self) -> None:
         self.cloud.delete()
+        self.fresh = True
         self.meter.end()

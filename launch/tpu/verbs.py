@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from launch.tpu import attempt, cloud, gcloud
-from launch.tpu.codes import DONE, INFRASTRUCTURE, USAGE, Stop
+from launch.tpu.codes import DONE, INFRASTRUCTURE, REFUSED, USAGE, Stop
 from launch.tpu.known import Known
 from launch.tpu.transport import on_all
 
@@ -16,9 +16,9 @@ from launch.tpu.transport import on_all
 def status(args: argparse.Namespace) -> int:
     known = Known(args)
     state, request = known.journal.state, known.request
-    look = known.cloud.look() if known.cloud else cloud.Look("ready", "this machine")
+    look = known.look() if known.cloud else cloud.Look("ready", "this machine")
     rows = []
-    if look.kind == "ready":
+    if look.kind in ("ready", "unhealthy"):
         workers = known.workers()
         answers = on_all(
             range(workers.count), lambda i: workers.agent(i, "status", known.run, "last")
@@ -110,25 +110,49 @@ def stop(args: argparse.Namespace) -> int:
             known.clock.sleep(2)
         print((known.folder / "journal.jsonl").read_text().splitlines()[-1])
         return DONE
-    workers, number = known.workers(), known.journal.state["attempt"]
-    seconds = max(1, round(args.grace * known.clock.scale))
-    answers = on_all(range(workers.count), lambda i: workers.agent(i, "status", known.run, "last"))
-    rows = [row(worker, result) for worker, result in answers.items()]
-    number = max([number, *(entry.get("attempt", 0) for entry in rows)])
-    on_all(range(workers.count), lambda i: workers.agent(i, "stop", known.run, number, seconds))
-    until = known.clock.now() + args.grace + 60
-    while known.clock.now() < until:
-        answers = on_all(
-            range(workers.count), lambda i: workers.agent(i, "status", known.run, number)
-        )
-        if all(row(i, result)["state"] != "running" for i, result in answers.items()):
-            break
-        known.clock.sleep(5)
-    print(f"{known.run}: attempt {number} is stopped", file=sys.stderr)
+    look = known.look() if known.cloud else cloud.Look("ready", "this machine")
+    if look.kind == "absent":
+        raise Stop(REFUSED, f"{known.name} has no workers: {look.detail}")
+    if look.kind in known.ANSWERING:  # nothing trains on any other
+        stop_workers(known, args)
     if not args.keep and known.cloud and known.cloud.owned:
         known.cloud.delete()
         print(f"{known.name} is deleted", file=sys.stderr)
     return DONE
+
+
+def stop_workers(known: Known, args: argparse.Namespace) -> None:
+    """Have the attempt save and end, on every worker; return when all say so, or after the grace.
+
+    Raises Stop where some can't be reached and the machine is kept: they may train.
+    """
+    workers, clock = known.workers(), known.clock
+    everyone = range(workers.count)
+
+    def ask(*words) -> list[dict]:
+        answers = on_all(everyone, lambda i: workers.agent(i, *words))
+        return [row(worker, result) for worker, result in answers.items()]
+
+    rows = ask("status", known.run, "last")
+    number = max([known.journal.state["attempt"], *(entry.get("attempt", 0) for entry in rows)])
+    seconds = max(1, round(args.grace * clock.scale))
+    until = clock.now() + args.grace + 60
+    while True:  # an attempt is asked once, and who was not reached is asked again
+        on_all(everyone, lambda i: workers.agent(i, "stop", known.run, number, seconds))
+        rows = ask("status", known.run, number)
+        left = [entry for entry in rows if entry["state"] in ("running", "not reached")]
+        if not left or clock.now() > until:
+            break
+        clock.sleep(5)
+    if args.keep:
+        workers.agent(0, "disarm", known.run)
+    if not left:
+        print(f"{known.run}: attempt {number} is stopped", file=sys.stderr)
+        return
+    names = ", ".join(f"[w{entry['worker']:02}] {entry['state']}" for entry in left)
+    print(f"{known.run}: attempt {number}, after its grace: {names}", file=sys.stderr)
+    if args.keep:
+        raise Stop(INFRASTRUCTURE, f"{known.run} may still train: {names}")
 
 
 def ssh(args: argparse.Namespace, words: list[str]) -> int:
