@@ -478,6 +478,22 @@ def test_labels_are_renewed(table, tmp_path):
     assert len(table.did("update", "--update-labels")) in (3, 4)
 
 
+def test_what_waited_long_says_at_once_that_it_is_wanted(table, tmp_path):
+    """Its label is of the creation, and gc goes by that until a worker has the agent."""
+    made = launcher(tmp_path)
+
+    def pause(delay):
+        made.clock.sleep(delay)
+        if made.clock.now() > 1e6 + 2.02 * 3600 and not table.nodes:
+            table.requests["vit"]["state"]["state"] = "ACTIVE"
+            table.node()
+            table.calls.append("it is there")
+
+    made.machine.pause = pause
+    made.machine.acquire()
+    assert "--update-labels" in table.calls[-1] and made.machine.made
+
+
 # --- gc
 
 

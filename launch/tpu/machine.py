@@ -1,6 +1,7 @@
 """The machine of a run: made or taken over, waited for until it is READY, known to be no more."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from launch.tpu import clock as clocks
@@ -61,7 +62,7 @@ class Machine:
                 self.meter.begin(look.created)
                 self.journal.state["zone"] = self.cloud.tpu.zone
                 self.journal.save()
-                self.renew()
+                self.renew(since=began)  # while it waited, there was nothing to label
                 return look
             self._advance(look, began, sick)
 
@@ -119,9 +120,9 @@ class Machine:
         if not made:
             self.pause(AGAIN[self.refusals - 1])
 
-    def renew(self) -> None:
-        """Say now and then that the machine is wanted."""
-        if self.cloud.owned and self.clock.now() - self.renewed > RENEW:
+    def renew(self, since: float = math.inf) -> None:
+        """Say now and then that the machine is wanted; `since`: what was said is as old as that."""
+        if self.cloud.owned and self.clock.now() - min(self.renewed, since) > RENEW:
             self.renewed = self.clock.now()
             self.cloud.renew()
 
