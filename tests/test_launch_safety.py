@@ -457,6 +457,22 @@ def test_a_request_that_is_taken_up_and_never_ready_is_withdrawn(table, tmp_path
     assert table.requests == {}
 
 
+def test_what_was_made_without_an_answer_is_withdrawn_too(table, tmp_path):
+    """Ctrl-C after a creation whose answer was lost: a look says what there is."""
+    made = launcher(tmp_path)
+    lost = Result(1, b"", "HTTP 503: the service is unavailable")
+    table.on["create"] = [lost] * 5
+
+    def interrupt(delay):
+        table.request(state="ACCEPTED")
+        made.ending.signals += 1
+        made.ending.check_interrupt(False)
+
+    made.machine.pause = interrupt
+    assert made.run() == 130
+    assert table.requests == {} and len(table.did("create")) == 5
+
+
 def test_a_machine_that_was_ready_is_left_where_its_training_is_not_known(table, tmp_path):
     table.request()
     table.node()

@@ -115,7 +115,8 @@ class Ending:
         """Whether it is this launcher's to delete: not that of a training which it can't reach."""
         if self.machine is None:
             return self.knows
-        return self.knows or self.machine.made or (self.owned and self.machine.fresh)
+        waits = self.machine.fresh and (self.owned or self.machine.asked)
+        return self.knows or self.machine.made or waits
 
     def leave(self, code: int) -> bool:
         """Leave the machine as it was asked for; whether it is deleted."""
@@ -148,9 +149,12 @@ class Ending:
 
     def release(self) -> bool:
         """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
-        if not (self.machine and self.owned and self.responsible):
+        if not (self.machine and self.responsible):
             return False
         try:
+            self.machine.find_asked()
+            if not self.owned:
+                return False
             self.machine.remove()
             return True
         except (Stop, ApiError) as error:

@@ -37,6 +37,7 @@ class Machine:
         self.clock, self.journal = cloud.clock, cloud.journal
         self.zone, self.shortages, self.refusals, self.made = 0, 0, 0, False
         self.fresh = True
+        self.asked = False  # for one, with no answer yet that says what came of it
         self.claim: Callable[[], None] = lambda: None
         self.rescue: Callable[[Look], None] = lambda look: None
         self.looked = self.renewed = self.clock.now()
@@ -104,11 +105,17 @@ class Machine:
 
     def ask(self, began: float) -> None:
         """Have it made; where there is one, the next look says whose."""
+        self.asked = True
         try:
             made = self.cloud.create()
         except ApiError as error:
+            self.asked = error.kind == "transient"
             self.no_capacity(error, began)
             return
+        except Stop:
+            self.asked = False
+            raise
+        self.asked = False
         self.cloud.owned = self.made = made
         self.refusals = 0 if made else self.refusals + 1
         if self.refusals > len(AGAIN):
@@ -119,6 +126,11 @@ class Machine:
             )
         if not made:
             self.pause(AGAIN[self.refusals - 1])
+
+    def find_asked(self) -> None:
+        """Own what was made though no answer has said so, if there is such a one. Raises Stop."""
+        if self.asked and not self.cloud.owned:
+            self.cloud.owned = self.cloud.is_ours(self.cloud.look(patience=3).labels)
 
     def renew(self, since: float = math.inf) -> None:
         """Say now and then that the machine is wanted; `since`: what was said is as old as that."""
