@@ -374,6 +374,19 @@ def test_a_second_ctrl_c_stops_and_deletes(rig):
     assert rig.is_empty() and (rig.workdir / "checkpoint").exists()
 
 
+@pytest.mark.slow
+def test_a_terminal_that_goes_away_ends_nothing(rig):
+    """As of a `tee` that is killed: what is printed afterwards is lost, and nothing else."""
+    train_slowly(rig)
+    process = rig.start(*rig.flags())
+    rig.wait_for(lambda: len(rig.starts()) == 2)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0
+    assert rig.attempts() == {1: [0, 1]} and rig.is_empty()
+    assert '"what": "bug"' not in journal(rig)
+
+
 def test_ctrl_c_in_the_queue_leaves_no_request(rig):
     rig.set(timelines=[["WAITING_FOR_RESOURCES"]])
     process = rig.start(*rig.flags())
