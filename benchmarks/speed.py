@@ -22,8 +22,8 @@ from benchmarks.measurement import HERE, Measurement, Session, TimeUp, main, spr
 from benchmarks.speed_config import BATCH
 from vit_scale import config, flops
 from vit_scale.errors import UserError
-from vit_scale.model import shape
 from vit_scale.run import read_json, write_json
+from vit_scale.shape import shape
 
 CONFIG = HERE / "speed_config.py"
 MEASUREMENT = Measurement(

@@ -81,7 +81,7 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    from vit_scale.model import shape
+    from vit_scale.shape import shape
 
     cuda = torch.cuda.is_available()
     place = "cuda" if cuda else "cpu"

@@ -6,7 +6,8 @@ import pytest
 
 from vit_scale.config import base
 from vit_scale.flops import forward_macs, mfu, peak_flops, training_flops
-from vit_scale.model import SIZES, build
+from vit_scale.model import build
+from vit_scale.shape import SIZES
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.model import build
 from vit_scale.parameters import count, named, stack, unstack
+from vit_scale.shape import SIZES, shape
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -46,7 +47,7 @@ def test_parameter_counts(variant, parameters):
     """As published (timm, DeiT), less the width: [CLS] and its position are one vector here."""
     cfg = base().model
     cfg.variant = variant
-    width = model.SIZES[variant.partition("/")[0]].width
+    width = SIZES[variant.partition("/")[0]].width
     vit = build(cfg, (224, 224))
     assert count(jax.eval_shape(vit.init, KEY)) == parameters - width
 
@@ -209,7 +210,7 @@ def test_a_new_model_has_zero_logits(initialised):
 def test_patches_are_a_strided_convolution():
     """With their positions, after the tokens that are the same for all images."""
     cfg = tiny_config("model.variant=Ti/4", "data.width=24")
-    size = model.shape(cfg.model, (16, 24)).size
+    size = shape(cfg.model, (16, 24)).size
     embed = layers.PatchEmbed(cfg.model, 4, size, nnx.Rngs(0))
     embed.bias[...] = jnp.arange(16.0)
     images, position = pixels(2, (16, 24)), np.random.RandomState(1).randn(4, 6, 16)
@@ -246,7 +247,7 @@ def test_sincos2d_has_no_parameter_but_positions():
 
 
 def test_norm_divides_by_the_variance_plus_epsilon():
-    layer = model.layer_norm(tiny_config().model, model.Size(2, 1, 1, 1), nnx.Rngs(0))
+    layer = layers.layer_norm(tiny_config().model, layers.Size(2, 1, 1, 1), nnx.Rngs(0))
     np.testing.assert_allclose(
         layer(jnp.array([1e-3, -1e-3])), np.array([1, -1]) / 2**0.5, rtol=1e-3
     )

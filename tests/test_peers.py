@@ -15,10 +15,11 @@ from tiny import random_params
 from vit_scale import config, pretrained
 from vit_scale.errors import UserError
 from vit_scale.export import export
-from vit_scale.model import SIZES, build
+from vit_scale.model import build
 from vit_scale.parameters import named, unstack
 from vit_scale.pretrained import Hints, convert, files, rules
 from vit_scale.pretrained.dialects import BIG_VISION, GOOGLE
+from vit_scale.shape import SIZES
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")

@@ -16,13 +16,14 @@ from jax import export as jax_export
 
 from vit_scale import paths
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.model import Shape, build
+from vit_scale.model import build
 from vit_scale.parameters import named, unstack
 from vit_scale.posemb import sincos2d
 from vit_scale.predict import Predictor, load
 from vit_scale.pretrained import Pretrained, about, dialects, files, read, rules
 from vit_scale.pretrained.rules import Dialect
 from vit_scale.run import write_json
+from vit_scale.shape import Shape
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SNIPPET = """\

@@ -14,8 +14,8 @@ from vit_scale.config import image_size
 from vit_scale.data.download import Unreachable
 from vit_scale.errors import UserError
 from vit_scale.mesh import place
-from vit_scale.model import Shape
 from vit_scale.program import Program, TrainState
+from vit_scale.shape import Shape
 
 
 def restore(program: Program, checkpoints: Checkpoints, step: int) -> TrainState:

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from vit_scale.config import image_size
 from vit_scale.errors import UserError
-from vit_scale.model import SIZES, shape
 from vit_scale.pretrained.dialects import HUGGINGFACE, TIMM
 from vit_scale.pretrained.files import read_json
 from vit_scale.pretrained.rules import Dialect
+from vit_scale.shape import SIZES, shape
 
 GELUS = {  # in transformers and timm
     "gelu": "exact",

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.errors import UserError, nearest
-from vit_scale.model import SIZES, Model, build
+from vit_scale.model import Model, build
 from vit_scale.parameters import named, stack, unstack
 from vit_scale.posemb import sincos2d
 from vit_scale.pretrained import about, files
@@ -36,6 +36,7 @@ from vit_scale.pretrained.rules import (
     spelled,
     write,
 )
+from vit_scale.shape import SIZES
 
 SHOWN = 6  # names in an error, of a hundred that may be wrong
 RESOLUTION = 224  # pixels, where positions are not stored and nobody says
