@@ -191,3 +191,24 @@ def test_differences_name_the_field_and_both_values():
 def test_image_size_is_square_without_a_width():
     assert config.image_size(config.override(config.base(), ["data.resolution=48"])) == (48, 48)
     assert config.image_size(config.override(config.base(), ["data.width=64"])) == (32, 64)
+
+
+def test_a_run_keeps_what_it_was_before_a_field_existed(monkeypatch):
+    """Where a new field's default computes something else, an old run has the old value."""
+    monkeypatch.setitem(config.BEFORE, "optim.clip", 7.0)
+    stored = config.to_json(config.base())
+    del stored["optim"]["clip"]
+    assert config.from_json(stored).optim.clip == 7.0
+    assert config.continued(config.base(), stored).optim.clip == 7.0
+    whole = config.to_json(config.base())
+    assert config.from_json(whole).optim.clip == config.base().optim.clip
+    assert config.continued(config.base(), whole).optim.clip == config.base().optim.clip
+
+
+def test_what_is_asked_for_wins_over_what_was_before_a_field_existed(monkeypatch):
+    """And is refused, as any other change of a run's config."""
+    monkeypatch.setitem(config.BEFORE, "optim.clip", 7.0)
+    stored = config.to_json(config.base())
+    del stored["optim"]["clip"]
+    asked = config.override(config.base(), ["optim.clip=3"])
+    assert config.continued(asked, stored).optim.clip == 3.0 and asked.optim.clip == 3.0

@@ -4,10 +4,12 @@ A name is a file in `configs/`, which is shipped inside the wheel; anything with
 a path. Unknown names, keys and wrong types are refused with the nearest valid one.
 """
 
+import copy
 import json
 import pathlib
 import runpy
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -18,6 +20,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir())
 # Fields that there were, and what became of them. Runs that hold one are read without it (law 7).
 REMOVED: dict[str, str] = {}
+# What runs computed before a field existed, where today's default computes something else. A run
+# that does not hold the field keeps this value, also when it is resumed.
+BEFORE: dict[str, Any] = {}
 
 
 def base() -> ConfigDict:
@@ -152,12 +157,12 @@ def to_json(cfg: ConfigDict) -> dict:
 def from_json(stored: dict) -> ConfigDict:
     """The inverse of `to_json` for this version's schema.
 
-    A missing field has its default, a removed one is left out. Raises UserError for an unknown
-    field and for a value of another type.
+    A missing field has the value that it had before it existed (`BEFORE`), else its default; a
+    removed one is left out. Raises UserError for an unknown field and for a value of another type.
     """
     cfg = base()
     known = fields(cfg)
-    for key, value in dotted(stored).items():
+    for key, value in {**BEFORE, **dotted(stored)}.items():
         if key in REMOVED:
             continue
         _refuse_unknown(key, known, "the run's config: ")
@@ -169,6 +174,23 @@ def from_json(stored: dict) -> ConfigDict:
             owner[name] = tuple(value) if isinstance(value, list | tuple) else value
         except TypeError as error:
             raise UserError(f"the run's config: {key}={value!r} is of the wrong type") from error
+    return cfg
+
+
+def continued(cfg: ConfigDict, stored: dict) -> ConfigDict:
+    """`cfg` for resuming a run whose run.json holds the config `stored`.
+
+    A field that the run does not know and that `cfg` leaves at its default has the value that the
+    run began with (`BEFORE`).
+    """
+    given, default, begun = fields(cfg), fields(base()), dotted(stored)
+    old = {
+        key: value
+        for key, value in BEFORE.items()
+        if key not in begun and given[key] == default[key]
+    }
+    cfg = copy.deepcopy(cfg)
+    cfg.update_from_flattened_dict(old)
     return cfg
 
 

@@ -18,6 +18,8 @@ import json
 import os
 import pathlib
 
+from ml_collections import ConfigDict
+
 from vit_scale import checkpoint, config, hosts, paths
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.lock import Lock
@@ -104,6 +106,13 @@ class Run:
             if hosts.is_first():
                 write_json(self.path / "report.json", content)
         self.report = content
+
+
+def continued(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
+    """`cfg` for resuming in `workdir`: fields its run lacks stay as it began (`config.BEFORE`)."""
+    path = paths.path(workdir) / "run.json"
+    stored = read_json(path).get("config") if path.exists() else None
+    return config.continued(cfg, stored) if isinstance(stored, dict) else cfg
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

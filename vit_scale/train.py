@@ -38,7 +38,7 @@ from vit_scale.metrics import TrainMetrics
 from vit_scale.parameters import count
 from vit_scale.preemption import Preempted
 from vit_scale.program import Program, TrainState, jit_train_step, plan_program, training_flops
-from vit_scale.run import FREE, Run
+from vit_scale.run import FREE, Run, continued
 from vit_scale.state import averaged, check_source, init_state, recover, restore
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
 from vit_scale.watch import Watch, phase
@@ -51,6 +51,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     be seen to be wrong; Preempted after SIGTERM, with everything saved.
     """
     with hosts.together():
+        cfg = continued(cfg, workdir)
         program, sources = plan_program(cfg), open_sources(cfg)
         about = describe(program, name, sources.train)
         if not folders(paths.path(workdir)):
