@@ -80,7 +80,9 @@ def model() -> dict:
         "heads": placeholder(int),  # replaces the size's number of attention heads
         "mlp": placeholder(int),  # replaces the size's MLP width; cnn: of its first dense layer
         "classes": 1000,  # outputs of the head
-        "pool": "cls",  # cls | gap (mean of tokens) | map (attention pooling)
+        "pool": "cls",  # cls | gap (mean of the patches' tokens) | map (attention pooling)
+        "class_token": False,  # with pool=gap: there is a [CLS] token that the head does not read
+        "fc_norm": False,  # with pool=gap: the last norm comes after the mean, not before (MAE)
         "distilled": False,  # a distillation token with a head of its own beside [CLS] (DeiT)
         "posemb": "learned",  # learned | sincos2d
         "dropout": 0.0,  # after position embeddings, attention and both MLP layers
@@ -148,9 +150,13 @@ def mesh() -> dict:
 def init() -> dict:
     return {
         "source": "",  # run, RUN/checkpoints/STEP, or others' weights to start from; empty: random
+        "tree": "",  # of a file with several models: state_dict, model_ema, teacher, ...; empty: the
+        # one that the file's own library takes, which is said
+        "image": "",  # HEIGHTxWIDTH in pixels at which a source without a size was trained
         "instead": "",  # config that pretrains such a model, named where source can't be fetched
         "dialect": "",  # of a source that is no run: timm, ...; empty: recognised from its names
         "head": "auto",  # auto (the source's where the classes agree) | keep | new
+        "classes": "names",  # outputs go with a set's classes by their names | order (as they are)
         "resample": "cubic",  # positions to a new grid: cubic (timm) | corners (Google's ViT)
     }
 
@@ -161,6 +167,11 @@ def evaluation() -> dict:
         "every": 1000,  # steps; 0: only at the end
         "final": "test",  # evaluated at the end, last and best parameters; empty: nothing
         "batch": 256,  # images per evaluation step, over all devices and hosts
+        "fit": "shorter",  # of files: shorter (resize the shorter side, cut out the centre: timm) |
+        # cover (both in one step, as files are decoded for training) | stretch (transformers' ViT)
+        "crop": 1.0,  # share of the resized side that is seen, the centre of it (timm's crop_pct)
+        "resample": "train",  # bilinear | bicubic | lanczos | train (as for training: bicubic of
+        # files, then bilinear on the device)
     }
 
 

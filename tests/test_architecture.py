@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = (
     {"errors", "attention", "compiled", "convolution", "flops", "integrity", "parameters"},
     {"config", "convnets", "hosts", "posemb", "metrics", "layers", "paths"},
-    {"generations", "shape"},
+    {"generations", "shape", "view"},
     {"model", "augment", "mesh", "lock", "preemption", "goodput"},
     {"objectives", "optim", "data", "checkpoint", "watch"},
     {"run"},

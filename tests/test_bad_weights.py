@@ -147,11 +147,19 @@ def test_a_missing_array(tmp_path):
 
 
 def test_an_extra_array(tmp_path):
-    extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "dist_token": np.ones((1, 1, 12), "f")}
+    extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "reg_token": np.ones((1, 4, 12), "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
-    refused(file, "no place for: blocks.0.q_norm.bias, dist_token")
-    file = changed("timm.safetensors", tmp_path / "x.safetensors", **{"fc_norm.bias": np.ones(12)})
-    refused(file, "no place for: fc_norm.bias")
+    refused(file, "no place for: blocks.0.q_norm.bias, reg_token")
+    norm = {"fc_norm.weight": np.ones(12, "f"), "fc_norm.bias": np.ones(12, "f")}
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", **norm)
+    refused(file, "it has norm before pooling and fc_norm after it")
+    token = {"dist_token": np.ones((1, 1, 12), "f")}
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", **token)
+    refused(file, "10 positions are of 8 patches", hints=HEADS)
+    file = changed(
+        "timm-distilled.safetensors", tmp_path / "x.safetensors", **{"head_dist.bias": None}
+    )
+    refused(file, "missing: head_dist.bias")
 
 
 def test_a_dialect_that_is_not_known_and_a_wrong_one(tmp_path):
@@ -199,10 +207,14 @@ def test_a_timm_model_that_is_no_plain_vit(tmp_path):
         content = {"architecture": "vit_tiny_patch16_224", "model_args": arguments}
         (tmp_path / "config.json").write_text(json.dumps(content))
 
-    says(num_heads=3, global_pool="avg")
-    refused(tmp_path, "it is pooled by gap", "pooling by cls")
-    says(num_heads=3, fc_norm=True)
-    refused(tmp_path, "fc_norm=True makes it another model")
+    says(num_heads=3, global_pool="map")
+    refused(tmp_path, "it is pooled by map", "pooling by cls")
+    says(num_heads=3, global_pool="avgmax")
+    refused(tmp_path, "global_pool=avgmax; a ViT here has token, avg, map")
+    says(num_heads=3, attn_layer="differential")
+    refused(tmp_path, "attn_layer=differential makes it another model")
+    says(num_heads=3, norm_layer="rmsnorm")
+    refused(tmp_path, "norm_layer=rmsnorm is none of a plain ViT's")
     says(num_heads=3, act_layer="silu")
     refused(tmp_path, "its activation is silu")
     says(num_heads=3)

@@ -17,6 +17,7 @@ from vit_scale.inspect.subject import Subject
 from vit_scale.mesh import make_mesh
 from vit_scale.predict import Predictor, read_image
 from vit_scale.run import read_json
+from vit_scale.view import View
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -72,8 +73,9 @@ def test_a_file_is_cut_to_the_centre(tmp_path):
     image = np.zeros((32, 64, 3), np.uint8)
     image[:, 16:48] = 200
     Image.fromarray(image).save(tmp_path / "wide.png")
-    found = read_image(tmp_path / "wide.png", (16, 16))
-    assert found.shape == (16, 16, 3) and (found[:, 2:-2] == 200).all()
+    for fit in ("shorter", "cover"):
+        found = read_image(tmp_path / "wide.png", (16, 16), View(fit, 1.0, "train"))
+        assert found.shape == (16, 16, 3) and (found[:, 2:-2] == 200).all()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ def test_a_file_gets_the_probabilities_of_its_evaluation(stored, overrides, tmp_
         measured = evaluate(predictor.params, InMemory("one", image[None], [label], CLASSES))
         said = dict(predictor.top(tmp_path / "images" / f"{label}.png"))[CLASSES[label]]
         np.testing.assert_allclose(said, np.exp(-measured["loss"]), rtol=1e-5)
-    looked = of_folder(str(tmp_path / "images"), Subject(run).stored)
+    subject = Subject(run)
+    looked = of_folder(str(tmp_path / "images"), subject.stored, subject.view)
     np.testing.assert_array_equal(looked.images, images, "inspect --images")
 
 

@@ -20,6 +20,7 @@ from tiny import CLASSES, random_images, random_params, tiny_config, tiny_model,
 
 import vit_scale
 from vit_scale import cli, config, pretrained
+from vit_scale.data import Match
 from vit_scale.errors import UserError
 from vit_scale.export import FORMATS, export
 from vit_scale.model import build
@@ -33,6 +34,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "weights"
 EXPECTED = dict(np.load(GOLDEN / "expected.npz"))
 HEADS = Hints(heads=3, image=(12, 12))
+LARGER = [
+    "timm",
+    "timm-gap",
+    "timm-map",
+    "timm-deit3",
+    "timm-avg",
+    "timm-fc_norm",
+    "timm-distilled",
+]
 CASES = {  # file: (dialect, fields of the model block that it must come to)
     "google.npz": ("google", {"pool": "cls", "gelu": "tanh", "norm_epsilon": 1e-6}),
     "google-pre_logits.npz": ("google", {"pool": "cls", "representation": 8}),
@@ -44,6 +54,8 @@ CASES = {  # file: (dialect, fields of the model block that it must come to)
     "timm-gap.safetensors": ("timm", {"pool": "gap"}),
     "timm-map.safetensors": ("timm", {"pool": "map"}),
     "timm-deit3.safetensors": ("timm", {"pool": "cls"}),
+    "timm-fc_norm.safetensors": ("timm", {"pool": "gap", "class_token": True, "fc_norm": True}),
+    "timm-distilled.safetensors": ("timm", {"pool": "cls", "distilled": True}),
     "huggingface": ("huggingface", {"pool": "cls", "gelu": "exact", "norm_epsilon": 1e-12}),
 }
 NAMES = ("ant", "bee", "cat", "dog", "eel")  # of the golden folder of Hugging Face
@@ -110,7 +122,21 @@ def test_the_logits_are_those_of_the_code_it_comes_from(case):
     assert given.model.shape.size.heads == 3 and given.model.shape.grid == (3, 3)
 
 
-@pytest.mark.parametrize("case", ["timm", "timm-gap", "timm-map", "timm-deit3"])
+def test_the_mean_of_the_patches_beside_a_class_token(tmp_path):
+    """timm's global_pool=avg: nothing in the arrays says it, config.json does."""
+    shutil.copy(GOLDEN / "timm-avg.safetensors", tmp_path / files.MODEL)
+    content = {"architecture": "vit_tiny_patch16_224", "model_args": {"global_pool": "avg"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    images, logits = expected("timm-avg")
+    given = pretrained.read(tmp_path, HEADS)
+    assert given.cfg.model.class_token and given.cfg.model.pool == "gap"
+    np.testing.assert_allclose(jax.jit(given.model.apply)(given.params, images), logits, atol=1e-5)
+    bare = golden("timm-avg.safetensors")
+    assert "the head reads [CLS] (model.pool=cls)" in bare.lines[-1]
+    assert np.abs(jax.jit(bare.model.apply)(bare.params, images) - logits).max() > 0.1
+
+
+@pytest.mark.parametrize("case", [case for case in LARGER if case != "timm-avg"])
 def test_at_another_resolution_as_timm_resamples(case):
     given = golden(f"{case}.safetensors")
     model = build(given.cfg.model, (20, 20))
@@ -121,17 +147,22 @@ def test_at_another_resolution_as_timm_resamples(case):
 
 @pytest.mark.parametrize("case", ["timm.safetensors", "timm-gap.safetensors"])
 def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_path):
-    """Sixteen are those of 4 x 4 patches, also where 2 x 8 are wanted."""
+    """Sixteen are those of 4 x 4 patches, where nothing says that they are of 2 x 8."""
     arrays = files.read(GOLDEN / case)
     first = arrays["pos_embed"].shape[1] - 9  # [CLS]'s row, where there is one
     width = arrays["pos_embed"].shape[2]
     arrays["pos_embed"] = np.random.RandomState(0).randn(1, first + 16, width).astype(np.float32)
     files.write_safetensors(tmp_path / "x.safetensors", arrays)
-    given = pretrained.read(tmp_path / "x.safetensors", Hints(heads=3, image=(8, 32)))
+    file = tmp_path / "x.safetensors"
+    given = pretrained.read(file, Hints(heads=3, image=(16, 16), wanted=(8, 32)))
     stored = arrays["pos_embed"][0, first:].reshape(4, 4, width)
     np.testing.assert_array_equal(given.params["posemb"], stored)
     overrides = ["data.resolution=8", "data.width=32", "model.heads=3", "init.resample=corners"]
-    made, rows = pretrained.convert(tmp_path / "x.safetensors", tmp_path / "run", overrides)
+    made, rows = pretrained.convert(file, tmp_path / "given", overrides)
+    assert {row.name: row.action for row in rows}["posemb"] == "kept", "the size given is theirs"
+    message = refusal(pretrained.read, file, Hints(heads=3, wanted=(8, 32)))
+    assert "two ways" in message and "4 x 4 patches" in message and "2 x 8 patches" in message
+    made, rows = pretrained.convert(file, tmp_path / "run", [*overrides, "init.image=16x16"])
     assert {row.name: row.action for row in rows}["posemb"] == "resampled 4 x 4 -> 2 x 8, corners"
     found = np.asarray(made.params["posemb"])
     # With aligned corners: the first and the last row, the second column at 3/7 of the first step.
@@ -156,14 +187,23 @@ def test_what_stands_beside_the_weights_is_believed():
     given = golden("huggingface", Hints())  # the number of heads is in config.json
     assert given.classes == NAMES
     assert given.cfg.augment.mean == (0.4, 0.5, 0.6) and given.cfg.augment.std == (0.2, 0.25, 0.3)
-    assert len(given.lines) == 1
+    assert given.lines[1:] == (
+        "assuming, as the file does not say: eval.fit=stretch, eval.crop=1.0, "
+        "eval.resample=bilinear",
+    )
     bare = golden("timm.safetensors")
     assert bare.classes == ("0", "1", "2", "3", "4")
-    assert "nothing says how its pixels were normalised" in bare.lines[1]
+    assert bare.lines[1] == (
+        "assuming, as the file does not say: 3 heads, as given, the head reads [CLS] "
+        "(model.pool=cls), model.gelu=exact, model.norm_epsilon=1e-06, "
+        "augment.mean=(0.5,0.5,0.5), augment.std=(0.5,0.5,0.5), eval.fit=shorter, eval.crop=0.9, "
+        "eval.resample=bicubic, classes are numbered 0 to 4"
+    )
 
 
 def test_what_is_no_parameter_is_named():
-    assert golden("big_vision-tok.npz").lines[1] == "left aside, no parameters: opt/state/step"
+    line = "left aside, no parameters of it: opt/state/step"
+    assert golden("big_vision-tok.npz").lines[1] == line
     line = golden("big_vision-gap.npz").lines[2]
     assert line == "no positions are stored: they are the fixed table, of 3 x 3 patches"
 
@@ -177,7 +217,8 @@ def test_a_usual_size_tells_its_heads(tmp_path):
     wide = pretrained.read(tmp_path / "x.safetensors", Hints(heads=3, image=(8, 12)))
     assert wide.model.shape.grid == (2, 3) and config.image_size(wide.cfg) == (8, 12)
     message = refusal(pretrained.read, tmp_path / "x.safetensors", Hints(heads=3))
-    assert "7 positions are no square grid" in message and "--config.data.width" in message
+    assert "7 positions are of 6 patches, which is no square grid" in message
+    assert "--config.init.image=HEIGHTxWIDTH" in message
 
 
 def test_positions_without_a_row_for_cls(tmp_path):
@@ -185,9 +226,13 @@ def test_positions_without_a_row_for_cls(tmp_path):
     arrays = files.read(GOLDEN / "timm.safetensors")
     first, arrays["pos_embed"] = arrays["pos_embed"][:, :1], arrays["pos_embed"][:, 1:]
     arrays["cls_token"] = arrays["cls_token"] + first
-    files.write_safetensors(tmp_path / "x.safetensors", arrays)
-    given = pretrained.read(tmp_path / "x.safetensors", HEADS)
+    files.write_safetensors(tmp_path / files.MODEL, arrays)
+    content = {"architecture": "vit_tiny_patch16_224", "model_args": {"no_embed_class": True}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    given = pretrained.read(tmp_path, HEADS)
     same_bits(given.params, golden("timm.safetensors").params)
+    (tmp_path / "config.json").unlink()
+    assert "9 positions are of 8 patches" in refusal(pretrained.read, tmp_path, HEADS)
 
 
 def test_layer_scale_is_multiplied_into_the_layers_before_it(tmp_path):
@@ -270,12 +315,18 @@ def test_each_table_names_each_parameter_once():
 
 
 def test_a_head_is_kept_where_the_classes_agree():
-    assert pretrained.agree(NAMES, NAMES, "auto")
-    assert not pretrained.agree(NAMES, NAMES[::-1], "auto")
-    assert pretrained.agree(("0", "1"), ("cat", "dog"), "auto"), "nobody named them"
-    assert not pretrained.agree((), ("cat",), "auto"), "there is no head"
-    assert pretrained.agree(NAMES, NAMES[::-1], "keep")
-    assert not pretrained.agree(NAMES, NAMES, "new")
+    assert pretrained.agree(NAMES, NAMES, "auto") == Match()
+    assert pretrained.agree(NAMES, NAMES[::-1], "auto").outputs == (4, 3, 2, 1, 0)
+    assert pretrained.agree(NAMES, NAMES[::-1], "keep").outputs == (4, 3, 2, 1, 0)
+    unnamed = pretrained.agree(("0", "1"), ("cat", "dog"), "auto")
+    assert unnamed.outputs is None and "output i is class i of the set, cat to dog" in unnamed.line
+    assert pretrained.agree((), ("cat",), "auto") is None, "there is no head"
+    assert pretrained.agree(NAMES, NAMES, "new") is None
+    others = ("ant", "bee", "cat", "dog", "elk")
+    assert pretrained.agree(NAMES, others, "auto") is None
+    message = refusal(pretrained.agree, NAMES, others, "keep")
+    assert "'eel' are the model's alone, 'elk' the set's" in message
+    assert pretrained.agree(NAMES, others, "keep", "order").outputs is None
     assert "init.head=keep: the source has 5 classes, the model 2" in refusal(
         pretrained.agree, NAMES, ("cat", "dog"), "keep"
     )

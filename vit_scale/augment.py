@@ -15,7 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
+from vit_scale.view import View, corner
 
+WHOLE = View("stretch", 1.0, "train")
+RESAMPLES = {"train": "linear", "bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 CROPS = ("none", "pad", "resized")
 
 
@@ -42,12 +45,18 @@ def train_images(
 
 
 def eval_images(
-    images: UInt8[Array, "b h w 3"], cfg: ConfigDict, size: tuple[int, int]
+    images: UInt8[Array, "b h w 3"], cfg: ConfigDict, size: tuple[int, int], view: View = WHOLE
 ) -> Float[Array, "b H W 3"]:
-    """The whole image, resized to `size` = (H, W) where it differs (antialiased), normalised."""
-    shape = (images.shape[0], *size, 3)
-    resized = jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=True)
-    return _normalise(resized, cfg)
+    """The image at `size` = (H, W), resized (antialiased) where it differs, normalised.
+
+    Of a view that crops, it is resized as a whole, whatever its shape, and its centre is cut out.
+    """
+    height, width = view.resized(size)
+    shape = (images.shape[0], height, width, 3)
+    method = RESAMPLES[view.resample]
+    resized = jax.image.resize(images.astype(jnp.float32), shape, method, antialias=True)
+    top, left = corner((height, width), size)
+    return _normalise(resized[:, top : top + size[0], left : left + size[1]], cfg)
 
 
 def draw(

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from vit_scale import hosts, preemption, watch
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
-from vit_scale.data import Source, eval_batches
+from vit_scale.data import Source, are_files, eval_batches, views
 from vit_scale.errors import UserError
 from vit_scale.mesh import batch_rows, batch_sharding, check_batch, put_batch, shardings
 from vit_scale.metrics import EvalMetrics, to_floats
@@ -26,9 +26,10 @@ class Evaluate:
         check_batch(cfg.eval.batch, mesh)
         self.cfg, self.mesh = cfg, mesh
         params = jax.eval_shape(model.init, jax.random.key(0))
+        _, seen = views(cfg, are_files(cfg.data))
 
         def eval_step(params, batch):
-            images = eval_images(batch["image"], cfg.augment, image_size(cfg))
+            images = eval_images(batch["image"], cfg.augment, image_size(cfg), seen)
             logits = model.apply(params, images)
             return EvalMetrics.single_from_model_output(
                 logits=logits, labels=batch["label"], mask=batch["mask"]

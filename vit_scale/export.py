@@ -15,15 +15,18 @@ import numpy as np
 from jax import export as jax_export
 
 from vit_scale import paths
+from vit_scale.config import image_size
+from vit_scale.data import are_files
 from vit_scale.errors import USAGE, UserError, nearest
 from vit_scale.model import build
 from vit_scale.parameters import named, unstack
 from vit_scale.posemb import sincos2d
-from vit_scale.predict import Predictor, load
-from vit_scale.pretrained import Pretrained, about, dialects, files, read, rules
+from vit_scale.predict import Predictor, load, stored_size
+from vit_scale.pretrained import Pretrained, beside, dialects, files, preprocessing, read, rules
 from vit_scale.pretrained.rules import Dialect
 from vit_scale.run import write_json
 from vit_scale.shape import Shape
+from vit_scale.view import View, view
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SNIPPET = """\
@@ -55,7 +58,8 @@ def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[st
 def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
     given = _vit(run)
     arrays = _arrays(given, dialects.TIMM)
-    content = about.timm(given.cfg, given.classes)
+    seen, notes = _seen(given)
+    content = beside.timm(given.cfg, given.classes, seen)
     _write_folder(folder, arrays, {"config.json": content})
     lines = [f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)']
     if given.cfg.model.norm_epsilon != 1e-6:
@@ -63,29 +67,51 @@ def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
             f"its norms add {given.cfg.model.norm_epsilon:g}, which timm's config can't say: there "
             "it is 1e-6, and logits differ; set eps of every LayerNorm after loading"
         )
-    return lines
+    return lines + notes
 
 
 def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
     given = _vit(run)
     if given.cfg.model.pool != "cls":
         raise UserError(f"transformers' ViT has pool=cls only, this is {given.cfg.model.pool}")
+    if given.cfg.model.distilled:
+        raise UserError(
+            "transformers' ViT has no distillation token, this model has: export to timm"
+        )
     arrays = _arrays(given, dialects.HUGGINGFACE)
+    seen, notes = _seen(given)
+    height, width = image_size(given.cfg)
+    if seen.fit == "shorter" and height != width:
+        seen = seen._replace(fit="stretch")
+        notes.append(
+            f"transformers stretches images to {height} x {width}; here their shape is kept "
+            "(eval.fit), and it sees other pixels"
+        )
     contents = {
-        "config.json": about.huggingface(given.cfg, given.classes),
-        "preprocessor_config.json": about.preprocessor(given.cfg),
+        "config.json": beside.huggingface(given.cfg, given.classes),
+        "preprocessor_config.json": beside.preprocessor(given.cfg, seen),
     }
     _write_folder(folder, arrays, contents)
-    return [f'{folder}: transformers.ViTForImageClassification.from_pretrained("{folder}")']
+    name = "transformers.ViTForImageClassification"
+    return [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
+
+
+def _seen(given: Pretrained) -> tuple[View, list[str]]:
+    """What evaluation sees of an image, as others' code can have it, and what it can't."""
+    whole = stored_size(given, given.cfg) == image_size(given.cfg)
+    files = not given.data or are_files(given.cfg.data)
+    return preprocessing.exported(view(given.cfg.eval), files, whole)
 
 
 def _npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     given = _vit(run)
     if file.suffix != ".npz":
         raise UserError(f"--out {file}: the name of a .npz file ends so")
+    if given.cfg.model.class_token or given.cfg.model.distilled:
+        raise UserError("a .npz has a [CLS] token only as what the head reads: export to timm")
     dialect = dialects.BIG_VISION if given.cfg.model.pool == "map" else dialects.GOOGLE
     files.write_npz(file, _arrays(given, dialect))
-    write_json(file.with_suffix(".json"), about.own(given.cfg, given.classes))
+    write_json(file.with_suffix(".json"), beside.own(given.cfg, given.classes))
     lines = [f"{file}: in the layout of {dialect.text}; the .json beside it says what that can't"]
     for name, theirs in dialect.model.items():
         if given.cfg.model[name] != theirs:

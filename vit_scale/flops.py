@@ -36,6 +36,7 @@ def forward_macs(
     *,
     channels: int = 3,
     distilled: bool = False,
+    class_token: bool = False,
     representation: int = 0,
     read: int | None = None,
 ) -> int:
@@ -48,14 +49,15 @@ def forward_macs(
       depth: number of blocks.
       f: MLP width.
       classes: outputs of the head; 0: no head.
-      pool: cls (one more token) | gap | map (attention pooling, its MLP as wide as the blocks').
+      pool: cls | gap | map (attention pooling, its MLP as wide as the blocks').
       channels: of a pixel.
       distilled: whether there is a distillation token, and its head.
+      class_token: whether there is a [CLS] that the head does not read; with pool=cls there is one.
       representation: width of the layer before the head; 0: none.
       read: tokens of the last block that the head reads; None: all, as figures in print have it.
     """
     patches = grid[0] * grid[1]
-    n = patches + (pool == "cls") + distilled
+    n = patches + (pool == "cls" or class_token) + distilled
     embed = patches * patch * patch * channels * d
 
     def block(m: int) -> int:

@@ -53,7 +53,7 @@ class ViT(nnx.Module):
         if self.learned:
             init = nnx.initializers.normal(0.02)
             self.posemb = nnx.Param(init(rngs.params(), (*self.shape.grid, size.width)))
-        if cfg.pool == "cls":  # its position is part of it: one vector, not a sum of two
+        if self.shape.class_token:  # its position is part of it: one vector, not a sum of two
             self.cls = nnx.Param(jnp.zeros((size.width,)))
         if cfg.distilled:
             self.dist = nnx.Param(jnp.zeros((size.width,)))
@@ -97,14 +97,18 @@ class ViT(nnx.Module):
         x = self.tokens(images, mask)
         if embed_key is not None and self.dropout:
             x = drop(x, self.dropout, embed_key, x.shape)
-        tokens = x = self.norm(self.transform(x, blocks_key)[:, : self.shape.read])
+        tokens = x = self.transform(x, blocks_key)[:, : self.shape.read]
+        if not self.shape.fc_norm:
+            tokens = x = self.norm(x)
         match self.shape.pool:
             case "cls":
                 x = x[:, 0]
             case "gap":
-                x = x.mean(axis=1)
+                x = x[:, self.shape.before :].mean(axis=1)
             case "map":
                 x = self.pool(x, pool_key)
+        if self.shape.fc_norm:
+            x = self.norm(x)
         x = x.astype(jnp.float32)
         if self.shape.representation:
             x = jnp.tanh(self.representation(x))
@@ -124,7 +128,7 @@ class ViT(nnx.Module):
         position = (
             self.posemb[...] if self.learned else sincos2d(self.shape.grid, self.shape.size.width)
         )
-        cls = [self.cls[...]] if self.shape.pool == "cls" else []
+        cls = [self.cls[...]] if self.shape.class_token else []
         dist = [self.dist[...]] if self.shape.distilled else []
         return self.embed(x, position, before=[*cls, *dist])
 
@@ -171,7 +175,8 @@ class ViT(nnx.Module):
                 heads = 1 + self.shape.distilled
                 pooled = jnp.zeros((b, n)).at[:, :heads].set(1 / heads)
             case "gap":
-                pooled = jnp.full((b, n), 1 / n)
+                before = self.shape.before
+                pooled = jnp.zeros((b, n)).at[:, before:].set(1 / (n - before))
             case "map":
                 pooled = self.pool.weights(self.norm(x)).mean(axis=1)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen), pooled

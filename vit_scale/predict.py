@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from vit_scale import paths, pretrained
 from vit_scale.augment import eval_images
 from vit_scale.config import image_size
-from vit_scale.data import delivered_size
+from vit_scale.data import are_files, delivered_size, views
 from vit_scale.data.images import Corrupt, decode
 from vit_scale.errors import UserError
 from vit_scale.model import Model
+from vit_scale.view import View
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +38,9 @@ class Predictor:
       step: where in its training the parameters are from; 0 for weights of others.
       size: (height, width) in pixels that it sees.
       stored: (height, width) in pixels at which image files are decoded.
+      view: evaluation's view of an image file, when it is decoded.
+      seen: what the device does after that.
+      lines: what was believed of weights of others.
     """
 
     model: Model
@@ -46,10 +50,13 @@ class Predictor:
     step: int
     size: tuple[int, int]
     stored: tuple[int, int]
+    view: View
+    seen: View
+    lines: tuple[str, ...] = ()
 
     def preprocess(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
         """What the model sees of images of any one size: resized as in evaluation, normalised."""
-        return eval_images(images, self.cfg.augment, self.size)
+        return eval_images(images, self.cfg.augment, self.size, self.seen)
 
     def probabilities(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b c"]:
         """The whole function, to be compiled or exported."""
@@ -68,7 +75,7 @@ class Predictor:
 
         Raises UserError where the file is missing or no image.
         """
-        (probabilities,) = self(read_image(image, self.stored)[None])
+        (probabilities,) = self(read_image(image, self.stored, self.view)[None])
         order = np.argsort(-probabilities, kind="stable")[:k]
         return [(self.classes[i], float(probabilities[i])) for i in order]
 
@@ -82,10 +89,17 @@ def stored_size(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[int, int
     return delivered_size(cfg.data) if given.data else image_size(cfg)
 
 
-def read_image(file: str | pathlib.Path, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image file at `size`: resized to cover it, the centre cut out."""
+def stored_views(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[View, View]:
+    """What is made of an image file when it is decoded, and on the device: see `data.views`."""
+    return views(cfg, are_files(cfg.data) or not given.data)
+
+
+def read_image(
+    file: str | pathlib.Path, size: tuple[int, int], seen: View
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of an image file at `size`, as evaluation sees them."""
     try:
-        return decode(paths.path(file).read_bytes(), size)
+        return decode(paths.path(file).read_bytes(), size, seen)
     except OSError as error:
         raise UserError(f"image {file} can't be opened: {error.strerror}") from error
     except Corrupt as error:
@@ -101,6 +115,7 @@ def load(source: str | os.PathLike) -> Predictor:
     given = pretrained.read(source)
     if not given.classes:
         raise UserError(f"{source} has no head: train one, --config.init.source={source}")
+    of_file, on_device = stored_views(given, given.cfg)
     return Predictor(
         given.model,
         given.params,
@@ -109,4 +124,7 @@ def load(source: str | os.PathLike) -> Predictor:
         given.step,
         size=image_size(given.cfg),
         stored=stored_size(given, given.cfg),
+        view=of_file,
+        seen=on_device,
+        lines=given.lines,
     )

@@ -72,6 +72,7 @@ def training_flops(model: Model, classes: int) -> int:
         *(shape.grid, patch, size.width, size.depth, size.mlp, classes, shape.pool),
         channels=stem.channels if stem else 3,
         distilled=shape.distilled,
+        class_token=shape.class_token,
         representation=shape.representation,
         read=shape.read,
     )

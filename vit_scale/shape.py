@@ -39,6 +39,13 @@ class Shape:
     stem: convnets.Stem | None = None  # of a hybrid
     distilled: bool = False  # whether there is a distillation token
     representation: int = 0  # width of the layer before the head; 0: none
+    class_token: bool = False  # whether there is a [CLS]; with pool=gap the head does not read it
+    fc_norm: bool = False  # whether the last norm comes after pooling
+
+    @property
+    def before(self) -> int:
+        """How many tokens come before the patches."""
+        return self.class_token + self.distilled
 
     @property
     def read(self) -> int | None:
@@ -47,7 +54,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] + (self.pool == "cls") + self.distilled
+        return self.grid[0] * self.grid[1] + self.before
 
 
 def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
@@ -73,7 +80,11 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
             "tokens; at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
         )
     stem = convnets.stem(name, patch, size.width, image) if name else None
-    return Shape(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation)
+    return Shape(
+        *(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation),
+        class_token=cfg.pool == "cls" or cfg.class_token,
+        fc_norm=cfg.fc_norm,
+    )
 
 
 def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
@@ -98,6 +109,9 @@ def check_choices(cfg: ConfigDict) -> None:
             )
     if cfg.distilled and cfg.pool != "cls":
         raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
+    for field in ("class_token", "fc_norm"):
+        if cfg[field] and cfg.pool != "gap":
+            raise UserError(f"model.{field}=True needs pool=gap, not {cfg.pool}")
     if cfg.logits != "float32" and cfg.attention != "xla":
         raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
     if cfg.representation < 0 or cfg.norm_epsilon <= 0:

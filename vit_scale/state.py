@@ -45,9 +45,8 @@ def read_source(program: Program) -> pretrained.Pretrained:
     shape = program.model.shape
     heads = shape.size.heads if isinstance(shape, Shape) else None
     try:
-        return pretrained.read(
-            cfg.init.source, pretrained.Hints(cfg.init.dialect, heads, image_size(cfg))
-        )
+        hints = pretrained.hints_of(cfg, heads)._replace(wanted=image_size(cfg))
+        return pretrained.read(cfg.init.source, hints)
     except Unreachable as error:
         if not cfg.init.instead:
             raise
@@ -57,30 +56,34 @@ def read_source(program: Program) -> pretrained.Pretrained:
         ) from error
 
 
-def check_source(program: Program, classes: tuple[str, ...]) -> None:
+def check_source(program: Program, classes: tuple[str, ...], ids: tuple[str, ...] = ()) -> None:
     """Raises UserError for an `init.source` that is missing, damaged, or does not fit the model.
 
     And for a teacher of other classes.
 
-    For before a run's folder is claimed: the corrected command then finds it free.
+    `ids` are other names of the classes. For before a run's folder is claimed: the corrected
+    command then finds it free.
     """
     cfg = program.cfg
     distill.check_classes(program.teacher, classes)
     if not cfg.init.source:
         return
     given = read_source(program)
-    same = pretrained.agree(given.classes, classes, cfg.init.head)
+    kept = pretrained.agree(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
 
     def fit(source, target):
-        return pretrained.adapt(source, target, cfg.init.resample, same_classes=same)[0]
+        return pretrained.adapt(source, target, cfg.init.resample, kept is not None)[0]
 
     jax.eval_shape(fit, given.params, program.state.params)
 
 
-def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> TrainState:
+def init_state(
+    program: Program, classes: tuple[str, ...], quiet: bool, ids: tuple[str, ...] = ()
+) -> TrainState:
     """The state at step 0: random parameters, what `init.source` gives, then the optimizer's.
 
-    `classes` are the names of the outputs: a source that has the same keeps its head.
+    `classes` are the names of the outputs: a source that has the same keeps its head. `ids` are
+    other names of them.
     """
     cfg = program.cfg
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
@@ -89,11 +92,15 @@ def init_state(program: Program, classes: tuple[str, ...], quiet: bool) -> Train
     if cfg.init.source:
         with hosts.together():
             given = read_source(program)
-        same = pretrained.agree(given.classes, classes, cfg.init.head)
-        params, rows = pretrained.adapt(given.params, params, cfg.init.resample, same)
+        kept = pretrained.agree(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
+        params, rows = pretrained.adapt(
+            *(given.params, params, cfg.init.resample, kept is not None),
+            outputs=kept.outputs if kept else None,
+        )
         params = place(params, shardings.params)
         if not quiet:
-            about = [*given.lines, *pretrained.differences(given.cfg, cfg)]
+            head = [kept.line] if kept and kept.line else []
+            about = [*given.lines, *pretrained.differences(given.cfg, cfg), *head]
             print("\n".join([f"initialised from {given.path}", pretrained.table(rows), *about]))
     make_opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)
     ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated

@@ -41,6 +41,7 @@ from vit_scale.program import Program, TrainState, jit_train_step, plan_program,
 from vit_scale.run import FREE, Run, continued
 from vit_scale.state import averaged, check_source, init_state, recover, restore
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
+from vit_scale.view import View, view
 from vit_scale.watch import Watch, phase
 
 
@@ -55,7 +56,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         program, sources = plan_program(cfg), open_sources(cfg)
         about = describe(program, name, sources.train)
         if not folders(paths.path(workdir)):
-            check_source(program, sources.train.classes)
+            check_source(program, sources.train.classes, ids_of(sources.train))
         same = identity(about, sources) if hosts.is_several() else {}
     hosts.check_alike(same)
     with Run(workdir, about) as run, preemption.deferred():
@@ -96,7 +97,7 @@ class Training:
         cfg, checkpoints = self.cfg, self.checkpoints
         with phase("restore"):
             state = recover(self.program, checkpoints) or init_state(
-                self.program, self.sources.train.classes, self.quiet
+                self.program, self.sources.train.classes, self.quiet, ids_of(self.sources.train)
             )
             self.teacher = distill.load(self.program.teacher)
         start, guard = int(state.step), Guard(cfg.divergence)
@@ -208,6 +209,11 @@ class Training:
                 print(line, file=sys.stderr, flush=True)
 
 
+def ids_of(source: Source) -> tuple[str, ...]:
+    """The names of a set's folders, where its classes are shown by others."""
+    return getattr(source, "ids", ())
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether to do after `step` of `last` what is done every `every` steps; 0: only at the end."""
     return step == last or (every > 0 and step % every == 0)
@@ -224,15 +230,15 @@ class Sources(NamedTuple):
 def open_sources(cfg: ConfigDict) -> Sources:
     """Open the splits that the config names. Raises UserError where the head has other classes."""
 
-    def opened(split: str) -> Source:
-        source = open_split(cfg.data, split)
+    def opened(split: str, seen: View | None = None) -> Source:
+        source = open_split(cfg.data, split, seen)
         check_classes(source, cfg)
         return source
 
     return Sources(
         train=opened(cfg.data.train),
-        selection=opened(cfg.eval.split) if cfg.eval.split else None,
-        final=opened(cfg.eval.final) if cfg.eval.final else None,
+        selection=opened(cfg.eval.split, view(cfg.eval)) if cfg.eval.split else None,
+        final=opened(cfg.eval.final, view(cfg.eval)) if cfg.eval.final else None,
     )
 
 

@@ -29,16 +29,20 @@ def train(args, overrides: Sequence[str]) -> None:
 
 def evaluate(args, overrides: Sequence[str]) -> None:
     from vit_scale import config, pretrained
-    from vit_scale.data import open_split
-    from vit_scale.evaluate import Evaluate
+    from vit_scale.data import align, open_split
+    from vit_scale.evaluate import Evaluate, check_classes
     from vit_scale.mesh import make_mesh, place, shardings
+    from vit_scale.view import view
 
     join_hosts(args)
     given = pretrained.read(args.run)
     given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
     cfg = config.override(given.cfg, overrides)
     split = args.split or cfg.eval.final
-    source = open_split(cfg.data, split)
+    source = open_split(cfg.data, split, view(cfg.eval))
+    check_classes(source, cfg)
+    source, line = align(source, given.classes, cfg.init.classes)
+    say([*given.lines, line], args.quiet)
     mesh = make_mesh(cfg.mesh)
     params = place(given.params, shardings(given.params, mesh))
     result = Evaluate(cfg, given.model, mesh)(params, source)
@@ -59,6 +63,7 @@ def predict(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "predict")
     predictor = load(args.run)
+    say(predictor.lines)
     found = {image: predictor.top(image) for image in args.images}
     if args.json:
         print(json.dumps({image: dict(top) for image, top in found.items()}))
@@ -184,6 +189,13 @@ def pack_data(args, overrides: Sequence[str]) -> None:
 def refuse(overrides: Sequence[str], verb: str) -> None:
     if overrides:
         raise UserError(f"vit-scale {verb} takes no --config.{overrides[0]}", USAGE)
+
+
+def say(lines: Sequence[str], quiet: bool = False) -> None:
+    """Print what was believed to standard error, beside an answer."""
+    for line in lines if not quiet else ():
+        if line:
+            print(f"vit-scale: {line}", file=sys.stderr)
 
 
 def join_hosts(args) -> None:

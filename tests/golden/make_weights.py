@@ -204,15 +204,13 @@ TIMM = {
 
 
 @torch.no_grad()
-def write_timm(case: str, **options) -> None:
-    model = randomised(timm.create_model("vit_tiny_patch16_224", **TIMM, **options))
+def write_timm(case: str, architecture: str = "vit_tiny_patch16_224", **options) -> None:
+    model = randomised(timm.create_model(architecture, **TIMM, **options))
     images = draw(2, SIZE, SIZE, 3)
     expect(case, images, model(channels_first(images)).numpy())
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, FOLDER / f"{case}.safetensors")
-    larger = timm.create_model(
-        "vit_tiny_patch16_224", **{**TIMM, "img_size": LARGER}, **options
-    ).eval()
+    larger = timm.create_model(architecture, **{**TIMM, "img_size": LARGER}, **options).eval()
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     state["pos_embed"] = resample_abs_pos_embed(
         state["pos_embed"], new_size=[5, 5], num_prefix_tokens=prefix
@@ -260,6 +258,9 @@ def main() -> None:
     write_timm("timm-map", class_token=False, global_pool="map")
     write_huggingface("huggingface")
     write_timm("timm-deit3", init_values=1.0, no_embed_class=True)
+    write_timm("timm-avg", global_pool="avg", fc_norm=False)
+    write_timm("timm-fc_norm", global_pool="avg", fc_norm=True)
+    write_timm("timm-distilled", architecture="deit_tiny_distilled_patch16_224")
     np.savez_compressed(FOLDER / "expected.npz", **EXPECTED)
     for file in sorted(FOLDER.rglob("*.*")):
         print(f"{file.relative_to(FOLDER)}: {file.stat().st_size:,} bytes")

@@ -10,22 +10,29 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vit_scale.data import cifar, folder, fractal, records
-from vit_scale.data.images import decoded_size
+from vit_scale.data.classes import Match, align, match
+from vit_scale.data.images import EncodedImages, decoded_size
 from vit_scale.data.pipeline import eval_batches, in_memory, train_batches
 from vit_scale.data.sources import Batch, InMemory, Slice, Source, checksum, cut, split_name
 from vit_scale.errors import UserError, nearest
+from vit_scale.view import View, view
 
 __all__ = [
     "Batch",
     "InMemory",
+    "Match",
     "Slice",
     "Source",
+    "align",
+    "are_files",
     "checksum",
     "delivered_size",
     "describe",
     "eval_batches",
+    "match",
     "open_split",
     "train_batches",
+    "views",
 ]
 
 
@@ -59,15 +66,35 @@ def delivered_size(cfg: ConfigDict) -> tuple[int, int]:
     return find(cfg).size(cfg)
 
 
-def open_split(cfg: ConfigDict, split: str) -> Source:
+def are_files(cfg: ConfigDict) -> bool:
+    """Whether the set that a data block names is of encoded images, which are decoded to a size."""
+    return find(cfg).size is decoded_size
+
+
+def views(cfg: ConfigDict, files: bool) -> tuple[View, View]:
+    """Evaluation's view in two parts, of which one crops: of a file that is decoded, on the device.
+
+    `cfg` is the whole configuration. `files`: the set is one of files, which are cropped where they
+    are decoded; images in memory are cropped on the device.
+    """
+    seen = view(cfg.eval)
+    whole = seen._replace(crop=1.0)
+    return (seen, whole) if files else (whole, seen)
+
+
+def open_split(cfg: ConfigDict, split: str, seen: View | None = None) -> Source:
     """The set, or the part of one, that `split` names: `test`, `train[:45000]`, `train[98%:]`.
 
     A part is cut from one fixed shuffled order of the set, so that it holds all classes; parts that
-    share a bound are disjoint. `cfg` is the configuration's data block. Raises UserError naming the
-    valid names, the file that is missing or broken, or the label that is none of the classes.
+    share a bound are disjoint. `cfg` is the configuration's data block, `seen` evaluation's view of
+    files; without one they are decoded as for training. Raises UserError naming the valid names,
+    the file that is missing or broken, or the label that is none of the classes.
     """
     given = find(cfg)
-    source = cut(given.source(cfg, split_name(split, given.splits)), split)
+    opened = given.source(cfg, split_name(split, given.splits))
+    if seen and isinstance(opened, EncodedImages):
+        opened.view = seen
+    source = cut(opened, split)
     return in_memory(source, cfg.workers) if cfg.memory and source.decodes else source
 
 

@@ -49,6 +49,7 @@ class Folder(EncodedImages):
 
     def __init__(self, name: str, listing: Listing, cfg: ConfigDict):
         super().__init__(name, readable(listing.root.parent, listing.classes), cfg)
+        self.ids = listing.classes
         self._listing = listing
 
     def __len__(self) -> int:

@@ -10,7 +10,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_scale.data.sources import Batch
 from vit_scale.errors import UserError, nearest
+from vit_scale.view import View, corner
 
+TRAINING = View("cover", 1.0, "train")
+RESAMPLES = {
+    "train": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 CHOICES = ("fail", "skip")  # of data.on_corrupt
 
 
@@ -18,17 +26,26 @@ class Corrupt(Exception):
     """These bytes are no image, or not the whole of one."""
 
 
-def decode(data: bytes, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels at `size` (height, width). An image of that size is left as it is.
+def decode(data: bytes, size: tuple[int, int], view: View = TRAINING) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels at `size` (height, width), with antialiasing where they are resized.
 
-    Any other is resized, bicubic with antialiasing, until it just covers `size`, and its centre is
-    cut out. Raises Corrupt.
+    For training the largest centred box of that shape is resized to it, bicubic; evaluation has a
+    view of its own. An image of that size, all of which is seen, is left as it is. Raises Corrupt.
     """
-    height, width = size
-    image = _load(data)
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(_seen(_load(data), size, view))
+
+
+def _seen(image: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
+    (height, width), method = size, RESAMPLES[view.resample]
+    if view.crop == 1 and image.size == (width, height):
+        return image
+    if view.fit == "cover":
+        return ImageOps.fit(image, (width, height), method, bleed=(1 - view.crop) / 2)
+    whole = view.whole((image.height, image.width), size)
+    if (image.height, image.width) != whole:
+        image = image.resize((whole[1], whole[0]), method)
+    top, left = corner(whole, size)
+    return image.crop((left, top, left + width, top + height))
 
 
 def verify(data: bytes) -> None:
@@ -57,6 +74,7 @@ class EncodedImages:
     """A source of encoded images. A subclass says where they are: `encoded` and `place`."""
 
     decodes = True
+    view = TRAINING
 
     def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
         if cfg.on_corrupt not in CHOICES:
@@ -85,7 +103,7 @@ class EncodedImages:
         for slot, index in enumerate(indices.tolist()):
             try:
                 data, label = self.encoded(index)
-                images[slot] = decode(data, self.size)
+                images[slot] = decode(data, self.size, self.view)
             except Corrupt as error:
                 if self._skip:
                     continue

@@ -108,6 +108,7 @@ class Slice:
     def __init__(self, source: Source, name: str, start: int, stop: int):
         self.name = name
         self.classes = source.classes
+        self.ids = getattr(source, "ids", ())
         self.size = source.size
         self.decodes = source.decodes
         self._source = source

@@ -11,6 +11,7 @@ from vit_scale import paths
 from vit_scale.data import Source
 from vit_scale.errors import UserError
 from vit_scale.predict import read_image
+from vit_scale.view import View
 
 COUNT = 128  # images that attention distance is averaged over, as in the ViT paper's figure 7
 SHOWN = 8  # of them are shown
@@ -46,8 +47,8 @@ def of_source(source: Source, count: int = COUNT) -> Samples:
     return Samples(batch["image"][there], names, source.name)
 
 
-def of_folder(folder: str, size: tuple[int, int], count: int = COUNT) -> Samples:
-    """At most `count` images of a folder and its folders, at `size`: resized, the centre cut out.
+def of_folder(folder: str, size: tuple[int, int], view: View, count: int = COUNT) -> Samples:
+    """At most `count` images of a folder and its folders, at `size`, as evaluation sees them.
 
     Raises UserError where there is none, and for one that can't be decoded.
     """
@@ -57,7 +58,7 @@ def of_folder(folder: str, size: tuple[int, int], count: int = COUNT) -> Samples
         raise UserError(f"--images {folder} can't be read: {error.strerror}") from error
     if not files:
         raise UserError(f"--images {folder} has no image ({', '.join(ENDINGS)})")
-    images = np.stack([read_image(file, size) for file in files])
+    images = np.stack([read_image(file, size, view) for file in files])
     return Samples(images, tuple(file.stem for file in files), folder)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import operator
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,15 +15,16 @@ from tqdm import tqdm
 
 from vit_scale import config, pretrained
 from vit_scale.augment import eval_images
-from vit_scale.data import Source, eval_batches, open_split
+from vit_scale.data import Source, align, eval_batches, open_split
 from vit_scale.errors import UserError
 from vit_scale.evaluate import check_classes
 from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
 from vit_scale.parameters import count
-from vit_scale.predict import stored_size
+from vit_scale.predict import stored_size, stored_views
 from vit_scale.run import read_json
+from vit_scale.view import view
 
 BATCH = 8  # images whose weights of one block, [b, k, n, n], are in memory at once
 
@@ -43,11 +45,12 @@ class Subject:
         self.name = self.folder.absolute().name
         self.size = config.image_size(self.cfg)
         self.stored = stored_size(given, self.cfg)
+        self.view, self.seen = stored_views(given, self.cfg)
         self.parameters = count(self.params)
         self.curves = curves.read(self.folder)
 
         def probabilities(params, images):
-            images = eval_images(images, self.cfg.augment, self.size)
+            images = eval_images(images, self.cfg.augment, self.size, self.seen)
             return jax.nn.softmax(self.model.apply(params, images))
 
         self._probabilities = jax.jit(probabilities)
@@ -71,7 +74,7 @@ class Subject:
     def see(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b H W 3"]:
         """Images at the size that the model sees, in [0, 1]; what is beyond is cut off."""
         augment = self.cfg.augment
-        seen = np.asarray(eval_images(jnp.asarray(images), augment, self.size))
+        seen = np.asarray(eval_images(jnp.asarray(images), augment, self.size, self.seen))
         return np.clip(seen * np.float32(augment.std) + np.float32(augment.mean), 0, 1)
 
     def probabilities(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b c"]:
@@ -79,8 +82,11 @@ class Subject:
 
     def open(self, split: str) -> Source:
         """The set that `split` names. Raises UserError where it is missing, or of other classes."""
-        source = open_split(self.cfg.data, split)
+        source = open_split(self.cfg.data, split, view(self.cfg.eval))
         check_classes(source, self.cfg)
+        source, line = align(source, self.classes, self.cfg.init.classes)
+        if line:
+            print(f"vit-scale: {line}", file=sys.stderr)
         return source
 
     def predict(self, source: Source) -> Predictions:
@@ -144,7 +150,7 @@ class Subject:
 
         @jax.jit
         def look(params, images):
-            images = eval_images(images, self.cfg.augment, self.size)
+            images = eval_images(images, self.cfg.augment, self.size, self.seen)
             return summarise(*self.model.attention(params, images, see))
 
         found = []

@@ -1,8 +1,8 @@
 """Fine-tuning is initialisation: other parameters, adapted to this run's model."""
 
 from vit_scale.pretrained.adapt import Placement, adapt, agree, differences, table
+from vit_scale.pretrained.configure import Hints, hints_of
 from vit_scale.pretrained.convert import convert
-from vit_scale.pretrained.foreign import Hints
 from vit_scale.pretrained.runs import Pretrained, read
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "agree",
     "convert",
     "differences",
+    "hints_of",
     "read",
     "table",
 ]

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
+from vit_scale.data.classes import MODES, Match, match
 from vit_scale.errors import UserError, nearest
 from vit_scale.parameters import named, stack, unstack
 from vit_scale.posemb import resample
@@ -33,12 +35,17 @@ class Placement(NamedTuple):
 
 
 def adapt(
-    source: dict, target: dict, method: str, same_classes: bool
+    source: dict,
+    target: dict,
+    method: str,
+    same_classes: bool,
+    outputs: Sequence[int] | None = None,
 ) -> tuple[dict, list[Placement]]:
     """`target` with every leaf that `source` can give, and what was done for each.
 
     `source` and `target` are parameter trees; `target`'s own values stay only in a replaced head.
-    Raises UserError, listing both sides, if any other leaf of either has no counterpart.
+    A head that is kept gets its `outputs` in this order, where there is one. Raises UserError,
+    listing both sides, if any other leaf of either has no counterpart.
     """
     source = stack(source) if "0" not in target.get("blocks", {}) else unstack(source)
     given, wanted = named(source), named(target)
@@ -51,6 +58,9 @@ def adapt(
         elif name not in given:
             unplaced.append(f"{name} {leaf.shape} is not in the source")
             continue
+        elif given[name].shape == leaf.shape and name in HEAD and outputs is not None:
+            placed[name] = given[name][..., np.array(outputs)]
+            action = "kept, in the order of the set's classes"
         elif given[name].shape == leaf.shape:
             placed[name], action = given[name], "kept"
         elif name == POSITIONS and given[name].shape[2] == leaf.shape[2]:
@@ -85,11 +95,18 @@ def table(rows: Sequence[Placement]) -> str:
     )
 
 
-def agree(given: Sequence[str], wanted: Sequence[str], head: str) -> bool:
-    """Whether the source's head is kept, of the classes `given`, for the classes `wanted`.
+def agree(
+    given: Sequence[str],
+    wanted: Sequence[str],
+    head: str,
+    mode: str = "names",
+    ids: Sequence[str] = (),
+) -> Match | None:
+    """How the source's head, of the classes `given`, is kept for the classes `wanted`; None: not.
 
-    `head` is init.head. By itself it is kept where the classes are the same, and where nobody
-    named the source's ("0", "1", ...) and there are as many. Raises UserError where it can't be.
+    `head` is init.head, `mode` init.classes, `ids` other names of the wanted classes. By itself it
+    is kept where the classes are the same, in any order, and where nobody named them and there are
+    as many. Raises UserError where it can't be.
     """
     if head not in HEADS:
         raise UserError(f"init.head={head!r} is unknown; {nearest(head, HEADS)}")
@@ -97,9 +114,14 @@ def agree(given: Sequence[str], wanted: Sequence[str], head: str) -> bool:
         raise UserError(
             f"init.head=keep: the source has {len(given)} classes, the model {len(wanted)}"
         )
-    unnamed = tuple(given) == tuple(map(str, range(len(given))))
-    same = tuple(given) == tuple(wanted) or (unnamed and len(given) == len(wanted))
-    return head == "keep" or (head == "auto" and same)
+    if head == "new" or not given or len(given) != len(wanted):
+        return None
+    try:
+        return match(given, wanted, mode, ids)
+    except UserError as error:
+        if head == "keep" or mode not in MODES:
+            raise UserError(f"init.head={head}: {error}") from error
+        return None
 
 
 def differences(source: ConfigDict, cfg: ConfigDict) -> list[str]:

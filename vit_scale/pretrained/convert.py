@@ -12,7 +12,8 @@ from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.model import Model, build
 from vit_scale.pretrained.adapt import Placement, adapt, agree
-from vit_scale.pretrained.foreign import Hints, numbered
+from vit_scale.pretrained.configure import hints_of
+from vit_scale.pretrained.foreign import numbered
 from vit_scale.pretrained.runs import Pretrained, read
 from vit_scale.run import Run
 
@@ -34,23 +35,20 @@ def convert(
         raise UserError(f"{workdir} is not empty: give a folder that is new")
     asked = config.override(config.base(), overrides)
     sized = any(item.partition("=")[0] in SIZE for item in overrides)
-    hints = Hints(
-        asked.init.dialect, asked.model.heads, config.image_size(asked) if sized else None
-    )
+    size = config.image_size(asked) if sized else None
+    hints = hints_of(asked, asked.model.heads)._replace(wanted=size)
+    hints = hints._replace(image=hints.image or size)
     given = read(source, hints)
     cfg = config.override(copy.deepcopy(given.cfg), overrides)
     if not given.classes and not any(item.startswith("model.classes=") for item in overrides):
         raise UserError(f"{source} has no head: give --config.model.classes=N for a new one")
-    cfg.init.source = str(source)
+    cfg.init.source = str(source)  # the config of the run says where it came from
     count = cfg.model.classes
     classes = given.classes if len(given.classes) == count else numbered(count)
     model = build(cfg.model, config.image_size(cfg))
-    params, rows = adapt(
-        given.params,
-        _fresh(model, cfg.model.representation != given.cfg.model.representation),
-        cfg.init.resample,
-        agree(given.classes, classes, cfg.init.head),
-    )
+    target = _fresh(model, cfg.model.representation != given.cfg.model.representation)
+    kept = agree(given.classes, classes, cfg.init.head) is not None
+    params, rows = adapt(given.params, target, cfg.init.resample, kept)
     about = {
         "name": workdir.name,
         "config": config.to_json(cfg),

@@ -28,7 +28,7 @@ def weights(source: str | os.PathLike) -> pathlib.Path | None:
     place = paths.path(source)
     if place.is_file():
         return _from_bucket(place) if paths.in_bucket(place) else place
-    held = [place / name for name in (files.MODEL, files.PYTORCH) if (place / name).is_file()]
+    held = [place / name for name in files.NAMES if (place / name).is_file()]
     if not held or (place / "run.json").is_file():
         return None
     return _from_bucket(held[0]) if paths.in_bucket(place) else place
@@ -37,6 +37,8 @@ def weights(source: str | os.PathLike) -> pathlib.Path | None:
 def _from_bucket(place: pathlib.Path) -> pathlib.Path:
     """A folder with copies of an object and of what stands beside it, under their own names."""
     beside = [place.with_name(n) for n in (*BESIDE, f"{place.stem}.json")]
+    if place.name.endswith(files.INDEX):
+        beside += [place.with_name(name) for name in files.shards(place)]
     there = [place, *(file for file in beside if file.is_file())]
     copies = paths.stage(there)
     folder = copies[0].with_name(f"{copies[0].name}.model")
@@ -52,14 +54,17 @@ def _from_web(address: str) -> pathlib.Path:
     url, _, checksum = address.partition("#")
     parts = urllib.parse.urlsplit(url)
     name = pathlib.PurePosixPath(parts.path).name
-    if not name.endswith(files.ENDINGS):
+    if not name.endswith((*files.ENDINGS, files.INDEX)):
         raise UserError(
             f"{url} names no file of weights ({', '.join(files.ENDINGS)}); of a folder, give its "
             f"{files.MODEL}"
         )
     place = paths.cache("weights", parts.netloc, *parts.path.strip("/").split("/"))
     download.fetch(url, place, checksum)
-    if name.endswith((".safetensors", ".bin")):
+    if name.endswith(files.INDEX):
+        for shard in files.shards(place):
+            download.fetch(url.removesuffix(name) + shard, place.with_name(shard), "")
+    if name.endswith((".safetensors", ".bin", files.INDEX)):
         for beside in BESIDE:
             download.fetch_optional(url.removesuffix(name) + beside, place.with_name(beside))
     return place

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import pathlib
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,9 +24,10 @@ from vit_scale.errors import UserError
 ENDINGS = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 MODEL = "model.safetensors"  # the file in a folder
 PYTORCH = "pytorch_model.bin"
+NAMES = (MODEL, f"{MODEL}.index.json", PYTORCH, f"{PYTORCH}.index.json")  # in this order
 HEADER = 100 << 20  # bytes: as long as the text that begins a .safetensors file may be
-# Where trainers keep the parameters in what they save.
-TREES = ("model", "state_dict", "module")
+INDEX = ".index.json"  # ends the name of the list of a model's shards
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 SAFE = "convert it where it was made: safetensors.torch.save_file(model.state_dict(), PATH)"
 
 
@@ -33,17 +35,31 @@ def file_in(place: pathlib.Path) -> pathlib.Path:
     """The file of weights that `place`, a file or a folder, means. Raises UserError without one."""
     if not place.is_dir():
         return place
-    found = [place / name for name in (MODEL, PYTORCH) if (place / name).is_file()]
+    found = [place / name for name in NAMES if (place / name).is_file()]
     if not found:
-        raise UserError(f"{place} holds neither {MODEL} nor {PYTORCH}, and no run")
+        raise UserError(f"{place} holds none of {', '.join(NAMES)}, and no run")
     return found[0]
 
 
-def read(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of a .npz, .safetensors or PyTorch file, floats as float32.
+def shards(index: pathlib.Path) -> list[str]:
+    """The names of the files that the index of a model's shards lists. Raises UserError."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index} is no index of shards: it has no weight_map")
+    names = sorted({str(name) for name in listed.values()})
+    if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+        raise UserError(f"{index} lists {outside[0]}, which is not beside it")
+    return names
 
-    Raises UserError for a file that is none, is cut short, or would have to be run.
+
+def read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of a .npz, .safetensors or PyTorch file, or of the shards in an index.
+
+    Floats as float32. Raises UserError for a file that is none, is cut short, or would have to be
+    run, and for a shard that is missing.
     """
+    if file.name.endswith(INDEX):
+        return _read_shards(file)
     with _one_line(file):
         with file.open("rb") as stream:
             start = stream.read(512)
@@ -52,6 +68,16 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
     if not arrays:
         raise UserError(f"{file} holds no arrays")
     return {name: _float32(array) for name, array in arrays.items()}
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays that an index lists. Raises UserError where one is not where it should be."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in shards(index):
+        arrays |= read(index.with_name(name))
+    if missing := sorted(read_json(index)["weight_map"].keys() - arrays):
+        raise UserError(f"{index} lists {missing[0]}, which is in none of its shards")
+    return arrays
 
 
 def _kind(file: pathlib.Path, start: bytes) -> str:
@@ -102,12 +128,24 @@ def _read_pytorch(file: pathlib.Path) -> dict[str, np.ndarray]:
                 f"not; {SAFE}"
             ) from error
         raise
-    while tree := next((t for t in TREES if isinstance(content.get(t), Mapping)), None):
-        content = content[tree]
-    tensors = {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
     return {
-        name: (x.float() if x.is_floating_point() else x).numpy() for name, x in tensors.items()
+        name: (x.detach().float() if x.is_floating_point() else x).numpy()
+        for name, x in _leaves(content)
+        if isinstance(x, torch.Tensor)
     }
+
+
+def _leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of what lies in nested dictionaries and lists."""
+    if isinstance(content, Mapping):
+        pairs = [(str(key), value) for key, value in content.items()]
+    elif isinstance(content, list | tuple):
+        pairs = [(str(i), value) for i, value in enumerate(content)]
+    else:
+        yield name, content
+        return
+    for key, value in pairs:
+        yield from _leaves(value, f"{name}.{key}" if name else key)
 
 
 def _read(kind: str, file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -69,12 +69,17 @@ class Dialect:
     Args:
       name: as in `init.dialect`.
       text: what it is, for people.
-      mark: regular expression of a name that no other dialect has.
+      mark: regular expression of a name that no other dialect has, without what wraps it.
       rules: one for each array.
       model: fields of the config's model block that no array tells.
       augment: fields of the augment block; empty where the dialect has no convention.
-      fused: the first row of the positions is [CLS]'s, and is added to it.
-      roots: prefixes under which the parameters may lie; nothing else is read then.
+      view: fields of the eval block: how its models' images are resized and cropped.
+      fused: the first rows of the positions are those of [CLS] and of the distillation token.
+      apart: regular expressions of names: of models whose positions are the patches' alone although
+        the dialect is `fused`, and of models of which some are so; empty where there are none.
+      unused: regular expression of names that no prediction needs.
+      fc_norm: (the norm after pooling, the one before it), of which a model has one; or empty.
+      reads_both: models with a [CLS] token may be pooled otherwise.
       aliases: (regular expression, replacement) that make other spellings the rules' names.
       scales: (array of factors, prefix of the layer that they multiply the outputs of): LayerScale
         (Touvron et al. 2021, arXiv 2103.17239), which is multiplied into that layer.
@@ -89,8 +94,12 @@ class Dialect:
     rules: tuple[Rule, ...]
     model: Mapping[str, Any]
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused: bool = True
-    roots: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    unused: str = ""
+    fc_norm: tuple[str, ...] = ()
+    reads_both: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
     scales: tuple[tuple[str, str], ...] = ()
     stacked: tuple[str, str] | None = None
@@ -112,14 +121,10 @@ def rules_of(dialect: Dialect, depth: int) -> list[Rule]:
     ]
 
 
-def spelled(dialect: Dialect, arrays: Mapping[str, np.ndarray]) -> tuple[Arrays, list[str]]:
-    """The arrays by the names of the dialect's rules, and the names of those that lie elsewhere."""
-    root = next((r for r in dialect.roots if any(name.startswith(r) for name in arrays)), "")
+def spelled(dialect: Dialect, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The arrays by the names of the dialect's rules."""
     found: Arrays = {}
     for name, array in arrays.items():
-        if not name.startswith(root):
-            continue
-        name = name.removeprefix(root)
         for pattern, replacement in dialect.aliases:
             name = re.sub(pattern, replacement, name)
         if dialect.stacked and name.startswith(dialect.stacked[0]):
@@ -128,7 +133,7 @@ def spelled(dialect: Dialect, arrays: Mapping[str, np.ndarray]) -> tuple[Arrays,
             found |= {prefix.replace(BLOCK, str(i)) + rest: x for i, x in enumerate(array)}
         else:
             found[name] = array
-    return found, [name for name in arrays if not name.startswith(root)]
+    return found
 
 
 def scaled(dialect: Dialect, arrays: Arrays, depth: int) -> tuple[Arrays, int]:
@@ -179,9 +184,10 @@ def write(dialect: Dialect, ours: Mapping[str, np.ndarray], depth: int) -> Array
     given = dict(ours)
     if POSITIONS in given:
         rows = given[POSITIONS].reshape(-1, given[POSITIONS].shape[-1])
-        if dialect.fused and "cls" in given:
-            # Ours is one vector, its position in it. What is added must change no bit: -0.0.
-            rows = np.concatenate([np.full_like(rows[:1], -0.0), rows])
+        if dialect.fused:
+            # Ours are vectors with their positions in them. What is added must change no bit: -0.0.
+            tokens = sum(name in given for name in ("cls", "dist"))
+            rows = np.concatenate([np.full_like(rows[:1], -0.0)] * tokens + [rows])
         given[POSITIONS] = rows
     for rule in rules_of(dialect, depth):
         if all(name in given for name in rule.parts):

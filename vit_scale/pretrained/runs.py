@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from vit_scale.errors import UserError
 from vit_scale.mesh import have_cudnn
 from vit_scale.model import Model, build
 from vit_scale.pretrained import fetch, files, foreign
-from vit_scale.pretrained.foreign import NO_HINTS, Hints
+from vit_scale.pretrained.configure import NO_HINTS, Hints
 
 
 class Pretrained(NamedTuple):
@@ -91,9 +92,12 @@ def locate(source: pathlib.Path) -> pathlib.Path:
     if source.parent.name == checkpoint.FOLDER and source.name.isdigit() and source.is_dir():
         return source
     if not (source / "run.json").is_file():
+        hub = ""
+        if not source.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            hub = f"; a model of Hugging Face's hub: hf download {source} --local-dir DIR, then DIR"
         raise UserError(
             f"{source} is neither the folder of a run nor a step in it, RUN/checkpoints/STEP, nor "
-            f"weights ({', '.join(files.ENDINGS)}, or a folder with {files.MODEL})"
+            f"weights ({', '.join(files.ENDINGS)}, or a folder with {files.MODEL}){hub}"
         )
     steps = checkpoint.steps(source)
     if not steps:

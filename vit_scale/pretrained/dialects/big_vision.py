@@ -63,12 +63,12 @@ def temperature(width: int) -> float:
 BIG_VISION = Dialect(
     name="big_vision",
     text="google-research/big_vision",
-    mark=r"(^|/)embedding/kernel$",
+    mark=r"embedding/kernel",
     rules=RULES,
     model={"gelu": "tanh", "norm_epsilon": 1e-6},
     augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     fused=False,
-    roots=("opt/target/", "params/"),
+    view={"fit": "shorter", "crop": 0.875, "resample": "bilinear"},
     aliases=(
         (r"^(probe|LayerNorm_0/|MlpBlock_0/|MultiHeadDotProductAttention_0/)", r"MAPHead_0/\1"),
     ),

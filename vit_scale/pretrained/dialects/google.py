@@ -41,11 +41,11 @@ RULES = (
 GOOGLE = Dialect(
     name="google",
     text="google-research/vision_transformer",
-    mark=r"Transformer/posembed_input/pos_embedding$",
+    mark=r"Transformer/posembed_input/pos_embedding",
     rules=RULES,
     model={"gelu": "tanh", "norm_epsilon": 1e-6},
     augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    roots=("opt/target/", "params/"),
+    view={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},
     aliases=(
         (r"(encoderblock_\d+/)LayerNorm_1/", r"\1LayerNorm_2/"),
         (

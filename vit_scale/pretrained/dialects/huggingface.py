@@ -13,6 +13,7 @@ RULES = (
     Rule("embed/kernel", "vit.embeddings.patch_embeddings.projection.weight", "patches"),
     Rule("embed/bias", "vit.embeddings.patch_embeddings.projection.bias"),
     Rule("cls", "vit.embeddings.cls_token", "token"),
+    Rule("dist", "vit.embeddings.distillation_token", "token"),
     Rule("posemb", "vit.embeddings.position_embeddings", "first"),
     Rule("blocks/{i}/norm1/scale", BLOCK + "layernorm_before.weight"),
     Rule("blocks/{i}/norm1/bias", BLOCK + "layernorm_before.bias"),
@@ -36,16 +37,22 @@ RULES = (
     Rule("representation/bias", "vit.pooler.dense.bias"),
     Rule("head/kernel", "classifier.weight", "linear"),
     Rule("head/bias", "classifier.bias"),
+    Rule("head_dist/kernel", "distillation_classifier.weight", "linear"),
+    Rule("head_dist/bias", "distillation_classifier.bias"),
 )
 
 HUGGINGFACE = Dialect(
     name="huggingface",
     text="Hugging Face transformers",
-    mark=r"(^|\.)embeddings\.patch_embeddings\.projection\.weight$",
+    mark=r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight",
     rules=RULES,
     model={"gelu": "exact", "norm_epsilon": 1e-12},
-    roots=("module.",),
+    augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    view={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},
+    unused=r"(vit\.)?embeddings\.mask_token|decoder\.",
     aliases=(
+        (r"^deit\.", "vit."),
+        (r"^cls_classifier\.", "classifier."),
         (r"^(?=(embeddings|encoder|layers|layernorm|pooler)\.)", "vit."),  # ViTModel
         (r"^vit\.layers\.(\d+)\.", r"vit.encoder.layer.\1."),  # version 5, in memory
         (r"\.attention\.q_proj\.", ".attention.attention.query."),

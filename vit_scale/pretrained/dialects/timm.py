@@ -11,6 +11,7 @@ RULES = (
     Rule("embed/kernel", "patch_embed.proj.weight", "patches"),
     Rule("embed/bias", "patch_embed.proj.bias"),
     Rule("cls", "cls_token", "token"),
+    Rule("dist", "dist_token", "token"),
     Rule("posemb", "pos_embed", "first"),
     Rule("blocks/{i}/norm1/scale", "blocks.{i}.norm1.weight"),
     Rule("blocks/{i}/norm1/bias", "blocks.{i}.norm1.bias"),
@@ -51,16 +52,26 @@ RULES = (
     Rule("representation/bias", "pre_logits.fc.bias"),
     Rule("head/kernel", "head.weight", "linear"),
     Rule("head/bias", "head.bias"),
+    Rule("head_dist/kernel", "head_dist.weight", "linear"),
+    Rule("head_dist/bias", "head_dist.bias"),
 )
 
 TIMM = Dialect(
     name="timm",
     text="timm or DeiT",
-    mark=r"(^|\.)patch_embed\.proj\.weight$",
+    mark=r"patch_embed\.proj\.weight",
     rules=RULES,
     model={"gelu": "exact", "norm_epsilon": 1e-6},
-    roots=("module.",),
-    aliases=((r"\.gamma_([12])$", r".ls\1.gamma"),),  # DeiT III's own code
+    augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    view={"fit": "shorter", "crop": 0.9, "resample": "bicubic"},
+    apart=(r"\.gamma_1\b", r"\.ls1\.gamma\b"),
+    unused=r"mask_token$|decoder_|head\.\d|predictor\.|(dino|ibot)_head\.",  # MAE's, DINO's, MoCo's
+    fc_norm=("fc_norm", "norm"),
+    reads_both=True,
+    aliases=(
+        (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III's own code
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's, in chunks
+    ),
     scales=(
         ("blocks.{i}.ls1.gamma", "blocks.{i}.attn.proj"),
         ("blocks.{i}.ls2.gamma", "blocks.{i}.mlp.fc2"),

@@ -1,0 +1,162 @@
+"""How others' code makes pixels of an image, in our fields, and ours in theirs.
+
+timm says it in its `pretrained_cfg`, Hugging Face in `preprocessor_config.json`. What is said there
+comes to a mean, a standard deviation and a view (view.py), or is refused.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from vit_scale.errors import UserError
+from vit_scale.pretrained.files import read_json
+from vit_scale.view import View, crop_of
+
+Fields = dict[str, Any]
+Size = tuple[int, int]
+PIL = {"bilinear": 2, "bicubic": 3, "lanczos": 1}  # Pillow's numbers, which Hugging Face stores
+NAMES = {number: name for name, number in PIL.items()}
+
+
+def of_timm(file: pathlib.Path, content: dict, size: Size | None) -> tuple[Fields, Fields]:
+    """(fields of the augment block, fields of the eval block) of timm's pretrained_cfg.
+
+    `size` is that of the model. Raises UserError for what no field here says.
+    """
+    pixels = {
+        name: tuple(map(float, content[name])) for name in ("mean", "std") if content.get(name)
+    }
+    view: Fields = {}
+    if content.get("crop_pct"):
+        view["crop"] = float(content["crop_pct"])
+        if not 0 < view["crop"] <= 1:
+            raise UserError(f"{file}: crop_pct={content['crop_pct']} is not above 0 and at most 1")
+    if name := content.get("interpolation"):
+        if name not in PIL:
+            raise UserError(f"{file}: interpolation={name}; images here are resized {_choices()}")
+        view["resample"] = name
+    mode = content.get("crop_mode")
+    if mode not in (None, "", "center", "squash"):
+        raise UserError(f"{file}: crop_mode={mode}; images here are cropped by center or squash")
+    if mode:
+        view["fit"] = "stretch" if mode == "squash" else "shorter"
+    return pixels, view
+
+
+def _choices() -> str:
+    return ", ".join(PIL)
+
+
+def of_huggingface(file: pathlib.Path, model: Size | None) -> tuple[Fields, Fields]:
+    """(fields of the augment block, fields of the eval block) of the preprocessor beside `file`.
+
+    `model` is (height, width) in pixels of what the model sees. Raises UserError for what no field
+    here says, and where the preprocessor gives images of another size.
+    """
+    beside = file.parent / "preprocessor_config.json"
+    content = read_json(beside)
+    if not content:
+        return {}, {}
+    pixels = _normalisation(beside, content)
+    view: Fields = {}
+    if "resample" in content:
+        if content["resample"] not in NAMES:
+            raise UserError(
+                f"{beside}: resample={content['resample']}; images here are resized {_choices()}"
+            )
+        view["resample"] = NAMES[content["resample"]]
+    if content.get("do_pad"):
+        raise UserError(f"{beside}: do_pad={content['do_pad']}: no field here pads images")
+    if not content.get("do_resize", True):
+        return pixels, view | {"fit": "stretch", "crop": 1.0}  # it takes images of its size alone
+    return pixels, view | _size_fields(beside, content, model)
+
+
+def _normalisation(beside: pathlib.Path, content: dict) -> Fields:
+    """Mean and standard deviation, of pixels in [0, 1].
+
+    Without a rescaling they are of pixels in [0, 255], without a normalisation 0 and 1.
+    """
+    factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
+    unit = 1.0 if np.isclose(255 * factor, 1.0, rtol=1e-6) else 255.0 * float(factor)
+    if not content.get("do_normalize", True):
+        return {"mean": (0.0,) * 3, "std": (1 / unit,) * 3}
+    fields: Fields = {}
+    for name in ("mean", "std"):
+        value = content.get(f"image_{name}")
+        if value is None and unit != 1.0:
+            raise UserError(
+                f"{beside}: images are rescaled by {factor}, and no image_{name} is set"
+            )
+        if value is not None:
+            three = (value,) * 3 if isinstance(value, int | float) else value
+            fields[name] = tuple(float(v) / unit if unit != 1.0 else float(v) for v in three)
+    return fields
+
+
+def _size_fields(beside: pathlib.Path, content: dict, model: Size | None) -> Fields:
+    """What `size`, `crop_size` and `do_center_crop` come to."""
+    size = content.get("size")
+    if size is None:
+        return {}
+    if isinstance(size, int):  # before transformers 4.26
+        kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
+        shortest = kind.startswith(("Bit", "CLIP", "Siglip", "ConvNext"))
+        size = {"shortest_edge": size} if shortest else {"height": size, "width": size}
+    size = dict(size)
+    size = {name: value for name, value in size.items() if value}
+    crops = content.get("do_center_crop", False)
+    crop = content.get("crop_size") if crops else None
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    if size.keys() == {"shortest_edge"}:
+        if crop is None:
+            raise UserError(
+                f"{beside}: size={size} without a centre crop gives images of any shape"
+            )
+        fields: Fields = {"fit": "shorter"}
+        resized = (int(size["shortest_edge"]),) * 2
+    elif size.keys() == {"height", "width"}:
+        fields, resized = {"fit": "stretch"}, (int(size["height"]), int(size["width"]))
+    else:
+        raise UserError(f"{beside}: size={size} is neither shortest_edge nor height and width")
+    seen = (int(crop["height"]), int(crop["width"])) if crop else resized
+    if model and seen != model:
+        raise UserError(
+            f"{beside}: images of {seen[0]} x {seen[1]} px come out of it, and the model is of "
+            f"{model[0]} x {model[1]}: correct one of the two files"
+        )
+    if seen[0] > resized[0] or seen[1] > resized[1]:
+        raise UserError(
+            f"{beside}: size={size} is smaller than crop_size={crop}: no field here pads images"
+        )
+    fields["crop"] = crop_of(min(seen), min(resized))
+    view = View(fields["fit"], fields["crop"], "bilinear")
+    if view.resized(seen) != resized and (fields["fit"] == "stretch" or seen[0] == seen[1]):
+        raise UserError(
+            f"{beside}: size={size} and crop_size={crop} differ in shape: no field here says so"
+        )
+    return fields
+
+
+def exported(view: View, files: bool, whole: bool) -> tuple[View, list[str]]:
+    """A run's view as others' code can have it, and lines about what it can't.
+
+    `files`: the run decodes images from files; `whole`: at the size that its model sees. A run that
+    resizes twice, or on the device, is nearest to one that does it once.
+    """
+    train = "bicubic" if files and whole else "bilinear"
+    resample = train if view.resample == "train" else view.resample
+    lines = []
+    if files and not whole:
+        lines.append(
+            "its images are resized twice, when they are decoded (data.load) and on the device; "
+            "other code does it once, and sees slightly other pixels"
+        )
+    if view.fit == "cover":
+        lines.append(
+            "it cuts a photo that is not square in fractions of a pixel (eval.fit=cover); other "
+            "code in whole ones, and sees slightly other pixels"
+        )
+    return View("stretch" if view.fit == "stretch" else "shorter", view.crop, resample), lines
