@@ -86,9 +86,7 @@ def _normalisation(beside: pathlib.Path, content: dict) -> Fields:
     for name in ("mean", "std"):
         value = content.get(f"image_{name}")
         if value is None and unit != 1.0:
-            raise UserError(
-                f"{beside}: images are rescaled by {factor}, and no image_{name} is set"
-            )
+            raise UserError(f"{beside}: rescale_factor={factor}, and no image_{name} is set")
         if value is not None:
             three = (value,) * 3 if isinstance(value, int | float) else value
             fields[name] = tuple(float(v) / unit if unit != 1.0 else float(v) for v in three)
@@ -112,9 +110,7 @@ def _size_fields(beside: pathlib.Path, content: dict, model: Size | None) -> Fie
         crop = {"height": crop, "width": crop}
     if size.keys() == {"shortest_edge"}:
         if crop is None:
-            raise UserError(
-                f"{beside}: size={size} without a centre crop gives images of any shape"
-            )
+            raise UserError(f"{beside}: size={size} without a centre crop: images of any shape")
         fields: Fields = {"fit": "shorter"}
         resized = (int(size["shortest_edge"]),) * 2
     elif size.keys() == {"height", "width"}:
