@@ -168,7 +168,8 @@ def evaluation() -> dict:
         "final": "test",  # evaluated at the end, last and best parameters; empty: nothing
         "batch": 256,  # images per evaluation step, over all devices and hosts
         "fit": "shorter",  # of files: shorter (resize the shorter side, cut out the centre: timm) |
-        # cover (both in one step, as files are decoded for training) | stretch (transformers' ViT)
+        # shortest_edge (the same, rounded as transformers does) | stretch (transformers' ViT) |
+        # cover (in one step, as files are decoded for training)
         "crop": 1.0,  # share of the resized side that is seen, the centre of it (timm's crop_pct)
         "resample": "train",  # bilinear | bicubic | lanczos | train (as for training: bicubic of
         # files, then bilinear on the device)

@@ -10,9 +10,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tiny import random_params
+from PIL import Image
+from tiny import random_params, tiny_config, tiny_model, write_run
 
 from vit_scale import config, pretrained
+from vit_scale.data.images import decode
 from vit_scale.errors import UserError
 from vit_scale.export import export
 from vit_scale.model import build
@@ -20,6 +22,7 @@ from vit_scale.parameters import named, unstack
 from vit_scale.pretrained import Hints, convert, files, rules
 from vit_scale.pretrained.dialects import BIG_VISION, GOOGLE
 from vit_scale.shape import SIZES
+from vit_scale.view import view
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -55,11 +58,11 @@ def randomised(model):
     return model.eval()
 
 
-def timm_model(size: str | None, larger: bool = False, **options):
+def timm_model(size: str | None, larger=False, architecture="vit_tiny_patch16_224", **options):
     width, depth, heads, mlp = numbers(size)
     side, patch = pixels(size, larger)
     return timm.create_model(
-        "vit_tiny_patch16_224",
+        architecture,
         img_size=side, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
         mlp_ratio=mlp / width, num_classes=CLASSES, **options,
     )  # fmt: skip
@@ -96,11 +99,13 @@ def converted(source: pathlib.Path, folder: pathlib.Path, size: str | None, *ove
 
 
 @SIZE
-@pytest.mark.parametrize("kind", ["cls", "gap", "map", "deit.pth"])
+@pytest.mark.parametrize("kind", ["cls", "gap", "map", "fc_norm", "distilled", "deit.pth"])
 def test_timm(size, kind, tmp_path):
     options = {
         "gap": {"class_token": False, "global_pool": "avg", "fc_norm": False},
         "map": {"class_token": False, "global_pool": "map"},
+        "fc_norm": {"global_pool": "avg"},
+        "distilled": {"architecture": "deit_tiny_distilled_patch16_224"},
     }.get(kind, {})
     model, side = randomised(timm_model(size, **options)), pixels(size)[0]
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -183,6 +188,46 @@ def test_google_as_timm_reads_it(size, kind, tmp_path):
     images = random_images(side)
     expected = theirs(loaded.eval(), images)
     close(pretrained.read(tmp_path / "x.npz"), images, expected, f"{kind} {size}")
+
+
+def photo(height: int, width: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(x / (3 + i) + y / (5 - i)) for i in range(3)]
+    return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+
+
+VIEWS = {
+    "plain": [],
+    "crop": ["eval.crop=0.8", "eval.resample=bilinear"],
+    "stretch": ["eval.fit=stretch"],
+    "both": ["eval.fit=stretch", "eval.crop=0.75", "eval.resample=lanczos"],
+}
+
+
+@pytest.mark.parametrize("overrides", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("shape", [(40, 61), (57, 33), (24, 24)])
+def test_they_see_the_pixels_that_we_see(overrides, shape, tmp_path):
+    """Of photos that are not square: timm each of them, transformers within torch's rounding."""
+    photo(*shape).save(tmp_path / "photo.png")
+
+    def seen_here(kind: str, *more: str) -> np.ndarray:
+        cfg = tiny_config("data.name=folder", *more, *overrides)
+        params = random_params(tiny_model())
+        run = write_run(tmp_path / f"{kind}-run", cfg, params, data={"images": 3})
+        export(run, f"safetensors-{kind}", tmp_path / kind)
+        return decode((tmp_path / "photo.png").read_bytes(), (16, 16), view(cfg.eval))
+
+    ours = seen_here("timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    seen = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    theirs = seen(photo(*shape)).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(theirs, (ours / 255 - 0.5) / 0.5, atol=1e-6)
+    ours = seen_here("hf", "eval.fit=shortest_edge")
+    for processor in (transformers.ViTImageProcessor, transformers.AutoImageProcessor):
+        see = processor.from_pretrained(tmp_path / "hf")
+        found = see(photo(*shape), return_tensors="pt")["pixel_values"][0]
+        difference = np.abs(255 * (found.permute(1, 2, 0).numpy() / 2 + 0.5) - ours)
+        assert difference.max() <= 1.01, "grey levels: torch resizes, Pillow does here"
 
 
 def trained_like(params: dict) -> dict:

@@ -92,15 +92,15 @@ def test_a_plain_mean_is_the_very_number(huggingface):
         ({"size": 12, "resample": 1}, View("stretch", 1.0, "lanczos")),
         (
             {"size": {"shortest_edge": 16}, "do_center_crop": True, "crop_size": SQUARE},
-            View("shorter", 0.75, "bilinear"),
+            View("shortest_edge", 0.75, "bilinear"),
         ),
         (
             {"size": {"shortest_edge": 12}, "do_center_crop": True, "crop_size": 12},
-            View("shorter", 1.0, "bilinear"),
+            View("shortest_edge", 1.0, "bilinear"),
         ),
         (
-            {"size": {"height": 15, "width": 15}, "do_center_crop": True, "crop_size": SQUARE},
-            View("stretch", 0.8, "bilinear"),
+            {"size": {"height": 16, "width": 16}, "do_center_crop": True, "crop_size": SQUARE},
+            View("stretch", 0.75, "bilinear"),
         ),
         (
             {
@@ -109,7 +109,7 @@ def test_a_plain_mean_is_the_very_number(huggingface):
                 "do_center_crop": True,
                 "crop_size": 12,
             },
-            View("shorter", 0.75, "bilinear"),
+            View("shortest_edge", 0.75, "bilinear"),
         ),
         (
             {"do_resize": False, "size": {"height": 99, "width": 99}},
@@ -131,6 +131,10 @@ def test_resizing_and_cropping(fields, view, huggingface):
         (
             {"size": {"shortest_edge": 10}, "do_center_crop": True, "crop_size": 12},
             "is smaller than crop_size",
+        ),
+        (
+            {"size": {"height": 15, "width": 15}, "do_center_crop": True, "crop_size": 12},
+            "begins at half a pixel, which is rounded down there and up here",
         ),
         (
             {"size": {"height": 15, "width": 18}, "do_center_crop": True, "crop_size": 12},
@@ -231,6 +235,8 @@ FOLDER = "data.name=folder"
 )
 @pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf"])
 def test_what_we_see_goes_out_and_comes_back(kind, overrides, view, tmp_path):
+    if kind == "safetensors-hf" and view.fit == "shorter":
+        view, overrides = view._replace(fit="shortest_edge"), (*overrides, "eval.fit=shortest_edge")
     found = exported(tmp_path, kind, *overrides)
     assert found["back"] == view and found["lines"] == []
 
@@ -240,7 +246,10 @@ def test_what_others_cannot_see_is_said(tmp_path):
     assert "resized twice" in found["lines"][0]
     found = exported(tmp_path / "cover", "safetensors-hf", FOLDER, "eval.fit=cover")
     assert "fractions of a pixel (eval.fit=cover)" in found["lines"][0]
-    assert found["back"].fit == "shorter"
+    assert found["back"].fit == "shortest_edge"
+    for kind, fit in (("safetensors-timm", "shortest_edge"), ("safetensors-hf", "shorter")):
+        (line,) = exported(tmp_path / kind, kind, FOLDER, f"eval.fit={fit}")["lines"]
+        assert f"it rounds half a pixel as eval.fit={fit}, the other code as" in line
     assert found["content"]["do_center_crop"] and found["content"]["crop_size"] == {
         "height": 16,
         "width": 16,

@@ -55,6 +55,18 @@ def test_each_field_matters():
         assert np.abs(seen(base).astype(int) - seen(f"57x33/16x24/{other}")).max() > least
 
 
+def test_half_a_pixel_is_rounded_as_timm_or_as_transformers_does():
+    """27 rows of which 16 are cut out: the first is the fifth and a half."""
+    assert View("shorter", 1.0, "train").corner((27, 16), (16, 16)) == (6, 0)
+    assert View("shortest_edge", 1.0, "train").corner((27, 16), (16, 16)) == (5, 0)
+    photo = png(GOLDEN["photo/57x33"])
+    assert Image.open(io.BytesIO(photo)).size == (33, 57)
+    one, other = (
+        decode(photo, (16, 16), View(f, 1, "train")) for f in ("shorter", "shortest_edge")
+    )
+    np.testing.assert_array_equal(one[:-1], other[1:])
+
+
 def test_cover_is_what_training_decodes():
     photo = png(GOLDEN["photo/40x61"])
     plain = decode(photo, (16, 16))
@@ -98,7 +110,10 @@ def test_crop_of_is_what_gives_that_size():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("fit=squash", "eval.fit='squash' is unknown; valid: cover, shorter, stretch"),
+        (
+            "fit=squash",
+            "eval.fit='squash' is unknown; valid: cover, shorter, shortest_edge, stretch",
+        ),
         ("resample=linear", "eval.resample='linear' is unknown; did you mean bilinear"),
         ("crop=0.0", "eval.crop=0.0 must be above 0 and at most 1"),
         ("crop=87.5", "eval.crop=87.5 must be above 0 and at most 1"),

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.view import View, corner
+from vit_scale.view import View
 
 WHOLE = View("stretch", 1.0, "train")
 RESAMPLES = {"train": "linear", "bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
@@ -55,7 +55,7 @@ def eval_images(
     shape = (images.shape[0], height, width, 3)
     method = RESAMPLES[view.resample]
     resized = jax.image.resize(images.astype(jnp.float32), shape, method, antialias=True)
-    top, left = corner((height, width), size)
+    top, left = view.corner((height, width), size)
     return _normalise(resized[:, top : top + size[0], left : left + size[1]], cfg)
 
 

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -58,7 +59,7 @@ def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[st
 def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
     given = _vit(run)
     arrays = _arrays(given, dialects.TIMM)
-    seen, notes = _seen(given)
+    seen, notes = _seen(given, "shorter")
     content = beside.timm(given.cfg, given.classes, seen)
     _write_folder(folder, arrays, {"config.json": content})
     lines = [f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)']
@@ -79,9 +80,9 @@ def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
             "transformers' ViT has no distillation token, this model has: export to timm"
         )
     arrays = _arrays(given, dialects.HUGGINGFACE)
-    seen, notes = _seen(given)
+    seen, notes = _seen(given, "shortest_edge")
     height, width = image_size(given.cfg)
-    if seen.fit == "shorter" and height != width:
+    if seen.fit == "shortest_edge" and height != width:
         seen = seen._replace(fit="stretch")
         notes.append(
             f"transformers stretches images to {height} x {width}; here their shape is kept "
@@ -96,11 +97,11 @@ def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
     return [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
 
 
-def _seen(given: Pretrained) -> tuple[View, list[str]]:
-    """What evaluation sees of an image, as others' code can have it, and what it can't."""
+def _seen(given: Pretrained, fit: str) -> tuple[View, list[str]]:
+    """What evaluation sees of an image, as code that cuts as `fit` has it, and what it has not."""
     whole = stored_size(given, given.cfg) == image_size(given.cfg)
     files = not given.data or are_files(given.cfg.data)
-    return preprocessing.exported(view(given.cfg.eval), files, whole)
+    return preprocessing.exported(view(given.cfg.eval), fit, files, whole)
 
 
 def _npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
@@ -173,7 +174,13 @@ def _arrays(given: Pretrained, dialect: Dialect) -> rules.Arrays:
             f"{dialect.text} has no layer between pooling and head; this model has one, "
             f"model.representation={representation}"
         )
-    return rules.write(dialect, named(params), shape.size.depth)
+    arrays = rules.write(dialect, named(params), shape.size.depth)
+    if not shape.fc_norm:
+        return arrays
+    if not dialect.fc_norm:
+        raise UserError(f"{dialect.text} has no norm after pooling (model.fc_norm)")
+    after, before = dialect.fc_norm
+    return {re.sub(rf"^{before}\.", f"{after}.", name): x for name, x in arrays.items()}
 
 
 def _write_folder(folder: pathlib.Path, arrays: rules.Arrays, contents: dict[str, dict]) -> None:

@@ -37,6 +37,7 @@ from vit_scale.objectives import Objective, make_objective
 from vit_scale.optim import apply_updates, make_optimizer, trained, update_ema
 from vit_scale.parameters import count, measured, named, parameters, with_statistics
 from vit_scale.posemb import check_method
+from vit_scale.view import view
 
 
 class TrainState(NamedTuple):
@@ -95,6 +96,7 @@ def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = N
     check_batch(cfg.eval.batch, mesh)
     check_augment(cfg.augment)
     check_method(cfg.init.resample)
+    view(cfg.eval)
     check_counts(cfg)
     compiler_options(cfg.mesh, mesh)
     # Without this the compiler may split the tokens' width as the parameters', not the batch.

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
 
-FITS = ("shorter", "cover", "stretch")
+FITS = ("shorter", "shortest_edge", "cover", "stretch")
 RESAMPLES = ("train", "bilinear", "bicubic", "lanczos")
 
 
@@ -42,10 +42,14 @@ class View(NamedTuple):
         ratio = min(image[0] / height, image[1] / width)
         return round(image[0] / ratio), round(image[1] / ratio)
 
+    def corner(self, whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+        """(top, left) of the centre of `size` pixels.
 
-def corner(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(top, left) of the centre of `size` pixels, rounded as torchvision does."""
-    return round((whole[0] - size[0]) / 2), round((whole[1] - size[1]) / 2)
+        Half a pixel is rounded to the even one, as torchvision and timm do, or down, as
+        transformers does after resizing the shortest edge.
+        """
+        top, left = (whole[0] - size[0]) / 2, (whole[1] - size[1]) / 2
+        return (int(top), int(left)) if self.fit == "shortest_edge" else (round(top), round(left))
 
 
 def view(cfg: ConfigDict) -> View:

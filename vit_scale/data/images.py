@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_scale.data.sources import Batch
 from vit_scale.errors import UserError, nearest
-from vit_scale.view import View, corner
+from vit_scale.view import View
 
 TRAINING = View("cover", 1.0, "train")
 RESAMPLES = {
@@ -44,7 +44,7 @@ def _seen(image: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
     whole = view.whole((image.height, image.width), size)
     if (image.height, image.width) != whole:
         image = image.resize((whole[1], whole[0]), method)
-    top, left = corner(whole, size)
+    top, left = view.corner(whole, size)
     return image.crop((left, top, left + width, top + height))
 
 

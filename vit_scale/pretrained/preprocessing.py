@@ -111,7 +111,7 @@ def _size_fields(beside: pathlib.Path, content: dict, model: Size | None) -> Fie
     if size.keys() == {"shortest_edge"}:
         if crop is None:
             raise UserError(f"{beside}: size={size} without a centre crop: images of any shape")
-        fields: Fields = {"fit": "shorter"}
+        fields: Fields = {"fit": "shortest_edge"}
         resized = (int(size["shortest_edge"]),) * 2
     elif size.keys() == {"height", "width"}:
         fields, resized = {"fit": "stretch"}, (int(size["height"]), int(size["width"]))
@@ -133,12 +133,18 @@ def _size_fields(beside: pathlib.Path, content: dict, model: Size | None) -> Fie
         raise UserError(
             f"{beside}: size={size} and crop_size={crop} differ in shape: no field here says so"
         )
+    if fields["fit"] == "stretch" and (resized[0] - seen[0]) % 4 == 3:
+        raise UserError(
+            f"{beside}: crop_size={crop} out of size={size} begins at half a pixel, which is "
+            "rounded down there and up here: no field here says so"
+        )
     return fields
 
 
-def exported(view: View, files: bool, whole: bool) -> tuple[View, list[str]]:
+def exported(view: View, fit: str, files: bool, whole: bool) -> tuple[View, list[str]]:
     """A run's view as others' code can have it, and lines about what it can't.
 
+    `fit` is how that code cuts out the centre: `shorter` (timm) or `shortest_edge` (transformers).
     `files`: the run decodes images from files; `whole`: at the size that its model sees. A run that
     resizes twice, or on the device, is nearest to one that does it once.
     """
@@ -155,4 +161,9 @@ def exported(view: View, files: bool, whole: bool) -> tuple[View, list[str]]:
             "it cuts a photo that is not square in fractions of a pixel (eval.fit=cover); other "
             "code in whole ones, and sees slightly other pixels"
         )
-    return View("stretch" if view.fit == "stretch" else "shorter", view.crop, resample), lines
+    elif view.fit not in ("stretch", fit):
+        lines.append(
+            f"it rounds half a pixel as eval.fit={view.fit}, the other code as {fit}: of some "
+            "photos the one sees what lies a pixel beside what the other sees"
+        )
+    return View("stretch" if view.fit == "stretch" else fit, view.crop, resample), lines
