@@ -1,6 +1,6 @@
 """What the measurements share: how one describes itself, works in pieces, and leaves one JSON file.
 
-A piece ends after --minutes, by SIGKILL: the same command then goes on from the last checkpoint,
+A piece ends after --minutes, by SIGKILL: the same command then resumes from the last checkpoint,
 and what comes out is what an undisturbed run gives, bit for bit (law 4). A result carries a
 fingerprint of the script and the configs that it came from, so that the listing knows an outdated
 one, and a work folder of theirs is not continued with others.
@@ -167,7 +167,7 @@ def main(measurement: Measurement, measure: Callable[[Session], dict]) -> int:
         write_json(session.out, describe(session, figures))
     except TimeUp:
         total = sum(session.end_piece())
-        print(f"{measurement.name}: {total / 60:.1f} minutes so far; the same command goes on")
+        print(f"{measurement.name}: {total / 60:.1f} minutes; rerun the same command to resume")
         return RESUMABLE
     except UserError as error:
         print(f"{measurement.command}: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from launch.tpu import accelerators, check, flags
 from launch.tpu.codes import REFUSED, USAGE, Stop
 from launch.tpu.plan import NAME, ROOT
 
-AGAIN = [42, *range(127, 256)]  # exit codes after which the same command goes on
+AGAIN = [42, *range(127, 256)]  # exit codes after which the same command resumes
 
 
 def parser() -> argparse.ArgumentParser:

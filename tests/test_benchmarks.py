@@ -69,7 +69,7 @@ def check_result(trained: dict, split: str, n: int) -> None:
 def test_tutorial_in_two_pieces(image_sets, tmp_path):
     first = run("tutorial", image_sets, tmp_path, "--minutes", "0.001")
     assert first.returncode == RESUMABLE, first.stderr
-    assert "the same command goes on" in first.stdout
+    assert "rerun the same command to resume" in first.stdout
     assert not (tmp_path / "tutorial.json").exists()
 
     content = result("tutorial", image_sets, tmp_path)

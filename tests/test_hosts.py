@@ -122,8 +122,8 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
 
 def test_a_host_that_would_train_something_else_is_refused_by_all(seen):
     line = (
-        "process 1 would train something else than process 0 (lr is 0.001, there 0.01): start the "
-        "same command, code and data on every host"
+        "hosts disagree: process 1 would train something else than process 0 (lr is 0.001, there "
+        "0.01): start the same command, code and data on every host"
     )
     assert [found["unlike"] for found in seen] == [f"process 1: {line}", line, f"process 1: {line}"]
 

@@ -91,6 +91,40 @@ def test_who_ends_because_of_another_is_not_the_cause(line, code):
     assert (found.worker, found.line) == (1, "exit code 1: OSError: disk is gone")
 
 
+UNLIKE = "hosts disagree: process 2 would train something else than process 0 (a is 1, there 2)"
+APART = "workdir /x is not the same folder on process 2 and on process 0: give a --workdir"
+
+
+@pytest.mark.parametrize("line", [UNLIKE, APART])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("told", ["log", "heartbeat"])
+def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told):
+    """Whoever of them is heard: the one that differs may have been stopped before it said so."""
+    lines = [f"process 2: {line}", f"process 2: {line}", line]
+    ends = [
+        End(
+            i,
+            1,
+            2.0 - i / 10,
+            f"step 0\nvit-scale: {said}" if told == "log" else "",
+            said * (told != "log"),
+        )
+        for i, said in enumerate(lines)
+    ]
+    if alone:
+        ends[2] = End(2, 137, 1.0, "", stopped=True)
+    found = classify.cause(ends)
+    assert found.kind == "input" and line in found.line
+    assert outcomes([found]) == [65], "at once, on no other machine"
+
+
+def test_what_only_mentions_another_process_is_still_collateral():
+    said = "vit-scale: process 2: image 3 is corrupt"
+    assert classify.cause([End(0, 1, 1.0, said), End(1, 1, 1.0, said)]).kind == "infra"
+    stopped = End(0, 42, 1.0, f"vit-scale: {UNLIKE}\nvit-scale: stopped by SIGTERM after step 9")
+    assert classify.cause([stopped]).kind == "resumable"
+
+
 def test_the_earliest_of_several_causes():
     ends = [End(0, 1, 3.0, "KeyError: 'b'"), End(1, 1, 2.0, "KeyError: 'a'")]
     assert classify.cause(ends).worker == 1

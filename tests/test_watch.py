@@ -178,7 +178,9 @@ def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
 def test_a_host_that_stopped_with_all_others_is_not_blamed(three_hosts, ended):
     """Process 0 is the last to end: it still writes what all have measured."""
     this, now = three_hosts
-    says(this, 1, code=42, words="stopped by SIGTERM after step 7; the same command goes on")
+    says(
+        this, 1, code=42, words="stopped by SIGTERM after step 7; rerun the same command to resume"
+    )
     says(this, 2, code=0)
     this._others.check(30.0)
     now[0] += 100

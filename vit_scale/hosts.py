@@ -186,8 +186,9 @@ def check_alike(mine: Mapping[str, Any]) -> None:
         if wrong:
             each = (f"{name} is {mine.get(name)}, there {theirs.get(name)}" for name in wrong[:5])
             raise UserError(
-                f"process {jax.process_index()} would train something else than process 0 "
-                f"({'; '.join(each)}): start the same command, code and data on every host"
+                f"hosts disagree: process {jax.process_index()} would train something else than "
+                f"process 0 ({'; '.join(each)}): start the same command, code and data on every "
+                "host"
             )
 
 

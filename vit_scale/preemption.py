@@ -21,10 +21,10 @@ STOPPED = "stopped by SIGTERM"
 
 
 class Preempted(UserError):
-    """Stopped by SIGTERM; the same command goes on."""
+    """Stopped by SIGTERM; rerun the same command to resume."""
 
     def __init__(self, where: str):
-        super().__init__(f"{STOPPED} {where}; the same command goes on", RESUMABLE)
+        super().__init__(f"{STOPPED} {where}; rerun the same command to resume", RESUMABLE)
 
 
 _received = 0

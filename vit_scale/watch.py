@@ -7,7 +7,7 @@ The loop says which phase it is in (`phase`) and that it gets on (`beat`). A thr
 - ends it as well, and names the other one, where another host failed or is not heard from;
 - keeps RUN/goodput.json up to date (goodput.py).
 
-A process ended here exits 42, or as the host that failed did: the same command goes on from the
+A process ended here exits 42, or as the host that failed did: the same command resumes from the
 last checkpoint. SIGUSR1 prints the stacks of all threads, and nothing else happens.
 A launcher that gives VIT_SCALE_HEARTBEAT=FILE, on a disk, finds each heartbeat there as well.
 """
@@ -162,7 +162,7 @@ class Watch:
 
     def end(self, line: str, code: int = RESUMABLE) -> NoReturn:
         """End the process here and now, from any thread."""
-        print(f"vit-scale: {line}; the same command goes on", file=sys.stderr, flush=True)
+        print(f"vit-scale: {line}; rerun the same command to resume", file=sys.stderr, flush=True)
         self._code, self._words = code, line
         self.write()
         if self._ledger:

@@ -8,7 +8,7 @@ failure; --max-hours and --max-cost bound those.
 from typing import NamedTuple
 
 from launch.tpu.classify import Cause
-from launch.tpu.codes import CRASH_LOOP, FAILED, INFRASTRUCTURE, TPU_HELD, Stop
+from launch.tpu.codes import BAD_INPUT, CRASH_LOOP, FAILED, INFRASTRUCTURE, TPU_HELD, Stop
 
 DELAYS = (10, 30, 120, 300)  # seconds before the next attempt, by failures in a row
 OURS = ("user", "fatal")  # kinds that another machine would repeat
@@ -29,6 +29,8 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
         state["failures"] = []
     if cause.kind == "fatal":
         raise Stop(FAILED, cause.text)
+    if cause.kind == "input":
+        raise Stop(BAD_INPUT, cause.text)
     if cause.kind == "preempted":
         state["restarts"] += 1
         _check_restarts(state, cause, restarts)

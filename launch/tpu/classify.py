@@ -26,8 +26,11 @@ COLLATERAL = (
     r"|Connection closed by peer|Connection reset by peer|heartbeat timeout"
     r"|vit-scale: process \d+[ :(]|did not all meet within"
 )
+# What every worker says where their code, data or folders differ, in its own words or in another's:
+# a mistake that no other machine mends.
+DISAGREE = r"would train something else than process 0|is not the same folder on process \d+"
 RESUMABLE, DIVERGED, USAGE = 42, 43, 2
-NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |the same command goes on$")
+NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 
 class End(NamedTuple):
@@ -43,7 +46,7 @@ class End(NamedTuple):
 
 
 class Cause(NamedTuple):
-    kind: str  # done | user | fatal | infra | busy | port | disk | preempted | resumable
+    kind: str  # done | user | fatal | input | infra | busy | port | disk | preempted | resumable
     worker: int | None
     line: str
     signature: str  # the same for the same failure
@@ -65,7 +68,16 @@ def last_line(tail: str) -> str:
     return lines[-1] if lines else ""
 
 
+def disagrees(end: End) -> bool:
+    """Whether it ended because the hosts have not the same code, config, data or folder."""
+    if end.code in (None, 0, RESUMABLE):
+        return False
+    return bool(re.search(DISAGREE, f"{end.words}\n{last_line(end.tail)}"))
+
+
 def collateral(end: End) -> bool:
+    if disagrees(end) and not end.why:
+        return False  # also where another one has found it out
     if end.stopped or end.code == 134 or end.words.startswith("process "):
         return True
     if end.code in (None, 0, RESUMABLE, DIVERGED) and not end.words:
@@ -78,6 +90,8 @@ def kind(end: End) -> str:
         return "busy"
     if end.code in (DIVERGED, USAGE):
         return "fatal"
+    if disagrees(end):
+        return "input"
     for pattern, found in SIGNATURES:
         if end.code != 0 and re.search(pattern, end.tail):
             return found

@@ -53,9 +53,9 @@ class Meter:
     def check(self, hours: float, cost: float) -> None:
         """Raises Stop at a limit; 0 is none."""
         if hours and self.hours >= hours:
-            raise Stop(LIMIT, f"--max-hours {hours:g} is reached; the same command goes on")
+            raise Stop(LIMIT, f"--max-hours {hours:g} is reached; rerun the same command to resume")
         if cost and (self.cost or 0) >= cost:
-            raise Stop(LIMIT, f"--max-cost {cost:g} is reached; the same command goes on")
+            raise Stop(LIMIT, f"--max-cost {cost:g} is reached; rerun the same command to resume")
 
 
 def age(created: str) -> float:

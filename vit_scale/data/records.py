@@ -2,7 +2,7 @@
 
 A folder of a million files is slow to list, to copy and to read from a network disk; a few hundred
 shards are not. `pack` shuffles once, so that a shard is a fair sample, and writes a shard under a
-temporary name until it is whole: interrupted, the same command goes on. A record is its label,
+temporary name until it is whole: interrupted, the same command resumes. A record is its label,
 4 bytes little-endian, and the bytes of the file. `index.json` says what a finished set holds.
 
 ArrayRecord reads and writes local files only. Shards in a bucket are copied to this machine once
