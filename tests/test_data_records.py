@@ -31,7 +31,7 @@ class Inline(concurrent.futures.Executor):
 
 @pytest.fixture
 def inline(monkeypatch):
-    monkeypatch.setattr(records.concurrent.futures, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     with hosts.together():
         cfg = continued(cfg, workdir)
         program, sources = plan_program(cfg), open_sources(cfg)
+        check_shared_memory(program, sources)
         about = describe(program, name, sources.train)
         if not folders(paths.path(workdir)):
             check_source(program, sources.train.classes, ids_of(sources.train))
@@ -240,6 +241,19 @@ def open_sources(cfg: ConfigDict) -> Sources:
         selection=opened(cfg.eval.split, view(cfg.eval)) if cfg.eval.split else None,
         final=opened(cfg.eval.final, view(cfg.eval)) if cfg.eval.final else None,
     )
+
+
+def check_shared_memory(program: Program, sources: Sources) -> None:
+    """Raises UserError where what the data workers hand over will not fit; Linux alone says so."""
+    cfg, mesh = program.cfg, program.mesh
+    train, evaluated = (len(batch_rows(n, mesh)) for n in (cfg.data.batch, cfg.eval.batch))
+    parts = [(sources.train, train, cfg.steps)]
+    if sources.selection:  # evaluated beside a training that waits with its batches
+        parts.append((sources.selection, evaluated, -(-len(sources.selection) // cfg.eval.batch)))
+    data.check_shared_memory(parts, cfg.data.workers)
+    if sources.final:
+        final = (sources.final, evaluated, -(-len(sources.final) // cfg.eval.batch))
+        data.check_shared_memory([final], cfg.data.workers)
 
 
 def sample_images(program: Program, batch: dict) -> np.ndarray:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vit_scale.data import cifar, folder, fractal, records
 from vit_scale.data.classes import Match, align, match
 from vit_scale.data.images import EncodedImages, decoded_size
-from vit_scale.data.pipeline import eval_batches, in_memory, train_batches
+from vit_scale.data.pipeline import check_shared_memory, eval_batches, in_memory, train_batches
 from vit_scale.data.sources import Batch, InMemory, Slice, Source, checksum, cut, split_name
 from vit_scale.errors import UserError, nearest
 from vit_scale.view import View, view
@@ -25,6 +25,7 @@ __all__ = [
     "Source",
     "align",
     "are_files",
+    "check_shared_memory",
     "checksum",
     "delivered_size",
     "describe",

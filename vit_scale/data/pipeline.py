@@ -10,13 +10,10 @@ global batch.
 import atexit
 import contextlib
 import functools
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 import grain
 import numpy as np
@@ -25,10 +22,10 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale.data import workers as processes
 from vit_scale.data.sources import Batch, InMemory, Source
 from vit_scale.errors import UserError
 
-READ_AHEAD = 2  # batches made while the device computes, of each worker or of the one thread
 DECODE_BATCH = 64  # images that go from a worker to `in_memory` at once
 
 
@@ -100,6 +97,7 @@ class TrainBatches:
         self._batch, self._seed, self._start = batch, seed, start
         self._steps = max(0, (sys.maxsize if stop is None else stop) - start)
         self._rows = np.arange(batch) if rows is None else rows
+        self.rows = len(self._rows)
 
     def __len__(self) -> int:
         return self._steps
@@ -116,6 +114,7 @@ class EvalBatches:
         self.source = source
         self._batch = batch
         self._rows = np.arange(batch) if rows is None else rows
+        self.rows = len(self._rows)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self._batch)
@@ -151,19 +150,42 @@ def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
 def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch, None, None]:
     """The batches in order, read ahead by a thread, or by processes where the source decodes."""
     dataset = grain.MapDataset.source(batches).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=processes.READ_AHEAD)
     )
-    if workers and batches.source.decodes:
+    size = shared_bytes(batches.source, batches.rows, 1, workers)
+    if size:
+        needed = shared_bytes(batches.source, batches.rows, len(batches), workers)
+        processes.check_room(needed, workers, size)
         _workers_allowed()
-        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=READ_AHEAD)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=attach_to_parent).map(_own)
-    reader = _closing(dataset)
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=processes.READ_AHEAD)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=processes.attach_to_parent).map(_own)
+    reader = _closing(dataset, workers, size)
     _open.add(reader)
     return reader
 
 
-def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
-    with contextlib.closing(iter(dataset)) as iterator:
+def shared_bytes(source: Source, rows: int, batches: int, workers: int) -> int:
+    """The shared memory that reading so many batches of `rows` images takes at a time; 0: none."""
+    if not workers or not source.decodes:
+        return 0
+    h, w = source.size
+    return processes.held(workers, batches) * rows * (h * w * 3 + 4 + 1)  # image, label, mask
+
+
+def check_shared_memory(parts: Iterable[tuple[Source, int, int]], workers: int) -> None:
+    """Raises UserError where shared memory can't hold what is read at the same time.
+
+    `parts` are (source, images in a batch of this process, batches).
+    """
+    parts = list(parts)
+    needed = sum(shared_bytes(*part, workers) for part in parts)
+    largest = max(shared_bytes(source, rows, 1, workers) for source, rows, _ in parts)
+    processes.check_room(needed, workers, largest)
+
+
+def _closing(dataset: grain.IterDataset, workers: int, size: int) -> Generator[Batch, None, None]:
+    reasons = processes.one_line(workers, size) if size else contextlib.nullcontext()
+    with reasons, contextlib.closing(iter(dataset)) as iterator:
         yield from iterator
 
 
@@ -198,22 +220,3 @@ def _workers_allowed() -> None:
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
     if quiet not in sys.warnoptions:
         sys.warnoptions.append(quiet)
-
-
-def attach_to_parent(*_: int) -> None:
-    """Tie a worker process to its parent: it works while a stopped run saves, and ends with it.
-
-    Ctrl-C and a cluster's SIGTERM reach the whole group of processes, but only the training process
-    may act on them: it still needs batches until it has saved. Its SIGKILL reaches nobody else, and
-    would leave workers behind.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

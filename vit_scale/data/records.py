@@ -9,10 +9,8 @@ ArrayRecord reads and writes local files only. Shards in a bucket are copied to 
 (`paths.stage`), and `pack` uploads each shard when it is whole.
 """
 
-import concurrent.futures
 import hashlib
 import json
-import multiprocessing
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from tqdm import tqdm
 from vit_scale import paths
 from vit_scale.data.folder import FOLDERS, Listing, list_images, readable
 from vit_scale.data.images import CHOICES, Corrupt, EncodedImages, verify
-from vit_scale.data.pipeline import attach_to_parent
+from vit_scale.data.workers import run_all
 from vit_scale.errors import UserError, nearest
 
 VERSION = 1  # of the layout of a packed set
@@ -234,19 +232,10 @@ def _write_shards(shards: list[Shard], workers: int | None) -> dict[Path, int]:
     images = {shard.file: _count(shard) for shard in shards if shard.file.name in there}
     total = sum(len(shard.listing.labels) for shard in shards)
     done = total - sum(len(shard.listing.labels) for shard in missing)
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=total, initial=done, desc="pack", unit="image", disable=None) as bar,
-        concurrent.futures.ProcessPoolExecutor(workers, spawn, attach_to_parent) as pool,
-    ):
-        jobs = {pool.submit(write_shard, shard): shard for shard in missing}
-        try:
-            for job in concurrent.futures.as_completed(jobs):
-                images[jobs[job].file] = job.result()
-                bar.update(len(jobs[job].listing.labels))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tqdm(total=total, initial=done, desc="pack", unit="image", disable=None) as bar:
+        for shard, count in run_all(write_shard, missing, workers):
+            images[shard.file] = count
+            bar.update(len(shard.listing.labels))
     return images
 
 
