@@ -2,9 +2,10 @@
 
 Four CLU MetricWriters stand side by side behind one `Tracker`, so that the loop says everything
 once. Guaranteed: logging never waits for the newest step; `metrics.jsonl` holds each row once,
-across kills and resumes; only process 0 writes; a file that can't be written ends the run with one
-line. In a bucket, where a file is uploaded whole, that is done before an evaluation or a checkpoint
-begins, every UPLOAD seconds and at the end: a checkpoint never precedes the rows up to its step.
+across kills and resumes; only process 0 writes; a `metrics.jsonl` that can't be written ends the
+run with one line, and no other writer ever does. In a bucket, where a file is uploaded whole, that
+is done before an evaluation or a checkpoint begins, every UPLOAD seconds and at the end: a
+checkpoint never precedes the rows up to its step.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from vit_scale.errors import DONE, FAILED, RESUMABLE, UserError
 from vit_scale.tracking.provenance import git_state, parameter_table, versions
 from vit_scale.tracking.speed import Speed
 from vit_scale.tracking.writers import (
+    BestEffortWriter,
     JsonLinesWriter,
     MetricWriter,
     MultiWriter,
@@ -63,7 +65,7 @@ class Tracker:
       clock: the time in seconds.
 
     Raises:
-      UserError: a file can't be written, or Weights & Biases can't be reached.
+      UserError: metrics.jsonl can't be written. What else can't be is said once, and left out.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Tracker:
         self._speed = Speed(cfg.data.batch, mfu, clock)
         self._pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
         self._due = False  # the last of them ends an interval
-        self._terminal: TerminalWriter | None = None
+        self._terminal: BestEffortWriter | None = None
         self._wandb: WandbWriter | None = None
         self._clock, self._uploaded = clock, clock()
         self._opened = contextlib.ExitStack()
@@ -112,13 +114,23 @@ class Tracker:
         self._workdir.mkdir(parents=True, exist_ok=True)
         yield JsonLinesWriter(self._workdir / "metrics.jsonl", self._start)
         if log.tensorboard:
-            yield TensorBoardWriter(self._workdir / "tensorboard", self._start)
+            yield BestEffortWriter("TensorBoard", self._open_tensorboard)
         if log.wandb:
-            self._wandb = WandbWriter(self._workdir, log.project, self._name, self._quiet)
-            yield self._wandb
+            yield BestEffortWriter("Weights & Biases", self._open_wandb)
         if not self._quiet:  # last to open, first to close: other closing words stand below the bar
-            self._terminal = TerminalWriter(self._name, self._steps, self._start)
+            self._terminal = BestEffortWriter("", self._open_terminal)
             yield self._terminal
+
+    def _open_tensorboard(self) -> MetricWriter:
+        return TensorBoardWriter(self._workdir / "tensorboard", self._start)
+
+    def _open_wandb(self) -> MetricWriter:
+        project = self._cfg.log.project
+        self._wandb = WandbWriter(self._workdir, project, self._name, self._quiet)
+        return self._wandb
+
+    def _open_terminal(self) -> MetricWriter:
+        return TerminalWriter(self._name, self._steps, self._start)
 
     def __exit__(self, kind, error, trace) -> None:
         with self._one_line_errors(), self._opened:
@@ -245,7 +257,7 @@ def publish(
 
     Raises UserError where it can't be reached; offline without a key, like a training.
     """
-    writer = WandbWriter(workdir, project, name)
+    writer = WandbWriter(workdir, project, name, strict=True)
     with contextlib.closing(writer):
         writer.append(pictures, values)
 
