@@ -1,17 +1,21 @@
 """run: one live writer, one config, whole files or none."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from vit_scale import config
+from vit_scale import config, generations, hosts, lock, paths
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
+from vit_scale.lock import Lock
 from vit_scale.run import Run, read_json, write_json
 
 
@@ -71,6 +75,147 @@ def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
         holder.communicate()
     with Run(tmp_path, about()):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.fixture
+def locks(monkeypatch):
+    """Gives a function: both kinds of the kernel's locks fail with these errors; the calls."""
+
+    def fail(flock: int, lockf: int) -> list[str]:
+        calls: list[str] = []
+
+        def refuse(name, number):
+            def lock(file, operation):
+                calls.append(name)
+                raise OSError(number, os.strerror(number))
+
+            monkeypatch.setattr(fcntl, name, lock)
+
+        refuse("flock", flock)
+        if lockf:
+            refuse("lockf", lockf)
+        return calls
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, locks, capsys, number):
+    """Lustre, some NFS: nobody else is there."""
+    calls = locks(number, number)
+    with Run(tmp_path, about()) as run:
+        assert run.report is None
+    said = capsys.readouterr().err
+    assert said == (
+        f"vit-scale: {tmp_path} can't be locked on this file system ({os.strerror(number)}); "
+        "training goes on: see to it that no other process trains in it\n"
+    )
+    assert calls == ["flock", "lockf"]
+
+
+def test_where_flock_is_missing_posix_locks_keep_others_out(tmp_path, locks, capsys):
+    locks(errno.ENOSYS, 0)
+    program = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "f.write('77\\n'); f.flush(); print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert "is in use by the live process 77;" in refusal(enter(tmp_path))
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    enter(tmp_path)()
+    assert capsys.readouterr().err == "", "it is locked: nothing to say"
+
+
+def test_a_disk_that_fails_is_not_another_process(tmp_path, locks):
+    locks(errno.EIO, 0)
+    line = refusal(enter(tmp_path))
+    assert "can't be locked: Input/output error" in line and "in use" not in line
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError, UserError("x")])
+@pytest.mark.parametrize("where", ["_claim", "_read_report", "check_shared", "agree"])
+def test_whatever_ends_the_opening_releases_the_lock(tmp_path, monkeypatch, where, error):
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run if where.startswith("_") else hosts, where, fail)
+        opened = Run(tmp_path, about())
+        with pytest.raises(type(error) if isinstance(error, UserError) else error):
+            opened.__enter__()
+    enter(tmp_path)()  # by this process, while what failed is still there
+
+
+class Objects:
+    """generations, of one bucket in memory; `lost`: the first write does it, and raises."""
+
+    def __init__(self, lost: BaseException | None):
+        self.lost, self.there = lost, {}
+
+    def read(self, place):
+        number, data = self.there.get(str(place), ("0", b"{}"))
+        return number, json.loads(data)
+
+    def write(self, place, data, generation):
+        if self.read(place)[0] != generation:
+            return None
+        self.there[str(place)] = (str(int(generation) + 1), data)
+        if self.lost:
+            raise self.lost
+        return str(int(generation) + 1)
+
+    def remove(self, place, generation):
+        if self.read(place)[0] == generation:
+            del self.there[str(place)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("session is closed")])
+def test_a_buckets_lock_is_released_whatever_ends_its_holder(tmp_path, monkeypatch, error):
+    """Also where the object was written, and its answer never came."""
+    objects = Objects(error)
+    for name in ("read", "write", "remove"):
+        monkeypatch.setattr(generations, name, getattr(objects, name))
+    monkeypatch.setattr(paths, "in_bucket", lambda place: True)
+    monkeypatch.setattr(paths, "local", lambda place: tmp_path / "local")
+    this = Lock(tmp_path)
+    with pytest.raises(type(error)):
+        this.acquire()
+    assert objects.there == {}
+    objects.lost = None
+    this.acquire()
+    assert list(objects.there) == [str(tmp_path / ".lock")]
+    with pytest.raises(UserError, match="in use by the live process"):
+        Lock(tmp_path).acquire()
+    assert list(objects.there) == [str(tmp_path / ".lock")], "it is not the other's to remove"
+    this.release()
+    assert objects.there == {}
+
+
+def test_a_lease_is_renewed_whatever_a_renewal_raises(tmp_path, monkeypatch):
+    objects, codes = Objects(None), []
+    for name in ("read", "write", "remove"):
+        monkeypatch.setattr(generations, name, getattr(objects, name))
+    monkeypatch.setattr(lock, "RENEW", 0.01)
+    monkeypatch.setattr(lock.os, "_exit", codes.append)
+    this = lock.Lease(tmp_path)
+    this.acquire()
+    objects.lost = RuntimeError("session is closed")
+    while objects.read(this.object)[0] == "1":
+        time.sleep(0.01)
+    assert this._thread.is_alive()
+    objects.lost = None
+    seen = objects.read(this.object)[0]
+    while objects.read(this.object)[0] == seen:
+        time.sleep(0.01)
+    this.release()
+    assert codes == [] and objects.there == {}
 
 
 def test_another_config_is_refused_with_the_differences(tmp_path):

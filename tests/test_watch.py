@@ -1,6 +1,7 @@
 """watch: heartbeats say what is done, a hang is ended, and the host that failed is named."""
 
 import json
+import threading
 
 import pytest
 
@@ -65,6 +66,48 @@ def test_last_words_are_written(tmp_path, limits):
             this.write()
     assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (1, "a mistake")
     assert goodput.read(tmp_path)[-1]["code"] == 1
+
+
+@pytest.mark.parametrize("part", ["book", "write", "_ledger", "_others"])
+def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
+    tmp_path, limits, monkeypatch, capsys, part
+):
+    """Else what hangs after it would hang for ever."""
+    this, calls, checked = Watch(tmp_path, limits), [], threading.Event()
+    this.every = 0.001
+
+    def fail(*arguments):
+        calls.append(part)
+        raise KeyError("nobody expected this")
+
+    class Failing:
+        write = check = fail
+
+        def __getattr__(self, name):
+            return lambda *arguments: None
+
+    this._check_limit = lambda: checked.set() if len(calls) > 3 else None
+    monkeypatch.setattr(this, part, Failing() if part.startswith("_") else fail)
+    thread = threading.Thread(target=this._loop, daemon=True)
+    thread.start()
+    assert checked.wait(30), "what comes after the failure is still done"
+    this._ended.set()
+    thread.join(10)
+    said = capsys.readouterr().err
+    assert said == (
+        "vit-scale: the watchdog had a problem (KeyError: 'nobody expected this'), and goes on\n"
+    )
+
+
+def test_a_heartbeat_of_another_host_that_is_no_heartbeat(three_hosts, ended, monkeypatch, capsys):
+    """Of another version, or damaged: the limits of this host hold all the same."""
+    this, _ = three_hosts
+    (this.run / watch.FOLDER).mkdir(parents=True, exist_ok=True)
+    (this.run / watch.FOLDER / "1.json").write_text(json.dumps({"attempt": this.attempt}))
+    rounds = iter([False, False, False, True])
+    monkeypatch.setattr(this._ended, "wait", lambda seconds: next(rounds))
+    this._loop()
+    assert capsys.readouterr().err.count("the watchdog had a problem (KeyError: 'code')") == 1
 
 
 def test_nobody_watches_outside_of_training(tmp_path):

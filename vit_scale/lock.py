@@ -1,12 +1,14 @@
 """One writer: the lock of a run's folder, which a death frees.
 
-On a disk the kernel holds it, and lets go when the process ends, however it does. A bucket has no
-such thing: there the lock is an object, `RUN/.lock`, that its holder writes again every RENEW
-seconds. Each write names the generation that it replaces, so that of two only one succeeds. One
-that was not renewed for LEASE seconds is of a dead process, and is taken over; a holder that finds
-it taken, or can't renew it for so long, ends at once, before it overwrites another's work.
+On a disk the kernel holds it, and lets go when the process ends, however it does. Where the file
+system has no locks, one line says so and training goes on. A bucket has no such thing: there the
+lock is an object, `RUN/.lock`, that its holder writes again every RENEW seconds. Each write names
+the generation that it replaces, so that of two only one succeeds. One that was not renewed for
+LEASE seconds is of a dead process, and is taken over; a holder that finds it taken, or can't renew
+it for so long, ends at once, before it overwrites another's work.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +25,8 @@ from vit_scale.errors import RESUMABLE, UserError
 
 NAME = ".lock"
 RENEW, LEASE = 15.0, 90.0  # seconds
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what a lock says that another has
+UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def boot() -> str:
@@ -53,14 +57,14 @@ class Lock:
         self._lease: Lease | None = None
 
     def acquire(self) -> None:
-        self._lock_file()
-        if paths.in_bucket(self.run):
-            self._lease = Lease(self.run)
-            try:
+        try:
+            self._lock_file()
+            if paths.in_bucket(self.run):
+                self._lease = Lease(self.run)
                 self._lease.acquire()
-            except UserError:
-                self.release()
-                raise
+        except BaseException:
+            self.release()
+            raise
 
     def _lock_file(self) -> None:
         try:
@@ -72,19 +76,46 @@ class Lock:
                 f"cannot write to workdir {self.run}: {error.strerror}; give another --workdir"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_as_possible(self._file)
         except OSError as error:
+            if error.errno not in TAKEN:
+                raise UserError(
+                    f"workdir {self.run} can't be locked: {error.strerror}; give another --workdir"
+                ) from error
             self._file.seek(0)
             raise in_use(self.run, self._file.read().strip() or "unknown") from error
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
 
+    def _lock_as_possible(self, file: IO) -> None:
+        """Lock it in the way that the file system knows; where it knows none, say so and go on.
+
+        Lustre and some NFS mounts have no flock; some of them have POSIX's locks.
+        """
+        for lock in (fcntl.flock, fcntl.lockf):
+            try:
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                reason = error.strerror
+        print(
+            f"vit-scale: {self.run} can't be locked on this file system ({reason}); training goes "
+            "on: see to it that no other process trains in it",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def release(self) -> None:
-        if self._lease:
-            self._lease.release()
-        if self._file:
-            self._file.close()
+        lease, file, self._lease, self._file = self._lease, self._file, None, None
+        try:
+            if lease:
+                lease.release()
+        finally:
+            if file:
+                file.close()
 
 
 class Lease:
@@ -99,6 +130,23 @@ class Lease:
 
     def acquire(self) -> None:
         """Take the lock; where another's was left, once it is clear that nobody renews it."""
+        try:
+            self._take()
+        except UserError:
+            raise  # it is another's
+        except BaseException:
+            self._generation = self._generation or self._own()  # the answer may have been lost
+            raise
+
+    def _own(self) -> str:
+        """The generation of the object where this lock wrote it; empty where not, or unknown."""
+        try:
+            left, said = generations.read(self.object)
+        except Exception:  # noqa: BLE001, something else is being raised, which says more
+            return ""
+        return left if said.get("lock") == self._name else ""
+
+    def _take(self) -> None:
         found = self._write("0")
         if not found:
             left, holder = self._wait_for_the_dead()
@@ -136,7 +184,7 @@ class Lease:
         while not self._ended.wait(RENEW):
             try:
                 found = self._write(self._generation)
-            except OSError:
+            except Exception:  # noqa: BLE001, a lock that nobody renews is soon another's
                 found = self._generation if self._is_fresh() else None
             else:
                 self._renewed = time.monotonic()

@@ -51,26 +51,19 @@ class Run:
         self._lock = Lock(self.path)
 
     def __enter__(self) -> "Run":
-        with hosts.together():
-            if hosts.is_first():
-                self._open()
         try:
+            with hosts.together():
+                if hosts.is_first():
+                    self._lock.acquire()
+                    self._claim()
             hosts.check_shared(self.path)
             with hosts.together():
                 self.report = self._read_report()
-        except UserError:
+            self.report = hosts.agree(self.report)
+        except BaseException:  # Ctrl-C as well: what is not opened holds nothing
             self.__exit__()
             raise
-        self.report = hosts.agree(self.report)
         return self
-
-    def _open(self) -> None:
-        self._lock.acquire()
-        try:
-            self._claim()
-        except UserError:
-            self._lock.release()  # a refused run holds nothing
-            raise
 
     def __exit__(self, *exception) -> None:
         if hosts.is_first():

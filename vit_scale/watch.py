@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -141,14 +141,29 @@ class Watch:
                 paths.write(file, json.dumps(content).encode())
 
     def _loop(self) -> None:
+        """Do each of it again and again, whatever the others raise: without it a hang lasts."""
+        parts: list[Callable[[], None]] = [self.book, self.write]
+        if self._ledger:
+            parts.append(self._ledger.write)
+        parts.append(self._check_limit)
+        if others := self._others:
+            parts.append(lambda: others.check(self.limits.peer))
+        told: set[str] = set()
         while not self._ended.wait(self.every):
-            self.book()
-            self.write()
-            if self._ledger:
-                self._ledger.write()
-            self._check_limit()
-            if self._others:
-                self._others.check(self.limits.peer)
+            for part in parts:
+                try:
+                    part()
+                except Exception as error:  # noqa: BLE001
+                    self._complain(error, told)
+
+    def _complain(self, error: Exception, told: set[str]) -> None:
+        """Say once what goes wrong in the watchdog's thread, which goes on."""
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        if type(error).__name__ not in told:
+            told.add(type(error).__name__)
+            with contextlib.suppress(OSError, ValueError):
+                text = f"vit-scale: the watchdog had a problem ({line}), and goes on"
+                print(text, file=sys.stderr, flush=True)
 
     def _check_limit(self) -> None:
         idle, name = time.monotonic() - self._progress, LIMITS.get(self._phase, "step")
