@@ -815,6 +815,35 @@ def test_git_state(tmp_path):
     assert git_state(tmp_path) == {"commit": commit, "dirty": True}
 
 
+def test_a_package_in_a_repository_that_is_not_its_own_has_no_git_state(tmp_path, monkeypatch):
+    """Installed in somebody's project; the same files in a clone of their own have one."""
+    git(tmp_path, "init")
+    installed = tmp_path / ".venv/lib/python3.11/site-packages/vit_scale"
+    beside, inside = tmp_path / "vit_scale", tmp_path / "third_party" / "clone" / "vit_scale"
+    for folder in (installed, beside, inside):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+    (tmp_path / "main.py").write_text("a")
+    git(tmp_path, "add", "main.py")
+    git(tmp_path, "commit", "-m", "m")
+    assert git_state(installed) is None, "in a folder of it"
+    assert git_state(beside) is None, "put there by pip install --target, and not tracked"
+    git(tmp_path, "add", "-f", str(installed / "__init__.py"))
+    git(tmp_path, "commit", "-m", "m")
+    assert git_state(installed) is None, "committed, but not as a project"
+    git(inside.parent, "init")
+    assert git_state(inside) is None, "no commit yet"
+    git(inside.parent, "add", "vit_scale")
+    git(inside.parent, "commit", "-m", "m")
+    own = {"commit": git(inside, "rev-parse", "HEAD"), "dirty": False}
+    assert git_state(inside) == own
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # started by a hook of the other
+    assert git_state(inside) == own
+    link = tmp_path / "link"
+    link.symlink_to(inside)
+    assert git_state(link) == own
+
+
 def test_git_state_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(Path(__file__).parent) is None

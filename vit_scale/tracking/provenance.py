@@ -1,6 +1,7 @@
 """What a run is made of: its commit, the versions of its packages, its parameters."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -9,11 +10,24 @@ from typing import Any
 
 from clu import parameter_overview
 
+# Variables of a git hook, which name the repository that it is of.
+ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "clu", "vit_scale")
 
 
 def git_state(folder: Path) -> dict[str, str | bool] | None:
-    """{"commit": hash, "dirty": whether tracked files differ}; None without git. Never raises."""
+    """{"commit": hash, "dirty": whether tracked files differ}, of the repository of `folder`.
+
+    None where `folder` is neither the top of a repository nor right below it, or is not tracked: a
+    package that is installed inside somebody's repository is no part of it. None without git, too.
+    Never raises.
+    """
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    here = folder.resolve()
+    if not top or Path(top).resolve() not in (here, here.parent):
+        return None
+    if not _git(folder, "ls-files", "--", "."):
+        return None
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     if commit is None or changes is None:
@@ -24,7 +38,11 @@ def git_state(folder: Path) -> dict[str, str | bool] | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env={k: v for k, v in os.environ.items() if k not in ELSEWHERE},
         )
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
