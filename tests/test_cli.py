@@ -1,5 +1,7 @@
 """The command line as a user types it: every verb, what it prints, and where it writes."""
 
+import errno
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_scale import checkpoint, cli, config, verbs
+from vit_scale import checkpoint, cli, config, pretrained, verbs
 from vit_scale.data.cifar import CLASSES
+from vit_scale.errors import USAGE, nearest
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+HERE = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).resolve().parent.parent)}
 TINY = (
     "--config.data.workers=0",
     "--config.data.batch=16",
@@ -98,6 +102,170 @@ def test_help_does_not_wait_for_jax():
     code = "import sys, vit_scale.cli as cli; cli.main(['tran']); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"vit-scale {importlib.metadata.version('vit_scale')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "--config", "vit_base_imagenet"],
+        ["show", "--config", "vit_base_imagenet", "--json"],
+        ["train", "--help"],
+    ],
+)
+def test_output_that_nobody_reads_ends_quietly(arguments):
+    """`vit-scale show ... | head -1`: the reader is gone before the first line comes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vit_scale.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=HERE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_damaged_run_is_one_though_nobody_reads_the_table():
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = """
+import sys
+from vit_scale import cli, verify
+verify.verify = lambda run: [{"file": f"checkpoints/{n}", "state": "bad"} for n in range(9000)]
+sys.exit(cli.main(["verify", "run"]))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=HERE)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr.startswith("vit-scale: run: 9000 of 9000 are damaged")
+
+
+def test_a_pipe_that_is_not_the_output_is_no_quiet_end(monkeypatch, capsys):
+    def broken(*arguments):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(verbs, "show", broken)
+    assert cli.main(["show", "run"]) == 1
+    assert capsys.readouterr().err == "vit-scale: storage: Broken pipe\n"
+
+
+@pytest.mark.parametrize(
+    "verb, arguments, resumes",
+    [
+        ("train", ["train", "--config", "x"], True),
+        ("pack_data", ["data", "pack", "a", "b"], True),
+        ("download_data", ["data", "download", "cifar10"], True),
+        ("predict", ["predict", "run", "a.png"], False),
+        ("evaluate", ["eval", "run"], False),
+        ("show", ["show", "run"], False),
+        ("inspect", ["inspect", "run"], False),
+        ("export", ["export", "run", "--format", "npz", "--out", "x"], False),
+        ("convert", ["convert", "x", "y"], False),
+        ("verify", ["verify", "run"], False),
+    ],
+)
+def test_ctrl_c_speaks_of_resuming_where_something_resumes(
+    monkeypatch, capsys, verb, arguments, resumes
+):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, verb, stop)
+    assert cli.main(arguments) == 130
+    line = "vit-scale: stopped" + "; rerun the same command to resume" * resumes
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+SHOW, PLAN = ["show", "--config", "quickstart"], ["plan", "--config", "x", "--topology", "v5e:2x2"]
+
+
+@pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        (["show", "run", "--sharding"], "show RUN has no use for --sharding"),
+        (["show", "run", "--devices", "4"], "show RUN has no use for --devices"),
+        (["show", "run", "--config.steps=4"], "show RUN takes no --config.steps=4"),
+        (["show", "run", "--json", "--markdown"], "show --json has no use for --markdown"),
+        ([*SHOW, "--markdown"], "show --config has no use for --markdown"),
+        ([*PLAN, "--compare", "a=1", "--fit"], "plan --compare has no use for --fit"),
+        (["eval", "run", "--config.model.depth=4"], "eval has no use for --config.model.depth"),
+        (["eval", "run", "--config.optim.lr=1"], "eval has no use for --config.optim.lr"),
+        (["eval", "run", "--config.augment.flip=True"], "no use for --config.augment.flip"),
+        (["eval", "run", "--config.data.train=train"], "no use for --config.data.train"),
+        (["eval", "run", "--config.eval.split=val"], "--config.eval.split; give --split"),
+        (["eval", "run", "--split=val", "--config.eval.final=a"], "--split val or --config.eval"),
+        (["inspect", "run", "--config.mesh.data=2"], "inspect has no use for --config.mesh.data"),
+        (["inspect", "run", "--config.steps=2"], "inspect has no use for --config.steps"),
+        (["inspect", "run", "--config.data.batch", "2"], "no use for --config.data.batch"),
+        (["predict", "run", "a.png", "--config.steps=2"], "predict takes no --config.steps=2"),
+    ],
+)
+def test_what_a_verb_would_ignore_is_refused(arguments, flag, capsys):
+    """Before anything is read: there is no such run."""
+    assert cli.main(arguments) == USAGE
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and flag in err
+
+
+def test_a_field_that_there_is_not_is_not_one_that_is_ignored(learnt, capsys):
+    assert cli.main(["eval", str(learnt), "--config.eval.bach=4"]) == USAGE
+    assert "no config field is named 'eval.bach'; did you mean eval.batch?" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("optim.lrr", "did you mean optim.lr?"),
+        ("optm.lr", "did you mean optim.lr?"),
+        ("model.lr", "did you mean optim.lr?"),
+        ("batch", "did you mean data.batch or eval.batch?"),
+        ("model.dept", "did you mean model.depth?"),
+        ("data.fractal.clases", "did you mean data.fractal.classes?"),
+        ("optim.zzz", "valid: optim.accumulate, optim.b1, optim.b2, optim.clip"),
+        ("log.quantity", "valid: log.every, log.images, log.project"),
+        ("nonsense", "valid: augment.*, checkpoint.*, data.*, distill.*, divergence.*, eval.*"),
+    ],
+)
+def test_suggestions_are_near(name, says):
+    assert nearest(name, config.fields(config.base())).startswith(says)
+
+
+@pytest.mark.parametrize(
+    "name, valid, says",
+    [
+        ("cosin", ["constant", "cosine", "linear"], "did you mean cosine?"),
+        ("center", ["none", "pad", "resized"], "valid: none, pad, resized"),
+        ("mean", ["cls", "gap", "map"], "valid: cls, gap, map"),
+        ("validation", ["train", "test"], "valid: test, train"),
+        ("flash", ["xla", "cudnn"], "valid: cudnn, xla"),
+    ],
+)
+def test_suggestions_for_values_are_near(name, valid, says):
+    assert nearest(name, valid) == says
+
+
+def test_a_run_that_evaluates_nothing_needs_a_split(learnt, capsys, monkeypatch):
+    read = pretrained.read
+
+    def without_final(source):
+        found = read(source)
+        found.cfg.eval.final = ""
+        return found
+
+    monkeypatch.setattr(pretrained, "read", without_final)
+    assert cli.main(["eval", str(learnt)]) == USAGE
+    assert capsys.readouterr().err == (
+        f"vit-scale: {learnt} evaluates nothing at its end: give --split, such as test\n"
+    )
+    assert cli.main(["eval", str(learnt), "--split", "test", "--json"]) == 0
+    assert last(capsys.readouterr().out)["split"] == "test"
 
 
 # show --config

@@ -5,10 +5,14 @@ mistake is one line and a non-zero exit, never a traceback.
 """
 
 import argparse
+import contextlib
 import logging
+import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from importlib.metadata import version
+from typing import NoReturn, TextIO
 
 from vit_scale import verbs
 from vit_scale.errors import DONE, FAILED, RESUMABLE, STORAGE, USAGE, UserError
@@ -23,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="vit-scale", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"vit-scale {version('vit_scale')}")
     subparsers = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name, run, text):
@@ -189,9 +194,35 @@ def _report_unraisable(unraisable) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line; returns the exit code.
+
+    Where nobody reads the output any more, as in `vit-scale show ... | head`, it ends quietly.
+    """
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    finally:
+        if _is_unread(sys.stdout):  # else Python complains of it at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):  # a notebook's is no file
+        asked = select.poll()
+        asked.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in asked.poll(0))
+    return False
+
+
+# Verbs that a second time go on where they were.
+RESUMES = ("train", "data")
+
+
+def run(argv: Sequence[str]) -> int:
+    """What `main` does, as long as its output is read."""
     sys.unraisablehook = _report_unraisable
-    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace(verb="")
+    arguments, overrides = split_overrides(argv)
     # What Orbax and its loops log of a full disk is hundreds of lines; the one line here says it.
     # So it does of what a bucket refuses, which its packages log with tracebacks.
     for name in ("absl", "asyncio", "gcsfs", "google"):
@@ -199,11 +230,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(arguments)
         args.do(args, overrides)
+        sys.stdout.flush()
     except UserError as error:
         return failed(str(error), error.code)
     except KeyboardInterrupt:
-        return failed("stopped; the same command goes on from the last checkpoint", 130)
+        resumes = "; rerun the same command to resume" if args.verb in RESUMES else ""
+        return failed(f"stopped{resumes}", 130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            return DONE
         code = RESUMABLE if error.errno in STORAGE else FAILED
         return failed(f"{error.filename or 'storage'}: {error.strerror or error}", code)
     except Exception as error:
@@ -218,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(line: str, code: int) -> int:
     """Say in one line why the command failed; its exit code."""
-    print(f"vit-scale: {line}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # nobody hears it
+        print(f"vit-scale: {line}", file=sys.stderr)
     leave_hosts(code)
     return code
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from vit_scale import preemption
 from vit_scale.errors import USAGE, UserError, nearest
 
+UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
+
 
 def train(args, overrides: Sequence[str]) -> None:
     preemption.install()
@@ -34,11 +36,16 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     from vit_scale.mesh import make_mesh, place, shardings
     from vit_scale.view import view
 
+    refuse_unused(overrides, "eval", EVAL, args.split)
     join_hosts(args)
     given = pretrained.read(args.run)
     given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
     cfg = config.override(given.cfg, overrides)
     split = args.split or cfg.eval.final
+    if not split:
+        raise UserError(
+            f"{args.run} evaluates nothing at its end: give --split, such as test", USAGE
+        )
     source = open_split(cfg.data, split, view(cfg.eval))
     check_classes(source, cfg)
     source, line = align(source, given.classes, cfg.init.classes)
@@ -78,6 +85,7 @@ def inspect(args, overrides: Sequence[str]) -> None:
     from vit_scale import report
     from vit_scale.inspect import describe, inspect
 
+    refuse_unused(overrides, "inspect", INSPECT, args.split)
     found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
     if args.json:
         print(json.dumps(found))
@@ -94,8 +102,11 @@ def show(args, overrides: Sequence[str]) -> None:
 
     if bool(args.runs) == bool(args.config):
         raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
+    if args.json:
+        refuse_flags(args, "show --json", "markdown")
     if args.runs:
         refuse(overrides, "show RUN")
+        refuse_flags(args, "show RUN", "sharding", "devices")
         rows = report.rows(args.runs)
         spent = {str(run): used for run in args.runs if (used := report.goodput(run))}
         if args.json:
@@ -105,6 +116,7 @@ def show(args, overrides: Sequence[str]) -> None:
         for run, used in spent.items() if not args.markdown else ():
             print(f"\n{run}: {goodput.text(used)}")
         return
+    refuse_flags(args, "show --config", "markdown")
     cfg = config.load(args.config, overrides)
     if args.sharding:
         found = placements(plan_program(cfg, args.devices))
@@ -130,6 +142,7 @@ def plan(args, overrides: Sequence[str]) -> None:
 
     where = topology.parse(args.topology, args.slices)
     if args.compare:
+        refuse_flags(args, "plan --compare", "fit")
         rows = plan.compare(args.config, overrides, args.compare, where, args.price)
         print(json.dumps({"variants": rows}) if args.json else table.comparison(rows))
         return
@@ -144,12 +157,15 @@ def verify(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "verify")
     rows = verify.verify(args.run)
-    print(json.dumps({"files": rows}) if args.json else report.table(rows))
-    if bad := [row["file"] for row in rows if row["state"] != "whole"]:
-        raise UserError(
-            f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training goes "
-            "on from the newest whole checkpoint"
-        )
+    bad = [row["file"] for row in rows if row["state"] != "whole"]
+    try:
+        print(json.dumps({"files": rows}) if args.json else report.table(rows), flush=True)
+    finally:
+        if bad:  # also where nobody reads the table to its end
+            raise UserError(
+                f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training "
+                "resumes from the newest whole checkpoint"
+            )
 
 
 def convert(args, overrides: Sequence[str]) -> None:
@@ -196,6 +212,39 @@ def say(lines: Sequence[str], quiet: bool = False) -> None:
     for line in lines if not quiet else ():
         if line:
             print(f"vit-scale: {line}", file=sys.stderr)
+
+
+# Overrides of a run's config that a verb reads, but for those that it does not: names of fields and
+# of blocks. The run's model, optimizer and augmentation are what they were.
+EVAL = (("data", "eval", "mesh", "init.classes", "augment.mean", "augment.std"), UNUSED)
+INSPECT = (
+    ("data", "eval", "log.project", "init.classes", "augment.mean", "augment.std"),
+    UNUSED - {"data.train"},
+)
+
+
+def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str | None) -> None:
+    """Raises UserError for an override that `verb` would ignore."""
+    from vit_scale import config
+
+    (read, unused), known = fields, config.fields(config.base())
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name not in known:
+            continue  # a mistake that is another, and is said where overrides are read
+        within = any(name == one or name.startswith(f"{one}.") for one in read)
+        if not within or name in unused:
+            instead = "; give --split" if name == "eval.split" else ""
+            raise UserError(f"vit-scale {verb} has no use for --config.{name}{instead}", USAGE)
+        if name == "eval.final" and split:
+            raise UserError(f"--split {split} or --config.{override}, not both", USAGE)
+
+
+def refuse_flags(args, verb: str, *names: str) -> None:
+    """Raises UserError for a flag that `verb` would ignore."""
+    for name in names:
+        if getattr(args, name):
+            raise UserError(f"vit-scale {verb} has no use for --{name}", USAGE)
 
 
 def join_hosts(args) -> None:
