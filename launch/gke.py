@@ -4,7 +4,7 @@
     launch/gke.py --config vit_base_imagenet --name vit --type v5e-256 --image IMAGE \\
         --workdir gs://BUCKET/vit --secret wandb --spot | kubectl apply -f -
 
-IMAGE has vit_scale[tpu] installed. The same exit codes mean the same as everywhere: 42 and those of
+IMAGE has vit_scale installed with its extra tpu. The same exit codes mean the same as everywhere: 42 and those of
 lost machines (127 and above) start all slices again, at most --max-restarts times; others end it.
 """
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--config", required=True, help="a config's name, NAME:ARGUMENT, or a path in this tree")
     add("--name", required=True, help="of the JobSet")
     add("--type", required=True, help="accelerator type, such as v5e-256")
-    add("--image", required=True, help="container image with vit_scale[tpu]")
+    add("--image", required=True, help="container image with vit_scale and its extra tpu")
     add("--workdir", required=True, help="the run's folder, gs://BUCKET/RUN")
     add("--num-slices", type=int, default=1)
     add("--spot", action="store_true")

@@ -514,7 +514,8 @@ def test_without_the_package_it_says_what_to_install(bucket, tmp_path, run_cli):
     (tmp_path / "gcsfs.py").write_text("raise ImportError")
     search = os.pathsep.join([str(tmp_path), *sys.path])
     done = run_cli("show", f"{bucket}/run", env={"PYTHONPATH": search})
-    told = "vit-scale: gs://bucket needs the package gcsfs: pip install 'vit_scale[gs]'\n"
+    told = "vit-scale: gs://bucket needs the package gcsfs: launch/environment.sh gs "
+    told += "in a clone, or pip install gcsfs\n"
     assert (done.returncode, done.stderr) == (1, told)
 
 

@@ -28,7 +28,7 @@ from vit_scale.inspect import inspect
 from vit_scale.inspect.attention import mean_distance, patch_distances
 from vit_scale.program import jit_train_step, plan_program
 
-pytest.importorskip("matplotlib", reason="pip install 'vit_scale[inspect]'")
+pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 from vit_scale.inspect import embeddings, pictures, report, samples, sections  # noqa: E402
@@ -422,7 +422,7 @@ def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, cap
     out, err = capsys.readouterr()
     assert out == "" and err == (
         "vit-scale: inspect draws with matplotlib, which is not here: "
-        "pip install 'vit_scale[inspect]'\n"
+        "launch/environment.sh inspect in a clone, or pip install matplotlib\n"
     )
 
 

@@ -29,6 +29,24 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
+def test_no_message_names_a_distribution_that_is_not_published():
+    """`pip install 'vit_scale[gs]'` finds nothing: extras are installed from a clone."""
+    files = [ROOT / "README.md", *ROOT.glob("launch/*")]
+    for folder in ("vit_scale", "launch/tpu", "configs", "benchmarks"):
+        files += [file for ending in ("py", "md") for file in (ROOT / folder).rglob(f"*.{ending}")]
+    named = r"pip install '?vit[_-]scale|vit[_-]scale\[(gs|tpu|gpu|inspect|peers|test)\]"
+    texts = {file: file.read_text() for file in files if file.is_file()}
+    assert len(texts) > 100
+    assert not [str(file) for file, text in texts.items() if re.search(named, text)]
+
+
+def test_every_extra_that_a_message_names_is_one():
+    texts = [file.read_text() for file in [ROOT / "README.md", *(ROOT / "vit_scale").rglob("*.py")]]
+    named = set(re.findall(r"launch/environment\.sh (\w+)", " ".join(texts)))
+    assert named >= {"gs", "inspect", "peers"}
+    assert named <= set(PROJECT["optional-dependencies"])
+
+
 def test_wheel_holds_the_code_and_the_configs_and_nothing_else(wheel):
     sources = {
         *(f"vit_scale/{file.relative_to(ROOT).as_posix()}" for file in ROOT.glob("configs/*.py")),

@@ -134,7 +134,9 @@ def add_plan_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--price", type=float, help="USD per chip and hour")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.epilog = "needs libtpu, the compiler (vit_scale[tpu]), and no TPU; all of it is predicted"
+    sub.epilog = (
+        "needs libtpu, the compiler (launch/compiler.sh), and no TPU; all of it is predicted"
+    )
 
 
 def add_weight_verbs(verb) -> None:

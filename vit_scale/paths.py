@@ -29,7 +29,7 @@ from tqdm import tqdm
 from vit_scale.errors import UserError
 
 SCHEME = "gs://"
-INSTALL = "pip install 'vit_scale[gs]'"
+INSTALL = "launch/environment.sh gs in a clone, or pip install gcsfs"
 LOGIN = "no credentials: run `gcloud auth application-default login`, or use a service account"
 # Where gcsfs's exceptions come from. Some are no OSError; those that are have no `strerror`.
 FOREIGN = ("gcsfs", "google", "aiohttp", "requests", "fsspec")

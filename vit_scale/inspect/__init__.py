@@ -40,7 +40,8 @@ def inspect(
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise UserError(
-            "inspect draws with matplotlib, which is not here: pip install 'vit_scale[inspect]'"
+            "inspect draws with matplotlib, which is not here: launch/environment.sh inspect in a "
+            "clone, or pip install matplotlib"
         ) from error
     return report(runs, images, split, out, overrides, wandb)
 

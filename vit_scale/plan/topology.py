@@ -156,7 +156,7 @@ def devices(topology: Topology) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "vit-scale plan needs libtpu, the TPU's compiler: launch/compiler.sh installs it, "
-            "and so does pip install 'vit_scale[tpu]'"
+            "and so does pip install libtpu"
         )
     options = dict(topology.family.options)
     if math.prod(_sides(topology.name)) == 1:
