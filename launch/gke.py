@@ -4,8 +4,9 @@
     launch/gke.py --config vit_base_imagenet --name vit --type v5e-256 --image IMAGE \\
         --workdir gs://BUCKET/vit --secret wandb --spot | kubectl apply -f -
 
-IMAGE has vit_scale installed with its extra tpu. The same exit codes mean the same as everywhere: 42 and those of
-lost machines (127 and above) start all slices again, at most --max-restarts times; others end it.
+IMAGE has vit_scale installed with its extra tpu. The exit codes mean what they mean everywhere: 42
+and those of lost machines (127 and above) start all slices again, at most --max-restarts times;
+others end it.
 """
 
 import argparse

@@ -181,6 +181,27 @@ def test_interval_is_wilson_s():
 # Curves and samples
 
 
+@pytest.mark.parametrize("name", ["train/loss", "train/learning_rate", "eval/accuracy"])
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_curve_of_one_point_is_seen(name, points):
+    """A line needs two: of one point it draws nothing, unless the point has a marker."""
+    pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
+    from vit_scale.inspect import pictures
+
+    curve = ([40, 80][:points], [0.5, 0.25][:points])
+    drawn = pictures.draw(pictures.curves({"run": {name: curve}}, "title"))
+    empty = pictures.curves({"run": {name: ([40], [0.5])}}, "title")
+    (line,) = [line for axes in empty.axes for line in axes.get_lines()]
+    assert line.get_marker() == "o"
+    line.set_marker("None")
+    if points == 1:
+        assert (drawn != pictures.draw(empty)).sum() > 10
+    else:
+        figure = pictures.curves({"run": {name: curve}}, "title")
+        (line,) = [line for axes in figure.axes for line in axes.get_lines()]
+        assert (line.get_marker() == "o") == name.startswith("eval")
+
+
 def test_curves_leave_out_what_is_not_finite_or_torn(tmp_path):
     rows = [
         {"step": 10, "time": 5.0, "train/loss": 2.0, "images_per_second": 30.0},

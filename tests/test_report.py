@@ -72,8 +72,20 @@ def test_markdown(runs):
         "runs/pretrain", "cifar10", "64 x 96", "12,000", "5,717,224", "test", "10,000", "87.65 %",
         "90.00 %", "1,235",
     ]  # fmt: skip
-    assert cells[2][1] == "random" and cells[2][6:] == ["-", "-", "-", "-", "-"]
+    assert cells[2][1] == "random" and cells[2][6:] == ["-", "-", "-", "-", "9.9"], "of a CPU"
     assert set(rule) == set("|- ")
+
+
+@pytest.mark.parametrize(
+    "kind, speed, shown", [("cpu", 9.87, "9.9"), ("TPU v4", 1234.56, "1,235"), ("cpu", None, "-")]
+)
+def test_the_speed_is_shown_of_every_device(tmp_path, kind, speed, shown):
+    """A run of one step has none."""
+    content = {**FINE_TUNED, "images_per_second": speed, "devices": {"kind": kind, "count": 1}}
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    (row,) = report.rows([tmp_path])
+    assert row["images/s"] == speed
+    assert report.table([row], markdown=True).splitlines()[-1].split("|")[-2].strip() == shown
 
 
 def test_text_is_aligned(runs):

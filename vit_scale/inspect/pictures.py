@@ -90,9 +90,9 @@ def curves(runs: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
                 label = (
                     f"{run}, {WORDS[key.split('/')[0]]}" if several else WORDS[key.split("/")[0]]
                 )
-                style: dict[str, Any] = (
-                    {"linestyle": "--", "marker": "o", "markersize": 3} if part else {}
-                )
+                alone = len(found[key][0]) == 1  # a line of one point is not seen
+                style: dict[str, Any] = {"marker": "o", "markersize": 3} if part or alone else {}
+                style["linestyle"] = "--" if part else "-"
                 colour = COLOURS[(number if several else part) % len(COLOURS)]
                 axes.plot(*found[key], label=label, color=colour, linewidth=1.4, **style)
         axes.set_title(name, fontsize=10)
