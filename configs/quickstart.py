@@ -3,12 +3,12 @@
     launch/local.sh --config quickstart
 
 A small ViT learns to tell fractals apart at 32 px (nothing is downloaded), then CIFAR-10 at 32 px
-and at 64 px, each from the pretrained and from random parameters. Without CIFAR-10 in .data it
-learns the generated set's held-out classes instead. Result: see the README's table.
+and at 64 px, each from the pretrained and from random parameters. Without CIFAR-10 in data.path,
+.data, it learns the generated set's held-out classes instead; what was begun on one of the two goes
+on with it. Result: see the README's table.
 """
 
-import os
-
+from vit_scale import paths
 from vit_scale.config import base
 
 STAGES = ("pretrain", "scratch-32", "finetune-32", "scratch-64", "finetune-64")
@@ -61,13 +61,29 @@ def finetune(cfg, resolution):
     cfg.data.resolution = resolution
     cfg.augment.scale = (0.6, 1.0)
     cfg.optim.warmup = 10
-    if any(os.path.isdir(f".data/cifar-10-batches-{layout}") for layout in ("bin", "py")):
-        cfg.data.name = "cifar10"
+    cfg.data.name = ""  # `resolve` decides it
+    use_fractals(cfg)  # which decide the head's size until then
+
+
+def resolve(cfg, stage, begun):
+    """Fine-tune on what another stage has begun with, else on CIFAR-10 where it is in data.path."""
+    if stage not in STAGES[1:]:
+        return
+    used = [begun[one].data.name for one in STAGES[1:] if one in begun]
+    if not cfg.data.name:
+        cfg.data.name = used[0] if used else ("cifar10" if has_cifar(cfg.data.path) else "fractal")
+    if cfg.data.name == "cifar10":
         cfg.data.train = "train[:10000]"
         cfg.eval.final = "test[:5000]"
         cfg.model.classes = 10
-        return
-    cfg.data.name = "fractal"
+
+
+def has_cifar(folder):
+    found = paths.path(folder)
+    return any((found / f"cifar-10-batches-{layout}").is_dir() for layout in ("bin", "py"))
+
+
+def use_fractals(cfg):
     cfg.data.fractal.classes = 20
     cfg.data.fractal.first = 100_000
     cfg.data.fractal.train_per_class = 100

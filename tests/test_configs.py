@@ -33,6 +33,64 @@ def test_everything_but_the_data_is_accepted(run):
     assert cfg.steps >= 50
 
 
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    """Gives a function: the quickstart's stages as (set, n of its training, classes), by name."""
+    monkeypatch.chdir(tmp_path)
+
+    def stages(*overrides: str, **begun: str) -> dict[str, tuple]:
+        before = {}
+        for name, data in begun.items():
+            before[name.replace("_", "-")] = config.base()
+            before[name.replace("_", "-")].data.name = data
+        found = {}
+        for stage in config.load("quickstart").stages:
+            cfg = config.load(f"quickstart:{stage}", overrides, before)
+            found[stage] = (cfg.data.name, cfg.data.train, cfg.eval.final, cfg.model.classes)
+        return found
+
+    return stages
+
+
+FRACTALS = ("fractal", "train", "test", 20)
+CIFAR = ("cifar10", "train[:10000]", "test[:5000]", 10)
+TUNED = ("scratch-32", "finetune-32", "scratch-64", "finetune-64")
+
+
+@pytest.mark.parametrize("layout", ["bin", "py"])
+def test_quickstart_takes_cifar_where_its_data_are(quickstart, tmp_path, layout):
+    """It is data.path that says where, from the command line as well."""
+    pretraining = ("fractal", "train", "", 512)
+    everywhere = {"pretrain": pretraining} | dict.fromkeys(TUNED, FRACTALS)
+    assert quickstart() == everywhere
+    (tmp_path / "sets" / f"cifar-10-batches-{layout}").mkdir(parents=True)
+    assert quickstart() == everywhere, "it is not in .data"
+    found = {"pretrain": pretraining} | dict.fromkeys(TUNED, CIFAR)
+    assert quickstart("data.path=sets") == found
+    assert quickstart(f"data.path={tmp_path}/sets") == found
+    (tmp_path / ".data" / f"cifar-10-batches-{layout}").mkdir(parents=True)
+    assert quickstart() == found
+    assert quickstart("data.path=elsewhere") == everywhere
+
+
+def test_what_is_given_counts_more_than_what_quickstart_finds(quickstart, tmp_path):
+    (tmp_path / ".data" / "cifar-10-batches-bin").mkdir(parents=True)
+    fewer = quickstart("data.train=train[:50]", "model.classes=7")
+    assert fewer["finetune-32"] == ("cifar10", "train[:50]", "test[:5000]", 7)
+    assert quickstart("data.name=fractal")["scratch-64"] == FRACTALS
+    assert quickstart("data.name=folder")["scratch-64"] == ("folder", "train", "test", 20)
+
+
+def test_quickstart_goes_on_as_what_it_was_begun_as(quickstart, tmp_path):
+    """Of one comparison all runs are of one set, also those that have not begun."""
+    assert quickstart(pretrain="fractal", scratch_32="cifar10")["finetune-64"] == CIFAR
+    (tmp_path / ".data" / "cifar-10-batches-bin").mkdir(parents=True)
+    assert quickstart(pretrain="fractal")["finetune-32"] == CIFAR, "pretraining decides nothing"
+    began = quickstart(pretrain="fractal", scratch_32="fractal")
+    assert {began[stage] for stage in TUNED} == {FRACTALS}
+    assert quickstart(finetune_64="fractal")["finetune-64"] == FRACTALS
+
+
 def test_selection_never_sees_the_reported_split():
     """Where a best step is selected, it is on held-out training images."""
     for run in RUNS:

@@ -4,11 +4,12 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
-from vit_scale import checkpoint, pretrained
+from vit_scale import checkpoint, config, pretrained
 from vit_scale.errors import UserError
 from vit_scale.parameters import named
 from vit_scale.stages import train_stages
@@ -65,6 +66,45 @@ def stop_after(run: pathlib.Path, step: int) -> None:
     for later in checkpoint.steps(run):
         if later > step:
             shutil.rmtree(run / "checkpoints" / str(later))
+
+
+RESOLVED = """
+
+def resolve(cfg, stage, begun):
+    names = [cfg.optim.name for cfg in begun.values()]
+    cfg.optim.name = names[0] if names else ("sgd" if cfg.steps == 1 else "lion")
+    cfg.optim.weight_decay = 0.25
+"""
+
+
+def test_what_a_config_decides_by_itself_is_decided_once(jpegs, tmp_path, monkeypatch):
+    """By its fields with the overrides applied, which count more; and by what has begun."""
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "two.py").write_text(CONFIG + RESOLVED)
+    name, fields = str(tmp_path / "two.py"), [f"data.path={jpegs}", "steps=1"]
+    optimizer = config.load(f"{name}:first", fields).optim
+    assert (optimizer.name, optimizer.weight_decay) == ("sgd", 0.25)
+    assert config.load(f"{name}:first").optim.name == "lion"
+    given = config.load(f"{name}:first", [*fields, "optim.weight_decay=0.5"]).optim
+    assert (given.name, given.weight_decay) == ("sgd", 0.5)
+    for workdir, asked in ((tmp_path / "runs", name), (tmp_path / "alone", f"{name}:first")):
+        train_stages(asked, fields, workdir, quiet=True)
+    # Its own choice would be another one now, and the run of another config.
+    (tmp_path / "two.py").write_text((CONFIG + RESOLVED).replace('"sgd"', '"adamw"'))
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    for workdir, asked in ((tmp_path / "runs", name), (tmp_path / "alone", f"{name}:first")):
+        for run in train_stages(asked, fields, workdir, quiet=True):
+            begun = json.loads((run / "run.json").read_text())["config"]
+            assert begun["optim"]["name"] == "sgd"
+    assert config.load(f"{name}:first", fields).optim.name == "adamw"
+
+
+def test_a_resolve_that_fails_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "two.py").write_text(CONFIG + "def resolve(cfg, stage, begun): cfg.optm.lr = 1")
+    with pytest.raises(UserError, match=r"two.py: .*optm") as caught:
+        config.load(str(tmp_path / "two.py"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_finished_one_is_finished_in_another_place(trained, moved):

@@ -8,7 +8,7 @@ import copy
 import json
 import pathlib
 import runpy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from absl import flags
@@ -54,8 +54,14 @@ def title(config: str) -> str:
     return f"{path.stem}-{argument}" if argument else path.stem
 
 
-def load(config: str, overrides: Iterable[str] = ()) -> ConfigDict:
+def load(
+    config: str, overrides: Iterable[str] = (), begun: Mapping[str, ConfigDict] | None = None
+) -> ConfigDict:
     """The config of "NAME_OR_PATH[:ARG]" with overrides such as "optim.lr=3e-4" applied.
+
+    What a config decides by other fields is in a function `resolve(cfg, argument, begun)` of its
+    file, which changes `cfg` where the overrides are applied; they are applied again to what it
+    leaves. `begun` holds the configs of the runs that there are already, by their arguments.
 
     Raises UserError for unknown names and keys and for wrong types. What the values mean is checked
     by their owners.
@@ -75,7 +81,19 @@ def load(config: str, overrides: Iterable[str] = ()) -> ConfigDict:
             f"config {config} has no {', '.join(missing)}: begin it with vit_scale.config.base()",
             USAGE,
         )
+    overrides = list(overrides)
+    if resolve := runpy.run_path(str(path)).get("resolve"):
+        decided = override(copy.deepcopy(cfg), overrides)
+        try:
+            resolve(decided, argument, begun or {})
+        except Exception as error:  # the user's program, as above
+            raise UserError(f"config {config}: {_last_line(error)}", USAGE) from error
+        cfg = decided
     return override(cfg, overrides)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def override(cfg: ConfigDict, overrides: Iterable[str]) -> ConfigDict:

@@ -1,10 +1,15 @@
 """Several runs as one config: pretraining, then what is fine-tuned from it."""
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from vit_scale import config, paths
+from ml_collections import ConfigDict
+
+from vit_scale import config, hosts, paths
+from vit_scale.errors import UserError
+from vit_scale.run import read_json
 from vit_scale.train import train
 
 
@@ -19,11 +24,32 @@ def train_stages(
     overrides, workdir = list(overrides), paths.path(workdir)
     cfg = config.load(name, overrides)
     if not cfg.stages:
-        train(cfg, workdir, config.title(name), quiet)
+        begun = _begun({config.find(name)[1]: workdir})
+        train(config.load(name, overrides, begun), workdir, config.title(name), quiet)
         return [workdir]
     for stage in cfg.stages:
-        part = config.load(f"{name}:{stage}", overrides)
+        begun = _begun({one: workdir / one for one in cfg.stages})
+        part = config.load(f"{name}:{stage}", overrides, begun)
         if part.init.source in cfg.stages:
             part.init.source = str(workdir / part.init.source)
         train(part, workdir / stage, config.title(f"{name}:{stage}"), quiet)
     return [workdir / stage for stage in cfg.stages]
+
+
+def _begun(runs: Mapping[str, pathlib.Path]) -> dict[str, ConfigDict]:
+    """The configs of those of `runs` that have begun, as process 0 sees them.
+
+    What can't be read is left out: it is refused where the run is opened.
+    """
+    found = {}
+    if hosts.is_first():
+        for argument, folder in runs.items():
+            with contextlib.suppress(UserError):
+                if (folder / "run.json").exists():
+                    found[argument] = read_json(folder / "run.json").get("config")
+    stored = {argument: value for argument, value in hosts.agree(found).items() if value}
+    begun = {}
+    for argument, value in stored.items():
+        with contextlib.suppress(UserError):
+            begun[argument] = config.from_json(value)
+    return begun
