@@ -16,7 +16,7 @@ from vit_scale import config, generations, hosts, lock, paths
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.lock import Lock
-from vit_scale.run import Run, read_json, write_json
+from vit_scale.run import Run, continued, read_json, write_json
 
 
 def about(*overrides: str) -> dict:
@@ -268,6 +268,67 @@ def test_where_a_run_started_from_may_change_once_it_is_not_read_any_more(tmp_pa
     enter(tmp_path)()
     assert "(init.head: auto -> new); " in refusal(enter(tmp_path, "init.head=new"))
     assert read_json(tmp_path / "run.json") == about("init.source=runs/old"), "written once"
+
+
+def paths_of(source: str, cwd: str | None = None) -> dict:
+    found = about(f"init.source={source}")
+    return found if cwd is None else {**found, "cwd": cwd}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """PROJECT/runs/pre and PROJECT/runs/fine; the process is in another folder."""
+    (tmp_path / "project" / "runs" / "pre").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "project"
+
+
+@pytest.mark.parametrize("cwd", ["", "project", "gone"])
+def test_a_recorded_path_is_found_from_any_folder(project, monkeypatch, cwd):
+    """Where the run began, or around the run: an older one doesn't say where it began."""
+    run, cwd = project / "runs" / "fine", cwd and str(project.parent / cwd)
+    assert paths.recorded("runs/pre", run, cwd) == str(project / "runs/pre")
+    assert paths.recorded("runs/none", run, cwd) == "runs/none"
+    for name in ("", "gs://bucket/pre", "https://a.b/c.npz", str(project / "runs/pre")):
+        assert paths.recorded(name, run, cwd) == name
+    monkeypatch.chdir(project)
+    assert paths.recorded("runs/pre", run, cwd) == "runs/pre", "as it was typed, where it is right"
+
+
+def test_where_a_run_began_counts_more_than_what_is_here(project, tmp_path):
+    (tmp_path / "elsewhere" / "runs" / "pre").mkdir(parents=True)
+    far = tmp_path / "disk" / "fine"
+    assert paths.recorded("runs/pre", far, str(project)) == str(project / "runs/pre")
+    assert paths.recorded("runs/pre", far) == "runs/pre", "nothing is known of it: it is here"
+
+
+@pytest.mark.parametrize("cwd", [None, "project"])
+def test_resuming_from_another_folder_is_the_same_run(project, cwd):
+    """Before its first checkpoint, when its source still counts: however that is written."""
+    run, began = project / "runs" / "fine", cwd and str(project)
+    with Run(run, paths_of("runs/pre", began)):
+        pass
+    with Run(run, paths_of(str(project / "runs" / "pre"))):
+        pass
+    (project / "runs" / "other").mkdir()
+    line = refusal(lambda: Run(run, paths_of(str(project / "runs" / "other"))).__enter__())
+    assert "another config (init.source: runs/pre -> " in line
+
+
+@pytest.mark.parametrize("field", ["init.source", "distill.teacher"])
+def test_a_path_that_was_typed_elsewhere_is_found_again(project, monkeypatch, field):
+    """The same command, from another folder."""
+    run, given = project / "runs" / "fine", about(f"{field}=runs/pre")
+    with Run(run, {**given, "cwd": str(project)}):
+        pass
+    cfg = continued(config.from_json(given["config"]), run)
+    assert config.fields(cfg)[field] == str(project / "runs" / "pre")
+    other = continued(config.override(config.base(), [f"{field}=runs/else"]), run)
+    assert config.fields(other)[field] == "runs/else", "another path is another path"
+    monkeypatch.chdir(project)
+    cfg = continued(config.from_json(given["config"]), run)
+    assert config.fields(cfg)[field] == "runs/pre"
 
 
 def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path, monkeypatch):

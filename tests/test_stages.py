@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from vit_scale import checkpoint, config, pretrained
+from vit_scale import checkpoint, config, pretrained, train
 from vit_scale.errors import UserError
 from vit_scale.parameters import named
 from vit_scale.stages import train_stages
@@ -66,6 +66,41 @@ def stop_after(run: pathlib.Path, step: int) -> None:
     for later in checkpoint.steps(run):
         if later > step:
             shutil.rmtree(run / "checkpoints" / str(later))
+
+
+def without_cwd(*about, describe=train.describe) -> dict:
+    found = describe(*about)
+    del found["cwd"]
+    return found
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_a_run_names_by_relative_paths_is_found_from_anywhere(
+    trained, jpegs, tmp_path, monkeypatch, older
+):
+    """Its pretraining, in a report on it, and its data; a run of before has no "cwd"."""
+    pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
+    from vit_scale.inspect import sections
+    from vit_scale.inspect.subject import Subject
+
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(trained[1], project)
+    (project / "images").symlink_to(jpegs)
+    monkeypatch.chdir(project)
+    shutil.rmtree("runs")
+    if older:
+        monkeypatch.setattr(train, "describe", without_cwd)
+    train_stages("./two.py", ["data.path=images"], "runs", quiet=True)
+    monkeypatch.chdir(elsewhere)
+    subject = Subject(project / "runs" / "second")
+    assert subject.cfg.init.source == "runs/first", "as it was typed"
+    tables, missing = sections._history(subject)
+    assert missing is None and [table.shape for table in tables.values()] == [(2, 2, 8), (4, 4, 8)]
+    assert subject.cfg.data.path == str(project / "images")
+    assert len(subject.open("test")) == 12
+    given = pretrained.read(project / "runs" / "second")
+    assert given.cfg.data.path == str(project / "images")
 
 
 RESOLVED = """

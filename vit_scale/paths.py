@@ -101,6 +101,32 @@ def path(name: str | os.PathLike) -> pathlib.Path:
     return cast(pathlib.Path, ObjectPath(text))
 
 
+def recorded(name: str, run: pathlib.Path, cwd: str = "") -> str:
+    """The path that a user gave when the run in the folder `run` began, to be used from any folder.
+
+    A relative one is looked for where the run began (`cwd`, which older runs don't say), then in
+    the folders around the run, the nearest first, then here; it stays as it is where it is nowhere.
+    """
+    if not name or "://" in name or os.path.isabs(name):
+        return name
+    around = [] if in_bucket(run) else [*run.absolute().parents]
+    for folder in (*([pathlib.Path(cwd)] if cwd else []), *around):
+        if os.path.exists(folder / name):
+            return name if _is_same(name, folder / name) else str(folder / name)
+    return name
+
+
+def _is_same(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether two names are of the same file or folder, which is there."""
+    if "://" in one or "://" in other:
+        return one == other
+    return os.path.exists(one) and _is_same(one, other)
+
+
 def in_bucket(place: pathlib.Path) -> bool:
     """Whether a path is of object storage."""
     return isinstance(place, ObjectPath)

@@ -33,6 +33,8 @@ FREE = (
 # And so may where a run started from, once it has a checkpoint: it is not read again. Pretraining
 # that was moved, or that is seen from another folder, goes by another path.
 BEGUN = ("init.source",)
+# Fields that hold the path of another run or of weights, as it was typed.
+PATHS = ("init.source", "distill.teacher")
 
 
 class Run:
@@ -76,12 +78,19 @@ class Run:
             write_json(path, self.description)
             return
         # Through this version's schema: a field that is newer than the run has its default.
-        stored = read_json(path).get("config")
+        content = read_json(path)
+        stored = content.get("config")
         if not isinstance(stored, dict):
             raise UserError(f"{path} is damaged: it holds no config; give another --workdir")
         begun = config.to_json(config.from_json(stored))
         differences = config.differences(begun, self.description["config"])
-        free = FREE + (BEGUN if checkpoint.steps(self.path) else ())
+        new = config.dotted(self.description["config"])
+        same = tuple(
+            f"{field}: "
+            for field in PATHS
+            if paths.is_same(_recorded(field, self.path, content), str(new.get(field, "")))
+        )
+        free = same + FREE + (BEGUN if checkpoint.steps(self.path) else ())
         changed = [line for line in differences if not line.startswith(free)]
         if changed:
             raise UserError(
@@ -102,10 +111,25 @@ class Run:
 
 
 def continued(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
-    """`cfg` for resuming in `workdir`: fields its run lacks stay as it began (`config.BEFORE`)."""
+    """`cfg` for resuming in `workdir`: fields its run lacks stay as it began (`config.BEFORE`).
+
+    Paths of other runs that were typed in another folder, and are not here, are found again.
+    """
     path = paths.path(workdir) / "run.json"
-    stored = read_json(path).get("config") if path.exists() else None
-    return config.continued(cfg, stored) if isinstance(stored, dict) else cfg
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content.get("config"), dict):
+        return cfg
+    cfg, begun = config.continued(cfg, content["config"]), config.dotted(content["config"])
+    for field, value in config.fields(cfg).items():
+        if field in PATHS and value == begun.get(field) and not os.path.exists(value):
+            cfg.update_from_flattened_dict({field: _recorded(field, path.parent, content)})
+    return cfg
+
+
+def _recorded(field: str, run: pathlib.Path, content: dict) -> str:
+    """The path in a field of a run.json, from here (`paths.recorded`)."""
+    name = config.dotted(content["config"]).get(field) or ""
+    return paths.recorded(name, run, content.get("cwd", ""))
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

@@ -270,6 +270,7 @@ def describe(program: Program, name: str, source: Source) -> dict:
     """What run.json, every checkpoint and the trackers say of the run."""
     return {
         "name": name,
+        "cwd": os.getcwd(),  # relative paths in the config are of this folder
         "config": config.to_json(program.cfg),
         "classes": list(source.classes),
         "data": data.describe(source),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vit_scale import pretrained
+from vit_scale import paths, pretrained
 from vit_scale.data import Source
 from vit_scale.errors import UserError
 from vit_scale.inspect import embeddings, pictures, predictions
@@ -137,7 +137,9 @@ def _history(subject: Subject) -> tuple[dict[str, np.ndarray], str | None]:
     if not source:
         return {}, None
     try:
-        given = pretrained.read(source)
+        given = pretrained.read(
+            paths.recorded(source, subject.folder, subject.about.get("cwd", ""))
+        )
     except UserError as error:
         return {}, f"What the run was fine-tuned from can't be read: {error}."
     before = given.params.get("posemb")

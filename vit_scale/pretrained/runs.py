@@ -58,6 +58,7 @@ def read_run(source: pathlib.Path) -> Pretrained:
     described = checkpoint.description(folder)
     (first, *_) = jax.local_devices()
     cfg = runnable(config.from_json(described["config"]), [first])
+    cfg.data.path = paths.recorded(cfg.data.path, folder.parent.parent, described.get("cwd", ""))
     model = build(cfg.model, config.image_size(cfg))
     device = jax.sharding.SingleDeviceSharding(first)
     target = jax.tree.map(
