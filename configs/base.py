@@ -38,7 +38,9 @@ def data() -> dict:
         "batch": 128,  # images per step, over all devices and hosts (the global batch)
         "resolution": 32,  # height in pixels that the model sees; resized on the device
         "width": placeholder(int),  # width in pixels that the model sees; none: square
-        "load": placeholder(int),  # side in pixels at which files are decoded; none: resolution
+        "load": placeholder(int),  # height in pixels at which files are decoded; none: resolution
+        "square": False,  # data.load is the width as well, whatever data.width is, as once it was
+        "exif": True,  # turn images as EXIF says; False: as stored, as timm does
         "memory": False,  # decode a folder or record set once, and keep it in memory
         "workers": 2,  # processes that decode; 0: none, in the training process
         "on_corrupt": "fail",  # fail | skip (masked out, and counted in the metrics)

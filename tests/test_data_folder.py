@@ -166,7 +166,7 @@ def test_load_width_and_resolution_decide_the_size(plain):
     for changes, size in (
         ({}, (8, 8)),
         ({"resolution": 4, "width": 6}, (4, 6)),
-        ({"load": 5, "width": 6}, (5, 5)),
+        ({"load": 5, "width": 6}, (5, 4)),
     ):
         source = data.open_split(block(plain, **changes), "train")
         assert source.size == size and everything(source)["image"].shape == (3, *size, 3)

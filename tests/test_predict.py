@@ -82,7 +82,7 @@ def test_a_file_is_cut_to_the_centre(tmp_path):
     ("stored", "overrides"),
     [
         ((32, 32), ()),
-        ((20, 20), ("data.name=folder", "data.load=20", "data.width=64")),
+        ((20, 27), ("data.name=folder", "data.load=20", "data.width=64")),
         ((52, 52), ("data.name=fractal", "data.fractal.resolution=52")),
     ],
     ids=["cifar10", "folder", "fractal"],

@@ -22,7 +22,11 @@ FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir
 REMOVED: dict[str, str] = {}
 # What runs computed before a field existed, where today's default computes something else. A run
 # that does not hold the field keeps this value, also when it is resumed.
-BEFORE: dict[str, Any] = {"eval.fit": "cover"}
+BEFORE: dict[str, Any] = {
+    "data.exif": False,
+    "data.square": True,
+    "eval.fit": "cover",
+}
 
 
 def base() -> ConfigDict:

@@ -75,7 +75,8 @@ class Predictor:
 
         Raises UserError where the file is missing or no image.
         """
-        (probabilities,) = self(read_image(image, self.stored, self.view)[None])
+        pixels = read_image(image, self.stored, self.view, self.cfg.data.exif)
+        (probabilities,) = self(pixels[None])
         order = np.argsort(-probabilities, kind="stable")[:k]
         return [(self.classes[i], float(probabilities[i])) for i in order]
 
@@ -95,11 +96,11 @@ def stored_views(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[View, V
 
 
 def read_image(
-    file: str | pathlib.Path, size: tuple[int, int], seen: View
+    file: str | pathlib.Path, size: tuple[int, int], seen: View, exif: bool = True
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of an image file at `size`, as evaluation sees them."""
     try:
-        return decode(paths.path(file).read_bytes(), size, seen)
+        return decode(paths.path(file).read_bytes(), size, seen, exif)
     except OSError as error:
         raise UserError(f"image {file} can't be opened: {error.strerror}") from error
     except Corrupt as error:
