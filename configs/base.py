@@ -34,6 +34,8 @@ def data() -> dict:
     return {
         "name": "cifar10",  # cifar10 | folder | array_record | fractal
         "path": ".data",  # folder that holds the set; generated sets are cached in it
+        "listing": "every",  # files of a folder: every that Pillow reads | common (nine extensions,
+        # folders of tools inside a class, names cut at a comma: what it once was)
         "train": "train",  # slice to train on: train, train[:45000], train[:98%]
         "batch": 128,  # images per step, over all devices and hosts (the global batch)
         "resolution": 32,  # height in pixels that the model sees; resized on the device

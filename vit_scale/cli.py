@@ -6,6 +6,7 @@ mistake is one line and a non-zero exit, never a traceback.
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import select
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from typing import NoReturn, TextIO
 
 from vit_scale import verbs
-from vit_scale.errors import DONE, FAILED, RESUMABLE, STORAGE, USAGE, UserError
+from vit_scale.errors import DONE, FAILED, RESUMABLE, STORAGE, USAGE, UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -223,6 +224,8 @@ RESUMES = ("train", "data")
 def run(argv: Sequence[str]) -> int:
     """What `main` does, as long as its output is read."""
     sys.unraisablehook = _report_unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name from a disk may be in no charset
     args = argparse.Namespace(verb="")
     arguments, overrides = split_overrides(argv)
     # What Orbax and its loops log of a full disk is hundreds of lines; the one line here says it.
@@ -256,7 +259,7 @@ def run(argv: Sequence[str]) -> int:
 def failed(line: str, code: int) -> int:
     """Say in one line why the command failed; its exit code."""
     with contextlib.suppress(BrokenPipeError):  # nobody hears it
-        print(f"vit-scale: {line}", file=sys.stderr)
+        print(f"vit-scale: {printable(line)}", file=sys.stderr)
     leave_hosts(code)
     return code
 

@@ -24,6 +24,7 @@ REMOVED: dict[str, str] = {}
 # that does not hold the field keeps this value, also when it is resumed.
 BEFORE: dict[str, Any] = {
     "data.exif": False,
+    "data.listing": "common",
     "data.square": True,
     "eval.fit": "cover",
 }

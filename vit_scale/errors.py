@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import unicodedata
 
 NEAR = 0.6  # share of the letters that two names have in common, to be taken for one another
 DONE, FAILED, USAGE, RESUMABLE, DIVERGED = 0, 1, 2, 42, 43
@@ -44,3 +45,23 @@ def _close(name: str, valid: list[str]) -> list[str]:
     # A block that is misspelt: the rest has to be right.
     whole = difflib.get_close_matches(name, valid, n=3, cutoff=NEAR)
     return [one for one in whole if block and one.rpartition(".")[2] == leaf]
+
+
+def printable(text: str) -> str:
+    """`text` on one line that every UTF-8 stream takes, for people: of names from a disk.
+
+    A byte that is no UTF-8 is shown as \\xe9, a line break as \\n. Scripts and emoji stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in UNPRINTABLE else c for c in text)
+
+
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, half a character, breaks of lines
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte that is no UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

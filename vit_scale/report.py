@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit_scale import paths
-from vit_scale.errors import UserError
+from vit_scale.errors import UserError, printable
 from vit_scale.goodput import read as read_attempts
 from vit_scale.goodput import summarise
 from vit_scale.run import read_json
@@ -78,7 +78,7 @@ def _text(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
-        return value
+        return printable(value)
     if name in PERCENT:
         return f"{100 * value:.2f} %"
     if isinstance(value, float):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_scale import preemption
-from vit_scale.errors import USAGE, UserError, nearest
+from vit_scale.errors import USAGE, UserError, nearest, printable
 
 UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
 
@@ -76,9 +76,9 @@ def predict(args, overrides: Sequence[str]) -> None:
         print(json.dumps({image: dict(top) for image, top in found.items()}))
         return
     for image, top in found.items():
-        print(image)
+        print(printable(image))
         for name, probability in top:
-            print(f"  {100 * probability:6.2f} %  {name}")
+            print(f"  {100 * probability:6.2f} %  {printable(name)}")
 
 
 def inspect(args, overrides: Sequence[str]) -> None:

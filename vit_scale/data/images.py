@@ -84,7 +84,7 @@ def _load(data: bytes, exif: bool) -> Image.Image:
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     """How to turn the pixels so that up is up. Metadata that can't be read turns nothing."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # noqa: BLE001  # broken metadata raises anything, and is no broken picture
         return None
 

@@ -21,8 +21,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vit_scale import paths
-from vit_scale.data.folder import FOLDERS, Listing, list_images, readable
+from vit_scale.data.folder import FOLDERS, Listing, list_images
 from vit_scale.data.images import CHOICES, Corrupt, EncodedImages, verify
+from vit_scale.data.names import readable
 from vit_scale.data.workers import run_all
 from vit_scale.errors import UserError, nearest
 

@@ -51,19 +51,24 @@ def _figure(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `width` x `height` inches, and its axes, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.ravel())
 
 
 def _tile(axes: Axes, picture: np.ndarray, title: str = "", **options):
     axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=7.5, pad=3)
+    axes.set_title(_plain(title), fontsize=7.5, pad=3)
     return axes.imshow(picture, interpolation="nearest", **options)
 
 
 def _shorter(name: str, length: int = 16) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _plain(text: str) -> str:
+    """`text` as it is: two dollars would make a formula of what is between them."""
+    return text.replace("$", r"\$")
 
 
 # Training
@@ -244,7 +249,7 @@ def confusion(matrix: Int[np.ndarray, "c c"], classes: Sequence[str], title: str
     axes.set_xlabel("said")
     axes.set_ylabel("true")
     if c <= 50:
-        names = [_shorter(name) for name in classes]
+        names = [_plain(_shorter(name)) for name in classes]
         axes.set_xticks(range(c), names, rotation=90 if c > 12 else 45, fontsize=8,
                         ha="center" if c > 12 else "right", rotation_mode="anchor"
                         if c <= 12 else "default")  # fmt: skip
@@ -313,7 +318,7 @@ def comparison(names: Sequence[str], measures: Mapping[str, dict], title: str) -
                           fontsize=8)  # fmt: skip
         axes.set_xlim(0, 1.45 * max(float(edge.max()), 1e-9))
         axes.set_xlabel(name)
-        axes.set_yticks(places, names)
+        axes.set_yticks(places, list(map(_plain, names)))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()

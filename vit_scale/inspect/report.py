@@ -105,7 +105,9 @@ def open_source(subject: Subject, split: str | None, asked: bool) -> tuple[Sourc
 def choose(subject: Subject, source: Source | None, images: str | None) -> Samples | None:
     """The images to look at: of the folder `images`, else of the split, else of training."""
     if images:
-        return samples.of_folder(images, subject.stored, subject.view)
+        return samples.of_folder(
+            images, subject.stored, subject.view, exif=subject.cfg.data.exif
+        )
     if source is None:
         with contextlib.suppress(UserError):
             source = subject.open(subject.cfg.data.train)
@@ -150,7 +152,7 @@ def write(
     for name, png in pngs.items():
         paths.write(folder / f"{name}.png", png)
     paths.write(folder / NUMBERS, (json.dumps(content, indent=2) + "\n").encode())
-    paths.write(folder / PAGE, page(title, shown, pngs).encode())
+    paths.write(folder / PAGE, page(title, shown, pngs).encode(errors="backslashreplace"))
 
 
 def track(looked: Looked, section: Section, together: Sequence[Section], drawn: Drawn) -> None:

@@ -8,14 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vit_scale import paths
-from vit_scale.data import Source
-from vit_scale.errors import UserError
+from vit_scale.data import Source, files
+from vit_scale.errors import UserError, printable
 from vit_scale.predict import read_image
 from vit_scale.view import View
 
 COUNT = 128  # images that attention distance is averaged over, as in the ViT paper's figure 7
 SHOWN = 8  # of them are shown
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 class Samples(NamedTuple):
@@ -43,30 +42,26 @@ def of_source(source: Source, count: int = COUNT) -> Samples:
     """At most `count` images from all over a set, which may be stored class by class."""
     batch = source.read(np.array(spread(range(len(source)), count)))
     there = np.flatnonzero(batch["mask"])
-    names = tuple(source.classes[batch["label"][i]] for i in there)
+    names = tuple(printable(source.classes[batch["label"][i]]) for i in there)
     return Samples(batch["image"][there], names, source.name)
 
 
-def of_folder(folder: str, size: tuple[int, int], view: View, count: int = COUNT) -> Samples:
+def of_folder(
+    folder: str, size: tuple[int, int], view: View, count: int = COUNT, exif: bool = True
+) -> Samples:
     """At most `count` images of a folder and its folders, at `size`, as evaluation sees them.
 
     Raises UserError where there is none, and for one that can't be decoded.
     """
+    top, left_out = paths.path(folder), files.LeftOut()
     try:
-        files = spread(_image_files(paths.path(folder)), count)
+        found = spread(list(files.images(top, left_out)), count)
     except OSError as error:
         raise UserError(f"--images {folder} can't be read: {error.strerror}") from error
-    if not files:
-        raise UserError(f"--images {folder} has no image ({', '.join(ENDINGS)})")
-    images = np.stack([read_image(file, size, view) for file in files])
-    return Samples(images, tuple(file.stem for file in files), folder)
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = []
-    for name, is_folder in paths.entries(folder):
-        if is_folder:
-            found += _image_files(folder / name)
-        elif name.lower().endswith(ENDINGS):
-            found.append(folder / name)
-    return found
+    if not found:
+        raise UserError(f"--images {folder} has no image{left_out.instead()}")
+    if left_out.counts:
+        files.say(f"{folder}: {left_out}; left out")
+    images = np.stack([read_image(top / file, size, view, exif) for file in found])
+    names = tuple(printable(pathlib.PurePath(file).stem) for file in found)
+    return Samples(images, names, printable(folder))

@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_scale import paths, pretrained
 from vit_scale.data import Source
-from vit_scale.errors import UserError
+from vit_scale.errors import UserError, printable
 from vit_scale.inspect import embeddings, pictures, predictions
 from vit_scale.inspect.attention import patch_distances
 from vit_scale.inspect.page import Note, Picture, Table
@@ -190,23 +190,24 @@ def patches(subject: Subject, samples: Samples) -> Parts:
 
 def mistakes(subject: Subject, found: Predictions, source: Source) -> Parts:
     """The confusion matrix, the most frequent confusions, and the worst mistakes."""
+    classes = tuple(map(printable, subject.classes))
     stamp = subject.stamp(found.n, f"images of {found.source}")
-    matrix = predictions.confusion(found.labels, found.said, len(subject.classes))
+    matrix = predictions.confusion(found.labels, found.said, len(classes))
     low, high = predictions.interval(int(found.right.sum()), found.n)
     caption = (
         f"Accuracy {100 * found.accuracy:.2f} % (95 % interval {100 * low:.2f} to "
         f"{100 * high:.2f} %), cross-entropy {found.losses.mean():.4f}, n = {found.n:,}."
     )
-    figure = pictures.confusion(matrix, subject.classes, f"Confusion matrix: {stamp}")
+    figure = pictures.confusion(matrix, classes, f"Confusion matrix: {stamp}")
     parts: Parts = [Picture("confusion", "Confusion matrix", caption, figure)]
     pairs = predictions.confused(matrix, CONFUSED)
     if not pairs:
         return [*parts, Note("Worst mistakes", f"None of {found.n:,} images is a mistake.")]
-    rows = [_pair(subject.classes, matrix, *pair) for pair in pairs]
+    rows = [_pair(classes, matrix, *pair) for pair in pairs]
     parts.append(Table(f"Most frequent confusions: {stamp}", rows))
     chosen = predictions.worst(found, WORST)
     images = source.read(found.positions[chosen])["image"]
-    texts = [_mistake(subject.classes, found, i) for i in chosen]
+    texts = [_mistake(classes, found, i) for i in chosen]
     wrong = found.n - int(found.right.sum())
     figure = pictures.mistakes(list(images), texts, f"Worst mistakes: {stamp}")
     caption = (

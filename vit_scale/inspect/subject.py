@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vit_scale import config, pretrained
 from vit_scale.augment import eval_images
 from vit_scale.data import Source, align, eval_batches, open_split
-from vit_scale.errors import UserError
+from vit_scale.errors import UserError, printable
 from vit_scale.evaluate import check_classes
 from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
@@ -42,7 +42,7 @@ class Subject:
         self.step, self.folder = given.step, given.path.parent.parent
         if not (self.folder / "run.json").is_file():
             raise UserError(f"{source} is not the folder of a run: inspect looks into runs")
-        self.name = self.folder.absolute().name
+        self.name = printable(self.folder.absolute().name)
         self.size = config.image_size(self.cfg)
         self.stored = stored_size(given, self.cfg)
         self.view, self.seen = stored_views(given, self.cfg)
