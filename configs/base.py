@@ -37,6 +37,9 @@ def data() -> dict:
         "listing": "every",  # files of a folder: every that Pillow reads | common (nine extensions,
         # folders of tools inside a class, names cut at a comma: what it once was)
         "train": "train",  # slice to train on: train, train[:45000], train[:98%]
+        "slices": "example",  # parts of a set are of: example (by its path: the same in a pack, and
+        # when others come or go) | position (in the list of files: what it once was)
+        "changed": False,  # resume although images were added to the set or removed from it
         "batch": 128,  # images per step, over all devices and hosts (the global batch)
         "resolution": 32,  # height in pixels that the model sees; resized on the device
         "width": placeholder(int),  # width in pixels that the model sees; none: square

@@ -8,7 +8,7 @@ import pytest
 from test_data_folder import block, everything, picture, save
 
 from vit_scale import data
-from vit_scale.data import records
+from vit_scale.data import records, shards
 from vit_scale.errors import UserError
 
 N = 20
@@ -109,7 +109,7 @@ def test_records_are_read_in_workers(folder, tmp_path, inline):
 
 
 def test_an_interrupted_pack_goes_on(folder, tmp_path, inline, monkeypatch):
-    out, write = tmp_path / "out", records.write_shard
+    out, write = tmp_path / "out", shards.write_shard
     written = []
 
     def count(shard):
@@ -121,14 +121,14 @@ def test_an_interrupted_pack_goes_on(folder, tmp_path, inline, monkeypatch):
             raise KeyboardInterrupt
         return count(shard)
 
-    monkeypatch.setattr(records, "write_shard", fail_at_the_third)
+    monkeypatch.setattr(shards, "write_shard", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         records.pack(folder, out, shard=6)
     with pytest.raises(UserError, match="is not packed to its end; run `vit-scale data pack"):
         data.open_split(packed_block(out), "train")
     first = {file: file.stat().st_mtime_ns for file in out.glob("*.array_record")}
     assert len(first) == 2
-    monkeypatch.setattr(records, "write_shard", count)
+    monkeypatch.setattr(shards, "write_shard", count)
     assert records.pack(folder, out, shard=6)["train"] == N
     assert len(written) == len(set(written)) == 5
     assert {file: file.stat().st_mtime_ns for file in first} == first
@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_line(folder, tmp_path, inline, monkeypatch):
         def write(self, record):
             raise RuntimeError("write failed\nNo space left on device")
 
-    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
     with pytest.raises(UserError) as caught:
         records.pack(folder, tmp_path / "out")
     assert "could not be written (write failed)" in str(caught.value)
@@ -243,7 +243,7 @@ def test_a_label_outside_the_classes_is_refused(packed):
         (None, "is no packed set; run `vit-scale data pack FOLDER"),
         ("{", "is no index of a packed set"),
         ("[]", "is no index of a packed set"),
-        ('{"version": 9}', "is version 9, this program reads 1"),
+        ('{"version": 9}', "is version 9, this program reads 1 and 2"),
     ],
 )
 def test_a_folder_that_is_no_packed_set_is_refused(tmp_path, text, message):

@@ -374,3 +374,82 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_missing_file_says_what_the_folder_is_not(tmp_path):
     message = refusal(lambda: read_json(tmp_path / "run.json"))
     assert message == f"{tmp_path}/run.json is missing: {tmp_path} is not the folder of a run"
+
+
+# Data that changed
+
+SET = {"name": "set train", "images": 16, "classes": 2, "fingerprint": "0f"}
+PART = SET | {"name": "set train[:75%]", "images": 12, "of": 16, "slices": "example"}
+
+
+def of_data(train: dict, *overrides: str, classes=("down", "up"), **others: dict) -> dict:
+    data = {**train, "sets": {"train": train, **others}}
+    return {**about(*overrides), "classes": list(classes), "data": data}
+
+
+def begin(folder, description: dict):
+    def call():
+        with Run(folder, description):
+            pass
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (("above", "down"), "without 'up', with 'above', class 0 was 'down', is 'above'"),
+        (("up", "down"), "class 0 was 'down', is 'up'"),
+        (("down", "up", "zebra"), "with 'zebra', 2 -> 3 classes"),
+        (("down",), "without 'up', 2 -> 1 classes"),
+    ],
+)
+def test_other_classes_are_refused_whatever_is_accepted(tmp_path, classes, said):
+    begin(tmp_path, of_data(SET))()
+    changed = of_data(SET, "data.changed=True", classes=classes)
+    assert f"holds a run of other classes ({said}); give" in refusal(begin(tmp_path, changed))
+
+
+CHANGES = {
+    "train: set train is of 16 -> 18 images, 2 added": {"images": 18, "fingerprint": "1f"},
+    "train: set train is of 16 -> 9 images, 7 removed": {"images": 9, "fingerprint": "1f"},
+    "train: set train has as many images, 16, but other paths or labels": {"fingerprint": "1f"},
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_images_added_or_removed_are_refused_and_can_be_accepted(tmp_path, said, capsys):
+    begin(tmp_path, of_data(SET))()
+    now = SET | CHANGES[said]
+    message = refusal(begin(tmp_path, of_data(now)))
+    assert f"holds a run of other data ({said}); give another --workdir" in message
+    assert "--config.data.changed=True" in message and capsys.readouterr().err == ""
+    begin(tmp_path, of_data(now, "data.changed=True"))()
+    assert capsys.readouterr().err == f"vit-scale: data.changed: since this run began, {said}\n"
+    begin(tmp_path, of_data(SET))()
+    assert capsys.readouterr().err == "", "what it began with needs no word"
+
+
+def test_every_set_of_a_run_is_compared(tmp_path):
+    final = SET | {"name": "set val"}
+    begin(tmp_path, of_data(PART, final=final))()
+    now = of_data(PART | {"fingerprint": "2f", "of": 17}, final=final | {"images": 15})
+    message = refusal(begin(tmp_path, now))
+    assert "(train: set train[:75%] is of 16 -> 17 images, 1 added; final: set val is of" in message
+    begin(tmp_path, of_data(PART | {"of": 17}, final=final))(), "added where nothing is read"
+
+
+def test_another_cut_is_refused_whatever_is_accepted(tmp_path):
+    begin(tmp_path, of_data(PART | {"slices": "position", "fingerprint": None}))()
+    message = refusal(begin(tmp_path, of_data(PART, "data.changed=True")))
+    assert "another cut (train: set train[:75%] by example, was by position)" in message
+
+
+def test_a_run_of_before_is_compared_by_what_it_has(tmp_path):
+    old = {"name": "set train", "images": 12, "classes": 2}
+    before = {**about(), "classes": ["down", "up"], "data": old}
+    write_json(tmp_path / "run.json", before)
+    begin(tmp_path, of_data(PART))()
+    more = PART | {"images": 13}
+    assert "12 -> 13 images, 1 added" in refusal(begin(tmp_path, of_data(more)))
+    assert "other classes" in refusal(begin(tmp_path, of_data(PART, classes=("a", "b"))))

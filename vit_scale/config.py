@@ -25,6 +25,7 @@ REMOVED: dict[str, str] = {}
 BEFORE: dict[str, Any] = {
     "data.exif": False,
     "data.listing": "common",
+    "data.slices": "position",
     "data.square": True,
     "eval.fit": "cover",
 }

@@ -17,18 +17,21 @@ Weights & Biases' files are on the disk of the machine that trains (`paths.local
 import json
 import os
 import pathlib
+import sys
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config, hosts, paths
-from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.errors import RESUMABLE, UserError, printable
 from vit_scale.lock import Lock
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 # So may what is done about a corrupt image: a run that stopped at one has met none before.
 FREE = (
     *("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "data.on_corrupt"),
-    *("eval.batch", "mesh.", "watchdog.", "distill.teacher"),  # its checksum may not
+    *("data.changed", "eval.batch", "mesh.", "watchdog."),
+    "distill.teacher",  # its checksum may not
 )
 # And so may where a run started from, once it has a checkpoint: it is not read again. Pretraining
 # that was moved, or that is seen from another folder, goes by another path.
@@ -43,7 +46,8 @@ class Run:
     `report` is what the finished run came to, None before its end.
 
     Raises UserError where it can't be made or written, where another live process holds it, where
-    it is a run of another config (with the differences), and where the hosts don't share it.
+    it is a run of another config or of other data (with the differences), and where the hosts don't
+    share it.
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
@@ -78,17 +82,17 @@ class Run:
             write_json(path, self.description)
             return
         # Through this version's schema: a field that is newer than the run has its default.
-        content = read_json(path)
-        stored = content.get("config")
+        begun = read_json(path)
+        stored = begun.get("config")
         if not isinstance(stored, dict):
             raise UserError(f"{path} is damaged: it holds no config; give another --workdir")
-        begun = config.to_json(config.from_json(stored))
-        differences = config.differences(begun, self.description["config"])
+        before = config.to_json(config.from_json(stored))
+        differences = config.differences(before, self.description["config"])
         new = config.dotted(self.description["config"])
         same = tuple(
             f"{field}: "
             for field in PATHS
-            if paths.is_same(_recorded(field, self.path, content), str(new.get(field, "")))
+            if paths.is_same(_recorded(field, self.path, begun), str(new.get(field, "")))
         )
         free = same + FREE + (BEGUN if checkpoint.steps(self.path) else ())
         changed = [line for line in differences if not line.startswith(free)]
@@ -97,6 +101,7 @@ class Run:
                 f"workdir {self.path} holds a run of another config ({'; '.join(changed)}); "
                 "give another --workdir, or the config it was started with"
             )
+        refuse_other_data(self.path, begun, self.description)
 
     def _read_report(self) -> dict | None:
         path = self.path / "report.json"
@@ -130,6 +135,79 @@ def _recorded(field: str, run: pathlib.Path, content: dict) -> str:
     """The path in a field of a run.json, from here (`paths.recorded`)."""
     name = config.dotted(content["config"]).get(field) or ""
     return paths.recorded(name, run, content.get("cwd", ""))
+
+
+def refuse_other_data(folder: pathlib.Path, begun: dict, now: dict) -> None:
+    """Raises UserError where a run's data, as two descriptions have it, is not what it began with.
+
+    Images that were added or removed are accepted with data.changed, which says so; other classes
+    are not: the labels would mean something else. What a description lacks is not compared.
+    """
+    before, after = begun.get("classes"), now.get("classes")
+    if before is not None and after is not None and list(before) != list(after):
+        raise UserError(
+            f"workdir {folder} holds a run of other classes ({_other_names(before, after)}); give "
+            "another --workdir, or the data it was started with"
+        )
+    pairs = _pairs(begun.get("data"), now.get("data"))
+    for part, (old, new) in pairs.items():
+        if {"slices"} <= old.keys() & new.keys() and old["slices"] != new["slices"]:
+            raise UserError(
+                f"workdir {folder} holds a run of another cut ({part}: {new['name']} by "
+                f"{new['slices']}, was by {old['slices']}): it would train on what it held out; "
+                "give another --workdir, or the data it was started with"
+            )
+    lines = {part: _other_images(*pair) for part, pair in pairs.items()}
+    changed = "; ".join(f"{part}: {line}" for part, line in lines.items() if line)
+    if not changed:
+        return
+    if not now["config"]["data"]["changed"]:
+        raise UserError(
+            f"workdir {folder} holds a run of other data ({changed}); give another --workdir, the "
+            "data it was started with, or --config.data.changed=True to go on with what there is "
+            "now"
+        )
+    line = f"vit-scale: data.changed: since this run began, {changed}"
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def _other_names(before: Sequence[str], after: Sequence[str]) -> str:
+    gone = [repr(name) for name in before if name not in set(after)]
+    new = [repr(name) for name in after if name not in set(before)]
+    named = [
+        f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in (("without", gone), ("with", new))
+        if names
+    ]
+    pairs = zip(before, after, strict=False)
+    at = next((i for i, (old, other) in enumerate(pairs) if old != other), None)
+    if at is not None:
+        named.append(f"class {at} was {before[at]!r}, is {after[at]!r}")
+    if len(before) != len(after):
+        named.append(f"{len(before)} -> {len(after)} classes")
+    return ", ".join(named)
+
+
+def _pairs(before: dict | None, after: dict | None) -> dict[str, tuple[dict, dict]]:
+    """Of each set that two descriptions know, what they say; a run of before knows one."""
+    if not before or not after:
+        return {}
+    old, new = before.get("sets", {"train": before}), after.get("sets", {"train": after})
+    return {part: (old[part], new[part]) for part in old if part in new}
+
+
+def _other_images(before: dict, after: dict) -> str:
+    """What changed in a set, or nothing. Without a fingerprint, only its size is compared."""
+    prints = before.get("fingerprint"), after.get("fingerprint")
+    same = None in prints or prints[0] == prints[1]
+    if same and before.get("images") == after.get("images"):
+        return ""
+    whole = "of" if "of" in before and "of" in after else "images"
+    old, new = int(before.get(whole, 0)), int(after.get(whole, 0))
+    if old == new:
+        return f"{after['name']} has as many images, {new:,}, but other paths or labels"
+    kind = "added" if new > old else "removed"
+    return f"{after['name']} is of {old:,} -> {new:,} images, {abs(new - old):,} {kind}"
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

@@ -55,7 +55,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         cfg = continued(cfg, workdir)
         program, sources = plan_program(cfg), open_sources(cfg)
         check_shared_memory(program, sources)
-        about = describe(program, name, sources.train)
+        about = describe(program, name, sources)
         if not folders(paths.path(workdir)):
             check_source(program, sources.train.classes, ids_of(sources.train))
         same = identity(about, sources) if hosts.is_several() else {}
@@ -266,14 +266,15 @@ def sample_images(program: Program, batch: dict) -> np.ndarray:
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
-def describe(program: Program, name: str, source: Source) -> dict:
+def describe(program: Program, name: str, sources: Sources) -> dict:
     """What run.json, every checkpoint and the trackers say of the run."""
+    sets = {part: data.describe(source) for part, source in sources._asdict().items() if source}
     return {
         "name": name,
         "cwd": os.getcwd(),  # relative paths in the config are of this folder
         "config": config.to_json(program.cfg),
-        "classes": list(source.classes),
-        "data": data.describe(source),
+        "classes": list(sources.train.classes),
+        "data": {**sets["train"], "sets": sets},
         "devices": devices(),
         "git": git_state(pathlib.Path(__file__).parent),
         "versions": versions(),

@@ -11,9 +11,19 @@ from ml_collections import ConfigDict
 
 from vit_scale.data import cifar, folder, fractal, records
 from vit_scale.data.classes import Match, align, match
+from vit_scale.data.files import say
 from vit_scale.data.images import EncodedImages, decoded_size
 from vit_scale.data.pipeline import check_shared_memory, eval_batches, in_memory, train_batches
-from vit_scale.data.sources import Batch, InMemory, Slice, Source, checksum, cut, split_name
+from vit_scale.data.sources import (
+    ORDERS,
+    Batch,
+    InMemory,
+    Slice,
+    Source,
+    checksum,
+    cut,
+    split_name,
+)
 from vit_scale.errors import UserError, nearest
 from vit_scale.view import View, view
 
@@ -87,24 +97,41 @@ def open_split(cfg: ConfigDict, split: str, seen: View | None = None) -> Source:
     """The set, or the part of one, that `split` names: `test`, `train[:45000]`, `train[98%:]`.
 
     A part is cut from one fixed shuffled order of the set, so that it holds all classes; parts that
-    share a bound are disjoint. `cfg` is the configuration's data block, `seen` evaluation's view of
-    files; without one they are decoded as for training. Raises UserError naming the valid names,
-    the file that is missing or broken, or the label that is none of the classes.
+    share a bound are disjoint, also in another storage of the same set. `cfg` is the
+    configuration's data block, `seen` evaluation's view of files; without one they are decoded as
+    for training. Raises UserError naming the valid names, the file that is missing or broken, or
+    the label that is none of the classes.
     """
     given = find(cfg)
-    opened = given.source(cfg, split_name(split, given.splits))
-    if seen and isinstance(opened, EncodedImages):
-        opened.view = seen
-    source = cut(opened, split)
-    return in_memory(source, cfg.workers) if cfg.memory and source.decodes else source
+    if cfg.slices not in ORDERS:
+        raise UserError(f"data.slices={cfg.slices!r} is unknown; {nearest(cfg.slices, ORDERS)}")
+    whole = given.source(cfg, split_name(split, given.splits))
+    if seen and isinstance(whole, EncodedImages):
+        whole.view = seen
+    source = cut(whole, split, cfg.slices)
+    if isinstance(source, Slice) and whole.decodes and source.by != cfg.slices:
+        say(
+            f"{whole.name} was packed before packs held the names of their images: its slices are "
+            "by position, of other images than those of its folder; pack it anew for the same ones"
+        )
+    if not (cfg.memory and source.decodes):
+        return source
+    held = in_memory(source, cfg.workers)
+    held.recorded, held.ids = getattr(source, "recorded", {}), getattr(source, "ids", ())
+    return held
 
 
 def describe(source: Source) -> dict[str, object]:
-    """What a report says about a source: its name, its size, its classes, its images' size."""
+    """What a run says about a source: its name, its size, its classes, its images' size.
+
+    And what tells whether it is still the same, where that is cheap to know: a fingerprint of the
+    names and labels of its images; of a part of a set, how large that is, and how it was cut.
+    """
     return {
         "name": source.name,
         "images": len(source),
         "classes": len(source.classes),
         "height": source.size[0],
         "width": source.size[1],
+        **getattr(source, "recorded", {}),
     }

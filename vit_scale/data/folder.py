@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vit_scale import paths
 from vit_scale.data import files
+from vit_scale.data.examples import Examples
 from vit_scale.data.images import Corrupt, EncodedImages
 from vit_scale.data.names import read_lines, readable
 from vit_scale.errors import UserError, nearest, printable
@@ -54,6 +55,7 @@ class Folder(EncodedImages):
         super().__init__(name, classes, cfg)
         self.ids = listing.classes
         self._listing = listing
+        self.examples = Examples(listing.files, listing.labels)
 
     def __len__(self) -> int:
         return len(self._listing.labels)

@@ -8,6 +8,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vit_scale.data.examples import Examples
 from vit_scale.data.sources import Batch
 from vit_scale.errors import UserError, nearest
 from vit_scale.view import View
@@ -151,6 +152,7 @@ class EncodedImages:
 
     decodes = True
     view = TRAINING
+    examples: Examples | None = None  # which example is which, where that is known
 
     def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
         if cfg.on_corrupt not in CHOICES:
@@ -164,6 +166,10 @@ class EncodedImages:
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    @property
+    def recorded(self) -> dict[str, object]:
+        return {"fingerprint": self.examples.fingerprint()} if self.examples else {}
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         """The file's bytes and the label of one example. Raises Corrupt."""

@@ -3,37 +3,37 @@
 A folder of a million files is slow to list, to copy and to read from a network disk; a few hundred
 shards are not. `pack` shuffles once, so that a shard is a fair sample, and writes a shard under a
 temporary name until it is whole: interrupted, the same command resumes. A record is its label,
-4 bytes little-endian, and the bytes of the file. `index.json` says what a finished set holds.
+4 bytes little-endian, and the bytes of the file. SPLIT-examples.npz says which file each record
+was, and `index.json` what a finished set holds.
 
 ArrayRecord reads and writes local files only. Shards in a bucket are copied to this machine once
 (`paths.stage`), and `pack` uploads each shard when it is whole.
 """
 
+import functools
 import hashlib
+import io
 import json
-import struct
-from dataclasses import dataclass
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from vit_scale import paths
+from vit_scale.data.examples import Examples
 from vit_scale.data.folder import FOLDERS, Listing, list_images
-from vit_scale.data.images import CHOICES, Corrupt, EncodedImages, verify
+from vit_scale.data.images import CHOICES, Corrupt, EncodedImages
 from vit_scale.data.names import readable
-from vit_scale.data.workers import run_all
+from vit_scale.data.shards import LABEL, READ, Shard, short, unwritten, write_shards
 from vit_scale.errors import UserError, nearest
 
-VERSION = 1  # of the layout of a packed set
+VERSION = 2  # of the layout of a packed set; 1 had no names of images
 INDEX = "index.json"
-LABEL = struct.Struct("<I")
 SHARD = 2048  # images in each, 230 MB of ImageNet
 ORDER = 20201022  # decides the shuffled order, so that every pack of a folder is the same
-WRITE = "group_size:1,uncompressed"  # each image can be read alone; JPEG is compressed already
-READ = "readahead_buffer_size:0,max_parallelism:0"  # the reader's own advice for random access
 
 
 class Records(EncodedImages):
@@ -49,9 +49,17 @@ class Records(EncodedImages):
         for file, shard in zip(self._shards, shards, strict=True):
             _check_size(file, found.get(file.name), shard["bytes"])
         self._files = paths.stage(self._shards)
+        self._names: Path | None = None
+        if listed := index.get("examples", {}).get(name):
+            self._names = folder / listed["file"]
+            _check_size(self._names, found.get(self._names.name), listed["bytes"])
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    @functools.cached_property
+    def examples(self) -> Examples | None:  # type: ignore[override]
+        return _read_examples(self._names, len(self)) if self._names else None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_readers": {}}  # an open file does not travel to a worker
@@ -64,7 +72,7 @@ class Records(EncodedImages):
             (record,) = self._readers[shard].read([position])
             (label,) = LABEL.unpack_from(record)
         except Exception as error:  # Riegeli's status codes arrive as several exceptions
-            raise Corrupt(_short(error)) from error
+            raise Corrupt(short(error)) from error
         if label >= len(self.classes):
             raise UserError(
                 f"{self.place(index)}: label {label} is outside the {len(self.classes)} classes "
@@ -107,24 +115,28 @@ def _read_index(folder: Path) -> dict | None:
         version = index["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no index of a packed set ({error!r}); pack it again") from error
-    if version != VERSION:
-        raise UserError(f"{file} is version {version}, this program reads {VERSION}; pack it again")
+    if version not in (1, VERSION):
+        raise UserError(
+            f"{file} is version {version}, this program reads 1 and {VERSION}; pack it again"
+        )
     return index
+
+
+def _read_examples(file: Path, n: int) -> Examples:
+    try:
+        with np.load(io.BytesIO(file.read_bytes())) as stored:
+            examples = Examples(stored["files"], stored["labels"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({short(error)}); pack the set again") from error
+    if not len(examples.files) == len(examples.labels) == n:
+        raise UserError(f"{file} names {len(examples.files)} of {n} images; pack the set again")
+    return examples
 
 
 def _check_size(file: Path, found: int | None, size: int) -> None:
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes of {size}"
         raise UserError(f"{file} {state}; copy it again, or pack the set again into a new folder")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one process packs: these images of a listing, into this file."""
-
-    file: Path
-    listing: Listing
-    skip: bool
 
 
 def pack(
@@ -155,17 +167,19 @@ def pack(
         name: _shards(out, name, listing, shard, on_corrupt == "skip")
         for name, listing in listings.items()
     }
-    images = _write_shards([s for shards in plan.values() for s in shards], workers)
+    kept = write_shards([s for shards in plan.values() for s in shards], workers)
+    names = {name: _write_examples(out, name, shards, kept) for name, shards in plan.items()}
     stored = paths.sizes(out)
     splits = {
         name: [
-            {"file": s.file.name, "images": images[s.file], "bytes": stored[s.file.name]}
+            {"file": s.file.name, "images": len(kept[s.file]), "bytes": stored[s.file.name]}
             for s in shards
         ]
         for name, shards in plan.items()
     }
-    _write_index(out, index | {"finished": True, "splits": splits})
-    counts = {name: sum(images[s.file] for s in shards) for name, shards in plan.items()}
+    examples = {name: {"file": file, "bytes": stored[file]} for name, file in names.items()}
+    _write_index(out, index | {"finished": True, "splits": splits, "examples": examples})
+    counts = {name: sum(len(kept[s.file]) for s in shards) for name, shards in plan.items()}
     found = sum(len(listing.labels) for listing in listings.values())
     return counts | {"skipped": found - sum(counts.values())}
 
@@ -208,9 +222,17 @@ def _claim(out: Path, index: dict) -> None:
     if there is None and not any(out.glob("*.array_record")):
         out.mkdir(parents=True, exist_ok=True)
         _write_index(out, index | {"finished": False, "splits": {}})
-    elif there is None or there["of"] != index["of"]:
+        return
+    earlier = there is not None and there["version"] < VERSION
+    if there is None or there["of"] != index["of"]:
+        why = ", or was begun by an earlier version, which listed other files" if earlier else ""
         raise UserError(
-            f"{out} holds the shards of other images or options; pack into a new folder"
+            f"{out} holds the shards of other images or options{why}; pack into a new folder"
+        )
+    if earlier and there["finished"]:  # with names, its slices would be others: of runs as well
+        raise UserError(
+            f"{out} was packed by an earlier version, without the names of its images, and is read "
+            "as it is; to have them, pack into a new folder"
         )
 
 
@@ -218,67 +240,14 @@ def _write_index(out: Path, index: dict) -> None:
     paths.write(out / INDEX, json.dumps(index, indent=1).encode())
 
 
-def _count(shard: Shard) -> int:
-    """The images in a finished shard. One in a bucket is only read where it may lack some."""
-    if paths.in_bucket(shard.file) and not shard.skip:
-        return len(shard.listing.labels)
-    (file,) = paths.stage([shard.file])
-    return ArrayRecordReader(str(file), READ).num_records()
-
-
-def _write_shards(shards: list[Shard], workers: int | None) -> dict[Path, int]:
-    """Write those that aren't there yet; the images in each. The first failure stops the rest."""
-    there = paths.sizes(shards[0].file.parent)
-    missing = [shard for shard in shards if shard.file.name not in there]
-    images = {shard.file: _count(shard) for shard in shards if shard.file.name in there}
-    total = sum(len(shard.listing.labels) for shard in shards)
-    done = total - sum(len(shard.listing.labels) for shard in missing)
-    with tqdm(total=total, initial=done, desc="pack", unit="image", disable=None) as bar:
-        for shard, count in run_all(write_shard, missing, workers):
-            images[shard.file] = count
-            bar.update(len(shard.listing.labels))
-    return images
-
-
-def write_shard(shard: Shard) -> int:
-    """Write one shard, whole or, with a UserError, not; the number of images in it."""
-    local, images = paths.local(shard.file), 0
-    temporary = local.with_name(f".{shard.file.name}.partial")
+def _write_examples(out: Path, name: str, shards: list[Shard], kept: dict[Path, np.ndarray]) -> str:
+    """Write which image each record of a split is; the name of the file."""
+    content, file = io.BytesIO(), out / f"{name}-examples.npz"
+    files = np.concatenate([shard.listing.files[kept[shard.file]] for shard in shards])
+    labels = np.concatenate([shard.listing.labels[kept[shard.file]] for shard in shards])
+    np.savez_compressed(content, files=files, labels=labels)
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        writer = ArrayRecordWriter(str(temporary), WRITE)
-        for index, label in enumerate(shard.listing.labels.tolist()):
-            data = _verified(shard, index)
-            if data is not None:
-                writer.write(LABEL.pack(label) + data)
-                images += 1
-        writer.close()
-        paths.move(temporary, shard.file)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{shard.file} could not be written ({_short(error)}); make room or choose another "
-            "folder, and run the same command again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return images
-
-
-def _verified(shard: Shard, index: int) -> bytes | None:
-    """The bytes of one image, or none for an unreadable one that is to be skipped."""
-    file = shard.listing.path(index)
-    try:
-        data = file.read_bytes()
-        verify(data)
-        return data
-    except (OSError, Corrupt) as error:
-        if shard.skip:
-            return None
-        raise UserError(
-            f"{file} cannot be read ({_short(error)}); replace it, "
-            "or leave such images out with --on-corrupt skip"
-        ) from error
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        paths.write(file, content.getvalue())
+    except OSError as error:
+        raise unwritten(file, error) from error
+    return file.name

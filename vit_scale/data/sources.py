@@ -14,11 +14,14 @@ from typing import Protocol, TypedDict
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from vit_scale.data.examples import Examples
 from vit_scale.errors import UserError
 
-# Slices are cut from this one order of the set. It may never change: `train[:98%]` of yesterday's
-# run and `train[98%:]` of today's evaluation have to be disjoint.
+# Slices of what has no names, and of runs of before, are cut from this one order of positions. It
+# may never change: `train[:98%]` of yesterday's run and `train[98%:]` of today's evaluation have to
+# be disjoint.
 SLICE_ORDER = 20201022
+ORDERS = ("example", "position")  # of data.slices
 
 
 class Batch(TypedDict):
@@ -36,6 +39,9 @@ class Source(Protocol):
     classes: tuple[str, ...]  # the name of each label
     size: tuple[int, int]  # height and width of the images, in pixels
     decodes: bool  # reading is work (files, JPEG), worth worker processes
+    # A source may also have:
+    # examples: which example is which, or None (`Examples`)
+    # recorded: what a run keeps of it, to see later whether it is still the same
 
     def __len__(self) -> int: ...
 
@@ -54,6 +60,7 @@ class InMemory:
     """
 
     decodes = False
+    examples = None  # they are what their position is
 
     def __init__(
         self,
@@ -70,6 +77,8 @@ class InMemory:
         self.name = name
         self.classes = tuple(classes)
         self.size = (images.shape[1], images.shape[2])
+        self.recorded: dict[str, object] = {}
+        self.ids: tuple[str, ...] = ()
         self._images = images
         self._labels = check_labels(labels, self.classes, name)
         self._mask = np.ones(len(images), bool) if mask is None else mask
@@ -102,17 +111,23 @@ class Slice:
     """Part [start, stop) of a source, counted in one fixed shuffled order of it.
 
     Shuffled, because sets stored class by class would give slices of one class. `[:k]` and `[k:]`
-    are disjoint, and together the whole set.
+    are disjoint, and together the whole set. `by`: "example", the order of what the examples are
+    (`Examples.order`), where the source knows; or "position", an order of places in the source.
     """
 
-    def __init__(self, source: Source, name: str, start: int, stop: int):
+    def __init__(self, source: Source, name: str, start: int, stop: int, by: str = "example"):
         self.name = name
         self.classes = source.classes
         self.ids = getattr(source, "ids", ())
         self.size = source.size
         self.decodes = source.decodes
         self._source = source
-        order = np.random.RandomState(SLICE_ORDER).permutation(len(source))
+        examples: Examples | None = getattr(source, "examples", None)
+        self.by = by if examples else "position"
+        if examples and by == "example":
+            order = examples.order()
+        else:
+            order = np.random.RandomState(SLICE_ORDER).permutation(len(source))
         self._indices = np.sort(order[start:stop])  # neighbours on disk stay neighbours
 
     def __len__(self) -> int:
@@ -120,6 +135,12 @@ class Slice:
 
     def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
         return self._source.read(self._indices[indices])
+
+    @property
+    def recorded(self) -> dict[str, object]:
+        examples = getattr(self._source, "examples", None)
+        known = {"fingerprint": examples.fingerprint(self._indices)} if examples else {}
+        return {"of": len(self._source), "slices": self.by, **known}
 
 
 def checksum(source: Source, examples: int = 16) -> str:
@@ -146,10 +167,10 @@ def split_name(split: str, valid: Sequence[str]) -> str:
     return match["name"]
 
 
-def cut(source: Source, split: str) -> Source:
+def cut(source: Source, split: str, by: str = "example") -> Source:
     """The part of `source` that `split` names; bounds are positions or, with %, percentages.
 
-    Raises UserError for a part that is empty or reaches beyond the set.
+    `by`: see `Slice`. Raises UserError for a part that is empty or reaches beyond the set.
     """
     match = SPLIT.fullmatch(split.strip())
     if match is None:
@@ -165,7 +186,7 @@ def cut(source: Source, split: str) -> Source:
             f"split {split!r} is positions {bounds[0]}..{bounds[1]} of {len(source)} images; "
             f"it needs 0 <= start < stop <= {len(source)}"
         )
-    return Slice(source, f"{source.name}{split[split.index('[') :]}", *bounds)
+    return Slice(source, f"{source.name}{split[split.index('[') :]}", *bounds, by)
 
 
 def _bound(text: str, n: int) -> int:
