@@ -55,6 +55,18 @@ def test_what_pillow_only_opens_is_no_image():
     )
 
 
+def test_what_this_pillow_lacks_is_left_out(small, monkeypatch, capsys):
+    Image.fromarray(picture(8, 8)).save(small / "train/bee/2.avif")
+    monkeypatch.setattr(files.features, "check", lambda library: library != "avif")
+    files.extensions.cache_clear()
+    try:
+        assert count(small) == 2
+    finally:
+        files.extensions.cache_clear()
+    assert "1 file is no image that Pillow" in capsys.readouterr().err
+    assert count(small) == 3
+
+
 def test_what_is_left_out_is_counted_and_named(small, capsys):
     for name in ("a.txt", "b.TXT", "c.heic", "noextension", ".hidden.txt", "Thumbs.db"):
         (small / "train/bee" / name).write_bytes(b"no image")
@@ -171,6 +183,12 @@ def test_one_class_of_folders_is_mentioned(small, capsys):
     assert everything(source)["label"].tolist() == [0, 1, 2, 2]
     said = capsys.readouterr().err
     assert "train/more holds no images but 2 folders of them (cat, dog): all are one class" in said
+
+
+def test_a_validation_set_of_one_class_may_have_folders(small):
+    for day in ("monday", "tuesday"):
+        save(small / "val/bee" / day / "1.png", picture(8, 8))
+    assert everything(data.open_split(block(small), "val"))["label"].tolist() == [1, 1]
 
 
 def test_the_same_folders_in_each_class_are_nothing_to_mention(tmp_path, capsys):

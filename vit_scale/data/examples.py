@@ -23,6 +23,9 @@ class Examples:
     def __init__(self, files: np.ndarray, labels: Int[np.ndarray, "n"]):
         self.files, self.labels = files, labels
 
+    def __getstate__(self) -> dict:
+        return {"files": self.files, "labels": self.labels}  # a worker needs no hashes
+
     @functools.cached_property
     def hashes(self) -> UInt64[np.ndarray, "n"]:
         """BLAKE2b of each path, its first 64 bits."""

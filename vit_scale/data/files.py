@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, features
 
 from vit_scale import hosts, paths
 from vit_scale.errors import printable
@@ -20,6 +20,7 @@ from vit_scale.errors import printable
 COMMON = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 # Pillow opens these, and decodes them only with a program or a library beside it.
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # some builds lack these
 # Whatever begins with a dot is hidden; these are, too. In lower case.
 HIDDEN = {
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@tmp"),  # network disks
@@ -34,7 +35,8 @@ def extensions() -> tuple[str, ...]:
     """Those of every format that Pillow decodes here, such as ".jpg", sorted."""
     Image.preinit()  # first, so that the usual formats stay the first that are tried
     formats = Image.registered_extensions()
-    decoded = {*Image.OPEN, "MPO"} - UNDECODABLE  # an MPO is opened as the JPEG that it begins with
+    lacking = {name for name, library in OPTIONAL.items() if not features.check(library)}
+    decoded = {*Image.OPEN, "MPO"} - UNDECODABLE - lacking  # an MPO is opened as a JPEG
     return tuple(sorted(ending for ending, name in formats.items() if name in decoded))
 
 

@@ -186,7 +186,7 @@ def _by_class(
         if found and all(file.count("/") > 1 for file in found):
             deeper[name] = sorted({file.split("/")[1] for file in found})
     if not common:
-        _say_deeper(root, deeper, len(folders))
+        _say_deeper(root, deeper, len(classes))
 
 
 def _say_loose(root: Path, names: list[str]) -> None:

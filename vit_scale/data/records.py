@@ -62,7 +62,8 @@ class Records(EncodedImages):
         return _read_examples(self._names, len(self)) if self._names else None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_readers": {}}  # an open file does not travel to a worker
+        """An open file does not travel to a worker, and names need not."""
+        return {k: v for k, v in self.__dict__.items() if k != "examples"} | {"_readers": {}}
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         shard, position = self._locate(index)
