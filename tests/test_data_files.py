@@ -57,13 +57,12 @@ def test_what_pillow_only_opens_is_no_image():
 
 def test_what_this_pillow_lacks_is_left_out(small, monkeypatch, capsys):
     Image.fromarray(picture(8, 8)).save(small / "train/bee/2.avif")
-    monkeypatch.setattr(files.features, "check", lambda library: library != "avif")
-    files.extensions.cache_clear()
-    try:
-        assert count(small) == 2
-    finally:
+    with monkeypatch.context() as patch:
+        patch.setattr(files.features, "check", lambda library: library != "avif")
         files.extensions.cache_clear()
+        assert count(small) == 2
     assert "1 file is no image that Pillow" in capsys.readouterr().err
+    files.extensions.cache_clear()
     assert count(small) == 3
 
 
