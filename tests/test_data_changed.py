@@ -70,7 +70,7 @@ def test_a_run_says_what_its_data_is(stopped, photos):
 def test_images_that_were_added_are_refused_or_accepted(stopped, photos, monkeypatch, capsys):
     save(photos / "train/class_0/new.png", picture(16, 16, 99))
     message = refusal(photos, stopped, monkeypatch)
-    assert "is of 16 -> 17 images, 1 added; " in message and "data.changed=True" in message
+    assert "is of 16 -> 17 images, 1 more; " in message and "data.changed=True" in message
     cfg = config_of(photos, "data.changed=True")
     assert train.train(cfg, stopped, "changed", quiet=True)["step"] == 4
     assert "data.changed: since this run began, " in capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_images_that_were_added_are_refused_or_accepted(stopped, photos, monkeyp
 def test_an_image_of_the_final_set_that_was_removed_is_refused(stopped, photos, monkeypatch):
     (photos / "val/class_1/3.png").unlink()
     message = refusal(photos, stopped, monkeypatch)
-    assert "(final: set val is of 4 -> 3 images, 1 removed)" in message
+    assert "(final: set val is of 4 -> 3 images, 1 fewer)" in message
 
 
 def test_an_image_that_changed_its_class_is_refused(stopped, photos, monkeypatch):

@@ -411,8 +411,8 @@ def test_other_classes_are_refused_whatever_is_accepted(tmp_path, classes, said)
 
 
 CHANGES = {
-    "train: set train is of 16 -> 18 images, 2 added": {"images": 18, "fingerprint": "1f"},
-    "train: set train is of 16 -> 9 images, 7 removed": {"images": 9, "fingerprint": "1f"},
+    "train: set train is of 16 -> 18 images, 2 more": {"images": 18, "fingerprint": "1f"},
+    "train: set train is of 16 -> 9 images, 7 fewer": {"images": 9, "fingerprint": "1f"},
     "train: set train has as many images, 16, but other paths or labels": {"fingerprint": "1f"},
 }
 
@@ -435,7 +435,7 @@ def test_every_set_of_a_run_is_compared(tmp_path):
     begin(tmp_path, of_data(PART, final=final))()
     now = of_data(PART | {"fingerprint": "2f", "of": 17}, final=final | {"images": 15})
     message = refusal(begin(tmp_path, now))
-    assert "(train: set train[:75%] is of 16 -> 17 images, 1 added; final: set val is of" in message
+    assert "(train: set train[:75%] is of 16 -> 17 images, 1 more; final: set val is of" in message
     begin(tmp_path, of_data(PART | {"of": 17}, final=final))(), "added where nothing is read"
 
 
@@ -451,5 +451,5 @@ def test_a_run_of_before_is_compared_by_what_it_has(tmp_path):
     write_json(tmp_path / "run.json", before)
     begin(tmp_path, of_data(PART))()
     more = PART | {"images": 13}
-    assert "12 -> 13 images, 1 added" in refusal(begin(tmp_path, of_data(more)))
+    assert "12 -> 13 images, 1 more" in refusal(begin(tmp_path, of_data(more)))
     assert "other classes" in refusal(begin(tmp_path, of_data(PART, classes=("a", "b"))))

@@ -172,15 +172,16 @@ def refuse_other_data(folder: pathlib.Path, begun: dict, now: dict) -> None:
 
 
 def _other_names(before: Sequence[str], after: Sequence[str]) -> str:
-    gone = [repr(name) for name in before if name not in set(after)]
-    new = [repr(name) for name in after if name not in set(before)]
+    old, current = set(before), set(after)
+    gone = [repr(name) for name in before if name not in current]
+    new = [repr(name) for name in after if name not in old]
     named = [
         f"{what} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for what, names in (("without", gone), ("with", new))
         if names
     ]
     pairs = zip(before, after, strict=False)
-    at = next((i for i, (old, other) in enumerate(pairs) if old != other), None)
+    at = next((i for i, (was, now) in enumerate(pairs) if was != now), None)
     if at is not None:
         named.append(f"class {at} was {before[at]!r}, is {after[at]!r}")
     if len(before) != len(after):
@@ -190,7 +191,7 @@ def _other_names(before: Sequence[str], after: Sequence[str]) -> str:
 
 def _pairs(before: dict | None, after: dict | None) -> dict[str, tuple[dict, dict]]:
     """Of each set that two descriptions know, what they say; a run of before knows one."""
-    if not before or not after:
+    if not isinstance(before, dict) or not isinstance(after, dict):
         return {}
     old, new = before.get("sets", {"train": before}), after.get("sets", {"train": after})
     return {part: (old[part], new[part]) for part in old if part in new}
@@ -206,8 +207,8 @@ def _other_images(before: dict, after: dict) -> str:
     old, new = int(before.get(whole, 0)), int(after.get(whole, 0))
     if old == new:
         return f"{after['name']} has as many images, {new:,}, but other paths or labels"
-    kind = "added" if new > old else "removed"
-    return f"{after['name']} is of {old:,} -> {new:,} images, {abs(new - old):,} {kind}"
+    change = f"{new - old:,} more" if new > old else f"{old - new:,} fewer"
+    return f"{after['name']} is of {old:,} -> {new:,} images, {change}"
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
