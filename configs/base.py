@@ -34,17 +34,18 @@ def data() -> dict:
     return {
         "name": "cifar10",  # cifar10 | folder | array_record | fractal
         "path": ".data",  # folder that holds the set; generated sets are cached in it
-        "listing": "every",  # files of a folder: every that Pillow reads | common (nine extensions,
-        # folders of tools inside a class, names cut at a comma: what it once was)
+        "listing": "every",  # files of a folder: every (that Pillow decodes) | common (as before
+        # the field: nine extensions, tools' folders inside a class, names cut at a comma)
         "train": "train",  # slice to train on: train, train[:45000], train[:98%]
-        "slices": "example",  # parts of a set are of: example (by its path: the same in a pack, and
-        # when others come or go) | position (in the list of files: what it once was)
-        "changed": False,  # resume although images were added to the set or removed from it
+        "slices": "example",  # what slices go by: example (its path: those of a pack are the same,
+        # those of a set that grew nearly) | position (in the list of files: as before the field)
+        "changed": False,  # resume although images were added to the set, or removed from it
         "batch": 128,  # images per step, over all devices and hosts (the global batch)
         "resolution": 32,  # height in pixels that the model sees; resized on the device
         "width": placeholder(int),  # width in pixels that the model sees; none: square
         "load": placeholder(int),  # height in pixels at which files are decoded; none: resolution
-        "square": False,  # data.load is the width as well, whatever data.width is, as once it was
+        "square": False,  # data.load is the width as well, whatever the aspect of data.width: True
+        # as before the field
         "exif": True,  # turn images as EXIF says; False: as stored, as timm does
         "memory": False,  # decode a folder or record set once, and keep it in memory
         "workers": 2,  # processes that decode; 0: none, in the training process
