@@ -105,9 +105,7 @@ def open_source(subject: Subject, split: str | None, asked: bool) -> tuple[Sourc
 def choose(subject: Subject, source: Source | None, images: str | None) -> Samples | None:
     """The images to look at: of the folder `images`, else of the split, else of training."""
     if images:
-        return samples.of_folder(
-            images, subject.stored, subject.view, exif=subject.cfg.data.exif
-        )
+        return samples.of_folder(images, subject.stored, subject.view, exif=subject.cfg.data.exif)
     if source is None:
         with contextlib.suppress(UserError):
             source = subject.open(subject.cfg.data.train)
