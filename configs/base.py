@@ -158,8 +158,8 @@ def mesh() -> dict:
 def init() -> dict:
     return {
         "source": "",  # run, RUN/checkpoints/STEP, or others' weights to start from; empty: random
-        "tree": "",  # of a file with several models: state_dict, model_ema, teacher, ...; empty: the
-        # one that the file's own library takes, which is said
+        "tree": "",  # of a file with several models: state_dict, model_ema, teacher; empty: the one
+        # that the library of the file takes, which is said
         "image": "",  # HEIGHTxWIDTH in pixels at which a source without a size was trained
         "instead": "",  # config that pretrains such a model, named where source can't be fetched
         "dialect": "",  # of a source that is no run: timm, ...; empty: recognised from its names
