@@ -149,7 +149,13 @@ def test_a_missing_array(tmp_path):
 def test_an_extra_array(tmp_path):
     extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "reg_token": np.ones((1, 4, 12), "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
-    refused(file, "no place for: blocks.0.q_norm.bias, reg_token")
+    says = (
+        "no place for: blocks.0.q_norm.bias, reg_token (register tokens, norms of queries and keys"
+    )
+    refused(file, says)
+    # Also where these are not what is found to be wrong first.
+    extra |= {"pos_embed": np.ones((1, 14, 12), "f"), "norm.bias": None}
+    refused(changed("timm.safetensors", tmp_path / "x.safetensors", **extra), says)
     norm = {"fc_norm.weight": np.ones(12, "f"), "fc_norm.bias": np.ones(12, "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **norm)
     refused(file, "it has norm before pooling and fc_norm after it")

@@ -46,6 +46,9 @@ def pixels(h: int, w: int) -> tuple[int, int]:
         (196, EITHER, Sizes(given=pixels(14, 14)), (14, 14), 0),
         (196, EITHER, Sizes(wanted=pixels(14, 14)), (14, 14), 0),
         (196, EITHER, Sizes(given=pixels(13, 15)), (13, 15), 1),
+        # And so may any other model, if the size fits so alone, and can't be meant otherwise.
+        (16, CLS, Sizes(image=pixels(4, 4)), (4, 4), 0),
+        (16, CLS, Sizes(image=pixels(3, 5), given=pixels(4, 4)), (3, 5), 1),
     ],
 )
 def test_the_grid_and_the_tokens(rows, before, sizes, grid, tokens):
@@ -57,6 +60,7 @@ def test_the_grid_and_the_tokens(rows, before, sizes, grid, tokens):
     ("rows", "before", "sizes", "says"),
     [
         (16, CLS, Sizes(), ["16 positions are of 15 patches, which is no square grid"]),
+        (16, CLS, Sizes(given=pixels(4, 4)), ["15 patches", "32 x 32 px is 4 x 4 patches"]),
         (18, CLS, Sizes(given=(64, 64)), ["17 patches", "64 x 64 px is 8 x 8 patches"]),
         (18, CLS, Sizes(wanted=(64, 40)), ["64 x 40 px is 8 x 5 patches"]),
         # As many patches are wanted in another shape: were they trained so, or as a square?

@@ -155,6 +155,7 @@ FORMATS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
 def _vit(run: str | os.PathLike) -> Pretrained:
     """The model of a run, if it is a ViT with a head."""
     given = read(run)
+    given.say()
     if not isinstance(given.model.shape, Shape):
         raise UserError(f"{run} is no ViT but {given.cfg.model.variant}: it goes out as jax only")
     if not given.classes:

@@ -40,7 +40,6 @@ class Predictor:
       stored: (height, width) in pixels at which image files are decoded.
       view: evaluation's view of an image file, when it is decoded.
       seen: what the device does after that.
-      lines: what was believed of weights of others.
     """
 
     model: Model
@@ -52,7 +51,6 @@ class Predictor:
     stored: tuple[int, int]
     view: View
     seen: View
-    lines: tuple[str, ...] = ()
 
     def preprocess(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
         """What the model sees of images of any one size: resized as in evaluation, normalised."""
@@ -111,9 +109,11 @@ def load(source: str | os.PathLike) -> Predictor:
     """`load("runs/vit_small_cifar")`: the model, its preprocessing and its class names.
 
     `source` is a run's folder, a step in it, or weights of others (`vit_scale.pretrained.read`).
-    Raises UserError for what is none of these, or has no head.
+    What is believed of weights of others is printed to standard error. Raises UserError for what is
+    none of these, or has no head.
     """
     given = pretrained.read(source)
+    given.say()
     if not given.classes:
         raise UserError(f"{source} has no head: train one, --config.init.source={source}")
     of_file, on_device = stored_views(given, given.cfg)
@@ -127,5 +127,4 @@ def load(source: str | os.PathLike) -> Predictor:
         stored=stored_size(given, given.cfg),
         view=of_file,
         seen=on_device,
-        lines=given.lines,
     )

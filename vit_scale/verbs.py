@@ -49,7 +49,8 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     source = open_split(cfg.data, split, view(cfg.eval))
     check_classes(source, cfg)
     source, line = align(source, given.classes, cfg.init.classes)
-    say([*given.lines, line], args.quiet)
+    if not args.quiet:
+        given._replace(lines=(*given.lines, *filter(None, [line]))).say()
     mesh = make_mesh(cfg.mesh)
     params = place(given.params, shardings(given.params, mesh))
     result = Evaluate(cfg, given.model, mesh)(params, source)
@@ -70,7 +71,6 @@ def predict(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "predict")
     predictor = load(args.run)
-    say(predictor.lines)
     found = {image: predictor.top(image) for image in args.images}
     if args.json:
         print(json.dumps({image: dict(top) for image, top in found.items()}))
@@ -205,13 +205,6 @@ def pack_data(args, overrides: Sequence[str]) -> None:
 def refuse(overrides: Sequence[str], verb: str) -> None:
     if overrides:
         raise UserError(f"vit-scale {verb} takes no --config.{overrides[0]}", USAGE)
-
-
-def say(lines: Sequence[str], quiet: bool = False) -> None:
-    """Print what was believed to standard error, beside an answer."""
-    for line in lines if not quiet else ():
-        if line:
-            print(f"vit-scale: {line}", file=sys.stderr)
 
 
 # Overrides of a run's config that a verb reads, but for those that it does not: names of fields and

@@ -33,6 +33,7 @@ class Hints(NamedTuple):
     dialect: str = ""
     heads: int | None = None
     image: Size | None = None  # height and width in pixels that the weights were trained at
+    size: Size | None = None  # that was given for them: `image`, if it fits, else `wanted`
     wanted: Size | None = None  # that they are to be used at
     tree: str = ""  # of several models in a file, the one that is meant
 
@@ -48,7 +49,7 @@ def hints_of(cfg: ConfigDict, heads: int | None = None) -> Hints:
         if not numbers:
             raise UserError(f"init.image={text!r} is not HEIGHTxWIDTH in pixels, such as 224x256")
         image = (int(numbers[1]), int(numbers[2]))
-    return Hints(cfg.init.dialect, heads, image, None, cfg.init.tree)
+    return Hints(cfg.init.dialect, heads, image, tree=cfg.init.tree)
 
 
 class Configured(NamedTuple):
@@ -153,8 +154,9 @@ def _positions(
 ) -> Positions:
     """The grid of patches, and how the rows of positions lie. Raises UserError."""
     if POSITIONS not in first:
-        size = known.image or hints.image or hints.wanted or (RESOLUTION, RESOLUTION)
-        nothing = "" if known.image or hints.image else f"trained at {size[0]} x {size[1]} px"
+        given = known.image or hints.image or hints.size
+        size = given or hints.wanted or (RESOLUTION, RESOLUTION)
+        nothing = "" if given else f"trained at {size[0]} x {size[1]} px"
         return Positions((size[0] // patch, size[1] // patch), 0, nothing)
     tokens = ("cls" in first) + ("dist" in first)
     before: tuple[int, ...] = (tokens,) if dialect.fused else (0,)
@@ -163,7 +165,7 @@ def _positions(
     elif tokens and dialect.apart:  # LayerScale is DINOv2's as well as DeiT III's
         surely, perhaps = (bool(re.search(mark, " ".join(names))) for mark in dialect.apart)
         before = (0,) if surely else (tokens, 0) if perhaps else before
-    sizes = Sizes(known.image, hints.image, hints.wanted)
+    sizes = Sizes(known.image, hints.image, hints.size, hints.wanted)
     return positions.read(len(first[POSITIONS]), before, sizes, patch)
 
 
@@ -174,6 +176,8 @@ def _first(dialect: Dialect, arrays: Arrays) -> Arrays:
     """
     first = read(dialect, arrays, 1, 1)
     rules = {name: rule.theirs for rule in rules_of(dialect, 1) for name in rule.parts}
+    if POSITIONS in first and first[POSITIONS].ndim != 2:
+        raise UserError(f"{rules[POSITIONS]} has the wrong shape, {arrays[rules[POSITIONS]].shape}")
     axes = {"embed/kernel": 4, "blocks/0/mlp/up/kernel": 2, "blocks/0/attention/query/kernel": 3}
     for name, count in axes.items():
         if name not in first:

@@ -36,8 +36,7 @@ def convert(
     asked = config.override(config.base(), overrides)
     sized = any(item.partition("=")[0] in SIZE for item in overrides)
     size = config.image_size(asked) if sized else None
-    hints = hints_of(asked, asked.model.heads)._replace(wanted=size)
-    hints = hints._replace(image=hints.image or size)
+    hints = hints_of(asked, asked.model.heads)._replace(size=size)
     given = read(source, hints)
     cfg = config.override(copy.deepcopy(given.cfg), overrides)
     if not given.classes and not any(item.startswith("model.classes=") for item in overrides):

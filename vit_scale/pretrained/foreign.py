@@ -8,6 +8,7 @@ left over, missing or of another shape.
 import contextlib
 import math
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,11 +22,27 @@ from vit_scale.model import Model, build
 from vit_scale.parameters import named, stack, unstack
 from vit_scale.posemb import sincos2d
 from vit_scale.pretrained import about, files, trees
-from vit_scale.pretrained.configure import NO_HINTS, Hints, configure, names_of, simplified
-from vit_scale.pretrained.rules import POSITIONS, Arrays, Dialect, read, spelled, write
+from vit_scale.pretrained.configure import (
+    NO_HINTS,
+    Hints,
+    configure,
+    depth_of,
+    names_of,
+    simplified,
+)
+from vit_scale.pretrained.rules import POSITIONS, Arrays, Dialect, read, rules_of, spelled, write
 from vit_scale.pretrained.trees import some
 
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
+# Names of what other models have, and what that is.
+OTHERS = (
+    (r"reg_token|register_token", "register tokens"),
+    (r"\.[qk]_norm\.", "norms of queries and keys"),
+    (r"relative_position|rel_pos|rope", "relative or rotary positions"),
+    (r"\.w12\.|\.fc1_[gx]\.|\.w3\.", "SwiGLU"),
+    (r"norm_pre|pre_layernorm", "a norm before the blocks"),
+    (r"lora_", "LoRA, which is to be merged first"),
+)
 TOKENS = ("cls", "dist")  # in the order of their positions
 
 
@@ -56,6 +73,7 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
     known = about.read(dialect, file)
     with _about(file):
         arrays, notes = simplified(dialect, arrays)
+        check_names(dialect, arrays)
         names = frozenset(tree.arrays)
         cfg, before, assumed = configure(dialect, arrays, known, hints, names)
         model = build(cfg.model, config.image_size(cfg))
@@ -77,6 +95,21 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
     if assumed:
         lines.append(f"assuming, as the file does not say: {', '.join(assumed)}")
     return Foreign(cfg, model, params, classes, tuple(lines))
+
+
+def check_names(dialect: Dialect, arrays: Arrays) -> None:
+    """Raises UserError for an array that no rule places, before anything else is blamed.
+
+    Where a rule places none of them, it is the dialect that is wrong.
+    """
+    placed = {rule.theirs for rule in rules_of(dialect, depth_of(dialect, arrays))}
+    extra = sorted(arrays.keys() - placed)
+    if extra and len(extra) < len(arrays):
+        reasons = [text for mark, text in OTHERS if any(re.search(mark, name) for name in extra)]
+        why = f" ({', '.join(reasons)}: in no model of this project)" if reasons else ""
+        raise UserError(
+            f"it is no {dialect.name} ViT of this project: no place for: {some(extra)}{why}"
+        )
 
 
 def check_finite(file: pathlib.Path, tree: trees.Tree) -> None:

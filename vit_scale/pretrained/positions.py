@@ -20,7 +20,8 @@ class Sizes(NamedTuple):
     """Sizes in pixels (height, width) that are known; None where they are not."""
 
     said: Size | None = None  # stands beside the weights
-    given: Size | None = None  # was given as the one that they were trained at
+    image: Size | None = None  # was given as the one that they were trained at, and as nothing else
+    given: Size | None = None  # was given; it may also be meant as one to resample to
     wanted: Size | None = None  # they are to be used at, which may be another one
 
 
@@ -36,10 +37,14 @@ def read(rows: int, before: tuple[int, ...], sizes: Sizes, patch: int) -> Positi
     `before` are the numbers of other tokens that may have a row, the format's own first. Raises
     UserError with the readings where there is none or more than one.
     """
-    for size, source in ((sizes.said, "beside the file"), (sizes.given, "given")):
-        if size and (found := _matching(rows, before, _grid(size, patch))) is not None:
+    for size, counts in (
+        (sizes.said, before),
+        (sizes.image, (*before, 0)),  # [CLS] may have no row: one size only fits one reading
+        (sizes.given, before),
+    ):
+        if size and (found := _matching(rows, counts, _grid(size, patch))) is not None:
             square = math.isqrt(rows - found) ** 2 == rows - found
-            other = source == "given" and square and size[0] != size[1]
+            other = size is sizes.given and square and size[0] != size[1]
             text = f"{_text(rows, found, _grid(size, patch))}, the size given"
             return Positions(_grid(size, patch), found, text if other else "")
     squares = [

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config, paths
-from vit_scale.errors import UserError
+from vit_scale.errors import UserError, printable
 from vit_scale.mesh import have_cudnn
 from vit_scale.model import Model, build
 from vit_scale.pretrained import fetch, files, foreign
@@ -34,6 +35,11 @@ class Pretrained(NamedTuple):
     path: pathlib.Path
     lines: tuple[str, ...] = ()
     data: dict[str, Any] | None = None
+
+    def say(self) -> None:
+        """Print what weights of others were taken for to standard error."""
+        for line in self.lines:
+            print(f"vit-scale: {printable(line)}", file=sys.stderr)
 
 
 def read(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
