@@ -1,6 +1,7 @@
 """Which images a slice holds: the same in every storage of a set, and nearly the same in a larger
 one; runs of before keep theirs."""
 
+import concurrent.futures
 import json
 
 import numpy as np
@@ -28,7 +29,7 @@ GOLDEN_ORDER, GOLDEN_PRINT = [2, 1, 0, 3, 4], "0b79cb34cf5ad9b0"
 @pytest.fixture(autouse=True)
 def inline(monkeypatch):
     files.say.cache_clear()
-    monkeypatch.setattr(shards.concurrent.futures, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
 
 
 @pytest.fixture
