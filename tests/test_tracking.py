@@ -29,7 +29,15 @@ from wandb_offline import OfflineRun
 
 from vit_scale.config import base
 from vit_scale.errors import RESUMABLE, UserError
-from vit_scale.tracking import Tracker, git_state, parameter_table, publish, versions, writers
+from vit_scale.tracking import (
+    Tracker,
+    git_state,
+    parameter_table,
+    publish,
+    versions,
+    weights_and_biases,
+    writers,
+)
 
 DESCRIPTION = {
     "config": {"seed": 3, "optim": {"lr": 0.5}},
@@ -457,7 +465,7 @@ def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, forgotten, pla
         asked.append(options["mode"])
         raise wandb.errors.CommError("no network.")
 
-    monkeypatch.setattr(writers, "check_reachable", lambda url: None)
+    monkeypatch.setattr(weights_and_biases, "check_reachable", lambda url: None)
     monkeypatch.setattr(wandb, "init", refuse)
     cfg.log.wandb = True
     with tracker(tmp_path, cfg):
@@ -546,7 +554,7 @@ class Online:
 def online(tmp_path, monkeypatch, forgotten):
     """Gives a function: wandb.init gives an `Online` run that is lost at a certain point."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(writers, "check_reachable", lambda url: None)
+    monkeypatch.setattr(weights_and_biases, "check_reachable", lambda url: None)
     init, made = wandb.init, []
 
     def begin(lost: str) -> list:
@@ -590,8 +598,8 @@ def test_an_upload_that_does_not_end_is_left_to_its_command(cfg, tmp_path, onlin
     assert command == ["wandb", "sync", str(Path(made[0].dir).parent)]
     settings = made[0].settings
     assert settings.finish_timeout_raises and (settings.finish_timeout, settings.init_timeout) == (
-        writers.FINISH,
-        writers.BEGIN,
+        weights_and_biases.FINISH,
+        weights_and_biases.BEGIN,
     )
 
 
@@ -664,9 +672,9 @@ def test_pictures_of_a_finished_run_still_need_the_server(tmp_path, outage):
 
 def test_a_proxy_is_left_to_wandb(monkeypatch):
     with pytest.raises(OSError, match=f"{NOWHERE} can't be reached"):
-        writers.check_reachable(NOWHERE)
+        weights_and_biases.check_reachable(NOWHERE)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    writers.check_reachable(NOWHERE)
+    weights_and_biases.check_reachable(NOWHERE)
 
 
 @pytest.mark.parametrize("when", ["start", "scalars", "images"])

@@ -23,6 +23,7 @@ from vit_scale import hosts, metrics, watch
 from vit_scale.errors import DONE, FAILED, RESUMABLE, UserError
 from vit_scale.tracking.provenance import git_state, parameter_table, versions
 from vit_scale.tracking.speed import Speed
+from vit_scale.tracking.weights_and_biases import WandbWriter
 from vit_scale.tracking.writers import (
     BestEffortWriter,
     JsonLinesWriter,
@@ -30,7 +31,6 @@ from vit_scale.tracking.writers import (
     MultiWriter,
     TensorBoardWriter,
     TerminalWriter,
-    WandbWriter,
     number,
 )
 
