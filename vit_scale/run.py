@@ -101,7 +101,8 @@ class Run:
                 f"workdir {self.path} holds a run of another config ({'; '.join(changed)}); "
                 "give another --workdir, or the config it was started with"
             )
-        refuse_other_data(self.path, begun, self.description)
+        if not (self.path / "report.json").exists():  # a finished run is left as it is
+            refuse_other_data(self.path, begun, self.description)
 
     def _read_report(self) -> dict | None:
         path = self.path / "report.json"
