@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny import CLASSES, random_images, random_params, tiny_config, tiny_model, write_run
 
-from vit_scale import config
+from vit_scale import cli, config
 from vit_scale.data import InMemory, Match, align, match, open_split
 from vit_scale.errors import UserError
 from vit_scale.export import export
@@ -17,6 +17,7 @@ from vit_scale.inspect.subject import Subject
 from vit_scale.pretrained import convert
 from vit_scale.program import plan_program
 from vit_scale.state import check_source, init_state
+from vit_scale.verbs import keyed
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TURNED = CLASSES[::-1]
@@ -60,6 +61,23 @@ def test_other_names_are_refused_with_the_way_to_say_otherwise(outputs, classes)
     assert match(outputs, classes, "order").outputs is None
     with pytest.raises(UserError, match=r"init\.classes='name' is unknown; did you mean names"):
         match(outputs, classes, "name")
+
+
+def test_names_that_occur_twice():
+    """ImageNet has two cranes: in the same order they are told apart, in another they are not."""
+    theirs = ("tench, Tinca tinca", "crane", "crane")
+    assert match(theirs, ("tench", "crane (n02012849)", "crane (n03126707)")) == Match()
+    with pytest.raises(UserError, match=r"in another order, and 'crane' more than once"):
+        match(theirs, ("crane", "tench, Tinca tinca", "crane"))
+
+
+def test_an_accent_may_be_a_character_of_its_own():
+    assert match(("caf\u00e9", "bar"), ("bar", "cafe\u0301")).outputs == (1, 0)
+
+
+def test_json_has_every_class():
+    top = [("crane", 0.5), ("tench", 0.3), ("crane", 0.1), ("crane", 0.05)]
+    assert keyed(top) == {"crane": 0.5, "tench": 0.3, "crane (2)": 0.1, "crane (3)": 0.05}
 
 
 def test_where_nobody_named_them_their_order_is_believed_aloud():
@@ -112,29 +130,34 @@ def bright(tmp_path, photos):
     return make
 
 
-def accuracies(run_cli, run, *arguments) -> tuple[float, str]:
-    done = run_cli("eval", run, "--split", "val", "--json", *arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["accuracy"], done.stderr
+@pytest.fixture
+def evaluate(capsys):
+    """evaluate(RUN, ...) is what `vit-scale eval RUN --split val --json` says: code, out, err."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        code = cli.main(["eval", *map(str, arguments), "--split", "val", "--json"])
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_eval_compares_names(bright, run_cli):
+def test_eval_compares_names(bright, evaluate):
     """All photos are taken for the output with the highest bias, the last."""
-    same, said = accuracies(run_cli, bright(CLASSES))
-    assert same == 0.25 and "order" not in said
-    loss = [json.loads(run_cli("eval", run, "--split", "val", "--json").stdout)["loss"]
-            for run in (bright(CLASSES), bright(TURNED, (3, 2, 1, 0)))]  # fmt: skip
-    assert loss[0] == pytest.approx(loss[1], abs=1e-6)
-    _, said = accuracies(run_cli, bright(TURNED, (3, 2, 1, 0)))
-    assert "photos val: the set has the model's classes in another order" in said
+    code, out, err = evaluate(bright(CLASSES))
+    assert code == 0 and "order" not in err
+    same = json.loads(out)
+    assert same["accuracy"] == 0.25
+    code, out, err = evaluate(bright(TURNED, (3, 2, 1, 0)))
+    assert json.loads(out)["loss"] == pytest.approx(same["loss"], abs=1e-6)
+    assert "photos val: the set has the model's classes in another order" in err
     other = bright(("cat", "dog", "eel", "gnu"))
-    done = run_cli("eval", other, "--split", "val")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "'gnu' are the model's alone, 'fox' the set's" in done.stderr
-    _, said = accuracies(run_cli, other, "--config.init.classes=order")
-    assert "in order: init.classes" in said
-    _, said = accuracies(run_cli, bright(("0", "1", "2", "3")))
-    assert "assuming that output i is class i of the set, cat to fox" in said
+    code, out, err = evaluate(other)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "'gnu' are the model's alone, 'fox' the set's" in err
+    code, out, err = evaluate(other, "--config.init.classes=order")
+    assert code == 0 and "in order: init.classes" in err
+    _, _, err = evaluate(bright(("0", "1", "2", "3")))
+    assert "assuming that output i is class i of the set, cat to fox" in err
 
 
 def test_inspect_compares_names(bright, capsys):

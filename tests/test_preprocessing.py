@@ -109,7 +109,7 @@ def test_a_plain_mean_is_the_very_number(huggingface):
                 "do_center_crop": True,
                 "crop_size": 12,
             },
-            View("shortest_edge", 0.75, "bilinear"),
+            View("shortest_edge", 0.75, "bicubic"),
         ),
         (
             {"do_resize": False, "size": {"height": 99, "width": 99}},
@@ -140,7 +140,21 @@ def test_resizing_and_cropping(fields, view, huggingface):
             {"size": {"height": 15, "width": 18}, "do_center_crop": True, "crop_size": 12},
             "differ in shape",
         ),
-        ({"do_pad": True}, "do_pad=True: no field here pads images"),
+        ({"do_pad": True}, "do_pad=True: no field here says so"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order=True: no field here says so"),
+        ({"rescale_offset": True}, "rescale_offset=True"),
+        ({"crop_pct": 0.875, "size": {"shortest_edge": 12}}, "crop_pct=0.875"),
+        (
+            {"image_processor_type": "LevitImageProcessor"},
+            "LevitImageProcessor is none of the image",
+        ),
+        ({"do_resize": False, "do_center_crop": True}, "do_center_crop without do_resize"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean=[0.5, 0.5] is not of three channels"),
+        ({"image_std": [0, 1, 1]}, "image_std=[0, 1, 1] is not of three channels, or not above 0"),
+        (
+            {"size": 12, "do_center_crop": True, "crop_size": {"shortest_edge": 12}},
+            "crop_size={'shortest_edge': 12} is not height and width",
+        ),
         ({"do_rescale": False}, "rescale_factor=1.0, and no image_mean is set"),
         ({"size": "large"}, "is not as Hugging Face transformers writes it"),
     ],
@@ -149,6 +163,24 @@ def test_preprocessors_that_are_refused(fields, message, huggingface):
     with pytest.raises(UserError) as caught:
         huggingface(**fields)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_kind_of_processor_does_without_a_word(huggingface):
+    """Bit's and CLIP's crop, and resize by bicubic interpolation, unless they are told not to."""
+    given = huggingface(image_processor_type="BitImageProcessor", size=16, crop_size=12)
+    assert seen(given) == View("shortest_edge", 0.75, "bicubic")
+    named = huggingface(size=SQUARE, resample="bicubic", rescale_factor=None, do_pad=None)
+    assert seen(named) == View("stretch", 1.0, "bicubic")
+
+
+def test_transformers_5_may_keep_it_in_another_file(tmp_path):
+    folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "hf")
+    (folder / "preprocessor_config.json").unlink()
+    content = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "size": SQUARE, "resample": 1}}
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    given = pretrained.read(folder)
+    assert given.cfg.augment.mean == (0.1, 0.2, 0.3)
+    assert seen(given) == View("stretch", 1.0, "lanczos")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +235,45 @@ def test_timm_writes_label_names_in_two_places(timm):
     names = ["e", "d", "c", "b", "a"]
     assert timm(label_names=names).classes == tuple(names)
     assert timm({"label_names": names}).classes == tuple(names)
-    assert timm({"label_names": names[::-1]}, label_names=names).classes == tuple(names)
+    assert timm({"label_names": names}, label_names=names[::-1]).classes == tuple(names)
+    assert timm({"labels": names}).classes == tuple(names)
+    numbered = {str(i): name for i, name in reversed(list(enumerate(names)))}
+    assert timm(label_names=numbered).classes == tuple(names)
+    with pytest.raises(UserError, match="given for outputs 1 to 4, 4 of them"):
+        timm(label_names={key: name for key, name in numbered.items() if key != "0"})
+
+
+def test_timms_older_config_is_one_dictionary(tmp_path):
+    shutil.copy(GOLDEN / "timm.safetensors", tmp_path / files.MODEL)
+    content = {"architecture": "vit_tiny_patch16_224", "mean": [0.4, 0.5, 0.6], "crop_pct": 0.8}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    given = pretrained.read(tmp_path, HEADS)
+    assert given.cfg.augment.mean == (0.4, 0.5, 0.6) and given.cfg.eval.crop == 0.8
+
+
+def test_an_architecture_may_be_another_function_of_the_same_arrays(timm):
+    for name in ("vit_base_patch16_rpn_224", "vit_base_patch32_clip_quickgelu_224", "beit_base"):
+        with pytest.raises(UserError, match=f"architecture={name}: no plain ViT"):
+            timm({"architecture": name})
+    given = timm({"architecture": "vit_so400m_patch14_siglip_224"})
+    assert given.cfg.model.gelu == "tanh" and "model.gelu" not in assumed(given)
+    assert "model.gelu=exact" in assumed(timm())
+
+
+def test_a_config_of_another_model_is_refused(timm, huggingface):
+    with pytest.raises(UserError, match="says depth 12, and its arrays are of depth 2"):
+        timm({"model_args": {"depth": 12, "embed_dim": 12}})
+    with pytest.raises(UserError, match="says width 768, and its arrays are of width 12"):
+        huggingface({"hidden_size": 768})
+
+
+def test_hugging_faces_names_of_classes(huggingface):
+    turned = {str(i): f"LABEL_{4 - i}" for i in range(5)}
+    assert huggingface({"id2label": turned}).classes[0] == "LABEL_4"
+    plain = {str(i): f"LABEL_{i}" for i in range(5)}
+    assert huggingface({"id2label": plain}).classes == ("0", "1", "2", "3", "4")
+    with pytest.raises(UserError, match="given for outputs 1 to 5, 5 of them"):
+        huggingface({"id2label": {str(i): "x" for i in range(1, 6)}})
 
 
 def exported(tmp_path, kind: str, *overrides: str) -> dict:
@@ -267,6 +337,19 @@ def test_what_is_beside_a_npz(tmp_path):
     del beside["eval"]  # as earlier versions wrote it
     (tmp_path / "x.json").write_text(json.dumps(beside))
     assert "eval.crop=1.0" in assumed(pretrained.read(tmp_path / "x.npz"))
+
+
+def test_a_head_without_a_bias(tmp_path):
+    for case, weight, bias in (
+        ("timm.safetensors", "head.weight", "head.bias"),
+        ("google.npz", "head/kernel", "head/bias"),
+    ):
+        arrays = files.read(GOLDEN / case)
+        write = files.write_npz if case.endswith("npz") else files.write_safetensors
+        write(tmp_path / case, {name: x for name, x in arrays.items() if name != bias})
+        given = pretrained.read(tmp_path / case, HEADS)
+        assert "the head has no bias: it is zero" in given.lines and len(given.classes) == 5
+        assert not np.any(given.params["head"]["bias"]) and arrays[weight].size == 60
 
 
 def test_biases_that_are_not_there_are_zero(tmp_path):

@@ -107,6 +107,36 @@ def test_of_several_the_one_that_the_files_own_library_takes(taken, left, why, t
     same(given(tmp_path, both, HEADS._replace(tree=part)), asked)
 
 
+def test_a_model_within_another(tmp_path):
+    arrays = {**PLAIN, **under("ema.", OTHER)}
+    same(given(tmp_path, arrays), given(tmp_path, OTHER))
+    same(given(tmp_path, arrays, HEADS._replace(tree=".")), given(tmp_path, PLAIN))
+    arrays = {**under("model."), **under("model.ema.", OTHER)}
+    same(given(tmp_path, arrays, HEADS._replace(tree="model")), given(tmp_path, PLAIN))
+
+
+def test_what_is_no_float_is_no_weight(tmp_path):
+    """Counters are left aside; a quantized parameter is refused, whatever its type."""
+    found = given(tmp_path, {**PLAIN, "num_updates": np.int64([7])})
+    assert "left aside, no floats: num_updates" in found.lines
+    for kind in (np.int8, np.uint8, np.bool_):
+        with pytest.raises(UserError, match=r"head\.weight is of .*, not of floats: a quantized"):
+            given(tmp_path, {**PLAIN, "head.weight": PLAIN["head.weight"].astype(kind)})
+    google = files.read(GOLDEN / "google.npz")
+    np.savez(tmp_path / "x.npz", **google, classes=np.array(["a", "b"]))
+    assert "left aside, no floats: classes" in pretrained.read(tmp_path / "x.npz", HEADS).lines
+    google["head/kernel"] = google["head/kernel"] + 1j
+    np.savez(tmp_path / "x.npz", **google)
+    with pytest.raises(UserError, match="head/kernel is of complex"):
+        pretrained.read(tmp_path / "x.npz", HEADS)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+    with pytest.raises(UserError, match="pointer of Git LFS, not weights: get them with `git lfs"):
+        pretrained.read(tmp_path / "x.safetensors", HEADS)
+
+
 def test_several_of_which_none_is_known_to_be_meant(tmp_path):
     arrays = {**under("left."), **under("right.", OTHER)}
     with pytest.raises(

@@ -19,6 +19,7 @@ from vit_scale.data import InMemory, describe, open_split
 from vit_scale.data.images import decode
 from vit_scale.errors import UserError
 from vit_scale.evaluate import Evaluate
+from vit_scale.inspect.subject import Subject
 from vit_scale.mesh import make_mesh
 from vit_scale.view import View, crop_of, view
 
@@ -101,10 +102,10 @@ def test_on_the_device_as_in_a_file(resample):
 def test_crop_of_is_what_gives_that_size():
     for size in (16, 224, 384, 448, 518):
         for resized in range(size, 2 * size):
-            assert View("shorter", crop_of(size, resized), "train").resized((size, size)) == (
-                resized,
-                resized,
-            )
+            crop = crop_of((size, size), (resized, resized))
+            assert View("shorter", crop, "train").resized((size, size)) == (resized, resized)
+    assert View("stretch", crop_of((24, 40), (26, 44)), "train").resized((24, 40)) == (26, 44)
+    assert crop_of((12, 12), (15, 18)) is None
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,15 @@ def test_a_set_in_memory_is_cropped_on_the_device_once(tmp_path):
     np.testing.assert_allclose(
         [said[name] for name in CLASSES], jax.nn.softmax(logits)[2], atol=1e-5
     )
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_inspect_crops_once_wherever_images_are(tmp_path):
+    """Also of converted weights, which were trained on no set that is known."""
+    run = write_run(tmp_path / "run", tiny_config("eval.crop=0.5"), random_params(tiny_model()))
+    memory, files = Subject(run), Subject(run, ["data.name=folder"])
+    assert (memory.view.crop, memory.seen.crop) == (1.0, 0.5)
+    assert (files.view.crop, files.seen.crop) == (0.5, 1.0)
 
 
 def test_training_does_not_see_evaluations_view(photos):

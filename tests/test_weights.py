@@ -359,6 +359,10 @@ def test_what_the_source_was_trained_with_is_compared():
     given = golden("huggingface")
     cfg = given.cfg.copy_and_resolve_references()
     assert pretrained.differences(given.cfg, cfg) == []
+    cfg.model.fc_norm = True
+    (line,) = pretrained.differences(given.cfg, cfg)
+    assert line == "the source was trained with model.fc_norm=False; this config has True"
+    cfg.model.fc_norm = False
     cfg.model.gelu, cfg.augment.mean = "tanh", (0.5, 0.5, 0.5)
     assert pretrained.differences(given.cfg, cfg) == [
         "the source was trained with model.gelu=exact; this config has tanh",
@@ -416,6 +420,7 @@ def test_converting_takes_overrides(tmp_path):
     actions = {row.name: row.action for row in rows}
     assert actions["posemb"] == "resampled 3 x 3 -> 5 x 5, cubic"
     assert made.cfg.augment.mean == (0.1, 0.2, 0.3) and made.model.shape.grid == (5, 5)
+    assert "augment.std" in made.lines[-1] and "augment.mean" not in made.lines[-1]
     images, logits = expected("timm-larger")
     run = pretrained.read(tmp_path / "run")
     np.testing.assert_allclose(jax.jit(run.model.apply)(run.params, images), logits, atol=1e-5)

@@ -73,12 +73,21 @@ def predict(args, overrides: Sequence[str]) -> None:
     predictor = load(args.run)
     found = {image: predictor.top(image) for image in args.images}
     if args.json:
-        print(json.dumps({image: dict(top) for image, top in found.items()}))
+        print(json.dumps({image: keyed(top) for image, top in found.items()}))
         return
     for image, top in found.items():
         print(printable(image))
         for name, probability in top:
             print(f"  {100 * probability:6.2f} %  {printable(name)}")
+
+
+def keyed(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The likeliest classes by name; where several have one, each but the first is numbered."""
+    found: dict[str, float] = {}
+    for name, probability in top:
+        count = sum(other == name for other, _ in top[: len(found)])
+        found[f"{name} ({count + 1})" if count else name] = probability
+    return found
 
 
 def inspect(args, overrides: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What evaluation shows a model of an image: how much of it, and resized how. Arithmetic alone.
 
 Files are resized and cropped where they are decoded (data/images.py), sets in memory on the device
-(augment.py); both ask here, so that a model sees the same of an image wherever that is stored.
+(augment.py), as wholes, whatever their shape, as for training; both ask here.
 """
 
 import math
@@ -62,7 +62,11 @@ def view(cfg: ConfigDict) -> View:
     return View(cfg.fit, cfg.crop, cfg.resample)
 
 
-def crop_of(size: int, resized: int) -> float:
-    """The crop for which `View.resized` of `size` pixels is `resized`."""
-    crop = size / resized
-    return crop if math.floor(size / crop) == resized else size / (resized + 0.5)
+def crop_of(size: tuple[int, int], resized: tuple[int, int]) -> float | None:
+    """The crop for which `View.resized` of `size` is `resized`; None where there is none."""
+    low = max(s / (r + 1) for s, r in zip(size, resized, strict=True))
+    high = min(s / r for s, r in zip(size, resized, strict=True))
+    for crop in (high, (low + high) / 2):
+        if View("stretch", crop, "train").resized(size) == resized:
+            return crop
+    return None

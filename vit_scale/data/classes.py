@@ -4,6 +4,8 @@ The same names in another order are mapped, other names refused. Where one side 
 order is believed, and a line says so.
 """
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,8 +37,9 @@ def match(
     if mode not in MODES:
         raise UserError(f"init.classes={mode!r} is unknown; {nearest(mode, MODES)}")
     outputs, classes = tuple(outputs), tuple(classes)
-    if outputs == classes:
-        return Match()
+    for spell in (_as_it_is, _first_synonym):  # names that occur twice are told by their places
+        if tuple(map(spell, outputs)) == tuple(map(spell, classes)):
+            return Match()
     if mode == "order":
         return Match(None, f"{len(outputs)} outputs are the set's classes in order: init.classes")
     for spell, how in ((_as_it_is, "name"), (_first_synonym, "the first of each one's names")):
@@ -53,6 +56,12 @@ def match(
                 f"{who} have no names",
             )
     only, others = sorted(set(outputs) - set(classes)), sorted(set(classes) - set(outputs))
+    if not only and not others:
+        twice = sorted({name for name in outputs if outputs.count(name) > 1})
+        raise UserError(
+            f"the model has the set's classes in another order, and {_some(twice)} more than once: "
+            "rename them, or give --config.init.classes=order if they are the same in this order"
+        )
     raise UserError(
         f"the model's classes are not the set's: {_some(only)} are the model's alone, "
         f"{_some(others)} the set's; rename them, or give --config.init.classes=order if they "
@@ -66,11 +75,16 @@ def is_numbered(names: Sequence[str]) -> bool:
 
 
 def _as_it_is(name: str) -> str:
-    return name
+    """The name: an accent may be a character of its own, and looks the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _first_synonym(name: str) -> str:
-    """`tench` of "tench, Tinca tinca": data sets show the first of WordNet's words, or all."""
+    """`tench` of "tench, Tinca tinca": data sets show the first of WordNet's words, or all.
+
+    Ours adds the id where two have the same: "crane (n02012849)".
+    """
+    name = re.sub(r" \(n\d{8}\)$", "", _as_it_is(name))
     return name.split(",")[0].strip().lower().replace("_", " ")
 
 

@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from vit_scale import config, pretrained
 from vit_scale.augment import eval_images
-from vit_scale.data import Source, align, eval_batches, open_split
+from vit_scale.data import Source, align, are_files, eval_batches, open_split, views
 from vit_scale.errors import UserError, printable
 from vit_scale.evaluate import check_classes
 from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
 from vit_scale.parameters import count
-from vit_scale.predict import stored_size, stored_views
+from vit_scale.predict import stored_size
 from vit_scale.run import read_json
 from vit_scale.view import view
 
@@ -45,7 +45,7 @@ class Subject:
         self.name = printable(self.folder.absolute().name)
         self.size = config.image_size(self.cfg)
         self.stored = stored_size(given, self.cfg)
-        self.view, self.seen = stored_views(given, self.cfg)
+        self.view, self.seen = views(self.cfg, are_files(self.cfg.data))
         self.parameters = count(self.params)
         self.curves = curves.read(self.folder)
 

@@ -6,6 +6,7 @@ that it comes back as it went. What is said there is honoured or refused, never 
 """
 
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from vit_scale.errors import UserError
@@ -35,6 +36,11 @@ TRAINING = (
     *("drop_path_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad"),
     *("strict_img_size", "pretrained_cfg", "pretrained_cfg_overlay", "features_only", "checkpoint"),
 )
+# Names of timm's models that are plain ViTs, parts of those that are not although their arrays have
+# the same names, and of those whose GELU is the approximation.
+ARCHITECTURES = ("vit_", "deit", "flexivit_", "test_vit", "timm_vit")
+OTHER = re.compile("_rpn|quickgelu")
+TANH = re.compile("so400m|vit_base_patch32_siglip_256|vit_large_patch16_siglip(_gap)?_512")
 EPSILONS = {"layernorm": 1e-6, "layernormfp32": 1e-6, "layernorm2d": 1e-6}  # timm's norm_layer
 
 
@@ -47,6 +53,7 @@ class About(NamedTuple):
     classes: tuple[str, ...]
     image: tuple[int, int] | None  # height and width in pixels
     apart: bool | None = None  # whether [CLS] has no row among the positions
+    sizes: dict[str, Any] = {}  # noqa: RUF012  # width and depth, to be compared with the arrays'
 
 
 NOTHING = About({}, {}, {}, (), None)
@@ -93,7 +100,11 @@ def _size(value: Any) -> tuple[int, int] | None:
 
 
 def _read_timm(file: pathlib.Path, content: dict) -> About:
-    arguments, trained = content.get("model_args", {}), content.get("pretrained_cfg", {})
+    # Before timm 0.9 a config.json was one dictionary.
+    arguments, trained = content.get("model_args", {}), content.get("pretrained_cfg", content)
+    architecture = content["architecture"]
+    if not architecture.startswith(ARCHITECTURES) or OTHER.search(architecture):
+        raise UserError(f"{file}: config.json says architecture={architecture}: no plain ViT")
     for name, value in arguments.items():
         if value and name not in (*READ, *TOLD, *TRAINING):
             raise UserError(f"{file}: {name}={value} makes it another model than a plain ViT")
@@ -112,14 +123,29 @@ def _read_timm(file: pathlib.Path, content: dict) -> About:
     if pool:
         model["pool"] = POOLS[pool]
     size = _size(arguments.get("img_size")) or _size(trained.get("input_size", (None,))[1:])
-    named = trained.get("label_names") or content.get("label_names") or ()
-    if not arguments and content["architecture"].startswith(("deit3_", "vit_")):
-        model |= {"gelu": "exact", "norm_epsilon": 1e-6}
+    if "gelu" not in model and TANH.search(architecture):
+        model["gelu"] = "tanh"
     apart = arguments.get("no_embed_class")
-    if apart is None and content["architecture"].startswith("deit3_"):
+    if apart is None and architecture.startswith("deit3_"):
         apart = True
-    pixels, view = preprocessing.of_timm(file, trained, size)
-    return About(model, pixels, view, tuple(map(str, named)), size, apart)
+    pixels, view = preprocessing.of_timm(file, trained)
+    names = (c.get(key) for key in ("label_names", "labels") for c in (content, trained))
+    classes = _labels(file, next(filter(None, names), ()))
+    sizes = {"width": arguments.get("embed_dim"), "depth": arguments.get("depth")}
+    return About(model, pixels, view, classes, size, apart, sizes)
+
+
+def _labels(file: pathlib.Path, named: Any) -> tuple[str, ...]:
+    """The names of the outputs, given as a list or by their numbers. Raises UserError for gaps."""
+    if isinstance(named, dict):
+        numbers = sorted(map(int, named))
+        if numbers != list(range(len(numbers))):
+            raise UserError(
+                f"{file}: names of classes are given for outputs {numbers[0]} to {numbers[-1]}, "
+                f"{len(numbers)} of them: each output from 0 needs one"
+            )
+        named = [{int(key): name for key, name in named.items()}[i] for i in numbers]
+    return tuple(map(str, named))
 
 
 PROBLEMS = (None, "", "single_label_classification")
@@ -127,7 +153,7 @@ PROBLEMS = (None, "", "single_label_classification")
 
 def _read_huggingface(file: pathlib.Path, content: dict) -> About:
     kind = content.get("model_type", "vit")
-    if kind not in ("vit", "deit", "vit_mae"):
+    if kind not in ("vit", "deit", "vit_mae", "vit_msn"):
         raise UserError(f"{file}: config.json says model_type={kind}, which is no plain ViT")
     if content.get("problem_type") not in PROBLEMS:
         raise UserError(
@@ -142,12 +168,12 @@ def _read_huggingface(file: pathlib.Path, content: dict) -> About:
     }
     model |= _gelu(content.get("hidden_act", "gelu"), "config.json")
     size = _size(content["image_size"])
-    named = content.get("id2label") or {}
-    classes = tuple(str(named[i]) for i in sorted(named, key=int))
-    if all(name.startswith("LABEL_") for name in classes):  # where nobody gave names
+    classes = _labels(file, content.get("id2label") or {})
+    if classes == tuple(f"LABEL_{i}" for i in range(len(classes))):  # where nobody gave names
         classes = ()
     pixels, view = preprocessing.of_huggingface(file, size)
-    return About(model, pixels, view, classes, size)
+    sizes = {"width": content.get("hidden_size"), "depth": content.get("num_hidden_layers")}
+    return About(model, pixels, view, classes, size, None, sizes)
 
 
 def variant(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:

@@ -23,7 +23,10 @@ POSITIONS = "posemb"
 REPRESENTATION = ("representation/kernel", "representation/bias")
 HEADS = ("auto", "keep", "new")  # of init.head
 # Fields that no parameter shows, and that change what the parameters compute.
-TRAINED_WITH = ("model.gelu", "model.norm_epsilon", "model.pool", "augment.mean", "augment.std")
+TRAINED_WITH = (
+    *("model.gelu", "model.norm_epsilon", "model.pool", "model.fc_norm"),
+    *("augment.mean", "augment.std"),
+)
 
 
 class Placement(NamedTuple):

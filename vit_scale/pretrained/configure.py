@@ -68,6 +68,13 @@ def simplified(dialect: Dialect, arrays: Arrays) -> tuple[Arrays, list[str]]:
     if scales:
         lines.append(f"LayerScale is multiplied into the layers before it: {scales} arrays")
     rules = [r for r in rules_of(dialect, depth) if re.search(r"(query|key|value)/bias", str(r))]
+    heads = [r for r in rules_of(dialect, 1) if r.parts[0] in ("head/kernel", "head/bias")]
+    weight, bias = (rule.theirs for rule in heads)
+    head = arrays.get(weight)
+    if bias not in arrays and head is not None and head.ndim == 2:
+        outputs = head.shape[0] if heads[0].layout == "linear" else head.shape[1]
+        arrays[bias] = np.zeros(outputs, np.float32)
+        lines.append("the head has no bias: it is zero")
     absent = [rule for rule in rules if rule.parts[0].startswith("blocks/")]
     if absent and not any(rule.theirs in arrays for rule in absent):  # qkv_bias=False
         kernels = {rule.parts[0]: rule.theirs for rule in rules_of(dialect, depth)}
@@ -102,6 +109,12 @@ def configure(
     mlp = first["blocks/0/mlp/up/kernel"].shape[1]
     depth = depth_of(dialect, arrays)
     heads, assumed = _heads(dialect, first, known, hints, (width, depth, mlp))
+    for name, size in (("width", width), ("depth", depth)):
+        if known.sizes.get(name) not in (None, size):
+            raise UserError(
+                f"config.json beside it says {name} {known.sizes[name]}, and its arrays are of "
+                f"{name} {size}: they are of two models"
+            )
     cfg = config.base()
     cfg.model.update(about.variant(width, depth, heads, mlp, patch))
     cfg.model.update({**dialect.model, **known.model, "heads": cfg.model.heads})

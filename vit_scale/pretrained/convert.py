@@ -38,6 +38,7 @@ def convert(
     size = config.image_size(asked) if sized else None
     hints = hints_of(asked, asked.model.heads)._replace(size=size)
     given = read(source, hints)
+    given = given._replace(lines=tuple(_still_assumed(line, overrides) for line in given.lines))
     cfg = config.override(copy.deepcopy(given.cfg), overrides)
     if not given.classes and not any(item.startswith("model.classes=") for item in overrides):
         raise UserError(f"{source} has no head: give --config.model.classes=N for a new one")
@@ -59,6 +60,15 @@ def convert(
         checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, about)
     made = Pretrained(cfg, model, params, classes, 0, workdir, given.lines, given.data)
     return made, rows
+
+
+def _still_assumed(line: str, overrides: Sequence[str]) -> str:
+    """A line about what was assumed, without what the overrides say."""
+    start, colon, rest = line.partition(": ")
+    if not start.startswith("assuming"):
+        return line
+    said = tuple(item.partition("=")[0] + "=" for item in overrides)
+    return start + colon + ", ".join(x for x in rest.split(", ") if not x.startswith(said))
 
 
 def _fresh(model: Model, drawn: bool) -> dict:

@@ -14,7 +14,11 @@ from vit_scale.data import download
 from vit_scale.errors import UserError
 from vit_scale.pretrained import files
 
-BESIDE = ("config.json", "preprocessor_config.json")  # may tell what the arrays don't
+BESIDE = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)  # may tell what the arrays don't
 WEB = ("https://", "http://")
 
 

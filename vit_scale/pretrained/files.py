@@ -86,6 +86,10 @@ def _kind(file: pathlib.Path, start: bytes) -> str:
             f"{file} is a page of HTML, not weights: a login or an error page was saved instead; "
             "download it again"
         )
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{file} is a pointer of Git LFS, not weights: get them with `git lfs pull`"
+        )
     if start[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()

@@ -66,10 +66,10 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
     file = files.file_in(place)
     tree = trees.select(file, files.read(file), hints.dialect, hints.tree)
     dialect = tree.dialect
+    arrays, others = floating(file, dialect, tree)
     check_finite(file, tree)
-    arrays = spelled(dialect, tree.arrays)
     lines = [f"{place}: {len(arrays)} arrays of {dialect.text} (init.dialect={dialect.name})"]
-    lines += tree.lines
+    lines += [*tree.lines, *others]
     known = about.read(dialect, file)
     with _about(file):
         arrays, notes = simplified(dialect, arrays)
@@ -112,9 +112,28 @@ def check_names(dialect: Dialect, arrays: Arrays) -> None:
         )
 
 
+def floating(file: pathlib.Path, dialect: Dialect, tree: trees.Tree) -> tuple[Arrays, list[str]]:
+    """The arrays by the names of the dialect's rules, and a line about counters and the like.
+
+    Raises UserError for a parameter that is no floating-point array, such as a quantized one.
+    """
+    arrays = spelled(dialect, tree.arrays)
+    placed = {rule.theirs for rule in rules_of(dialect, depth_of(dialect, arrays))}
+    others = [name for name, x in arrays.items() if x.dtype.kind != "f"]
+    if quantized := [name for name in others if name in placed]:
+        kind = arrays[quantized[0]].dtype
+        raise UserError(
+            f"{file}: {tree.prefix}{quantized[0]} is of {kind}, not of floats: a quantized or "
+            "otherwise packed model can't be read; take the one that it was made of"
+        )
+    line = [f"left aside, no floats: {some(others)}"] if others else []
+    return {name: x for name, x in arrays.items() if name not in others}, line
+
+
 def check_finite(file: pathlib.Path, tree: trees.Tree) -> None:
     """Raises UserError that names an array with a NaN or an infinity, and how many there are."""
-    wrong = [name for name, x in tree.arrays.items() if not np.isfinite(x).all()]
+    floats = {name: x for name, x in tree.arrays.items() if x.dtype.kind == "f"}
+    wrong = [name for name, x in floats.items() if not np.isfinite(x).all()]
     if wrong:
         array = tree.arrays[wrong[0]]
         bad = np.flatnonzero(~np.isfinite(array))

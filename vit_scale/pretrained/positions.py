@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vit_scale.errors import UserError
 
 Size = tuple[int, int]
-GIVE = "give --config.init.image=HEIGHTxWIDTH, the size in pixels that it was trained at"
+GIVE = "give --config.init.image=HEIGHTxWIDTH, at which it was trained, to convert or train"
 
 
 class Sizes(NamedTuple):
@@ -38,8 +38,8 @@ def read(rows: int, before: tuple[int, ...], sizes: Sizes, patch: int) -> Positi
     UserError with the readings where there is none or more than one.
     """
     for size, counts in (
-        (sizes.said, before),
-        (sizes.image, (*before, 0)),  # [CLS] may have no row: one size only fits one reading
+        (sizes.said, (*before, 0)),  # [CLS] may have no row: one size fits one reading only
+        (sizes.image, (*before, 0)),
         (sizes.given, before),
     ):
         if size and (found := _matching(rows, counts, _grid(size, patch))) is not None:

@@ -16,17 +16,30 @@ from vit_scale.view import View, crop_of
 Fields = dict[str, Any]
 Size = tuple[int, int]
 PIL = {"bilinear": 2, "bicubic": 3, "lanczos": 1}  # Pillow's numbers, which Hugging Face stores
+CROPS: dict[str, Any] = {"do_center_crop": True, "resample": 3, "shortest": True}
+# Image processors of transformers that are known here, and what they do where nothing is said.
+KINDS: dict[str, dict[str, Any]] = {
+    "ViT": {"shortest": False},
+    "DeiT": CROPS | {"shortest": False},
+    "Bit": CROPS,
+    "CLIP": CROPS,
+    "Siglip": {"shortest": False},
+    "BaseImageProcessor": {"shortest": False},
+}
+STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
 NAMES = {number: name for name, number in PIL.items()}
 
 
-def of_timm(file: pathlib.Path, content: dict, size: Size | None) -> tuple[Fields, Fields]:
+def of_timm(file: pathlib.Path, content: dict) -> tuple[Fields, Fields]:
     """(fields of the augment block, fields of the eval block) of timm's pretrained_cfg.
 
-    `size` is that of the model. Raises UserError for what no field here says.
+    Raises UserError for what no field here says.
     """
     pixels = {
         name: tuple(map(float, content[name])) for name in ("mean", "std") if content.get(name)
     }
+    if any(len(values) != 3 for values in pixels.values()) or min(pixels.get("std", (1,))) <= 0:
+        raise UserError(f"{file}: mean and std are not of three channels, or a std is not above 0")
     view: Fields = {}
     if content.get("crop_pct"):
         view["crop"] = float(content["crop_pct"])
@@ -56,21 +69,46 @@ def of_huggingface(file: pathlib.Path, model: Size | None) -> tuple[Fields, Fiel
     """
     beside = file.parent / "preprocessor_config.json"
     content = read_json(beside)
+    if not content:  # transformers 5 may keep it with a tokenizer's
+        beside = file.parent / "processor_config.json"
+        content = read_json(beside).get("image_processor", {})
+    content = {name: value for name, value in content.items() if value is not None}
     if not content:
         return {}, {}
+    content = _with_defaults(beside, content)
     pixels = _normalisation(beside, content)
     view: Fields = {}
     if "resample" in content:
-        if content["resample"] not in NAMES:
+        name = NAMES.get(content["resample"], str(content["resample"]).lower())
+        if name not in PIL:
             raise UserError(
                 f"{beside}: resample={content['resample']}; images here are resized {_choices()}"
             )
-        view["resample"] = NAMES[content["resample"]]
-    if content.get("do_pad"):
-        raise UserError(f"{beside}: do_pad={content['do_pad']}: no field here pads images")
+        view["resample"] = name
     if not content.get("do_resize", True):
+        if content.get("do_center_crop"):
+            raise UserError(f"{beside}: do_center_crop without do_resize: no field here says so")
         return pixels, view | {"fit": "stretch", "crop": 1.0}  # it takes images of its size alone
     return pixels, view | _size_fields(beside, content, model)
+
+
+def _with_defaults(beside: pathlib.Path, content: dict) -> dict:
+    """What is said, and what its kind of processor does without a word.
+
+    Raises UserError for a kind that is not known here, and for a step that no field here says.
+    """
+    kind = content.get("image_processor_type") or content.get("feature_extractor_type") or "ViT"
+    known = next((name for name in KINDS if kind.startswith(name)), None)
+    if known is None:
+        raise UserError(
+            f"{beside}: {kind} is none of the image processors that are known here, those of "
+            f"{', '.join(KINDS)}"
+        )
+    for name, value in content.items():
+        other = name.startswith("do_") and name not in STEPS
+        if value and (other or name in ("rescale_offset", "crop_pct", "size_divisor")):
+            raise UserError(f"{beside}: {name}={value}: no field here says so")
+    return KINDS[known] | content
 
 
 def _normalisation(beside: pathlib.Path, content: dict) -> Fields:
@@ -87,9 +125,14 @@ def _normalisation(beside: pathlib.Path, content: dict) -> Fields:
         value = content.get(f"image_{name}")
         if value is None and unit != 1.0:
             raise UserError(f"{beside}: rescale_factor={factor}, and no image_{name} is set")
-        if value is not None:
-            three = (value,) * 3 if isinstance(value, int | float) else value
-            fields[name] = tuple(float(v) / unit if unit != 1.0 else float(v) for v in three)
+        if value is None:
+            continue
+        three = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+        if len(three) != 3 or (name == "std" and min(three) <= 0):
+            raise UserError(
+                f"{beside}: image_{name}={value} is not of three channels, or not above 0"
+            )
+        fields[name] = tuple(float(v) / unit if unit != 1.0 else float(v) for v in three)
     return fields
 
 
@@ -99,24 +142,21 @@ def _size_fields(beside: pathlib.Path, content: dict, model: Size | None) -> Fie
     if size is None:
         return {}
     if isinstance(size, int):  # before transformers 4.26
-        kind = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
-        shortest = kind.startswith(("Bit", "CLIP", "Siglip", "ConvNext"))
-        size = {"shortest_edge": size} if shortest else {"height": size, "width": size}
-    size = dict(size)
+        size = {"shortest_edge": size} if content["shortest"] else {"height": size, "width": size}
     size = {name: value for name, value in size.items() if value}
-    crops = content.get("do_center_crop", False)
-    crop = content.get("crop_size") if crops else None
+    crop = content.get("crop_size", 224) if content.get("do_center_crop") else None
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
     if size.keys() == {"shortest_edge"}:
         if crop is None:
             raise UserError(f"{beside}: size={size} without a centre crop: images of any shape")
-        fields: Fields = {"fit": "shortest_edge"}
-        resized = (int(size["shortest_edge"]),) * 2
+        fit, resized = "shortest_edge", (int(size["shortest_edge"]),) * 2
     elif size.keys() == {"height", "width"}:
-        fields, resized = {"fit": "stretch"}, (int(size["height"]), int(size["width"]))
+        fit, resized = "stretch", (int(size["height"]), int(size["width"]))
     else:
         raise UserError(f"{beside}: size={size} is neither shortest_edge nor height and width")
+    if crop is not None and crop.keys() != {"height", "width"}:
+        raise UserError(f"{beside}: crop_size={crop} is not height and width")
     seen = (int(crop["height"]), int(crop["width"])) if crop else resized
     if model and seen != model:
         raise UserError(
@@ -127,18 +167,17 @@ def _size_fields(beside: pathlib.Path, content: dict, model: Size | None) -> Fie
         raise UserError(
             f"{beside}: size={size} is smaller than crop_size={crop}: no field here pads images"
         )
-    fields["crop"] = crop_of(min(seen), min(resized))
-    view = View(fields["fit"], fields["crop"], "bilinear")
-    if view.resized(seen) != resized and (fields["fit"] == "stretch" or seen[0] == seen[1]):
+    share = crop_of(seen, resized if fit == "stretch" else (resized[0], resized[0]))
+    if share is None:
         raise UserError(
             f"{beside}: size={size} and crop_size={crop} differ in shape: no field here says so"
         )
-    if fields["fit"] == "stretch" and (resized[0] - seen[0]) % 4 == 3:
+    if fit == "stretch" and any((r - s) % 4 == 3 for r, s in zip(resized, seen, strict=True)):
         raise UserError(
             f"{beside}: crop_size={crop} out of size={size} begins at half a pixel, which is "
             "rounded down there and up here: no field here says so"
         )
-    return fields
+    return {"fit": fit, "crop": share}
 
 
 def exported(view: View, fit: str, files: bool, whole: bool) -> tuple[View, list[str]]:

@@ -27,7 +27,8 @@ PREFERRED = (
     ("state_dict", "as timm does"),
     ("model", "as timm does"),
 )
-LAST = "student|momentum_encoder|encoder_k|optimizer.*"  # taken where there is no other
+# Taken where there is no other.
+LAST = "student|momentum_encoder|encoder_k|optimizer.*|mu|nu|exp_avg.*"
 
 
 class Tree(NamedTuple):
@@ -48,10 +49,11 @@ def select(file: object, arrays: Mapping[str, np.ndarray], dialect: str, tree: s
     """
     found, there = recognise(file, arrays, dialect)
     prefix, lines = choose(file, there, tree)
+    deeper = tuple(other for other in there if other != prefix and other.startswith(prefix))
     inside = {
         name.removeprefix(prefix): array
         for name, array in arrays.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.startswith(deeper)
     }
     others = tuple(other for other in there if other != prefix)
     aside = [
@@ -97,7 +99,8 @@ def prefixes(dialect: Dialect, names: Iterable[str]) -> tuple[str, ...]:
 def choose(file: object, found: Sequence[str], tree: str) -> tuple[str, list[str]]:
     """The prefix of the model that is meant, and the line that says why. Raises UserError."""
     if tree:
-        asked = [prefix for prefix in found if tree == shown(prefix) or tree in parts(prefix)]
+        exact = [prefix for prefix in found if tree == shown(prefix)]
+        asked = exact or [prefix for prefix in found if tree in parts(prefix)]
         if len(asked) != 1:
             what = "several models" if asked else "no model"
             raise UserError(
@@ -109,7 +112,10 @@ def choose(file: object, found: Sequence[str], tree: str) -> tuple[str, list[str
     ranked = sorted(found, key=rank)
     first, second = ranked[:2]
     if rank(first) == rank(second):
-        raise UserError(f"{file} holds several models: {listed(found)}; give --config.init.tree")
+        raise UserError(
+            f"{file} holds several models: {listed(found)}; give --config.init.tree to convert or "
+            "train"
+        )
     others = listed(ranked[1:])
     place = rank(first)
     why = PREFERRED[place][1] if place < len(PREFERRED) else "the others are only for training"

@@ -49,7 +49,7 @@ HUGGINGFACE = Dialect(
     model={"gelu": "exact", "norm_epsilon": 1e-12},
     augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     view={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},
-    unused=r"(vit\.)?embeddings\.mask_token|decoder\.",
+    unused=r"((vit|deit)\.)?embeddings\.mask_token|decoder\.",
     aliases=(
         (r"^deit\.", "vit."),
         (r"^cls_classifier\.", "classifier."),

@@ -65,7 +65,8 @@ TIMM = Dialect(
     augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     view={"fit": "shorter", "crop": 0.9, "resample": "bicubic"},
     apart=(r"\.gamma_1\b", r"\.ls1\.gamma\b"),
-    unused=r"mask_token$|decoder_|head\.\d|predictor\.|(dino|ibot)_head\.",  # MAE's, DINO's, MoCo's
+    # MAE's, DINO's, MoCo's; a head of several layers is no class's, whosever it is.
+    unused=r"mask_token$|masked_embed$|decoder_|head\.\d|predictor\.|(dino|ibot)_head\.",
     fc_norm=("fc_norm", "norm"),
     reads_both=True,
     aliases=(
