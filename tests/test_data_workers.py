@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vit_scale import cli, config, data
-from vit_scale.data import pipeline, records, workers
+from vit_scale.data import pipeline, shards, workers
 from vit_scale.errors import RESUMABLE, UserError
 
 BASE = config.FOLDER / "base.py"
@@ -232,7 +232,7 @@ def test_data_pack_says_who_has_ended(tmp_path, capsys, monkeypatch):
     for folder in ("train/a", "train/b"):
         (tmp_path / "set" / folder).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "set" / folder / "1.png")
-    monkeypatch.setattr(records, "write_shard", crash)
+    monkeypatch.setattr(shards, "write_shard", crash)
     code = cli.main(["data", "pack", f"{tmp_path}/set", f"{tmp_path}/out", "--workers", "1"])
     out, err = capsys.readouterr()
     assert (code, out) == (RESUMABLE, "")

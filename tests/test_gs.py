@@ -114,7 +114,9 @@ def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jp
         == named[on_disk][f"{images}/{name}"]
     )
     (shown,), (other,) = (said("show", place)["runs"] for place in (resumed, on_disk))
-    assert shown == other | {"run": str(resumed), "trained on": "jpegs train"}
+    changed = ("run", "trained on", "images/s")
+    assert shown == other | {name: shown[name] for name in changed}
+    assert [shown[name] for name in changed[:2]] == [str(resumed), "jpegs train"]
     assert said("eval", f"{resumed}/checkpoints/{STEPS}")["n"] == 12
 
 

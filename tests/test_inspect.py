@@ -405,7 +405,7 @@ def test_images_of_a_folder_are_looked_at(made, images, tmp_path):
     assert "00" in found.names
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "note.txt").write_text("no image")
-    with pytest.raises(UserError, match=r"--images .*empty has no image \(\.jpg"):
+    with pytest.raises(UserError, match=r"--images .*empty has no image; .*\.txt 1"):
         report.choose(subject, None, str(tmp_path / "empty"))
     with pytest.raises(UserError, match="can't be read: No such file"):
         report.choose(subject, None, str(tmp_path / "none"))

@@ -483,6 +483,8 @@ SWITCHES = {
     "model.mlp": ("16",),
     "model.classes": ("4",),
     "model.pool": ("gap",),
+    "model.class_token": ("True", "model.pool=gap"),
+    "model.fc_norm": ("True", "model.pool=gap"),
     "model.distilled": ("true",),
     "model.posemb": ("sincos2d",),
     "model.dropout": (".1",),
