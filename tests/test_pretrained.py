@@ -131,3 +131,11 @@ def test_what_is_no_run_is_refused(tmp_path, run):
     assert f"{missing} is neither" in refusal(pretrained.read, missing)
     shutil.copy(run / "run.json", tmp_path)
     assert "has no finished checkpoint yet" in refusal(pretrained.read, tmp_path)
+
+
+@pytest.mark.parametrize("hint", [{"dialect": "timm"}, {"tree": "ema"}, {"image": (16, 16)}])
+def test_what_only_weights_of_others_need_is_refused_of_a_run(run, hint):
+    message = refusal(pretrained.read, run, pretrained.Hints(**hint))
+    (name,) = hint
+    assert f"init.{name} is of weights of others" in message
+    assert pretrained.read(run, pretrained.Hints(heads=7, wanted=(32, 32))).classes == CLASSES

@@ -55,7 +55,14 @@ def read(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
         return Pretrained(
             found.cfg, found.model, found.params, found.classes, 0, place, found.lines
         )
-    return read_run(paths.path(source))
+    given = read_run(paths.path(source))
+    for name in ("dialect", "tree", "image"):
+        if getattr(hints, name):
+            raise UserError(
+                f"init.{name} is of weights of others, and {source} is a run, which says it "
+                "itself: leave it out"
+            )
+    return given
 
 
 def read_run(source: pathlib.Path) -> Pretrained:
