@@ -66,6 +66,7 @@ def check_result(trained: dict, split: str, n: int) -> None:
     assert trained["mfu"] is None  # nobody publishes a CPU's peak
 
 
+@pytest.mark.slow
 def test_tutorial_in_two_pieces(image_sets, tmp_path):
     first = run("tutorial", image_sets, tmp_path, "--minutes", "0.001")
     assert first.returncode == RESUMABLE, first.stderr
@@ -80,6 +81,7 @@ def test_tutorial_in_two_pieces(image_sets, tmp_path):
     assert content["fingerprint"] == listing.tutorial.MEASUREMENT.fingerprint
 
 
+@pytest.mark.slow
 def test_finetune(image_sets, tmp_path):
     content = result("finetune", image_sets, tmp_path)
     assert content["data"] == [NOTE, "Tiny-ImageNet-200"]
@@ -115,6 +117,7 @@ def test_comparison(image_sets, tmp_path):
     assert len({row["parameters"] for row in figures["table"]}) == 4
 
 
+@pytest.mark.slow
 def test_speed(image_sets, tmp_path):
     content = result("speed", image_sets, tmp_path)
     (case,) = content["figures"].values()

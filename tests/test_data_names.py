@@ -54,6 +54,7 @@ def test_no_class_is_renamed(odd, tmp_path):
     assert packed.classes == source.classes and everything(packed)["mask"].all()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_them(odd, tmp_path, run_cli, quick_compile):
     """Trained, evaluated, predicted, shown, inspected and exported, on a strict stdout."""
     fields = ("data.name=folder", f"data.path={odd}", "data.resolution=16", "data.batch=2")

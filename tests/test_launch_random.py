@@ -16,7 +16,7 @@ import pytest
 from launch.tpu import codes
 from tests.fake_cloud import Rig
 
-SCHEDULES = int(os.environ.get("LAUNCH_SCHEDULES", "4"))
+SCHEDULES = int(os.environ.get("LAUNCH_SCHEDULES", "2"))
 SSH = "tpu-vm ssh .*agent.sh"
 CALLS = (
     "create",

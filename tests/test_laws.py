@@ -235,6 +235,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")
+@pytest.mark.slow
 def test_sigkill_with_decoding_workers_which_end_with_it(jpegs, tmp_path):
     fields = {
         "data__name": "folder",

@@ -10,6 +10,7 @@ from vit_scale.errors import UserError
 from vit_scale.pretrained import Hints, files
 from vit_scale.pretrained.positions import Sizes, read
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "weights"
 PATCH = 8
 CLS, NONE, DIST, EITHER = (1,), (0,), (2,), (1, 0)

@@ -14,6 +14,7 @@ from vit_scale.export import export
 from vit_scale.pretrained import Hints, files
 from vit_scale.view import View
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "weights"
 HEADS = Hints(heads=3, image=(12, 12))
 SQUARE = {"height": 12, "width": 12}

@@ -74,7 +74,7 @@ def without_cwd(*about, describe=train.describe) -> dict:
     return found
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_a_run_names_by_relative_paths_is_found_from_anywhere(
     trained, jpegs, tmp_path, monkeypatch, older
 ):

@@ -12,6 +12,7 @@ from vit_scale.parameters import named
 from vit_scale.pretrained import Hints, files
 from vit_scale.pretrained.trees import choose, prefixes, recognise, select
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "weights"
 HEADS = Hints(heads=3, image=(12, 12))
 PLAIN = files.read(GOLDEN / "timm.safetensors")
