@@ -71,6 +71,16 @@ def test_names_that_occur_twice():
         match(theirs, ("crane", "tench, Tinca tinca", "crane"))
 
 
+def test_whole_names_go_before_the_first_of_several():
+    """Both are a crane: by their places, each would be taken for the other."""
+    cranes = ("crane, bird", "crane, machine")
+    assert match(cranes, cranes[::-1]).outputs == (1, 0)
+    assert match(("crane", "crane, bird"), ("x", "y"), ids=("crane, bird", "crane")).outputs == (
+        1,
+        0,
+    )
+
+
 def test_an_accent_may_be_a_character_of_its_own():
     assert match(("caf\u00e9", "bar"), ("bar", "cafe\u0301")).outputs == (1, 0)
 

@@ -37,16 +37,13 @@ def match(
     if mode not in MODES:
         raise UserError(f"init.classes={mode!r} is unknown; {nearest(mode, MODES)}")
     outputs, classes = tuple(outputs), tuple(classes)
-    for spell in (_as_it_is, _first_synonym):  # names that occur twice are told by their places
-        if tuple(map(spell, outputs)) == tuple(map(spell, classes)):
-            return Match()
-    if mode == "order":
+    if mode == "order" and outputs != classes:
         return Match(None, f"{len(outputs)} outputs are the set's classes in order: init.classes")
     for spell, how in ((_as_it_is, "name"), (_first_synonym, "the first of each one's names")):
         for names in (classes, tuple(ids)):
+            if list(map(spell, outputs)) == list(map(spell, names)):  # a name may occur twice
+                return Match()
             if found := _mapped(outputs, names, spell):
-                if found == tuple(range(len(outputs))):
-                    return Match()
                 return Match(found, f"the set has the model's classes in another order: by {how}")
     for who, names in (("the model's outputs", outputs), ("the set's classes", classes)):
         if is_numbered(names):
