@@ -208,12 +208,13 @@ def test_models_that_are_something_else(config, message, huggingface):
             View("stretch", 0.95, "lanczos"),
         ),
         ({"crop_pct": 1.0, "interpolation": "bilinear"}, View("shorter", 1.0, "bilinear")),
-        ({}, View("shorter", 0.9, "bicubic")),
+        ({}, View("shorter", 0.875, "bicubic")),  # timm's own defaults
     ],
 )
 def test_timms_evaluation(fields, view, timm):
     given = timm(**fields)
     assert seen(given) == view
+    assert given.cfg.augment.mean == (0.485, 0.456, 0.406) and "augment.mean" in assumed(given)
     said = {"crop_pct": "eval.crop", "interpolation": "eval.resample", "crop_mode": "eval.fit"}
     for name, field in said.items():
         assert (field in assumed(given)) == (name not in fields)

@@ -54,6 +54,8 @@ class About(NamedTuple):
     image: tuple[int, int] | None  # height and width in pixels
     apart: bool | None = None  # whether [CLS] has no row among the positions
     sizes: dict[str, Any] = {}  # noqa: RUF012  # width and depth, to be compared with the arrays'
+    # What the file's own library does of pixels where the file does not say it.
+    library: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
 
 NOTHING = About({}, {}, {}, (), None)
@@ -132,7 +134,8 @@ def _read_timm(file: pathlib.Path, content: dict) -> About:
     names = (c.get(key) for key in ("label_names", "labels") for c in (content, trained))
     classes = _labels(file, next(filter(None, names), ()))
     sizes = {"width": arguments.get("embed_dim"), "depth": arguments.get("depth")}
-    return About(model, pixels, view, classes, size, apart, sizes)
+    library = (preprocessing.TIMM_PIXELS, preprocessing.TIMM_VIEW)
+    return About(model, pixels, view, classes, size, apart, sizes, library)
 
 
 def _labels(file: pathlib.Path, named: Any) -> tuple[str, ...]:

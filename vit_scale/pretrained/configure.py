@@ -123,8 +123,9 @@ def configure(
     if "representation/bias" in first:
         cfg.model.representation = len(first["representation/bias"])
     cfg.model.classes = len(first["head/bias"]) if "head/bias" in first else 1
-    cfg.augment.update({**dialect.augment, **known.augment})
-    cfg.eval.update({**dialect.view, **known.view})
+    pixels, view = known.library
+    cfg.augment.update({**dialect.augment, **pixels, **known.augment})
+    cfg.eval.update({**dialect.view, **view, **known.view})
     found = _positions(dialect, first, known, hints, patch, names)
     cfg.data.resolution = found.grid[0] * patch
     cfg.data.width = found.grid[1] * patch if found.grid[1] != found.grid[0] else None

@@ -26,6 +26,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "Siglip": {"shortest": False},
     "BaseImageProcessor": {"shortest": False},
 }
+# timm's defaults of a pretrained_cfg; without one, its ViTs' own are assumed (dialects/timm.py).
+TIMM_PIXELS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+TIMM_VIEW: dict[str, Any] = {"fit": "shorter", "crop": 0.875, "resample": "bicubic"}
 STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
 NAMES = {number: name for name, number in PIL.items()}
 
