@@ -19,9 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from vit_scale import config, convnets
+from vit_scale import config
 from vit_scale.errors import DONE, RESUMABLE, UserError
-from vit_scale.run import read_json, write_json
+from vit_scale.models import convnets
+from vit_scale.runs.run_folder import read_json, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"

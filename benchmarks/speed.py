@@ -20,10 +20,11 @@ from typing import Any
 
 from benchmarks.measurement import HERE, Measurement, Session, TimeUp, main, spread
 from benchmarks.speed_config import BATCH
-from vit_scale import config, flops
+from vit_scale import config
 from vit_scale.errors import UserError
-from vit_scale.run import read_json, write_json
-from vit_scale.shape import shape
+from vit_scale.models import flops
+from vit_scale.models.spec import shape
+from vit_scale.runs.run_folder import read_json, write_json
 
 CONFIG = HERE / "speed_config.py"
 MEASUREMENT = Measurement(

@@ -50,10 +50,10 @@ def vit_scale(cfg: ConfigDict) -> Program:
     """The training step of this project: normalisation, loss, gradients, AdamW, metrics."""
     import jax
 
-    from vit_scale.mesh import put_batch
-    from vit_scale.parameters import count
-    from vit_scale.program import jit_train_step, plan_program
-    from vit_scale.state import init_state
+    from vit_scale.distributed.mesh import put_batch
+    from vit_scale.models.parameters import count
+    from vit_scale.training.init_state import init_state
+    from vit_scale.training.program import jit_train_step, plan_program
 
     program = plan_program(cfg)
     step, state = jit_train_step(program), init_state(program, (), quiet=True)
@@ -81,7 +81,7 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-    from vit_scale.shape import shape
+    from vit_scale.models.spec import shape
 
     cuda = torch.cuda.is_available()
     place = "cuda" if cuda else "cpu"

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
             "seed": 0,  # decides initialisation, order, augmentation and dropout
             "steps": 1000,  # optimizer steps in the whole run
             "stages": (),  # instead of one run: NAME:ARG in WORKDIR/ARG for each ARG, in this order
-            "objective": "classification",  # a name in vit_scale.objectives.OBJECTIVES
+            "objective": "classification",  # a name in vit_scale.training.objectives.OBJECTIVES
             "data": data(),
             "augment": augment(),
             "model": model(),
@@ -102,7 +102,7 @@ def model() -> dict:
         "gelu": "exact",  # exact (erf) | tanh (its approximation)
         "norm_epsilon": 1e-6,  # added to the variance in layer norms; 1e-12 in Hugging Face's ViT
         "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none
-        "attention": "xla",  # xla (vit_scale/attention.py) | cudnn (NVIDIA GPUs, bfloat16)
+        "attention": "xla",  # xla (vit_scale/models/attention.py) | cudnn (NVIDIA GPUs, bfloat16)
     }
 
 

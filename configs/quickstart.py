@@ -8,8 +8,8 @@ and at 64 px, each from the pretrained and from random parameters. Without CIFAR
 on with it. Result: see the README's table.
 """
 
-from vit_scale import paths
 from vit_scale.config import base
+from vit_scale.storage import paths
 
 STAGES = ("pretrain", "scratch-32", "finetune-32", "scratch-64", "finetune-64")
 

@@ -2,7 +2,7 @@
 # Installs, then runs every test; needs no accelerator. Arguments go to pytest:
 #
 #   launch/test.sh                       everything but the slow tests, on all cores (up to 8)
-#   launch/test.sh -n 0 tests/test_model.py -k parameters
+#   launch/test.sh -n 0 tests/models/test_vit.py -k parameters
 #   launch/test.sh -m slow               the slow ones (they reach the package registry)
 set -euo pipefail
 

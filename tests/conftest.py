@@ -137,7 +137,7 @@ def bucket(tmp_path_factory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "tests" / "bucket.py"), str(port), "bucket"]
+    command = [sys.executable, str(ROOT / "tests/helpers/bucket.py"), str(port), "bucket"]
     log = tmp_path_factory.mktemp("bucket") / "log"
     with pytest.MonkeyPatch.context() as patch, log.open("w") as output:
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")

@@ -11,7 +11,12 @@ In a notebook:
 import importlib
 from typing import Any
 
-_HOMES = {"load": "predict", "ViT": "model", "build": "model", "resample": "posemb"}
+_HOMES = {
+    "load": "inference.predictor",
+    "ViT": "models.vit",
+    "build": "models.vit",
+    "resample": "models.position_embeddings",
+}
 __all__ = ["ViT", "build", "load", "resample"]
 
 

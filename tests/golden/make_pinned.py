@@ -18,10 +18,13 @@ import numpy as np
 from PIL import Image
 
 import vit_scale
-from vit_scale import checkpoint, config, preemption, train, watch
-from vit_scale.parameters import named
-from vit_scale.preemption import Preempted
+from vit_scale import checkpoint, config
+from vit_scale.distributed import preemption
+from vit_scale.distributed.preemption import Preempted
+from vit_scale.models.parameters import named
 from vit_scale.pretrained import read
+from vit_scale.runs import watchdog
+from vit_scale.training import trainer
 
 HERE = pathlib.Path(__file__).resolve().parent / "pinned"
 STOP = 6  # of 12 steps
@@ -49,7 +52,7 @@ def write_run(workdir: pathlib.Path) -> None:
     asked = preemption.requested
     preemption.requested = lambda: reached(STOP)
     try:
-        train.train(cfg, workdir, "pinned", quiet=True)
+        trainer.train(cfg, workdir, "pinned", quiet=True)
     except Preempted:
         pass
     finally:
@@ -58,7 +61,7 @@ def write_run(workdir: pathlib.Path) -> None:
 
 def reached(step: int) -> bool:
     """Whether the training of this process has finished `step`."""
-    return watch._current is not None and watch._current.step >= step
+    return watchdog._current is not None and watchdog._current.step >= step
 
 
 def clean(run: pathlib.Path) -> None:
@@ -71,7 +74,7 @@ def clean(run: pathlib.Path) -> None:
 
 def resumed(run: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters and their average at the end of `run`, which is resumed here."""
-    done = train.train(config.load(str(HERE / "config.py")), run, "pinned", quiet=True)
+    done = trainer.train(config.load(str(HERE / "config.py")), run, "pinned", quiet=True)
     step = run / checkpoint.FOLDER / str(done["step"])
     params = read(run).params  # of the same shapes, and of this device
     found = checkpoint.read(step, {"params": params, "ema": params})

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from vit_scale import paths
 from vit_scale.data.sources import InMemory, check_labels
 from vit_scale.errors import UserError
+from vit_scale.storage import paths
 
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 CLASSES = tuple(NAMES.split())

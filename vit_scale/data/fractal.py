@@ -24,9 +24,9 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from vit_scale import paths
 from vit_scale.data.sources import InMemory
 from vit_scale.errors import UserError, nearest
+from vit_scale.storage import paths
 
 VERSION = 1  # of the pixels: raise it with any change to them, so that no old cache is read
 SPLITS = {"train": 1, "test": 2}  # 0 draws the systems

@@ -9,11 +9,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int
 from tqdm import tqdm
 
-from vit_scale import paths
-from vit_scale.data.folder import Listing
-from vit_scale.data.images import Corrupt, verify
+from vit_scale.data.decode import Corrupt, verify
+from vit_scale.data.image_folder import Listing
 from vit_scale.data.workers import run_all
 from vit_scale.errors import UserError
+from vit_scale.storage import paths
 
 LABEL = struct.Struct("<I")
 WRITE = "group_size:1,uncompressed"  # each image can be read alone; JPEG is compressed already

@@ -14,7 +14,7 @@ from typing import Protocol, TypedDict
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from vit_scale.data.examples import Examples
+from vit_scale.data.example_ids import Examples
 from vit_scale.errors import UserError
 
 # Slices of what has no names, and of runs of before, are cut from this one order of positions. It

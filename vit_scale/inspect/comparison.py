@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_scale.inspect import curves, pictures
-from vit_scale.inspect.page import Note, Picture, Table
+from vit_scale.inspect import curves, plots
+from vit_scale.inspect.html import Note, Picture, Table
+from vit_scale.inspect.inspected_run import Subject
 from vit_scale.inspect.predictions import Predictions, calibration, interval
-from vit_scale.inspect.subject import Subject
 
 
 class Looked(NamedTuple):
@@ -70,9 +70,9 @@ def compare(all_looked: Sequence[Looked]) -> list[Picture | Table | Note]:
             [described(row) | {"run": name} for name, row in zip(names, rows, strict=True)],
         ),
         Picture("measures", "Accuracy, parameters, speed", _caption(rows),
-                pictures.comparison(names, _measures(rows), steps)),
+                plots.comparison(names, _measures(rows), steps)),
         Picture("curves", "Training curves", "Training is solid, evaluation dashed.",
-                pictures.curves(recorded, f"Training: {steps}")),
+                plots.curves(recorded, f"Training: {steps}")),
     ]  # fmt: skip
     return parts + _pairs(all_looked)
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from vit_scale import paths
 from vit_scale.data import Source
 from vit_scale.errors import UserError
-from vit_scale.inspect import pictures, samples, sections
+from vit_scale.inspect import plots, samples, sections
 from vit_scale.inspect.comparison import Looked, compare, numbers
-from vit_scale.inspect.page import Note, Section, file_name, page
+from vit_scale.inspect.html import Note, Section, file_name, page
+from vit_scale.inspect.inspected_run import Subject
 from vit_scale.inspect.samples import Samples
-from vit_scale.inspect.subject import Subject
+from vit_scale.storage import paths
 from vit_scale.tracking import publish
 
 Drawn = dict[str, np.ndarray]  # uint8 [h, w, 3], by the name of the file
@@ -138,7 +138,7 @@ def draw(shown: Sequence[Section]) -> Drawn:
     """The pixels of every picture, by the name of its file."""
     pairs = [(section, picture) for section in shown for picture in section.pictures()]
     with tqdm(pairs, desc="draw", unit="picture", disable=None, leave=False) as bar:
-        return {file_name(*pair): pictures.draw(pair[1].figure) for pair in bar}
+        return {file_name(*pair): plots.draw(pair[1].figure) for pair in bar}
 
 
 def write(
@@ -146,7 +146,7 @@ def write(
 ) -> None:
     """The PNGs, the numbers, and last the page, which holds the PNGs as well. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    pngs = {name: pictures.encode(pixels) for name, pixels in drawn.items()}
+    pngs = {name: plots.encode(pixels) for name, pixels in drawn.items()}
     for name, png in pngs.items():
         paths.write(folder / f"{name}.png", png)
     paths.write(folder / NUMBERS, (json.dumps(content, indent=2) + "\n").encode())

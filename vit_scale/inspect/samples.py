@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from vit_scale import paths
-from vit_scale.data import Source, files
+from vit_scale.augment.view import View
+from vit_scale.data import Source, image_files
 from vit_scale.errors import UserError, printable
-from vit_scale.predict import read_image
-from vit_scale.view import View
+from vit_scale.inference.predictor import read_image
+from vit_scale.storage import paths
 
 COUNT = 128  # images that attention distance is averaged over, as in the ViT paper's figure 7
 SHOWN = 8  # of them are shown
@@ -53,15 +53,15 @@ def of_folder(
 
     Raises UserError where there is none, and for one that can't be decoded.
     """
-    top, left_out = paths.path(folder), files.LeftOut()
+    top, left_out = paths.path(folder), image_files.LeftOut()
     try:
-        found = spread(list(files.images(top, left_out)), count)
+        found = spread(list(image_files.images(top, left_out)), count)
     except OSError as error:
         raise UserError(f"--images {folder} can't be read: {error.strerror}") from error
     if not found:
         raise UserError(f"--images {folder} has no image{left_out.instead()}")
     if left_out.counts:
-        files.say(f"{folder}: {left_out}; left out")
+        image_files.say(f"{folder}: {left_out}; left out")
     images = np.stack([read_image(top / file, size, view, exif) for file in found])
     names = tuple(printable(pathlib.PurePath(file).stem) for file in found)
     return Samples(images, names, printable(folder))

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vit_scale import paths, pretrained
+from vit_scale import pretrained
 from vit_scale.data import Source
 from vit_scale.errors import UserError, printable
-from vit_scale.inspect import embeddings, pictures, predictions
+from vit_scale.inspect import embeddings, plots, predictions
 from vit_scale.inspect.attention import patch_distances
-from vit_scale.inspect.page import Note, Picture, Table
+from vit_scale.inspect.html import Note, Picture, Table
+from vit_scale.inspect.inspected_run import Subject
 from vit_scale.inspect.predictions import Predictions
 from vit_scale.inspect.samples import Samples, spread
-from vit_scale.inspect.subject import Subject
-from vit_scale.posemb import resample, sincos2d
+from vit_scale.models.position_embeddings import resample, sincos2d
+from vit_scale.storage import paths
 
 Parts = list[Picture | Table | Note]
 WORST = 24  # mistakes shown
@@ -29,7 +30,7 @@ def training(subject: Subject) -> Parts:
     if not subject.curves:
         return [Note("Training curves", "The run has no metrics.jsonl: nothing is known of it.")]
     last = max(steps[-1] for steps, _ in subject.curves.values())
-    figure = pictures.curves(
+    figure = plots.curves(
         {subject.name: subject.curves}, f"Training: {subject.name}, up to step {last:,}"
     )
     caption = (
@@ -61,13 +62,13 @@ def _maps(subject: Subject, shown: Samples, seen: list, heads: np.ndarray) -> li
     whose = "of [CLS]" if said else "averaged over all tokens"
     rows = min(ROWS, len(seen))
     stamp = subject.stamp(rows, f"images of {shown.source}")
-    which = spread(range(count), pictures.COLUMNS - 1)
-    last = pictures.attention(
+    which = spread(range(count), plots.COLUMNS - 1)
+    last = plots.attention(
         seen[:rows], shown.names, [f"head {i + 1}" for i in which], heads[:rows, -1][:, which],
         f"Attention {whose}, last block (of {blocks}), by head: {stamp}",
     )  # fmt: skip
-    which = spread(range(blocks), pictures.COLUMNS - 1)
-    depth = pictures.attention(
+    which = spread(range(blocks), plots.COLUMNS - 1)
+    depth = plots.attention(
         seen[:rows], shown.names, [f"block {i + 1}" for i in which],
         heads[:rows, which].mean(axis=2),
         f"Attention {whose}, mean over {count} heads, by block: {stamp}",
@@ -86,7 +87,7 @@ def _rollout(subject: Subject, shown: Samples, seen: list, maps: np.ndarray) -> 
         "connections (Abnar & Zuidema 2020); 1 is an equal share. Below, each image is lit by its "
         "own map, scaled to its maximum."
     )
-    figure = pictures.rollouts(seen, shown.names, maps, title)
+    figure = plots.rollouts(seen, shown.names, maps, title)
     return Picture("rollout", "Attention rollout", caption, figure)
 
 
@@ -101,7 +102,7 @@ def _distances(subject: Subject, samples: Samples) -> Picture:
         f"patches and {n} images (ViT paper, figure 7). Uniform attention would give "
         f"{uniform:.1f} pixels."
     )
-    figure = pictures.distances(found, uniform, title)
+    figure = plots.distances(found, uniform, title)
     return Picture("attention-distance", "Mean attention distance", caption, figure)
 
 
@@ -120,7 +121,7 @@ def positions(subject: Subject) -> Parts:
             subject.params["posemb"]
         )
     maps = {title: embeddings.similarity(table) for title, table in panels.items()}
-    figure = pictures.similarities(maps, f"Similarity of position embeddings: {subject.stamp()}")
+    figure = plots.similarities(maps, f"Similarity of position embeddings: {subject.stamp()}")
     caption = (
         "Each tile stands where its patch is, and shows the cosine similarity of that patch's "
         "position embedding with those of all patches (ViT paper, figure 7)."
@@ -169,7 +170,7 @@ def filters(subject: Subject) -> Parts:
         f"paper, figure 7), each with its share of their variance; together "
         f"{100 * float(shares.sum()):.1f} %. Grey is 0, and each has its own scale."
     )
-    return [Picture("filters", name, caption, pictures.filters(found, shares, title))]
+    return [Picture("filters", name, caption, plots.filters(found, shares, title))]
 
 
 def patches(subject: Subject, samples: Samples) -> Parts:
@@ -184,7 +185,7 @@ def patches(subject: Subject, samples: Samples) -> Parts:
         f"Resized as in evaluation, then cut into {h * w} patches; each becomes one token, without "
         "a look at its neighbours."
     )
-    figure = pictures.patches(image, seen, subject.grid, title)
+    figure = plots.patches(image, seen, subject.grid, title)
     return [Picture("patches", "Patches of an image", caption, figure)]
 
 
@@ -198,7 +199,7 @@ def mistakes(subject: Subject, found: Predictions, source: Source) -> Parts:
         f"Accuracy {100 * found.accuracy:.2f} % (95 % interval {100 * low:.2f} to "
         f"{100 * high:.2f} %), cross-entropy {found.losses.mean():.4f}, n = {found.n:,}."
     )
-    figure = pictures.confusion(matrix, classes, f"Confusion matrix: {stamp}")
+    figure = plots.confusion(matrix, classes, f"Confusion matrix: {stamp}")
     parts: Parts = [Picture("confusion", "Confusion matrix", caption, figure)]
     pairs = predictions.confused(matrix, CONFUSED)
     if not pairs:
@@ -209,7 +210,7 @@ def mistakes(subject: Subject, found: Predictions, source: Source) -> Parts:
     images = source.read(found.positions[chosen])["image"]
     texts = [_mistake(classes, found, i) for i in chosen]
     wrong = found.n - int(found.right.sum())
-    figure = pictures.mistakes(list(images), texts, f"Worst mistakes: {stamp}")
+    figure = plots.mistakes(list(images), texts, f"Worst mistakes: {stamp}")
     caption = (
         f"Of the {wrong:,} mistakes in {found.n:,} images, the {len(chosen)} with the highest "
         "loss: the model gave the true class the least probability."
@@ -243,5 +244,5 @@ def calibration(subject: Subject, found: Predictions) -> Parts:
         f"sure and {100 * found.accuracy:.2f} % right: {how}confident by "
         f"{100 * abs(sure - found.accuracy):.2f} points."
     )
-    figure = pictures.reliability(measured, title)
+    figure = plots.reliability(measured, title)
     return [Picture("calibration", "Calibration", caption, figure)]

@@ -7,7 +7,7 @@ whether something fits.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from vit_scale import flops
+from vit_scale.models import flops
 from vit_scale.plan.hlo import Collective, Cost
 from vit_scale.plan.topology import Topology
 

@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.data import delivered_size
+from vit_scale.distributed.mesh import batch_sharding, device_bytes
 from vit_scale.errors import UserError
-from vit_scale.mesh import batch_sharding, device_bytes
 from vit_scale.plan import topology
 from vit_scale.plan.estimate import by_kind, parts
 from vit_scale.plan.hlo import Program as Hlo
-from vit_scale.program import Program, jit_train_step, plan_program, training_flops
+from vit_scale.training.program import Program, jit_train_step, plan_program, training_flops
 
 
 def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from vit_scale import report
 from vit_scale.plan import memory
+from vit_scale.runs import report
 
 NOTE = (
     "Predictions from the compiler's cycle estimates and bandwidths on paper, "

@@ -1,9 +1,9 @@
 """Fine-tuning is initialisation: other parameters, adapted to this run's model."""
 
 from vit_scale.pretrained.adapt import Placement, adapt, agree, differences, table
-from vit_scale.pretrained.configure import Hints, hints_of
 from vit_scale.pretrained.convert import convert
-from vit_scale.pretrained.runs import Pretrained, read
+from vit_scale.pretrained.infer_config import Hints, hints_of
+from vit_scale.pretrained.load import Pretrained, read
 
 __all__ = [
     "Hints",

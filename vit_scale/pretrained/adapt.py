@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale.data.classes import MODES, Match, match
+from vit_scale.data.class_mapping import MODES, Match, match
 from vit_scale.errors import UserError, nearest
-from vit_scale.parameters import named, stack, unstack
-from vit_scale.posemb import resample
+from vit_scale.models.parameters import named, stack, unstack
+from vit_scale.models.position_embeddings import resample
 
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 POSITIONS = "posemb"

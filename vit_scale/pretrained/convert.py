@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from vit_scale import config, paths
+from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
-from vit_scale.model import Model, build
+from vit_scale.models.vit import Model, build
 from vit_scale.pretrained.adapt import Placement, adapt, agree
-from vit_scale.pretrained.configure import hints_of
-from vit_scale.pretrained.foreign import numbered
-from vit_scale.pretrained.runs import Pretrained, read
-from vit_scale.run import Run
+from vit_scale.pretrained.external import numbered
+from vit_scale.pretrained.infer_config import hints_of
+from vit_scale.pretrained.load import Pretrained, read
+from vit_scale.runs.run_folder import Run
+from vit_scale.storage import paths
 
 SIZE = ("data.resolution", "data.width")
 

@@ -9,10 +9,9 @@ import pathlib
 import urllib.parse
 import uuid
 
-from vit_scale import paths
-from vit_scale.data import download
 from vit_scale.errors import UserError
-from vit_scale.pretrained import files
+from vit_scale.pretrained import weight_files
+from vit_scale.storage import download, paths
 
 BESIDE = (
     "config.json",
@@ -32,7 +31,7 @@ def weights(source: str | os.PathLike) -> pathlib.Path | None:
     place = paths.path(source)
     if place.is_file():
         return _from_bucket(place) if paths.in_bucket(place) else place
-    held = [place / name for name in files.NAMES if (place / name).is_file()]
+    held = [place / name for name in weight_files.NAMES if (place / name).is_file()]
     if not held or (place / "run.json").is_file():
         return None
     return _from_bucket(held[0]) if paths.in_bucket(place) else place
@@ -41,8 +40,8 @@ def weights(source: str | os.PathLike) -> pathlib.Path | None:
 def _from_bucket(place: pathlib.Path) -> pathlib.Path:
     """A folder with copies of an object and of what stands beside it, under their own names."""
     beside = [place.with_name(n) for n in (*BESIDE, f"{place.stem}.json")]
-    if place.name.endswith(files.INDEX):
-        beside += [place.with_name(name) for name in files.shards(place)]
+    if place.name.endswith(weight_files.INDEX):
+        beside += [place.with_name(name) for name in weight_files.shards(place)]
     there = [place, *(file for file in beside if file.is_file())]
     copies = paths.stage(there)
     folder = copies[0].with_name(f"{copies[0].name}.model")
@@ -58,17 +57,17 @@ def _from_web(address: str) -> pathlib.Path:
     url, _, checksum = address.partition("#")
     parts = urllib.parse.urlsplit(url)
     name = pathlib.PurePosixPath(parts.path).name
-    if not name.endswith((*files.ENDINGS, files.INDEX)):
+    if not name.endswith((*weight_files.ENDINGS, weight_files.INDEX)):
         raise UserError(
-            f"{url} names no file of weights ({', '.join(files.ENDINGS)}); of a folder, give its "
-            f"{files.MODEL}"
+            f"{url} names no file of weights ({', '.join(weight_files.ENDINGS)}); of a folder, "
+            f"give its {weight_files.MODEL}"
         )
     place = paths.cache("weights", parts.netloc, *parts.path.strip("/").split("/"))
     download.fetch(url, place, checksum)
-    if name.endswith(files.INDEX):
-        for shard in files.shards(place):
+    if name.endswith(weight_files.INDEX):
+        for shard in weight_files.shards(place):
             download.fetch(url.removesuffix(name) + shard, place.with_name(shard), "")
-    if name.endswith((".safetensors", ".bin", files.INDEX)):
+    if name.endswith((".safetensors", ".bin", weight_files.INDEX)):
         for beside in BESIDE:
             download.fetch_optional(url.removesuffix(name) + beside, place.with_name(beside))
     return place

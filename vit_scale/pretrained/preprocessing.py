@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vit_scale.augment.view import View, crop_of
 from vit_scale.errors import UserError
-from vit_scale.pretrained.files import read_json
-from vit_scale.view import View, crop_of
+from vit_scale.pretrained.weight_files import read_json
 
 Fields = dict[str, Any]
 Size = tuple[int, int]

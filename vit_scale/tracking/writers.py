@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vit_scale import paths
 from vit_scale.errors import UserError
+from vit_scale.storage import paths
 
 # `clu.metric_writers` imports TensorFlow (1.3 GB) for one of its writers, which is not used here. A
 # stand-in for that one module, placed before the first import, is all that the others need.

@@ -1,0 +1,120 @@
+"""configs/: each one loads, each model builds at full size (shapes only), each claim adds up."""
+
+import jax
+import pytest
+
+from vit_scale import config
+from vit_scale.augment.pipeline import check
+from vit_scale.distributed.mesh import check_batch, make_mesh
+from vit_scale.models.parameters import count
+from vit_scale.models.vit import build
+from vit_scale.training.optimizer import make_optimizer
+
+
+def runs(name: str) -> list[str]:
+    """The runs that a config names: itself, or each of its stages."""
+    return [f"{name}:{stage}" for stage in config.load(name).stages] or [name]
+
+
+RUNS = [run for name in config.names() for run in runs(name)]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_everything_but_the_data_is_accepted(run):
+    cfg = config.load(run)
+    size = config.image_size(cfg)
+    params = jax.eval_shape(build(cfg.model, size).init, jax.random.key(0))
+    make_optimizer(cfg.optim, cfg.steps, params)
+    check(cfg.augment)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
+    check_batch(cfg.eval.batch, mesh)
+    assert count(params) > 100_000
+    assert cfg.steps >= 50
+
+
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    """Gives a function: the quickstart's stages as (set, n of its training, classes), by name."""
+    monkeypatch.chdir(tmp_path)
+
+    def stages(*overrides: str, **begun: str) -> dict[str, tuple]:
+        before = {}
+        for name, data in begun.items():
+            before[name.replace("_", "-")] = config.base()
+            before[name.replace("_", "-")].data.name = data
+        found = {}
+        for stage in config.load("quickstart").stages:
+            cfg = config.load(f"quickstart:{stage}", overrides, before)
+            found[stage] = (cfg.data.name, cfg.data.train, cfg.eval.final, cfg.model.classes)
+        return found
+
+    return stages
+
+
+FRACTALS = ("fractal", "train", "test", 20)
+CIFAR = ("cifar10", "train[:10000]", "test[:5000]", 10)
+TUNED = ("scratch-32", "finetune-32", "scratch-64", "finetune-64")
+
+
+@pytest.mark.parametrize("layout", ["bin", "py"])
+def test_quickstart_takes_cifar_where_its_data_are(quickstart, tmp_path, layout):
+    """It is data.path that says where, from the command line as well."""
+    pretraining = ("fractal", "train", "", 512)
+    everywhere = {"pretrain": pretraining} | dict.fromkeys(TUNED, FRACTALS)
+    assert quickstart() == everywhere
+    (tmp_path / "sets" / f"cifar-10-batches-{layout}").mkdir(parents=True)
+    assert quickstart() == everywhere, "it is not in .data"
+    found = {"pretrain": pretraining} | dict.fromkeys(TUNED, CIFAR)
+    assert quickstart("data.path=sets") == found
+    assert quickstart(f"data.path={tmp_path}/sets") == found
+    (tmp_path / ".data" / f"cifar-10-batches-{layout}").mkdir(parents=True)
+    assert quickstart() == found
+    assert quickstart("data.path=elsewhere") == everywhere
+
+
+def test_what_is_given_counts_more_than_what_quickstart_finds(quickstart, tmp_path):
+    (tmp_path / ".data" / "cifar-10-batches-bin").mkdir(parents=True)
+    fewer = quickstart("data.train=train[:50]", "model.classes=7")
+    assert fewer["finetune-32"] == ("cifar10", "train[:50]", "test[:5000]", 7)
+    assert quickstart("data.name=fractal")["scratch-64"] == FRACTALS
+    assert quickstart("data.name=folder")["scratch-64"] == ("folder", "train", "test", 20)
+
+
+def test_quickstart_goes_on_as_what_it_was_begun_as(quickstart, tmp_path):
+    """Of one comparison all runs are of one set, also those that have not begun."""
+    assert quickstart(pretrain="fractal", scratch_32="cifar10")["finetune-64"] == CIFAR
+    (tmp_path / ".data" / "cifar-10-batches-bin").mkdir(parents=True)
+    assert quickstart(pretrain="fractal")["finetune-32"] == CIFAR, "pretraining decides nothing"
+    began = quickstart(pretrain="fractal", scratch_32="fractal")
+    assert {began[stage] for stage in TUNED} == {FRACTALS}
+    assert quickstart(finetune_64="fractal")["finetune-64"] == FRACTALS
+
+
+def test_selection_never_sees_the_reported_split():
+    """Where a best step is selected, it is on held-out training images."""
+    for run in RUNS:
+        cfg = config.load(run)
+        if cfg.eval.split and cfg.eval.final:
+            assert cfg.eval.split != cfg.eval.final, run
+            assert cfg.data.train != "train", run
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_fine_tuning_continues_the_pretraining(size):
+    """The fine-tuned model differs from the pretrained one in what `adapt` can place, no more."""
+    before = config.load(f"vit_{size}_imagenet").model
+    after = config.load(f"vit_{size}_cifar").model
+    assert {key for key in before if before[key] != after[key]} <= {
+        "classes",
+        "drop_path",
+        "dropout",
+    }
+
+
+def test_the_tutorial_has_its_numbers():
+    cfg = config.load("vit_tutorial_cifar")
+    params = jax.eval_shape(build(cfg.model, (32, 32)).init, jax.random.key(0))
+    assert 3.1e6 < count(params) < 3.3e6
+    assert cfg.steps == 200 * 45_000 // 128
+    assert config.load("vit_tutorial_cifar:2").steps == 2 * 45_000 // 128

@@ -1,0 +1,254 @@
+"""Packed sets: what goes in comes out, an interrupted pack goes on, damage is named."""
+
+import concurrent.futures
+import json
+
+import numpy as np
+import pytest
+
+from tests.data.test_image_folder import block, everything, picture, save
+from vit_scale import data
+from vit_scale.data import array_record, shards
+from vit_scale.errors import UserError
+
+N = 20
+
+
+class Inline(concurrent.futures.Executor):
+    """Jobs run when they are submitted, in this process, which a test can watch."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, /, *arguments):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*arguments))
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`train`: 20 images in 4 classes; `val`: 2."""
+    for number in range(N):
+        save(
+            tmp_path / "set/train" / f"class_{number % 4}" / f"{number}.png", picture(8, 8, number)
+        )
+    for number in range(2):
+        save(tmp_path / "set/val" / "class_3" / f"{number}.png", picture(8, 8, 100 + number))
+    return tmp_path / "set"
+
+
+def packed_block(out, **changes):
+    return block(out, name="array_record", **changes)
+
+
+def as_set(found) -> set:
+    return {
+        (int(label), image.tobytes())
+        for image, label in zip(found["image"], found["label"], strict=True)
+    }
+
+
+def test_packed_equals_the_folder_in_another_order(folder, tmp_path):
+    """Through real processes."""
+    assert array_record.pack(folder, tmp_path / "out", workers=2, shard=6) == {
+        "train": N,
+        "val": 2,
+        "skipped": 0,
+    }
+    for split in ("train", "test"):
+        source = data.open_split(packed_block(tmp_path / "out"), split)
+        original = data.open_split(block(folder), split)
+        assert (source.classes, source.size, len(source)) == (
+            original.classes,
+            (8, 8),
+            len(original),
+        )
+        assert as_set(everything(source)) == as_set(everything(original))
+    train = data.open_split(packed_block(tmp_path / "out"), "train")
+    assert everything(train)["label"].tolist() != sorted(everything(train)["label"].tolist())
+
+
+def test_files_are_kept_byte_for_byte(folder, tmp_path, inline):
+    array_record.pack(folder, tmp_path / "out", shard=6)
+    source = data.open_split(packed_block(tmp_path / "out"), "train")
+    found = {source.encoded(index)[0] for index in range(N)}
+    assert found == {file.read_bytes() for file in (folder / "train").rglob("*.png")}
+
+
+def test_packing_again_gives_the_same_bytes(folder, tmp_path, inline):
+    for out in ("a", "b"):
+        array_record.pack(folder, tmp_path / out, shard=6)
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names[:3] == [
+        "index.json",
+        "train-00000-of-00004.array_record",
+        "train-00001-of-00004.array_record",
+    ]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_records_are_read_in_workers(folder, tmp_path, inline):
+    array_record.pack(folder, tmp_path / "out", shard=6)
+    source = data.open_split(packed_block(tmp_path / "out"), "train")
+    everything(source)  # opens its readers, which must not travel
+    alone = list(data.eval_batches(source, 8))
+    together = list(data.eval_batches(source, 8, workers=1))
+    for one, other in zip(alone, together, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_an_interrupted_pack_goes_on(folder, tmp_path, inline, monkeypatch):
+    out, write = tmp_path / "out", shards.write_shard
+    written = []
+
+    def count(shard):
+        written.append(shard.file.name)
+        return write(shard)
+
+    def fail_at_the_third(shard):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return count(shard)
+
+    monkeypatch.setattr(shards, "write_shard", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        array_record.pack(folder, out, shard=6)
+    with pytest.raises(UserError, match="is not packed to its end; run `vit-scale data pack"):
+        data.open_split(packed_block(out), "train")
+    first = {file: file.stat().st_mtime_ns for file in out.glob("*.array_record")}
+    assert len(first) == 2
+    monkeypatch.setattr(shards, "write_shard", count)
+    assert array_record.pack(folder, out, shard=6)["train"] == N
+    assert len(written) == len(set(written)) == 5
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    assert len(data.open_split(packed_block(out), "train")) == N
+    assert array_record.pack(folder, out, shard=6)["train"] == N and len(written) == 5
+
+
+def test_a_failed_shard_leaves_nothing(folder, tmp_path, inline):
+    (folder / "train/class_1/5.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"class_1/5.png cannot be read .*on-corrupt skip"):
+        array_record.pack(folder, tmp_path / "out", shard=100)
+    left = {file.name for file in (tmp_path / "out").iterdir()}
+    assert left == {"index.json", "val-00000-of-00001.array_record"}
+
+
+def test_unreadable_images_are_left_out_and_counted(folder, tmp_path, inline):
+    (folder / "train/class_1/5.png").write_bytes(b"no image")
+    counts = array_record.pack(folder, tmp_path / "out", on_corrupt="skip", shard=6)
+    assert counts == {"train": N - 1, "val": 2, "skipped": 1}
+    found = everything(data.open_split(packed_block(tmp_path / "out"), "train"))
+    assert len(found["mask"]) == N - 1 and found["mask"].all()
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, inline, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            open(path, "wb").close()
+
+        def write(self, record):
+            raise RuntimeError("write failed\nNo space left on device")
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError) as caught:
+        array_record.pack(folder, tmp_path / "out")
+    assert "could not be written (write failed)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["index.json"]
+
+
+@pytest.mark.parametrize("change", ["images", "options", "foreign"])
+def test_two_sets_never_mix(folder, tmp_path, inline, change):
+    out = tmp_path / "out"
+    array_record.pack(folder, out, shard=6)
+    if change == "images":
+        save(folder / "train/class_0/new.png", picture(8, 8))
+    if change == "foreign":
+        (out / "index.json").unlink()
+    with pytest.raises(UserError, match="holds the shards of other images or options"):
+        array_record.pack(folder, out, shard=5 if change == "options" else 6)
+
+
+# Damage
+
+
+@pytest.fixture
+def packed(folder, tmp_path, inline):
+    array_record.pack(folder, tmp_path / "out", shard=6)
+    return tmp_path / "out"
+
+
+def flip(file, at):
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 4
+    file.write_bytes(raw)
+
+
+def test_a_flipped_bit_names_the_file_and_position(packed):
+    """Also where the image would still decode: the label and the pixels are under a checksum."""
+    source = data.open_split(packed_block(packed), "train")
+    image, _ = source.encoded(8)
+    file = packed / "train-00001-of-00004.array_record"
+    at = file.read_bytes().index(image[:60])
+    for offset in (-4, 2, 40):
+        flip(file, at + offset)
+        source = data.open_split(packed_block(packed), "train")
+        with pytest.raises(UserError) as caught:
+            source.read(np.array([3, 8]))
+        assert f"{file} (record 2) cannot be read" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        skipping = data.open_split(packed_block(packed, on_corrupt="skip"), "train")
+        assert skipping.read(np.array([3, 8, 9]))["mask"].tolist() == [True, False, True]
+        flip(file, at + offset)
+    assert source.read(np.array([3, 8]))["mask"].all()  # nothing was remembered
+
+
+def test_a_truncated_or_missing_shard_is_refused_at_once(packed):
+    file = packed / "train-00002-of-00004.array_record"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{file.name} has {size - 100} bytes of {size}"):
+        data.open_split(packed_block(packed), "train")
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing"):
+        data.open_split(packed_block(packed), "train")
+
+
+def test_a_label_outside_the_classes_is_refused(packed):
+    index = json.loads((packed / "index.json").read_text())
+    index["classes"] = index["classes"][:3]
+    (packed / "index.json").write_text(json.dumps(index))
+    for on_corrupt in ("fail", "skip"):
+        source = data.open_split(packed_block(packed, on_corrupt=on_corrupt), "train")
+        with pytest.raises(
+            UserError, match=r"\(record \d\): label 3 is outside the 3 classes 0..2"
+        ):
+            everything(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is no packed set; run `vit-scale data pack FOLDER"),
+        ("{", "is no index of a packed set"),
+        ("[]", "is no index of a packed set"),
+        ('{"version": 9}', "is version 9, this program reads 1 and 2"),
+    ],
+)
+def test_a_folder_that_is_no_packed_set_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "index.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        data.open_split(packed_block(tmp_path), "train")
+    assert message in str(caught.value)

@@ -1,0 +1,236 @@
+"""classes: a model's outputs go with a set's classes by their names, never by their number."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.tiny import (
+    CLASSES,
+    random_images,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
+from vit_scale import cli, config
+from vit_scale.cli.commands import keyed
+from vit_scale.data import InMemory, Match, align, match, open_split
+from vit_scale.errors import UserError
+from vit_scale.inference.export import export
+from vit_scale.inspect.inspected_run import Subject
+from vit_scale.pretrained import convert
+from vit_scale.training.init_state import check_source, init_state
+from vit_scale.training.program import plan_program
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+TURNED = CLASSES[::-1]
+
+
+def test_the_same_names_in_another_order_are_mapped():
+    assert match(CLASSES, CLASSES) == Match()
+    assert match(CLASSES, ("dog", "cat", "fox", "eel")).outputs == (1, 0, 3, 2)
+    assert match(("b", "c", "a"), ("a", "b", "c")).outputs == (2, 0, 1)
+
+
+def test_folders_may_have_other_names_than_classes():
+    """WordNet ids, shown as words: timm's label_names are the ids."""
+    found = match(("n02", "n01"), ("tench", "goldfish"), ids=("n01", "n02"))
+    assert found.outputs == (1, 0)
+    assert match(("n01", "n02"), ("tench", "goldfish"), ids=("n01", "n02")) == Match()
+
+
+def test_the_first_of_several_names_is_enough():
+    """Hugging Face's ImageNet has all of WordNet's words for a class."""
+    theirs = ("goldfish, Carassius auratus", "tench, Tinca tinca", "Great_White_Shark, white shark")
+    found = match(theirs, ("tench", "great white shark", "goldfish"))
+    assert found.outputs == (1, 2, 0) and "the first of each one's names" in found.line
+    with pytest.raises(UserError):  # two cranes: which is which is not known
+        match(("crane, bird", "crane, machine"), ("crane", "derrick"))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "classes"),
+    [
+        (CLASSES, ("cat", "dog", "eel", "gnu")),
+        (("a", "b"), ("A", "c")),
+        (("a", "a"), ("a", "b")),
+    ],
+)
+def test_other_names_are_refused_with_the_way_to_say_otherwise(outputs, classes):
+    with pytest.raises(UserError) as caught:
+        match(outputs, classes)
+    line = str(caught.value)
+    assert "--config.init.classes=order" in line and "\n" not in line
+    assert match(outputs, classes, "order").outputs is None
+    with pytest.raises(UserError, match=r"init\.classes='name' is unknown; did you mean names"):
+        match(outputs, classes, "name")
+
+
+def test_names_that_occur_twice():
+    """ImageNet has two cranes: in the same order they are told apart, in another they are not."""
+    theirs = ("tench, Tinca tinca", "crane", "crane")
+    assert match(theirs, ("tench", "crane (n02012849)", "crane (n03126707)")) == Match()
+    with pytest.raises(UserError, match=r"in another order, and 'crane' more than once"):
+        match(theirs, ("crane", "tench, Tinca tinca", "crane"))
+
+
+def test_whole_names_go_before_the_first_of_several():
+    """Both are a crane: by their places, each would be taken for the other."""
+    cranes = ("crane, bird", "crane, machine")
+    assert match(cranes, cranes[::-1]).outputs == (1, 0)
+    assert match(("crane", "crane, bird"), ("x", "y"), ids=("crane, bird", "crane")).outputs == (
+        1,
+        0,
+    )
+
+
+def test_an_accent_may_be_a_character_of_its_own():
+    assert match(("caf\u00e9", "bar"), ("bar", "cafe\u0301")).outputs == (1, 0)
+
+
+def test_json_has_every_class():
+    top = [("crane", 0.5), ("tench", 0.3), ("crane", 0.1), ("crane", 0.05)]
+    assert keyed(top) == {"crane": 0.5, "tench": 0.3, "crane (2)": 0.1, "crane (3)": 0.05}
+
+
+def test_where_nobody_named_them_their_order_is_believed_aloud():
+    for outputs, classes in ((("0", "1", "2", "3"), CLASSES), (CLASSES, ("0", "1", "2", "3"))):
+        found = match(outputs, classes)
+        assert found.outputs is None and "assuming that output i is class i" in found.line
+    tens = tuple(sorted(map(str, range(12))))  # folders "0", "1", "10", "11", "2"...
+    assert match(tuple(map(str, range(12))), tens).outputs == tuple(map(int, tens))
+
+
+def test_a_set_is_read_with_the_models_labels():
+    images, labels = random_images(5), np.array([0, 1, 2, 3, 0])
+    mask = np.array([True, True, True, False, True])
+    source = InMemory("turned", images, labels, TURNED, mask)
+    aligned, line = align(source, CLASSES)
+    batch = aligned.read(np.arange(5))
+    assert batch["label"].tolist() == [3, 2, 1, 0, 3] and batch["mask"].tolist() == mask.tolist()
+    assert aligned.classes == CLASSES and len(aligned) == 5 and "another order" in line
+    np.testing.assert_array_equal(batch["image"], images)
+    assert align(source, TURNED) == (source, "")
+    assert align(source, ("a", "b")) == (source, ""), "another number is somebody else's mistake"
+
+
+@pytest.fixture
+def photos(tmp_path) -> pathlib.Path:
+    """Flat grey photos, the brighter the later their class."""
+    for split in ("train", "val"):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            Image.fromarray(np.full((16, 16, 3), 60 * label, np.uint8)).save(folder / "0.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def bright(tmp_path, photos):
+    """bright(names) is a run whose output i is likeliest for photos of brightness i.
+
+    Its outputs have these names.
+    """
+
+    def make(names, order=(0, 1, 2, 3)) -> pathlib.Path:
+        cfg = tiny_config("data.name=folder", f"data.path={photos}", "data.workers=0")
+        params = jax.tree.map(np.zeros_like, random_params(tiny_model()))
+        params["norm"]["bias"][:2] = 1.0  # the features are constant: the bias decides
+        params["head"]["bias"][:] = np.array([0.0, 1.0, 2.0, 3.0])[list(order)]
+        folder = tmp_path / "-".join(names)
+        return write_run(folder, cfg, params, classes=list(names), data={"images": 4})
+
+    return make
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """evaluate(RUN, ...) is what `vit-scale eval RUN --split val --json` says: code, out, err."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        code = cli.main(["eval", *map(str, arguments), "--split", "val", "--json"])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_eval_compares_names(bright, evaluate):
+    """All photos are taken for the output with the highest bias, the last."""
+    code, out, err = evaluate(bright(CLASSES))
+    assert code == 0 and "order" not in err
+    same = json.loads(out)
+    assert same["accuracy"] == 0.25
+    code, out, err = evaluate(bright(TURNED, (3, 2, 1, 0)))
+    assert json.loads(out)["loss"] == pytest.approx(same["loss"], abs=1e-6)
+    assert "photos val: the set has the model's classes in another order" in err
+    other = bright(("cat", "dog", "eel", "gnu"))
+    code, out, err = evaluate(other)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "'gnu' are the model's alone, 'fox' the set's" in err
+    code, out, err = evaluate(other, "--config.init.classes=order")
+    assert code == 0 and "in order: init.classes" in err
+    _, _, err = evaluate(bright(("0", "1", "2", "3")))
+    assert "assuming that output i is class i of the set, cat to fox" in err
+
+
+def test_inspect_compares_names(bright, capsys):
+    subject = Subject(bright(TURNED))
+    batch = subject.open("val").read(np.arange(4))
+    assert batch["label"].tolist() == [3, 2, 1, 0]
+    assert "another order" in capsys.readouterr().err
+    with pytest.raises(UserError, match="'gnu' are the model's alone"):
+        Subject(bright(("cat", "dog", "eel", "gnu"))).open("val")
+
+
+def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
+    run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
+    given = random_params(tiny_model())["head"]
+    for head in ("auto", "keep"):
+        program = plan_program(tiny_config(f"init.source={run}", f"init.head={head}"))
+        check_source(program, TURNED)
+        state = init_state(program, TURNED, quiet=False)
+        np.testing.assert_array_equal(state.params["head"]["kernel"], given["kernel"][:, ::-1])
+        np.testing.assert_array_equal(state.params["head"]["bias"], given["bias"][::-1])
+        assert "kept, in the order of the set's classes" in capsys.readouterr().out
+    others = ("cat", "dog", "eel", "gnu")
+    with pytest.raises(UserError, match=r"init\.head=keep: the model's classes are not the set's"):
+        check_source(program, others)
+    program.cfg.init.head = "auto"
+    state = init_state(program, others, quiet=False)
+    assert not np.any(state.params["head"]["kernel"])
+    assert "new: the classes differ" in capsys.readouterr().out
+    program.cfg.init.head, program.cfg.init.classes = "keep", "order"
+    state = init_state(program, others, quiet=False)
+    np.testing.assert_array_equal(state.params["head"]["kernel"], given["kernel"])
+
+
+def test_a_head_that_nobody_named_is_kept_aloud(tmp_path, capsys):
+    run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
+    export(run, "safetensors-timm", tmp_path / "timm")
+    (tmp_path / "timm" / "config.json").unlink()
+    source = f"init.source={tmp_path / 'timm'}"
+    program = plan_program(tiny_config(source))
+    init_state(program, TURNED, quiet=False)
+    printed = capsys.readouterr().out
+    assert "assuming that output i is class i of the set, fox to cat" in printed
+    assert "classes are numbered 0 to 3" in printed
+
+
+def test_classes_of_others_in_another_order(tmp_path, photos):
+    """Through a folder of Hugging Face whose outputs are turned around, and back."""
+    cfg = tiny_config("data.name=folder", f"data.path={photos}")
+    run = write_run(tmp_path / "run", cfg, random_params(tiny_model()), data={"images": 4})
+    export(run, "safetensors-hf", tmp_path / "hf")
+    file = tmp_path / "hf/config.json"
+    content = json.loads(file.read_text())
+    content["id2label"] = {str(i): name for i, name in enumerate(TURNED)}
+    file.write_text(json.dumps(content))
+    made, _ = convert(tmp_path / "hf", tmp_path / "back")
+    assert made.classes == TURNED
+    cfg = config.override(made.cfg, ["data.name=folder", f"data.path={photos}"])
+    source, line = align(open_split(cfg.data, "val"), made.classes)
+    assert source.read(np.arange(4))["label"].tolist() == [3, 2, 1, 0] and line

@@ -1,0 +1,166 @@
+"""hosts: processes that find each other, agree, and raise what one of them raises."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from vit_scale.distributed import multihost
+from vit_scale.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# What each process saw, as JSON; `number` is its own.
+PROGRAM = """
+import json, os, pathlib, sys
+from vit_scale.distributed import multihost
+from vit_scale.errors import UserError
+
+number, folder = int(os.environ["SLURM_PROCID"]), pathlib.Path(sys.argv[1])
+multihost.join(wait=60)
+seen = {"several": multihost.is_several(), "first": multihost.is_first()}
+seen["agreed"] = multihost.agree({"from": number, "long": "x" * 5000 + "\u00e9"})
+seen["nothing"] = multihost.agree(None)
+
+def attempt(action):
+    try:
+        with multihost.together():
+            return action()
+    except Exception as error:
+        return [type(error).__name__, str(error), getattr(error, "code", None)]
+
+def fail_on(which, error):
+    if number == which:
+        raise error
+    return "fine"
+
+seen["mistake"] = attempt(lambda: fail_on(1, UserError("no such split", 2)))
+seen["defect"] = attempt(lambda: fail_on(2, KeyError("heads")))
+seen["long"] = attempt(lambda: fail_on(0, UserError("y" * 5000 + "\\nsecond line")))
+seen["well"] = attempt(lambda: fail_on(7, UserError("nobody")))
+
+def share(name):
+    (folder / name).mkdir(exist_ok=True)
+    multihost.check_shared(folder / name)
+    return sorted(path.name for path in (folder / name).iterdir())
+
+seen["shared"] = attempt(lambda: share("all"))
+seen["apart"] = attempt(lambda: share(f"of-{number // 2}"))
+multihost.check_alike({"seed": (1, 2)})
+try:
+    multihost.check_alike({"seed": 0, "lr": 1e-3 if number == 1 else 1e-2})
+except UserError as error:
+    seen["unlike"] = str(error)
+(folder / f"seen-{number}.json").write_text(json.dumps(seen))
+if number == 1:
+    multihost.leave(9)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> list[dict]:
+    """Of three processes, which SLURM's variables tell of each other; the second then fails."""
+    folder = tmp_path_factory.mktemp("hosts")
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    cluster = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "3",
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder)],
+            env={**os.environ, **cluster, "SLURM_PROCID": str(number)},
+        )
+        for number in range(3)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 9, 0]
+    return [json.loads((folder / f"seen-{n}.json").read_text()) for n in range(3)]
+
+
+def test_a_cluster_tells_processes_of_each_other(seen):
+    assert [found["several"] for found in seen] == [True] * 3
+    assert [found["first"] for found in seen] == [True, False, False]
+
+
+def test_all_agree_with_process_0(seen):
+    assert [found["agreed"] for found in seen] == [{"from": 0, "long": "x" * 5000 + "é"}] * 3
+    assert [found["nothing"] for found in seen] == [None] * 3
+
+
+def test_what_one_raises_all_raise(seen):
+    own, others = ["UserError", "no such split", 2], ["UserError", "process 1: no such split", 2]
+    assert [found["mistake"] for found in seen] == [others, own, others]
+    own, others = ["KeyError", "'heads'", None], ["UserError", "process 2: 'heads'", 1]
+    assert [found["defect"] for found in seen] == [others, others, own]
+    assert [found["well"] for found in seen] == ["fine"] * 3
+
+
+def test_a_long_line_is_cut_for_the_others(seen):
+    assert seen[0]["long"][1].startswith("y" * 5000)
+    kind, line, code = seen[1]["long"]
+    assert (kind, code) == ("UserError", 1)
+    assert line.startswith("process 0: yyyy") and 500 < len(line) < 1000 and "\n" not in line
+
+
+def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
+    assert [found["shared"] for found in seen] == [[]] * 3  # nothing is left in it
+    lines = [found["apart"][1] for found in seen]
+    assert all("is not the same folder on process 2 and on process 0" in line for line in lines)
+    assert all("such as gs://bucket/run or NFS" in line for line in lines)
+
+
+def test_a_host_that_would_train_something_else_is_refused_by_all(seen):
+    line = (
+        "hosts disagree: process 1 would train something else than process 0 (lr is 0.001, there "
+        "0.01): start the same command, code and data on every host"
+    )
+    assert [found["unlike"] for found in seen] == [f"process 1: {line}", line, f"process 1: {line}"]
+
+
+def test_alone_everything_is_as_it_was():
+    multihost.join()
+    assert not multihost.is_several() and multihost.is_first()
+    assert multihost.agree({"any": object}) == {"any": object}
+    with pytest.raises(KeyError), multihost.together():
+        raise KeyError
+    multihost.leave(3)  # returns
+    multihost.check_shared(pathlib.Path("/nowhere"))
+    multihost.check_alike({"seed": object})
+
+
+@pytest.mark.parametrize("given", [("h:1", None, None), (None, 2, 0), ("h:1", 2, None)])
+def test_the_flags_belong_together(given):
+    with pytest.raises(UserError, match="belong together") as caught:
+        multihost.join(*given)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("process", "code", "line"),
+    [
+        (0, 1, "vit-scale: the 2 processes did not all meet within 3 s; start the same command"),
+        (1, 1, "vit-scale: the 2 processes did not all meet within 3 s; start the same command"),
+        (2, 2, "vit-scale: --process 2, --processes 2: process_id and num_processes must be"),
+    ],
+)
+def test_a_missing_process_is_an_error_after_the_stated_time(run_cli, process, code, line):
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    where = ("--coordinator", f"localhost:{port}", "--processes", 2, "--process", process)
+    done = run_cli("train", "--config", "quickstart", *where, "--wait", 3)
+    assert done.returncode == code
+    said = [text for text in done.stderr.splitlines() if text.startswith("vit-scale")]
+    assert len(said) == 1 and said[0].startswith(line)
+    assert "Traceback" not in done.stderr and "stack trace" not in done.stderr

@@ -1,0 +1,154 @@
+"""predict: a run's folder is a function of images, with the preprocessing of its evaluation."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.special import softmax
+
+import vit_scale
+from tests.helpers.tiny import (
+    CLASSES,
+    random_images,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
+from vit_scale import config
+from vit_scale.augment.view import View
+from vit_scale.data import InMemory, describe
+from vit_scale.distributed.mesh import make_mesh
+from vit_scale.errors import UserError
+from vit_scale.inference.predictor import Predictor, read_image
+from vit_scale.inspect.inspected_run import Subject
+from vit_scale.inspect.samples import of_folder
+from vit_scale.runs.run_folder import read_json
+from vit_scale.training.evaluator import Evaluate
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+NORMALISED = ("augment.mean=(0.4, 0.5, 0.6)", "augment.std=(0.2, 0.25, 0.3)")
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory) -> Predictor:
+    cfg = tiny_config(*NORMALISED)
+    return vit_scale.load(
+        write_run(tmp_path_factory.mktemp("run"), cfg, random_params(tiny_model()))
+    )
+
+
+def test_probabilities_are_the_softmax_of_the_normalised_image(predictor):
+    images = random_images(3)
+    pixels = (images / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
+    logits = jax.jit(tiny_model().apply)(random_params(tiny_model()), pixels.astype(np.float32))
+    found = predictor(images)
+    np.testing.assert_allclose(found, softmax(logits, -1), atol=1e-5)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    assert np.ptp(found) > 0.05
+
+
+def test_it_says_what_it_is(predictor):
+    assert (predictor.classes, predictor.step, predictor.size) == (CLASSES, 5, (16, 16))
+    assert predictor.cfg.augment.mean == (0.4, 0.5, 0.6)
+    np.testing.assert_array_equal(predictor.params["cls"], random_params(tiny_model())["cls"])
+
+
+def test_images_of_other_sizes_are_resized(predictor):
+    small = random_images(2, (4, 4))
+    large = small.repeat(10, 1).repeat(10, 2)  # 40 x 40, of flat squares
+    assert predictor(large).shape == (2, len(CLASSES))
+    flat = np.full((1, 40, 24, 3), 77, np.uint8)
+    np.testing.assert_allclose(predictor(flat), predictor(flat[:, :16, :16]), atol=1e-5)
+
+
+def test_top_is_ordered_and_named(predictor, tmp_path):
+    file = tmp_path / "image.png"
+    Image.fromarray(random_images(1)[0]).save(file)
+    probabilities = dict(zip(CLASSES, predictor(random_images(1))[0], strict=True))
+    found = predictor.top(file, 3)
+    assert [name for name, _ in found] == sorted(CLASSES, key=probabilities.get, reverse=True)[:3]
+    np.testing.assert_allclose(
+        [p for _, p in found], sorted(probabilities.values())[:0:-1], atol=1e-6
+    )
+    assert len(predictor.top(str(file))) == len(CLASSES), "5 of 4 classes are 4"
+
+
+def test_a_file_is_cut_to_the_centre(tmp_path):
+    """32 x 64 px to 16 x 16: halved, then 8 of the columns go on each side."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:, 16:48] = 200
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    for fit in ("shorter", "cover"):
+        found = read_image(tmp_path / "wide.png", (16, 16), View(fit, 1.0, "train"))
+        assert found.shape == (16, 16, 3) and (found[:, 2:-2] == 200).all()
+
+
+@pytest.mark.parametrize(
+    ("stored", "overrides"),
+    [
+        ((32, 32), ()),
+        ((20, 27), ("data.name=folder", "data.load=20", "data.width=64")),
+        ((52, 52), ("data.name=fractal", "data.fractal.resolution=52")),
+    ],
+    ids=["cifar10", "folder", "fractal"],
+)
+def test_a_file_gets_the_probabilities_of_its_evaluation(stored, overrides, tmp_path):
+    """Also where the stored images are smaller or larger than what the model sees, 48 px."""
+    overrides = ("data.resolution=48", *overrides)
+    cfg, model = tiny_config(*overrides), tiny_model(*overrides)
+    images, labels = random_images(3, stored), np.array([0, 1, 3])
+    source = InMemory("stored", images, labels, CLASSES)
+    run = write_run(tmp_path / "run", cfg, random_params(model), data=describe(source))
+    (tmp_path / "images").mkdir()
+    for image, label in zip(images, labels, strict=True):
+        Image.fromarray(image).save(tmp_path / "images" / f"{label}.png")
+    predictor, evaluate = vit_scale.load(run), Evaluate(cfg, model, make_mesh(cfg.mesh))
+    for image, label in zip(images, labels, strict=True):
+        measured = evaluate(predictor.params, InMemory("one", image[None], [label], CLASSES))
+        said = dict(predictor.top(tmp_path / "images" / f"{label}.png"))[CLASSES[label]]
+        np.testing.assert_allclose(said, np.exp(-measured["loss"]), rtol=1e-5)
+    subject = Subject(run)
+    looked = of_folder(str(tmp_path / "images"), subject.stored, subject.view)
+    np.testing.assert_array_equal(looked.images, images, "inspect --images")
+
+
+def test_a_run_that_was_trained_with_cudnn_is_a_model_without_a_gpu(tmp_path):
+    overrides = ("model.dtype=bfloat16", "model.pool=map")
+    params = random_params(tiny_model(*overrides))
+    cudnn, xla = (
+        write_run(tmp_path / kind, tiny_config(*overrides, f"model.attention={kind}"), params)
+        for kind in ("cudnn", "xla")
+    )
+    predictor = vit_scale.load(cudnn)
+    images = random_images(3)
+    np.testing.assert_array_equal(predictor(images), vit_scale.load(xla)(images))
+    source = InMemory("three", images, np.array([0, 1, 3]), CLASSES)
+    evaluate = Evaluate(predictor.cfg, predictor.model, make_mesh(predictor.cfg.mesh))
+    assert evaluate(predictor.params, source)["n"] == 3
+    looked = Subject(cudnn).maps(images)["heads"]
+    np.testing.assert_array_equal(looked, Subject(xla).maps(images)["heads"])
+    assert read_json(cudnn / "run.json")["config"]["model"]["attention"] == "cudnn"
+
+
+def test_a_run_of_before_a_field_was_removed_is_a_model(predictor, tmp_path, monkeypatch):
+    monkeypatch.setitem(config.REMOVED, "model.fused", "all kernels are apart")
+    old = config.to_json(tiny_config(*NORMALISED))
+    old["model"]["fused"] = True
+    run = write_run(tmp_path, predictor.cfg, predictor.params, config=old)
+    found = vit_scale.load(run)(random_images(2))
+    np.testing.assert_array_equal(found, predictor(random_images(2)))
+
+
+def test_unreadable_images_are_one_line(predictor, tmp_path):
+    with pytest.raises(UserError, match=r"none\.png can't be opened: No such file"):
+        predictor.top(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(UserError, match=r"image .*text\.png can't be decoded: "):
+        predictor.top(tmp_path / "text.png")
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is neither the folder of a run"):
+        vit_scale.load(tmp_path)

@@ -1,0 +1,503 @@
+"""inspect: from run folders to a page that needs nothing else, and what it says of them."""
+
+import base64
+import dataclasses
+import html.parser
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import colour_coded
+from tests.helpers.tiny import (
+    CLASSES,
+    random_batch,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
+from vit_scale import cli, pretrained
+from vit_scale.errors import UserError
+from vit_scale.inspect import inspect
+from vit_scale.inspect.attention import mean_distance, patch_distances
+from vit_scale.models import layers, position_embeddings
+from vit_scale.training.program import jit_train_step, plan_program
+
+pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+from vit_scale.inspect import embeddings, plots, report, samples, sections  # noqa: E402
+from vit_scale.inspect.inspected_run import Subject  # noqa: E402
+
+N = 20  # images to evaluate on
+PICTURES = {
+    "curves", "attention-heads", "attention-blocks", "rollout", "attention-distance", "patches",
+    "positions", "filters", "confusion", "mistakes", "calibration",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> pathlib.Path:
+    """`val/CLASS/*.png`, 20 images of 20 x 20 px, and as many in `train`."""
+    top = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        for index, (image, label) in enumerate(colour_coded(N, len(CLASSES), 20, seed=3)):
+            file = top / split / CLASSES[label] / f"{index:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+    return top
+
+
+def run_of(folder, images, *overrides: str, seed=0) -> pathlib.Path:
+    """A finished run at step 5, with curves, whose parameters are random."""
+    fields = (f"data.path={images}", "data.name=folder", "eval.final=test", "data.workers=0")
+    cfg = tiny_config(*fields, *overrides)
+    model = tiny_model(*fields, *overrides)
+    write_run(folder, cfg, random_params(model, seed))
+    rows = [{"step": s, "train/loss": 3 - s / 5, "images_per_second": 40 + s} for s in range(1, 6)]
+    rows.append({"step": 5, "eval/loss": 2.5, "eval/accuracy": 0.25, "eval/n": N})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "report.json").write_text('{"devices": {"kind": "abacus", "count": 3}}')
+    return folder
+
+
+class Made(NamedTuple):
+    """Two runs, the second fine-tuned from the first at a larger resolution, and their report."""
+
+    small: pathlib.Path
+    large: pathlib.Path
+    folder: pathlib.Path
+    content: dict
+    figures: dict  # by the file of the picture
+    published: list
+
+
+@pytest.fixture(scope="module")
+def made(images, tmp_path_factory, quick_compile) -> Iterator[Made]:
+    top = tmp_path_factory.mktemp("runs")
+    small = run_of(top / "small", images, "model.scan=True")
+    large = run_of(top / "large", images, f"init.source={small}", "data.resolution=24",
+                   "data.width=32", "model.scan=False", "model.pool=gap", seed=1)  # fmt: skip
+    figures, published = {}, []
+
+    def draw(shown, plain=report.draw):
+        for section in shown:
+            for picture in section.pictures():
+                figures[report.file_name(section, picture)] = picture.figure
+        return plain(shown)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, count in (
+            (sections, "ROWS", 2),
+            (sections, "WORST", 6),
+            (samples, "SHOWN", 4),
+        ):
+            patch.setattr(module, name, count)  # tiles are what takes the time to draw
+        patch.setattr(report, "draw", draw)
+        patch.setattr(report, "publish", lambda *given: published.append(given))
+        content = inspect([str(small), str(large)], out=str(top / "out"), wandb=True)
+        yield Made(small, large, top / "out", content, figures, published)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are made, and stay blank: drawing them takes most of a report's time."""
+    monkeypatch.setattr(plots, "draw", lambda figure: np.zeros((2, 2, 3), np.uint8))
+
+
+class Page(html.parser.HTMLParser):
+    """What an HTML file refers to, and its text."""
+
+    def __init__(self, file: pathlib.Path):
+        super().__init__()
+        self.references, self.tags, self.text, self.open = [], [], "", []
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+        names = ("src", "href", "srcset", "data", "action", "poster", "style")
+        self.references += [value for name, value in attributes if name in names]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# The page
+
+
+def test_the_page_needs_nothing_beside_it(made):
+    page = Page(made.folder / "index.html")
+    assert made.content["page"] == str(made.folder / "index.html")
+    inlined = [link for link in page.references if not link.startswith("#")]
+    assert len(inlined) == len(list(made.folder.glob("*.png"))) == 2 * len(PICTURES) + 2
+    beside = {file.read_bytes() for file in made.folder.glob("*.png")}
+    for link in inlined:
+        kind, data = link.split(",", 1)
+        assert kind == "data:image/png;base64"
+        png = base64.b64decode(data, validate=True)
+        assert png in beside
+        with Image.open(io.BytesIO(png)) as image:
+            image.load()
+            assert min(image.size) > 100
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.open == [], "every element is closed"
+    assert not re.search(r"url\(|@import|https?://", page.text)
+
+
+def browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(not browser(), reason="no Chromium here; the page is parsed above")
+def test_a_browser_shows_every_picture(made, tmp_path):
+    """A script, added to a copy, says what the browser has decoded and laid out."""
+    script = (
+        "<script>onload = () => { document.body.dataset.shown = [...document.images].filter("
+        "i => i.complete && i.naturalWidth > 100 && i.getBoundingClientRect().height > 100).length;"
+        " }</script></body>"
+    )
+    copy = tmp_path / "page.html"
+    copy.write_text((made.folder / "index.html").read_text().replace("</body>", script))
+    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={tmp_path / 'profile'}", copy.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f'data-shown="{2 * len(PICTURES) + 2}"' in done.stdout, done.stderr[-2000:]
+
+
+def test_there_is_every_picture_of_every_run(made):
+    names = {file.stem for file in made.folder.glob("*.png")}
+    expected = {f"{run}-{picture}" for run in ("small", "large") for picture in PICTURES}
+    assert names == expected | {"comparison-curves", "comparison-measures"}
+
+
+def test_every_picture_says_its_step_and_its_n(made):
+    alone = ("curves", "positions", "measures")  # where nothing is averaged
+    for name, figure in made.figures.items():
+        title = figure.get_suptitle()
+        assert "step 5" in title, name
+        if not name.endswith(alone):
+            assert re.search(r"n = \d+ (images of \S+ val|filters|of \S+ val)$", title), title
+    assert "n = 20 images" in made.figures["small-confusion"].get_suptitle()
+    assert "n = 16 filters" in made.figures["small-filters"].get_suptitle()
+
+
+def test_the_numbers_are_those_of_eval(made, capsys):
+    for run, row in zip((made.small, made.large), made.content["runs"], strict=True):
+        assert cli.main(["eval", str(run), "--json"]) == 0
+        expected = json.loads(capsys.readouterr().out)
+        assert (row["n"], row["step"], row["accuracy"]) == (N, 5, expected["accuracy"])
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert json.loads((made.folder / "numbers.json").read_text()) == made.content
+    assert made.content["notes"] == []
+
+
+def test_runs_are_compared_image_by_image(made):
+    small, large = (Subject(str(run)) for run in (made.small, made.large))
+    right = [subject.predict(subject.open("test")).right for subject in (small, large)]
+    text = " ".join(Page(made.folder / "index.html").text.split())
+    both, only, other = (right[0] & right[1]), (right[0] & ~right[1]), (right[1] & ~right[0])
+    cells = "".join(str(hits.sum()) for hits in (both, only, other))
+    assert f"large5{cells}{N - (right[0] | right[1]).sum()}{N}" in text
+    assert [row["images_per_second"] for row in made.content["runs"]] == [43, 43], "the median"
+    widths = [bar.get_width() for bar in made.figures["comparison-measures"].axes[0].patches]
+    assert widths == [100 * row["accuracy"] for row in made.content["runs"]]
+    assert "43 on 3 x abacus" in text
+
+
+def test_the_same_pictures_go_to_weights_and_biases(made):
+    assert [given[0] for given in made.published] == [made.small, made.large]
+    for name, (_, project, title, shown, values) in zip(
+        ("small", "large"), made.published, strict=True
+    ):
+        assert (project, title) == ("vit_scale", "tiny")
+        assert set(shown) == {
+            *(f"inspect/{picture}" for picture in PICTURES),
+            "inspect/comparison-curves",
+            "inspect/comparison-measures",
+        }
+        with Image.open(made.folder / f"{name}-rollout.png") as image:
+            np.testing.assert_array_equal(np.asarray(image)[..., :3], shown["inspect/rollout"])
+        assert values["inspect/n"] == N and values["inspect/step"] == 5
+
+
+# What the pictures show
+
+
+def arrays(figure) -> list[np.ndarray]:
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def weights_of(subject: Subject, images) -> jax.Array:
+    """Every weight of every block, [l, b, k, n, n]."""
+    pixels = 2 * jnp.asarray(subject.see(images)) - 1
+    return jax.jit(lambda x: subject.model.attention(subject.params, x, lambda w: w)[0])(pixels)
+
+
+@pytest.mark.parametrize(("run", "blocks", "heads"), [("small", 2, 2), ("large", 2, 2)])
+def test_maps_are_the_model_s_weights(made, run, blocks, heads):
+    """Of [CLS], or the mean over tokens; as multiples of uniform attention, on the patch grid."""
+    subject = Subject(str(getattr(made, run)))
+    shown = report.choose(subject, subject.open("test"), None).shown()
+    assert sorted(shown.names) == sorted(CLASSES), "one of each"
+    weights = weights_of(subject, shown.images)
+    rows = weights[:, :, :, 0, 1:] if run == "small" else weights.mean(axis=3)
+    expected = np.asarray(rows * weights.shape[-1]).reshape(blocks, -1, heads, *subject.grid)
+    tiles = arrays(made.figures[f"{run}-attention-heads"])
+    for image in range(sections.ROWS):
+        for head in range(heads):
+            tile = tiles[image * (heads + 1) + head + 1]
+            np.testing.assert_allclose(tile, expected[-1, image, head], atol=1e-4)
+    tiles = arrays(made.figures[f"{run}-attention-blocks"])
+    np.testing.assert_allclose(tiles[1], expected[0, 0].mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(tiles[2], expected[1, 0].mean(axis=0), atol=1e-4)
+    assert np.ptp(tiles[1]) > 0.01
+
+
+def test_rollout_sums_to_one_share_for_each_token(made):
+    subject = Subject(str(made.large))
+    maps = subject.maps(report.choose(subject, subject.open("test"), None).images)["rollout"]
+    assert maps.shape == (N, *subject.grid)
+    np.testing.assert_allclose(maps.mean(axis=(1, 2)), 1, atol=1e-5)  # without [CLS]
+    tiles = arrays(made.figures["large-rollout"])
+    assert tiles[0].shape == (24, 32, 3) and tiles[4].shape == (3, 4)
+
+
+def test_distances_are_averaged_over_every_image(made):
+    """20 images in batches of 8: padding counts nowhere."""
+    subject = Subject(str(made.small))
+    images = report.choose(subject, subject.open("test"), None).images
+    found = subject.distances(images)
+    between = patch_distances((2, 2), (8, 8))
+    expected = mean_distance(weights_of(subject, images), between).mean(axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    (axes,) = made.figures["small-attention-distance"].axes
+    heads, mean, _ = axes.get_lines()
+    np.testing.assert_allclose(np.sort(heads.get_ydata()), np.sort(found.ravel()), rtol=1e-5)
+    np.testing.assert_allclose(mean.get_ydata(), found.mean(axis=1), rtol=1e-5)
+    assert heads.get_ydata().max() < 16 * np.sqrt(2)
+
+
+def test_positions_before_and_after_resampling(made):
+    before = np.asarray(Subject(str(made.small)).params["posemb"])
+    after = np.asarray(Subject(str(made.large)).params["posemb"])
+    tables = (before, np.asarray(position_embeddings.resample(before, (3, 4), "cubic")), after)
+    figure = made.figures["large-positions"]
+    for axes, table in zip(figure.axes, tables, strict=False):
+        expected = embeddings.mosaic(embeddings.similarity(table))
+        shown = np.ma.filled(axes.images[0].get_array(), np.nan)
+        np.testing.assert_allclose(shown, expected, atol=1e-6)
+    titles = [axes.get_title() for axes in figure.axes[:3]]
+    assert titles[0] == "before: small, step 5: 2 x 2"
+    assert titles[1] == "resampled (cubic), step 0: 3 x 4"
+    assert len(arrays(made.figures["small-positions"])) == 1
+
+
+def test_an_image_is_cut_into_the_patches_that_the_model_sees(made):
+    subject = Subject(str(made.large))
+    stored, seen, cut = arrays(made.figures["large-patches"])
+    assert stored.shape[:2] == (24, 32), "decoded at the model's size"
+    assert cut.shape == (3 * 9 - 1, 4 * 9 - 1, 3)
+    np.testing.assert_allclose(cut[9:17, 18:26], seen[8:16, 16:24])
+    np.testing.assert_allclose(seen, subject.see(stored[None].astype(np.uint8))[0], atol=1e-6)
+
+
+def test_curves_are_drawn_as_written(made):
+    loss = made.figures["small-curves"].axes[0]
+    train, evaluation = loss.get_lines()
+    assert list(train.get_xdata()) == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(train.get_ydata(), [2.8, 2.6, 2.4, 2.2, 2.0])
+    assert (list(evaluation.get_xdata()), list(evaluation.get_ydata())) == ([5], [2.5])
+
+
+def test_mistakes_are_shown_with_what_was_said(made):
+    subject = Subject(str(made.small))
+    found = subject.predict(subject.open("test"))
+    shown = [axes for axes in made.figures["small-mistakes"].axes if axes.images]
+    assert len(shown) == 6 < (~found.right).sum()
+    first = np.flatnonzero(~found.right)[found.losses[~found.right].argmax()]
+    said, true = found.said[first], found.labels[first]
+    assert shown[0].get_title().startswith(f"said {CLASSES[said]} ")
+    assert f"true {CLASSES[true]} " in shown[0].get_title()
+    matrix = np.asarray(made.figures["small-confusion"].axes[0].images[0].get_array())
+    np.testing.assert_allclose(matrix.sum(axis=1), 1)
+
+
+def test_many_heads_blocks_classes_and_odd_names_are_drawn():
+    """16 heads, 300 classes, one image, and a name that is no HTML: nothing overflows or raises."""
+    maps = np.random.RandomState(0).rand(1, 13, 24, 24)
+    image = np.zeros((384, 384, 3))
+    names = [f"head {i}" for i in range(13)]
+    drawn = plots.draw(plots.attention([image], ["<b>&"], names, maps, "a title"))
+    assert drawn.dtype == np.uint8 and np.ptp(drawn) > 100
+    classes = [f"class {i}" for i in range(300)]
+    figure = plots.confusion(np.eye(300, dtype=int), classes, "a title")
+    assert plots.draw(figure).shape[2] == 3
+
+
+# Where something is missing
+
+
+def test_a_model_without_attention_gets_the_rest(made, undrawn, tmp_path, monkeypatch):
+    def without(source, read=pretrained.read):
+        given = read(source)
+        return given._replace(model=dataclasses.replace(given.model, attention=None))
+
+    monkeypatch.setattr(pretrained, "read", without)
+    content = inspect([str(made.small)], out=str(tmp_path))
+    assert any("This model has no attention" in note for note in content["notes"])
+    names = {file.stem for file in tmp_path.glob("*.png")}
+    assert names == {"curves", "filters", "confusion", "mistakes", "calibration"}
+    assert "This model has no attention" in Page(tmp_path / "index.html").text
+
+
+def test_without_data_and_source_a_run_is_still_looked_at(made, undrawn, images, tmp_path):
+    run = shutil.copytree(made.large, tmp_path / "moved <i>&amp;")
+    text = (run / "run.json").read_text()
+    assert str(images) in text
+    step = run / "checkpoints" / "5"
+    gone = [f"data.path={tmp_path / 'gone'}", f"init.source={tmp_path / 'gone'}"]
+    with pytest.raises(UserError, match="gone"):
+        inspect([str(step)], overrides=gone)  # what was asked for is not there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Subject, "open", lambda self, split: refuse())
+        patch.setattr(sections.pretrained, "read", _without_source(pretrained.read, run))
+        content = inspect([str(step)], images=str(images / "val" / "cat"))
+    notes = " ".join(content["notes"])
+    assert "split test can't be opened: no such set" in notes
+    assert "What the run was fine-tuned from can't be read: it is gone" in notes
+    folder = run / "inspect"
+    assert content["page"] == str(folder / "index.html")
+    assert {file.stem for file in folder.glob("*.png")} == PICTURES - {
+        "confusion", "mistakes", "calibration",
+    }  # fmt: skip
+    assert content["runs"][0]["accuracy"] is None and content["runs"][0]["n"] == 0
+    assert "moved <i>&amp;" in Page(folder / "index.html").text, "escaped"
+
+
+def refuse():
+    raise UserError("no such set")
+
+
+def _without_source(read, run):
+    def reading(source):
+        if pathlib.Path(source).is_relative_to(run):
+            return read(source)
+        raise UserError("it is gone")
+
+    return reading
+
+
+def test_images_of_a_folder_are_looked_at(made, images, tmp_path):
+    subject = Subject(str(made.small))
+    found = report.choose(subject, None, str(images))
+    assert found.images.shape == (2 * N, 16, 16, 3) and found.source == str(images)
+    assert "00" in found.names
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "note.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"--images .*empty has no image; .*\.txt 1"):
+        report.choose(subject, None, str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="can't be read: No such file"):
+        report.choose(subject, None, str(tmp_path / "none"))
+
+
+def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, capsys):
+    for name in list(sys.modules):
+        if re.match(r"matplotlib\b|vit_scale\.inspect\.", name):
+            monkeypatch.delitem(sys.modules, name)
+    for name in ("report", "sections", "comparison", "pictures"):
+        monkeypatch.delattr(f"vit_scale.inspect.{name}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["inspect", str(made.small)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err == (
+        "vit-scale: inspect draws with matplotlib, which is not here: "
+        "launch/environment.sh inspect in a clone, or pip install matplotlib\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--split", "tset"], "split 'tset' is unknown; valid: train, test"),
+        (["RUN", "--config.data.path=nowhere"], "nowhere"),
+        (["RUN", "nowhere"], "nowhere is neither the folder of a run"),
+        (["RUN", "--images", "nowhere"], "--images nowhere can't be read: No such file"),
+        (["RUN", "--config.data.patch=1"], "no config field is named 'data.patch'"),
+        (["OPEN", "--wandb"], "finished run, and .* has not ended"),
+        ([], "the following arguments are required: RUN"),
+    ],
+)
+def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    opened = shutil.copytree(made.small, tmp_path / "opened")
+    (opened / "report.json").unlink()
+    places = {"RUN": str(made.small), "OPEN": str(opened)}
+    before = sorted(os.listdir(made.small))
+    assert cli.main(["inspect", *(places.get(word, word) for word in arguments)]) > 0
+    out, err = capsys.readouterr()
+    assert out == "" and re.search(message, err) and err.count("\n") == 1
+    assert sorted(os.listdir(made.small)) == before, "nothing is written"
+
+
+def test_the_command_prints_a_table_and_the_page(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "report", lambda *given: made.content | {"given": given})
+    arguments = ["inspect", "a", "b", "--images", "c", "--split", "test", "--out", "d", "--wandb"]
+    assert cli.main([*arguments, "--config.data.workers=0", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["given"] == [["a", "b"], "c", "test", "d", ["data.workers=0"], True]
+    assert cli.main(["inspect", "a"]) == 0
+    header, *rows, page = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", header)[:5] == ["run", "step", "evaluated on", "n", "accuracy"]
+    assert len(rows) == 2 and page == str(made.folder / "index.html")
+    assert f"{100 * made.content['runs'][0]['accuracy']:.2f} %" in rows[0]
+
+
+def test_two_runs_of_one_name_are_told_apart(made, tmp_path):
+    other = shutil.copytree(made.small, tmp_path / "small")
+    subjects = [Subject(str(run)) for run in (made.small, other, made.large)]
+    report.name_apart(subjects)
+    names = [subject.name for subject in subjects]
+    assert len(set(names)) == 3 and names[2] == "large"
+    assert all("/" not in name and name.endswith("small-5") for name in names[:2])
+
+
+# Training
+
+
+def test_training_knows_nothing_of_it(made, monkeypatch):
+    """The step is the same program after a look inside, and never asks for weights to show."""
+    program = plan_program(tiny_config())
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
+
+    def lowered() -> str:
+        return jit_train_step(program).lower(program.state, batch).as_text()
+
+    Subject(str(made.small)).distances(np.zeros((1, 16, 16, 3), np.uint8))
+    before = lowered()
+    for module in (layers.Attention, layers.AttentionPool):
+        monkeypatch.setattr(module, "weights", None)
+    monkeypatch.setattr(layers, "weights", None)
+    monkeypatch.setattr(type(program.model), "attention", None)
+    assert lowered() == before
+    n = program.model.shape.tokens
+    exponentials = re.findall(rf"stablehlo.exponential .*tensor<8x2x{n}x{n}xf32>", before)
+    assert len(exponentials) == 1, "one softmax in the scanned block, and none to look at"

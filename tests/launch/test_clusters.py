@@ -1,0 +1,201 @@
+"""launch/slurm.sbatch with fakes of SLURM, and the manifest of launch/gke.py."""
+
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.helpers.fake_cloud import ROOT, machine, script
+
+# srun runs the command once; SIGTERM to itself it does not pass on: it ends the step, with SIGKILL.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "$1" >>"$LOG"; shift; done
+"$@" &
+echo $! >"$LOG.step"
+trap 'kill -KILL $!' TERM
+wait $!
+code=$?
+while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
+exit $code
+"""
+TRAINER = """#!/bin/bash
+echo "vit-scale $*" >>"$LOG"
+echo "key ${KEY:-none} devices ${JAX_LOCAL_DEVICE_IDS:-none}" >>"$LOG"
+trap 'echo saved >>"$LOG"; exit 42' TERM
+if [[ -n ${WAIT:-} ]]; then touch "$WAIT"; for i in $(seq 400); do sleep 0.05; done; fi
+exit "${TRAINER:-0}"
+"""
+
+
+class Slurm:
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.root = folder, folder / "a clone"
+        self.log, self.bin = folder / "log", folder / "bin"
+        for part in (self.root / "launch", self.root / ".venv" / "bin", self.bin):
+            part.mkdir(parents=True)
+        script(self.root / "launch" / "environment.sh", '#!/bin/bash\necho "env $*" >>"$LOG"\n')
+        script(self.root / ".venv" / "bin" / "vit-scale", TRAINER)
+        script(self.bin / "srun", SRUN)
+        script(self.bin / "scontrol", '#!/bin/bash\necho "scontrol $*" >>"$LOG"\n')
+
+    def start(self, *words: str, **variables: str) -> subprocess.Popen:
+        environment = {
+            "PATH": f"{self.bin}:{machine()}",
+            "HOME": str(self.folder),
+            "LOG": str(self.log),
+            "SLURM_SUBMIT_DIR": str(self.root),
+            "SLURM_JOB_ID": "7",
+            **variables,
+        }
+        command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *words]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *words: str, **variables: str) -> tuple[int, str]:
+        process = self.start(*words, **variables)
+        _, err = process.communicate(timeout=60)
+        return process.returncode, err
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def slurm(tmp_path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+def test_slurm_runs_one_task_per_node(slurm):
+    file = slurm.folder / ".vit_scale" / "secrets.env"
+    file.parent.mkdir()
+    file.write_text("KEY='a b'\n")
+    assert slurm.run("--config", "x")[0] == 65, "others can read it"
+    file.chmod(0o600)
+    assert slurm.run("--config", "x", "--workdir", "a b") == (0, "")
+    assert slurm.lines() == [
+        "env gpu",
+        "--kill-on-bad-exit=1",
+        "--ntasks-per-node=1",
+        "vit-scale train --config x --workdir a b",
+        "key a b devices none",
+    ]
+
+
+@pytest.mark.parametrize("given, used", [("4", "0,1,2,3"), ("1", "0"), ("0", "none")])
+def test_slurm_gives_all_gpus_of_a_node_to_its_process(slurm, given, used):
+    """JAX would take the one whose number is that of the process."""
+    assert slurm.run(SLURM_GPUS_ON_NODE=given)[0] == 0
+    assert slurm.lines()[-1] == f"key none devices {used}"
+    assert slurm.run(SLURM_GPUS_ON_NODE=given, JAX_LOCAL_DEVICE_IDS="7")[0] == 0
+    assert slurm.lines()[-1] == "key none devices 7"
+
+
+@pytest.mark.parametrize("code, ends, queued", [(42, 0, True), (1, 1, False), (43, 43, False)])
+def test_slurm_queues_again_what_can_go_on(slurm, code, ends, queued):
+    assert slurm.run("--config", "x", TRAINER=str(code))[0] == ends
+    assert ("scontrol requeue 7" in slurm.lines()) == queued
+
+
+def test_slurm_does_so_a_hundred_times(slurm):
+    code, err = slurm.run(TRAINER="42", SLURM_RESTART_COUNT="100")
+    assert (code, "not once more" in err) == (42, True)
+    assert "scontrol requeue 7" not in slurm.lines()
+
+
+def signalled(slurm: Slurm, process: subprocess.Popen) -> int:
+    """The process that SLURM signals: --signal=B: is the batch shell, else those of the steps."""
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    (given,) = re.findall(r"^#SBATCH --signal=(\S+)$", text, re.M)
+    assert given.endswith("TERM@120")
+    return process.pid if given.startswith("B:") else int((slurm.folder / "log.step").read_text())
+
+
+@pytest.mark.parametrize("shell_too", [False, True])
+def test_slurm_saves_before_its_time_is_over(slurm, shell_too):
+    """SIGTERM to whom --signal says; the shell gets one as well at the end of the time."""
+    ready = slurm.folder / "ready"
+    process = slurm.start("--config", "x", WAIT=str(ready))
+    until = time.monotonic() + 30
+    while not ready.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    if shell_too:
+        os.kill(process.pid, signal.SIGTERM)
+    os.kill(signalled(slurm, process), signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert slurm.lines()[-2:] == ["saved", "scontrol requeue 7"]
+
+
+def test_slurm_wants_the_repository(slurm):
+    code, err = slurm.run(SLURM_SUBMIT_DIR=str(slurm.folder))
+    assert code == 64 and "submit from there" in err
+
+
+def gke(*words: str) -> subprocess.CompletedProcess:
+    usual = ["--config", "quickstart:pretrain", "--name", "vit", "--image", "I:1"]
+    usual += ["--workdir", "gs://b/vit"]
+    command = [sys.executable, str(ROOT / "launch" / "gke.py"), *usual, *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_jobset():
+    done = gke(
+        "--type", "v5e-16", "--num-slices", "2", "--spot", "--secret", "wandb", "--config.seed=1"
+    )
+    assert done.returncode == 0, done.stderr
+    found = yaml.safe_load(done.stdout)
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = found["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert (job["replicas"], spec["parallelism"], spec["completions"]) == (2, 4, 4)
+    assert spec["backoffLimit"] == 0
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
+    assert rule["onExitCodes"]["values"] == [42, *range(127, 256)]
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 150
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["envFrom"] == [{"secretRef": {"name": "wandb"}}]
+    assert container["command"] == shlex.split(
+        "vit-scale train --config quickstart:pretrain --workdir gs://b/vit --config.seed=1"
+    )
+
+
+def test_the_command_of_xpk():
+    words = shlex.split(gke("--type", "v4-32", "--xpk", "mine").stdout)
+    assert words[:5] == ["xpk", "workload", "create", "--cluster", "mine"]
+    assert words[words.index("--tpu-type") + 1] == "v4-32"
+    assert words[-1] == "vit-scale train --config quickstart:pretrain --workdir gs://b/vit"
+
+
+@pytest.mark.parametrize("flag", ["--secret", "--service-account"])
+def test_what_xpk_has_no_flag_for_is_refused(flag):
+    done = gke("--type", "v4-32", "--xpk", "mine", flag, "x")
+    assert (done.returncode, done.stdout) == (64, "") and f"nothing like {flag}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["--type", "v3-32"], 78, "GKE's name of it is not known"),
+        (["--type", "v4-32", "--workdir", "runs/x"], 65, "is on a worker's disk"),
+        (["--type", "v4-32", "--config", "vit_tony"], 65, "did you mean vit_tiny"),
+    ],
+)
+def test_mistakes_before_anything_is_rendered(words, code, said):
+    done = gke(*words)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1)
+    assert said in done.stderr

@@ -1,0 +1,510 @@
+"""The launcher's parts alone: types, causes, budgets, commands, bundles, costs; and the agent."""
+
+import json
+import pathlib
+import subprocess
+import tarfile
+
+import pytest
+
+from launch.tpu import accelerators, budget, bundle, classify, flags, gcloud, secret
+from launch.tpu.attempt import last
+from launch.tpu.classify import Cause, End
+from launch.tpu.clock import Clock
+from launch.tpu.codes import Stop
+from launch.tpu.journal import Journal
+from launch.tpu.meter import Meter
+from tests.helpers.fake_cloud import ROOT, machine
+
+SLICES = [
+    ("v2-8", 4, 1, "tpu-ubuntu2204-base"),
+    ("v3-32", 16, 4, "tpu-ubuntu2204-base"),
+    ("v4-8", 4, 1, "tpu-ubuntu2204-base"),
+    ("v4-32", 16, 4, "tpu-ubuntu2204-base"),
+    ("v5e-8", 8, 1, "v2-alpha-tpuv5-lite"),
+    ("v5litepod-16", 16, 4, "v2-alpha-tpuv5-lite"),
+    ("v5p-64", 32, 8, "v2-alpha-tpuv5"),
+    ("v6e-1", 1, 1, "v2-alpha-tpuv6e"),
+    ("v6e-8", 8, 1, "v2-alpha-tpuv6e"),
+    ("v6e-256", 256, 64, "v2-alpha-tpuv6e"),
+    ("tpu7x-8", 4, 1, "v2-alpha-tpu7-ubuntu2404"),
+]
+
+
+@pytest.mark.parametrize("name, chips, hosts, runtime", SLICES)
+def test_types(name, chips, hosts, runtime):
+    found = accelerators.parse(name)
+    assert (found.chips, found.hosts, found.runtime) == (chips, hosts, runtime)
+
+
+@pytest.mark.parametrize("name", ["v4-4", "v4-7", "v5e-2", "v5e-12", "v1-8", "v4", "v4-32x"])
+def test_types_that_there_are_not(name):
+    with pytest.raises(Stop):
+        accelerators.parse(name)
+
+
+def test_prices_and_shapes():
+    assert accelerators.parse("v5e-16", 1.5).price == 24.0
+    assert accelerators.parse("tpu7x-8").price is None
+    shapes = {name: accelerators.parse(name).topology for name in ("v4-32", "v5e-16", "v6e-256")}
+    assert shapes == {"v4-32": "2x2x4", "v5e-16": "4x4", "v6e-256": "16x16"}
+
+
+# What the last lines of real trainings say, and what kind of an end that is.
+ENDS = [
+    (1, "RuntimeError: The TPU is already in use by process with pid 4711.", "busy"),
+    (1, "Internal error when accessing libtpu multi-process lockfile.", "busy"),
+    (1, "open(/dev/vfio/0): Device or resource busy", "busy"),
+    (79, "agent: process 7 of ada holds the TPU", "busy"),
+    (1, "Failed to start RPC server", "port"),
+    (42, "vit-scale: runs/x: No space left on device", "disk"),
+    (1, "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", "user"),
+    (1, "Traceback\nValueError: image 3 is corrupt", "user"),
+    (43, "vit-scale: diverged", "fatal"),
+    (2, "vit-scale: no config field is named 'x'", "fatal"),
+    (42, "vit-scale: stopped by SIGTERM after step 9", "resumable"),
+    (137, "Killed", "infra"),
+    (None, "", "infra"),
+]
+
+
+@pytest.mark.parametrize("code, tail, kind", ENDS)
+def test_kinds(code, tail, kind):
+    assert classify.cause([End(0, code, 1.0, tail)]).kind == kind
+
+
+COLLATERAL = [
+    "PollForError: heartbeat",
+    "Barrier timed out. Id: x",
+    "Gloo AllReduce failed: Connection closed by peer",
+    "Polled an error from coordination service",
+    "vit-scale: process 2 (host-2): image 3 is corrupt",
+]
+
+
+@pytest.mark.parametrize("line", COLLATERAL)
+@pytest.mark.parametrize("code", [1, 134])
+def test_who_ends_because_of_another_is_not_the_cause(line, code):
+    """Also where it ended first."""
+    ends = [End(0, code, 1.0, f"step 5\n{line}"), End(1, 1, 2.0, "OSError: disk is gone")]
+    found = classify.cause(ends)
+    assert (found.worker, found.line) == (1, "exit code 1: OSError: disk is gone")
+
+
+UNLIKE = "hosts disagree: process 2 would train something else than process 0 (a is 1, there 2)"
+APART = "workdir /x is not the same folder on process 2 and on process 0: give a --workdir"
+
+
+@pytest.mark.parametrize("line", [UNLIKE, APART])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("told", ["log", "heartbeat"])
+def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told):
+    """Whoever of them is heard: the one that differs may have been stopped before it said so."""
+    lines = [f"process 2: {line}", f"process 2: {line}", line]
+    ends = [
+        End(
+            i,
+            1,
+            2.0 - i / 10,
+            f"step 0\nvit-scale: {said}" if told == "log" else "",
+            said * (told != "log"),
+        )
+        for i, said in enumerate(lines)
+    ]
+    if alone:
+        ends[2] = End(2, 137, 1.0, "", stopped=True)
+    found = classify.cause(ends)
+    assert found.kind == "input" and line in found.line
+    assert outcomes([found]) == [65], "at once, on no other machine"
+
+
+def test_what_only_mentions_another_process_is_still_collateral():
+    said = "vit-scale: process 2: image 3 is corrupt"
+    assert classify.cause([End(0, 1, 1.0, said), End(1, 1, 1.0, said)]).kind == "infra"
+    stopped = End(0, 42, 1.0, f"vit-scale: {UNLIKE}\nvit-scale: stopped by SIGTERM after step 9")
+    assert classify.cause([stopped]).kind == "resumable"
+
+
+def test_the_earliest_of_several_causes():
+    ends = [End(0, 1, 3.0, "KeyError: 'b'"), End(1, 1, 2.0, "KeyError: 'a'")]
+    assert classify.cause(ends).worker == 1
+    all_collateral = [End(i, 134, float(i), "Barrier timed out") for i in range(3)]
+    assert classify.cause(all_collateral).kind == "infra"
+    stopped = [End(0, 1, 2.0, "KeyError: 'b'"), End(1, 137, 1.0, "", stopped=True)]
+    assert classify.cause(stopped).worker == 0
+    assert classify.cause([End(0, 0, 1.0, ""), End(1, 0, 2.0, "")]).kind == "done"
+
+
+def test_a_signature_is_of_the_failure_not_of_the_time():
+    one = classify.signature(1, "no batch 17 at 0x7f1")
+    assert one == classify.signature(1, "no batch 18 at 0x8e2") != classify.signature(2, "no batch")
+
+
+def fail(kind: str, line: str = "x") -> Cause:
+    return Cause(kind, 0, line, f"1: {line}")
+
+
+def fresh() -> dict:
+    return {"failures": [], "restarts": 0}
+
+
+def outcomes(causes, progressed=False, failures=3, restarts=100):
+    """What is decided after each cause: (delay, recreate), or the exit code at the end."""
+    state, found = fresh(), []
+    for cause in causes:
+        try:
+            found.append(tuple(budget.decide(state, cause, progressed, failures, restarts)))
+        except Stop as stop:
+            found.append(stop.code)
+    return found
+
+
+def test_budget():
+    user, lost, busy = fail("user"), fail("infra"), fail("busy")
+    assert outcomes([user] * 3) == [(10, False), (30, False), 76]
+    assert outcomes([user, fail("user", "y"), fail("user", "z")])[-1] == 1
+    assert outcomes([lost] * 3) == [(10, False), (30, True), 76], "another machine may do better"
+    assert outcomes([lost, fail("infra", "y"), fail("infra", "z")])[-1] == 75
+    assert outcomes([busy] * 3)[-1] == 79
+    assert outcomes([fail("port")])[0] == (0, False)
+    assert outcomes([fail("fatal")]) == [1]
+    assert outcomes([user] * 9, progressed=True) == [(10, False)] * 9
+    assert outcomes([fail("preempted")] * 5, restarts=4) == [(10, False)] * 4 + [75]
+    assert outcomes([fail("resumable")] * 3)[-1] == 76, "exit code 42 alone is no progress"
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("ERROR: (gcloud.x) NOT_FOUND: Resource 'projects/p/x' was not found", "absent"),
+        ('This TPU has terminal state "PREEMPTED", so it cannot be used anymore.', "gone"),
+        ('There is no more capacity in the zone "a"; you can try in another zone', "stockout"),
+        ("RESOURCE_EXHAUSTED: Quota limit 'TPUV2' has been exceeded. Limit: 0", "quota"),
+        ("Insufficient reserved capacity", "quota"),
+        ("Location us-x is not found or access is unauthorized.", "zone"),
+        ("Permission 'tpu.nodes.create' denied on resource", "permission"),
+        ("You do not currently have an active account selected.", "auth"),
+        ("UNAUTHENTICATED: Request had invalid authentication credentials", "auth"),
+        ("SSH Key is not present in the SSH agent", "agent"),
+        ("Cloud TPU API has not been used in project 7 before or it is disabled", "api"),
+        ("ALREADY_EXISTS: Resource 'vit' already exists", "exists"),
+        ("HTTP 503: the service is unavailable", "transient"),
+    ],
+)
+def test_errors_of_gcloud(text, kind):
+    """Also with what gcloud 528 adds to 401, 403 and 404: it is not about the account."""
+    assert gcloud.error(text).kind == kind
+    who = "This command is authenticated as a@b.c which is the active account specified by the "
+    error = gcloud.error(f"{text}. {who}[core/account] property\n- '@type': x")
+    assert error.kind == kind and "authenticated as" not in str(error)
+
+
+def test_a_process_that_hangs_is_ended_with_what_it_started():
+    """Also where a child of a child holds the output open."""
+    result = gcloud.run(["bash", "-c", "setsid sleep 30 & sleep 30"], timeout=0.3)
+    assert result.code == 124
+    assert gcloud.run(["no-such-program-here"]).code == 127
+    assert gcloud.run(["cat"], b"given", timeout=10).out == b"given"
+
+
+def test_the_last_line_that_says_something():
+    noise = (
+        "Warning: x\n##### Command execution on worker 1 failed with exit status 71. Continuing.\n"
+    )
+    assert last(f"agent: the disk is full\n{noise}") == "the disk is full"
+    assert last("a\nERROR: (gcloud.tpus) no such thing\nb") == "no such thing"
+    assert last("") == "no answer"
+
+
+@pytest.fixture
+def tree(tmp_path) -> pathlib.Path:
+    root = tmp_path / "a tree"
+    for name in (
+        "code.py",
+        "launch/run.sh",
+        ".env",
+        "launch/tpu.env",
+        "new.py",
+        "gone.py",
+        "big.bin",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "launch" / "run.sh").chmod(0o755)
+    (root / ".gitignore").write_text("*.bin\n")
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "code.py", "gone.py", "launch", ".env", ".gitignore"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    (root / "gone.py").unlink()
+    (root / "code.py").write_text("changed")
+    return root
+
+
+def test_bundle(tree, tmp_path):
+    """What is tracked or new, as it is now; the same tree has the same name."""
+    made = bundle.make(tree, [])
+    assert made.sha == bundle.make(tree, []).sha
+    (tmp_path / "x.tgz").write_bytes(made.data)
+    with tarfile.open(tmp_path / "x.tgz") as tar:
+        names = {entry.name: entry.mode for entry in tar}
+        assert tar.extractfile("code.py").read() == b"changed"
+    assert names == {".gitignore": 0o644, "code.py": 0o644, "launch/run.sh": 0o755, "new.py": 0o644}
+    assert made.description.endswith("+changes") and "+changed" in bundle.changes(tree)
+    (tree / "new.py").write_text("other")
+    assert bundle.make(tree, []).sha != made.sha
+
+
+def test_bundles_that_are_refused(tree, monkeypatch):
+    with pytest.raises(Stop, match=r"new\.py holds the value of a secret"):
+        bundle.make(tree, ["new.py"])
+    monkeypatch.setattr(bundle, "LARGEST", 10)
+    with pytest.raises(Stop, match=r"the code is 0 MB, the limit 0 MB: \.gitignore|launch/run.sh"):
+        bundle.make(tree, [])
+
+
+def test_secrets_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    file = tmp_path / "x.env"
+    file.write_text("export A='b c'\n# no=1\nB=d=e\n")
+    file.chmod(0o600)
+    assert secret.collect(["A"], str(file)) == {"A": "b c", "B": "d=e"}
+    assert secret.message({"A": "b c"}) == b"A=b c\n#END\n"
+    file.chmod(0o640)
+    with pytest.raises(Stop, match="chmod 600"):
+        secret.collect([], str(file))
+
+
+class Still(Clock):
+    def __init__(self):
+        super().__init__()
+        self.time = 0.0
+
+    def now(self):
+        return self.time
+
+    def wall(self):
+        return self.time
+
+
+def test_meter(tmp_path):
+    clock, journal = Still(), Journal(tmp_path)
+    meter = Meter(10.0, clock, journal)
+    meter.begin()
+    clock.time = 1800.0
+    assert (meter.hours, meter.cost, meter.text) == (0.5, 5.0, "0.50 h, $5.00")
+    meter.end()
+    clock.time = 9000.0
+    assert meter.cost == 5.0, "nothing is paid for between two machines"
+    journal.save()
+    meter = Meter(10.0, clock, Journal(tmp_path))
+    meter.begin()
+    clock.time += 3600.0
+    assert meter.cost == 15.0, "another launcher counts on"
+    with pytest.raises(Stop, match="--max-cost 14"):
+        meter.check(0, 14)
+    with pytest.raises(Stop, match="--max-hours 1"):
+        meter.check(1, 0)
+
+
+def test_flags_and_durations():
+    words = ["stop", "--config.a.b=1", "--config.c", "2", "--name", "x", "--", "ls", "--config.d=3"]
+    assert flags.split(words) == (
+        ["stop", "--name", "x"],
+        ["--config.a.b=1", "--config.c=2"],
+        ["ls", "--config.d=3"],
+    )
+    assert [flags.seconds(text) for text in ("90", "2m", "1.5h", "1d")] == [90, 120, 5400, 86400]
+    assert vars(flags.parser().parse_args([]))["stall_timeout"] == 600
+
+
+# --- the agent alone
+
+
+class Agent:
+    def __init__(self, folder: pathlib.Path):
+        self.home = folder / "a home" / ".vit_scale"
+        venv = self.home / "venv" / "bin"
+        venv.mkdir(parents=True)
+        (self.home / "code" / "c0de").mkdir(parents=True)
+        (self.home / "agent.sh").write_bytes((ROOT / "launch" / "agent.sh").read_bytes())
+        trainer = venv / "vit-scale"
+        trainer.write_text(
+            '#!/bin/bash\ntrap "sleep 0.5; exit 42" TERM\necho "$*"\necho $$ >>starts\n'
+            "for i in $(seq 200); do sleep 0.05; done\n"
+        )
+        trainer.chmod(0o755)
+
+    def __call__(self, *words, stdin: str = "") -> subprocess.CompletedProcess:
+        environment = {
+            "PATH": machine(),
+            "HOME": str(self.home.parent),
+            "VIT_SCALE_RELEASE": "1",
+        }
+        environment["VIT_SCALE_DEVICES"] = str(self.home / "dev")
+        command = ["bash", str(self.home / "agent.sh"), *map(str, words)]
+        return subprocess.run(
+            command, env=environment, input=stdin, capture_output=True, text=True, timeout=60
+        )
+
+    def state(self, attempt="last") -> str:
+        return self("status", "run", attempt).stdout.split()[2].partition("=")[2]
+
+
+@pytest.fixture
+def agent(tmp_path):
+    made = Agent(tmp_path)
+    yield made
+    for attempt in range(1, 5):
+        made("stop", "run", attempt, 0)
+
+
+def test_five_starts_are_one(agent):
+    """At the same time, and once more; each returns at once and says that it runs."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(5) as pool:
+        calls = [pool.submit(agent, "start", "run", 1, "c0de", 1, "train", "a b") for _ in range(5)]
+    assert [call.result().returncode for call in calls] == [0] * 5
+    assert agent("start", "run", 1, "c0de", 1, "train").returncode == 0
+    while not (agent.home / "code/c0de/starts").exists():
+        pass
+    assert len((agent.home / "code/c0de/starts").read_text().split()) == 1
+    assert agent.state() == "running"
+
+
+def test_attempts_are_in_order(agent):
+    """A late start of an attempt that is over, or has been stopped, starts nothing."""
+    assert agent("start", "run", 2, "c0de", 1, "train").returncode == 0
+    late = agent("start", "run", 1, "c0de", 1, "train")
+    assert (late.returncode, "attempt 2 has begun" in late.stderr) == (75, True)
+    assert agent("stop", "run", 3, 5).stdout == "nothing runs\n"
+    stopped = agent("start", "run", 3, "c0de", 1, "train")
+    assert (stopped.returncode, "has been stopped" in stopped.stderr) == (75, True)
+    assert agent("start", "run", 4, "c0de", 1, "train").returncode == 0
+    assert [agent.state(2), agent.state(4)] == ["ended", "running"], "the one before has ended"
+
+
+def test_stop_asks_once_and_then_kills(agent):
+    agent("start", "run", 1, "c0de", 1, "train")
+    while not (agent.home / "code/c0de/starts").exists():
+        pass
+    for _ in range(2):
+        assert agent("stop", "run", 1, 30).stdout == "asked to stop\n"
+    while agent.state() == "running":
+        pass
+    assert "rc=42" in agent("status", "run", 1).stdout
+    agent("start", "run", 2, "c0de", 1, "train")
+    assert agent("stop", "run", 2, 0).stdout == "killed\n"
+    assert "state=ended rc=137" in agent("status", "run", 2).stdout
+
+
+def test_the_agent_never_ends_with_255(agent):
+    for words in (["nonsense"], ["start"], ["status"], ["secrets"], []):
+        assert agent(*words).returncode == 64
+    (agent.home / "venv/bin/vit-scale").write_text("#!/bin/bash\nexit 255\n")
+    agent("start", "run", 1, "c0de", 1, "train")
+    while agent.state() == "running":
+        pass
+    status = agent("status", "run", 1)
+    assert (status.returncode, "rc=255" in status.stdout) == (0, True)
+
+
+def test_secrets_of_the_agent(agent):
+    cut = agent("secrets", "run", stdin="A=b\n")
+    assert (cut.returncode, "did not arrive whole" in cut.stderr) == (65, True)
+    assert agent("secrets", "run", stdin='A=$(touch x) "b"\n#END\n').returncode == 0
+    file = agent.home / "runs/run/secrets"
+    assert oct(file.stat().st_mode & 0o777) == "0o600"
+    (agent.home / "venv/bin/vit-scale").write_text('#!/bin/bash\necho "$A" >out\n')
+    agent("start", "run", 1, "c0de", 1, "train")
+    while agent.state() == "running":
+        pass
+    assert (agent.home / "code/c0de/out").read_text() == '$(touch x) "b"\n', "nothing is run of it"
+    assert not file.exists()
+
+
+def test_old_code_and_logs_go(agent):
+    import os
+
+    for number in range(4):
+        folder = agent.home / "code" / f"old{number}"
+        folder.mkdir()
+        os.utime(folder, (number, number))
+    for number in range(1, 8):
+        (agent.home / "runs/run" / f"a{number}").mkdir(parents=True)
+    agent("gc", 2)
+    assert sorted(p.name for p in (agent.home / "code").iterdir()) == ["c0de", "old3"]
+    assert sorted(p.name for p in (agent.home / "runs/run").iterdir()) == [
+        f"a{n}" for n in range(3, 8)
+    ]
+
+
+def test_the_log_goes_on_at_an_offset(agent):
+    agent("start", "run", 1, "c0de", 1, "train", "one")
+    agent("stop", "run", 1, 0)
+    whole = agent("status", "run", 1, 0).stdout.partition("#LOG ")[2]
+    assert whole == "0 10\ntrain one\n"
+    assert agent("status", "run", 1, 6).stdout.endswith("#LOG 6 10\none\n")
+    json.loads(agent("status", "run", 1).stdout.partition("#HEARTBEAT ")[2].split("\n")[0] or "{}")
+
+
+def forgotten(agent, *command: str, patience: int = 1, seconds: float = 6) -> bool:
+    """Whether the reaper runs its command within so many seconds."""
+    import time
+
+    done = agent.home / "done"
+    words = ["bash", "-c", *command] if command else ["touch", str(done)]
+    assert agent("reap", "run", patience, *words).returncode == 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if done.exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_reaper_goes_on_until_its_command_works(agent):
+    """It does so once; the cloud may not answer the first time."""
+    home = agent.home
+    command = f"cd '{home}'; echo x >>tries; [ $(wc -l <tries) -ge 2 ] && touch done"
+    assert forgotten(agent, command)
+    assert (home / "tries").read_text() == "x\nx\n"
+
+
+def test_the_reaper_waits_for_what_is_being_done(agent):
+    """From its own beginning, while a launcher watches, and while an environment is made."""
+    import threading
+    import time
+
+    (agent.home / "prepare.lock").touch()
+    holder = subprocess.Popen(["flock", str(agent.home / "prepare.lock"), "sleep", "3"])
+    began = time.monotonic()
+    assert forgotten(agent) is True
+    assert time.monotonic() - began > 2.5
+    holder.wait()
+    (agent.home / "done").unlink()
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(0.3):
+            agent("lease", "run", "me:1:x")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert forgotten(agent, patience=2, seconds=4) is False
+    finally:
+        ended.set()
+        watcher.join()
+    assert agent("reap", "run", 9, "true").stdout == "watched already\n"
+    agent("disarm", "run")
+    assert agent("reap", "run", 9, "true").stdout == "watched\n", "the one before has ended"
+    agent("disarm", "run")
+
+
+def test_the_agent_shows_what_a_config_comes_to(agent):
+    script = '#!/bin/bash\necho "$JAX_PLATFORMS $*"; exit 3\n'
+    (agent.home / "venv/bin/vit-scale").write_text(script)
+    done = agent("show", "c0de", "show", "--config", "a b")
+    assert (done.returncode, done.stdout) == (3, "cpu show --config a b\n")

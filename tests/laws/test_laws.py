@@ -1,0 +1,668 @@
+"""DESIGN.md's laws on one process: resuming, fine-tuning, exact evaluation, moving a run, switches.
+
+Laws 2 and 3, about several devices and hosts, are test_laws_mesh.py; law 8 is test_bad_input.py.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+from vit_scale import checkpoint, cli, config, pretrained
+from vit_scale.data import InMemory, open_split
+from vit_scale.distributed.mesh import make_mesh
+from vit_scale.errors import UserError
+from vit_scale.models.parameters import named, unstack
+from vit_scale.models.vit import build
+from vit_scale.training import program, trainer
+from vit_scale.training.evaluator import Evaluate
+from vit_scale.training.program import jit_train_step, plan_program
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+# Everything that draws random numbers or keeps state from step to step is on.
+TINY = {
+    "data.batch": 32,
+    "model.variant": "Ti/8",
+    "model.width": 16,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.mlp": 16,
+    "model.dropout": 0.2,
+    "model.drop_path": 0.2,
+    "augment.mixup": 0.5,
+    "augment.cutmix": 0.5,
+    "augment.smoothing": 0.1,
+    "optim.schedule": "cosine",
+    "optim.warmup": 2,
+    "optim.lr": 0.003,
+    "optim.ema": 0.9,
+    "eval.split": "",
+    "eval.final": "test[:64]",
+    "eval.batch": 64,
+    "log.every": 1,
+    "log.images": 0,
+    "log.wandb": False,
+    "log.tensorboard": False,
+}
+STEPS, EVERY = 10, 4
+
+
+def command(workdir, **fields) -> list[str]:
+    """`train` of the tutorial's config, made tiny, with fields such as data__path=..."""
+    given = TINY | {name.replace("__", "."): value for name, value in fields.items()}
+    overrides = [f"--config.{name}={value}" for name, value in given.items()]
+    return ["train", "--config", "vit_tutorial_cifar", *overrides, "--workdir", str(workdir)]
+
+
+def settings(cifar, **fields) -> dict:
+    return {"data__path": cifar, "steps": STEPS, "checkpoint__every": EVERY, **fields}
+
+
+def final_state(run: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every leaf of the newest checkpoint: parameters, optimizer state, average."""
+    (*_, step) = checkpoint.steps(run)
+    folder = run / "checkpoints" / str(step)
+    cfg = config.from_json(checkpoint.description(folder)["config"])
+    target = {k: v for k, v in plan_program(cfg).state._asdict().items() if k != "step"}
+    if target["ema"] is None:
+        del target["ema"]
+    leaves = jax.tree_util.tree_leaves_with_path(checkpoint.read(folder, target))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if left[name].tobytes() != right[name].tobytes()]
+    assert not different
+
+
+def rows(run: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def report(run: pathlib.Path) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+def losses(run: pathlib.Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["train/loss"]) for row in rows(run) if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(quick_compile, cifar, tmp_path_factory) -> pathlib.Path:
+    """The folder of a run that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main([*command(run, **settings(cifar)), "--quiet"]) == 0
+    return run
+
+
+# Laws 1 and 4: killed is the same as never killed
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would cost too much."""
+
+
+def stop_before(step: int, patch: pytest.MonkeyPatch) -> None:
+    """End the next training in this process when it is about to compute step `step`."""
+    count, put_batch = iter(range(10**6)), trainer.put_batch
+
+    def put(batch, mesh, size):
+        if next(count) == step and np.ndim(batch["mask"]):
+            raise Killed
+        return put_batch(batch, mesh, size)
+
+    patch.setattr(trainer, "put_batch", put)
+
+
+def test_the_undisturbed_run_trains_at_every_step(whole):
+    assert [step for step, _ in losses(whole)] == list(range(1, STEPS + 1))
+    # The head starts at zero, and so does the warm-up: the second loss may be the first.
+    assert len({loss for _, loss in losses(whole)}) >= STEPS - 1
+    state = final_state(whole)
+    assert {name[:9] for name in state} == {"['params'", "['opt_sta", "['ema']['"}
+    assert not np.array_equal(state["['params']['cls']"], state["['ema']['cls']"])
+
+
+@pytest.mark.parametrize("step", [2, 4, 7], ids=["no-checkpoint", "at-checkpoint", "after-it"])
+def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cifar, tmp_path):
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(step, patch)
+        with pytest.raises(Killed):
+            cli.main([*command(run, **settings(cifar)), "--quiet"])
+    assert checkpoint.steps(run) == ([4] if step >= 4 else [])
+    assert not (run / "report.json").exists()
+    assert cli.main([*command(run, **settings(cifar)), "--quiet"]) == 0
+    same_bits(final_state(run), final_state(whole))
+    assert losses(run) == losses(whole)  # each row once, with the same numbers
+
+
+def test_a_damaged_best_checkpoint_does_not_end_a_run(quick_compile, cifar, tmp_path, capsys):
+    """It is older than the newest, so that training itself never reads it."""
+    run = tmp_path / "run"
+    fields = settings(cifar, eval__split="test[64:96]", eval__every=EVERY)
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    (run / "report.json").unlink()  # as if it had been killed before the final evaluation
+    with checkpoint.Checkpoints(run) as checkpoints:
+        checkpoints.record(8, {"accuracy": 1.0})
+    best = run / "checkpoints" / "8"
+    shutil.copytree(run, tmp_path / "sound")
+    for file in (best / "ema").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-20])
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    assert f"checkpoint {best} does not fit or is damaged" in capsys.readouterr().err
+    assert (run / "damaged" / "8").is_dir() and 8 not in checkpoint.steps(run)
+    result = report(run)["eval"]
+    assert result["best"]["step"] == result["step"] == STEPS
+    assert cli.main([*command(tmp_path / "sound", **fields), "--quiet"]) == 0
+    assert report(tmp_path / "sound")["eval"]["best"]["step"] == 8
+
+
+def kill_at_random(arguments: Sequence[str], ready, delay: float, cwd: pathlib.Path) -> None:
+    """Start `vit-scale`, and SIGKILL it `delay` seconds after `ready()` first holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vit_scale.cli", *map(str, arguments)],
+        cwd=cwd,
+        # A killed process may leave a half-written program in the cache, for itself alone.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cwd / "xla")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not ready():
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.005)
+        time.sleep(delay)
+    finally:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def undisturbed(folder: pathlib.Path, fields: dict) -> pathlib.Path:
+    """A run in `folder` from start to end; `kill_at_random` starts with what it compiled."""
+    run = folder / "undisturbed"
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], folder / "xla")
+    return run
+
+
+@pytest.mark.slow  # of the short tests, test_soak.py does the same to a smaller run
+def test_sigkill_at_random_moments_then_the_same_command_again(cifar, tmp_path):
+    """Once before any checkpoint exists, then once while one is saved after the other."""
+    fields = settings(cifar, steps=40, checkpoint__every=2, eval__final="", log__every=10)
+    run, expected = tmp_path / "run", undisturbed(tmp_path, fields)
+    delay = np.random.RandomState(4).uniform(0, 0.3)
+
+    def begun():
+        return (run / "run.json").exists()
+
+    def saved():
+        return checkpoint.steps(run) != []
+
+    kill_at_random(command(run, **fields), begun, 0.0, tmp_path)
+    assert checkpoint.steps(run) == []
+    kill_at_random(command(run, **fields), saved, delay, tmp_path)
+    assert not (run / "report.json").exists()
+    assert 0 < max(checkpoint.steps(run)) < 40
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    same_bits(final_state(run), final_state(expected))
+    assert [step for step, _ in losses(run)] == [10, 20, 30, 40]
+    assert not list((run / "checkpoints").glob("*tmp*"))
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended since it was listed
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds children in /proc")
+@pytest.mark.slow
+def test_sigkill_with_decoding_workers_which_end_with_it(jpegs, tmp_path):
+    fields = {
+        "data__name": "folder",
+        "data__path": jpegs,
+        "data__train": "train",
+        "data__workers": 2,
+        "data__batch": 8,
+        "model__classes": 3,
+        "steps": 60,
+        "checkpoint__every": 10,
+        "eval__final": "val",
+        "eval__batch": 8,
+    }
+    # Without workers: how images are read must not matter either.
+    run, expected = tmp_path / "run", undisturbed(tmp_path, fields | {"data__workers": 0})
+    workers: list[int] = []
+
+    def saved():
+        if not checkpoint.steps(run):
+            return False
+        held = (run / ".lock").read_text()
+        workers.extend(children(int(held)))
+        return True
+
+    kill_at_random(command(run, **fields), saved, 0.0, tmp_path)
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the run that was killed"
+        time.sleep(0.05)
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    same_bits(final_state(run), final_state(expected))
+    assert losses(run) == losses(expected)
+
+
+# Law 5: fine-tuning is initialisation
+
+
+def test_fine_tuning_keeps_resamples_and_replaces(whole, jpegs, tmp_path, capsys):
+    """Another resolution, other classes, unrolled blocks; stopped before its first step."""
+    run = tmp_path / "finetuned"
+    fields = {
+        "data__name": "folder",
+        "data__path": jpegs,
+        "data__train": "train",
+        "data__resolution": 48,
+        "data__workers": 0,
+        "data__batch": 8,
+        "model__classes": 3,
+        "model__scan": False,
+        "init__source": whole,
+        "steps": 4,
+        "optim__warmup": 1,
+        "eval__final": "val",
+    }
+    begun = {}
+    init_state = trainer.init_state
+
+    def keep(*arguments):
+        state = init_state(*arguments)
+        begun.update({name: np.asarray(leaf) for name, leaf in named(state.params).items()})
+        begun["ema"] = jax.tree.map(np.asarray, state.ema)
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "init_state", keep)
+        assert cli.main(command(run, **fields)) == 0
+    source = {k: np.asarray(x) for k, x in named(unstack(pretrained.read(whole).params)).items()}
+    ema = begun.pop("ema")
+    assert begun.keys() == source.keys()
+    fresh = {"head/kernel": (16, 3), "head/bias": (3,)}
+    for name, leaf in begun.items():
+        if name in fresh:
+            assert leaf.shape == fresh[name]
+            assert not leaf.any()
+        elif name == "posemb":
+            expected = jax.image.resize(source[name], (6, 6, 16), "cubic")
+            np.testing.assert_allclose(leaf, expected, atol=1e-6)
+        else:
+            assert leaf.tobytes() == source[name].tobytes(), name
+        assert np.array_equal(named(ema)[name], leaf)
+    printed = capsys.readouterr().out
+    assert re.search(r"^posemb +6 x 6 x 16 +resampled 4 x 4 -> 6 x 6, cubic$", printed, re.M)
+    assert re.search(r"^head/kernel +16 x 3 +new: the classes differ$", printed, re.M)
+    assert re.search(r"^blocks/1/mlp/up/kernel +16 x 16 +kept$", printed, re.M)
+    assert len(re.findall(r"  (?:kept|resampled .*|new: .*)$", printed, re.M)) == len(begun)
+    assert f"initialised from {whole}/checkpoints/{STEPS}" in printed
+    trained = named(pretrained.read(run).params)
+    assert not np.array_equal(trained["blocks/1/mlp/up/kernel"], begun["blocks/1/mlp/up/kernel"])
+
+
+def test_resample_methods_differ_and_same_classes_keep_the_head(whole, cifar):
+    def begin(method):
+        source = pretrained.read(whole)
+        shapes = jax.eval_shape(build(source.cfg.model, (64, 64)).init, jax.random.key(1))
+        target = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+        return pretrained.adapt(source.params, target, method, same_classes=True)[0]
+
+    cubic, corners = begin("cubic"), begin("corners")
+    assert np.abs(cubic["posemb"] - corners["posemb"]).max() > 1e-3
+    given = pretrained.read(whole).params
+    assert np.array_equal(cubic["head"]["kernel"], given["head"]["kernel"])
+    assert np.asarray(given["head"]["kernel"]).any()
+
+
+# Law 6: every example counts once
+
+
+def test_evaluation_is_exact_for_every_batch_size(jpegs):
+    """With one image that can't be read, against the same images one by one, in numpy."""
+    cfg = config.load("vit_tutorial_cifar", [f"{k}={v}" for k, v in TINY.items()])
+    cfg.model.classes = 3
+    model = build(cfg.model, (32, 32))
+    draw = np.random.RandomState(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 4, jnp.float32),
+        jax.eval_shape(model.init, jax.random.key(0)),
+    )
+    images = draw.randint(0, 256, (37, 32, 32, 3)).astype(np.uint8)
+    labels, mask = draw.randint(0, 3, 37), np.arange(37) != 20
+    source = InMemory("drawn", images, labels, ("a", "b", "c"), mask)
+
+    pixels = (images / 255 - np.array(cfg.augment.mean)) / np.array(cfg.augment.std)
+    logits = np.asarray(model.apply(params, jnp.asarray(pixels, jnp.float32)), np.float64)
+    log_total = np.log(np.exp(logits).sum(axis=1))
+    hits = (logits.argmax(axis=1) == labels)[mask]
+    loss = (log_total - logits[np.arange(37), labels])[mask].mean()
+    assert 0 < hits.sum() < 36
+    for batch in (7, 64):
+        cfg.eval.batch = batch
+        result = Evaluate(cfg, model, make_mesh(cfg.mesh))(params, source)
+        assert result["n"] == 36, batch
+        assert result["accuracy"] == pytest.approx(hits.sum() / 36, abs=1e-7), batch
+        assert result["loss"] == pytest.approx(loss, rel=1e-5), batch
+
+
+def test_the_eval_verb_gives_the_same_for_every_batch_size(whole, capsys):
+    seen = []
+    for batch in (1, 128, 300):
+        arguments = ["--split", "test[:257]", "--json", f"--config.eval.batch={batch}"]
+        assert cli.main(["eval", str(whole), *arguments]) == 0
+        seen.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [result["n"] for result in seen] == [257] * 3
+    assert len({result["accuracy"] for result in seen}) == 1
+    np.testing.assert_allclose([r["loss"] for r in seen], seen[0]["loss"], rtol=1e-6)
+
+
+def test_the_report_is_what_eval_measures(whole, capsys):
+    assert cli.main(["eval", str(whole), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    reported = report(whole)["eval"]
+    assert reported["n"] == 64
+    assert {k: measured[k] for k in ("n", "split", "step", "accuracy")} == {
+        k: reported[k] for k in ("n", "split", "step", "accuracy")
+    }
+    assert measured["loss"] == pytest.approx(reported["loss"], rel=1e-6)
+
+
+# Law 7: a run is a model
+
+
+def test_a_moved_run_still_predicts_and_evaluates(whole, jpegs, tmp_path, monkeypatch, capsys):
+    image = str(next((jpegs / "val" / "class_1").iterdir()))
+
+    def use(run):
+        assert cli.main(["eval", run, "--json"]) == 0
+        assert cli.main(["predict", run, image, "--json"]) == 0
+        results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return results[0]["loss"], results[0]["n"], results[1]
+
+    before = use(str(whole))
+    shutil.copytree(whole, tmp_path / "elsewhere" / "moved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "elsewhere")
+        hidden = whole.with_name("hidden")
+        whole.rename(hidden)
+        try:
+            assert use("moved") == before
+            assert use("moved/checkpoints/10") == before
+        finally:
+            hidden.rename(whole)
+    assert before[1] == 64
+    assert len(before[2][image]) == 5
+
+
+# Law 9: a switch switches
+
+SMALL = (
+    "model.variant=Ti/4",
+    "model.width=8",
+    "model.depth=2",
+    "model.heads=2",
+    "model.mlp=8",
+    "model.classes=3",
+    "data.batch=4",
+    "eval.batch=4",
+    "data.resolution=8",
+    "steps=8",
+)
+
+
+def compute(*overrides: str, stored: int = 8) -> tuple[str, list[np.ndarray]]:
+    """The training step as traced: its jaxpr, without what no part of the new state depends on."""
+    program = plan_program(config.override(config.base(), [*SMALL, *overrides]))
+    b = program.cfg.data.batch
+    batch = {
+        "image": jax.ShapeDtypeStruct((b, stored, stored, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((b,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((b,), jnp.bool_),
+    }
+    (step,) = jax.make_jaxpr(jit_train_step(program))(program.state, batch).jaxpr.eqns
+    traced, leaves = step.params["jaxpr"], len(jax.tree.leaves(program.state))
+    used = [i < leaves for i in range(len(traced.jaxpr.outvars))]
+    live, _ = partial_eval.dce_jaxpr(traced.jaxpr, used)
+    return re.sub(r"0x[0-9a-f]+", "", str(live)), [np.asarray(c) for c in traced.consts]
+
+
+def differ(left, right) -> bool:
+    return left[0] != right[0] or any(
+        not np.array_equal(a, b) for a, b in zip(left[1], right[1], strict=False)
+    )
+
+
+# field: what it is switched to, and what has to be on for it to mean anything
+SWITCHES = {
+    "seed": ("1",),
+    "steps": ("9",),
+    "data.batch": ("8",),
+    "data.resolution": ("16",),
+    "data.width": ("16",),
+    "augment.crop": ("pad",),
+    "augment.pad": ("2", "augment.crop=pad"),
+    "augment.scale": ("(.5,1.)", "augment.crop=resized"),
+    "augment.ratio": ("(.5,2.)", "augment.crop=resized"),
+    "augment.flip": ("true",),
+    "augment.mixup": (".3",),
+    "augment.cutmix": (".3",),
+    "augment.cutmix_share": (".3", "augment.mixup=.3", "augment.cutmix=.4"),
+    "augment.smoothing": (".1",),
+    "augment.mean": ("(.4,.5,.5)",),
+    "augment.std": ("(.4,.5,.5)",),
+    "model.variant": ("Ti/2",),
+    "model.width": ("16",),
+    "model.depth": ("3",),
+    "model.heads": ("4",),
+    "model.mlp": ("16",),
+    "model.classes": ("4",),
+    "model.pool": ("gap",),
+    "model.class_token": ("True", "model.pool=gap"),
+    "model.fc_norm": ("True", "model.pool=gap"),
+    "model.distilled": ("true",),
+    "model.posemb": ("sincos2d",),
+    "model.dropout": (".1",),
+    "model.drop_path": (".1",),
+    "model.dtype": ("bfloat16",),
+    "model.scan": ("false",),
+    "model.remat": ("full",),
+    "model.logits": ("bfloat16",),
+    "model.gelu": ("tanh",),
+    "model.norm_epsilon": ("1e-3",),
+    "model.representation": ("12",),
+    "optim.name": ("sgd",),
+    "optim.lr": (".5",),
+    "optim.schedule": ("constant",),
+    "optim.warmup": ("2",),
+    "optim.end": (".1",),
+    "optim.timescale": ("3", "optim.schedule=rsqrt"),
+    "optim.cooldown": ("3", "optim.schedule=rsqrt"),
+    "optim.milestones": ("(.3,.6)", "optim.schedule=piecewise"),
+    "optim.factor": (".5", "optim.schedule=piecewise"),
+    "optim.b1": (".8",),
+    "optim.b2": (".9",),
+    "optim.moment": ("bfloat16",),
+    "optim.weight_decay": (".1",),
+    "optim.clip": ("0.",),
+    "optim.accumulate": ("2",),
+    "optim.ema": (".9",),
+    "optim.layer_decay": (".7",),
+    "optim.train": ("head",),
+    "optim.freeze": ("('embed',)",),
+}
+# `objective` and `distill` are test_distill.py's. The others decide which pixels the step gets,
+# where it starts, or what is done beside it.
+OTHERS = (
+    *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
+    *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
+    *("divergence.", "watchdog."),  # test_divergence.py, test_watch.py
+)
+MORE = [  # further values of a switch that is in the table
+    ("model.pool=map", "model.pool=gap"),
+    ("model.remat=dots_saveable", "model.remat=full"),
+    ("augment.crop=resized", "augment.crop=pad"),
+    ("optim.name=lion", "optim.name=sgd"),
+    ("optim.name=muon", "optim.name=adamw"),
+    ("optim.schedule=linear", "optim.schedule=constant"),
+]
+
+
+def test_every_field_is_a_switch_or_does_not_reach_the_step():
+    others = {name for name in config.fields(config.base()) if name.startswith(OTHERS)}
+    assert SWITCHES.keys() | others == config.fields(config.base()).keys()
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """`compute`, each set of overrides once."""
+    known: dict = {}
+
+    def look_up(*overrides):
+        if overrides not in known:
+            known[overrides] = compute(*overrides)
+        return known[overrides]
+
+    return look_up
+
+
+@pytest.mark.parametrize("field", SWITCHES)
+def test_a_switch_changes_what_the_step_computes(field, computed):
+    value, *on = SWITCHES[field]
+    assert differ(computed(*on), computed(*on, f"{field}={value}"))
+
+
+def test_cudnn_is_another_attention_and_refused_off_a_gpu(monkeypatch):
+    """Where it is believed that there are GPUs, it is jax's that every block is traced with."""
+    eight = ("model.width=16", "model.dtype=bfloat16")  # values in a head: what cuDNN can
+    with pytest.raises(UserError) as caught:
+        compute("model.attention=cudnn", *eight)
+    assert str(caught.value) == (
+        "model.attention=cudnn needs NVIDIA GPUs of Ampere or later, and the mesh is of 1 x cpu: "
+        "set model.attention=xla"
+    )
+    asked = []
+
+    def attend(q, k, v, implementation, attend=jax.nn.dot_product_attention):
+        asked.append((implementation, str(q.dtype)))
+        return attend(q, k, v, implementation="xla")
+
+    monkeypatch.setattr(program, "have_cudnn", lambda devices: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    unrolled = ("model.scan=false", *eight)
+    assert differ(compute(*unrolled), compute("model.attention=cudnn", *unrolled))
+    assert set(asked) == {("cudnn", "bfloat16")} and len(asked) >= 2
+
+
+@pytest.mark.parametrize(("left", "right"), MORE, ids=[left for left, _ in MORE])
+def test_values_of_a_switch_differ_from_each_other(left, right, computed):
+    assert differ(computed(left), computed(right))
+
+
+@pytest.mark.parametrize(
+    "override", ["log.every=7", "augment.pad=2", "optim.factor=.5", "data.path=x", "optim.clip=1.0"]
+)
+def test_what_is_off_or_elsewhere_leaves_the_step_alone(override, computed):
+    """The comparison above is not one that always finds a difference."""
+    assert not differ(computed(), compute(override))
+
+
+def after(steps: int, *overrides: str) -> dict[str, np.ndarray]:
+    """Parameters after so many steps of SGD from the same drawn state; 0 compiles nothing."""
+    overrides = ("optim.name=sgd", "optim.lr=.1", *overrides)
+    program = plan_program(config.override(config.base(), [*SMALL, *overrides]))
+    draw = np.random.RandomState(0)
+    params = {
+        name: draw.normal(size=leaf.shape).astype(np.float32) * 0.3
+        for name, leaf in sorted(named(program.state.params).items())
+    }
+    tree = jax.tree.unflatten(jax.tree.structure(program.state.params), list(params.values()))
+    tree = jax.tree.map(jnp.asarray, tree)
+    ema = jax.tree.map(jnp.copy, tree) if program.cfg.optim.ema else None
+    state = program.state._replace(
+        step=jnp.int32(0), params=tree, opt_state=program.optimizer.init(tree), ema=ema
+    )
+    images = draw.randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    labels, mask = np.array([0, 1, 2, 1], np.int32), np.array([True, True, True, False])
+    step = jit_train_step(program)
+    for _ in range(steps):
+        state, _ = step(state, {"image": images, "label": labels, "mask": mask})
+    result = {f"params/{k}": np.asarray(v) for k, v in named(state.params).items()}
+    return result | {f"ema/{k}": np.asarray(v) for k, v in named(state.ema or {}).items()}
+
+
+@pytest.fixture(scope="module")
+def plain(quick_compile):
+    return after(2)
+
+
+@pytest.mark.parametrize("same", ["model.remat=full", "optim.accumulate=2"])
+def test_what_changes_the_way_but_not_the_result(same, plain):
+    """A masked-out example is in the batch: micro-batches hold different numbers of examples."""
+    result = after(2, same)
+    for name, leaf in plain.items():
+        np.testing.assert_allclose(result[name], leaf, atol=1e-5, err_msg=name)
+
+
+def test_dropout_and_averaging_change_the_numbers(plain):
+    result = after(2, "model.dropout=.5", "optim.ema=.5")
+    for name in ("params/embed/kernel", "params/head/kernel"):
+        assert np.abs(result[name] - plain[name]).max() > 1e-4
+    moved = result["params/head/kernel"] - result["ema/head/kernel"]
+    assert np.abs(moved).max() > 1e-4
+
+
+def test_freezing_leaves_exactly_the_others_unchanged(plain):
+    start, head = after(0), after(2, "optim.train=head")
+    changed = {name for name in head if not np.array_equal(head[name], start[name])}
+    assert changed == {"params/head/bias", "params/head/kernel"}
+    same = {name for name in plain if np.array_equal(plain[name], start[name])}
+    assert same <= {"params/blocks/attention/key/bias"}  # softmax does not see it: no gradient
+
+
+def test_the_data_switches_change_the_images(jpegs):
+    """Fields that reach the step only as pixels."""
+
+    def first(split="train", **fields):
+        given = {"name": "folder", "path": jpegs, "resolution": 16, **fields}
+        cfg = config.override(config.base(), [f"data.{k}={v}" for k, v in given.items()])
+        source = open_split(cfg.data, split)
+        return len(source), source.read(np.arange(3)), source.decodes
+
+    count, batch, decodes = first()
+    assert (count, decodes, batch["image"].shape) == (48, True, (3, 16, 16, 3))
+    assert first("train[:12]")[0] == 12
+    assert first("val")[0] == 12
+    assert not np.array_equal(first("train[50%:]")[1]["image"], first("train[:50%]")[1]["image"])
+    assert first(load=20)[1]["image"].shape == (3, 20, 20, 3)
+    assert first(width=24)[1]["image"].shape == (3, 16, 24, 3)
+    kept = first(memory=True)
+    assert not kept[2]
+    assert np.array_equal(kept[1]["image"], batch["image"])

@@ -1,0 +1,242 @@
+"""DESIGN.md's laws over devices and processes: same batch, same curve, a checkpoint that moves.
+
+8 virtual devices, as 1, 2 and 4 real processes. Each of these pods starts once and does all its
+work in one go, because starting is most of the time.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.laws.test_laws import TINY
+from vit_scale import checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS, MIDDLE = 20, 10
+# Without mixing, whose Beta distribution takes as long to compile as all the rest: the test of the
+# batches has it. Everything else that draws random numbers or keeps state is on.
+MIXING = ["augment.mixup=0.5", "augment.cutmix=0.5"]
+FIELDS = TINY | {
+    "data.batch": 16,
+    "model.scan": True,
+    "augment.crop": "resized",
+    "augment.flip": True,
+    "eval.final": "test[:60]",  # which 16 do not divide
+    "eval.batch": 16,
+    "steps": STEPS,
+    "checkpoint.every": MIDDLE,
+    "checkpoint.keep": 2,
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+}
+MESHES = {"8-1-1": (8, 1, 1), "1-8-1": (1, 8, 1), "2-4-1": (2, 4, 1), "2-2-2": (2, 2, 2)}
+
+
+def mesh_flags(name: str) -> list[str]:
+    sizes = MESHES[name]
+    return [f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)]
+
+
+class Pods:
+    """Starts pods of virtual devices, each with a list of runs, and knows their folders."""
+
+    def __init__(self, folder: pathlib.Path, cifar: pathlib.Path):
+        self.folder = folder
+        self.fields = [f"{name}={value}" for name, value in FIELDS.items()]
+        self.fields.append(f"data.path={cifar}")
+
+    def start(
+        self, hosts: int, devices: int, runs: dict[str, list[str]], meshes=(), state=()
+    ) -> None:
+        jobs = {
+            "folder": str(self.folder),
+            "state": list(state),
+            "overrides": [*self.fields, *MIXING],
+            "meshes": {f"{hosts}x{devices}-{mesh}": mesh_flags(mesh) for mesh in meshes},
+            "runs": [self.command(name, overrides) for name, overrides in runs.items()],
+        }
+        file = self.folder / f"jobs-{hosts}x{devices}.json"
+        file.write_text(json.dumps(jobs))
+        program = [sys.executable, str(ROOT / "tests/helpers/pod_program.py"), str(file)]
+        pod = [sys.executable, str(ROOT / "launch/pod.py")]
+        subprocess.run(
+            [*pod, f"--hosts={hosts}", f"--devices={devices}", *program],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=True,
+            timeout=600,
+        )
+
+    def command(self, name: str, overrides: list[str]) -> list[str]:
+        given = [f"--config.{field}" for field in [*self.fields, *overrides]]
+        place = ["--workdir", str(self.folder / name), "--quiet"]
+        return ["train", "--config", "vit_tutorial_cifar", *given, *place]
+
+    def copy_of_first_half(self, name: str, to: str) -> None:
+        """As a run that was killed just after its checkpoint in the middle."""
+        shutil.copytree(self.folder / name, self.folder / to)
+        shutil.rmtree(self.folder / to / "checkpoints" / str(STEPS))
+        (self.folder / to / "report.json").unlink()
+
+    def losses(self, name: str) -> dict[int, float]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+    def report(self, name: str) -> dict:
+        return json.loads((self.folder / name / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pods(quick_compile, cifar, tmp_path_factory) -> Pods:
+    found = Pods(tmp_path_factory.mktemp("pods"), cifar)
+    runs = {f"8 devices, {mesh}": mesh_flags(mesh) for mesh in MESHES}
+    found.start(1, 8, runs, ["8-1-1"], state=mesh_flags("1-8-1"))
+    found.start(4, 2, {"4 processes": mesh_flags("2-2-2")}, ["2-2-2"])
+    for name in ("to 4", "to 2", "to 1"):
+        found.copy_of_first_half("8 devices, 1-8-1", f"8 devices {name}")
+    for name in ("to 2", "to 1"):
+        found.copy_of_first_half("4 processes", f"4 processes {name}")
+    runs = dict.fromkeys(("2 processes", "4 processes to 2"), mesh_flags("2-4-1"))
+    found.start(2, 4, runs, ["8-1-1"])
+    found.start(1, 4, {"8 devices to 4": ["mesh.data=1", "mesh.fsdp=-1"]})
+    found.start(1, 2, {"8 devices to 2": ["mesh.tensor=2"]})
+    found.start(1, 1, {"1 device": [], "8 devices to 1": [], "4 processes to 1": []})
+    return found
+
+
+# Law 2: same batch, any hosts
+
+PODS = ["1x8-8-1-1", "2x4-8-1-1", "4x2-2-2-2"]
+
+
+def global_batch(folder: pathlib.Path, pod: str, step: int) -> dict[str, np.ndarray]:
+    """Put together from what every device of every process held; equal where several hold it."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for file in sorted(folder.glob(f"{pod}-{step}-*.npz")):
+        with np.load(file) as held:
+            for key, part in held.items():
+                name, row, _ = key.rsplit("/", 2)
+                other = parts.setdefault(name, {}).setdefault(int(row), part)
+                assert other.tobytes() == part.tobytes()
+    return {
+        name: np.concatenate([rows[row] for row in sorted(rows)])
+        if next(iter(rows.values())).ndim
+        else rows[0]
+        for name, rows in parts.items()
+    }
+
+
+@pytest.mark.parametrize("step", [7, 8])
+@pytest.mark.parametrize("pod", PODS[1:])
+def test_the_global_batch_is_the_same_to_the_byte(pods, pod, step):
+    expected, found = (global_batch(pods.folder, name, step) for name in (PODS[0], pod))
+    assert expected["host/image"].shape == (16, 32, 32, 3)
+    assert {"host/label", "host/mask", "device/image"} < expected.keys() == found.keys()
+    assert any(name.startswith("draw/") for name in expected)
+    for name, whole in expected.items():
+        if name.startswith("device/"):
+            np.testing.assert_allclose(found[name], whole, rtol=0, atol=1e-6, err_msg=name)
+        else:
+            assert found[name].dtype == whole.dtype
+            assert found[name].tobytes() == whole.tobytes(), name
+
+
+def test_batches_of_other_steps_differ(pods):
+    first, second = (global_batch(pods.folder, PODS[0], step) for step in (7, 8))
+    assert not np.array_equal(first["host/image"], second["host/image"])
+    changed = [n for n in first if n.startswith("draw/") and np.any(first[n] != second[n])]
+    assert changed
+
+
+def test_each_process_loads_only_its_part(pods):
+    """Of 16 rows on (2, 2, 2): 4 processes of 2 devices hold 4, and those of one row the same."""
+    files = sorted(pods.folder.glob("4x2-2-2-2-7-*.npz"))
+    rows = []
+    for file in files:
+        with np.load(file) as held:
+            found = {key.rsplit("/", 2)[1] for key in held if key.startswith("host/label")}
+            rows.append(sorted(map(int, found)))
+    assert len(files) == 4
+    assert sorted(rows) == [[0], [4], [8], [12]]
+
+
+# Law 3: same curve, any mesh
+
+CURVES = [f"8 devices, {mesh}" for mesh in MESHES]
+CURVES += ["4 processes", "2 processes"]
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_the_loss_curve_is_that_of_one_device(pods, name):
+    expected, found = pods.losses("1 device"), pods.losses(name)
+    assert list(found) == list(expected) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+
+
+def test_it_learned_something_to_agree_on(pods):
+    losses = pods.losses("1 device")
+    assert min(losses.values()) < losses[1] - 0.02
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_evaluation_counts_every_image_once(pods, name):
+    expected, found = (pods.report(run)["eval"] for run in ("1 device", name))
+    assert found["n"] == expected["n"] == 60
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+# Law 1 on other devices: a checkpoint moves
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("8 devices to 4", "8 devices, 1-8-1"),
+        ("8 devices to 2", "8 devices, 1-8-1"),
+        ("8 devices to 1", "8 devices, 1-8-1"),
+        ("4 processes to 2", "4 processes"),
+        ("4 processes to 1", "4 processes"),
+    ],
+)
+def test_a_checkpoint_continues_on_fewer(pods, name, whole):
+    assert checkpoint.steps(pods.folder / name) == [MIDDLE, STEPS]
+    expected, found = pods.losses(whole), pods.losses(name)
+    assert list(found) == list(range(1, STEPS + 1))
+    first = range(1, MIDDLE + 1)
+    assert [found[step] for step in first] == [expected[step] for step in first]
+    assert any(found[step] != expected[step] for step in range(MIDDLE + 1, STEPS + 1)) or (
+        pods.report(name)["devices"] != pods.report(whole)["devices"]
+    )
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+
+
+def test_the_pods_were_what_they_are_called(pods):
+    found = {name: pods.report(name)["devices"] for name in ("1 device", *CURVES)}
+    assert found["1 device"] == {"kind": "cpu", "count": 1, "hosts": 1}
+    assert {(d["count"], d["hosts"]) for n, d in found.items() if n[0] == "8"} == {(8, 1)}
+    assert {(d["count"], d["hosts"]) for n, d in found.items() if n[0] == "4"} == {(8, 4)}
+    assert found["2 processes"] == {"kind": "cpu", "count": 8, "hosts": 2}
+    assert jax.device_count() == 1  # nothing of this is in the test's own process
+
+
+# Parameters and optimizer are split
+
+
+def test_fsdp_over_8_holds_an_eighth_on_each_device(pods):
+    """Of the ViT-Ti/16 with AdamW: 5.7 M parameters of 4 bytes, moments of 2 and of 4."""
+    found = json.loads((pods.folder / "state_bytes.json").read_text())
+    for name, whole in (("params", 4 * 5_717_224), ("opt_state", 6 * 5_717_224)):
+        assert len(found[name]) == 8
+        for held in found[name].values():
+            assert whole / 8 <= held <= 1.1 * whole / 8

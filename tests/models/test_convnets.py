@@ -1,0 +1,455 @@
+"""convnets: the published counts, each layer against numpy, statistics as state, and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import (
+    convnet_config,
+    random_batch,
+    random_images,
+    random_params,
+    tiny_config,
+)
+from vit_scale import config
+from vit_scale.distributed.mesh import abstract_mesh, partition
+from vit_scale.errors import UserError
+from vit_scale.models import convnets, flops
+from vit_scale.models.parameters import count, measured, named, with_statistics
+from vit_scale.models.vit import build
+from vit_scale.pretrained import adapt
+from vit_scale.training.optimizer import layer_scale
+from vit_scale.training.program import (
+    TrainState,
+    jit_train_step,
+    plan_program,
+    summary,
+    training_flops,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KEY = jax.random.key(0)
+MASK = np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
+# Option A's shortcuts have no parameters, but three stages; with option B there are four.
+VARIANTS = {"cnn": (), "resnet20": (), "resnet18": ("model.depth=10",)}
+
+
+def model_of(cfg, size=None):
+    return build(cfg.model, size or config.image_size(cfg))
+
+
+def shapes_of(model) -> dict:
+    return named(jax.eval_shape(model.init, KEY))
+
+
+def full(variant: str, size=(32, 32)):
+    cfg = config.override(config.base(), [f"model.variant={variant}", "model.classes=10"])
+    return build(cfg.model, size)
+
+
+# The published architectures
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters", "macs"),
+    [
+        ("cnn", 5_852_234, 137.7e6),  # the slides': 5.9M
+        ("resnet20", 269_722, 40.6e6),  # .27M, 41M: He et al. 2016 and its reimplementations
+        ("resnet56", 853_018, 125.5e6),  # .85M, 126M
+        ("resnet18", 11_173_962, 555.4e6),  # 11.17M, .56G: with a 3x3 stem
+    ],
+)
+def test_published_sizes(variant, parameters, macs):
+    model = full(variant)
+    assert count(jax.eval_shape(model.init, KEY)) == parameters
+    assert training_flops(model, 10) / 6 == pytest.approx(macs, rel=2e-3)
+
+
+def test_the_slides_cnn_layer_by_layer():
+    shapes = {name: leaf.shape for name, leaf in shapes_of(full("cnn")).items()}
+    kernels = [shape for name, shape in shapes.items() if name.endswith("kernel")]
+    pairs = [(3, 32), (32, 64), (64, 128), (128, 128), (128, 256), (256, 256)]
+    dense = [(4 * 4 * 256, 1024), (1024, 512), (512, 10)]
+    assert sorted(kernels) == sorted([*((3, 3, *pair) for pair in pairs), *dense])
+    means = {name: shape for name, shape in shapes.items() if name.endswith("mean")}
+    assert means == {f"stages/{i}/norm/mean": (c,) for i, c in enumerate((64, 128, 256))}
+
+
+def test_statistics_are_no_parameters():
+    cfg = convnet_config("cnn")
+    params = jax.eval_shape(model_of(cfg).init, KEY)
+    statistics = {name for name in named(params) if measured(name)}
+    assert len(statistics) == 6
+    sizes = [leaf.size for name, leaf in named(params).items() if name not in statistics]
+    assert count(params) == sum(sizes) == summary(cfg)["parameters"]
+    assert summary(cfg)["tokens"] == 0
+    optimizer = plan_program(cfg).state.opt_state
+    kept = {name for name in named(optimizer) if "stages/0/norm" in name}
+    assert {name.rpartition("/")[2] for name in kept} == {"scale", "bias"}
+
+
+# Against numpy
+
+
+def conv(x, part, stride=1):
+    """x [b, h, w, i]: windows of zero-padded x times the kernel."""
+    kernel = np.asarray(part["kernel"], np.float64)
+    side, (h, w) = kernel.shape[0], x.shape[1:3]
+    pad = side // 2
+    x = np.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
+    out = sum(
+        x[:, i : i + h : stride, j : j + w : stride] @ kernel[i, j]
+        for i in range(side)
+        for j in range(side)
+    )
+    return out + np.asarray(part.get("bias", 0.0), np.float64)
+
+
+def norm(x, part, mask=None):
+    if mask is None:
+        mean, variance = part["mean"], part["variance"]
+    else:
+        mean, variance = x[mask].mean((0, 1, 2)), x[mask].var((0, 1, 2))
+    return (x - mean) / np.sqrt(variance + 1e-5) * part["scale"] + part["bias"]
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def plain_cnn(params, x, mask):
+    for i in range(3):
+        part = params["stages"][str(i)]
+        x = relu(conv(relu(conv(x, part["conv1"])), part["conv2"]))
+        x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+        x = norm(x, part["norm"], mask)
+    x = x.reshape(len(x), -1)
+    for i in range(2):
+        x = relu(x @ params["dense"][str(i)]["kernel"] + params["dense"][str(i)]["bias"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def plain_features(params, x, mask, stages):
+    x = relu(norm(conv(x, params["conv"]), params["norm"], mask))
+    for i in range(stages):  # of one block each
+        part, stride = params["layers"][str(i)], 2 if i else 1
+        y = relu(norm(conv(x, part["conv1"], stride), part["norm1"], mask))
+        y = norm(conv(y, part["conv2"]), part["norm2"], mask)
+        if "shortcut_conv" in part:
+            x = norm(conv(x, part["shortcut_conv"], 2), part["shortcut_norm"], mask)
+        elif i:
+            x = x[:, ::2, ::2]
+            x = np.concatenate([x, np.zeros_like(x)], axis=-1)
+        x = relu(x + y)
+    return x
+
+
+def plain_resnet(params, x, mask, stages):
+    x = plain_features(params["features"], x, mask, stages).mean((1, 2))
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["running", "batch"])
+def test_logits_are_those_of_numpy(variant, mask):
+    model = model_of(convnet_config(variant, *VARIANTS[variant]))
+    params = random_params(model)
+    images = random_images(8).astype(np.float64) / 128 - 1
+    given = jnp.asarray(images, jnp.float32)
+    if mask is None:
+        found = jax.jit(model.apply)(params, given)
+    else:
+        found = jax.jit(model.train)(params, given, KEY, mask).prediction
+    if variant == "cnn":
+        expected = plain_cnn(params, images, mask)
+    else:
+        expected = plain_resnet(params, images, mask, 3 if variant == "resnet20" else 4)
+    chosen = slice(None) if mask is None else mask
+    assert np.abs(expected[chosen]).max() > 0.05
+    np.testing.assert_allclose(found[chosen], expected[chosen], rtol=2e-4, atol=2e-4)
+
+
+def test_running_statistics_move_towards_the_unmasked_batch():
+    model = model_of(convnet_config("cnn"))
+    params = random_params(model)
+    images = random_images(8).astype(np.float64) / 128 - 1
+    train = jax.jit(model.train)
+    out = train(params, jnp.asarray(images, jnp.float32), KEY, MASK)
+    part = params["stages"]["0"]
+    x = relu(conv(relu(conv(images, part["conv1"])), part["conv2"]))
+    x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)[MASK]
+    moved = out.statistics["stages"]["0"]["norm"]
+    before = part["norm"]
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    np.testing.assert_allclose(moved["mean"], 0.9 * before["mean"] + 0.1 * mean, rtol=1e-4)
+    expected = 0.9 * before["variance"] + 0.1 * variance
+    np.testing.assert_allclose(moved["variance"], expected, rtol=1e-4)
+    merged = named(with_statistics(params, out.statistics))
+    changed = {k for k in merged if not np.array_equal(merged[k], named(params)[k])}
+    assert changed == {name for name in merged if measured(name)}
+    nothing = train(params, jnp.asarray(images, jnp.float32), KEY, np.zeros(8, bool))
+    for name, leaf in named(nothing.statistics).items():
+        np.testing.assert_array_equal(leaf, named(params)[name])
+
+
+def test_bfloat16_is_of_the_computation_only():
+    single = model_of(convnet_config("resnet20"))
+    half = model_of(convnet_config("resnet20", "model.dtype=bfloat16"))
+    params, images = random_params(single), jnp.asarray(random_images(4) / 128 - 1, jnp.float32)
+    assert {leaf.dtype for leaf in shapes_of(half).values()} == {jnp.float32.dtype}
+    a, b = (jax.jit(m.apply)(params, images) for m in (single, half))
+    assert b.dtype == jnp.float32
+    assert 1e-5 < np.abs(a - b).max() < 0.05 * np.abs(a).max() + 0.05
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "overrides"),
+    [
+        ("cnn", 64, ("model.width=16", "model.mlp=64")),
+        ("resnet20", 64, ("model.width=16", "model.depth=8")),
+        ("resnet18", 64, ("model.width=16", "model.depth=10")),
+        ("R20+Ti/4", 64, ("model.depth=1",)),
+        ("C+Ti/4", 64, ("model.depth=1", "model.distilled=True")),
+    ],
+)
+def test_xla_counts_the_same(variant, size, overrides, monkeypatch):
+    """But for the zeros around an image, which XLA leaves out; it counts norms, which we don't."""
+
+    def inside(out, side, channels):
+        taps = [side * n - 2 * (side // 2) for n in out]
+        return taps[0] * taps[1] * channels[0] * channels[1]
+
+    monkeypatch.setattr(flops, "convolution_macs", inside)
+    fields = [f"model.variant={variant}", "model.classes=100", "model.scan=False", *overrides]
+    cfg = config.override(config.base(), fields).model
+    model = build(cfg, (size, size))
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    lowered = jax.jit(model.apply).lower(jax.eval_shape(model.init, KEY), images)
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert counted / (2 * 2 * training_flops(model, 100) / 6) == pytest.approx(1.03, abs=0.03)
+
+
+# Statistics are state
+
+
+STEP = ("optim.lr=0.03", "optim.ema=0.75", "steps=10", "data.batch=32")
+
+
+@pytest.fixture(scope="module")
+def program():
+    return plan_program(convnet_config("cnn", *STEP))
+
+
+@pytest.fixture(scope="module")
+def step(program):
+    return jit_train_step(program)
+
+
+def begun(program) -> TrainState:
+    """At step 1, past a warm-up, the average still being the parameters; nothing is compiled."""
+    params, ema = (jax.device_put(random_params(program.model)) for _ in range(2))
+    return TrainState(jnp.int32(1), params, program.optimizer.init(params), ema)
+
+
+def test_a_step_trains_measures_and_averages_both(program, step):
+    old = jax.tree.map(np.asarray, begun(program))
+    new, metrics = step(begun(program), random_batch(32))
+    before, after, mean = (named(tree) for tree in (old.params, new.params, new.ema))
+    for name in ("stages/1/norm/mean", "stages/1/norm/variance", "head/kernel"):
+        assert np.abs(after[name] - before[name]).max() > 1e-6, name
+        expected = 0.75 * before[name] + 0.25 * np.asarray(after[name])
+        np.testing.assert_allclose(mean[name], expected, rtol=1e-5, atol=1e-7)
+    norms = metrics.compute()
+    trained = [leaf for name, leaf in before.items() if not measured(name)]
+    expected = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in trained))
+    np.testing.assert_allclose(norms["parameter_norm"], expected, rtol=1e-5)
+    changes = [np.asarray(after[n]) - before[n] for n in before if not measured(n)]
+    expected = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in changes))
+    np.testing.assert_allclose(norms["update_norm"], expected, rtol=1e-4)
+
+
+def test_masked_examples_are_never_looked_at(program, step):
+    mask = np.tile(MASK, 4)
+    batch = random_batch(32) | {"mask": mask}
+    image = batch["image"].copy()
+    image[~mask] = 255 - image[~mask]
+    one, other = (step(begun(program), batch | {"image": x})[0] for x in (batch["image"], image))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    unmasked, _ = step(begun(program), random_batch(32))
+    name = "stages/0/norm/mean"
+    assert np.abs(named(unmasked.params)[name] - named(one.params)[name]).max() > 1e-5
+
+
+def test_a_step_that_is_not_finite_measures_nothing(program, step):
+    state = begun(program)
+    state.params["head"]["bias"] = state.params["head"]["bias"].at[0].set(jnp.nan)
+    old = jax.tree.map(np.asarray, state.params)
+    new, metrics = step(state, random_batch(32))
+    assert metrics.compute()["nonfinite"] == 1
+    jax.tree.map(np.testing.assert_array_equal, new.params, old)
+
+
+def test_it_learns_and_evaluates_by_the_running_statistics(program, step):
+    state, losses = begun(program), []
+    for i in range(25):
+        state, metrics = step(state._replace(step=jnp.int32(1)), random_batch(32, seed=i))
+        losses.append(float(metrics.compute()["loss"]))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:2])
+    batch, cfg = random_batch(32, seed=99), program.cfg.augment
+    images = (batch["image"] / 255 - np.array(cfg.mean)) / np.array(cfg.std)
+    images = images.astype(np.float32)
+    apply = jax.jit(program.model.apply)
+    logits = apply(state.params, images)
+    assert (logits.argmax(-1) == batch["label"]).mean() > 0.5
+    images[1:] *= -1
+    np.testing.assert_array_equal(apply(state.params, images)[0], logits[0])  # no other's
+
+
+def test_fine_tuning_takes_the_statistics_along():
+    model = model_of(convnet_config("cnn"))
+    given, target = random_params(model), random_params(model, seed=1)
+    placed, rows = adapt(given, target, "cubic", same_classes=False)
+    jax.tree.map(np.testing.assert_array_equal, placed["stages"], given["stages"])
+    jax.tree.map(np.testing.assert_array_equal, placed["head"], target["head"])
+    assert ("stages/0/norm/variance", "kept") in [(row.name, row.action) for row in rows]
+    vit = random_params(model_of(tiny_config()))
+    for source, other in ((given, vit), (vit, given)):
+        with pytest.raises(UserError, match="the pretrained parameters don't fit"):
+            adapt(source, other, "cubic", same_classes=True)
+
+
+# Hybrids
+
+
+def test_a_hybrids_patches_are_of_the_features():
+    cfg = tiny_config("model.variant=R20+Ti/4")
+    model = model_of(cfg)
+    assert model.shape.tokens == 4 * 4 + 1
+    shapes = {name: leaf.shape for name, leaf in shapes_of(model).items()}
+    assert shapes["embed/kernel"] == (1, 1, 64, 16)
+    conv_stem = model_of(tiny_config("model.variant=C+Ti/8"))
+    shapes = {name: leaf.shape for name, leaf in shapes_of(conv_stem).items()}
+    widths = [shapes[f"stem/convs/{i}/kernel"][-1] for i in range(3)]
+    assert (widths, shapes["embed/kernel"]) == ([4, 8, 16], (1, 1, 16, 16))
+    larger = model_of(tiny_config("model.variant=R20+Ti/8"))
+    assert larger.shape.tokens == 2 * 2 + 1
+    assert shapes_of(larger)["embed/kernel"].shape == (2, 2, 64, 16)
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    """With the stem's own forward pass, in numpy, and those of the rest as a ViT's."""
+    return model_of(tiny_config("model.variant=C+Ti/8"))
+
+
+def test_a_hybrid_is_a_vit_on_a_stem(hybrid):
+    params = random_params(hybrid)
+    images = random_images(4) / 128 - 1
+    x = images
+    for i in range(3):
+        stem = params["stem"]
+        x = conv(x, stem["convs"][str(i)], 2)
+        x = relu(norm(x, stem["norms"][str(i)]))
+    assert x.shape == (4, 2, 2, 16)
+    patches = x @ np.asarray(params["embed"]["kernel"][0, 0]) + params["embed"]["bias"]
+    # A ViT whose "patches" are these: its embedding is by the identity, of 8 x 8 x 3 >= 16 pixels.
+    vit = model_of(tiny_config())
+    kernel = np.zeros((8, 8, 3, 16), np.float32)
+    kernel.reshape(-1, 16)[:16] = np.eye(16)
+    rest = {k: v for k, v in params.items() if k not in ("stem", "embed")}
+    plain = rest | {"embed": {"kernel": kernel, "bias": np.zeros(16, np.float32)}}
+    pixels = np.zeros((4, 2, 2, 8 * 8 * 3))
+    pixels[..., :16] = patches
+    pixels = pixels.reshape(4, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 16, 16, 3)
+    expected = jax.jit(vit.apply)(plain, jnp.asarray(pixels, jnp.float32))
+    found = jax.jit(hybrid.apply)(params, jnp.asarray(images, jnp.float32))
+    assert np.abs(expected).max() > 0.05
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_a_hybrid_measures_in_training_only(hybrid):
+    params = random_params(hybrid)
+    images = jnp.asarray(random_images(8) / 128 - 1, jnp.float32)
+    out = jax.jit(hybrid.train)(params, images, KEY, MASK)
+    assert set(named(out.statistics)) == {n for n in named(params) if measured(n)}
+    running = jax.jit(hybrid.apply)(params, images)
+    assert np.abs(out.prediction - running).max() > 1e-3
+
+
+def test_layer_decay_takes_a_stem_for_the_embedding():
+    assert layer_scale("stem/convs/0/kernel", None, 0.5, 2) == 0.125
+    assert layer_scale("embed/kernel", None, 0.5, 2) == 0.125
+    plan_program(tiny_config("model.variant=C+Ti/8", "optim.layer_decay=0.5", "model.remat=full"))
+
+
+# Where it lies
+
+
+def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
+    sizes = abstract_mesh(convnet_config("cnn", "mesh.fsdp=2").mesh, 2).shape
+    for variant, overrides in VARIANTS.items():
+        model = model_of(convnet_config(variant, *overrides))
+        for name, leaf in shapes_of(model).items():
+            split = "fsdp" in partition(name, leaf.shape, sizes)
+            assert split == name.endswith("kernel"), name
+    hybrid = shapes_of(model_of(tiny_config("model.variant=C+Ti/8")))
+    assert "fsdp" in partition("stem/convs/1/kernel", hybrid["stem/convs/1/kernel"].shape, sizes)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.variant=cnm", "is not SIZE/PATCH such as S/16; did you mean cnn"),
+        ("model.variant=X+Ti/4", "no stem is named 'X'; valid: C, R20"),
+        ("model.dropout=0.1", "model.dropout=0.1 is of a ViT: with model.variant=cnn it must be 0"),
+        ("model.drop_path=0.1", "model.drop_path=0.1 is of a ViT"),
+        ("model.posemb=sincos2d", "model.posemb=sincos2d is of a ViT"),
+        ("model.pool=gap", "model.pool=gap is of a ViT"),
+        ("model.scan=False", "model.scan=False is of a ViT"),
+        ("model.remat=full", "model.remat=full is of a ViT"),
+        ("model.heads=2", "model.heads=2 is of a ViT"),
+        ("model.distilled=True", "model.distilled=True is of a ViT"),
+        ("model.depth=3", "model.depth=3 means nothing to cnn"),
+        ("model.dtype=float16", "model.dtype='float16' is unknown"),
+        ("model.width=0", "too small"),
+        ("data.resolution=20", "image height 20 is not divisible by 8, by which cnn shrinks it"),
+        ("optim.layer_decay=0.7", "optim.layer_decay=0.7 goes by a ViT's blocks"),
+        ("optim.accumulate=2", "optim.accumulate=2 cuts the batch whose statistics"),
+        ("optim.train=head", "would leave frozen layers' batch normalisation measuring"),
+        ("optim.freeze=('stages',)", "would leave frozen layers' batch normalisation measuring"),
+        ("optim.name=muon", "optim.name=muon knows the matrices of a ViT, not those of cnn"),
+    ],
+)
+def test_what_a_cnn_cannot_do_is_refused(override, message):
+    with pytest.raises(UserError) as caught:
+        plan_program(convnet_config("cnn", override))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
+    for cfg, message in (
+        (convnet_config("resnet20", "model.depth=9"), "model.depth=9 is not 6 n + 2"),
+        (convnet_config("resnet20", "model.mlp=9"), "model.mlp=9 means nothing to resnet20"),
+        (tiny_config("model.variant=R20+Ti/2"), "shrinks images by 4, which does not divide 2"),
+        (tiny_config("model.variant=C+Ti/8", "model.width=18"), "width 18 as often but once"),
+        (tiny_config("model.variant=C+Ti/8", "optim.accumulate=2"), "optim.accumulate=2 cuts"),
+        (tiny_config("model.variant=C+Ti/8", "optim.train=head"), "optim.train=head would leave"),
+    ):
+        with pytest.raises(UserError) as caught:
+            plan_program(cfg)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"mesh\.tensor=2 splits attention heads and MLP"):
+        plan_program(convnet_config("cnn", "mesh.tensor=2"), 2)
+    plan_program(tiny_config("model.variant=C+Ti/8", "mesh.tensor=2"), 2)
+
+
+def test_every_size_is_named_in_the_module():
+    assert all(name in convnets.__doc__ for name in convnets.SIZES)

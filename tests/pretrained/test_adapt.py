@@ -1,0 +1,141 @@
+"""pretrained: every leaf is kept, resampled, new or refused; what `read` finds in a folder."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, write_run
+from vit_scale import checkpoint, pretrained
+from vit_scale.errors import UserError
+from vit_scale.models.parameters import named, stack, unstack
+from vit_scale.models.position_embeddings import resample
+from vit_scale.pretrained import adapt, table
+
+
+def actions(rows) -> dict[str, str]:
+    return {row.name: row.action for row in rows}
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_of_the_same_shape_is_taken_whole():
+    source, target = random_params(tiny_model()), random_params(tiny_model(), seed=1)
+    placed, rows = adapt(source, target, "cubic", same_classes=True)
+    jax.tree.map(np.testing.assert_array_equal, placed, source)
+    assert set(actions(rows).values()) == {"kept"}
+    assert actions(rows).keys() == named(target).keys()
+    assert jax.tree.structure(placed) == jax.tree.structure(target)
+
+
+@pytest.mark.parametrize("classes", [4, 7])
+def test_the_head_is_new_where_the_classes_differ(classes):
+    """Also where there are as many: the fourth class was something else."""
+    source = random_params(tiny_model())
+    target = random_params(tiny_model(f"model.classes={classes}"), seed=1)
+    placed, rows = adapt(source, target, "cubic", same_classes=False)
+    jax.tree.map(np.testing.assert_array_equal, placed["head"], target["head"])
+    jax.tree.map(np.testing.assert_array_equal, placed["blocks"], source["blocks"])
+    new = {name for name, action in actions(rows).items() if action == "new: the classes differ"}
+    assert new == {"head/kernel", "head/bias"}
+
+
+@pytest.mark.parametrize("method", ["cubic", "corners"])
+def test_positions_are_resampled(method):
+    source = random_params(tiny_model())
+    target = random_params(tiny_model("data.resolution=32", "data.width=24"), seed=1)
+    placed, rows = adapt(source, target, method, same_classes=True)
+    expected = resample(source["posemb"], (4, 3), method)
+    np.testing.assert_array_equal(placed["posemb"], expected)
+    assert actions(rows)["posemb"] == f"resampled 2 x 2 -> 4 x 3, {method}"
+    assert set(actions(rows).values()) == {"kept", actions(rows)["posemb"]}
+
+
+def test_blocks_are_stacked_and_unstacked():
+    stacked = random_params(tiny_model())
+    unstacked = unstack(random_params(tiny_model(), seed=1))
+    placed, _ = adapt(stacked, unstacked, "cubic", same_classes=True)
+    jax.tree.map(np.testing.assert_array_equal, placed, unstack(stacked))
+    placed, rows = adapt(unstacked, stacked, "cubic", same_classes=True)
+    jax.tree.map(np.testing.assert_array_equal, placed, stack(unstacked))
+    assert set(actions(rows).values()) == {"kept"}
+
+
+def test_what_cannot_be_placed_is_refused_with_both_sides():
+    source = random_params(tiny_model("model.pool=map"))
+    target = random_params(tiny_model("model.mlp=32"))
+    message = refusal(adapt, source, target, "cubic", True)
+    assert "blocks/mlp/up/kernel: source (2, 16, 24), model (2, 16, 32)" in message
+    assert "cls (16,) is not in the source" in message
+    assert "pool/probe (1, 16) has no place in the model" in message
+    assert "norm/scale" not in message.replace("pool/norm/scale", ""), "what fits is not listed"
+
+
+@pytest.mark.parametrize("override", ["model.depth=3", "model.variant=Ti/4", "model.width=20"])
+def test_another_architecture_is_refused(override):
+    source, target = random_params(tiny_model()), random_params(tiny_model(override))
+    assert "don't fit" in refusal(adapt, source, target, "cubic", True)
+
+
+def test_the_table_has_a_line_for_each_leaf():
+    source = random_params(tiny_model())
+    target = random_params(tiny_model("data.resolution=32"))
+    lines = table(adapt(source, target, "cubic", same_classes=True)[1]).splitlines()
+    assert len(lines) == len(named(target))
+    (positions,) = [line for line in lines if line.startswith("posemb")]
+    assert positions.split(maxsplit=6)[1:6] == ["4", "x", "4", "x", "16"]
+    assert positions.endswith("resampled 2 x 2 -> 4 x 4, cubic")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"), tiny_config(), random_params(tiny_model()))
+
+
+def test_read_gives_a_model_that_can_be_used(run):
+    given = pretrained.read(run)
+    assert (given.classes, given.step) == (CLASSES, 5)
+    assert given.path == run / "checkpoints" / "5"
+    assert given.cfg.model.width == 16 and given.model.shape.grid == (2, 2)
+    jax.tree.map(np.testing.assert_array_equal, given.params, random_params(tiny_model()))
+
+
+def test_read_takes_the_average_where_there_is_one(tmp_path):
+    params, ema = random_params(tiny_model()), random_params(tiny_model(), seed=1)
+    run = write_run(tmp_path / "averaged", tiny_config("optim.ema=0.9"), params, ema=ema)
+    given = pretrained.read(str(run))
+    np.testing.assert_array_equal(given.params["cls"], ema["cls"])
+    assert np.abs(ema["cls"] - params["cls"]).max() > 0.01
+
+
+def test_read_takes_the_newest_step_or_the_given_one(tmp_path):
+    old, new = random_params(tiny_model()), random_params(tiny_model(), seed=1)
+    run = write_run(tmp_path / "run", tiny_config(), new, step=12)
+    other = write_run(tmp_path / "other", tiny_config(), old, step=9)
+    shutil.move(other / checkpoint.FOLDER / "9", run / checkpoint.FOLDER / "9")
+    assert pretrained.read(run).step == 12
+    given = pretrained.read(run / checkpoint.FOLDER / "9")
+    assert given.step == 9
+    np.testing.assert_array_equal(given.params["cls"], old["cls"])
+
+
+def test_what_is_no_run_is_refused(tmp_path, run):
+    assert "is neither the folder of a run nor a step in it" in refusal(pretrained.read, tmp_path)
+    missing = run / checkpoint.FOLDER / "77"
+    assert f"{missing} is neither" in refusal(pretrained.read, missing)
+    shutil.copy(run / "run.json", tmp_path)
+    assert "has no finished checkpoint yet" in refusal(pretrained.read, tmp_path)
+
+
+@pytest.mark.parametrize("hint", [{"dialect": "timm"}, {"tree": "ema"}, {"image": (16, 16)}])
+def test_what_only_weights_of_others_need_is_refused_of_a_run(run, hint):
+    message = refusal(pretrained.read, run, pretrained.Hints(**hint))
+    (name,) = hint
+    assert f"init.{name} is of weights of others" in message
+    assert pretrained.read(run, pretrained.Hints(heads=7, wanted=(32, 32))).classes == CLASSES

@@ -1,0 +1,373 @@
+"""Files of weights that are none, not whole, or not what they say: one line each, nothing run."""
+
+import http.server
+import importlib.util
+import json
+import pathlib
+import pickle
+import re
+import shutil
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import tiny_config
+from vit_scale import cli, config, pretrained
+from vit_scale.errors import UserError
+from vit_scale.pretrained import Hints, weight_files
+from vit_scale.storage.download import Unreachable
+from vit_scale.training.init_state import check_source, init_state
+from vit_scale.training.program import plan_program
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
+HEADS = Hints(heads=3)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def refused(source, *says: str, hints: Hints = HEADS) -> str:
+    """The one line that reading `source` ends in, which holds `says` in this order."""
+    with pytest.raises(UserError) as caught:
+        pretrained.read(source, hints)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 700
+    assert re.search(".*".join(map(re.escape, map(str, says))), line), line
+    return line
+
+
+def changed(case: str, file: pathlib.Path, **changes) -> pathlib.Path:
+    """A golden model's file with other arrays; an array of None is left out."""
+    arrays = weight_files.read(weight_files.file_in(GOLDEN / case)) | changes
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    write = weight_files.write_npz if file.suffix == ".npz" else weight_files.write_safetensors
+    write(file, arrays)
+    return file
+
+
+# The file
+
+
+@pytest.mark.parametrize("case", ["google.npz", "timm.safetensors"])
+def test_a_file_that_is_cut_short(case, tmp_path):
+    whole = (GOLDEN / case).read_bytes()
+    file = tmp_path / case
+    for length in (len(whole) // 2, len(whole) - 1, 200):
+        file.write_bytes(whole[:length])
+        refused(file, file, "is damaged or cut short", "download or copy it again")
+    for length in (0, 3):
+        file.write_bytes(whole[:length])
+        refused(file, file, "is neither .npz nor .safetensors nor PyTorch's", "cut short")
+
+
+def test_a_file_with_a_flipped_bit(tmp_path):
+    content = bytearray((GOLDEN / "google.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    refused(tmp_path / "x.npz", "x.npz is damaged or cut short")
+
+
+def test_a_page_of_html(tmp_path):
+    for name in ("x.npz", "x.safetensors", "x.pth"):
+        (tmp_path / name).write_text("\n<!DOCTYPE html><html>Sign in</html>")
+        refused(tmp_path / name, name, "is a page of HTML, not weights")
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "text.npz").write_text("name,accuracy\nB/16,0.98\n")
+    refused(tmp_path / "text.npz", "is neither .npz nor", "b'name,acc'")
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refused(tmp_path / "other.npz", "is a zip archive of readme.txt and the like")
+    np.savez(tmp_path / "empty.npz")
+    refused(tmp_path / "empty.npz", "empty.npz")
+    refused(tmp_path / "none.npz", "none.npz is neither the folder of a run", "nor weights")
+    refused(tmp_path, "is neither the folder of a run", "nor weights (.npz, .safetensors")
+
+
+class Evil:
+    """Pickled, it makes a file when it is read as pickles are."""
+
+    def __init__(self, marker: pathlib.Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.marker,)
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    marker = tmp_path / "ran"
+    says = "holds more than weights" if importlib.util.find_spec("torch") else "pip install torch"
+    for name in ("x.pth", "x.npz", "x.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(pickle.dumps({"model": Evil(marker)}, protocol=2))
+        refused(tmp_path / name, name, says, "safetensors.torch.save_file")
+    refused(tmp_path, "pytorch_model.bin")
+    with zipfile.ZipFile(tmp_path / "new.pth", "w") as archive:  # as torch has saved since 1.6
+        archive.writestr("new/data.pkl", pickle.dumps({"model": Evil(marker)}, protocol=2))
+        archive.writestr("new/version", "3\n")
+        archive.writestr("new/byteorder", "little")
+    refused(tmp_path / "new.pth", "new.pth", says)
+    np.savez(tmp_path / "objects.npz", head=np.array([Evil(marker)], object))
+    refused(tmp_path / "objects.npz", "holds Python objects", "were not")
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Evil(marker)))
+    assert marker.exists(), "it would have been seen"
+
+
+# The arrays
+
+
+def test_wrong_shapes_are_in_the_names_of_the_file(tmp_path):
+    file = changed("google.npz", tmp_path / "x.npz", **{"head/kernel": np.zeros((7, 5), "f")})
+    refused(file, file, "no whole google ViT", "wrong shape: head/kernel (7, 5), not (12, 5)")
+    mlp = "vit.encoder.layer.1.intermediate.dense.weight"
+    file = changed("huggingface", tmp_path / "x.safetensors", **{mlp: np.zeros((3, 12), "f")})
+    refused(file, "wrong shape", f"{mlp} (3, 12), not (20, 12)")
+    for shape in ((35, 12), (36,), ()):
+        qkv = {"blocks.0.attn.qkv.weight": np.zeros(shape, "f")}
+        file = changed("timm.safetensors", tmp_path / "x.safetensors", **qkv)
+        refused(file, "blocks.0.attn.qkv.weight has the wrong shape")
+    embed = {"embedding/kernel": np.zeros((4, 12), "f")}
+    file = changed("google.npz", tmp_path / "x.npz", **embed)
+    refused(file, "embedding/kernel has the wrong shape, (4, 12)")
+
+
+def test_a_missing_array(tmp_path):
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", **{"norm.bias": None})
+    refused(file, file, "missing: norm.bias")
+    gone = {
+        name: None for name in weight_files.read(GOLDEN / "google.npz") if "encoderblock_1" in name
+    }
+    gone.popitem()
+    file = changed("google.npz", tmp_path / "x.npz", **gone)
+    refused(file, "missing: Transformer/encoderblock_1/", "and 9 more")
+    file = changed("big_vision-map.npz", tmp_path / "x.npz", pos_embedding=None)
+    assert "no positions are stored" in pretrained.read(file).lines[1]
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", pos_embed=None)
+    refused(file, "missing: pos_embed")
+
+
+def test_an_extra_array(tmp_path):
+    extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "reg_token": np.ones((1, 4, 12), "f")}
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
+    says = (
+        "no place for: blocks.0.q_norm.bias, reg_token (register tokens, norms of queries and keys"
+    )
+    refused(file, says)
+    # Also where these are not what is found to be wrong first.
+    extra |= {"pos_embed": np.ones((1, 14, 12), "f"), "norm.bias": None}
+    refused(changed("timm.safetensors", tmp_path / "x.safetensors", **extra), says)
+    norm = {"fc_norm.weight": np.ones(12, "f"), "fc_norm.bias": np.ones(12, "f")}
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", **norm)
+    refused(file, "it has norm before pooling and fc_norm after it")
+    token = {"dist_token": np.ones((1, 1, 12), "f")}
+    file = changed("timm.safetensors", tmp_path / "x.safetensors", **token)
+    refused(file, "10 positions are of 8 patches", hints=HEADS)
+    file = changed(
+        "timm-distilled.safetensors", tmp_path / "x.safetensors", **{"head_dist.bias": None}
+    )
+    refused(file, "missing: head_dist.bias")
+
+
+def test_a_dialect_that_is_not_known_and_a_wrong_one(tmp_path):
+    np.savez(tmp_path / "x.npz", **{f"conv{i}": np.ones(3) for i in range(9)})
+    refused(tmp_path / "x.npz", "of no dialect that is known", "conv0", "and 3 more")
+    wrong = HEADS._replace(dialect="timm")
+    refused(GOLDEN / "google.npz", "patch_embed.proj.weight is missing", "Transf", hints=wrong)
+
+
+# What stands beside them
+
+
+def test_config_json_that_says_otherwise(tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(GOLDEN / "huggingface", folder)
+
+    def says(**fields):
+        content = json.loads((GOLDEN / "huggingface" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | fields))
+
+    says(hidden_act="relu")
+    refused(folder, "its activation is relu")
+    says(num_attention_heads=5)
+    refused(folder, "model.safetensors", "12 is not divisible by 5 heads")
+    says(id2label={"0": "ant", "1": "bee"})
+    refused(folder, "2 classes are named beside a head of 5")
+    says(image_size=20)
+    assert pretrained.read(folder).model.shape.grid == (3, 3), "the arrays decide"
+    says(num_attention_heads="many")
+    refused(folder, "is not as Hugging Face transformers writes it")
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    refused(folder, "is not as Hugging Face transformers writes it", "num_attention_heads")
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json can't be read")
+    (folder / "config.json").write_text("[]")
+    refused(folder, "config.json", "no JSON object")
+    (folder / "config.json").write_text("{}")
+    refused(folder, "give --config.model.heads", hints=Hints())
+
+
+def test_a_timm_model_that_is_no_plain_vit(tmp_path):
+    shutil.copy(GOLDEN / "timm.safetensors", tmp_path / weight_files.MODEL)
+
+    def says(**arguments):
+        content = {"architecture": "vit_tiny_patch16_224", "model_args": arguments}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+
+    says(num_heads=3, global_pool="map")
+    refused(tmp_path, "it is pooled by map", "pooling by cls")
+    says(num_heads=3, global_pool="avgmax")
+    refused(tmp_path, "global_pool=avgmax; a ViT here has token, avg, map")
+    says(num_heads=3, attn_layer="differential")
+    refused(tmp_path, "attn_layer=differential makes it another model")
+    says(num_heads=3, norm_layer="rmsnorm")
+    refused(tmp_path, "norm_layer=rmsnorm is none of a plain ViT's")
+    says(num_heads=3, act_layer="silu")
+    refused(tmp_path, "its activation is silu")
+    says(num_heads=3)
+    assert pretrained.read(tmp_path).model.shape.size.heads == 3
+
+
+# As typed
+
+
+def test_commands_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "x.npz").write_text("<html>")
+
+    def line(*arguments) -> str:
+        assert cli.main([*map(str, arguments)]) in (1, 2)
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("vit-scale: ")
+        return err
+
+    assert "page of HTML" in line("convert", tmp_path / "x.npz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "neither the folder" in line("convert", tmp_path / "y", tmp_path / "out")
+    assert "init.dialect" in line(
+        "convert", GOLDEN / "google.npz", tmp_path / "out", "--config.init.dialect=goggle"
+    )
+    assert "init.head='kep'" in line(
+        "convert", GOLDEN / "google.npz", tmp_path / "out", "--config.init.head=kep"
+    )
+    assert "neither the folder" in line("export", tmp_path, "--format", "npz", "--out", "x.npz")
+    assert "did you mean jax" in line("export", tmp_path, "--format", "jx", "--out", "x")
+    assert not (tmp_path / "out").exists()
+
+
+# From a server
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def end_headers(self):
+        if (checksum := self.server.checksum) and self.path.endswith("npz"):
+            self.send_header("x-goog-hash", f"crc32c=AAAAAA==,md5={checksum}")
+        super().end_headers()
+
+    def log_message(self, form, *values):
+        self.server.asked.append(self.path)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Serves the golden files; what is fetched is cached in `tmp_path`."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def handler(*arguments):
+        return Handler(*arguments, directory=str(GOLDEN))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.checksum, server.asked = "", []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        yield server
+        server.shutdown()
+
+
+def test_weights_from_a_server_are_kept(server, tmp_path):
+    url = f"{server.url}/google.npz"
+    given = pretrained.read(url)
+    here = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}" / "google.npz"
+    assert given.path == here and here.read_bytes() == (GOLDEN / "google.npz").read_bytes()
+    pretrained.read(url)
+    assert server.asked == ["/google.npz"]
+
+
+def test_what_stands_beside_weights_is_fetched_too(server):
+    given = pretrained.read(f"{server.url}/huggingface/model.safetensors")
+    assert given.classes == ("ant", "bee", "cat", "dog", "eel")
+    assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
+    given = pretrained.read(f"{server.url}/timm.safetensors", HEADS)  # there is no config.json
+    assert given.cfg.model.classes == 5
+
+
+def test_a_checksum_is_compared(server):
+    import base64
+    import hashlib
+
+    content = (GOLDEN / "google.npz").read_bytes()
+    server.checksum = base64.b64encode(bytes(16)).decode()
+    refused(f"{server.url}/google.npz", "has MD5", f"not {'0' * 32}", "damaged or another file")
+    good = hashlib.sha256(content).hexdigest()
+    pretrained.read(f"{server.url}/google.npz#sha256={good}")
+    server.checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
+    refused(f"{server.url}/google-gap.npz", "has MD5")
+    refused(f"{server.url}/google.npz#sha256={'0' * 64}", "has SHA256")
+    refused(f"{server.url}/google.npz#crc=1", "a checksum is md5=HEX or sha256=HEX")
+
+
+def test_an_address_of_no_file(server):
+    refused(f"{server.url}/huggingface", "names no file of weights", "give its model.safetensors")
+    refused(f"{server.url}/none.npz", "could not be downloaded", "put that file there as")
+
+
+def test_without_a_network_the_way_round_is_named(server, tmp_path):
+    server.shutdown()
+    server.server_close()
+    url = f"{server.url}/google.npz"
+    with pytest.raises(Unreachable):
+        pretrained.read(url)
+    program = plan_program(tiny_config(f"init.source={url}", "init.instead=vit_small_imagenet"))
+    with pytest.raises(UserError) as caught:
+        check_source(program, ("cat",) * 4)
+    line = str(caught.value)
+    assert "\n" not in line
+    cache = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}"
+    assert f"{url} could not be downloaded" in line and f"put that file there as {cache}" in line
+    assert "vit-scale train --config vit_small_imagenet" in line
+    assert "--config.init.source=runs/vit_small_imagenet" in line
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_fine_tuning_starts_from_public_weights(size):
+    cfg = config.load(f"vit_{size}_cifar")
+    letter = cfg.model.variant.replace("/", "_")
+    start = f"https://storage.googleapis.com/vit_models/augreg/{letter}-i21k-300ep-lr_0.001-aug_"
+    assert cfg.init.source.startswith(start) and cfg.init.source.endswith("-sd_0.0.npz")
+    assert config.load(cfg.init.instead).model.variant == cfg.model.variant
+
+
+def test_a_training_begins_with_them(capsys):
+    """At another resolution, with another head; and what was said of it."""
+    fields = ("width=12", "depth=2", "heads=3", "mlp=20", "variant=Ti/4", "gelu=tanh")
+    overrides = [f"model.{field}" for field in fields] + ["data.resolution=20"]
+    source = f"init.source={GOLDEN / 'google-pre_logits.npz'}"
+    program = plan_program(tiny_config(*overrides, source))
+    check_source(program, ("cat", "dog", "eel", "fox"))
+    state = init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)
+    given = pretrained.read(GOLDEN / "google-pre_logits.npz")
+    np.testing.assert_array_equal(state.params["cls"], given.params["cls"])
+    assert not np.any(state.params["head"]["kernel"])
+    printed = capsys.readouterr().out
+    assert "of google-research/vision_transformer (init.dialect=google)" in printed
+    assert "resampled 3 x 3 -> 5 x 5, cubic" in printed
+    assert "left: it belongs to the old head" in printed
+    assert "was trained with" not in printed
+    program.cfg.init.dialect = "timm"
+    with pytest.raises(UserError, match="of another dialect than timm"):
+        check_source(program, ("cat", "dog", "eel", "fox"))
+    program.cfg.init.dialect, program.cfg.model.gelu = "", "exact"
+    init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)
+    line = "the source was trained with model.gelu=tanh; this config has exact"
+    assert line in capsys.readouterr().out

@@ -1,0 +1,557 @@
+"""Weights of others in, ours out: the logits are theirs, every array is placed, and back again.
+
+The tiny models in golden/weights are from others' code (golden/make_weights.py), so that every
+dialect is tested where that code is absent; test_peers.py asks it itself.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax import export as jax_export
+
+import vit_scale
+from tests.helpers.tiny import (
+    CLASSES,
+    random_images,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
+from vit_scale import cli, config, pretrained
+from vit_scale.data import Match
+from vit_scale.errors import UserError
+from vit_scale.inference.export import FORMATS, export
+from vit_scale.models.parameters import named, unstack
+from vit_scale.models.vit import build
+from vit_scale.pretrained import Hints, load, weight_files
+from vit_scale.pretrained.adapt import adapt
+from vit_scale.pretrained.formats import DIALECTS, HUGGINGFACE, TIMM
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
+EXPECTED = dict(np.load(GOLDEN / "expected.npz"))
+HEADS = Hints(heads=3, image=(12, 12))
+LARGER = [
+    "timm",
+    "timm-gap",
+    "timm-map",
+    "timm-deit3",
+    "timm-avg",
+    "timm-fc_norm",
+    "timm-distilled",
+]
+CASES = {  # file: (dialect, fields of the model block that it must come to)
+    "google.npz": ("google", {"pool": "cls", "gelu": "tanh", "norm_epsilon": 1e-6}),
+    "google-pre_logits.npz": ("google", {"pool": "cls", "representation": 8}),
+    "google-gap.npz": ("google", {"pool": "gap", "representation": 0}),
+    "big_vision-tok.npz": ("big_vision", {"pool": "cls", "gelu": "tanh"}),
+    "big_vision-gap.npz": ("big_vision", {"pool": "gap", "representation": 12}),
+    "big_vision-map.npz": ("big_vision", {"pool": "map", "norm_epsilon": 1e-6}),
+    "timm.safetensors": ("timm", {"pool": "cls", "gelu": "exact", "norm_epsilon": 1e-6}),
+    "timm-gap.safetensors": ("timm", {"pool": "gap"}),
+    "timm-map.safetensors": ("timm", {"pool": "map"}),
+    "timm-deit3.safetensors": ("timm", {"pool": "cls"}),
+    "timm-fc_norm.safetensors": ("timm", {"pool": "gap", "class_token": True, "fc_norm": True}),
+    "timm-distilled.safetensors": ("timm", {"pool": "cls", "distilled": True}),
+    "huggingface": ("huggingface", {"pool": "cls", "gelu": "exact", "norm_epsilon": 1e-12}),
+}
+NAMES = ("ant", "bee", "cat", "dog", "eel")  # of the golden folder of Hugging Face
+
+
+@functools.cache
+def golden(case: str, hints: Hints = HEADS) -> pretrained.Pretrained:
+    return pretrained.read(GOLDEN / case, hints)
+
+
+def expected(case: str) -> tuple[np.ndarray, np.ndarray]:
+    return EXPECTED[f"{case}/images"], EXPECTED[f"{case}/logits"]
+
+
+def bits(tree) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf).view(np.int32) for name, leaf in named(tree).items()}
+
+
+def same_bits(left, right) -> None:
+    left, right = bits(left), bits(right)
+    assert left.keys() == right.keys()
+    for name, leaf in left.items():
+        np.testing.assert_array_equal(leaf, right[name], err_msg=name)
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def run_plain(tmp_path):
+    """run_plain(PROGRAM) is its output, in a process in which this package can't be imported."""
+
+    def run(program: str) -> str:
+        without = "import sys; sys.modules['vit_scale'] = None\n"  # importing it raises
+        done = subprocess.run(
+            [sys.executable, "-c", without + program],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+# In
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_are_those_of_the_code_it_comes_from(case):
+    dialect, fields = CASES[case]
+    given = golden(case)
+    images, logits = expected(case.partition(".")[0])
+    found = jax.jit(given.model.apply)(given.params, images)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    assert np.ptp(logits) > 0.3
+    assert f"init.dialect={dialect})" in given.lines[0]
+    assert {name: given.cfg.model[name] for name in fields} == fields
+    assert given.model.shape.size.heads == 3 and given.model.shape.grid == (3, 3)
+
+
+def test_the_mean_of_the_patches_beside_a_class_token(tmp_path):
+    """timm's global_pool=avg: nothing in the arrays says it, config.json does."""
+    shutil.copy(GOLDEN / "timm-avg.safetensors", tmp_path / weight_files.MODEL)
+    content = {"architecture": "vit_tiny_patch16_224", "model_args": {"global_pool": "avg"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    images, logits = expected("timm-avg")
+    given = pretrained.read(tmp_path, HEADS)
+    assert given.cfg.model.class_token and given.cfg.model.pool == "gap"
+    np.testing.assert_allclose(jax.jit(given.model.apply)(given.params, images), logits, atol=1e-5)
+    bare = golden("timm-avg.safetensors")
+    assert "the head reads [CLS] (model.pool=cls)" in bare.lines[-1]
+    assert np.abs(jax.jit(bare.model.apply)(bare.params, images) - logits).max() > 0.1
+
+
+@pytest.mark.parametrize("case", [case for case in LARGER if case != "timm-avg"])
+def test_at_another_resolution_as_timm_resamples(case):
+    given = golden(f"{case}.safetensors")
+    model = build(given.cfg.model, (20, 20))
+    params, _ = adapt(given.params, random_params(model), "cubic", same_classes=True)
+    images, logits = expected(f"{case}-larger")
+    np.testing.assert_allclose(jax.jit(model.apply)(params, images), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["timm.safetensors", "timm-gap.safetensors"])
+def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_path):
+    """Sixteen are those of 4 x 4 patches, where nothing says that they are of 2 x 8."""
+    arrays = weight_files.read(GOLDEN / case)
+    first = arrays["pos_embed"].shape[1] - 9  # [CLS]'s row, where there is one
+    width = arrays["pos_embed"].shape[2]
+    arrays["pos_embed"] = np.random.RandomState(0).randn(1, first + 16, width).astype(np.float32)
+    weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
+    file = tmp_path / "x.safetensors"
+    given = pretrained.read(file, Hints(heads=3, image=(16, 16), wanted=(8, 32)))
+    stored = arrays["pos_embed"][0, first:].reshape(4, 4, width)
+    np.testing.assert_array_equal(given.params["posemb"], stored)
+    overrides = ["data.resolution=8", "data.width=32", "model.heads=3", "init.resample=corners"]
+    made, rows = pretrained.convert(file, tmp_path / "given", overrides)
+    assert {row.name: row.action for row in rows}["posemb"] == "kept", "the size given is theirs"
+    arrays["pos_embed"] = arrays["pos_embed"][:, :, :, None]
+    weight_files.write_safetensors(tmp_path / "four.safetensors", arrays)
+    assert "pos_embed has the wrong shape" in refusal(
+        pretrained.read, tmp_path / "four.safetensors"
+    )
+    message = refusal(pretrained.read, file, Hints(heads=3, wanted=(8, 32)))
+    assert "two ways" in message and "4 x 4 patches" in message and "2 x 8 patches" in message
+    made, rows = pretrained.convert(file, tmp_path / "run", [*overrides, "init.image=16x16"])
+    assert {row.name: row.action for row in rows}["posemb"] == "resampled 4 x 4 -> 2 x 8, corners"
+    found = np.asarray(made.params["posemb"])
+    # With aligned corners: the first and the last row, the second column at 3/7 of the first step.
+    np.testing.assert_allclose(found[:, ::7], stored[::3, ::3], atol=1e-6)
+    between = (4 * stored[::3, 0] + 3 * stored[::3, 1]) / 7
+    np.testing.assert_allclose(found[:, 1], between, atol=1e-6)
+
+
+def test_what_is_said_of_the_shape_goes_before_the_square(tmp_path):
+    """Ours says it: 2 x 8 patches come back as such, whatever is wanted of them."""
+    overrides = ("data.resolution=16", "data.width=64")
+    run = a_run(tmp_path / "run", *overrides)
+    export(run, "npz", tmp_path / "x.npz")
+    export(run, "safetensors-timm", tmp_path / "timm")
+    for source in (tmp_path / "x.npz", tmp_path / "timm"):
+        back = pretrained.read(source, Hints(image=(32, 32)))
+        assert back.model.shape.grid == (2, 8)
+        same_bits(back.params, pretrained.read(run).params)
+
+
+def test_what_stands_beside_the_weights_is_believed():
+    given = golden("huggingface", Hints())  # the number of heads is in config.json
+    assert given.classes == NAMES
+    assert given.cfg.augment.mean == (0.4, 0.5, 0.6) and given.cfg.augment.std == (0.2, 0.25, 0.3)
+    assert given.lines[1:] == (
+        "assuming, as the file does not say: eval.fit=stretch, eval.crop=1.0, "
+        "eval.resample=bilinear",
+    )
+    bare = golden("timm.safetensors")
+    assert bare.classes == ("0", "1", "2", "3", "4")
+    assert bare.lines[1] == (
+        "assuming, as the file does not say: 3 heads, as given, the head reads [CLS] "
+        "(model.pool=cls), model.gelu=exact, model.norm_epsilon=1e-06, "
+        "augment.mean=(0.5,0.5,0.5), augment.std=(0.5,0.5,0.5), eval.fit=shorter, eval.crop=0.9, "
+        "eval.resample=bicubic, classes are numbered 0 to 4"
+    )
+
+
+def test_what_is_no_parameter_is_named():
+    line = "left aside, no parameters of it: opt/state/step"
+    assert golden("big_vision-tok.npz").lines[1] == line
+    line = golden("big_vision-gap.npz").lines[2]
+    assert line == "no positions are stored: they are the fixed table, of 3 x 3 patches"
+
+
+def test_a_usual_size_tells_its_heads(tmp_path):
+    """And positions that are no square need a word."""
+    arrays = weight_files.read(GOLDEN / "timm.safetensors")
+    assert "give --config.model.heads" in refusal(golden, "timm.safetensors", Hints())
+    arrays["pos_embed"] = arrays["pos_embed"][:, :7]
+    weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
+    wide = pretrained.read(tmp_path / "x.safetensors", Hints(heads=3, image=(8, 12)))
+    assert wide.model.shape.grid == (2, 3) and config.image_size(wide.cfg) == (8, 12)
+    message = refusal(pretrained.read, tmp_path / "x.safetensors", Hints(heads=3))
+    assert "7 positions are of 6 patches, which is no square grid" in message
+    assert "--config.init.image=HEIGHTxWIDTH" in message
+
+
+def test_positions_without_a_row_for_cls(tmp_path):
+    """timm's no_embed_class, as DeiT III."""
+    arrays = weight_files.read(GOLDEN / "timm.safetensors")
+    first, arrays["pos_embed"] = arrays["pos_embed"][:, :1], arrays["pos_embed"][:, 1:]
+    arrays["cls_token"] = arrays["cls_token"] + first
+    weight_files.write_safetensors(tmp_path / weight_files.MODEL, arrays)
+    content = {"architecture": "vit_tiny_patch16_224", "model_args": {"no_embed_class": True}}
+    bare = HEADS._replace(image=None)
+    assert "9 positions are of 8 patches" in refusal(pretrained.read, tmp_path, bare)
+    assert "8 patches" in refusal(pretrained.read, tmp_path, bare._replace(size=(12, 12)))
+    given = pretrained.read(tmp_path, HEADS)
+    same_bits(given.params, golden("timm.safetensors").params)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    same_bits(pretrained.read(tmp_path, bare).params, given.params)
+
+
+def test_layer_scale_is_multiplied_into_the_layers_before_it(tmp_path):
+    """And by DeiT III's own names of it."""
+    line = "LayerScale is multiplied into the layers before it: 4 arrays"
+    given = golden("timm-deit3.safetensors")
+    assert given.lines[1] == line and golden("timm.safetensors").lines[1] != line
+    arrays = weight_files.read(GOLDEN / "timm-deit3.safetensors")
+    renamed = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): x for name, x in arrays.items()}
+    assert "blocks.1.gamma_2" in renamed
+    weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
+    same_bits(pretrained.read(tmp_path / "x.safetensors", HEADS).params, given.params)
+    renamed["blocks.1.gamma_2"] = np.ones(3, np.float32)
+    weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
+    message = refusal(pretrained.read, tmp_path / "x.safetensors", HEADS)
+    assert "blocks.1.ls2.gamma has the wrong shape" in message
+
+
+def test_half_precision_is_read(tmp_path):
+    """.npz has no bfloat16: numpy writes two bytes of nothing in particular."""
+    arrays = weight_files.read(GOLDEN / "google.npz")
+    half = {name: np.asarray(jax.numpy.bfloat16(x)) for name, x in arrays.items()}
+    np.savez(tmp_path / "half.npz", **half)
+    weight_files.write_safetensors(tmp_path / "half.safetensors", half)
+    for name in ("half.npz", "half.safetensors"):
+        found = weight_files.read(tmp_path / name)
+        for key, array in half.items():
+            np.testing.assert_array_equal(found[key], array.astype(np.float32))
+
+
+def test_other_spellings_are_the_same_model(tmp_path):
+    """transformers 5 has other names in memory; ViTModel has no prefix; DataParallel has one."""
+    arrays = weight_files.read(GOLDEN / "huggingface" / weight_files.MODEL)
+    shorter = {
+        "encoder.layer.": "layers.",
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        "output.dense": "mlp.fc2",
+    }
+
+    def respelled(name):
+        for old, new in shorter.items():
+            name = name.replace(old, new)
+        return "module." + name.removeprefix("vit.")
+
+    respelt = {respelled(name): array for name, array in arrays.items()}
+    assert "module.layers.1.mlp.fc2.bias" in respelt
+    weight_files.write_safetensors(tmp_path / "x.safetensors", respelt)
+    given = pretrained.read(tmp_path / "x.safetensors", HEADS)
+    same_bits(given.params, golden("huggingface").params)
+    assert given.cfg.model.norm_epsilon == 1e-12, "with no config.json beside it"
+
+
+def test_the_dialect_can_be_forced():
+    assert "of timm" in golden("timm.safetensors", HEADS._replace(dialect="timm")).lines[0]
+    wrong = HEADS._replace(dialect="huggingface")
+    message = refusal(golden, "timm.safetensors", wrong)
+    assert "vit.embeddings.patch_embeddings.projection.weight is missing" in message
+    assert "of another dialect than huggingface" in message
+    unknown = HEADS._replace(dialect="tim")
+    assert "did you mean timm" in refusal(golden, "timm.safetensors", unknown)
+
+
+def test_each_table_names_each_parameter_once():
+    for dialect in DIALECTS.values():
+        ours = [name for rule in dialect.rules for name in rule.parts]
+        theirs = [rule.theirs for rule in dialect.rules]
+        assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs), dialect.name
+    for pool in ("cls", "gap", "map"):
+        wanted = named(unstack(random_params(tiny_model(f"model.pool={pool}", "model.depth=1"))))
+        placed = {name.replace("{i}", "0") for rule in TIMM.rules for name in rule.parts}
+        assert wanted.keys() <= placed
+    assert "pool/probe" not in {name for rule in HUGGINGFACE.rules for name in rule.parts}
+
+
+# As the start of a training, and as a run
+
+
+def test_a_head_is_kept_where_the_classes_agree():
+    assert pretrained.agree(NAMES, NAMES, "auto") == Match()
+    assert pretrained.agree(NAMES, NAMES[::-1], "auto").outputs == (4, 3, 2, 1, 0)
+    assert pretrained.agree(NAMES, NAMES[::-1], "keep").outputs == (4, 3, 2, 1, 0)
+    unnamed = pretrained.agree(("0", "1"), ("cat", "dog"), "auto")
+    assert unnamed.outputs is None and "output i is class i of the set, cat to dog" in unnamed.line
+    assert pretrained.agree((), ("cat",), "auto") is None, "there is no head"
+    assert pretrained.agree(NAMES, NAMES, "new") is None
+    others = ("ant", "bee", "cat", "dog", "elk")
+    assert pretrained.agree(NAMES, others, "auto") is None
+    message = refusal(pretrained.agree, NAMES, others, "keep")
+    assert "'eel' are the model's alone, 'elk' the set's" in message
+    assert pretrained.agree(NAMES, others, "keep", "order").outputs is None
+    assert "init.head=keep: the source has 5 classes, the model 2" in refusal(
+        pretrained.agree, NAMES, ("cat", "dog"), "keep"
+    )
+    assert "init.head='old' is unknown" in refusal(pretrained.agree, NAMES, NAMES, "old")
+
+
+def test_a_new_head_leaves_the_representation_of_the_old_one():
+    """ViT paper, section 3.2: it is removed for fine-tuning."""
+    given = golden("google-pre_logits.npz")
+    cfg = given.cfg.copy_and_resolve_references()
+    cfg.model.representation, cfg.model.classes = 0, 4
+    target = random_params(build(cfg.model, (12, 12)))
+    params, rows = adapt(given.params, target, "cubic", same_classes=False)
+    same_bits(params["blocks"], given.params["blocks"])
+    actions = {row.name: row.action for row in rows}
+    assert actions["representation/kernel"] == "left: it belongs to the old head"
+    assert actions["head/kernel"] == "new: the classes differ"
+    message = refusal(adapt, given.params, target, "cubic", True)
+    assert "representation/bias (8,) has no place in the model" in message
+
+
+def test_what_the_source_was_trained_with_is_compared():
+    given = golden("huggingface")
+    cfg = given.cfg.copy_and_resolve_references()
+    assert pretrained.differences(given.cfg, cfg) == []
+    cfg.model.fc_norm = True
+    (line,) = pretrained.differences(given.cfg, cfg)
+    assert line == "the source was trained with model.fc_norm=False; this config has True"
+    cfg.model.fc_norm = False
+    cfg.model.gelu, cfg.augment.mean = "tanh", (0.5, 0.5, 0.5)
+    assert pretrained.differences(given.cfg, cfg) == [
+        "the source was trained with model.gelu=exact; this config has tanh",
+        "the source was trained with augment.mean=(0.4, 0.5, 0.6); this config has (0.5, 0.5, 0.5)",
+    ]
+
+
+def test_converted_weights_are_a_run(tmp_path, capsys):
+    out, images = tmp_path / "run", random_images(3, (12, 12))
+    assert cli.main(["convert", str(GOLDEN / "huggingface"), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "40 arrays of Hugging Face transformers (init.dialect=huggingface)" in printed
+    assert "blocks/mlp/up/kernel" in printed and f"{out}: " in printed
+    model = vit_scale.load(out)
+    assert (model.classes, model.size, model.step) == (NAMES, (12, 12), 0)
+    assert model.cfg.model.norm_epsilon == 1e-12
+    given = golden("huggingface")
+    same_bits(model.params, given.params)
+    pixels = (images / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
+    logits = jax.jit(given.model.apply)(given.params, pixels.astype(np.float32))
+    np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
+    assert "is not empty" in refusal(pretrained.convert, GOLDEN / "huggingface", out)
+
+
+def test_weights_are_used_without_converting_them(tmp_path):
+    model = vit_scale.load(GOLDEN / "huggingface")
+    assert model(random_images(2, (12, 12))).shape == (2, 5)
+    arrays = weight_files.read(GOLDEN / "huggingface" / weight_files.MODEL)
+    shutil.copytree(GOLDEN / "huggingface", tmp_path / "bare")
+    headless = {name: x for name, x in arrays.items() if not name.startswith("classifier")}
+    weight_files.write_safetensors(tmp_path / "bare" / weight_files.MODEL, headless)
+    assert "has no head: train one" in refusal(vit_scale.load, tmp_path / "bare")
+    message = refusal(pretrained.convert, tmp_path / "bare", tmp_path / "out")
+    assert "has no head: give --config.model.classes=N" in message
+    made, rows = pretrained.convert(tmp_path / "bare", tmp_path / "out", ["model.classes=3"])
+    assert made.classes == ("0", "1", "2") and not np.any(made.params["head"]["kernel"])
+    assert {row.action for row in rows if "head/" in row.name} == {"new: the classes differ"}
+
+
+def test_weights_of_others_get_images_as_large_as_the_model_sees(tmp_path):
+    """The config they come with says cifar10, whose images have 32 px: that is a default."""
+    assert vit_scale.load(GOLDEN / "huggingface").stored == (12, 12)
+    pretrained.convert(GOLDEN / "huggingface", tmp_path / "theirs", ["data.resolution=20"])
+    assert vit_scale.load(tmp_path / "theirs").stored == (20, 20)
+    ours = write_run(
+        tmp_path / "ours", tiny_config(), random_params(tiny_model()), data={"height": 32}
+    )
+    pretrained.convert(ours, tmp_path / "larger", ["data.resolution=48"])
+    assert vit_scale.load(tmp_path / "larger").stored == (32, 32)
+
+
+def test_converting_takes_overrides(tmp_path):
+    overrides = ["data.resolution=20", "model.heads=3", "augment.mean=(0.1, 0.2, 0.3)"]
+    made, rows = pretrained.convert(GOLDEN / "timm.safetensors", tmp_path / "run", overrides)
+    actions = {row.name: row.action for row in rows}
+    assert actions["posemb"] == "resampled 3 x 3 -> 5 x 5, cubic"
+    assert made.cfg.augment.mean == (0.1, 0.2, 0.3) and made.model.shape.grid == (5, 5)
+    assert "augment.std" in made.lines[-1] and "augment.mean" not in made.lines[-1]
+    images, logits = expected("timm-larger")
+    run = pretrained.read(tmp_path / "run")
+    np.testing.assert_allclose(jax.jit(run.model.apply)(run.params, images), logits, atol=1e-5)
+
+
+# Out
+
+MODELS = {
+    "cls": ["augment.mean=(0.4, 0.5, 0.6)", "model.gelu=tanh"],
+    "gap": ["model.pool=gap", "data.width=24"],
+    "map": ["model.pool=map"],
+    "unrolled": ["model.scan=False", "model.norm_epsilon=1e-12"],
+}
+
+
+def a_run(folder: pathlib.Path, *overrides: str) -> pathlib.Path:
+    params = random_params(tiny_model(*overrides))
+    for leaf in (params["head"]["bias"], params.get("cls", np.zeros(2))):
+        leaf[:2] = -0.0, 0.0  # what adds a zero loses the sign of the first
+    return write_run(folder, tiny_config(*overrides), params)
+
+
+@pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf", "npz"])
+@pytest.mark.parametrize("model", MODELS)
+def test_what_goes_out_comes_back_bit_for_bit(kind, model, tmp_path):
+    run = a_run(tmp_path / "run", *MODELS[model])
+    out = tmp_path / f"out{'.npz' if kind == 'npz' else ''}"
+    if kind == "safetensors-hf" and model in ("gap", "map"):
+        message = refusal(export, run, kind, out)
+        assert f"transformers' ViT has pool=cls only, this is {model}" in message
+        return
+    lines = export(run, kind, out)
+    given, back = pretrained.read(run), pretrained.read(out)
+    same_bits(pretrained.adapt(back.params, given.params, "cubic", True)[0], given.params)
+    assert np.signbit(np.asarray(back.params["head"]["bias"])[:2]).tolist() == [True, False]
+    assert back.classes == CLASSES
+    fields = config.differences(config.to_json(given.cfg), config.to_json(back.cfg))
+    changed = [line for line in fields if line.startswith(("model.", "augment.m", "augment.s"))]
+    if kind == "safetensors-timm" and model == "unrolled":
+        assert changed.pop(0) == "model.norm_epsilon: 1e-12 -> 1e-06"
+        assert "its norms add 1e-12" in lines[1]
+    assert changed == (["model.scan: False -> True"] if model == "unrolled" else [])
+    assert config.image_size(back.cfg) == config.image_size(given.cfg)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_was_trained_with_cudnn_goes_out_for_every_device(gpu, tmp_path, monkeypatch):
+    overrides = ("model.dtype=bfloat16", "model.attention=cudnn")
+    run = a_run(tmp_path / "run", *overrides)
+    plain = vit_scale.load(a_run(tmp_path / "plain", *overrides[:1]))
+    monkeypatch.setattr(load, "have_cudnn", lambda devices: gpu)
+    assert pretrained.read(run).cfg.model.attention == ("cudnn" if gpu else "xla")
+    for kind in FORMATS:
+        export(run, kind, tmp_path / f"{kind}.npz")
+    artifact = jax_export.deserialize(bytearray((tmp_path / "jax.npz").read_bytes()))
+    images = random_images(2)
+    np.testing.assert_allclose(artifact.call(images), plain(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf"])
+def test_what_goes_out_is_what_the_library_writes(kind, tmp_path):
+    """The very arrays of the library's own file, but for [CLS], which has its position in it."""
+    case = {"safetensors-timm": "timm.safetensors", "safetensors-hf": "huggingface"}[kind]
+    theirs = weight_files.read(weight_files.file_in(GOLDEN / case))
+    pretrained.convert(GOLDEN / case, tmp_path / "run", ["model.heads=3"])
+    export(tmp_path / "run", kind, tmp_path / "out")
+    ours = weight_files.read(tmp_path / "out" / weight_files.MODEL)
+    assert ours.keys() == theirs.keys()
+    cls, positions = (next(name for name in theirs if end in name) for end in ("cls_token", "pos"))
+    assert not np.any(ours[positions][:, 0])
+    np.testing.assert_array_equal(ours[cls][:, 0], theirs[cls][:, 0] + theirs[positions][:, 0])
+    np.testing.assert_array_equal(ours[positions][:, 1:], theirs[positions][:, 1:])
+    for name in theirs.keys() - {cls, positions}:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_fixed_positions_go_out_as_stored_ones(tmp_path):
+    run = a_run(tmp_path / "run", "model.posemb=sincos2d")
+    given, images = pretrained.read(run), np.float32(random_images(2)) / 255
+    logits = jax.jit(given.model.apply)(given.params, images)
+    export(run, "npz", tmp_path / "x.npz")
+    back = pretrained.read(tmp_path / "x.npz")
+    assert back.cfg.model.posemb == "learned"
+    np.testing.assert_allclose(jax.jit(back.model.apply)(back.params, images), logits, atol=1e-6)
+
+
+def test_what_the_other_code_computes_otherwise_is_said(tmp_path):
+    run = a_run(tmp_path / "run", "model.norm_epsilon=1e-5")
+    lines = export(run, "npz", tmp_path / "x.npz")
+    assert any("model.gelu=exact" in line and "computes with tanh" in line for line in lines)
+    assert any("model.norm_epsilon=1e-05" in line for line in lines)
+    lines = export(run, "safetensors-hf", tmp_path / "hf")
+    assert not any("norm" in line for line in lines)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["layer_norm_eps"] == 1e-5
+
+
+def test_exports_that_are_refused(tmp_path):
+    run = a_run(tmp_path / "run", "model.representation=8")
+    message = refusal(export, run, "safetensors-timm", tmp_path / "x")
+    assert "has no layer between pooling and head" in message
+    assert "did you mean safetensors-hf or safetensors-timm" in refusal(
+        export, run, "timm-safetensors", "x"
+    )
+    assert "a .npz file ends so" in refusal(export, run, "npz", tmp_path / "x")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refusal(export, run, "npz", tmp_path / "file" / "x.npz")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_function_that_runs_without_this_package(tmp_path, capsys, run_plain):
+    run = a_run(tmp_path / "run", "augment.mean=(0.4, 0.5, 0.6)")
+    file = tmp_path / "model.jax"
+    arguments = ["export", str(run), "--format", "jax", "--out", str(file)]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"{file}: for cpu, cuda, tpu" in printed
+    snippet = printed.partition("\n")[2]
+    assert len(snippet.strip().splitlines()) == 5
+    images = random_images(3)
+    np.save(tmp_path / "images.npy", images)
+    more = "print(probabilities.shape)\nnp.save('found.npy', model.call(np.load('images.npy')))\n"
+    assert run_plain(snippet + more) == "(8, 4)\n"
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), vit_scale.load(run)(images), 1e-5)
+    assert json.loads((tmp_path / "model.jax.json").read_text()) == {
+        "classes": list(CLASSES),
+        "size": [16, 16],
+    }

@@ -1,0 +1,60 @@
+"""compiled: a run that goes on takes its programs from its own folder."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tests.laws.test_laws import command, settings
+from vit_scale import cli
+from vit_scale.runs import compiled_programs
+
+HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A backend that claims not to be a CPU, and no cache of the user's."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def events(run, wanted=True) -> list[str]:
+    """What jax's cache says while it compiles one program anew."""
+    seen: list[str] = []
+    jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
+    jax.clear_caches()
+    with compiled_programs.kept(run, wanted):
+        assert float(jax.jit(lambda x: 3 * x + 1)(2.0)) == 7.0
+    jax.monitoring.clear_event_listeners()
+    return [name for name in seen if name in (HIT, MISS)]
+
+
+def test_what_was_compiled_once_is_found_again(accelerator, tmp_path):
+    assert HIT not in events(tmp_path / "run")
+    assert list((tmp_path / "run" / compiled_programs.FOLDER).iterdir())
+    assert set(events(tmp_path / "run")) == {HIT}
+    assert HIT not in events(tmp_path / "another")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_run_keeps_its_training_step(accelerator, quick_compile, cifar, tmp_path):
+    fields = settings(cifar, steps=3, eval__final="")
+    assert cli.main([*command(tmp_path / "run", **fields), "--quiet"]) == 0
+    assert list((tmp_path / "run" / compiled_programs.FOLDER).glob("*train_step*"))
+
+
+def test_nothing_is_kept_where_it_is_not_wanted(accelerator, tmp_path, monkeypatch):
+    assert events(tmp_path, wanted=False) == []
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    compilation_cache.reset_cache()
+    events(tmp_path)
+    assert (tmp_path / "mine").is_dir() and jax.config.jax_compilation_cache_dir
+    monkeypatch.undo()
+    jax.config.update("jax_compilation_cache_dir", None)
+    events(tmp_path)  # a CPU
+    assert not (tmp_path / compiled_programs.FOLDER).exists()

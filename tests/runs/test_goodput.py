@@ -1,0 +1,71 @@
+"""goodput: where a run's time went, over several attempts."""
+
+import json
+
+import pytest
+
+from vit_scale.runs import goodput
+from vit_scale.runs.goodput import Ledger, duration, summarise
+
+
+def attempt(began, seen, first, last, **seconds):
+    return {
+        "began": began, "seen": seen, "start": first, "step": last, "seconds": seconds, "code": 0,
+    }  # fmt: skip
+
+
+def test_all_of_the_time_is_accounted_for():
+    attempts = [
+        attempt(100, 160, 0, 50, start=5.0, compile=10.0, train=40.0, checkpoint=5.0),
+        attempt(170, 240, 30, 100, restore=10.0, train=56.0, eval=4.0),
+    ]
+    found = summarise(attempts)
+    # 20 of the first attempt's 50 steps were done again: 16 of its 40 seconds.
+    assert found["recomputed_steps"] == 20
+    assert found["productive"] == pytest.approx(24 + 56)
+    assert found["wall"] == 140 and found["goodput"] == pytest.approx(80 / 140)
+    assert found["lost"] == pytest.approx(
+        {
+            "start": 5, "compile": 10, "checkpoint": 5, "restore": 10, "eval": 4,
+            "recomputed steps": 16, "between attempts": 10,
+        }
+    )  # fmt: skip
+    assert found["productive"] + sum(found["lost"].values()) == pytest.approx(found["wall"])
+
+
+def test_an_attempt_whose_steps_were_all_done_again_produced_nothing():
+    attempts = [attempt(0, 10, 0, 8, train=10.0), attempt(10, 30, 0, 16, train=20.0)]
+    assert summarise(attempts)["productive"] == 20
+    later = [*attempts, attempt(30, 40, 4, 12, train=10.0)]  # twelve of the second's are lost
+    assert summarise(later)["recomputed_steps"] == 8 + 12
+
+
+def test_a_ledger_survives_and_a_rollback_is_an_attempt(tmp_path):
+    now = iter(range(100, 1000))
+    ledger = Ledger(tmp_path, clock=lambda: next(now))
+    ledger.begin_at(4)
+    ledger.add("train", 2.0, 10)
+    ledger.add("eval", 1.0, 10)
+    ledger.add("train", 3.0, 12)
+    ledger.begin_at(8)  # back from 12
+    ledger.add("train", 1.0, 9)
+    ledger.end(42)
+    Ledger(tmp_path).end(0)
+    first, second, third = goodput.read(tmp_path)
+    assert (first["start"], first["step"], first["code"]) == (4, 12, None)
+    assert first["seconds"] == {"train": 5.0, "eval": 1.0}
+    assert (second["start"], second["step"], second["code"]) == (8, 9, 42)
+    assert (third["seconds"], third["code"]) == ({}, 0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"attempts": 3}'])
+def test_a_damaged_file_is_no_attempt(tmp_path, content):
+    (tmp_path / goodput.FILE).write_text(content)
+    assert goodput.read(tmp_path) == []
+    Ledger(tmp_path).end(0)
+    assert len(json.loads((tmp_path / goodput.FILE).read_text())["attempts"]) == 1
+
+
+def test_durations_are_for_people():
+    given = {0.26: "0.3 s", 59: "59.0 s", 61: "1 min 1 s", 7322: "2 h 2 min"}
+    assert {seconds: duration(seconds) for seconds in given} == given

@@ -1,0 +1,255 @@
+"""watch: heartbeats say what is done, a hang is ended, and the host that failed is named."""
+
+import json
+import threading
+
+import pytest
+
+from vit_scale.runs import goodput, watchdog
+from vit_scale.distributed import multihost
+from vit_scale.config import base
+from vit_scale.errors import RESUMABLE
+from vit_scale.runs.watchdog import Watch
+
+
+class Ended(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def limits():
+    return base().watchdog
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """What a watch ended its process with: [(line, code)]."""
+    said = []
+
+    def end(self, line, code=RESUMABLE):
+        said.append((line, code))
+        raise Ended
+
+    monkeypatch.setattr(Watch, "end", end)
+    return said
+
+
+def heartbeat(run, number=0) -> dict:
+    return json.loads((run / watchdog.FOLDER / f"{number}.json").read_text())
+
+
+def test_a_heartbeat_says_what_is_done(tmp_path, limits):
+    with Watch(tmp_path, limits) as this:
+        assert heartbeat(tmp_path)["phase"] == "start"
+        this.begin_at(4)
+        with watchdog.phase("train"):
+            watchdog.beat(7)
+            with watchdog.phase("eval"):
+                this.write()
+                said = heartbeat(tmp_path)
+                assert (said["phase"], said["step"], said["code"]) == ("eval", 7, None)
+            this.write()
+            assert heartbeat(tmp_path)["phase"] == "train"
+    said = heartbeat(tmp_path)
+    assert (said["phase"], said["step"], said["code"]) == ("start", 7, 0)
+    (attempt,) = goodput.read(tmp_path)
+    assert (attempt["start"], attempt["step"], attempt["code"]) == (4, 7, 0)
+    assert attempt["seconds"].keys() == {"start", "train", "eval"}
+
+
+def test_last_words_are_written(tmp_path, limits):
+    with pytest.raises(ValueError), Watch(tmp_path, limits) as this:
+        try:
+            with this.last_words():
+                raise ValueError("a mistake")
+        finally:  # at once, and they stay while the run is tidied up
+            assert heartbeat(tmp_path)["words"] == "a mistake"
+            this.write()
+    assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (1, "a mistake")
+    assert goodput.read(tmp_path)[-1]["code"] == 1
+
+
+@pytest.mark.parametrize("part", ["book", "write", "_ledger", "_others"])
+def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
+    tmp_path, limits, monkeypatch, capsys, part
+):
+    """Else what hangs after it would hang for ever."""
+    this, calls, checked = Watch(tmp_path, limits), [], threading.Event()
+    this.every = 0.001
+
+    def fail(*arguments):
+        calls.append(part)
+        raise KeyError("nobody expected this")
+
+    class Failing:
+        write = check = fail
+
+        def __getattr__(self, name):
+            return lambda *arguments: None
+
+    this._check_limit = lambda: checked.set() if len(calls) > 3 else None
+    monkeypatch.setattr(this, part, Failing() if part.startswith("_") else fail)
+    thread = threading.Thread(target=this._loop, daemon=True)
+    thread.start()
+    assert checked.wait(30), "what comes after the failure is still done"
+    this._ended.set()
+    thread.join(10)
+    said = capsys.readouterr().err
+    assert said == (
+        "vit-scale: the watchdog had a problem (KeyError: 'nobody expected this'), and goes on\n"
+    )
+
+
+def test_a_heartbeat_of_another_host_that_is_no_heartbeat(three_hosts, ended, monkeypatch, capsys):
+    """Of another version, or damaged: the limits of this host hold all the same."""
+    this, _ = three_hosts
+    (this.run / watchdog.FOLDER).mkdir(parents=True, exist_ok=True)
+    (this.run / watchdog.FOLDER / "1.json").write_text(json.dumps({"attempt": this.attempt}))
+    rounds = iter([False, False, False, True])
+    monkeypatch.setattr(this._ended, "wait", lambda seconds: next(rounds))
+    this._loop()
+    assert capsys.readouterr().err.count("the watchdog had a problem (KeyError: 'code')") == 1
+
+
+def test_nobody_watches_outside_of_training(tmp_path):
+    with Watch(tmp_path, base().watchdog) as this:
+        this.enter("train")
+    with watchdog.phase("eval"):
+        watchdog.beat(3)
+    assert (this.step, heartbeat(tmp_path)["phase"]) == (0, "train")
+
+
+@pytest.mark.parametrize(
+    ("phase", "limit"),
+    [("train", "step"), ("data", "step"), ("eval", "step"), ("compile", "compile"),
+     ("checkpoint", "storage"), ("restore", "storage"), ("start", "storage")],
+)  # fmt: skip
+def test_each_phase_has_its_limit(tmp_path, limits, ended, monkeypatch, phase, limit):
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    limits.update(dict.fromkeys(limits, 0.0))
+    this = Watch(tmp_path, limits)
+    this.enter(phase)
+    this.beat(5)
+    now[0] = 1e6
+    this._check_limit()  # 0 is no limit
+    limits[limit] = 60.0
+    this.beat(6)
+    now[0] += 59
+    this._check_limit()
+    assert ended == []
+    now[0] += 2
+    with pytest.raises(Ended):
+        this._check_limit()
+    assert ended == [
+        (
+            f"no progress for 61 s in phase {phase}, after step 6; the limit is "
+            f"watchdog.{limit}=60 s; the stacks are above",
+            RESUMABLE,
+        )
+    ]
+
+
+@pytest.fixture
+def three_hosts(tmp_path, limits, monkeypatch):
+    """The watch of process 0 of three, and a clock: [seconds]."""
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(multihost, "is_several", lambda: True)
+    monkeypatch.setattr(multihost, "agree", lambda value: value)
+    monkeypatch.setattr(watchdog.jax, "process_count", lambda: 3)
+    this = Watch(tmp_path, limits)
+    (tmp_path / watchdog.FOLDER).mkdir()
+    return this, now
+
+
+def says(this, number, attempt=None, code=None, words="", step=5):
+    content = {
+        "attempt": attempt or this.attempt, "host": f"worker-{number}", "phase": "train",
+        "step": step, "code": code, "words": words,
+    }  # fmt: skip
+    (this.run / watchdog.FOLDER / f"{number}.json").write_text(json.dumps(content))
+
+
+def test_a_silent_host_is_named(three_hosts, ended):
+    this, now = three_hosts
+    for second in range(0, 100, 10):
+        now[0] = float(second)
+        says(this, 1, step=second)
+        if second < 40:
+            says(this, 2, step=second)
+        if second < 70:
+            this._others.check(30.0)
+    with pytest.raises(Ended):
+        this._others.check(30.0)
+    ((line, code),) = ended
+    assert line.startswith("process 2 (worker-2) was not heard from for 60 s, last in phase train")
+    assert "after step 30: it was killed, is frozen, or is cut off" in line and code == RESUMABLE
+
+
+def test_a_host_that_never_came_and_one_of_an_earlier_attempt_are_silent(three_hosts, ended):
+    this, now = three_hosts
+    for second in range(5):
+        now[0] = 10.0 * second
+        says(this, 1, attempt="before", code=1, words="an old mistake", step=second)
+        says(this, 2, step=second)
+        if second < 4:
+            this._others.check(35.0)
+    with pytest.raises(Ended):
+        this._others.check(35.0)
+    assert ended[0][0].startswith("process 1 (worker-1) was not heard from for 40 s")
+
+
+def test_the_last_words_of_a_host_end_the_others_with_its_code(three_hosts, ended):
+    this, _ = three_hosts
+    says(this, 1, code=42, words="process 2 (worker-2): a mistake")  # it stopped because of 2
+    says(this, 2, code=1, words="a mistake")
+    with pytest.raises(Ended):
+        this._others.check(30.0)
+    assert ended == [("process 2 (worker-2): a mistake", 1)]
+
+
+def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
+    this, now = three_hosts
+    says(this, 1, code=0)
+    says(this, 2, code=0)
+    this._others.check(30.0)
+    now[0] += 100
+    this._others.check(30.0)
+    assert ended == []
+
+
+def test_a_host_that_stopped_with_all_others_is_not_blamed(three_hosts, ended):
+    """Process 0 is the last to end: it still writes what all have measured."""
+    this, now = three_hosts
+    says(
+        this, 1, code=42, words="stopped by SIGTERM after step 7; rerun the same command to resume"
+    )
+    says(this, 2, code=0)
+    this._others.check(30.0)
+    now[0] += 100
+    this._others.check(30.0)
+    assert ended == []
+
+
+def test_a_host_that_ends_itself_blames_no_other(three_hosts, ended):
+    this, _ = three_hosts
+    says(this, 1, code=1, words="a mistake")
+    this._code = 1
+    this._others.check(30.0)
+    assert ended == []
+
+
+def test_the_cause_is_looked_for_where_another_host_may_be_it(three_hosts, ended, monkeypatch):
+    this, now = three_hosts
+    says(this, 1)
+    says(this, 2)
+
+    def beat(seconds):
+        now[0] += seconds
+        says(this, 1, step=int(10 * now[0]))
+
+    monkeypatch.setattr(watchdog.time, "sleep", beat)
+    with pytest.raises(Ended):
+        this._others.blame()
+    assert ended[0][0].startswith("process 2 (worker-2) was not heard from for ")

@@ -1,0 +1,624 @@
+"""Runs and data in a bucket are what they are on a disk, against an emulator of its storage."""
+
+import http.server
+import json
+import logging
+import os
+import pathlib
+import pickle
+import shutil
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.checkpoint.test_checkpointer import like, save, trees
+from tests.checkpoint.test_checkpointer import same_bits as same_trees
+from tests.laws.test_laws import (
+    Killed,
+    command,
+    final_state,
+    kill_at_random,
+    losses,
+    same_bits,
+    undisturbed,
+)
+from tests.tracking.test_tracker import events, loss, tracker
+from vit_scale import checkpoint, cli, config, data, pretrained
+from vit_scale.data import array_record
+from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.runs import lock
+from vit_scale.runs.lock import Lease
+from vit_scale.runs.run_folder import Run, read_json, write_json
+from vit_scale.storage import compare_and_swap, paths
+from vit_scale.training import trainer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+STEPS, EVERY = 12, 3
+
+
+def upload(folder: pathlib.Path, place: str) -> pathlib.Path:
+    """Every file below `folder`, to the same name below `place`."""
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        paths.path(f"{place}/{file.relative_to(folder)}").write_bytes(file.read_bytes())
+    return paths.path(place)
+
+
+@pytest.fixture(scope="module")
+def images(bucket, jpegs) -> pathlib.Path:
+    """The `jpegs` in the bucket."""
+    return upload(jpegs, f"{bucket}/jpegs")
+
+
+def fields(data_path, **more) -> dict:
+    return {
+        "data__name": "folder",
+        "data__path": data_path,
+        "data__train": "train",
+        "data__workers": 1,
+        "data__batch": 8,
+        "model__classes": 3,
+        "steps": STEPS,
+        "checkpoint__every": EVERY,
+        "eval__final": "val",
+        "eval__batch": 8,
+        **more,
+    }
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def on_disk(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
+    """A run that nothing disturbed, with its data and its folder on a disk."""
+    return undisturbed(tmp_path_factory.mktemp("disk"), fields(jpegs, data__workers=0))
+
+
+@pytest.fixture(scope="module")
+def killed(bucket, images, on_disk) -> pathlib.Path:
+    """The same run in a bucket, from data in a bucket, killed while it saved."""
+    run = paths.path(f"{bucket}/killed")
+
+    def saved():
+        time.sleep(0.2)  # the server is one process: to ask it all the time would slow the run down
+        return checkpoint.steps(run) != []
+
+    kill_at_random(command(run, **fields(images)), saved, 0.0, on_disk.parent)
+    last = max(checkpoint.steps(run))
+    assert 0 < last < STEPS and not (run / "report.json").exists()
+    # No checkpoint precedes what was logged up to its step.
+    assert [step for step, _ in losses(run) if step <= last] == list(range(1, last + 1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(killed, images) -> pathlib.Path:
+    """The killed run, after the same command has ended it."""
+    assert cli.main([*command(killed, **fields(images)), "--quiet"]) == 0
+    return killed
+
+
+def test_killed_and_resumed_in_a_bucket_is_the_undisturbed_run_on_a_disk(resumed, on_disk):
+    same_bits(final_state(resumed), final_state(on_disk))
+    assert losses(resumed) == losses(on_disk)  # each row once, with the same numbers
+    assert checkpoint.steps(resumed) == checkpoint.steps(on_disk) == [STEPS - EVERY, STEPS]
+
+
+def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jpegs, capsys):
+    def said(*arguments):
+        assert cli.main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    there, here = said("eval", resumed), said("eval", on_disk)
+    assert there.pop("run") == f"{resumed}/checkpoints/{STEPS}" and here.pop("run")
+    assert there == here and there["n"] == 12
+    name = "val/class_1/001.jpg"
+    named = {place: said("predict", place, f"{images}/{name}") for place in (resumed, on_disk)}
+    assert list(named[resumed]) == [f"{images}/{name}"] and named[resumed] == named[on_disk]
+    assert (
+        said("predict", on_disk, jpegs / name)[str(jpegs / name)]
+        == named[on_disk][f"{images}/{name}"]
+    )
+    (shown,), (other,) = (said("show", place)["runs"] for place in (resumed, on_disk))
+    changed = ("run", "trained on", "images/s")
+    assert shown == other | {name: shown[name] for name in changed}
+    assert [shown[name] for name in changed[:2]] == [str(resumed), "jpegs train"]
+    assert said("eval", f"{resumed}/checkpoints/{STEPS}")["n"] == 12
+
+
+def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_path, capsys):
+    begun, init_state = [], trainer.init_state
+
+    def keep(*arguments):
+        begun.append(jax.tree.map(np.asarray, init_state(*arguments).params))
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(trainer, "init_state", keep)
+        cli.main(command(tmp_path / "run", **fields(jpegs, init__source=resumed)))
+    assert f"initialised from {resumed}/checkpoints/{STEPS}\n" in capsys.readouterr().out
+    for run in (resumed, on_disk):
+        jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained.read(run).params)
+
+
+def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(bucket):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "weights" / "huggingface"
+    for file in golden.iterdir():
+        paths.write(paths.path(f"{bucket}/weights/{file.name}"), file.read_bytes())
+    for source in (f"{bucket}/weights", f"{bucket}/weights/model.safetensors"):
+        given = pretrained.read(source)
+        assert given.classes == ("ant", "bee", "cat", "dog", "eel")
+        assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
+        here = pretrained.read(golden)
+        jax.tree.map(np.testing.assert_array_equal, given.params, here.params)
+
+
+def test_stages_begin_with_each_other_in_a_bucket(bucket, monkeypatch):
+    """Not trained: the folders are handed on whole, with both slashes."""
+    from vit_scale.training import stages
+
+    seen = []
+    monkeypatch.setattr(stages, "train", lambda cfg, run, *_: seen.append((run, cfg.init.source)))
+    runs = stages.train_stages("quickstart", [], f"{bucket}/quick", quiet=True)
+    assert list(map(str, runs[:2])) == [f"{bucket}/quick/pretrain", f"{bucket}/quick/scratch-32"]
+    assert (runs[2], f"{bucket}/quick/pretrain") in seen
+
+
+def about() -> dict:
+    return {"name": "x", "config": config.to_json(config.base())}
+
+
+def test_a_second_process_of_this_machine_is_kept_out(bucket):
+    with Run(f"{bucket}/locked", about()) as run:
+        with pytest.raises(UserError, match=f"gs://bucket/locked is in use .* {os.getpid()};"):
+            Run(run.path, about()).__enter__()
+        assert read_json(run.path / "run.json") == about()
+    with Run(f"{bucket}/locked", about()) as run:
+        run.write_report({"step": 3})
+        assert run.report == {"step": 3}
+
+
+@pytest.fixture
+def quick_lease(monkeypatch):
+    monkeypatch.setattr(lock, "RENEW", 0.2)
+    monkeypatch.setattr(lock, "LEASE", 2.0)
+
+
+def left_by(place: pathlib.Path, **holder) -> None:
+    here = {"pid": os.getpid(), "host": "another", "boot": lock.boot(), "pids": lock.pids()}
+    (place / lock.NAME).write_bytes(json.dumps(here | holder).encode())
+
+
+def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lease, monkeypatch):
+    place = paths.path(f"{bucket}/leased")
+    first = Lease(place)
+    first.acquire()
+    generation, said = compare_and_swap.read(place / lock.NAME)
+    assert said["pid"] == os.getpid()
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
+    with pytest.raises(UserError, match=f"leased is in use by the live process {os.getpid()} on "):
+        Lease(place).acquire()
+    assert compare_and_swap.read(place / lock.NAME)[0] != generation  # it was renewed
+    first.release()
+    assert compare_and_swap.read(place / lock.NAME) == ("0", {})
+    second = Lease(place)
+    second.acquire()
+    second.release()
+
+
+@pytest.mark.parametrize(
+    ("holder", "waits"),
+    [
+        ({"host": "another"}, True),
+        ({"host": "this", "pid": 2**30}, False),
+        ({"host": "this", "boot": "the one before"}, False),
+        ({"host": "this"}, True),  # lives, but does not renew: frozen for long
+        ({"host": "this", "pid": 2**30, "pids": "of another container"}, True),
+    ],
+)
+def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypatch, holder, waits):
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "this")
+    place = paths.path(f"{bucket}/left")
+    left_by(place, **holder)
+    began, this = time.monotonic(), Lease(place)
+    this.acquire()
+    assert (time.monotonic() - began >= lock.LEASE) == waits
+    this.release()
+
+
+def test_a_renewal_whose_answer_is_lost_is_our_own(bucket, quick_lease, monkeypatch):
+    """gcsfs makes the request again, which is refused: the object is of the first one by then."""
+    this, write, codes = Lease(paths.path(f"{bucket}/repeated")), compare_and_swap.write, []
+    monkeypatch.setattr(lock.os, "_exit", codes.append)
+
+    def twice(place, data, generation):
+        write(place, data, generation)
+        return write(place, data, generation)
+
+    monkeypatch.setattr(compare_and_swap, "write", twice)
+    this.acquire()
+    first = compare_and_swap.read(this.object)[0]
+    while compare_and_swap.read(this.object)[0] == first:
+        time.sleep(0.05)
+    this.release()
+    assert codes == [] and compare_and_swap.read(this.object) == ("0", {})
+
+
+def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
+    place = paths.path(f"{bucket}/raced") / lock.NAME
+    assert compare_and_swap.write(place, b"{}", "0")
+    assert compare_and_swap.write(place, b"{}", "0") is None
+    generation, _ = compare_and_swap.read(place)
+    assert compare_and_swap.write(place, b"{}", generation)
+    assert compare_and_swap.write(place, b"{}", generation) is None
+    compare_and_swap.remove(place, generation)  # an old one: nothing happens
+    assert place.exists()
+
+
+def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, capsys):
+    codes: list[int] = []
+    this = Lease(paths.path(f"{bucket}/stolen"))
+
+    def leave(code):
+        codes.append(code)
+        this._ended.set()  # as the process would
+
+    monkeypatch.setattr(lock.os, "_exit", leave)
+    this.acquire()
+    left_by(this.run)
+    this._thread.join(timeout=20)
+    assert codes == [RESUMABLE]
+    assert "the lock of gs://bucket/stolen is lost: another process has" in capsys.readouterr().err
+
+
+def test_a_first_save_that_was_killed_is_begun_anew(bucket):
+    """In a bucket an unfinished checkpoint has its name already; Orbax removes it in its time."""
+    run = paths.path(f"{bucket}/first")
+    save(run, {1: None})
+    (run / checkpoint.FOLDER / "1" / checkpoint.COMMITTED).unlink()
+    with checkpoint.Checkpoints(run) as checkpoints:
+        assert checkpoints.recover(like(trees(0))) is None
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
+    run = paths.path(f"{bucket}/damaged")
+    save(run, {1: None, 2: None}, keep=2)
+    spoilt = {}
+    for file in [f for f in walk(run / "checkpoints" / "2" / "params") if f.parent.name == "d"]:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(bytes(content))
+        spoilt[file.name] = bytes(content)
+    with checkpoint.Checkpoints(run) as checkpoints:
+        step, found = checkpoints.recover(like(trees(0)))
+    assert step == 1 and checkpoint.folders(run) == [1]
+    same_trees(found["params"], trees(1)["params"])
+    aside = run / checkpoint.ASIDE / "2"
+    assert f"moved to {aside}" in capsys.readouterr().err
+    moved = {f.name: f.read_bytes() for f in walk(aside / "params") if f.name in spoilt}
+    assert moved == spoilt
+
+
+def walk(folder: pathlib.Path):
+    for name, is_folder in paths.entries(folder):
+        if is_folder:
+            yield from walk(folder / name)
+        else:
+            yield folder / name
+
+
+# What a run reports
+
+
+@pytest.fixture
+def watched():
+    cfg = config.base()
+    cfg.data.batch, cfg.log.every, cfg.log.wandb, cfg.log.tensorboard = 10, 1, False, True
+    return cfg
+
+
+def shown(run: pathlib.Path) -> list[int]:
+    return [
+        event.step for event in events(run) for value in event.summary.value if "loss" in value.tag
+    ]
+
+
+def test_rows_are_in_the_bucket_before_a_checkpoint_begins_and_at_the_end(bucket, watched):
+    run = paths.path(f"{bucket}/reported")
+    with tracker(run, watched, steps=9) as track:
+        track(1, loss(1))
+        track(2, loss(2))
+        assert not (run / "metrics.jsonl").exists()
+        with track.timer("checkpoint"):
+            assert losses(run) == [(1, 1), (2, 2)] and shown(run) == [1, 2]
+        track(3, loss(3))
+        track.scalars(3, {"eval/accuracy": 0.5})
+        assert losses(run) == [(1, 1), (2, 2)]
+    assert losses(run) == [(1, 1), (2, 2), (3, 3)] and shown(run) == [1, 2, 3]
+    assert list(paths.local(run).rglob("*.jsonl")) == []
+    with tracker(run, watched, steps=9, start=2) as track:
+        track(3, loss(7))
+    assert losses(run) == [(1, 1), (2, 2), (3, 7)]
+    assert len(list((run / "tensorboard").iterdir())) == 2
+
+
+def test_rows_wait_for_a_minute_at_most(bucket, watched):
+    run, now = paths.path(f"{bucket}/slow"), [0.0]
+    with tracker(run, watched, steps=9, clock=lambda: now[0]) as track:
+        track.scalars(1, {"train/loss": 1})
+        now[0] = 59.0
+        track.scalars(2, {"train/loss": 1})
+        assert not (run / "metrics.jsonl").exists()
+        now[0] = 61.0
+        track.scalars(3, {"train/loss": 1})
+        assert [step for step, _ in losses(run)] == [1, 2, 3]
+
+
+def test_a_machine_without_the_rows_goes_on_with_them(bucket, watched):
+    """What this machine keeps is older, or of nobody: the bucket decides."""
+    run = paths.path(f"{bucket}/moved")
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 4}\n{"step": 2, "train/lo')
+    stale = paths.local(run / "metrics.jsonl")
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.write_text('{"step": 1, "train/loss": 5}\n{"step": 2, "train/loss": 5}\n')
+    with tracker(run, watched, steps=9, start=2) as track:
+        track(3, loss(7))
+    assert losses(run) == [(1, 4), (3, 7)]
+
+
+def test_weights_and_biases_writes_to_this_machine(bucket, watched):
+    run, watched.log.wandb = paths.path(f"{bucket}/wandb"), True
+    ids = set()
+    for start in (0, 1):
+        with tracker(run, watched, start=start) as track:
+            track(start + 1, loss(1))
+        ids.add((run / "wandb_id.txt").read_text().strip())
+    (number,) = ids
+    assert list((paths.local(run) / "wandb").glob(f"offline-run-*-{number}"))
+    assert [name for name, _ in paths.entries(run)] == [
+        "metrics.jsonl",
+        "tensorboard",
+        "wandb_id.txt",
+    ]
+
+
+# Data
+
+
+def block(name: str, path, **more):
+    given = {"name": name, "path": path, "resolution": 32, "batch": 8, "workers": 1, **more}
+    return config.override(config.base(), [f"data.{k}={v}" for k, v in given.items()]).data
+
+
+def same_batches(here, there, split="train") -> None:
+    """The same two batches for training, and the same first one to evaluate."""
+    sources = data.open_split(here, split), data.open_split(there, split)
+    assert sources[0].classes == sources[1].classes and len(sources[0]) == len(sources[1])
+    read = [
+        list(data.train_batches(s, c, 3, 5, 7)) for s, c in zip(sources, (here, there), strict=True)
+    ]
+    read += [[(0, next(data.eval_batches(s, 8)))] for s in sources]
+    for left, right in (*zip(*read[:2], strict=True), *zip(*read[2:], strict=True)):
+        assert left[0] == right[0]
+        for name in left[1]:
+            np.testing.assert_array_equal(left[1][name], right[1][name])
+        assert left[1]["image"].any() and left[1]["mask"].all()
+
+
+def test_an_image_folder_gives_the_same_batches(jpegs, images):
+    same_batches(block("folder", jpegs), block("folder", images))
+    with pytest.raises(UserError, match=r"gs://bucket/jpegs has no images|has no labelled split"):
+        data.open_split(block("folder", images / "train"), "train")
+
+
+def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
+    bucket, jpegs, images, tmp_path, caplog
+):
+    packed = paths.path(f"{bucket}/packed")
+    array_record.pack(jpegs, tmp_path / "packed", workers=1)
+    assert cli.main(["data", "pack", str(images), str(packed), "--workers", "1"]) == 0
+    for file in (tmp_path / "packed").iterdir():
+        assert (packed / file.name).read_bytes() == file.read_bytes()
+    before = paths._listed(packed)
+    assert array_record.pack(images, packed) == {"train": 48, "val": 12, "skipped": 0}
+    again = paths._listed(packed)
+    shards = [name for name in again if name.endswith(".array_record")]
+    assert [again[n]["generation"] for n in shards] == [before[n]["generation"] for n in shards]
+    with caplog.at_level(logging.WARNING):
+        here = block("array_record", tmp_path / "packed", workers=0)
+        same_batches(here, block("array_record", packed, workers=0))
+        assert caplog.text.count("copying 1 files") == 1
+        caplog.clear()
+        data.open_split(block("array_record", packed), "train")
+        assert not caplog.text
+    write_json(packed / "index.json", read_json(packed / "index.json") | {"version": 0})
+    with pytest.raises(UserError, match=r"^gs://bucket/packed/index.json is version 0"):
+        data.open_split(block("array_record", packed), "train")
+
+
+def test_too_little_room_for_the_copies_is_refused_with_the_numbers(bucket, monkeypatch):
+    file = paths.path(f"{bucket}/large/a.array_record")
+    file.write_bytes(bytes(10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 0, 9))
+    with pytest.raises(UserError, match=r"0.0 GiB have to be copied to .*, where 0.0 GiB are free"):
+        paths.stage([file])
+
+
+def test_cifar_gives_the_same_batches(bucket, cifar):
+    there = paths.path(f"{bucket}/cifar")
+    name = "cifar-10-batches-bin/test_batch.bin"
+    (there / name).write_bytes((cifar / name).read_bytes())
+    same_batches(block("cifar10", cifar), block("cifar10", there), "test")
+    same_batches(block("cifar10", cifar), block("cifar10", (there / name).parent), "test")
+    with pytest.raises(
+        UserError, match=r"/cifar/.*/data_batch_1.bin: no such object; CIFAR-10 needs"
+    ):
+        data.open_split(block("cifar10", there), "train")
+    with pytest.raises(UserError, match=r"^CIFAR-10 is not in gs://bucket/none: "):
+        data.open_split(block("cifar10", f"{bucket}/none"), "train")
+
+
+def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
+    from vit_scale.data import fractal
+
+    small = {
+        "fractal.classes": 8,
+        "fractal.train_per_class": 2,
+        "fractal.resolution": 8,
+        "fractal.points": 50,
+    }
+    there = block("fractal", f"{bucket}/fractals", **small)
+    same_batches(block("fractal", tmp_path, **small), there)
+    assert len(paths.entries(paths.path(there.path))) == 1
+    monkeypatch.setattr(fractal, "_draw_all", None)
+    assert len(data.open_split(there, "train")) == 16  # read, for nothing can draw it
+
+
+# Refusals
+
+
+@pytest.fixture
+def forgotten():
+    """As in a process that has not met a bucket yet."""
+    paths.store.cache_clear(), paths._check_bucket.cache_clear()
+    yield
+    paths.store.cache_clear(), paths._check_bucket.cache_clear()
+
+
+def refusal(capsys, *arguments) -> str:
+    assert cli.main([*map(str, arguments)]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (
+            "gs://no-such-bucket/run",
+            "there is no bucket gs://no-such-bucket; create it, or correct it",
+        ),
+        (
+            "gs://bucket/no-run",
+            "gs://bucket/no-run is neither the folder of a run nor a step in it",
+        ),
+        ("gs:///run", "gs:///run names no bucket"),
+        ("s3://bucket/run", "s3://bucket/run: s3:// can't be used; give a path, or gs://"),
+    ],
+)
+def test_a_wrong_address_is_one_line(bucket, capsys, place, said):
+    assert said in refusal(capsys, "eval", place)
+    assert said.split("; ")[0].split(" is ")[0] in refusal(capsys, "show", place)
+
+
+def test_a_missing_object_is_one_line(bucket, resumed, capsys):
+    line = refusal(capsys, "predict", resumed, f"{bucket}/none.jpg")
+    assert line == f"vit-scale: image {bucket}/none.jpg can't be opened: no such object"
+    line = refusal(capsys, "data", "download", "cifar10", "--out", f"{bucket}/data")
+    assert "--out gs://bucket/data" in line
+
+
+def test_without_the_package_it_says_what_to_install(bucket, tmp_path, run_cli):
+    (tmp_path / "gcsfs.py").write_text("raise ImportError")
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    done = run_cli("show", f"{bucket}/run", env={"PYTHONPATH": search})
+    told = "vit-scale: gs://bucket needs the package gcsfs: launch/environment.sh gs "
+    told += "in a clone, or pip install gcsfs\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+def test_what_the_storage_refuses_in_the_middle_is_one_line(monkeypatch, capsys):
+    from gcsfs.retry import HttpError
+
+    from vit_scale.runs import report
+
+    def refuse(runs):
+        raise HttpError({"code": 503, "message": "backend\nerror"})
+
+    monkeypatch.setattr(report, "rows", refuse)
+    assert refusal(capsys, "show", "run") == "vit-scale: object storage: backend error, 503"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(401, "no credentials: run `gcloud auth"), (403, "Forb")]
+)
+def test_what_the_storage_refuses_is_one_line(forgotten, monkeypatch, capsys, code, said):
+    """Asked of a bucket by somebody unknown, or who may not."""
+    import fsspec
+
+    class Refuse(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(
+                json.dumps({"error": {"code": code, "message": "caller may not"}}).encode()
+            )
+
+        def log_message(self, *arguments): ...
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{server.server_port}")
+        monkeypatch.setenv("NO_GCE_CHECK", "true")
+        line = refusal(capsys, "eval", "gs://bucket/run")
+        server.shutdown()
+    assert line.startswith(f"vit-scale: gs://bucket can't be read: {said}")
+    fsspec.get_filesystem_class("gcs").clear_instance_cache()
+
+
+# Paths
+
+
+def test_a_checkpoint_that_was_not_finished_is_none(bucket):
+    run = paths.path(f"{bucket}/unfinished")
+    for step in (2, 4):
+        (run / "checkpoints" / str(step) / "description" / "metadata").write_bytes(b"{}")
+    (run / "checkpoints" / "2" / "commit_success.txt").write_bytes(b"done")
+    assert checkpoint.steps(run) == [2]
+
+
+def test_what_others_write_is_seen(bucket):
+    import fsspec
+
+    other = fsspec.filesystem("gcs", skip_instance_cache=True)
+    folder = paths.path(f"{bucket}/shared")
+    for count, name in enumerate("abc", start=1):
+        other.pipe_file(f"{folder}/{name}", b"12345"[:count])
+        assert list(paths.sizes(folder).values()) == list(range(1, count + 1))
+        assert (folder / name).is_file() and not (folder / name).is_dir() and folder.is_dir()
+
+
+def test_a_folder_that_the_console_made_is_not_in_itself(bucket):
+    folder = paths.path(f"{bucket}/made")
+    paths.store().pipe_file(f"{folder}/", b"")
+    assert folder.is_dir() and paths.entries(folder) == []
+    (folder / "sub" / "a.txt").write_bytes(b"a")
+    (folder / "b.txt").write_bytes(b"bc")
+    assert paths.entries(folder) == [("b.txt", False), ("sub", True)]
+    assert list(folder.iterdir()) == [folder / "b.txt", folder / "sub"]
+
+
+def test_a_changed_object_is_copied_again(bucket):
+    file = paths.path(f"{bucket}/staged/a.bin")
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        (copy,) = paths.stage([file])
+        assert copy.read_bytes() == content
+
+
+def test_paths_of_a_bucket_are_absolute_and_travel(bucket):
+    place = paths.path(f"{bucket}/run")
+    assert str(place.absolute() / "a") == f"{bucket}/run/a" == str(place.resolve() / "a")
+    copied = pickle.loads(pickle.dumps(place / "a"))
+    assert paths.in_bucket(copied) and copied == place / "a" and copied.parent == place
+
+
+def test_a_path_on_a_disk_is_pathlibs(tmp_path):
+    assert type(paths.path("runs/x")) is type(pathlib.Path("runs/x"))
+    assert paths.path(tmp_path) == tmp_path and paths.local(tmp_path) is tmp_path
+    assert paths.stage([tmp_path / "a"]) == [tmp_path / "a"]

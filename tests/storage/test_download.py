@@ -1,0 +1,158 @@
+"""Downloads, from a server of the test's own: resumed, checked, unpacked whole or not at all."""
+
+import hashlib
+import http.server
+import io
+import re
+import tarfile
+import threading
+
+import pytest
+
+from vit_scale.errors import UserError
+from vit_scale.storage import download
+
+
+def archive(*names: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 50_000
+            tar.addfile(member, io.BytesIO(hashlib.shake_128(name.encode()).digest(member.size)))
+    return stream.getvalue()
+
+
+WHOLE = archive("cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch")
+MD5 = hashlib.md5(WHOLE).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        asked = self.headers["Range"]
+        server.asked.append(asked)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and server.resumes else 0
+        if start and start >= len(server.content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else server.status)
+        body = server.content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: server.breaks_after])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.resumes, server.breaks_after = WHOLE, True, None
+        server.asked, server.status = [], 200
+        server.url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def get(folder, server, md5=MD5):
+    return download.cifar10(folder, server.url, md5)
+
+
+def refused(folder, server, md5=MD5) -> str:
+    with pytest.raises(UserError) as caught:
+        get(folder, server, md5)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "cifar-10-batches-py").exists()
+    return str(caught.value)
+
+
+def names(folder) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_downloaded_and_unpacked(tmp_path, server):
+    folder = get(tmp_path / "new", server)
+    assert folder == tmp_path / "new/cifar-10-batches-py"
+    assert names(folder) == ["data_batch_1", "test_batch"]
+    expected = hashlib.shake_128(b"cifar-10-batches-py/test_batch").digest(50_000)
+    assert (folder / "test_batch").read_bytes() == expected
+    assert names(tmp_path / "new") == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+
+
+def test_done_once(tmp_path, server):
+    get(tmp_path, server)
+    get(tmp_path, server)
+    assert server.asked == [None]
+
+
+def test_a_broken_connection_is_resumed_where_it_stopped(tmp_path, server):
+    server.breaks_after = 30_000
+    message = refused(tmp_path, server)
+    assert "run the same command again" in message
+    assert names(tmp_path) == ["cifar-10-python.tar.gz.partial"]
+    server.breaks_after = None
+    get(tmp_path, server)
+    assert server.asked == [None, "bytes=30000-"]
+
+
+def test_a_server_that_cannot_resume_starts_over(tmp_path, server):
+    (tmp_path / "cifar-10-python.tar.gz.partial").write_bytes(WHOLE[:1000])
+    server.resumes = False
+    get(tmp_path, server)
+    assert server.asked == ["bytes=1000-"]
+
+
+def test_a_part_that_is_already_whole(tmp_path, server):
+    (tmp_path / "cifar-10-python.tar.gz.partial").write_bytes(WHOLE)
+    get(tmp_path, server)
+    assert server.asked == [f"bytes={len(WHOLE)}-"]
+
+
+def test_another_file_is_refused_and_not_resumed(tmp_path, server):
+    message = refused(tmp_path, server, md5="0" * 32)
+    assert f"has MD5 {MD5}, not {'0' * 32}" in message
+    assert names(tmp_path) == []
+
+
+def test_an_archive_that_was_put_there_is_used(tmp_path, server):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(WHOLE)
+    get(tmp_path, server)
+    assert server.asked == []
+
+
+def test_a_damaged_archive_that_was_put_there_is_refused(tmp_path, server):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(WHOLE[:-1])
+    assert "it is damaged or another file; remove it" in refused(tmp_path, server)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_server_that_refuses_is_one_line(tmp_path, server, status):
+    server.status = status
+    assert server.url in refused(tmp_path, server)
+
+
+def test_without_a_network_one_line_says_what_to_put_where(tmp_path, server):
+    server.shutdown()
+    server.server_close()
+    message = refused(tmp_path, server)
+    assert "could not be downloaded" in message
+    assert f"put that file there as {tmp_path / 'cifar-10-python.tar.gz'}" in message
+
+
+def test_an_archive_reaching_outside_its_folder_is_refused(tmp_path, server):
+    server.content = archive("cifar-10-batches-py/a", "../outside")
+    message = refused(tmp_path / "in", server, hashlib.md5(server.content).hexdigest())
+    assert "could not be unpacked" in message
+    assert names(tmp_path) == ["in"] and names(tmp_path / "in") == ["cifar-10-python.tar.gz"]
+
+
+def test_the_official_archive_is_asked_for_securely():
+    assert download.CIFAR10 == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    assert download.CIFAR10_MD5 == "c58f30108f718f92721af3d95e74349a"

@@ -1,0 +1,110 @@
+"""state: random, from another run, or resumed; nothing is shared between what is donated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, write_run
+from vit_scale.checkpoint import Checkpoints
+from vit_scale.errors import UserError
+from vit_scale.models.position_embeddings import resample
+from vit_scale.training.init_state import averaged, check_source, init_state, recover, restore
+from vit_scale.training.program import plan_program
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def program():
+    return plan_program(tiny_config("optim.ema=0.9", "seed=3"))
+
+
+@pytest.fixture(scope="module")
+def state(program):
+    return init_state(program, CLASSES, quiet=True)
+
+
+def same(left, right) -> None:
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_a_random_start_is_the_model_of_the_seed(program, state):
+    assert state.step == 0 and state.step.dtype == jnp.int32
+    same(state.params, jax.jit(program.model.init)(jax.random.key(3)))
+    other = jax.jit(program.model.init)(jax.random.key(4))
+    assert np.abs(state.params["posemb"] - other["posemb"]).max() > 0.01
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    placed = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state)
+    planned = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), program.state)
+    assert placed == planned
+
+
+def test_the_average_starts_as_a_copy(state):
+    """The same buffer twice in a donated state crashes."""
+    same(state.ema, state.params)
+    pairs = zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True)
+    assert all(a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer() for a, b in pairs)
+
+
+def test_averaged_is_the_model(state):
+    assert averaged(state) is state.ema
+    assert averaged(state._replace(ema=None)) is state.params
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_start_from_another_run(tmp_path, capsys, quiet):
+    given = random_params(tiny_model())
+    run = write_run(tmp_path / "run", tiny_config(), given)
+    program = plan_program(tiny_config("data.resolution=32", f"init.source={run}"))
+    state = init_state(program, ("ant", *CLASSES[1:]), quiet)
+    same(state.params["blocks"], given["blocks"])
+    # Another compilation of the same resampling: equal to rounding.
+    expected = resample(given["posemb"], (4, 4), "cubic")
+    np.testing.assert_allclose(state.params["posemb"], expected, rtol=1e-5, atol=1e-7)
+    assert not np.any(state.params["head"]["kernel"]), "other classes: a new head"
+    printed = capsys.readouterr().out
+    assert printed == "" if quiet else f"initialised from {run}/checkpoints/5\n" in printed
+    assert ("resampled 2 x 2 -> 4 x 4, cubic" in printed) == (not quiet)
+
+
+def test_the_same_classes_keep_the_head(tmp_path):
+    given = random_params(tiny_model())
+    run = write_run(tmp_path / "run", tiny_config(), given)
+    program = plan_program(tiny_config(f"init.source={run}", "optim.ema=0.9"))
+    state = init_state(program, CLASSES, quiet=True)
+    same(state.params, given)
+    same(state.ema, given)
+
+
+def test_a_source_that_does_not_fit_is_refused_before_the_run_begins(tmp_path):
+    run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
+    check_source(plan_program(tiny_config()), CLASSES)
+    fitting = plan_program(tiny_config("data.resolution=32", f"init.source={run}"))
+    check_source(fitting, CLASSES)
+    wider = plan_program(tiny_config("model.mlp=32", f"init.source={run}"))
+    with pytest.raises(UserError, match="the pretrained parameters don't fit: blocks/mlp/down"):
+        check_source(wider, CLASSES)
+    missing = plan_program(tiny_config("init.source=none"))
+    with pytest.raises(UserError, match="none is neither the folder of a run"):
+        check_source(missing, CLASSES)
+
+
+def test_restored_is_what_was_saved(tmp_path, program, state):
+    state = state._replace(
+        step=jnp.int32(4),
+        ema=jax.device_put(random_params(program.model)),
+        opt_state=jax.tree.map(lambda leaf: leaf + 1, state.opt_state),
+    )
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert recover(program, checkpoints) is None
+        checkpoints.save(4, state._asdict(), {})
+        checkpoints.save(8, state._replace(ema=state.params)._asdict(), {})
+        checkpoints.wait()
+        newest, given = recover(program, checkpoints), restore(program, checkpoints, 4)
+    assert newest is not None and given is not None
+    assert jax.tree.structure(given) == jax.tree.structure(state)
+    same(given, state)
+    assert newest.step == 8
+    same(newest.ema, state.params)
+    assert given.step.sharding == program.state.step.sharding

@@ -1,0 +1,258 @@
+"""What the verbs of the command line do, which is to call the rest of the package and print.
+
+A verb gets the parsed arguments and each --config.FIELD=VALUE as "FIELD=VALUE", and refuses what it
+has no use for. What it needs is imported when it runs: help, and a mistake in what is typed, don't
+wait for jax.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from vit_scale.distributed import preemption
+from vit_scale.errors import USAGE, UserError, nearest, printable
+
+UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
+
+
+def train(args, overrides: Sequence[str]) -> None:
+    preemption.install()
+    from vit_scale import config
+    from vit_scale.runs import report
+    from vit_scale.training.stages import train_stages
+
+    join_hosts(args)
+    workdir = args.workdir or f"runs/{config.title(args.config)}"
+    runs = train_stages(args.config, overrides, workdir, args.quiet)
+    if not args.quiet:
+        rows = report.rows(runs)
+        print(report.table(rows))
+        print(json.dumps({"runs": rows}))
+
+
+def evaluate(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, pretrained
+    from vit_scale.augment.view import view
+    from vit_scale.data import align, open_split
+    from vit_scale.distributed.mesh import make_mesh, place, shardings
+    from vit_scale.training.evaluator import Evaluate, check_classes
+
+    refuse_unused(overrides, "eval", EVAL, args.split)
+    join_hosts(args)
+    given = pretrained.read(args.run)
+    given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
+    cfg = config.override(given.cfg, overrides)
+    split = args.split or cfg.eval.final
+    if not split:
+        raise UserError(
+            f"{args.run} evaluates nothing at its end: give --split, such as test", USAGE
+        )
+    source = open_split(cfg.data, split, view(cfg.eval))
+    check_classes(source, cfg)
+    source, line = align(source, given.classes, cfg.init.classes)
+    if not args.quiet:
+        given._replace(lines=(*given.lines, *filter(None, [line]))).say()
+    mesh = make_mesh(cfg.mesh)
+    params = place(given.params, shardings(given.params, mesh))
+    result = Evaluate(cfg, given.model, mesh)(params, source)
+    if args.quiet:
+        return
+    shown = {"run": str(given.path), "step": given.step, "split": split, **result}
+    if args.json:
+        print(json.dumps(shown))
+    else:
+        print(
+            f"{source.name}: accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
+            f"n {result['n']:,} (step {given.step:,}, batch {cfg.eval.batch:,})"
+        )
+
+
+def predict(args, overrides: Sequence[str]) -> None:
+    from vit_scale.inference.predictor import load
+
+    refuse(overrides, "predict")
+    predictor = load(args.run)
+    found = {image: predictor.top(image) for image in args.images}
+    if args.json:
+        print(json.dumps({image: keyed(top) for image, top in found.items()}))
+        return
+    for image, top in found.items():
+        print(printable(image))
+        for name, probability in top:
+            print(f"  {100 * probability:6.2f} %  {printable(name)}")
+
+
+def keyed(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The likeliest classes by name; where several have one, each but the first is numbered."""
+    found: dict[str, float] = {}
+    for name, probability in top:
+        count = sum(other == name for other, _ in top[: len(found)])
+        found[f"{name} ({count + 1})" if count else name] = probability
+    return found
+
+
+def inspect(args, overrides: Sequence[str]) -> None:
+    from vit_scale.inspect import describe, inspect
+    from vit_scale.runs import report
+
+    refuse_unused(overrides, "inspect", INSPECT, args.split)
+    found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(report.table(describe(found["runs"])))
+    for note in found["notes"]:
+        print(note)
+    print(found["page"])
+
+
+def show(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config
+    from vit_scale.runs import goodput, report
+    from vit_scale.training.program import placements, plan_program, summary
+
+    if bool(args.runs) == bool(args.config):
+        raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
+    if args.json:
+        refuse_flags(args, "show --json", "markdown")
+    if args.runs:
+        refuse(overrides, "show RUN")
+        refuse_flags(args, "show RUN", "sharding", "devices")
+        rows = report.rows(args.runs)
+        spent = {str(run): used for run in args.runs if (used := report.goodput(run))}
+        if args.json:
+            print(json.dumps({"runs": rows, "goodput": spent}))
+            return
+        print(report.table(rows, args.markdown))
+        for run, used in spent.items() if not args.markdown else ():
+            print(f"\n{run}: {goodput.text(used)}")
+        return
+    refuse_flags(args, "show --config", "markdown")
+    cfg = config.load(args.config, overrides)
+    if args.sharding:
+        found = placements(plan_program(cfg, args.devices))
+        print(json.dumps(found) if args.json else report.placements(found))
+        return
+    content = summary(cfg)
+    stages = {stage: config.load(f"{args.config}:{stage}", overrides) for stage in cfg.stages}
+    if args.devices:  # raises where it can't be
+        for part in stages.values() or (cfg,):
+            plan_program(part, args.devices)
+    if stages:
+        content["stages"] = {stage: config.to_json(part) for stage, part in stages.items()}
+    if args.json:
+        print(json.dumps(content))
+    else:
+        for key, value in config.dotted(content).items():
+            print(f"{key:24} {value}")
+
+
+def plan(args, overrides: Sequence[str]) -> None:
+    from vit_scale import plan
+    from vit_scale.plan import table, topology
+
+    where = topology.parse(args.topology, args.slices)
+    if args.compare:
+        refuse_flags(args, "plan --compare", "fit")
+        rows = plan.compare(args.config, overrides, args.compare, where, args.price)
+        print(json.dumps({"variants": rows}) if args.json else table.comparison(rows))
+        return
+    found = plan.plan(args.config, overrides, where, args.price)
+    if args.fit and not found["fits"]:
+        found = plan.fit(found, where, args.price, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(found) if args.json else table.text(found))
+
+
+def verify(args, overrides: Sequence[str]) -> None:
+    from vit_scale.runs import report, verify
+
+    refuse(overrides, "verify")
+    rows = verify.verify(args.run)
+    bad = [row["file"] for row in rows if row["state"] != "whole"]
+    try:
+        print(json.dumps({"files": rows}) if args.json else report.table(rows), flush=True)
+    finally:
+        if bad:  # also where nobody reads the table to its end
+            raise UserError(
+                f"{args.run}: {len(bad)} of {len(rows)} are damaged ({', '.join(bad)}); training "
+                "resumes from the newest whole checkpoint"
+            )
+
+
+def convert(args, overrides: Sequence[str]) -> None:
+    from vit_scale import pretrained
+
+    made, rows = pretrained.convert(args.source, args.out, overrides)
+    shape, classes = made.model.shape, len(made.classes)
+    text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
+    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {text}"]))
+
+
+def export(args, overrides: Sequence[str]) -> None:
+    from vit_scale.inference.export import export
+
+    refuse(overrides, "export")
+    print("\n".join(export(args.run, args.format, args.out)))
+
+
+def download_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.storage import download
+
+    refuse(overrides, "data download")
+    sets = {"cifar10": download.cifar10}
+    if args.set not in sets:
+        raise UserError(f"no set is named {args.set!r}; {nearest(args.set, sets)}", USAGE)
+    print(sets[args.set](args.out))
+
+
+def pack_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.data import array_record
+
+    refuse(overrides, "data pack")
+    counts = array_record.pack(args.folder, args.out, args.workers, args.on_corrupt)
+    print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def refuse(overrides: Sequence[str], verb: str) -> None:
+    if overrides:
+        raise UserError(f"vit-scale {verb} takes no --config.{overrides[0]}", USAGE)
+
+
+# Overrides of a run's config that a verb reads, but for those that it does not: names of fields and
+# of blocks. The run's model, optimizer and augmentation are what they were.
+EVAL = (("data", "eval", "mesh", "init.classes", "augment.mean", "augment.std"), UNUSED)
+INSPECT = (
+    ("data", "eval", "log.project", "init.classes", "augment.mean", "augment.std"),
+    UNUSED - {"data.train"},
+)
+
+
+def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str | None) -> None:
+    """Raises UserError for an override that `verb` would ignore."""
+    from vit_scale import config
+
+    (read, unused), known = fields, config.fields(config.base())
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name not in known:
+            continue  # a mistake that is another, and is said where overrides are read
+        within = any(name == one or name.startswith(f"{one}.") for one in read)
+        if not within or name in unused:
+            instead = "; give --split" if name == "eval.split" else ""
+            raise UserError(f"vit-scale {verb} has no use for --config.{name}{instead}", USAGE)
+        if name == "eval.final" and split:
+            raise UserError(f"--split {split} or --config.{override}, not both", USAGE)
+
+
+def refuse_flags(args, verb: str, *names: str) -> None:
+    """Raises UserError for a flag that `verb` would ignore."""
+    for name in names:
+        if getattr(args, name):
+            raise UserError(f"vit-scale {verb} has no use for --{name}", USAGE)
+
+
+def join_hosts(args) -> None:
+    from vit_scale.distributed import multihost
+
+    multihost.join(args.coordinator, args.processes, args.process, args.wait)
+    args.quiet = getattr(args, "quiet", False) or not multihost.is_first()

@@ -1,0 +1,198 @@
+"""Encoded images: from a file's bytes to pixels of one size, or to the line that says why not."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from vit_scale.augment.view import View
+from vit_scale.data.example_ids import Examples
+from vit_scale.data.sources import Batch
+from vit_scale.errors import UserError, nearest
+
+TRAINING = View("cover", 1.0, "train")
+RESAMPLES = {
+    "train": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CHOICES = ("fail", "skip")  # of data.on_corrupt
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
+SIXTEEN_BITS = ("PNG", "PPM")  # formats in which Pillow's mode I holds 16 bits, never more
+TURNS = {  # by the value of EXIF's orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Corrupt(Exception):
+    """These bytes are no image, or not the whole of one."""
+
+
+def decode(
+    data: bytes, size: tuple[int, int], view: View = TRAINING, exif: bool = True
+) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels at `size` (height, width), with antialiasing where they are resized.
+
+    For training the largest centred box of that shape is resized to it, bicubic; evaluation has a
+    view of its own. An image of that size, all of which is seen, is left as it is. `exif`: turn it
+    first, as a viewer does. Raises Corrupt.
+    """
+    return np.asarray(_seen(_load(data, exif), size, view))
+
+
+def _seen(image: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
+    (height, width), method = size, RESAMPLES[view.resample]
+    if view.crop == 1 and image.size == (width, height):
+        return image
+    if view.fit == "cover":
+        return ImageOps.fit(image, (width, height), method, bleed=(1 - view.crop) / 2)
+    whole = view.whole((image.height, image.width), size)
+    if (image.height, image.width) != whole:
+        image = image.resize((whole[1], whole[0]), method)
+    top, left = view.corner(whole, size)
+    return image.crop((left, top, left + width, top + height))
+
+
+def verify(data: bytes) -> None:
+    """Raises Corrupt unless the whole image can be decoded."""
+    _load(data, exif=True)
+
+
+def _load(data: bytes, exif: bool) -> Image.Image:
+    """The whole image (of several, the first) in RGB, 8 bits a channel. Raises Corrupt."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()  # orientation may be stored behind the pixels, and TIFF applies it here
+            turn = _orientation(image) if exif else None
+            rgb = to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+    except UnidentifiedImageError as error:  # its text is the address of a buffer
+        raise Corrupt("not an image") from error
+    except Exception as error:  # broken bytes make Pillow's readers raise whatever they meet
+        raise Corrupt(str(error) or type(error).__name__) from error
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """How to turn the pixels so that up is up. Metadata that can't be read turns nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  # broken metadata raises anything, and is no broken picture
+        return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode in RGB, 8 bits a channel.
+
+    Pillow clips deeper grey to 255. Here 16 bits are scaled, 65535 to 255, and floats, 1.0 to 255,
+    whatever the lowest and highest value of this one image are. Raises Corrupt for values of which
+    the file does not say which one is white.
+    """
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(BITS, (16,))[0]  # a TIFF may have 12
+        return _gray(np.asarray(image), 2**bits - 1, tags)
+    if image.mode == "I":
+        return _gray(_sixteen_bits(image), 65535, {})
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 1):  # nor NaN
+            raise Corrupt(f"mode F, floats from {low:g} to {high:g}: only 0 to 1 have a meaning")
+        return _gray(values, 1, getattr(image, "tag_v2", {}))
+    if image.mode == "La":  # gray, multiplied by its alpha: Pillow goes only this way
+        image = image.convert("LA")
+    return image.convert("RGB")
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    """The values of an image of 32-bit integers that holds what 16 bits can."""
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise Corrupt(
+            f"mode I, 32-bit integers from {low} to {high}: which of them is white is not said; "
+            "save it with 8 or 16 bits"
+        )
+    if 0 < high <= 255 and image.format not in SIXTEEN_BITS:
+        raise Corrupt(
+            f"mode I, 32-bit integers from {low} to {high}: of 8 bits, or of 16 and nearly black, "
+            "is not said; save it with 8 or 16 bits"
+        )
+    return values
+
+
+def _gray(values: np.ndarray, white: int, tags: Mapping[int, int]) -> Image.Image:
+    """Gray values from 0 to `white` in RGB, rounded to the nearest of 255."""
+    scaled = np.round(np.asarray(values, np.float64) * (255 / white)).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        scaled = 255 - scaled  # Pillow does it for 8 bits only
+    return Image.fromarray(scaled).convert("RGB")
+
+
+def decoded_size(cfg: ConfigDict) -> tuple[int, int]:
+    """(height, width) at which files are decoded: data.load, else what the model sees."""
+    width = cfg.width or cfg.resolution
+    if not cfg.load:
+        return cfg.resolution, width
+    return cfg.load, cfg.load if cfg.square else max(1, round(cfg.load * width / cfg.resolution))
+
+
+class EncodedImages:
+    """A source of encoded images. A subclass says where they are: `encoded` and `place`."""
+
+    decodes = True
+    view = TRAINING
+    examples: Examples | None = None  # which example is which, where that is known
+
+    def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
+        if cfg.on_corrupt not in CHOICES:
+            hint = nearest(cfg.on_corrupt, CHOICES)
+            raise UserError(f"data.on_corrupt={cfg.on_corrupt!r} is unknown; {hint}")
+        self.name = name
+        self.classes = tuple(classes)
+        self.size = decoded_size(cfg)
+        self._skip = cfg.on_corrupt == "skip"
+        self._exif = cfg.exif
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def recorded(self) -> dict[str, object]:
+        return {"fingerprint": self.examples.fingerprint()} if self.examples else {}
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """The file's bytes and the label of one example. Raises Corrupt."""
+        raise NotImplementedError
+
+    def place(self, index: int) -> str:
+        """The file, and the position in it, of one example."""
+        raise NotImplementedError
+
+    def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
+        n = len(indices)
+        images, labels = np.zeros((n, *self.size, 3), np.uint8), np.zeros(n, np.int32)
+        mask = np.zeros(n, bool)
+        for slot, index in enumerate(indices.tolist()):
+            try:
+                data, label = self.encoded(index)
+                images[slot] = decode(data, self.size, self.view, self._exif)
+            except Corrupt as error:
+                if self._skip:
+                    continue
+                raise UserError(
+                    f"{self.place(index)} cannot be read ({error}); replace it, "
+                    "or leave such images out with --config.data.on_corrupt=skip"
+                ) from error
+            labels[slot], mask[slot] = label, True
+        return {"image": images, "label": labels, "mask": mask}

@@ -1,0 +1,233 @@
+"""Image folders: `train/<class>/*` and `val/<class>/*` or `test/<class>/*`.
+
+ImageNet's and Tiny-ImageNet's layouts are two of them: images may lie deeper (`<class>/images/*`),
+a validation folder may be flat with a `val_annotations.txt`, and WordNet ids are shown as words
+where `words.txt` or `LOC_synset_mapping.txt` is there. A label is the position of its class among
+the sorted names of the training folders, so a set means the same on every machine.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vit_scale.data import image_files
+from vit_scale.data.class_names import read_lines, readable
+from vit_scale.data.decode import Corrupt, EncodedImages
+from vit_scale.data.example_ids import Examples
+from vit_scale.errors import UserError, nearest, printable
+from vit_scale.storage import paths
+
+# `test` is the validation set where a data set keeps its test labels to itself, as ImageNet does.
+FOLDERS = {
+    "train": ("train",),
+    "val": ("val", "validation"),
+    "validation": ("validation", "val"),
+    "test": ("test", "val", "validation"),
+}
+LISTINGS = ("every", "common")  # of data.listing
+LOOKED_AT = 20  # folders in which a misplaced one is looked for
+ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: file, class, box
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one split, in a fixed order: class by class, each sorted by name."""
+
+    root: Path
+    files: np.ndarray  # bytes, relative to root: a list of a million str is three times as large
+    labels: Int[np.ndarray, "n"]
+    classes: tuple[str, ...]  # names of the folders
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self.files[index])
+
+
+class Folder(EncodedImages):
+    """The images of a listing."""
+
+    def __init__(self, name: str, classes: tuple[str, ...], listing: Listing, cfg: ConfigDict):
+        super().__init__(name, classes, cfg)
+        self.ids = listing.classes
+        self._listing = listing
+        self.examples = Examples(listing.files, listing.labels)
+
+    def __len__(self) -> int:
+        return len(self._listing.labels)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        try:
+            data = self._listing.path(index).read_bytes()
+        except OSError as error:
+            raise Corrupt(error.strerror) from error
+        return data, int(self._listing.labels[index])
+
+    def place(self, index: int) -> str:
+        return f"{self._listing.path(index)} (image {index} of {self.name})"
+
+
+def source(cfg: ConfigDict, name: str) -> Folder:
+    """The split `name` (train, val, validation, test) of the image folder at cfg.path.
+
+    Without a labelled test set `test` is the validation set. Raises UserError for a folder that is
+    missing, empty, or has a class that the training set lacks.
+    """
+    if cfg.listing not in LISTINGS:
+        hint = nearest(cfg.listing, LISTINGS)
+        raise UserError(f"data.listing={cfg.listing!r} is unknown; {hint}")
+    folder, common = paths.path(cfg.path), cfg.listing == "common"
+    listing = list_images(folder, name, common)
+    classes = readable(folder, listing.classes, common)
+    return Folder(printable(f"{folder.resolve().name} {listing.root.name}"), classes, listing, cfg)
+
+
+def list_images(folder: Path, name: str, common: bool = False) -> Listing:
+    """The files of split `name` below `folder`, with their labels. Raises UserError.
+
+    What is left out because it is no image, or in no class, is counted in a line on stderr.
+    `common`: see `files.images`.
+    """
+    train, left_out = folder / "train", image_files.LeftOut()
+    classes = _subfolders(train, common) if train.is_dir() else ()
+    root = _split_folder(folder, name, classes, common)
+    classes = classes or _subfolders(root, common)
+    if (root / ANNOTATIONS).is_file():
+        found = sorted(_annotated(root, classes))
+    else:
+        found = list(_by_class(root, classes, left_out, common))
+    if not found:
+        raise UserError(f"{root} has no images; expected {root}/CLASS/IMAGE{left_out.instead()}")
+    if root == train:
+        _refuse_empty(root, classes, {label for _, label in found}, left_out)
+    if left_out.counts:
+        image_files.say(f"{root}: {left_out}; left out")
+    names = np.array([os.fsencode(file) for file, _ in found])
+    return Listing(root, names, np.array([label for _, label in found], np.int32), classes)
+
+
+def _refuse_empty(root: Path, classes: tuple[str, ...], labels: set[int], left_out) -> None:
+    for label, name in enumerate(classes):
+        if label not in labels:
+            raise UserError(
+                f"{root / name} has no images; remove it, or add some{left_out.instead()}"
+            )
+
+
+def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: bool) -> Path:
+    other = ""
+    for candidate in FOLDERS[name]:
+        root = folder / candidate
+        if not root.is_dir():
+            continue
+        # A test folder without classes is one whose labels were never published: look further.
+        there = set(_subfolders(root, common))
+        if (root / ANNOTATIONS).is_file() or there & set(classes) or not classes:
+            return root
+        hint = _deeper_classes(root, classes) or _deeper_classes(folder / "train", there)
+        other = f"{root} has none of the {len(classes)} classes of {folder / 'train'}{hint}"
+    if other:
+        raise UserError(other)
+    wanted = " or ".join(f"{candidate}/CLASS/IMAGE" for candidate in FOLDERS[name])
+    raise UserError(
+        f"{folder} has no labelled split {name!r}; expected {wanted} in it"
+        f"{_deeper_set(folder, FOLDERS[name])}"
+    )
+
+
+def _deeper_classes(root: Path, wanted: Collection[str]) -> str:
+    """Where `wanted` is one level deeper than it should be, or nothing."""
+    for name in _subfolders(root)[:LOOKED_AT]:
+        if not {*_subfolders(root / name)}.isdisjoint(wanted):
+            return f"; they are one level too deep, in {root / name}: move them up to {root}"
+    return ""
+
+
+def _deeper_set(folder: Path, splits: Collection[str]) -> str:
+    """Where the set is that `folder` should be, or nothing."""
+    near = (folder / name for name in _subfolders(folder)[:LOOKED_AT]) if folder.is_dir() else ()
+    for other in (*near, folder.parent):
+        if any((other / split).is_dir() for split in splits):
+            return f"; {other} is such a folder: --config.data.path={other}"
+    return ""
+
+
+def _subfolders(folder: Path, common: bool = False) -> tuple[str, ...]:
+    return _shown_folders(paths.entries(folder), common)
+
+
+def _shown_folders(entries: list[tuple[str, bool]], common: bool) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, is_folder in entries
+        if is_folder and not (name.startswith(".") if common else image_files.is_hidden(name))
+    )
+
+
+def _by_class(
+    root: Path, classes: tuple[str, ...], left_out: image_files.LeftOut, common: bool
+) -> Iterator[tuple[str, int]]:
+    label, deeper = {name: number for number, name in enumerate(classes)}, {}
+    entries = paths.entries(root)
+    _say_loose(root, [name for name, is_folder in entries if not is_folder])
+    folders = _shown_folders(entries, common)
+    for name in tqdm(folders, desc=f"list {root}", unit="class", disable=None, delay=1):
+        if name not in label:
+            raise UserError(
+                f"{root / name} is a class that the training set lacks; remove it, or add it there"
+                f"{_deeper_classes(root, classes)}"
+            )
+        found = list(image_files.images(root / name, left_out, common, f"{name}/"))
+        yield from ((file, label[name]) for file in found)
+        if found and all(file.count("/") > 1 for file in found):
+            deeper[name] = sorted({file.split("/")[1] for file in found})
+    if not common:
+        _say_deeper(root, deeper, len(classes))
+
+
+def _say_loose(root: Path, names: list[str]) -> None:
+    """Say which images are in no class."""
+    endings = image_files.extensions()
+    loose = [n for n in names if n.lower().endswith(endings) and not image_files.is_hidden(n)]
+    if loose:
+        count = "1 image is" if len(loose) == 1 else f"{len(loose):,} images are"
+        image_files.say(f"{root}: {count} in no class folder and left out (first: {loose[0]})")
+
+
+def _say_deeper(root: Path, deeper: dict[str, list[str]], classes: int) -> None:
+    """Say of which classes all images lie in folders that may be the classes.
+
+    Raises UserError where such a class is the only one.
+    """
+    several = {name: below for name, below in deeper.items() if len(below) > 1}
+    if not several or (len(several) > 1 and len({tuple(x) for x in several.values()}) == 1):
+        return  # the same in each class: sessions, cameras, days
+    name, below = next(iter(several.items()))
+    named = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
+    if classes == 1:
+        raise UserError(
+            f"{root / name} is the only class of {root}, and holds {len(below)} folders of images "
+            f"({named}): the classes are one level too deep; move them up to {root}"
+        )
+    image_files.say(
+        f"{root / name} holds no images but {len(below)} folders of them ({named}): all are one "
+        f"class, {name}; if each is a class, move them up to {root}"
+    )
+
+
+def _annotated(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    label = {name: number for number, name in enumerate(classes)}
+    for number, line in enumerate(read_lines(root / ANNOTATIONS), start=1):
+        if not line.strip():
+            continue
+        file, name, *_ = [*line.split("\t"), ""]
+        if name not in label:
+            raise UserError(
+                f"{root / ANNOTATIONS}: line {number}: class {name!r} is none of the "
+                f"{len(classes)} folders of the training set; repair the file"
+            )
+        yield f"images/{file}", label[name]

@@ -1,0 +1,1 @@
+"""Use a trained model: predict from images, or export the weights for other libraries."""

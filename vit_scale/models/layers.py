@@ -1,0 +1,207 @@
+"""The parts of a ViT: what one token, one block, one pooling does. Only mathematics.
+
+Flax NNX modules. Parameters are float32; `dtype` is that of the computation. Without a key nothing
+is dropped.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vit_scale.models.attention import attend, weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+
+
+def drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
+    """Dropout with one draw per entry of `shape`, which broadcasts to x; keeps the expectation.
+
+    A draw has 16 bits, so that one 32-bit random number serves two: random numbers were a third of
+    a training step with dropout. The rate is exact to 1/65536.
+    """
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)))
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    draws = draws.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    factors = jnp.where(draws >= rate * 2**16, 1.0 / (1.0 - rate), 0.0)  # not a division for each x
+    return (x * factors).astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """An einsum with kernel and bias, so that attention keeps its heads as an axis of their own."""
+
+    def __init__(self, equation: str, kernel, bias, init: Callable, dtype, rngs: nnx.Rngs):
+        self.equation, self.dtype = equation, dtype
+        self.kernel = nnx.Param(init(rngs.params(), kernel))
+        self.bias = nnx.Param(jnp.zeros(bias))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return jnp.einsum(self.equation, x.astype(self.dtype), kernel) + bias
+
+
+# Xavier over all heads' outputs, or inputs, as the one matrix that they are.
+_xavier = nnx.initializers.variance_scaling
+HEADS_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
+OUT_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
+
+
+def to_heads(tokens: str, cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
+    """Queries, keys or values, of axes `tokens`: "bn" or "n". One kernel each, for a TPU's sake.
+
+    One fused kernel is one matmul less, but taking its result apart is a copy of all of it.
+    """
+    d, k = size.width, size.heads
+    equation = f"{tokens}d,dke->{tokens}ke"
+    return Projection(equation, (d, k, d // k), (k, d // k), HEADS_INIT, cfg.dtype, rngs)
+
+
+def from_heads(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
+    d, k = size.width, size.heads
+    return Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        self.implementation, self.logits = cfg.attention, cfg.logits
+        self.query = to_heads("bn", cfg, size, rngs)
+        self.key = to_heads("bn", cfg, size, rngs)
+        self.value = to_heads("bn", cfg, size, rngs)
+        self.out = from_heads(cfg, size, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], first: int | None = None) -> Float[Array, "b m d"]:
+        """Of all tokens, or of the `first` m alone, which attend to all."""
+        q, k, v = self.query(x[:, :first]), self.key(x), self.value(x)
+        return self.out(attend(q, k, v, self.logits, self.implementation))
+
+    def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
+        """Of each head, what share of a token's output (row) comes from each token (column)."""
+        return weights(self.query(x), self.key(x), self.logits)
+
+
+class MLP(nnx.Module):
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        self.dropout, self.exact = cfg.dropout, cfg.gelu == "exact"
+        options = {
+            "kernel_init": nnx.initializers.xavier_uniform(),
+            "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
+            "dtype": jnp.dtype(cfg.dtype),
+            "rngs": rngs,
+        }
+        self.up = nnx.Linear(size.width, size.mlp, **options)
+        self.down = nnx.Linear(size.mlp, size.width, **options)
+
+    def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
+        x = jax.nn.gelu(self.up(x), approximate=not self.exact)
+        if key is not None and self.dropout:
+            x = drop(x, self.dropout, key, x.shape)
+        return self.down(x)
+
+
+def layer_norm(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        size.width, epsilon=cfg.norm_epsilon, dtype=jnp.dtype(cfg.dtype), rngs=rngs
+    )
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
+        self.norm1 = layer_norm(cfg, size, rngs)
+        self.attention = Attention(cfg, size, rngs)
+        self.norm2 = layer_norm(cfg, size, rngs)
+        self.mlp = MLP(cfg, size, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        drop_path: float | Array = 0.0,
+        key: Array | None = None,
+        first: int | None = None,
+    ) -> Float[Array, "b m d"]:
+        """All tokens, or the `first` m alone: what nobody reads of a last block is not computed.
+
+        `drop_path` is this block's rate; without a key nothing is dropped.
+        """
+        keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
+        attended = self.attention(self.norm1(x), first)
+        x = x[:, :first] + self.branch(attended, drop_path, keys[0], keys[1])
+        return x + self.branch(self.mlp(self.norm2(x), keys[2]), drop_path, keys[3], keys[4])
+
+    def branch(self, x: Array, drop_path, dropout_key, path_key) -> Array:
+        if dropout_key is not None and self.dropout:
+            x = drop(x, self.dropout, dropout_key, x.shape)
+        if path_key is not None and self.drop_path:
+            x = drop(x, drop_path, path_key, (x.shape[0], 1, 1))
+        return x
+
+
+class PatchEmbed(nnx.Module):
+    """A strided convolution written as the matmul that it is, and what is added to its result."""
+
+    def __init__(self, cfg: ConfigDict, patch: int, size: Size, rngs: nnx.Rngs, channels: int = 3):
+        p, d = patch, size.width
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
+        self.patch = p
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.kernel = nnx.Param(init(rngs.params(), (p, p, channels, d)))
+        self.bias = nnx.Param(jnp.zeros((d,)))
+
+    def __call__(
+        self,
+        images: Float[Array, "b H W c"],
+        position: Float[Array, "h w d"],
+        before: Sequence[Float[Array, "d"]] = (),
+    ) -> Float[Array, "b n d"]:
+        """Tokens: those `before`, the same for all images, then the patches, row by row.
+
+        The former are patches of zeros to which other vectors than a position are added: an array
+        of all tokens that was put together afterwards would be one more copy of it, twice.
+        """
+        b, height, width, channels = images.shape
+        p, d, m = self.patch, position.shape[-1], len(before)
+        position = position.reshape(-1, d)
+        patches = images.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(b, -1, channels * p * p)
+        patches = jnp.pad(patches, ((0, 0), (m, 0), (0, 0)))
+        kernel = self.kernel[...].astype(self.dtype).transpose(2, 0, 1, 3).reshape(-1, d)
+        added = jnp.concatenate([*(token[None] for token in before), position + self.bias[...]])
+        return (patches @ kernel + added).astype(self.dtype)
+
+
+class AttentionPool(nnx.Module):
+    """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
+
+    def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        self.implementation, self.logits = cfg.attention, cfg.logits
+        init = nnx.initializers.xavier_uniform()
+        self.probe = nnx.Param(init(rngs.params(), (1, size.width)))
+        self.query = to_heads("n", cfg, size, rngs)
+        self.key = to_heads("bn", cfg, size, rngs)
+        self.value = to_heads("bn", cfg, size, rngs)
+        self.out = from_heads(cfg, size, rngs)
+        self.norm = layer_norm(cfg, size, rngs)
+        self.mlp = MLP(cfg, size, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:
+        k, v = self.key(x), self.value(x)
+        x = self.out(attend(self.probes(k), k, v, self.logits, self.implementation))
+        return (x + self.mlp(self.norm(x), key))[:, 0]
+
+    def probes(self, k: Float[Array, "b n k e"]) -> Float[Array, "b 1 k e"]:
+        return jnp.broadcast_to(self.query(self.probe[...]), (k.shape[0], 1, *k.shape[2:]))
+
+    def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n"]:
+        """Of each head, what share of the pooled vector comes from each token."""
+        k = self.key(x)
+        return weights(self.probes(k), k, self.logits)[:, :, 0]

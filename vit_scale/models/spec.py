@@ -1,0 +1,124 @@
+"""What a `model` block comes to for images of one size: widths, depth, the grid, the tokens.
+
+Whatever makes no model is refused here, before there is one, with the arithmetic (law 8).
+"""
+
+import dataclasses
+import re
+
+from ml_collections import ConfigDict
+
+from vit_scale.errors import UserError, nearest
+from vit_scale.models import convnets
+from vit_scale.models.layers import Size
+
+SIZES = {
+    "Ti": Size(192, 12, 3, 768),  # DeiT (Touvron et al. 2021)
+    "S": Size(384, 12, 6, 1536),  # DeiT
+    "B": Size(768, 12, 12, 3072),  # ViT, table 1
+    "L": Size(1024, 24, 16, 4096),  # ViT, table 1
+}
+CHOICES = {
+    "pool": ("cls", "gap", "map"),
+    "posemb": ("learned", "sincos2d"),
+    "dtype": ("float32", "bfloat16"),
+    "attention": ("xla", "cudnn"),
+    "logits": ("float32", "bfloat16"),
+    "gelu": ("exact", "tanh"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a `model` block and an image size (height, width in pixels) come to."""
+
+    size: Size
+    patch: int
+    grid: tuple[int, int]
+    pool: str
+    stem: convnets.Stem | None = None  # of a hybrid
+    distilled: bool = False  # whether there is a distillation token
+    representation: int = 0  # width of the layer before the head; 0: none
+    class_token: bool = False  # whether there is a [CLS]; with pool=gap the head does not read it
+    fc_norm: bool = False  # whether the last norm comes after pooling
+
+    @property
+    def before(self) -> int:
+        """How many tokens come before the patches."""
+        return self.class_token + self.distilled
+
+    @property
+    def read(self) -> int | None:
+        """How many of the first tokens of the last block are all that the heads read; None: all."""
+        return 1 + self.distilled if self.pool == "cls" else None
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] + self.before
+
+
+def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
+    """Resolve the `cfg.variant` of a ViT and its overrides for images of (height, width) pixels.
+
+    Raises UserError for an unknown size, and with the arithmetic where the numbers don't fit.
+    """
+    check_choices(cfg)
+    name, size, patch = parse(cfg)
+    if min(*dataclasses.astuple(size), patch, cfg.classes) < 1:
+        raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
+    if size.width % size.heads:
+        raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
+    for axis, pixels in zip(("height", "width"), image, strict=True):
+        if pixels % patch:
+            raise UserError(
+                f"image {axis} {pixels} is not divisible by the patch of {patch} pixels"
+            )
+    grid = (image[0] // patch, image[1] // patch)
+    if min(grid) < 2:
+        raise UserError(
+            f"{image[0]} x {image[1]} pixels / patch {patch} is a grid of {grid[0]} x {grid[1]} "
+            "tokens; at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
+        )
+    stem = convnets.stem(name, patch, size.width, image) if name else None
+    return Shape(
+        *(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation),
+        class_token=cfg.pool == "cls" or cfg.class_token,
+        fc_norm=cfg.fc_norm,
+    )
+
+
+def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
+    """(stem or "", size, patch) of STEM+SIZE/PATCH or SIZE/PATCH and the overrides."""
+    match = re.fullmatch(r"(?:(\w+)\+)?(\w+)/(\d+)", cfg.variant)
+    if not match or match[2] not in SIZES:
+        name = cfg.variant.split("/")[0].rpartition("+")[2]
+        hint = nearest(name, [*SIZES, *convnets.SIZES])
+        raise UserError(f"model.variant={cfg.variant!r} is not SIZE/PATCH such as S/16; {hint}")
+    if match[1] and match[1] not in convnets.STEMS:
+        hint = nearest(match[1], convnets.STEMS)
+        raise UserError(f"model.variant={cfg.variant!r}: no stem is named {match[1]!r}; {hint}")
+    given = {f: cfg[f] for f in ("width", "depth", "heads", "mlp") if cfg[f] is not None}
+    return match[1] or "", dataclasses.replace(SIZES[match[2]], **given), int(match[3])
+
+
+def check_choices(cfg: ConfigDict) -> None:
+    for field, valid in CHOICES.items():
+        if cfg[field] not in valid:
+            raise UserError(
+                f"model.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}"
+            )
+    if cfg.distilled and cfg.pool != "cls":
+        raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
+    for field in ("class_token", "fc_norm"):
+        if cfg[field] and cfg.pool != "gap":
+            raise UserError(f"model.{field}=True needs pool=gap, not {cfg.pool}")
+    if cfg.logits != "float32" and cfg.attention != "xla":
+        raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
+    if cfg.representation < 0 or cfg.norm_epsilon <= 0:
+        raise UserError(
+            f"model.representation={cfg.representation} must be at least 0, and "
+            f"model.norm_epsilon={cfg.norm_epsilon} above 0"
+        )
+    for field in ("dropout", "drop_path"):
+        if not 0 <= cfg[field] < 1:
+            raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")

@@ -1,0 +1,115 @@
+"""What is written beside weights of ours for others' code: the content of its JSON files."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_scale.augment.view import View
+from vit_scale.config import image_size
+from vit_scale.models.spec import shape
+from vit_scale.pretrained.metadata import POOLS
+from vit_scale.pretrained.preprocessing import PIL
+
+
+def own(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The content of a .npz's .json."""
+    model = shape(cfg.model, image_size(cfg))
+    fields = ("gelu", "norm_epsilon", "pool")
+    return {
+        "model": {"heads": model.size.heads, **{name: cfg.model[name] for name in fields}},
+        "mean": list(cfg.augment.mean),
+        "std": list(cfg.augment.std),
+        "eval": {name: cfg.eval[name] for name in ("fit", "crop", "resample")},
+        "image": list(image_size(cfg)),
+        "classes": list(classes),
+    }
+
+
+def timm(cfg: ConfigDict, classes: tuple[str, ...], seen: View) -> dict[str, Any]:
+    """The content of timm's config.json, for `timm.create_model("local-dir:FOLDER")`."""
+    model, image = shape(cfg.model, image_size(cfg)), image_size(cfg)
+    size, pool = model.size, next(name for name, p in POOLS.items() if p == model.pool)
+    arguments = {
+        "img_size": list(image),
+        "patch_size": model.patch,
+        "embed_dim": size.width,
+        "depth": size.depth,
+        "num_heads": size.heads,
+        "mlp_ratio": size.mlp / size.width,
+        "class_token": model.class_token,
+        "global_pool": pool,
+        "fc_norm": model.fc_norm,
+        "act_layer": "gelu_tanh" if cfg.model.gelu == "tanh" else "gelu",
+    }
+    architecture = "vit_base_patch16_224"
+    if model.distilled:
+        architecture = "deit_base_distilled_patch16_224"
+    return {
+        "architecture": architecture,
+        "num_classes": cfg.model.classes,
+        "num_features": size.width,
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, *image],
+            "fixed_input_size": True,
+            "interpolation": seen.resample,
+            "crop_pct": seen.crop,
+            "crop_mode": "squash" if seen.fit == "stretch" else "center",
+            "mean": list(cfg.augment.mean),
+            "std": list(cfg.augment.std),
+            "num_classes": cfg.model.classes,
+            "label_names": list(classes),
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if model.distilled else "head",
+        },
+    }
+
+
+def huggingface(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The content of Hugging Face's config.json, for `from_pretrained(FOLDER)`."""
+    model, image = shape(cfg.model, image_size(cfg)), image_size(cfg)
+    size = model.size
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": size.width,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "intermediate_size": size.mlp,
+        "hidden_act": "gelu_pytorch_tanh" if cfg.model.gelu == "tanh" else "gelu",
+        "layer_norm_eps": cfg.model.norm_epsilon,
+        "image_size": image[0] if image[0] == image[1] else list(image),
+        "patch_size": model.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "dtype": "float32",
+    }
+
+
+def preprocessor(cfg: ConfigDict, seen: View) -> dict[str, Any]:
+    """The content of Hugging Face's preprocessor_config.json."""
+    height, width = image_size(cfg)
+    resized = seen.resized((height, width))
+    size = {"height": resized[0], "width": resized[1]}
+    if seen.fit != "stretch":
+        size = {"shortest_edge": resized[0]}
+    crops = seen.fit != "stretch" or resized != (height, width)
+    return {
+        # In transformers 4 the first can't crop; in 5 all are alike.
+        "image_processor_type": "BitImageProcessor" if crops else "ViTImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "do_center_crop": crops,
+        "crop_size": {"height": height, "width": width},
+        "resample": PIL[seen.resample],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(cfg.augment.mean),
+        "image_std": list(cfg.augment.std),
+    }

@@ -1,0 +1,1 @@
+"""A run's folder: lock, description, watchdog, goodput, report, rollbacks, and verification."""

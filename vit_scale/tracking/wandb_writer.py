@@ -1,0 +1,178 @@
+"""Weights & Biases as a writer: online where it can be, offline where it can't, never in the way.
+
+What it refuses or fails at, at the start, in the middle or at the end, makes the run go on offline
+with the same id; one line says so, and another how to upload it.
+"""
+
+import contextlib
+import functools
+import html
+import os
+import secrets
+import shlex
+import socket
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_scale.errors import DONE, UserError
+from vit_scale.storage import paths
+from vit_scale.tracking.writers import Writer, number, one_line, say
+
+# Seconds: for a connection, for the server to begin a run, and to take the rest of it at its end.
+CONNECT, BEGIN, FINISH = 5, 30, 120
+
+
+class WandbWriter(Writer):
+    """Weights & Biases: online where a key is found, else offline, with the line that syncs it.
+
+    The run's id is kept in its folder, so a resumed run continues the same page. Offline, each
+    start leaves a folder of its own; the line names them all, and their common id makes them one
+    page. WANDB_MODE (online, offline, disabled) decides where it is set. Of a run in a bucket, only
+    the id is there; W&B's own folder is on this machine (paths.local).
+
+    Where the server can't be reached, refuses, or W&B's process ends, the writer says so once and
+    goes on offline. `strict`: it raises UserError instead.
+    """
+
+    def __init__(
+        self, workdir: Path, project: str, name: str, quiet: bool = False, strict: bool = False
+    ):
+        import wandb
+
+        self._wandb, self._folder, self._quiet = wandb, paths.local(workdir), quiet
+        self._options = {"project": project, "name": name, "dir": str(self._folder)}
+        self._options["id"] = _run_id(workdir / "wandb_id.txt")
+        self._run: Any = None
+        self._strict, self._fell_back = strict, False
+        self._partial: list[Path] = []  # folders of runs that were online, and not to their end
+        self.exit_code = DONE
+        self._attempt(self._begin)
+
+    def _begin(self, offline: bool = False) -> None:
+        wandb = self._wandb
+        # wandb reads the variable only once in a process; an argument is always heard.
+        # silent: also because login would ask the server for the name of the key's owner.
+        try:
+            session = wandb.setup(wandb.Settings(silent=True, console="off", disable_git=True))
+        except ValueError as error:  # a variable's value, which holds offline too
+            raise refused(error) from error
+        mode: Any = "offline" if offline else os.environ.get("WANDB_MODE")
+        if not mode:
+            mode = None if _has_key(wandb) else "offline"
+        if mode in (None, "online"):
+            check_reachable(session.settings.base_url)
+        limits = {"init_timeout": BEGIN, "finish_timeout": FINISH, "finish_timeout_raises": True}
+        unset = {k: v for k, v in limits.items() if f"WANDB_{k.upper()}" not in os.environ}
+        settings = wandb.Settings(**unset)
+        self._run = wandb.init(**self._options, mode=mode, resume="allow", settings=settings)
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        """Do it; where that fails, offline, and from then on. Raises where that fails as well."""
+        try:
+            action()
+        except UserError:
+            raise
+        except Exception as error:
+            if self._strict:
+                raise refused(error) from error
+            if self._fell_back:
+                raise
+            self._go_offline(error)
+            if action != self._begin:
+                action()
+
+    def _go_offline(self, error: Exception) -> None:
+        self._fell_back = True
+        said = f"Weights & Biases: {one_line(error)}"
+        self._leave_online()
+        with contextlib.suppress(Exception):
+            self._wandb.teardown()  # its process has the run still, or is gone
+        self._begin(offline=True)
+        run = self._options["id"]
+        say(f"{said}; run {run} goes on offline, and its end prints the line that uploads it")
+
+    def _leave_online(self) -> None:
+        if self._run is not None and not self._run.offline and not self._run.disabled:
+            self._partial.append(Path(self._run.dir).parent)
+
+    def _log(self, row: Mapping[str, Any], step: int | None = None) -> None:
+        self._attempt(lambda: self._run.log(dict(row), step=step))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._log({name: number(value) for name, value in scalars.items()}, step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        for name, batch in images.items():
+            self._attempt(functools.partial(self._log_images, name, batch, step))
+
+    def _log_images(self, name: str, batch: np.ndarray, step: int) -> None:
+        self._run.log({name: [self._wandb.Image(image) for image in batch]}, step=step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            page = self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+            self._log({name: page}, step)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        self._attempt(lambda: self._run.config.update(dict(hparams), allow_val_change=True))
+
+    def append(self, pictures: Mapping[str, np.ndarray], values: Mapping[str, float]) -> None:
+        """One row after the last: Weights & Biases drops rows of a step that it has already."""
+        shown = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
+        self._log(shown | dict(values))
+
+    def close(self) -> None:
+        try:
+            self._run.finish(exit_code=self.exit_code)
+        except Exception as error:
+            if self._strict:
+                raise UserError(f"Weights & Biases: {one_line(error)}") from error
+            self._leave_online()
+            if not self._partial:
+                raise
+            say(f"Weights & Biases: {one_line(error)}; the rest of the run is on this machine")
+            self._fell_back = True
+        if self._run.disabled or (self._quiet and not self._fell_back):
+            return
+        if self._run.offline or self._partial:
+            folders = sorted((self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"))
+            names = (str(folder.resolve()) for folder in [*self._partial, *folders])
+            line = shlex.join(["wandb", "sync", *names])
+            print(f"Weights & Biases ran offline; to upload this run:\n{line}", file=sys.stderr)
+        else:
+            print(f"Weights & Biases: {self._run.url}", file=sys.stderr)
+
+
+def refused(error: Exception) -> UserError:
+    return UserError(
+        f"Weights & Biases: {one_line(error)}; set WANDB_MODE=offline, or --config.log.wandb=false"
+    )
+
+
+def check_reachable(url: str) -> None:
+    """Raises OSError where nothing answers at `url`; through a proxy it is not tried."""
+    if {"http", "https", "all"} & set(urllib.request.getproxies()):
+        return
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or {"http": 80}.get(parts.scheme, 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT).close()
+    except OSError as error:
+        raise OSError(f"{url} can't be reached ({error.strerror or error})") from error
+
+
+def _has_key(wandb: Any) -> bool:
+    """Whether the environment, a netrc file or wandb's settings hold a key. Asks nobody."""
+    return wandb.login(prompt=False, verify=False)
+
+
+def _run_id(path: Path) -> str:
+    if not path.exists():
+        paths.write(path, f"{secrets.token_hex(4)}\n".encode())
+    return path.read_text().strip()

@@ -1,0 +1,78 @@
+"""Exact evaluation: every example counts once, for every batch size and number of hosts (law 6)."""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from vit_scale.augment.pipeline import eval_images
+from vit_scale.config import image_size
+from vit_scale.data import Source, are_files, eval_batches, views
+from vit_scale.distributed import multihost, preemption
+from vit_scale.distributed.mesh import batch_rows, batch_sharding, check_batch, put_batch, shardings
+from vit_scale.errors import UserError
+from vit_scale.models.vit import Model
+from vit_scale.runs import watchdog
+from vit_scale.tracking.metrics import EvalMetrics, to_floats
+
+
+class Evaluate:
+    """(params, source) -> {"n": ..., "accuracy": ..., "loss": ...}, compiled once.
+
+    Raises UserError for a batch that the mesh can't split, a source of other classes than the
+    model's, and one in which nothing could be read.
+    """
+
+    def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh):
+        check_batch(cfg.eval.batch, mesh)
+        self.cfg, self.mesh = cfg, mesh
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        _, seen = views(cfg, are_files(cfg.data))
+
+        def eval_step(params, batch):
+            images = eval_images(batch["image"], cfg.augment, image_size(cfg), seen)
+            logits = model.apply(params, images)
+            return EvalMetrics.single_from_model_output(
+                logits=logits, labels=batch["label"], mask=batch["mask"]
+            )
+
+        self._eval_step = jax.jit(
+            eval_step,
+            in_shardings=(shardings(params, mesh), batch_sharding(mesh)),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def __call__(self, params: dict, source: Source) -> dict[str, float]:
+        cfg, total = self.cfg, EvalMetrics.empty()
+        check_classes(source, cfg)
+        rows = batch_rows(cfg.eval.batch, self.mesh)
+        batches = eval_batches(source, cfg.eval.batch, rows, cfg.data.workers)
+        with tqdm(
+            total=len(source),
+            desc=f"evaluate {source.name}",
+            unit="image",
+            disable=None if multihost.is_first() else True,
+            leave=False,
+        ) as bar:
+            for batch in batches:
+                total = total.merge(
+                    self._eval_step(params, put_batch(batch, self.mesh, cfg.eval.batch))
+                )
+                jax.block_until_ready(total)  # else all batches would wait on the device
+                watchdog.beat()
+                preemption.check(f"while evaluating {source.name}")
+                bar.update(min(cfg.eval.batch, len(source) - bar.n))
+        result = to_floats(total)
+        if not result["n"]:
+            raise UserError(f"{source.name}: none of its {len(source)} images could be read")
+        return result
+
+
+def check_classes(source: Source, cfg: ConfigDict) -> None:
+    """Refuse labels that the head has no output for, and outputs that no label has."""
+    found, outputs = len(source.classes), cfg.model.classes
+    if found != outputs:
+        raise UserError(
+            f"{source.name} has {found} classes, the model model.classes={outputs}; "
+            f"train it with --config.model.classes={found}, or give another set"
+        )

@@ -1,0 +1,328 @@
+"""The optimizer of an `optim` block: gradients in, updates to add to the parameters out.
+
+One chain for every optimizer, in this order:
+
+    clip the global norm -> direction (Adam, momentum, Lion, Muon) -> + weight decay * parameter
+      -> * layer decay -> * -lr
+
+Every choice is made by parameter name ("blocks/mlp/up/kernel"), never by rank: scanned blocks have
+a leading layer axis, and stacked and unrolled blocks are trained alike. Frozen parameters are
+outside the chain: they get no update, keep no state, and don't count in the clipped norm.
+
+Weight decay is decoupled from the gradient and times the learning rate (AdamW, Loshchilov & Hutter
+2019, as optax and torch write it), for SGD as well, as big_vision does.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from vit_scale.errors import UserError, nearest
+from vit_scale.models.parameters import measured
+
+Schedule = Callable[[Any], Any]
+
+# The hidden matrices that Muon orthogonalises: which axes go in and which come out, counted from
+# the end. A leading axis of layers is as many matrices on their own. Embedding, head, vectors and
+# biases go to Adam (Jordan et al. 2024).
+MATRICES = {
+    r"(query|key|value)/kernel$": ((-3,), (-2, -1)),  # d k e
+    r"out/kernel$": ((-3, -2), (-1,)),  # k e d
+    r"mlp/(up|down)/kernel$": ((-2,), (-1,)),  # d f, f d
+}
+
+
+def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """`function(name, leaf)` over a tree; names are joined by "/"."""
+
+    def apply(path, leaf):
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(apply, tree)
+
+
+# Learning rate
+
+
+def _constant(cfg: ConfigDict, steps: int) -> Schedule:
+    return optax.constant_schedule(cfg.lr)
+
+
+def _cosine(cfg: ConfigDict, steps: int) -> Schedule:
+    return optax.cosine_decay_schedule(cfg.lr, steps - cfg.warmup, alpha=cfg.end)
+
+
+def _linear(cfg: ConfigDict, steps: int) -> Schedule:
+    return optax.linear_schedule(cfg.lr, cfg.lr * cfg.end, steps - cfg.warmup)
+
+
+def _rsqrt(cfg: ConfigDict, steps: int) -> Schedule:
+    return lambda step: cfg.lr * jax.lax.rsqrt(1 + step / cfg.timescale)
+
+
+def _piecewise(cfg: ConfigDict, steps: int) -> Schedule:
+    boundaries = [boundary - cfg.warmup for boundary in milestone_steps(cfg, steps)]
+    return optax.piecewise_constant_schedule(cfg.lr, dict.fromkeys(boundaries, cfg.factor))
+
+
+SCHEDULES = {  # from the end of the warm-up, which is their step 0
+    "constant": _constant,
+    "cosine": _cosine,
+    "linear": _linear,
+    "rsqrt": _rsqrt,  # Zhai et al. 2022
+    "piecewise": _piecewise,
+}
+
+
+def milestone_steps(cfg: ConfigDict, steps: int) -> list[int]:
+    """The steps from which `piecewise` multiplies the learning rate once more."""
+    return [round(fraction * steps) for fraction in cfg.milestones]
+
+
+def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
+    """The learning rate as a pure function of the step, 0 up to `steps`, float32.
+
+    Warm-up rises linearly from 0 at step 0 to `lr` at step `warmup`. Cosine and linear reach
+    `lr * end` at `steps`; the cool-down of rsqrt lasts `cooldown` steps and reaches 0 at `steps`.
+
+    Raises:
+      UserError: a value out of range, with the arithmetic.
+    """
+    _check(cfg, steps)
+    schedule = SCHEDULES[cfg.schedule](cfg, steps)
+    if cfg.warmup:
+        warmup = optax.linear_schedule(0.0, cfg.lr, cfg.warmup)
+        schedule = optax.join_schedules([warmup, schedule], [cfg.warmup])
+
+    def learning_rate(step):
+        rate = jnp.asarray(schedule(step), jnp.float32)
+        if cfg.schedule == "rsqrt" and cfg.cooldown:
+            rate *= jnp.clip((steps - step) / cfg.cooldown, 0, 1)
+        return rate
+
+    return learning_rate
+
+
+# Direction
+
+
+def _adamw(cfg: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(cfg.b1, cfg.b2, mu_dtype=cfg.moment)
+
+
+def _sgd(cfg: ConfigDict) -> optax.GradientTransformation:
+    return optax.trace(cfg.b1, accumulator_dtype=cfg.moment)
+
+
+def _lion(cfg: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.moment)
+
+
+def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        learning_rate=-1.0,  # only the direction, with the gradient's sign: the chain applies lr
+        beta=cfg.b1,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        mu_dtype=cfg.moment,
+        # Updates as large as Adam's (Liu et al. 2025), so that both groups share one lr.
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: map_named(_matrix_axes, params),
+    )
+
+
+OPTIMIZERS = {
+    "adamw": _adamw,  # Loshchilov & Hutter 2019
+    "sgd": _sgd,  # heavy-ball momentum, as ViT's fine-tuning
+    "lion": _lion,  # Chen et al. 2023
+    "muon": _muon,  # Jordan et al. 2024; Adam for what is not a hidden matrix
+}
+
+
+def _matrix_axes(name: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
+    for pattern, axes in MATRICES.items():
+        if re.search(pattern, name):
+            return optax.contrib.MuonDimensionNumbers(*axes)
+    return None
+
+
+# By name
+
+
+def decayed(name: str) -> bool:
+    """Whether weight decay applies: kernels only (no bias, norm, position, [CLS] or probe)."""
+    return name.endswith("kernel")
+
+
+def depth(params: PyTree) -> int:
+    """Number of blocks, stacked or unrolled."""
+    blocks = params["blocks"]
+    return len(blocks) if "0" in blocks else jax.tree.leaves(blocks)[0].shape[0]
+
+
+def layer_scale(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
+    """`rate` to the power of the layers above, as BEiT (Bao et al. 2022) numbers them.
+
+    Embedding, positions and [CLS] are layer 0, block i is layer i + 1, and all that follows is the
+    last, at scale 1. For a stacked leaf (l ...): one scale per block, (l 1 ...).
+    """
+    first, _, rest = name.partition("/")
+    if first in ("stem", "embed", "posemb", "cls", "dist"):
+        return rate ** (blocks + 1)
+    if first != "blocks":
+        return 1.0
+    block = rest.partition("/")[0]
+    if block.isdigit():
+        return rate ** (blocks - int(block))
+    powers = [rate ** (blocks - i) for i in range(blocks)]
+    return jnp.asarray(powers, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
+    def scale(updates, params):
+        return map_named(lambda name, leaf: leaf * layer_scale(name, leaf, rate, blocks), updates)
+
+    return optax.stateless(scale)
+
+
+def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
+    """True for each parameter that is trained, False for each one frozen by `train` or `freeze`.
+
+    So are running statistics, for what changes them is no gradient.
+
+    Raises:
+      UserError: a pattern that is no regular expression or matches no parameter; nothing is left.
+    """
+    names = jax.tree.leaves(map_named(lambda name, leaf: name, params))
+    for pattern in cfg.freeze:
+        try:
+            matched = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(
+                f"optim.freeze={pattern!r} is not a regular expression: {error}"
+            ) from None
+        if not matched:
+            hint = nearest(pattern, names)
+            raise UserError(f"optim.freeze={pattern!r} matches no parameter; {hint}")
+    patterns = [*cfg.freeze, *([r"^(?!head(_dist)?/)"] if cfg.train == "head" else [])]
+
+    def is_trained(name: str, leaf) -> bool:
+        return not measured(name) and not any(re.search(p, name) for p in patterns)
+
+    mask = map_named(is_trained, params)
+    if not any(jax.tree.leaves(mask)):
+        raise UserError(f"optim.freeze={cfg.freeze} and train={cfg.train!r} leave nothing to train")
+    return mask
+
+
+# The whole
+
+
+def make_optimizer(
+    cfg: ConfigDict, steps: int, params: PyTree
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optimizer of an `optim` block for a run of `steps`.
+
+    The learning rate is `schedule(n)` after n updates, which the optimizer's state counts.
+    `accumulate` and `ema` are left to the train step.
+
+    Args:
+      cfg: the `optim` block.
+      steps: updates in the whole run.
+      params: the parameters, or their shapes.
+
+    Returns:
+      (optimizer, schedule); its updates are added by `apply_updates`.
+
+    Raises:
+      UserError: an unknown name, a value out of range, a `freeze` pattern that matches nothing.
+    """
+    schedule = make_schedule(cfg, steps)
+    chain = optax.chain(
+        optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
+        OPTIMIZERS[cfg.name](cfg),
+        optax.add_decayed_weights(
+            cfg.weight_decay, lambda tree: map_named(lambda name, leaf: decayed(name), tree)
+        ),
+        _scale_by_layer(cfg.layer_decay, depth(params))
+        if cfg.layer_decay != 1
+        else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+    labels = jax.tree.map(lambda train: "trained" if train else "frozen", trained(cfg, params))
+    return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels), schedule
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """The parameters after a step."""
+    return optax.apply_updates(params, updates)
+
+
+def update_ema(ema: PyTree, params: PyTree, decay: float) -> PyTree:
+    """The exponential moving average after one more step: `decay * ema + (1 - decay) * params`."""
+    return jax.tree.map(lambda mean, new: mean + (1 - decay) * (new - mean), ema, params)
+
+
+# Refusals
+
+CHOICES: dict[str, Collection[str]] = {
+    "name": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "moment": ("float32", "bfloat16"),
+    "train": ("all", "head"),
+}
+BOUNDS = {  # lowest allowed, first not allowed
+    "lr": (0, math.inf),
+    "warmup": (0, math.inf),
+    "end": (0, math.inf),
+    "timescale": (1, math.inf),
+    "cooldown": (0, math.inf),
+    "factor": (0, math.inf),
+    "b1": (0, 1),
+    "b2": (0, 1),
+    "weight_decay": (0, math.inf),
+    "clip": (0, math.inf),
+    "accumulate": (1, math.inf),
+    "ema": (0, 1),
+}
+
+
+def _check(cfg: ConfigDict, steps: int) -> None:
+    """Raises UserError, one line with the numbers, for a block that makes no optimizer."""
+    for field, valid in CHOICES.items():
+        if cfg[field] not in valid:
+            raise UserError(
+                f"optim.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}"
+            )
+    for field, (low, high) in BOUNDS.items():
+        if not low <= cfg[field] < high:
+            limit = "finite" if high == math.inf else f"below {high}"
+            raise UserError(f"optim.{field}={cfg[field]} must be at least {low} and {limit}")
+    if not 0 < cfg.layer_decay <= 1:
+        raise UserError(f"optim.layer_decay={cfg.layer_decay} must be above 0 and at most 1")
+    if cfg.warmup >= steps:
+        raise UserError(f"optim.warmup={cfg.warmup} must be fewer than the run's steps={steps}")
+    if cfg.cooldown and cfg.schedule != "rsqrt":
+        raise UserError(
+            f"optim.cooldown={cfg.cooldown} needs schedule=rsqrt: set it to 0 with {cfg.schedule}"
+        )
+    if cfg.warmup + cfg.cooldown > steps:
+        total = cfg.warmup + cfg.cooldown
+        raise UserError(
+            f"optim.warmup={cfg.warmup} + cooldown={cfg.cooldown} = {total} exceed steps={steps}"
+        )
+    if cfg.schedule == "piecewise":
+        boundaries = [cfg.warmup, *milestone_steps(cfg, steps), steps]
+        if any(a >= b for a, b in itertools.pairwise(boundaries)):
+            raise UserError(
+                f"optim.milestones={cfg.milestones} of steps={steps} are steps {boundaries[1:-1]}: "
+                f"they must rise between the end of warm-up, {cfg.warmup}, and {steps}"
+            )
