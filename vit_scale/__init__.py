@@ -9,7 +9,14 @@ In a notebook:
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_scale.inference.predictor import load
+    from vit_scale.models.position_embeddings import resample
+    from vit_scale.models.vit import ViT, build
+
+    __version__: str
 
 _HOMES = {
     "load": "inference.predictor",
@@ -17,11 +24,19 @@ _HOMES = {
     "build": "models.vit",
     "resample": "models.position_embeddings",
 }
-__all__ = ["ViT", "build", "load", "resample"]
+__all__ = ["ViT", "__version__", "build", "load", "resample"]
 
 
 def __getattr__(name: str) -> Any:
     # On first use: the command line starts without waiting for jax.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vit_scale")
     if name not in _HOMES:
         raise AttributeError(f"module 'vit_scale' has no attribute {name!r}")
     return getattr(importlib.import_module(f"vit_scale.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny import random_batch, random_params, tiny_config
-from vit_scale.runs import divergence
 from vit_scale.config import base
-from vit_scale.runs.divergence import Diverged, Guard, Rollback, parts
 from vit_scale.errors import DIVERGED
+from vit_scale.runs import divergence
+from vit_scale.runs.divergence import Diverged, Guard, Rollback, parts
 from vit_scale.training.program import jit_train_step, plan_program
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

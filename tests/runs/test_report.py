@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vit_scale.runs import report
 from vit_scale.errors import UserError
+from vit_scale.runs import report
 
 FINE_TUNED = {
     "init": "runs/pretrain",

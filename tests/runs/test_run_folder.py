@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from vit_scale import config
-from vit_scale.storage import compare_and_swap, paths
-from vit_scale.distributed import multihost
-from vit_scale.runs import lock
 from vit_scale.checkpoint import Checkpoints
+from vit_scale.distributed import multihost
 from vit_scale.errors import UserError
+from vit_scale.runs import lock
 from vit_scale.runs.lock import Lock
 from vit_scale.runs.run_folder import Run, continued, read_json, write_json
+from vit_scale.storage import compare_and_swap, paths
 
 
 def about(*overrides: str) -> dict:

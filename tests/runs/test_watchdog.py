@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from vit_scale.runs import goodput, watchdog
-from vit_scale.distributed import multihost
 from vit_scale.config import base
+from vit_scale.distributed import multihost
 from vit_scale.errors import RESUMABLE
+from vit_scale.runs import goodput, watchdog
 from vit_scale.runs.watchdog import Watch
 
 

@@ -20,8 +20,8 @@ import threading
 import time
 from typing import IO
 
-from vit_scale.storage import compare_and_swap, paths
 from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.storage import compare_and_swap, paths
 
 NAME = ".lock"
 RENEW, LEASE = 15.0, 90.0  # seconds

@@ -4,11 +4,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from vit_scale.storage import paths
 from vit_scale.errors import UserError, printable
 from vit_scale.runs.goodput import read as read_attempts
 from vit_scale.runs.goodput import summarise
 from vit_scale.runs.run_folder import read_json
+from vit_scale.storage import paths
 
 
 def _report(run: pathlib.Path) -> dict:

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
 from vit_scale.distributed import multihost
-from vit_scale.storage import paths
 from vit_scale.errors import RESUMABLE, UserError, printable
 from vit_scale.runs.lock import Lock
+from vit_scale.storage import paths
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 # So may what is done about a corrupt image: a run that stopped at one has met none before.

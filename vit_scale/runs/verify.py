@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from vit_scale import checkpoint
-from vit_scale.runs import divergence
-from vit_scale.storage import paths
 from vit_scale.errors import UserError
+from vit_scale.runs import divergence
 from vit_scale.runs.run_folder import read_json
+from vit_scale.storage import paths
 
 
 def verify(run: str | os.PathLike) -> list[dict[str, str]]:

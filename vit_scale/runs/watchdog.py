@@ -30,11 +30,11 @@ from typing import NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from vit_scale.runs import goodput
 from vit_scale.distributed import multihost
-from vit_scale.storage import paths
-from vit_scale.errors import FAILED, RESUMABLE
 from vit_scale.distributed.preemption import STOPPED
+from vit_scale.errors import FAILED, RESUMABLE
+from vit_scale.runs import goodput
+from vit_scale.storage import paths
 
 FOLDER = "heartbeats"
 DISK, BUCKET = 1, 15  # seconds between heartbeats
@@ -55,7 +55,9 @@ class Watch:
         self._ledger = goodput.Ledger(run) if multihost.is_first() else None
         self._booked, self._lock = time.monotonic(), threading.Lock()
         self.every = BUCKET if paths.in_bucket(run) else max(DISK, jax.process_count() / 8)
-        self.attempt = multihost.agree(secrets.token_hex(4))  # else heartbeats of an earlier one count
+        self.attempt = multihost.agree(
+            secrets.token_hex(4)
+        )  # else heartbeats of an earlier one count
         self._others = Others(self) if multihost.is_several() else None
         self._code: int | None = None
         self._words = ""
