@@ -17,8 +17,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from launch.tpu import accelerators, check, flags
-from launch.tpu.codes import REFUSED, USAGE, Stop
+from launch.tpu import accelerators, flags, preflight
+from launch.tpu.exit_codes import REFUSED, USAGE, Stop
 from launch.tpu.plan import NAME, ROOT
 
 AGAIN = [42, *range(127, 256)]  # exit codes after which the same command resumes
@@ -167,11 +167,11 @@ def main(argv: list[str] | None = None) -> int:
             raise Stop(
                 REFUSED, f"--name {args.name!r}: at most 40 of a-z, 0-9 and -, a letter first"
             )
-        config = check.check_name(ROOT, args.config)
+        config = preflight.check_name(ROOT, args.config)
         slice_ = accelerators.parse(args.type)
-        check.check_workdir(args.workdir, slice_.hosts, kept=False, mounted=False)
-        shown = check.resolve(ROOT, config, overrides, slice_.chips * args.num_slices)
-        if shown and check.check_data(shown, local=False):
+        preflight.check_workdir(args.workdir, slice_.hosts, kept=False, mounted=False)
+        shown = preflight.resolve(ROOT, config, overrides, slice_.chips * args.num_slices)
+        if shown and preflight.check_data(shown, local=False):
             print("gke: the data is downloaded by no one: it must be in IMAGE", file=sys.stderr)
         train = ["train", "--config", config, "--workdir", args.workdir, *overrides]
         print(xpk(args, train) if args.xpk else yaml(render(args, train)))

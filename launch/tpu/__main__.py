@@ -5,6 +5,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 
-from launch.tpu.command import main
+from launch.tpu.cli import main
 
 sys.exit(main())

@@ -6,7 +6,7 @@ The number in a name counts cores up to v4 and in v5p and tpu7x, and chips in v5
 import re
 from typing import NamedTuple
 
-from launch.tpu.codes import REFUSED, Stop
+from launch.tpu.exit_codes import REFUSED, Stop
 
 
 class Generation(NamedTuple):

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from launch.tpu import script, secret
-from launch.tpu.classify import Cause, End, cause, last_line
+from launch.tpu import secret, worker_commands
 from launch.tpu.clock import Clock
-from launch.tpu.codes import TPU_HELD
+from launch.tpu.diagnosis import Cause, End, cause, last_line
+from launch.tpu.exit_codes import TPU_HELD
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, free_port, on_all
@@ -74,7 +74,9 @@ class Attempt:
         """Start it everywhere; None, or why that was not possible, with nothing left running."""
         answers = on_all(range(self.workers.count), self._send_secrets)
         port = (
-            free_port() if self.plan.target == "local" else script.port(self.plan.run, self.number)
+            free_port()
+            if self.plan.target == "local"
+            else worker_commands.port(self.plan.run, self.number)
         )
         if all(answer is None for answer in answers.values()):
             answers = on_all(range(self.workers.count), lambda i: self._start(i, port))
@@ -89,11 +91,11 @@ class Attempt:
         if not self.plan.secrets:
             return None
         content = secret.message(self.plan.secrets)
-        return self._ask(worker, script.command("secrets", self.plan.run), content)
+        return self._ask(worker, worker_commands.command("secrets", self.plan.run), content)
 
     def _start(self, worker: int, port: int) -> tuple[str, str] | None:
         mine = [word.format(worker=worker) for word in self.workers.arguments(port)]
-        return self._ask(worker, script.start(self.plan, self.number, port, mine))
+        return self._ask(worker, worker_commands.start(self.plan, self.number, port, mine))
 
     def _ask(self, worker: int, line: str, stdin: bytes = b"") -> tuple[str, str] | None:
         """Have the worker do it, with three tries: it does it once. None, or what went wrong."""

@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 from typing import NamedTuple
 
-from launch.tpu.codes import BAD_INPUT, Stop
+from launch.tpu.exit_codes import BAD_INPUT, Stop
 
 LARGEST = 50_000_000  # bytes of all files
 NEVER = (".env", ".git", ".venv", ".data", "tpu.env", "__pycache__", "runs", "wandb")

@@ -6,7 +6,7 @@ import re
 import sys
 
 from launch.tpu import accelerators, flags, gcloud
-from launch.tpu.codes import AUTH, DONE
+from launch.tpu.exit_codes import AUTH, DONE
 from launch.tpu.gcloud import Tpu
 from launch.tpu.plan import ROOT
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launch.tpu import gcloud
-from launch.tpu.codes import USAGE, Stop
+from launch.tpu.exit_codes import USAGE, Stop
 
 VERBS = {
     "run": "train (the verb if none is given); the same command again takes the run up",

@@ -6,13 +6,13 @@ import json
 import sys
 import time
 
-from launch.tpu import accelerators, cloud, flags, gcloud, meter
+from launch.tpu import accelerators, billing, cloud_tpu, flags, gcloud
 from launch.tpu.clock import Clock
-from launch.tpu.codes import DONE, INFRASTRUCTURE, USAGE, Stop
+from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, USAGE, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
-from launch.tpu.known import FOLDER, Known, whose
 from launch.tpu.plan import ROOT
+from launch.tpu.run_registry import FOLDER, Known, whose
 from launch.tpu.transport import HOME, GcloudWorkers, command, on_all
 
 LEFT = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
@@ -32,7 +32,7 @@ def delete(args: argparse.Namespace) -> int:
     if marks.get("managed-by") != "vit_scale":
         raise Stop(USAGE, f"{found.tpu.name} was not made by this program: it is not deleted")
     owner = marks.get("owner", "")
-    own = found.is_ours(marks) and (known or owner == cloud.owner())
+    own = found.is_ours(marks) and (known or owner == cloud_tpu.owner())
     if not own and args.owner not in ("all", owner):
         raise Stop(
             USAGE,
@@ -47,7 +47,7 @@ def delete(args: argparse.Namespace) -> int:
     return DONE
 
 
-def wanted(args: argparse.Namespace) -> tuple[cloud.Cloud, bool]:
+def wanted(args: argparse.Namespace) -> tuple[cloud_tpu.Cloud, bool]:
     """The machine that is to be deleted; and whether this machine has notes of its run."""
     try:
         known = Known(args)
@@ -57,7 +57,7 @@ def wanted(args: argparse.Namespace) -> tuple[cloud.Cloud, bool]:
         project = flags.Values(args, ROOT).of_gcloud("project", "project")
         tpu = Tpu(args.name, args.zone, project, "", "", queue=not args.no_queue)
         journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
-        return cloud.Cloud(tpu, Clock(), journal, owned=True), False
+        return cloud_tpu.Cloud(tpu, Clock(), journal, owned=True), False
     if known.cloud is None or not known.cloud.owned:
         raise Stop(USAGE, "this run's machine was not made by this program: it is not deleted")
     return known.cloud, True
@@ -77,7 +77,7 @@ class Machine:
     def __init__(self, tpu: Tpu, state: str, labels: dict, created: str, kind: str):
         self.state, self.labels, self.kind = state, labels, kind
         self.tpu = dataclasses.replace(tpu, labels={"run": labels.get("run", "")})
-        self.hours = meter.age(created) / 3600
+        self.hours = billing.age(created) / 3600
         expires = labels.get("expires", "")
         # A request has no label that could be renewed, and may wait for days.
         past = expires.isdigit() and int(expires) < time.time()
@@ -113,7 +113,7 @@ def machines(args: argparse.Namespace) -> list[Machine]:
     if not zones[0]:
         raise Stop(USAGE, "--zones a,b is needed: machines are looked for zone by zone")
     found = []
-    asked = cloud.Cloud(Tpu("", "", "", "", ""), Clock(), Journal(FOLDER / "list", quiet=True))
+    asked = cloud_tpu.Cloud(Tpu("", "", "", "", ""), Clock(), Journal(FOLDER / "list", quiet=True))
     for zone in zones:
         requests = read_list(asked, gcloud.listing("queued-resources", zone, project))
         nodes = read_list(asked, gcloud.listing("tpu-vm", zone, project))
@@ -149,11 +149,11 @@ def machines(args: argparse.Namespace) -> list[Machine]:
     return [machine for machine in found if machine.labels.get("managed-by") == "vit_scale"]
 
 
-def read_list(asked: cloud.Cloud, argv: list[str]) -> list[dict]:
+def read_list(asked: cloud_tpu.Cloud, argv: list[str]) -> list[dict]:
     try:
         return json.loads(asked.call(argv) or b"[]")
     except ApiError as error:
-        raise cloud.refuse(error) from None
+        raise cloud_tpu.refuse(error) from None
 
 
 def last(name: str) -> str:
@@ -176,7 +176,7 @@ def listing(args: argparse.Namespace) -> int:
 
 def collect(args: argparse.Namespace) -> int:
     """Delete what is forgotten: each machine is shown, and asked about unless --yes is given."""
-    code, mine = DONE, args.owner or cloud.owner()
+    code, mine = DONE, args.owner or cloud_tpu.owner()
     for machine in machines(args):
         text = json.dumps(machine.as_json())
         if mine not in ("all", machine.labels.get("owner")):
@@ -191,7 +191,7 @@ def collect(args: argparse.Namespace) -> int:
             continue
         journal = Journal(FOLDER / "list", quiet=True)
         try:
-            cloud.Cloud(machine.tpu, Clock(), journal, owned=True).delete()
+            cloud_tpu.Cloud(machine.tpu, Clock(), journal, owned=True).delete()
             print(f"deleted: {text}")
         except Stop as stop:
             print(f"NOT deleted: {text}: {stop}")
@@ -205,7 +205,7 @@ def in_use(machine: Machine) -> str:
     It is not where each worker says that nothing runs there, and that no launcher has asked lately.
     """
     clock = Clock()
-    look = cloud.Cloud(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).look()
+    look = cloud_tpu.Cloud(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).look()
     if look.kind in ("absent", "gone", "failed"):
         return ""
     workers = GcloudWorkers(machine.tpu, look.hosts, clock, lambda argv: None)

@@ -1,7 +1,7 @@
 """A run from beginning to end: acquire, prepare, start, watch; again after what passes; release.
 
 It may be ended anywhere and begun again with the same command: each step looks at what there is
-before it does anything, and what is there already is taken over. ending.py says what asks for an
+before it does anything, and what is there already is taken over. shutdown.py says what asks for an
 end, and what becomes of the machine.
 """
 
@@ -13,18 +13,18 @@ import threading
 import traceback
 from collections.abc import Iterator
 
-from launch.tpu import budget, script
+from launch.tpu import retry_policy, worker_commands
+from launch.tpu.allocation import LOOK, Gone, Machine
 from launch.tpu.attempt import Attempt, last
-from launch.tpu.classify import Cause
+from launch.tpu.billing import Meter
 from launch.tpu.clock import Clock
-from launch.tpu.cloud import Cloud, Look
-from launch.tpu.codes import AUTH, DONE, INTERRUPTED, SETUP, USAGE, Stop
-from launch.tpu.ending import Ending, Interrupted
+from launch.tpu.cloud_tpu import Cloud, Look
+from launch.tpu.diagnosis import Cause
+from launch.tpu.exit_codes import AUTH, DONE, INTERRUPTED, SETUP, USAGE, Stop
 from launch.tpu.journal import Journal
-from launch.tpu.machine import LOOK, Gone, Machine
-from launch.tpu.meter import Meter
 from launch.tpu.plan import Plan
-from launch.tpu.prepare import Preparation
+from launch.tpu.provision import Preparation
+from launch.tpu.shutdown import Ending, Interrupted
 from launch.tpu.transport import GcloudWorkers, Workers
 
 WATCH = 30  # seconds between looks at a machine that trains
@@ -98,7 +98,7 @@ class Launcher:
             progress = self.note_progress()
             progressed = any(step > before.get(run, 0) for run, step in progress.items())
             args = self.plan.args
-            again = budget.decide(
+            again = retry_policy.decide(
                 self.journal.state, found, progressed, args.max_failures, args.max_restarts
             )
             self.journal.save()
@@ -250,7 +250,7 @@ class Launcher:
     def watch_over(self) -> None:
         """Have worker 0 delete the machine where it is forgotten; that it can't is no failure."""
         if self.machine and self.ending.owned and self.plan.args.orphan:
-            line = script.reap(self.plan, self.machine.cloud.tpu)
+            line = worker_commands.reap(self.plan, self.machine.cloud.tpu)
             result = self.workers.shell(0, line, b"", 60)
             if result.code:
                 self.journal.write("reap", error=last(result.err))

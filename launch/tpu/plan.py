@@ -9,9 +9,9 @@ import re
 import urllib.request
 from dataclasses import dataclass, field
 
-from launch.tpu import accelerators, bundle, check, cloud, gcloud, secret
+from launch.tpu import accelerators, bundle, cloud_tpu, gcloud, preflight, secret
 from launch.tpu.accelerators import Accelerator
-from launch.tpu.codes import BAD_INPUT, USAGE, Stop
+from launch.tpu.exit_codes import BAD_INPUT, USAGE, Stop
 from launch.tpu.flags import Values, seconds
 from launch.tpu.gcloud import Tpu
 from launch.tpu.transport import chips_here, on_a_tpu_vm
@@ -55,7 +55,7 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
     if not args.config:
         raise Stop(USAGE, "--config NAME is needed; see launch/tpu_vm.sh --help")
     values = Values(args, root)
-    config = check.check_name(root, args.config)
+    config = preflight.check_name(root, args.config)
     name = values.get("name", re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(config).stem.lower()))
     if not NAME.fullmatch(name):
         raise Stop(USAGE, f"--name {name!r}: at most 40 of a-z, 0-9 and -, a letter first")
@@ -68,11 +68,11 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
     hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
     if tpu:
         devices = accelerator.chips * tpu.slices if accelerator else None
-    shown = check.resolve(root, config, overrides, devices)
+    shown = preflight.resolve(root, config, overrides, devices)
     workdir = find_workdir(args, values, name, root, target)
     if target == "vm":
-        check.check_workdir(workdir, hosts, args.existing, args.workdir_is_mounted)
-    commands = check.check_data(shown, target != "vm") if shown else []
+        preflight.check_workdir(workdir, hosts, args.existing, args.workdir_is_mounted)
+    commands = preflight.check_data(shown, target != "vm") if shown else []
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
     code = bundle.make(root, secret.shown(secrets))
@@ -88,7 +88,7 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
         config=config,
         workdir=workdir,
         arguments=["train", "--config", config, "--workdir", workdir, *overrides],
-        steps=sum(part["steps"] for part in check.parts(shown).values()) if shown else None,
+        steps=sum(part["steps"] for part in preflight.parts(shown).values()) if shown else None,
         setup=" && ".join(commands),
         secrets=secrets,
         code=code,
@@ -104,7 +104,7 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
 
 
 def labelled(tpu: Tpu | None, run: str) -> Tpu | None:
-    return None if tpu is None else Tpu(**{**vars(tpu), "labels": cloud.labels(run)})
+    return None if tpu is None else Tpu(**{**vars(tpu), "labels": cloud_tpu.labels(run)})
 
 
 def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:

@@ -8,7 +8,7 @@ import pathlib
 import stat
 from collections.abc import Iterable
 
-from launch.tpu.codes import BAD_INPUT, Stop
+from launch.tpu.exit_codes import BAD_INPUT, Stop
 
 USUAL = ("WANDB_API_KEY", "HF_TOKEN")  # sent where they are set
 

@@ -7,16 +7,16 @@ import shlex
 import subprocess
 import sys
 
-from launch.tpu import attempt, cloud, gcloud
-from launch.tpu.codes import DONE, INFRASTRUCTURE, REFUSED, USAGE, Stop
-from launch.tpu.known import Known
+from launch.tpu import attempt, cloud_tpu, gcloud
+from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, REFUSED, USAGE, Stop
+from launch.tpu.run_registry import Known
 from launch.tpu.transport import on_all
 
 
 def status(args: argparse.Namespace) -> int:
     known = Known(args)
     state, request = known.journal.state, known.request
-    look = known.look() if known.cloud else cloud.Look("ready", "this machine")
+    look = known.look() if known.cloud else cloud_tpu.Look("ready", "this machine")
     rows = []
     if look.kind in ("ready", "unhealthy"):
         workers = known.workers()
@@ -110,7 +110,7 @@ def stop(args: argparse.Namespace) -> int:
             known.clock.sleep(2)
         print((known.folder / "journal.jsonl").read_text().splitlines()[-1])
         return DONE
-    look = known.look() if known.cloud else cloud.Look("ready", "this machine")
+    look = known.look() if known.cloud else cloud_tpu.Look("ready", "this machine")
     if look.kind == "absent":
         raise Stop(REFUSED, f"{known.name} has no workers: {look.detail}")
     if look.kind in known.ANSWERING:  # nothing trains on any other

@@ -7,13 +7,13 @@ import tarfile
 
 import pytest
 
-from launch.tpu import accelerators, budget, bundle, classify, flags, gcloud, secret
+from launch.tpu import accelerators, bundle, diagnosis, flags, gcloud, retry_policy, secret
 from launch.tpu.attempt import last
-from launch.tpu.classify import Cause, End
+from launch.tpu.billing import Meter
 from launch.tpu.clock import Clock
-from launch.tpu.codes import Stop
+from launch.tpu.diagnosis import Cause, End
+from launch.tpu.exit_codes import Stop
 from launch.tpu.journal import Journal
-from launch.tpu.meter import Meter
 from tests.helpers.fake_cloud import ROOT, machine
 
 SLICES = [
@@ -70,7 +70,7 @@ ENDS = [
 
 @pytest.mark.parametrize("code, tail, kind", ENDS)
 def test_kinds(code, tail, kind):
-    assert classify.cause([End(0, code, 1.0, tail)]).kind == kind
+    assert diagnosis.cause([End(0, code, 1.0, tail)]).kind == kind
 
 
 COLLATERAL = [
@@ -87,7 +87,7 @@ COLLATERAL = [
 def test_who_ends_because_of_another_is_not_the_cause(line, code):
     """Also where it ended first."""
     ends = [End(0, code, 1.0, f"step 5\n{line}"), End(1, 1, 2.0, "OSError: disk is gone")]
-    found = classify.cause(ends)
+    found = diagnosis.cause(ends)
     assert (found.worker, found.line) == (1, "exit code 1: OSError: disk is gone")
 
 
@@ -113,31 +113,33 @@ def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told)
     ]
     if alone:
         ends[2] = End(2, 137, 1.0, "", stopped=True)
-    found = classify.cause(ends)
+    found = diagnosis.cause(ends)
     assert found.kind == "input" and line in found.line
     assert outcomes([found]) == [65], "at once, on no other machine"
 
 
 def test_what_only_mentions_another_process_is_still_collateral():
     said = "vit-scale: process 2: image 3 is corrupt"
-    assert classify.cause([End(0, 1, 1.0, said), End(1, 1, 1.0, said)]).kind == "infra"
+    assert diagnosis.cause([End(0, 1, 1.0, said), End(1, 1, 1.0, said)]).kind == "infra"
     stopped = End(0, 42, 1.0, f"vit-scale: {UNLIKE}\nvit-scale: stopped by SIGTERM after step 9")
-    assert classify.cause([stopped]).kind == "resumable"
+    assert diagnosis.cause([stopped]).kind == "resumable"
 
 
 def test_the_earliest_of_several_causes():
     ends = [End(0, 1, 3.0, "KeyError: 'b'"), End(1, 1, 2.0, "KeyError: 'a'")]
-    assert classify.cause(ends).worker == 1
+    assert diagnosis.cause(ends).worker == 1
     all_collateral = [End(i, 134, float(i), "Barrier timed out") for i in range(3)]
-    assert classify.cause(all_collateral).kind == "infra"
+    assert diagnosis.cause(all_collateral).kind == "infra"
     stopped = [End(0, 1, 2.0, "KeyError: 'b'"), End(1, 137, 1.0, "", stopped=True)]
-    assert classify.cause(stopped).worker == 0
-    assert classify.cause([End(0, 0, 1.0, ""), End(1, 0, 2.0, "")]).kind == "done"
+    assert diagnosis.cause(stopped).worker == 0
+    assert diagnosis.cause([End(0, 0, 1.0, ""), End(1, 0, 2.0, "")]).kind == "done"
 
 
 def test_a_signature_is_of_the_failure_not_of_the_time():
-    one = classify.signature(1, "no batch 17 at 0x7f1")
-    assert one == classify.signature(1, "no batch 18 at 0x8e2") != classify.signature(2, "no batch")
+    one = diagnosis.signature(1, "no batch 17 at 0x7f1")
+    assert (
+        one == diagnosis.signature(1, "no batch 18 at 0x8e2") != diagnosis.signature(2, "no batch")
+    )
 
 
 def fail(kind: str, line: str = "x") -> Cause:
@@ -153,7 +155,7 @@ def outcomes(causes, progressed=False, failures=3, restarts=100):
     state, found = fresh(), []
     for cause in causes:
         try:
-            found.append(tuple(budget.decide(state, cause, progressed, failures, restarts)))
+            found.append(tuple(retry_policy.decide(state, cause, progressed, failures, restarts)))
         except Stop as stop:
             found.append(stop.code)
     return found

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from launch.tpu import codes
+from launch.tpu import exit_codes
 from tests.helpers.fake_cloud import Rig
 
 SCHEDULES = int(os.environ.get("LAUNCH_SCHEDULES", "2"))
@@ -80,7 +80,7 @@ def test_schedule(tmp_path, number):
             process.kill()
             process.communicate()
         code, result, err = rig.end(rig.start(*flags, LAUNCH_LEAST="2"), timeout=300)
-        assert code in codes.ALL, err
+        assert code in exit_codes.ALL, err
         assert "Traceback" not in err.replace("Traceback (most recent call last):\n[w", ""), err
         assert result["code"] == code
         assert rig.is_empty() or result["cloud"].startswith("kept (vit, us-"), err

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from launch.tpu import check
+from launch.tpu import preflight
 from tests.helpers.fake_cloud import ROOT, Rig, script
 
 TRAINER = """#!/bin/bash
@@ -118,4 +118,4 @@ def test_every_config_passes_the_check_before_anything_is_billed(name):
     there = ["data.path=gs://b/imagenet"] if name.endswith("_imagenet") else []
     shown = {"config": config.to_json(config.load(name, there))}
     expected = [] if there else ["vit-scale data download cifar10 --out .data"]
-    assert check.check_data(shown, local=False) == expected
+    assert preflight.check_data(shown, local=False) == expected

@@ -11,19 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.tpu import cloud, command, flags, fleet, gcloud, known, script, verbs
+from launch.tpu import cli, cloud_tpu, flags, fleet, gcloud, run_registry, verbs, worker_commands
+from launch.tpu.allocation import Gone
 from launch.tpu.attempt import Attempt
+from launch.tpu.billing import Meter
 from launch.tpu.bundle import Bundle
 from launch.tpu.clock import Clock
-from launch.tpu.cloud import Cloud
-from launch.tpu.codes import Stop
+from launch.tpu.cloud_tpu import Cloud
+from launch.tpu.exit_codes import Stop
 from launch.tpu.gcloud import Result, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
-from launch.tpu.machine import Gone
-from launch.tpu.meter import Meter
 from launch.tpu.plan import Plan
-from launch.tpu.prepare import Preparation
+from launch.tpu.provision import Preparation
 from launch.tpu.transport import Workers
 
 RUN = "vit-1"
@@ -243,9 +243,9 @@ def notes(table, tmp_path, monkeypatch) -> pathlib.Path:
     """What this machine knows of the run: as a launcher has written it."""
     folder = tmp_path / "runs" / RUN
     folder.mkdir(parents=True)
-    for module in (known, fleet):
+    for module in (run_registry, fleet):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "runs")
-    for module in (known, verbs, fleet, cloud):
+    for module in (run_registry, verbs, fleet, cloud_tpu):
         if hasattr(module, "Clock"):
             monkeypatch.setattr(module, "Clock", Still)
     request = {"run": RUN, "name": "vit", "tpu": vars(tpu()), "existing": False, "price": None}
@@ -255,7 +255,7 @@ def notes(table, tmp_path, monkeypatch) -> pathlib.Path:
 
 def verb(*words: str) -> int:
     args = flags.parser().parse_args([*words, "--name", "vit"])
-    return command.VERBS[args.verb](args)
+    return cli.VERBS[args.verb](args)
 
 
 @pytest.mark.parametrize("words", [["stop"], ["delete", "--yes"]])
@@ -576,12 +576,12 @@ def test_durations_are_checked_when_they_are_given():
 
 def test_the_reaper_is_of_the_zone_and_keeps_what_is_to_be_kept(tmp_path):
     there = dataclasses.replace(tpu(), zone="elsewhere")
-    assert "--zone elsewhere" in script.reap(plan(tmp_path), there)
-    assert " reap vit-1 3600 " in script.reap(plan(tmp_path), there)
+    assert "--zone elsewhere" in worker_commands.reap(plan(tmp_path), there)
+    assert " reap vit-1 3600 " in worker_commands.reap(plan(tmp_path), there)
     long = plan(tmp_path, "--on-failure", "keep:3h")
-    assert " reap vit-1 11400 " in script.reap(long, there)
+    assert " reap vit-1 11400 " in worker_commands.reap(long, there)
     for end in ("--on-success", "--on-failure"):
-        kept = script.reap(plan(tmp_path, end, "keep"), there)
+        kept = worker_commands.reap(plan(tmp_path, end, "keep"), there)
         assert kept.endswith("disarm vit-1")
 
 

@@ -7,8 +7,8 @@ failure; --max-hours and --max-cost bound those.
 
 from typing import NamedTuple
 
-from launch.tpu.classify import Cause
-from launch.tpu.codes import BAD_INPUT, CRASH_LOOP, FAILED, INFRASTRUCTURE, TPU_HELD, Stop
+from launch.tpu.diagnosis import Cause
+from launch.tpu.exit_codes import BAD_INPUT, CRASH_LOOP, FAILED, INFRASTRUCTURE, TPU_HELD, Stop
 
 DELAYS = (10, 30, 120, 300)  # seconds before the next attempt, by failures in a row
 OURS = ("user", "fatal")  # kinds that another machine would repeat

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.tpu import bundle, doctor, flags, fleet, plan, script, verbs
+from launch.tpu import bundle, doctor, flags, fleet, plan, verbs, worker_commands
 from launch.tpu.clock import Clock
-from launch.tpu.cloud import Cloud
-from launch.tpu.codes import DONE, USAGE, Stop
+from launch.tpu.cloud_tpu import Cloud
+from launch.tpu.exit_codes import DONE, USAGE, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
 from launch.tpu.plan import ROOT, Plan
@@ -29,7 +29,7 @@ VERBS: dict[str, Callable[..., int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; its exit code, one of codes.py."""
+    """Run a command line; its exit code, one of exit_codes.py."""
     words, overrides, after = flags.split(sys.argv[1:] if argv is None else argv)
     try:
         args = flags.parser().parse_args(words)
@@ -52,7 +52,7 @@ def run(args, overrides: list[str]) -> int:
     if args.dry_run:
         for what, text in made.lines:
             print(f"{what:8} {text}")
-        print("\n".join(script.dry_run(made)))
+        print("\n".join(worker_commands.dry_run(made)))
         return DONE
     if journal.state["result"] == DONE and not args.again:
         print(f"tpu_vm: {made.run} is done, see {made.workdir}; --again runs it", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud
 from launch.tpu.clock import Clock
-from launch.tpu.codes import AUTH, INFRASTRUCTURE, REFUSED, Stop
+from launch.tpu.exit_codes import AUTH, INFRASTRUCTURE, REFUSED, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 

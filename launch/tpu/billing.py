@@ -3,7 +3,7 @@
 import datetime
 
 from launch.tpu.clock import Clock
-from launch.tpu.codes import LIMIT, Stop
+from launch.tpu.exit_codes import LIMIT, Stop
 from launch.tpu.journal import Journal
 
 

@@ -10,8 +10,10 @@ import sys
 import time
 
 from launch.tpu import gcloud
+from launch.tpu.allocation import Machine
+from launch.tpu.billing import Meter
 from launch.tpu.clock import Clock
-from launch.tpu.codes import (
+from launch.tpu.exit_codes import (
     CRASH_LOOP,
     DONE,
     FAILED,
@@ -24,8 +26,6 @@ from launch.tpu.codes import (
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
 from launch.tpu.journal import Journal, tell
-from launch.tpu.machine import Machine
-from launch.tpu.meter import Meter
 from launch.tpu.plan import Plan
 
 WINDOW = 3  # seconds for a second Ctrl-C, which stops

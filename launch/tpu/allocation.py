@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud
-from launch.tpu.cloud import TRIES, Cloud, Look, refuse
-from launch.tpu.codes import INFRASTRUCTURE, NO_CAPACITY, REFUSED, USAGE, Stop
+from launch.tpu.billing import Meter
+from launch.tpu.cloud_tpu import TRIES, Cloud, Look, refuse
+from launch.tpu.exit_codes import INFRASTRUCTURE, NO_CAPACITY, REFUSED, USAGE, Stop
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
-from launch.tpu.meter import Meter
 from launch.tpu.plan import Plan
 
 LOOK = 15  # seconds between looks at a machine that is to come

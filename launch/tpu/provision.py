@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 
-from launch.tpu import check, gcloud, script
 from launch.tpu import clock as clocks
+from launch.tpu import gcloud, preflight, worker_commands
 from launch.tpu.attempt import last
 from launch.tpu.clock import Clock
-from launch.tpu.cloud import refuse
-from launch.tpu.codes import INFRASTRUCTURE, SETUP, Stop
+from launch.tpu.cloud_tpu import refuse
+from launch.tpu.exit_codes import INFRASTRUCTURE, SETUP, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, on_all
@@ -38,7 +38,7 @@ class Preparation:
         way: worker 0 comes first.
         """
         self.plan.folder.mkdir(parents=True, exist_ok=True)
-        file = script.code_file(self.plan)
+        file = worker_commands.code_file(self.plan)
         if not file.exists():
             for old in self.plan.folder.glob("*.tgz"):
                 old.unlink()
@@ -49,14 +49,18 @@ class Preparation:
         self.on_every("reach", range(1, self.workers.count), self._reach)
 
     def _reach(self, worker: int) -> gcloud.Result:
-        result = self.workers.shell(worker, script.prime(self.plan.code.sha), b"", 90)
+        result = self.workers.shell(worker, worker_commands.prime(self.plan.code.sha), b"", 90)
         if result.code:
             return result
-        files = [str(script.AGENT)]
+        files = [str(worker_commands.AGENT)]
         if b"have" not in result.out:
-            files.append(str(script.code_file(self.plan)))
-        result = self.workers.copy(worker, files, script.INCOMING, 600)
-        return result if result.code else self.workers.shell(worker, script.install(), b"", 60)
+            files.append(str(worker_commands.code_file(self.plan)))
+        result = self.workers.copy(worker, files, worker_commands.INCOMING, 600)
+        return (
+            result
+            if result.code
+            else self.workers.shell(worker, worker_commands.install(), b"", 60)
+        )
 
     def on_every(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
         """Have all do it, again where it fails. Raises Gone, or Stop with the worker's own line."""
@@ -104,17 +108,17 @@ class Preparation:
 
         Raises Stop for a mistake, as it would have been raised before there was a machine.
         """
-        found, line = None, script.show(self.plan)
+        found, line = None, worker_commands.show(self.plan)
         for _ in range(3):
             result = self.workers.shell(0, line, b"", 300)
-            found = check.read(result.code, result.out.decode(errors="replace"), result.err)
+            found = preflight.read(result.code, result.out.decode(errors="replace"), result.err)
             if found:
                 break
             self.check()
             self.pause(10)
         if not found:
             raise Stop(SETUP, f"the config can't be checked: [w00] {last(result.err)}")
-        commands = check.check_data(found, local=self.plan.target != "vm")
+        commands = preflight.check_data(found, local=self.plan.target != "vm")
         self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + commands)
         self.plan.unchecked = False
         self.journal.say("prepare", "worker 0 has checked the config")
@@ -122,7 +126,7 @@ class Preparation:
     def alike(self) -> None:
         """One environment, the same on every worker. Raises Stop with the odd one's name."""
         count, began = self.workers.count, self.clock.now()
-        line = script.prepare(self.plan)
+        line = worker_commands.prepare(self.plan)
 
         def call(worker):
             return self.workers.shell(worker, line, b"", 1800)

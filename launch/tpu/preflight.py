@@ -12,7 +12,7 @@ import pathlib
 import subprocess
 import sys
 
-from launch.tpu.codes import BAD_INPUT, Stop
+from launch.tpu.exit_codes import BAD_INPUT, Stop
 
 
 def check_name(root: pathlib.Path, config: str) -> str:

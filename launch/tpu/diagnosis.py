@@ -7,7 +7,7 @@ the trainer's own last words (watch.py) are believed before its exit code.
 import re
 from typing import NamedTuple
 
-from launch.tpu.codes import TPU_HELD
+from launch.tpu.exit_codes import TPU_HELD
 
 # (pattern in the log's last lines, kind, needs another code than 0)
 SIGNATURES = (

@@ -4,7 +4,7 @@ import hashlib
 import pathlib
 import shlex
 
-from launch.tpu import check, gcloud
+from launch.tpu import gcloud, preflight
 from launch.tpu.flags import seconds
 from launch.tpu.plan import ROOT, Plan
 from launch.tpu.transport import HOME, command
@@ -33,7 +33,9 @@ def prepare(plan: Plan) -> str:
 
 def show(plan: Plan) -> str:
     """What the config comes to, on a worker: where this machine can't say."""
-    return command("show", plan.code.sha, *check.show(plan.config, plan.overrides, plan.devices))
+    return command(
+        "show", plan.code.sha, *preflight.show(plan.config, plan.overrides, plan.devices)
+    )
 
 
 def start(plan: Plan, attempt: int, port: int, arguments: list[str]) -> str:

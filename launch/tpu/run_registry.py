@@ -4,9 +4,9 @@ import argparse
 import json
 import pathlib
 
-from launch.tpu import cloud, flags
+from launch.tpu import cloud_tpu, flags
 from launch.tpu.clock import Clock
-from launch.tpu.codes import REFUSED, USAGE, Stop
+from launch.tpu.exit_codes import REFUSED, USAGE, Stop
 from launch.tpu.gcloud import Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
@@ -36,12 +36,14 @@ class Known:
         self.request = json.loads((self.folder / "launch.json").read_text())
         self.journal = Journal(self.folder, quiet=True)
         self.run, self.name = self.request["run"], self.request["name"]
-        self.cloud: cloud.Cloud | None = None
+        self.cloud: cloud_tpu.Cloud | None = None
         if self.request["tpu"]:
             tpu = Tpu(**self.request["tpu"])
             zone = args.zone or self.journal.state["zone"] or tpu.zone
             tpu = Tpu(**{**vars(tpu), "zone": zone})
-            self.cloud = cloud.Cloud(tpu, self.clock, self.journal, not self.request["existing"])
+            self.cloud = cloud_tpu.Cloud(
+                tpu, self.clock, self.journal, not self.request["existing"]
+            )
 
     def workers(self) -> Workers:
         """Raises Stop where there are none."""
@@ -53,7 +55,7 @@ class Known:
             raise Stop(REFUSED, f"{self.name} has no workers: {look.detail}")
         return GcloudWorkers(self.cloud.tpu, look.hosts, self.clock, lambda argv: None)
 
-    def look(self) -> cloud.Look:
+    def look(self) -> cloud_tpu.Look:
         """How the machine is. Raises Stop where another run has it by now."""
         assert self.cloud
         look = self.cloud.look()
