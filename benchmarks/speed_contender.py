@@ -50,7 +50,7 @@ def vit_scale(cfg: ConfigDict) -> Program:
     """The training step of this project: normalisation, loss, gradients, AdamW, metrics."""
     import jax
 
-    from vit_scale.distributed.mesh import put_batch
+    from vit_scale.distributed.sharding import shard_batch
     from vit_scale.models.parameters import count
     from vit_scale.training.init_state import init_state
     from vit_scale.training.program import jit_train_step, plan_program
@@ -59,7 +59,7 @@ def vit_scale(cfg: ConfigDict) -> Program:
     step, state = jit_train_step(program), init_state(program, (), quiet=True)
     images, labels = examples(cfg)
     batch = {"image": images, "label": labels, "mask": np.ones(len(labels), bool)}
-    batch = jax.block_until_ready(put_batch(batch, program.mesh, cfg.data.batch))
+    batch = jax.block_until_ready(shard_batch(batch, program.mesh, cfg.data.batch))
     device = jax.local_devices()[0]
 
     def train(steps: int) -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from vit_scale import config
 from vit_scale.augment.pipeline import check
-from vit_scale.distributed.mesh import check_batch, make_mesh
+from vit_scale.distributed.mesh import make_mesh
+from vit_scale.distributed.sharding import check_batch
 from vit_scale.models.parameters import count
 from vit_scale.models.vit import build
 from vit_scale.training.optimizer import make_optimizer

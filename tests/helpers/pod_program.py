@@ -18,7 +18,7 @@ import numpy as np
 from vit_scale import cli, config, data
 from vit_scale.augment.pipeline import draw
 from vit_scale.distributed import multihost
-from vit_scale.distributed.mesh import batch_rows, put_batch
+from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.training.init_state import init_state
 from vit_scale.training.program import plan_program
 
@@ -34,7 +34,7 @@ def write_batches(folder: pathlib.Path, overrides: list[str], meshes: dict) -> N
         draws = jax.jit(lambda key, n=size, c=cfg: draw(key, n, c.augment, (32, 32), (32, 32)))
         for step, batch in data.train_batches(source, cfg.data, cfg.seed, 7, 9, rows):
             key = jax.random.fold_in(jax.random.key(cfg.seed), step)
-            given = put_batch(batch, program.mesh, size)
+            given = shard_batch(batch, program.mesh, size)
             prepared = prepare(given, key)
             parts = {f"host/{k}": x for k, x in given.items()}
             parts |= {f"device/{k}": x for k, x in prepared.items()}

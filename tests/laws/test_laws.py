@@ -121,14 +121,14 @@ class Killed(BaseException):
 
 def stop_before(step: int, patch: pytest.MonkeyPatch) -> None:
     """End the next training in this process when it is about to compute step `step`."""
-    count, put_batch = iter(range(10**6)), trainer.put_batch
+    count, shard_batch = iter(range(10**6)), trainer.shard_batch
 
     def put(batch, mesh, size):
         if next(count) == step and np.ndim(batch["mask"]):
             raise Killed
-        return put_batch(batch, mesh, size)
+        return shard_batch(batch, mesh, size)
 
-    patch.setattr(trainer, "put_batch", put)
+    patch.setattr(trainer, "shard_batch", put)
 
 
 def test_the_undisturbed_run_trains_at_every_step(whole):

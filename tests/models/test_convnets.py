@@ -13,7 +13,8 @@ from tests.helpers.tiny import (
     tiny_config,
 )
 from vit_scale import config
-from vit_scale.distributed.mesh import abstract_mesh, partition
+from vit_scale.distributed.mesh import abstract_mesh
+from vit_scale.distributed.sharding import partition_spec
 from vit_scale.errors import UserError
 from vit_scale.models import convnets, flops
 from vit_scale.models.parameters import count, measured, named, with_statistics
@@ -395,10 +396,12 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
     for variant, overrides in VARIANTS.items():
         model = model_of(convnet_config(variant, *overrides))
         for name, leaf in shapes_of(model).items():
-            split = "fsdp" in partition(name, leaf.shape, sizes)
+            split = "fsdp" in partition_spec(name, leaf.shape, sizes)
             assert split == name.endswith("kernel"), name
     hybrid = shapes_of(model_of(tiny_config("model.variant=C+Ti/8")))
-    assert "fsdp" in partition("stem/convs/1/kernel", hybrid["stem/convs/1/kernel"].shape, sizes)
+    assert "fsdp" in partition_spec(
+        "stem/convs/1/kernel", hybrid["stem/convs/1/kernel"].shape, sizes
+    )
 
 
 # Refusals

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.tiny import random_batch, random_params, tiny_config
 from vit_scale import config
-from vit_scale.distributed.mesh import put_batch
+from vit_scale.distributed.sharding import shard_batch
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import count, named
 from vit_scale.models.vit import build
@@ -55,7 +55,7 @@ def new_state(program, step: int = 0) -> TrainState:
 
 def batch_of(program, **changed) -> dict:
     batch = random_batch() | changed
-    return put_batch(batch, program.mesh, len(batch["label"]))
+    return shard_batch(batch, program.mesh, len(batch["label"]))
 
 
 def bits(tree) -> list[bytes]:

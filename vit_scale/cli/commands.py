@@ -34,7 +34,8 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     from vit_scale import config, pretrained
     from vit_scale.augment.view import view
     from vit_scale.data import align, open_split
-    from vit_scale.distributed.mesh import make_mesh, place, shardings
+    from vit_scale.distributed.mesh import make_mesh
+    from vit_scale.distributed.sharding import shard, shardings
     from vit_scale.training.evaluator import Evaluate, check_classes
 
     refuse_unused(overrides, "eval", EVAL, args.split)
@@ -53,7 +54,7 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     if not args.quiet:
         given._replace(lines=(*given.lines, *filter(None, [line]))).say()
     mesh = make_mesh(cfg.mesh)
-    params = place(given.params, shardings(given.params, mesh))
+    params = shard(given.params, shardings(given.params, mesh))
     result = Evaluate(cfg, given.model, mesh)(params, source)
     if args.quiet:
         return

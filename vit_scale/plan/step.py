@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.data import delivered_size
-from vit_scale.distributed.mesh import batch_sharding, device_bytes
+from vit_scale.distributed.sharding import batch_sharding, device_bytes
 from vit_scale.errors import UserError
 from vit_scale.plan import topology
 from vit_scale.plan.estimate import by_kind, parts

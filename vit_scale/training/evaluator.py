@@ -9,7 +9,13 @@ from vit_scale.augment.pipeline import eval_images
 from vit_scale.config import image_size
 from vit_scale.data import Source, are_files, eval_batches, views
 from vit_scale.distributed import multihost, preemption
-from vit_scale.distributed.mesh import batch_rows, batch_sharding, check_batch, put_batch, shardings
+from vit_scale.distributed.sharding import (
+    batch_rows,
+    batch_sharding,
+    check_batch,
+    shard_batch,
+    shardings,
+)
 from vit_scale.errors import UserError
 from vit_scale.models.vit import Model
 from vit_scale.runs import watchdog
@@ -56,7 +62,7 @@ class Evaluate:
         ) as bar:
             for batch in batches:
                 total = total.merge(
-                    self._eval_step(params, put_batch(batch, self.mesh, cfg.eval.batch))
+                    self._eval_step(params, shard_batch(batch, self.mesh, cfg.eval.batch))
                 )
                 jax.block_until_ready(total)  # else all batches would wait on the device
                 watchdog.beat()

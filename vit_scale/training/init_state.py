@@ -12,7 +12,7 @@ from vit_scale import pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.config import image_size
 from vit_scale.distributed import multihost
-from vit_scale.distributed.mesh import place
+from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
 from vit_scale.models.spec import Shape
 from vit_scale.storage.download import Unreachable
@@ -99,7 +99,7 @@ def init_state(
             *(given.params, params, cfg.init.resample, kept is not None),
             outputs=kept.outputs if kept else None,
         )
-        params = place(params, shardings.params)
+        params = shard(params, shardings.params)
         if not quiet:
             head = [kept.line] if kept and kept.line else []
             about = [*given.lines, *pretrained.differences(given.cfg, cfg), *head]

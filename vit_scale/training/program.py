@@ -20,16 +20,13 @@ from vit_scale.config import base, fields, image_size, to_json
 from vit_scale.distributed.mesh import (
     AnyMesh,
     abstract_mesh,
-    batch_sharding,
-    check_batch,
     compiler_options,
-    device_bytes,
     devices_of,
     gpu_generation,
     have_cudnn,
     make_mesh,
-    shardings,
 )
+from vit_scale.distributed.sharding import batch_sharding, check_batch, device_bytes, shardings
 from vit_scale.errors import UserError
 from vit_scale.models import convnets, flops
 from vit_scale.models.parameters import count, measured, named, parameters, with_statistics

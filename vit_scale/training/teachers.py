@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
 from vit_scale.checkpoint.integrity import signed
-from vit_scale.distributed.mesh import devices_of, place, shardings
+from vit_scale.distributed.mesh import devices_of
+from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import UserError
 from vit_scale.models.vit import Model, build
 from vit_scale.pretrained import load as weights
@@ -100,7 +101,7 @@ def load(teacher: Teacher | None) -> tuple:
     if teacher is None:
         return ()
     params = weights.read(teacher.folder).params
-    return (place(params, jax.tree.map(lambda leaf: leaf.sharding, teacher.params)),)
+    return (shard(params, jax.tree.map(lambda leaf: leaf.sharding, teacher.params)),)
 
 
 def check_classes(teacher: Teacher | None, classes: tuple[str, ...]) -> None:

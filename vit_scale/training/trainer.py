@@ -23,8 +23,8 @@ from vit_scale.augment.view import View, view
 from vit_scale.checkpoint import Checkpoints, folders
 from vit_scale.data import Batch, Source, open_split, train_batches
 from vit_scale.distributed import multihost, preemption
-from vit_scale.distributed.mesh import batch_rows, put_batch
 from vit_scale.distributed.preemption import Preempted
+from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.models import flops
 from vit_scale.models.parameters import count
 from vit_scale.runs import compiled_programs, divergence
@@ -139,7 +139,7 @@ class Training:
                     yield position - shift, batch
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
-        placed = put_batch(batch, self.program.mesh, self.cfg.data.batch)
+        placed = shard_batch(batch, self.program.mesh, self.cfg.data.batch)
         if self.train_step is None:
             with phase("compile"):
                 lowered = jit_train_step(self.program).lower(state, placed, *self.teacher)
