@@ -27,7 +27,7 @@ from vit_scale.data import InMemory, describe, open_split
 from vit_scale.data.decode import decode
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
-from vit_scale.inspect.inspected_run import Subject
+from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.training.evaluator import Evaluate
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "golden" / "view.npz"))
@@ -192,7 +192,7 @@ def test_a_set_in_memory_is_cropped_on_the_device_once(tmp_path):
 def test_inspect_crops_once_wherever_images_are(tmp_path):
     """Also of converted weights, which were trained on no set that is known."""
     run = write_run(tmp_path / "run", tiny_config("eval.crop=0.5"), random_params(tiny_model()))
-    memory, files = Subject(run), Subject(run, ["data.name=folder"])
+    memory, files = InspectedRun(run), InspectedRun(run, ["data.name=folder"])
     assert (memory.view.crop, memory.seen.crop) == (1.0, 0.5)
     assert (files.view.crop, files.seen.crop) == (0.5, 1.0)
 

@@ -254,14 +254,14 @@ def test_suggestions_for_values_are_near(name, valid, says):
 
 
 def test_a_run_that_evaluates_nothing_needs_a_split(learnt, capsys, monkeypatch):
-    read = pretrained.read
+    read = pretrained.load_model
 
     def without_final(source):
         found = read(source)
         found.cfg.eval.final = ""
         return found
 
-    monkeypatch.setattr(pretrained, "read", without_final)
+    monkeypatch.setattr(pretrained, "load_model", without_final)
     assert cli.main(["eval", str(learnt)]) == USAGE
     assert capsys.readouterr().err == (
         f"vit-scale: {learnt} evaluates nothing at its end: give --split, such as test\n"

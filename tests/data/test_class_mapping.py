@@ -21,7 +21,7 @@ from vit_scale.cli.commands import keyed
 from vit_scale.data import InMemory, Match, align, match, open_split
 from vit_scale.errors import UserError
 from vit_scale.inference.export import export
-from vit_scale.inspect.inspected_run import Subject
+from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.pretrained import convert
 from vit_scale.training.init_state import check_source, init_state
 from vit_scale.training.program import plan_program
@@ -178,12 +178,12 @@ def test_eval_compares_names(bright, evaluate):
 
 
 def test_inspect_compares_names(bright, capsys):
-    subject = Subject(bright(TURNED))
+    subject = InspectedRun(bright(TURNED))
     batch = subject.open("val").read(np.arange(4))
     assert batch["label"].tolist() == [3, 2, 1, 0]
     assert "another order" in capsys.readouterr().err
     with pytest.raises(UserError, match="'gnu' are the model's alone"):
-        Subject(bright(("cat", "dog", "eel", "gnu"))).open("val")
+        InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open("val")
 
 
 def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):

@@ -10,7 +10,7 @@ from vit_scale import config, data
 from vit_scale.data import array_record, image_files
 from vit_scale.data.decode import TRAINING
 from vit_scale.errors import UserError
-from vit_scale.inspect.samples import of_folder
+from vit_scale.inspect.samples import from_folder
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_they_are_not_packed_and_not_looked_at(small, tmp_path):
     save(small / "train/bee/@eaDir/1.png/thumb.jpg", picture(8, 8))
     Image.fromarray(picture(8, 8)).save(small / "train/bee/2.jfif", "JPEG")
     assert array_record.pack(small, tmp_path / "out", workers=1)["train"] == 3
-    shown = of_folder(str(small / "train"), (8, 8), TRAINING)
+    shown = from_folder(str(small / "train"), (8, 8), TRAINING)
     assert shown.names == ("1", "1", "2") and shown.images.shape == (3, 8, 8, 3)
 
 

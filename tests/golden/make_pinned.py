@@ -22,7 +22,7 @@ from vit_scale import checkpoint, config
 from vit_scale.distributed import preemption
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.models.parameters import named
-from vit_scale.pretrained import read
+from vit_scale.pretrained import load_model
 from vit_scale.runs import watchdog
 from vit_scale.training import trainer
 
@@ -76,7 +76,7 @@ def resumed(run: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters and their average at the end of `run`, which is resumed here."""
     done = trainer.train(config.load(str(HERE / "config.py")), run, "pinned", quiet=True)
     step = run / checkpoint.FOLDER / str(done["step"])
-    params = read(run).params  # of the same shapes, and of this device
+    params = load_model(run).params  # of the same shapes, and of this device
     found = checkpoint.read(step, {"params": params, "ema": params})
     return {name: np.asarray(leaf) for name, leaf in named(found).items()}
 

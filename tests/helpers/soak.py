@@ -241,7 +241,7 @@ def distance(run: Run, other: Run) -> float:
     from vit_scale import pretrained
     from vit_scale.models.parameters import named
 
-    left, right = (named(pretrained.read(r.workdir).params) for r in (run, other))
+    left, right = (named(pretrained.load_model(r.workdir).params) for r in (run, other))
     return max(float(np.abs(np.asarray(left[n]) - np.asarray(right[n])).max()) for n in right)
 
 

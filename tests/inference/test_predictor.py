@@ -21,8 +21,8 @@ from vit_scale.data import InMemory, describe
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
 from vit_scale.inference.predictor import Predictor, read_image
-from vit_scale.inspect.inspected_run import Subject
-from vit_scale.inspect.samples import of_folder
+from vit_scale.inspect.inspected_run import InspectedRun
+from vit_scale.inspect.samples import from_folder
 from vit_scale.runs.run_folder import read_json
 from vit_scale.training.evaluator import Evaluate
 
@@ -109,8 +109,8 @@ def test_a_file_gets_the_probabilities_of_its_evaluation(stored, overrides, tmp_
         measured = evaluate(predictor.params, InMemory("one", image[None], [label], CLASSES))
         said = dict(predictor.top(tmp_path / "images" / f"{label}.png"))[CLASSES[label]]
         np.testing.assert_allclose(said, np.exp(-measured["loss"]), rtol=1e-5)
-    subject = Subject(run)
-    looked = of_folder(str(tmp_path / "images"), subject.stored, subject.view)
+    subject = InspectedRun(run)
+    looked = from_folder(str(tmp_path / "images"), subject.stored, subject.view)
     np.testing.assert_array_equal(looked.images, images, "inspect --images")
 
 
@@ -127,8 +127,8 @@ def test_a_run_that_was_trained_with_cudnn_is_a_model_without_a_gpu(tmp_path):
     source = InMemory("three", images, np.array([0, 1, 3]), CLASSES)
     evaluate = Evaluate(predictor.cfg, predictor.model, make_mesh(predictor.cfg.mesh))
     assert evaluate(predictor.params, source)["n"] == 3
-    looked = Subject(cudnn).maps(images)["heads"]
-    np.testing.assert_array_equal(looked, Subject(xla).maps(images)["heads"])
+    looked = InspectedRun(cudnn).maps(images)["heads"]
+    np.testing.assert_array_equal(looked, InspectedRun(xla).maps(images)["heads"])
     assert read_json(cudnn / "run.json")["config"]["model"]["attention"] == "cudnn"
 
 

@@ -40,7 +40,7 @@ pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 from vit_scale.inspect import embeddings, plots, report, samples, sections  # noqa: E402
-from vit_scale.inspect.inspected_run import Subject  # noqa: E402
+from vit_scale.inspect.inspected_run import InspectedRun  # noqa: E402
 
 N = 20  # images to evaluate on
 PICTURES = {
@@ -211,7 +211,7 @@ def test_the_numbers_are_those_of_eval(made, capsys):
 
 
 def test_runs_are_compared_image_by_image(made):
-    small, large = (Subject(str(run)) for run in (made.small, made.large))
+    small, large = (InspectedRun(str(run)) for run in (made.small, made.large))
     right = [subject.predict(subject.open("test")).right for subject in (small, large)]
     text = " ".join(Page(made.folder / "index.html").text.split())
     both, only, other = (right[0] & right[1]), (right[0] & ~right[1]), (right[1] & ~right[0])
@@ -246,7 +246,7 @@ def arrays(figure) -> list[np.ndarray]:
     return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
-def weights_of(subject: Subject, images) -> jax.Array:
+def weights_of(subject: InspectedRun, images) -> jax.Array:
     """Every weight of every block, [l, b, k, n, n]."""
     pixels = 2 * jnp.asarray(subject.see(images)) - 1
     return jax.jit(lambda x: subject.model.attention(subject.params, x, lambda w: w)[0])(pixels)
@@ -255,7 +255,7 @@ def weights_of(subject: Subject, images) -> jax.Array:
 @pytest.mark.parametrize(("run", "blocks", "heads"), [("small", 2, 2), ("large", 2, 2)])
 def test_maps_are_the_model_s_weights(made, run, blocks, heads):
     """Of [CLS], or the mean over tokens; as multiples of uniform attention, on the patch grid."""
-    subject = Subject(str(getattr(made, run)))
+    subject = InspectedRun(str(getattr(made, run)))
     shown = report.choose(subject, subject.open("test"), None).shown()
     assert sorted(shown.names) == sorted(CLASSES), "one of each"
     weights = weights_of(subject, shown.images)
@@ -273,7 +273,7 @@ def test_maps_are_the_model_s_weights(made, run, blocks, heads):
 
 
 def test_rollout_sums_to_one_share_for_each_token(made):
-    subject = Subject(str(made.large))
+    subject = InspectedRun(str(made.large))
     maps = subject.maps(report.choose(subject, subject.open("test"), None).images)["rollout"]
     assert maps.shape == (N, *subject.grid)
     np.testing.assert_allclose(maps.mean(axis=(1, 2)), 1, atol=1e-5)  # without [CLS]
@@ -283,7 +283,7 @@ def test_rollout_sums_to_one_share_for_each_token(made):
 
 def test_distances_are_averaged_over_every_image(made):
     """20 images in batches of 8: padding counts nowhere."""
-    subject = Subject(str(made.small))
+    subject = InspectedRun(str(made.small))
     images = report.choose(subject, subject.open("test"), None).images
     found = subject.distances(images)
     between = patch_distances((2, 2), (8, 8))
@@ -297,8 +297,8 @@ def test_distances_are_averaged_over_every_image(made):
 
 
 def test_positions_before_and_after_resampling(made):
-    before = np.asarray(Subject(str(made.small)).params["posemb"])
-    after = np.asarray(Subject(str(made.large)).params["posemb"])
+    before = np.asarray(InspectedRun(str(made.small)).params["posemb"])
+    after = np.asarray(InspectedRun(str(made.large)).params["posemb"])
     tables = (before, np.asarray(position_embeddings.resample(before, (3, 4), "cubic")), after)
     figure = made.figures["large-positions"]
     for axes, table in zip(figure.axes, tables, strict=False):
@@ -312,7 +312,7 @@ def test_positions_before_and_after_resampling(made):
 
 
 def test_an_image_is_cut_into_the_patches_that_the_model_sees(made):
-    subject = Subject(str(made.large))
+    subject = InspectedRun(str(made.large))
     stored, seen, cut = arrays(made.figures["large-patches"])
     assert stored.shape[:2] == (24, 32), "decoded at the model's size"
     assert cut.shape == (3 * 9 - 1, 4 * 9 - 1, 3)
@@ -329,7 +329,7 @@ def test_curves_are_drawn_as_written(made):
 
 
 def test_mistakes_are_shown_with_what_was_said(made):
-    subject = Subject(str(made.small))
+    subject = InspectedRun(str(made.small))
     found = subject.predict(subject.open("test"))
     shown = [axes for axes in made.figures["small-mistakes"].axes if axes.images]
     assert len(shown) == 6 < (~found.right).sum()
@@ -357,11 +357,11 @@ def test_many_heads_blocks_classes_and_odd_names_are_drawn():
 
 
 def test_a_model_without_attention_gets_the_rest(made, undrawn, tmp_path, monkeypatch):
-    def without(source, read=pretrained.read):
+    def without(source, read=pretrained.load_model):
         given = read(source)
         return given._replace(model=dataclasses.replace(given.model, attention=None))
 
-    monkeypatch.setattr(pretrained, "read", without)
+    monkeypatch.setattr(pretrained, "load_model", without)
     content = inspect([str(made.small)], out=str(tmp_path))
     assert any("This model has no attention" in note for note in content["notes"])
     names = {file.stem for file in tmp_path.glob("*.png")}
@@ -378,8 +378,10 @@ def test_without_data_and_source_a_run_is_still_looked_at(made, undrawn, images,
     with pytest.raises(UserError, match="gone"):
         inspect([str(step)], overrides=gone)  # what was asked for is not there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subject, "open", lambda self, split: refuse())
-        patch.setattr(sections.pretrained, "read", _without_source(pretrained.read, run))
+        patch.setattr(InspectedRun, "open", lambda self, split: refuse())
+        patch.setattr(
+            sections.pretrained, "load_model", _without_source(pretrained.load_model, run)
+        )
         content = inspect([str(step)], images=str(images / "val" / "cat"))
     notes = " ".join(content["notes"])
     assert "split test can't be opened: no such set" in notes
@@ -407,7 +409,7 @@ def _without_source(read, run):
 
 
 def test_images_of_a_folder_are_looked_at(made, images, tmp_path):
-    subject = Subject(str(made.small))
+    subject = InspectedRun(str(made.small))
     found = report.choose(subject, None, str(images))
     assert found.images.shape == (2 * N, 16, 16, 3) and found.source == str(images)
     assert "00" in found.names
@@ -423,7 +425,7 @@ def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, cap
     for name in list(sys.modules):
         if re.match(r"matplotlib\b|vit_scale\.inspect\.", name):
             monkeypatch.delitem(sys.modules, name)
-    for name in ("report", "sections", "comparison", "pictures"):
+    for name in ("report", "sections", "comparison", "plots"):
         monkeypatch.delattr(f"vit_scale.inspect.{name}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["inspect", str(made.small)]) == 1
@@ -473,7 +475,7 @@ def test_the_command_prints_a_table_and_the_page(made, tmp_path, monkeypatch, ca
 
 def test_two_runs_of_one_name_are_told_apart(made, tmp_path):
     other = shutil.copytree(made.small, tmp_path / "small")
-    subjects = [Subject(str(run)) for run in (made.small, other, made.large)]
+    subjects = [InspectedRun(str(run)) for run in (made.small, other, made.large)]
     report.name_apart(subjects)
     names = [subject.name for subject in subjects]
     assert len(set(names)) == 3 and names[2] == "large"
@@ -491,7 +493,7 @@ def test_training_knows_nothing_of_it(made, monkeypatch):
     def lowered() -> str:
         return jit_train_step(program).lower(program.state, batch).as_text()
 
-    Subject(str(made.small)).distances(np.zeros((1, 16, 16, 3), np.uint8))
+    InspectedRun(str(made.small)).distances(np.zeros((1, 16, 16, 3), np.uint8))
     before = lowered()
     for module in (layers.Attention, layers.AttentionPool):
         monkeypatch.setattr(module, "weights", None)

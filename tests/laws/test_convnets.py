@@ -175,9 +175,9 @@ def test_the_curve_is_that_of_one_device(pods, whole, student, name):
 
 @pytest.mark.slow
 def test_statistics_are_the_same_on_every_mesh(pods, whole):
-    expected = named(pretrained.read(whole).params)
+    expected = named(pretrained.load_model(whole).params)
     for name in CNNS:
-        found = named(pretrained.read(pods / name).params)
+        found = named(pretrained.load_model(pods / name).params)
         for leaf in filter(measured, found):
             np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-4, atol=1e-6)
 
@@ -220,5 +220,5 @@ def test_another_teacher_is_not_resumed_with(student, whole, capsys):
     other = whole / "checkpoints" / "8"
     assert cli.main(command("distill_cifar", run, fields | {"distill.teacher": other})) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    identity = pretrained.read(run).cfg.distill.checksum
+    identity = pretrained.load_model(run).cfg.distill.checksum
     assert f"another config (distill.checksum: {identity} -> " in line

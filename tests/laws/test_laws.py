@@ -304,7 +304,9 @@ def test_fine_tuning_keeps_resamples_and_replaces(whole, jpegs, tmp_path, capsys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "init_state", keep)
         assert cli.main(command(run, **fields)) == 0
-    source = {k: np.asarray(x) for k, x in named(unstack(pretrained.read(whole).params)).items()}
+    source = {
+        k: np.asarray(x) for k, x in named(unstack(pretrained.load_model(whole).params)).items()
+    }
     ema = begun.pop("ema")
     assert begun.keys() == source.keys()
     fresh = {"head/kernel": (16, 3), "head/bias": (3,)}
@@ -324,20 +326,20 @@ def test_fine_tuning_keeps_resamples_and_replaces(whole, jpegs, tmp_path, capsys
     assert re.search(r"^blocks/1/mlp/up/kernel +16 x 16 +kept$", printed, re.M)
     assert len(re.findall(r"  (?:kept|resampled .*|new: .*)$", printed, re.M)) == len(begun)
     assert f"initialised from {whole}/checkpoints/{STEPS}" in printed
-    trained = named(pretrained.read(run).params)
+    trained = named(pretrained.load_model(run).params)
     assert not np.array_equal(trained["blocks/1/mlp/up/kernel"], begun["blocks/1/mlp/up/kernel"])
 
 
 def test_resample_methods_differ_and_same_classes_keep_the_head(whole, cifar):
     def begin(method):
-        source = pretrained.read(whole)
+        source = pretrained.load_model(whole)
         shapes = jax.eval_shape(build(source.cfg.model, (64, 64)).init, jax.random.key(1))
         target = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
         return pretrained.adapt(source.params, target, method, same_classes=True)[0]
 
     cubic, corners = begin("cubic"), begin("corners")
     assert np.abs(cubic["posemb"] - corners["posemb"]).max() > 1e-3
-    given = pretrained.read(whole).params
+    given = pretrained.load_model(whole).params
     assert np.array_equal(cubic["head"]["kernel"], given["head"]["kernel"])
     assert np.asarray(given["head"]["kernel"]).any()
 

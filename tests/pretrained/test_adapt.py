@@ -11,7 +11,7 @@ from vit_scale import checkpoint, pretrained
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.models.position_embeddings import resample
-from vit_scale.pretrained import adapt, table
+from vit_scale.pretrained import adapt, adaptation_table
 
 
 def actions(rows) -> dict[str, str]:
@@ -86,7 +86,7 @@ def test_another_architecture_is_refused(override):
 def test_the_table_has_a_line_for_each_leaf():
     source = random_params(tiny_model())
     target = random_params(tiny_model("data.resolution=32"))
-    lines = table(adapt(source, target, "cubic", same_classes=True)[1]).splitlines()
+    lines = adaptation_table(adapt(source, target, "cubic", same_classes=True)[1]).splitlines()
     assert len(lines) == len(named(target))
     (positions,) = [line for line in lines if line.startswith("posemb")]
     assert positions.split(maxsplit=6)[1:6] == ["4", "x", "4", "x", "16"]
@@ -99,7 +99,7 @@ def run(tmp_path_factory):
 
 
 def test_read_gives_a_model_that_can_be_used(run):
-    given = pretrained.read(run)
+    given = pretrained.load_model(run)
     assert (given.classes, given.step) == (CLASSES, 5)
     assert given.path == run / "checkpoints" / "5"
     assert given.cfg.model.width == 16 and given.model.shape.grid == (2, 2)
@@ -109,7 +109,7 @@ def test_read_gives_a_model_that_can_be_used(run):
 def test_read_takes_the_average_where_there_is_one(tmp_path):
     params, ema = random_params(tiny_model()), random_params(tiny_model(), seed=1)
     run = write_run(tmp_path / "averaged", tiny_config("optim.ema=0.9"), params, ema=ema)
-    given = pretrained.read(str(run))
+    given = pretrained.load_model(str(run))
     np.testing.assert_array_equal(given.params["cls"], ema["cls"])
     assert np.abs(ema["cls"] - params["cls"]).max() > 0.01
 
@@ -119,23 +119,34 @@ def test_read_takes_the_newest_step_or_the_given_one(tmp_path):
     run = write_run(tmp_path / "run", tiny_config(), new, step=12)
     other = write_run(tmp_path / "other", tiny_config(), old, step=9)
     shutil.move(other / checkpoint.FOLDER / "9", run / checkpoint.FOLDER / "9")
-    assert pretrained.read(run).step == 12
-    given = pretrained.read(run / checkpoint.FOLDER / "9")
+    assert pretrained.load_model(run).step == 12
+    given = pretrained.load_model(run / checkpoint.FOLDER / "9")
     assert given.step == 9
     np.testing.assert_array_equal(given.params["cls"], old["cls"])
 
 
 def test_what_is_no_run_is_refused(tmp_path, run):
-    assert "is neither the folder of a run nor a step in it" in refusal(pretrained.read, tmp_path)
+    assert "is neither the folder of a run nor a step in it" in refusal(
+        pretrained.load_model, tmp_path
+    )
     missing = run / checkpoint.FOLDER / "77"
-    assert f"{missing} is neither" in refusal(pretrained.read, missing)
+    assert f"{missing} is neither" in refusal(pretrained.load_model, missing)
     shutil.copy(run / "run.json", tmp_path)
-    assert "has no finished checkpoint yet" in refusal(pretrained.read, tmp_path)
+    assert "has no finished checkpoint yet" in refusal(pretrained.load_model, tmp_path)
 
 
-@pytest.mark.parametrize("hint", [{"dialect": "timm"}, {"tree": "ema"}, {"image": (16, 16)}])
-def test_what_only_weights_of_others_need_is_refused_of_a_run(run, hint):
-    message = refusal(pretrained.read, run, pretrained.Hints(**hint))
-    (name,) = hint
-    assert f"init.{name} is of weights of others" in message
-    assert pretrained.read(run, pretrained.Hints(heads=7, wanted=(32, 32))).classes == CLASSES
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("dialect", {"format": "timm"}),
+        ("tree", {"tree": "ema"}),
+        ("image", {"trained_size": (16, 16)}),
+    ],
+)
+def test_what_only_weights_of_others_need_is_refused_of_a_run(run, field, hint):
+    message = refusal(pretrained.load_model, run, pretrained.Hints(**hint))
+    assert f"init.{field} is of weights of others" in message
+    assert (
+        pretrained.load_model(run, pretrained.Hints(heads=7, target_size=(32, 32))).classes
+        == CLASSES
+    )

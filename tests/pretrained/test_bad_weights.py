@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def refused(source, *says: str, hints: Hints = HEADS) -> str:
     """The one line that reading `source` ends in, which holds `says` in this order."""
     with pytest.raises(UserError) as caught:
-        pretrained.read(source, hints)
+        pretrained.load_model(source, hints)
     line = str(caught.value)
     assert "\n" not in line and len(line) < 700
     assert re.search(".*".join(map(re.escape, map(str, says))), line), line
@@ -143,7 +143,7 @@ def test_a_missing_array(tmp_path):
     file = changed("google.npz", tmp_path / "x.npz", **gone)
     refused(file, "missing: Transformer/encoderblock_1/", "and 9 more")
     file = changed("big_vision-map.npz", tmp_path / "x.npz", pos_embedding=None)
-    assert "no positions are stored" in pretrained.read(file).lines[1]
+    assert "no positions are stored" in pretrained.load_model(file).notes[1]
     file = changed("timm.safetensors", tmp_path / "x.safetensors", pos_embed=None)
     refused(file, "missing: pos_embed")
 
@@ -173,7 +173,7 @@ def test_an_extra_array(tmp_path):
 def test_a_dialect_that_is_not_known_and_a_wrong_one(tmp_path):
     np.savez(tmp_path / "x.npz", **{f"conv{i}": np.ones(3) for i in range(9)})
     refused(tmp_path / "x.npz", "of no dialect that is known", "conv0", "and 3 more")
-    wrong = HEADS._replace(dialect="timm")
+    wrong = HEADS._replace(format="timm")
     refused(GOLDEN / "google.npz", "patch_embed.proj.weight is missing", "Transf", hints=wrong)
 
 
@@ -195,7 +195,7 @@ def test_config_json_that_says_otherwise(tmp_path):
     says(id2label={"0": "ant", "1": "bee"})
     refused(folder, "2 classes are named beside a head of 5")
     says(image_size=20)
-    assert pretrained.read(folder).model.shape.grid == (3, 3), "the arrays decide"
+    assert pretrained.load_model(folder).model.shape.grid == (3, 3), "the arrays decide"
     says(num_attention_heads="many")
     refused(folder, "is not as Hugging Face transformers writes it")
     (folder / "config.json").write_text('{"model_type": "vit"}')
@@ -226,7 +226,7 @@ def test_a_timm_model_that_is_no_plain_vit(tmp_path):
     says(num_heads=3, act_layer="silu")
     refused(tmp_path, "its activation is silu")
     says(num_heads=3)
-    assert pretrained.read(tmp_path).model.shape.size.heads == 3
+    assert pretrained.load_model(tmp_path).model.shape.size.heads == 3
 
 
 # As typed
@@ -287,18 +287,20 @@ def server(monkeypatch, tmp_path):
 
 def test_weights_from_a_server_are_kept(server, tmp_path):
     url = f"{server.url}/google.npz"
-    given = pretrained.read(url)
+    given = pretrained.load_model(url)
     here = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}" / "google.npz"
     assert given.path == here and here.read_bytes() == (GOLDEN / "google.npz").read_bytes()
-    pretrained.read(url)
+    pretrained.load_model(url)
     assert server.asked == ["/google.npz"]
 
 
 def test_what_stands_beside_weights_is_fetched_too(server):
-    given = pretrained.read(f"{server.url}/huggingface/model.safetensors")
+    given = pretrained.load_model(f"{server.url}/huggingface/model.safetensors")
     assert given.classes == ("ant", "bee", "cat", "dog", "eel")
     assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
-    given = pretrained.read(f"{server.url}/timm.safetensors", HEADS)  # there is no config.json
+    given = pretrained.load_model(
+        f"{server.url}/timm.safetensors", HEADS
+    )  # there is no config.json
     assert given.cfg.model.classes == 5
 
 
@@ -310,7 +312,7 @@ def test_a_checksum_is_compared(server):
     server.checksum = base64.b64encode(bytes(16)).decode()
     refused(f"{server.url}/google.npz", "has MD5", f"not {'0' * 32}", "damaged or another file")
     good = hashlib.sha256(content).hexdigest()
-    pretrained.read(f"{server.url}/google.npz#sha256={good}")
+    pretrained.load_model(f"{server.url}/google.npz#sha256={good}")
     server.checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
     refused(f"{server.url}/google-gap.npz", "has MD5")
     refused(f"{server.url}/google.npz#sha256={'0' * 64}", "has SHA256")
@@ -327,7 +329,7 @@ def test_without_a_network_the_way_round_is_named(server, tmp_path):
     server.server_close()
     url = f"{server.url}/google.npz"
     with pytest.raises(Unreachable):
-        pretrained.read(url)
+        pretrained.load_model(url)
     program = plan_program(tiny_config(f"init.source={url}", "init.instead=vit_small_imagenet"))
     with pytest.raises(UserError) as caught:
         check_source(program, ("cat",) * 4)
@@ -356,7 +358,7 @@ def test_a_training_begins_with_them(capsys):
     program = plan_program(tiny_config(*overrides, source))
     check_source(program, ("cat", "dog", "eel", "fox"))
     state = init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)
-    given = pretrained.read(GOLDEN / "google-pre_logits.npz")
+    given = pretrained.load_model(GOLDEN / "google-pre_logits.npz")
     np.testing.assert_array_equal(state.params["cls"], given.params["cls"])
     assert not np.any(state.params["head"]["kernel"])
     printed = capsys.readouterr().out

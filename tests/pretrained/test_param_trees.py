@@ -14,13 +14,13 @@ from vit_scale.pretrained.param_trees import choose, prefixes, recognise, select
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
-HEADS = Hints(heads=3, image=(12, 12))
+HEADS = Hints(heads=3, trained_size=(12, 12))
 PLAIN = weight_files.read(GOLDEN / "timm.safetensors")
 
 
 def given(tmp_path, arrays, hints: Hints = HEADS) -> pretrained.Pretrained:
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
-    return pretrained.read(tmp_path / "x.safetensors", hints)
+    return pretrained.load_model(tmp_path / "x.safetensors", hints)
 
 
 def under(prefix: str, arrays=PLAIN) -> dict[str, np.ndarray]:
@@ -43,7 +43,7 @@ def same(left, right) -> None:
 def test_any_prefix(prefix, tmp_path):
     found = given(tmp_path, under(prefix))
     same(found, given(tmp_path, PLAIN))
-    assert not any("left aside" in line for line in found.lines)
+    assert not any("left aside" in line for line in found.notes)
 
 
 @pytest.mark.parametrize("case", ["google.npz", "big_vision-map.npz", "huggingface"])
@@ -54,13 +54,13 @@ def test_any_prefix_of_other_formats(case, tmp_path):
     write = weight_files.write_npz if case.endswith("npz") else weight_files.write_safetensors
     for prefix in ("params", "target", f"opt{separator}img"):
         write(file, {f"{prefix}{separator}{name}": x for name, x in arrays.items()})
-        same(pretrained.read(file, HEADS), pretrained.read(GOLDEN / case, HEADS))
+        same(pretrained.load_model(file, HEADS), pretrained.load_model(GOLDEN / case, HEADS))
 
 
 def test_what_lies_beside_the_model_is_named(tmp_path):
     optimizer = {f"optimizer.state.{i}.exp_avg": np.ones(3, np.float32) for i in range(9)}
     found = given(tmp_path, {**under("model."), **optimizer, "loss": np.float32([0.3])})
-    (line,) = [line for line in found.lines if "left aside" in line]
+    (line,) = [line for line in found.notes if "left aside" in line]
     assert "left aside, no parameters of it: " in line and "and 4 more" in line
     same(found, given(tmp_path, PLAIN))
 
@@ -73,7 +73,7 @@ def test_what_no_prediction_needs_is_named(tmp_path):
     found = given(tmp_path, {**without, **dict.fromkeys(more, ones)})
     assert f"left aside, not used to predict: {', '.join(sorted(more))}" in [
         f"{line.partition(': ')[0]}: {', '.join(sorted(line.partition(': ')[2].split(', ')))}"
-        for line in found.lines
+        for line in found.notes
     ]
     assert found.classes == ()
 
@@ -98,7 +98,7 @@ def test_of_several_the_one_that_the_files_own_library_takes(taken, left, why, t
     both = {**under(f"{left}."), **under(f"{taken}.", OTHER)}
     found = given(tmp_path, both)
     same(found, given(tmp_path, OTHER))
-    line = next(line for line in found.lines if "several models" in line)
+    line = next(line for line in found.notes if "several models" in line)
     assert line.startswith(f"it holds several models: {taken} is taken, ")
     assert line.endswith(f"--config.init.tree takes another: {left}")
     assert taken == "model_ema.module" or why in line
@@ -119,23 +119,25 @@ def test_a_model_within_another(tmp_path):
 def test_what_is_no_float_is_no_weight(tmp_path):
     """Counters are left aside; a quantized parameter is refused, whatever its type."""
     found = given(tmp_path, {**PLAIN, "num_updates": np.int64([7])})
-    assert "left aside, no floats: num_updates" in found.lines
+    assert "left aside, no floats: num_updates" in found.notes
     for kind in (np.int8, np.uint8, np.bool_):
         with pytest.raises(UserError, match=r"head\.weight is of .*, not of floats: a quantized"):
             given(tmp_path, {**PLAIN, "head.weight": PLAIN["head.weight"].astype(kind)})
     google = weight_files.read(GOLDEN / "google.npz")
     np.savez(tmp_path / "x.npz", **google, classes=np.array(["a", "b"]))
-    assert "left aside, no floats: classes" in pretrained.read(tmp_path / "x.npz", HEADS).lines
+    assert (
+        "left aside, no floats: classes" in pretrained.load_model(tmp_path / "x.npz", HEADS).notes
+    )
     google["head/kernel"] = google["head/kernel"] + 1j
     np.savez(tmp_path / "x.npz", **google)
     with pytest.raises(UserError, match="head/kernel is of complex"):
-        pretrained.read(tmp_path / "x.npz", HEADS)
+        pretrained.load_model(tmp_path / "x.npz", HEADS)
 
 
 def test_a_pointer_of_git_lfs(tmp_path):
     (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
     with pytest.raises(UserError, match="pointer of Git LFS, not weights: get them with `git lfs"):
-        pretrained.read(tmp_path / "x.safetensors", HEADS)
+        pretrained.load_model(tmp_path / "x.safetensors", HEADS)
 
 
 def test_several_of_which_none_is_known_to_be_meant(tmp_path):
@@ -196,7 +198,7 @@ def test_pytorchs_files(tmp_path):
     }
     for name, content in wraps.items():
         torch.save(content, tmp_path / f"{name}.pth")
-        same(pretrained.read(tmp_path / f"{name}.pth", HEADS), given(tmp_path, PLAIN))
+        same(pretrained.load_model(tmp_path / f"{name}.pth", HEADS), given(tmp_path, PLAIN))
 
 
 # Not finite
@@ -249,8 +251,8 @@ def write_shards(folder: pathlib.Path, arrays, ending: str = "safetensors") -> N
 
 def test_shards_with_an_index(tmp_path):
     write_shards(tmp_path / "s", PLAIN)
-    same(pretrained.read(tmp_path / "s", HEADS), given(tmp_path, PLAIN))
-    same(pretrained.read(tmp_path / "s" / "model.safetensors.index.json", HEADS),
+    same(pretrained.load_model(tmp_path / "s", HEADS), given(tmp_path, PLAIN))
+    same(pretrained.load_model(tmp_path / "s" / "model.safetensors.index.json", HEADS),
          given(tmp_path, PLAIN))  # fmt: skip
 
 
@@ -258,32 +260,32 @@ def test_shards_that_are_not_whole(tmp_path):
     write_shards(tmp_path / "s", PLAIN)
     one = tmp_path / "s" / "model-00002-of-00003.safetensors"
     with pytest.raises(UserError, match="is one of several shards: give the folder"):
-        pretrained.read(tmp_path / "s" / "model-00003-of-00003.safetensors", HEADS)
+        pretrained.load_model(tmp_path / "s" / "model-00003-of-00003.safetensors", HEADS)
     whole = one.read_bytes()
     one.unlink()
     with pytest.raises(
         UserError, match=r"model-00002-of-00003\.safetensors can't be read: No such"
     ):
-        pretrained.read(tmp_path / "s", HEADS)
+        pretrained.load_model(tmp_path / "s", HEADS)
     one.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         UserError, match=r"model-00002-of-00003\.safetensors is damaged or cut short"
     ):
-        pretrained.read(tmp_path / "s", HEADS)
+        pretrained.load_model(tmp_path / "s", HEADS)
     index = tmp_path / "s" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
     with pytest.raises(UserError, match=r"lists \.\./x\.safetensors, which is not beside it"):
-        pretrained.read(tmp_path / "s", HEADS)
+        pretrained.load_model(tmp_path / "s", HEADS)
     index.write_text("{}")
     with pytest.raises(UserError, match="no index of shards: it has no weight_map"):
-        pretrained.read(tmp_path / "s", HEADS)
+        pretrained.load_model(tmp_path / "s", HEADS)
 
 
 def test_a_name_of_the_hub_says_how_to_get_it():
     with pytest.raises(UserError, match="hf download google/vit-base-patch16-224 --local-dir DIR"):
-        pretrained.read("google/vit-base-patch16-224")
+        pretrained.load_model("google/vit-base-patch16-224")
 
 
 def test_select_says_what_it_is_of():
     found = select("f", under("model."), "", "")
-    assert found.prefix == "model." and found.arrays.keys() == PLAIN.keys() and not found.lines
+    assert found.prefix == "model." and found.arrays.keys() == PLAIN.keys() and not found.notes

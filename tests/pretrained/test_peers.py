@@ -115,7 +115,7 @@ def test_timm(size, kind, tmp_path):
     else:
         file = tmp_path / "timm.safetensors"
         weight_files.write_safetensors(file, {name: x.numpy() for name, x in state.items()})
-    given = pretrained.read(file, Hints(heads=numbers(size)[2]))
+    given = pretrained.load_model(file, Hints(heads=numbers(size)[2]))
     images = random_images(side)
     close(given, images, theirs(model, images), f"timm {kind} {size}")
     if kind == "deit.pth":
@@ -124,7 +124,7 @@ def test_timm(size, kind, tmp_path):
     export(tmp_path / "run", "safetensors-timm", tmp_path / "out")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     close(made, images, theirs(loaded, images), f"timm {kind} {size}, exported")
-    same_bits(pretrained.read(tmp_path / "out").params, made.params)
+    same_bits(pretrained.load_model(tmp_path / "out").params, made.params)
 
 
 @SIZE
@@ -158,7 +158,7 @@ def test_huggingface(size, tmp_path):
     export(tmp_path / "run", "safetensors-hf", tmp_path / "out")
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
     close(made, images, theirs(loaded, images), f"Hugging Face {size}, exported")
-    same_bits(pretrained.read(tmp_path / "out").params, made.params)
+    same_bits(pretrained.load_model(tmp_path / "out").params, made.params)
 
 
 @SIZE
@@ -187,7 +187,7 @@ def test_google_as_timm_reads_it(size, kind, tmp_path):
     loaded.load_pretrained(str(tmp_path / "x.npz"))
     images = random_images(side)
     expected = theirs(loaded.eval(), images)
-    close(pretrained.read(tmp_path / "x.npz"), images, expected, f"{kind} {size}")
+    close(pretrained.load_model(tmp_path / "x.npz"), images, expected, f"{kind} {size}")
 
 
 def photo(height: int, width: int) -> Image.Image:

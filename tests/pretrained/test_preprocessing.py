@@ -16,7 +16,7 @@ from vit_scale.pretrained import Hints, weight_files
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
-HEADS = Hints(heads=3, image=(12, 12))
+HEADS = Hints(heads=3, trained_size=(12, 12))
 SQUARE = {"height": 12, "width": 12}
 
 
@@ -29,7 +29,7 @@ def huggingface(tmp_path):
         content = json.loads((GOLDEN / "huggingface/config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | dict(config)))
         (folder / "preprocessor_config.json").write_text(json.dumps(fields))
-        return pretrained.read(folder)
+        return pretrained.load_model(folder)
 
     return read
 
@@ -42,7 +42,7 @@ def timm(tmp_path):
     def read(top=(), **fields) -> pretrained.Pretrained:
         content = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": fields, **dict(top)}
         (tmp_path / "config.json").write_text(json.dumps(content))
-        return pretrained.read(tmp_path, HEADS)
+        return pretrained.load_model(tmp_path, HEADS)
 
     return read
 
@@ -52,7 +52,7 @@ def seen(given: pretrained.Pretrained) -> View:
 
 
 def assumed(given: pretrained.Pretrained) -> str:
-    return next((line for line in given.lines if line.startswith("assuming")), "")
+    return next((line for line in given.notes if line.startswith("assuming")), "")
 
 
 def normalise(given: pretrained.Pretrained, value: float) -> float:
@@ -179,7 +179,7 @@ def test_transformers_5_may_keep_it_in_another_file(tmp_path):
     (folder / "preprocessor_config.json").unlink()
     content = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "size": SQUARE, "resample": 1}}
     (folder / "processor_config.json").write_text(json.dumps(content))
-    given = pretrained.read(folder)
+    given = pretrained.load_model(folder)
     assert given.cfg.augment.mean == (0.1, 0.2, 0.3)
     assert seen(given) == View("stretch", 1.0, "lanczos")
 
@@ -249,7 +249,7 @@ def test_timms_older_config_is_one_dictionary(tmp_path):
     shutil.copy(GOLDEN / "timm.safetensors", tmp_path / weight_files.MODEL)
     content = {"architecture": "vit_tiny_patch16_224", "mean": [0.4, 0.5, 0.6], "crop_pct": 0.8}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    given = pretrained.read(tmp_path, HEADS)
+    given = pretrained.load_model(tmp_path, HEADS)
     assert given.cfg.augment.mean == (0.4, 0.5, 0.6) and given.cfg.eval.crop == 0.8
 
 
@@ -285,7 +285,7 @@ def exported(tmp_path, kind: str, *overrides: str) -> dict:
     lines = export(run, kind, out)
     name = "config.json" if kind == "safetensors-timm" else "preprocessor_config.json"
     content = json.loads((out / name).read_text())
-    back = pretrained.read(out)
+    back = pretrained.load_model(out)
     return {"content": content, "back": seen(back), "lines": lines[1:]}
 
 
@@ -332,13 +332,13 @@ def test_what_is_beside_a_npz(tmp_path):
     cfg = tiny_config(FOLDER, "eval.crop=0.75", "eval.fit=stretch")
     run = write_run(tmp_path / "run", cfg, random_params(tiny_model()), data={"images": 3})
     export(run, "npz", tmp_path / "x.npz")
-    back = pretrained.read(tmp_path / "x.npz")
+    back = pretrained.load_model(tmp_path / "x.npz")
     assert seen(back) == View("stretch", 0.75, "train") and back.classes == CLASSES
     assert assumed(back) == ""
     beside = json.loads((tmp_path / "x.json").read_text())
     del beside["eval"]  # as earlier versions wrote it
     (tmp_path / "x.json").write_text(json.dumps(beside))
-    assert "eval.crop=1.0" in assumed(pretrained.read(tmp_path / "x.npz"))
+    assert "eval.crop=1.0" in assumed(pretrained.load_model(tmp_path / "x.npz"))
 
 
 def test_a_head_without_a_bias(tmp_path):
@@ -349,8 +349,8 @@ def test_a_head_without_a_bias(tmp_path):
         arrays = weight_files.read(GOLDEN / case)
         write = weight_files.write_npz if case.endswith("npz") else weight_files.write_safetensors
         write(tmp_path / case, {name: x for name, x in arrays.items() if name != bias})
-        given = pretrained.read(tmp_path / case, HEADS)
-        assert "the head has no bias: it is zero" in given.lines and len(given.classes) == 5
+        given = pretrained.load_model(tmp_path / case, HEADS)
+        assert "the head has no bias: it is zero" in given.notes and len(given.classes) == 5
         assert not np.any(given.params["head"]["bias"]) and arrays[weight].size == 60
 
 
@@ -362,8 +362,10 @@ def test_biases_that_are_not_there_are_zero(tmp_path):
     weight_files.write_safetensors(tmp_path / "zero.safetensors", arrays)
     without = {name: x for name, x in arrays.items() if name not in biases}
     weight_files.write_safetensors(tmp_path / "x.safetensors", without)
-    left, right = (pretrained.read(tmp_path / f"{n}.safetensors", HEADS) for n in ("x", "zero"))
-    assert "queries, keys and values have no biases: they are zero" in left.lines
+    left, right = (
+        pretrained.load_model(tmp_path / f"{n}.safetensors", HEADS) for n in ("x", "zero")
+    )
+    assert "queries, keys and values have no biases: they are zero" in left.notes
     np.testing.assert_array_equal(
         left.params["blocks"]["attention"]["query"]["bias"],
         right.params["blocks"]["attention"]["query"]["bias"],
@@ -371,4 +373,4 @@ def test_biases_that_are_not_there_are_zero(tmp_path):
     del arrays[biases[0]]
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
     with pytest.raises(UserError, match=r"missing: blocks\.0\.attn\.qkv\.bias"):
-        pretrained.read(tmp_path / "x.safetensors", HEADS)
+        pretrained.load_model(tmp_path / "x.safetensors", HEADS)

@@ -29,18 +29,18 @@ from tests.helpers.tiny import (
 from vit_scale import cli, config, pretrained
 from vit_scale.data import Match
 from vit_scale.errors import UserError
-from vit_scale.inference.export import FORMATS, export
+from vit_scale.inference.export import EXPORTERS, export
 from vit_scale.models.parameters import named, unstack
 from vit_scale.models.vit import build
 from vit_scale.pretrained import Hints, load, weight_files
 from vit_scale.pretrained.adapt import adapt
-from vit_scale.pretrained.formats import DIALECTS, HUGGINGFACE, TIMM
+from vit_scale.pretrained.formats import FORMATS, HUGGINGFACE, TIMM
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 EXPECTED = dict(np.load(GOLDEN / "expected.npz"))
-HEADS = Hints(heads=3, image=(12, 12))
+HEADS = Hints(heads=3, trained_size=(12, 12))
 LARGER = [
     "timm",
     "timm-gap",
@@ -70,7 +70,7 @@ NAMES = ("ant", "bee", "cat", "dog", "eel")  # of the golden folder of Hugging F
 
 @functools.cache
 def golden(case: str, hints: Hints = HEADS) -> pretrained.Pretrained:
-    return pretrained.read(GOLDEN / case, hints)
+    return pretrained.load_model(GOLDEN / case, hints)
 
 
 def expected(case: str) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +124,7 @@ def test_the_logits_are_those_of_the_code_it_comes_from(case):
     found = jax.jit(given.model.apply)(given.params, images)
     np.testing.assert_allclose(found, logits, atol=1e-5)
     assert np.ptp(logits) > 0.3
-    assert f"init.dialect={dialect})" in given.lines[0]
+    assert f"init.dialect={dialect})" in given.notes[0]
     assert {name: given.cfg.model[name] for name in fields} == fields
     assert given.model.shape.size.heads == 3 and given.model.shape.grid == (3, 3)
 
@@ -135,11 +135,11 @@ def test_the_mean_of_the_patches_beside_a_class_token(tmp_path):
     content = {"architecture": "vit_tiny_patch16_224", "model_args": {"global_pool": "avg"}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     images, logits = expected("timm-avg")
-    given = pretrained.read(tmp_path, HEADS)
+    given = pretrained.load_model(tmp_path, HEADS)
     assert given.cfg.model.class_token and given.cfg.model.pool == "gap"
     np.testing.assert_allclose(jax.jit(given.model.apply)(given.params, images), logits, atol=1e-5)
     bare = golden("timm-avg.safetensors")
-    assert "the head reads [CLS] (model.pool=cls)" in bare.lines[-1]
+    assert "the head reads [CLS] (model.pool=cls)" in bare.notes[-1]
     assert np.abs(jax.jit(bare.model.apply)(bare.params, images) - logits).max() > 0.1
 
 
@@ -161,7 +161,7 @@ def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_
     arrays["pos_embed"] = np.random.RandomState(0).randn(1, first + 16, width).astype(np.float32)
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
     file = tmp_path / "x.safetensors"
-    given = pretrained.read(file, Hints(heads=3, image=(16, 16), wanted=(8, 32)))
+    given = pretrained.load_model(file, Hints(heads=3, trained_size=(16, 16), target_size=(8, 32)))
     stored = arrays["pos_embed"][0, first:].reshape(4, 4, width)
     np.testing.assert_array_equal(given.params["posemb"], stored)
     overrides = ["data.resolution=8", "data.width=32", "model.heads=3", "init.resample=corners"]
@@ -170,9 +170,9 @@ def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_
     arrays["pos_embed"] = arrays["pos_embed"][:, :, :, None]
     weight_files.write_safetensors(tmp_path / "four.safetensors", arrays)
     assert "pos_embed has the wrong shape" in refusal(
-        pretrained.read, tmp_path / "four.safetensors"
+        pretrained.load_model, tmp_path / "four.safetensors"
     )
-    message = refusal(pretrained.read, file, Hints(heads=3, wanted=(8, 32)))
+    message = refusal(pretrained.load_model, file, Hints(heads=3, target_size=(8, 32)))
     assert "two ways" in message and "4 x 4 patches" in message and "2 x 8 patches" in message
     made, rows = pretrained.convert(file, tmp_path / "run", [*overrides, "init.image=16x16"])
     assert {row.name: row.action for row in rows}["posemb"] == "resampled 4 x 4 -> 2 x 8, corners"
@@ -190,22 +190,22 @@ def test_what_is_said_of_the_shape_goes_before_the_square(tmp_path):
     export(run, "npz", tmp_path / "x.npz")
     export(run, "safetensors-timm", tmp_path / "timm")
     for source in (tmp_path / "x.npz", tmp_path / "timm"):
-        back = pretrained.read(source, Hints(image=(32, 32)))
+        back = pretrained.load_model(source, Hints(trained_size=(32, 32)))
         assert back.model.shape.grid == (2, 8)
-        same_bits(back.params, pretrained.read(run).params)
+        same_bits(back.params, pretrained.load_model(run).params)
 
 
 def test_what_stands_beside_the_weights_is_believed():
     given = golden("huggingface", Hints())  # the number of heads is in config.json
     assert given.classes == NAMES
     assert given.cfg.augment.mean == (0.4, 0.5, 0.6) and given.cfg.augment.std == (0.2, 0.25, 0.3)
-    assert given.lines[1:] == (
+    assert given.notes[1:] == (
         "assuming, as the file does not say: eval.fit=stretch, eval.crop=1.0, "
         "eval.resample=bilinear",
     )
     bare = golden("timm.safetensors")
     assert bare.classes == ("0", "1", "2", "3", "4")
-    assert bare.lines[1] == (
+    assert bare.notes[1] == (
         "assuming, as the file does not say: 3 heads, as given, the head reads [CLS] "
         "(model.pool=cls), model.gelu=exact, model.norm_epsilon=1e-06, "
         "augment.mean=(0.5,0.5,0.5), augment.std=(0.5,0.5,0.5), eval.fit=shorter, eval.crop=0.9, "
@@ -215,8 +215,8 @@ def test_what_stands_beside_the_weights_is_believed():
 
 def test_what_is_no_parameter_is_named():
     line = "left aside, no parameters of it: opt/state/step"
-    assert golden("big_vision-tok.npz").lines[1] == line
-    line = golden("big_vision-gap.npz").lines[2]
+    assert golden("big_vision-tok.npz").notes[1] == line
+    line = golden("big_vision-gap.npz").notes[2]
     assert line == "no positions are stored: they are the fixed table, of 3 x 3 patches"
 
 
@@ -226,9 +226,9 @@ def test_a_usual_size_tells_its_heads(tmp_path):
     assert "give --config.model.heads" in refusal(golden, "timm.safetensors", Hints())
     arrays["pos_embed"] = arrays["pos_embed"][:, :7]
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
-    wide = pretrained.read(tmp_path / "x.safetensors", Hints(heads=3, image=(8, 12)))
+    wide = pretrained.load_model(tmp_path / "x.safetensors", Hints(heads=3, trained_size=(8, 12)))
     assert wide.model.shape.grid == (2, 3) and config.image_size(wide.cfg) == (8, 12)
-    message = refusal(pretrained.read, tmp_path / "x.safetensors", Hints(heads=3))
+    message = refusal(pretrained.load_model, tmp_path / "x.safetensors", Hints(heads=3))
     assert "7 positions are of 6 patches, which is no square grid" in message
     assert "--config.init.image=HEIGHTxWIDTH" in message
 
@@ -240,28 +240,30 @@ def test_positions_without_a_row_for_cls(tmp_path):
     arrays["cls_token"] = arrays["cls_token"] + first
     weight_files.write_safetensors(tmp_path / weight_files.MODEL, arrays)
     content = {"architecture": "vit_tiny_patch16_224", "model_args": {"no_embed_class": True}}
-    bare = HEADS._replace(image=None)
-    assert "9 positions are of 8 patches" in refusal(pretrained.read, tmp_path, bare)
-    assert "8 patches" in refusal(pretrained.read, tmp_path, bare._replace(size=(12, 12)))
-    given = pretrained.read(tmp_path, HEADS)
+    bare = HEADS._replace(trained_size=None)
+    assert "9 positions are of 8 patches" in refusal(pretrained.load_model, tmp_path, bare)
+    assert "8 patches" in refusal(
+        pretrained.load_model, tmp_path, bare._replace(requested_size=(12, 12))
+    )
+    given = pretrained.load_model(tmp_path, HEADS)
     same_bits(given.params, golden("timm.safetensors").params)
     (tmp_path / "config.json").write_text(json.dumps(content))
-    same_bits(pretrained.read(tmp_path, bare).params, given.params)
+    same_bits(pretrained.load_model(tmp_path, bare).params, given.params)
 
 
 def test_layer_scale_is_multiplied_into_the_layers_before_it(tmp_path):
     """And by DeiT III's own names of it."""
     line = "LayerScale is multiplied into the layers before it: 4 arrays"
     given = golden("timm-deit3.safetensors")
-    assert given.lines[1] == line and golden("timm.safetensors").lines[1] != line
+    assert given.notes[1] == line and golden("timm.safetensors").notes[1] != line
     arrays = weight_files.read(GOLDEN / "timm-deit3.safetensors")
     renamed = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): x for name, x in arrays.items()}
     assert "blocks.1.gamma_2" in renamed
     weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
-    same_bits(pretrained.read(tmp_path / "x.safetensors", HEADS).params, given.params)
+    same_bits(pretrained.load_model(tmp_path / "x.safetensors", HEADS).params, given.params)
     renamed["blocks.1.gamma_2"] = np.ones(3, np.float32)
     weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
-    message = refusal(pretrained.read, tmp_path / "x.safetensors", HEADS)
+    message = refusal(pretrained.load_model, tmp_path / "x.safetensors", HEADS)
     assert "blocks.1.ls2.gamma has the wrong shape" in message
 
 
@@ -298,23 +300,23 @@ def test_other_spellings_are_the_same_model(tmp_path):
     respelt = {respelled(name): array for name, array in arrays.items()}
     assert "module.layers.1.mlp.fc2.bias" in respelt
     weight_files.write_safetensors(tmp_path / "x.safetensors", respelt)
-    given = pretrained.read(tmp_path / "x.safetensors", HEADS)
+    given = pretrained.load_model(tmp_path / "x.safetensors", HEADS)
     same_bits(given.params, golden("huggingface").params)
     assert given.cfg.model.norm_epsilon == 1e-12, "with no config.json beside it"
 
 
 def test_the_dialect_can_be_forced():
-    assert "of timm" in golden("timm.safetensors", HEADS._replace(dialect="timm")).lines[0]
-    wrong = HEADS._replace(dialect="huggingface")
+    assert "of timm" in golden("timm.safetensors", HEADS._replace(format="timm")).notes[0]
+    wrong = HEADS._replace(format="huggingface")
     message = refusal(golden, "timm.safetensors", wrong)
     assert "vit.embeddings.patch_embeddings.projection.weight is missing" in message
     assert "of another dialect than huggingface" in message
-    unknown = HEADS._replace(dialect="tim")
+    unknown = HEADS._replace(format="tim")
     assert "did you mean timm" in refusal(golden, "timm.safetensors", unknown)
 
 
 def test_each_table_names_each_parameter_once():
-    for dialect in DIALECTS.values():
+    for dialect in FORMATS.values():
         ours = [name for rule in dialect.rules for name in rule.parts]
         theirs = [rule.theirs for rule in dialect.rules]
         assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs), dialect.name
@@ -329,22 +331,22 @@ def test_each_table_names_each_parameter_once():
 
 
 def test_a_head_is_kept_where_the_classes_agree():
-    assert pretrained.agree(NAMES, NAMES, "auto") == Match()
-    assert pretrained.agree(NAMES, NAMES[::-1], "auto").outputs == (4, 3, 2, 1, 0)
-    assert pretrained.agree(NAMES, NAMES[::-1], "keep").outputs == (4, 3, 2, 1, 0)
-    unnamed = pretrained.agree(("0", "1"), ("cat", "dog"), "auto")
+    assert pretrained.match_head(NAMES, NAMES, "auto") == Match()
+    assert pretrained.match_head(NAMES, NAMES[::-1], "auto").outputs == (4, 3, 2, 1, 0)
+    assert pretrained.match_head(NAMES, NAMES[::-1], "keep").outputs == (4, 3, 2, 1, 0)
+    unnamed = pretrained.match_head(("0", "1"), ("cat", "dog"), "auto")
     assert unnamed.outputs is None and "output i is class i of the set, cat to dog" in unnamed.line
-    assert pretrained.agree((), ("cat",), "auto") is None, "there is no head"
-    assert pretrained.agree(NAMES, NAMES, "new") is None
+    assert pretrained.match_head((), ("cat",), "auto") is None, "there is no head"
+    assert pretrained.match_head(NAMES, NAMES, "new") is None
     others = ("ant", "bee", "cat", "dog", "elk")
-    assert pretrained.agree(NAMES, others, "auto") is None
-    message = refusal(pretrained.agree, NAMES, others, "keep")
+    assert pretrained.match_head(NAMES, others, "auto") is None
+    message = refusal(pretrained.match_head, NAMES, others, "keep")
     assert "'eel' are the model's alone, 'elk' the set's" in message
-    assert pretrained.agree(NAMES, others, "keep", "order").outputs is None
+    assert pretrained.match_head(NAMES, others, "keep", "order").outputs is None
     assert "init.head=keep: the source has 5 classes, the model 2" in refusal(
-        pretrained.agree, NAMES, ("cat", "dog"), "keep"
+        pretrained.match_head, NAMES, ("cat", "dog"), "keep"
     )
-    assert "init.head='old' is unknown" in refusal(pretrained.agree, NAMES, NAMES, "old")
+    assert "init.head='old' is unknown" in refusal(pretrained.match_head, NAMES, NAMES, "old")
 
 
 def test_a_new_head_leaves_the_representation_of_the_old_one():
@@ -365,13 +367,13 @@ def test_a_new_head_leaves_the_representation_of_the_old_one():
 def test_what_the_source_was_trained_with_is_compared():
     given = golden("huggingface")
     cfg = given.cfg.copy_and_resolve_references()
-    assert pretrained.differences(given.cfg, cfg) == []
+    assert pretrained.mismatched_settings(given.cfg, cfg) == []
     cfg.model.fc_norm = True
-    (line,) = pretrained.differences(given.cfg, cfg)
+    (line,) = pretrained.mismatched_settings(given.cfg, cfg)
     assert line == "the source was trained with model.fc_norm=False; this config has True"
     cfg.model.fc_norm = False
     cfg.model.gelu, cfg.augment.mean = "tanh", (0.5, 0.5, 0.5)
-    assert pretrained.differences(given.cfg, cfg) == [
+    assert pretrained.mismatched_settings(given.cfg, cfg) == [
         "the source was trained with model.gelu=exact; this config has tanh",
         "the source was trained with augment.mean=(0.4, 0.5, 0.6); this config has (0.5, 0.5, 0.5)",
     ]
@@ -427,9 +429,9 @@ def test_converting_takes_overrides(tmp_path):
     actions = {row.name: row.action for row in rows}
     assert actions["posemb"] == "resampled 3 x 3 -> 5 x 5, cubic"
     assert made.cfg.augment.mean == (0.1, 0.2, 0.3) and made.model.shape.grid == (5, 5)
-    assert "augment.std" in made.lines[-1] and "augment.mean" not in made.lines[-1]
+    assert "augment.std" in made.notes[-1] and "augment.mean" not in made.notes[-1]
     images, logits = expected("timm-larger")
-    run = pretrained.read(tmp_path / "run")
+    run = pretrained.load_model(tmp_path / "run")
     np.testing.assert_allclose(jax.jit(run.model.apply)(run.params, images), logits, atol=1e-5)
 
 
@@ -460,7 +462,7 @@ def test_what_goes_out_comes_back_bit_for_bit(kind, model, tmp_path):
         assert f"transformers' ViT has pool=cls only, this is {model}" in message
         return
     lines = export(run, kind, out)
-    given, back = pretrained.read(run), pretrained.read(out)
+    given, back = pretrained.load_model(run), pretrained.load_model(out)
     same_bits(pretrained.adapt(back.params, given.params, "cubic", True)[0], given.params)
     assert np.signbit(np.asarray(back.params["head"]["bias"])[:2]).tolist() == [True, False]
     assert back.classes == CLASSES
@@ -479,8 +481,8 @@ def test_what_was_trained_with_cudnn_goes_out_for_every_device(gpu, tmp_path, mo
     run = a_run(tmp_path / "run", *overrides)
     plain = vit_scale.load(a_run(tmp_path / "plain", *overrides[:1]))
     monkeypatch.setattr(load, "have_cudnn", lambda devices: gpu)
-    assert pretrained.read(run).cfg.model.attention == ("cudnn" if gpu else "xla")
-    for kind in FORMATS:
+    assert pretrained.load_model(run).cfg.model.attention == ("cudnn" if gpu else "xla")
+    for kind in EXPORTERS:
         export(run, kind, tmp_path / f"{kind}.npz")
     artifact = jax_export.deserialize(bytearray((tmp_path / "jax.npz").read_bytes()))
     images = random_images(2)
@@ -506,10 +508,10 @@ def test_what_goes_out_is_what_the_library_writes(kind, tmp_path):
 
 def test_fixed_positions_go_out_as_stored_ones(tmp_path):
     run = a_run(tmp_path / "run", "model.posemb=sincos2d")
-    given, images = pretrained.read(run), np.float32(random_images(2)) / 255
+    given, images = pretrained.load_model(run), np.float32(random_images(2)) / 255
     logits = jax.jit(given.model.apply)(given.params, images)
     export(run, "npz", tmp_path / "x.npz")
-    back = pretrained.read(tmp_path / "x.npz")
+    back = pretrained.load_model(tmp_path / "x.npz")
     assert back.cfg.model.posemb == "learned"
     np.testing.assert_allclose(jax.jit(back.model.apply)(back.params, images), logits, atol=1e-6)
 

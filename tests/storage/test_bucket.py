@@ -143,7 +143,7 @@ def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_
         cli.main(command(tmp_path / "run", **fields(jpegs, init__source=resumed)))
     assert f"initialised from {resumed}/checkpoints/{STEPS}\n" in capsys.readouterr().out
     for run in (resumed, on_disk):
-        jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained.read(run).params)
+        jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained.load_model(run).params)
 
 
 def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(bucket):
@@ -151,10 +151,10 @@ def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(buc
     for file in golden.iterdir():
         paths.write(paths.path(f"{bucket}/weights/{file.name}"), file.read_bytes())
     for source in (f"{bucket}/weights", f"{bucket}/weights/model.safetensors"):
-        given = pretrained.read(source)
+        given = pretrained.load_model(source)
         assert given.classes == ("ant", "bee", "cat", "dog", "eel")
         assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
-        here = pretrained.read(golden)
+        here = pretrained.load_model(golden)
         jax.tree.map(np.testing.assert_array_equal, given.params, here.params)
 
 

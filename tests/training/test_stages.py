@@ -58,7 +58,7 @@ def moved(trained, tmp_path) -> pathlib.Path:
 
 
 def parameters(run: pathlib.Path) -> dict[str, np.ndarray]:
-    return {k: np.asarray(v) for k, v in named(pretrained.read(run).params).items()}
+    return {k: np.asarray(v) for k, v in named(pretrained.load_model(run).params).items()}
 
 
 def stop_after(run: pathlib.Path, step: int) -> None:
@@ -82,7 +82,7 @@ def test_what_a_run_names_by_relative_paths_is_found_from_anywhere(
     """Its pretraining, in a report on it, and its data; a run of before has no "cwd"."""
     pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
     from vit_scale.inspect import sections
-    from vit_scale.inspect.inspected_run import Subject
+    from vit_scale.inspect.inspected_run import InspectedRun
 
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -94,13 +94,13 @@ def test_what_a_run_names_by_relative_paths_is_found_from_anywhere(
         monkeypatch.setattr(trainer, "describe", without_cwd)
     train_stages("./two.py", ["data.path=images"], "runs", quiet=True)
     monkeypatch.chdir(elsewhere)
-    subject = Subject(project / "runs" / "second")
+    subject = InspectedRun(project / "runs" / "second")
     assert subject.cfg.init.source == "runs/first", "as it was typed"
     tables, missing = sections._history(subject)
     assert missing is None and [table.shape for table in tables.values()] == [(2, 2, 8), (4, 4, 8)]
     assert subject.cfg.data.path == str(project / "images")
     assert len(subject.open("test")) == 12
-    given = pretrained.read(project / "runs" / "second")
+    given = pretrained.load_model(project / "runs" / "second")
     assert given.cfg.data.path == str(project / "images")
 
 

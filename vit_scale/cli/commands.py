@@ -40,7 +40,7 @@ def evaluate(args, overrides: Sequence[str]) -> None:
 
     refuse_unused(overrides, "eval", EVAL, args.split)
     join_hosts(args)
-    given = pretrained.read(args.run)
+    given = pretrained.load_model(args.run)
     given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
     cfg = config.override(given.cfg, overrides)
     split = args.split or cfg.eval.final
@@ -52,7 +52,7 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     check_classes(source, cfg)
     source, line = align(source, given.classes, cfg.init.classes)
     if not args.quiet:
-        given._replace(lines=(*given.lines, *filter(None, [line]))).say()
+        given._replace(notes=(*given.notes, *filter(None, [line]))).print_notes()
     mesh = make_mesh(cfg.mesh)
     params = shard(given.params, shardings(given.params, mesh))
     result = Evaluate(cfg, given.model, mesh)(params, source)
@@ -93,7 +93,7 @@ def keyed(top: Sequence[tuple[str, float]]) -> dict[str, float]:
 
 
 def inspect(args, overrides: Sequence[str]) -> None:
-    from vit_scale.inspect import describe, inspect
+    from vit_scale.inspect import format_rows, inspect
     from vit_scale.runs import report
 
     refuse_unused(overrides, "inspect", INSPECT, args.split)
@@ -101,7 +101,7 @@ def inspect(args, overrides: Sequence[str]) -> None:
     if args.json:
         print(json.dumps(found))
         return
-    print(report.table(describe(found["runs"])))
+    print(report.table(format_rows(found["runs"])))
     for note in found["notes"]:
         print(note)
     print(found["page"])
@@ -186,7 +186,7 @@ def convert(args, overrides: Sequence[str]) -> None:
     made, rows = pretrained.convert(args.source, args.out, overrides)
     shape, classes = made.model.shape, len(made.classes)
     text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
-    print("\n".join([*made.lines, pretrained.table(rows), f"{args.out}: {text}"]))
+    print("\n".join([*made.notes, pretrained.adaptation_table(rows), f"{args.out}: {text}"]))
 
 
 def export(args, overrides: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from vit_scale.augment.view import View, view
 from vit_scale.config import image_size
 from vit_scale.data import are_files
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.inference.predictor import Predictor, load, stored_size
+from vit_scale.inference.predictor import Predictor, decode_size, load
 from vit_scale.models.parameters import named, unstack
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
@@ -28,12 +28,12 @@ from vit_scale.pretrained import (
     Pretrained,
     formats,
     key_mapping,
+    load_model,
     preprocessing,
-    read,
     sidecar_files,
     weight_files,
 )
-from vit_scale.pretrained.key_mapping import Dialect
+from vit_scale.pretrained.key_mapping import WeightFormat
 from vit_scale.runs.run_folder import write_json
 from vit_scale.storage import paths
 
@@ -52,14 +52,14 @@ def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[st
     Raises UserError for an unknown format, a model that the format has no place for, and a place
     that can't be written.
     """
-    if kind not in FORMATS:
-        raise UserError(f"--format {kind!r} is unknown; {nearest(kind, FORMATS)}", USAGE)
+    if kind not in EXPORTERS:
+        raise UserError(f"--format {kind!r} is unknown; {nearest(kind, EXPORTERS)}", USAGE)
     place = paths.path(out)
     if paths.in_bucket(place):
         raise UserError(f"--out {out}: export to a disk, then copy it there")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        return FORMATS[kind](run, place)
+        return EXPORTERS[kind](run, place)
     except OSError as error:
         raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
@@ -107,7 +107,7 @@ def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
 
 def _seen(given: Pretrained, fit: str) -> tuple[View, list[str]]:
     """What evaluation sees of an image, as code that cuts as `fit` has it, and what it has not."""
-    whole = stored_size(given, given.cfg) == image_size(given.cfg)
+    whole = decode_size(given, given.cfg) == image_size(given.cfg)
     files = not given.data or are_files(given.cfg.data)
     return preprocessing.exported(view(given.cfg.eval), fit, files, whole)
 
@@ -152,7 +152,7 @@ def portable(predictor: Predictor) -> Predictor:
     return dataclasses.replace(predictor, cfg=cfg, model=build(cfg.model, predictor.size))
 
 
-FORMATS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
+EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
     "safetensors-timm": _timm,
     "safetensors-hf": _huggingface,
     "npz": _npz,
@@ -162,8 +162,8 @@ FORMATS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
 
 def _vit(run: str | os.PathLike) -> Pretrained:
     """The model of a run, if it is a ViT with a head."""
-    given = read(run)
-    given.say()
+    given = load_model(run)
+    given.print_notes()
     if not isinstance(given.model.shape, Shape):
         raise UserError(f"{run} is no ViT but {given.cfg.model.variant}: it goes out as jax only")
     if not given.classes:
@@ -171,7 +171,7 @@ def _vit(run: str | os.PathLike) -> Pretrained:
     return given
 
 
-def _arrays(given: Pretrained, dialect: Dialect) -> key_mapping.Arrays:
+def _arrays(given: Pretrained, dialect: WeightFormat) -> key_mapping.Arrays:
     """The parameters as the dialect has them; fixed positions become stored ones."""
     params = jax.tree.map(np.asarray, unstack(given.params))
     shape = given.model.shape

@@ -80,7 +80,7 @@ class Predictor:
         return [(self.classes[i], float(probabilities[i])) for i in order]
 
 
-def stored_size(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[int, int]:
+def decode_size(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[int, int]:
     """(height, width) at which image files are decoded for a model: that of its evaluation.
 
     `cfg` is its config, which may name another set than the model was trained on. Weights of others
@@ -89,7 +89,7 @@ def stored_size(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[int, int
     return delivered_size(cfg.data) if given.data else image_size(cfg)
 
 
-def stored_views(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[View, View]:
+def decode_views(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[View, View]:
     """What is made of an image file when it is decoded, and on the device: see `data.views`."""
     return views(cfg, are_files(cfg.data) or not given.data)
 
@@ -109,15 +109,15 @@ def read_image(
 def load(source: str | os.PathLike) -> Predictor:
     """`load("runs/vit_small_cifar")`: the model, its preprocessing and its class names.
 
-    `source` is a run's folder, a step in it, or weights of others (`vit_scale.pretrained.read`).
+    `source` is a run's folder, a step in it, or other weights (`pretrained.load_model`).
     What is believed of weights of others is printed to standard error. Raises UserError for what is
     none of these, or has no head.
     """
-    given = pretrained.read(source)
-    given.say()
+    given = pretrained.load_model(source)
+    given.print_notes()
     if not given.classes:
         raise UserError(f"{source} has no head: train one, --config.init.source={source}")
-    of_file, on_device = stored_views(given, given.cfg)
+    of_file, on_device = decode_views(given, given.cfg)
     return Predictor(
         given.model,
         given.params,
@@ -125,7 +125,7 @@ def load(source: str | os.PathLike) -> Predictor:
         given.classes,
         given.step,
         size=image_size(given.cfg),
-        stored=stored_size(given, given.cfg),
+        stored=decode_size(given, given.cfg),
         view=of_file,
         seen=on_device,
     )

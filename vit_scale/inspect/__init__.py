@@ -46,8 +46,8 @@ def inspect(
     return report(runs, images, split, out, overrides, wandb)
 
 
-def describe(rows: Sequence[dict]) -> list[dict[str, str]]:
+def format_rows(rows: Sequence[dict]) -> list[dict[str, str]]:
     """What `inspect` gives for "runs" as text, for a table."""
-    from vit_scale.inspect.comparison import described
+    from vit_scale.inspect.comparison import format_row
 
-    return [described(row) for row in rows]
+    return [format_row(row) for row in rows]

@@ -7,14 +7,14 @@ import numpy as np
 
 from vit_scale.inspect import curves, plots
 from vit_scale.inspect.html import Note, Picture, Table
-from vit_scale.inspect.inspected_run import Subject
+from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.predictions import Predictions, calibration, interval
 
 
 class Looked(NamedTuple):
     """A run, and what it says of the labelled images; None where there were none."""
 
-    subject: Subject
+    subject: InspectedRun
     found: Predictions | None
 
 
@@ -42,7 +42,7 @@ def numbers(looked: Looked) -> dict:
     }
 
 
-def described(row: dict) -> dict[str, str]:
+def format_row(row: dict) -> dict[str, str]:
     """The numbers of one run as text, for a table."""
     speed, loss = row["images_per_second"], row["loss"]
     return {
@@ -67,7 +67,7 @@ def compare(all_looked: Sequence[Looked]) -> list[Picture | Table | Note]:
     parts: list[Picture | Table | Note] = [
         Table(
             "In numbers",
-            [described(row) | {"run": name} for name, row in zip(names, rows, strict=True)],
+            [format_row(row) | {"run": name} for name, row in zip(names, rows, strict=True)],
         ),
         Picture("measures", "Accuracy, parameters, speed", _caption(rows),
                 plots.comparison(names, _measures(rows), steps)),

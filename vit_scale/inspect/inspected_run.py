@@ -18,7 +18,7 @@ from vit_scale.augment.pipeline import eval_images
 from vit_scale.augment.view import view
 from vit_scale.data import Source, align, are_files, eval_batches, open_split, views
 from vit_scale.errors import UserError, printable
-from vit_scale.inference.predictor import stored_size
+from vit_scale.inference.predictor import decode_size
 from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
@@ -29,14 +29,14 @@ from vit_scale.training.evaluator import check_classes
 BATCH = 8  # images whose weights of one block, [b, k, n, n], are in memory at once
 
 
-class Subject:
+class InspectedRun:
     """The model of a run's folder, or of a step in it.
 
     `overrides` are of its config, such as data.path=DIR. Raises UserError for what is no run.
     """
 
     def __init__(self, source: str | pathlib.Path, overrides: Sequence[str] = ()):
-        given = pretrained.read(source)
+        given = pretrained.load_model(source)
         self.cfg = config.override(given.cfg, overrides)
         self.model, self.params, self.classes = given.model, given.params, given.classes
         self.step, self.folder = given.step, given.path.parent.parent
@@ -44,7 +44,7 @@ class Subject:
             raise UserError(f"{source} is not the folder of a run: inspect looks into runs")
         self.name = printable(self.folder.absolute().name)
         self.size = config.image_size(self.cfg)
-        self.stored = stored_size(given, self.cfg)
+        self.stored = decode_size(given, self.cfg)
         self.view, self.seen = views(self.cfg, are_files(self.cfg.data))
         self.parameters = count(self.params)
         self.curves = curves.read(self.folder)

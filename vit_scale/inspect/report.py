@@ -14,7 +14,7 @@ from vit_scale.errors import UserError
 from vit_scale.inspect import plots, samples, sections
 from vit_scale.inspect.comparison import Looked, compare, numbers
 from vit_scale.inspect.html import Note, Section, file_name, page
-from vit_scale.inspect.inspected_run import Subject
+from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.samples import Samples
 from vit_scale.storage import paths
 from vit_scale.tracking import publish
@@ -31,7 +31,7 @@ def report(
     overrides: Sequence[str],
     wandb: bool,
 ) -> dict:
-    subjects = [Subject(run, overrides) for run in runs]
+    subjects = [InspectedRun(run, overrides) for run in runs]
     name_apart(subjects)
     if wandb:
         check_finished(subjects)
@@ -69,7 +69,7 @@ def report(
 
 
 def look(
-    subject: Subject, images: str | None, split: str | None, asked: bool
+    subject: InspectedRun, images: str | None, split: str | None, asked: bool
 ) -> tuple[Looked, Section]:
     """Everything there is to say of one run. `asked`: a split that isn't there is a mistake."""
     source, missing = open_source(subject, split, asked)
@@ -89,7 +89,7 @@ def look(
     return Looked(subject, found), Section(subject.name, title, parts)
 
 
-def open_source(subject: Subject, split: str | None, asked: bool) -> tuple[Source | None, str]:
+def open_source(subject: InspectedRun, split: str | None, asked: bool) -> tuple[Source | None, str]:
     """The labelled images to measure on, or the line that says why there are none."""
     split = split or subject.cfg.eval.final
     if not split:
@@ -102,18 +102,18 @@ def open_source(subject: Subject, split: str | None, asked: bool) -> tuple[Sourc
         return None, f"The run's split {split} can't be opened: {error}."
 
 
-def choose(subject: Subject, source: Source | None, images: str | None) -> Samples | None:
+def choose(subject: InspectedRun, source: Source | None, images: str | None) -> Samples | None:
     """The images to look at: of the folder `images`, else of the split, else of training."""
     if images:
-        return samples.of_folder(images, subject.stored, subject.view, exif=subject.cfg.data.exif)
+        return samples.from_folder(images, subject.stored, subject.view, exif=subject.cfg.data.exif)
     if source is None:
         with contextlib.suppress(UserError):
             source = subject.open(subject.cfg.data.train)
-    found = samples.of_source(source) if source else None
+    found = samples.from_source(source) if source else None
     return found if found and len(found.images) else None
 
 
-def name_apart(subjects: Sequence[Subject]) -> None:
+def name_apart(subjects: Sequence[InspectedRun]) -> None:
     """Give runs of one name the step as well, and their folders where that is not enough."""
     for name in (lambda s: f"{s.name}-{s.step}", lambda s: f"{s.folder}-{s.step}"):
         times = Counter(subject.name for subject in subjects)
@@ -122,11 +122,11 @@ def name_apart(subjects: Sequence[Subject]) -> None:
                 subject.name = name(subject).replace("/", "-")
 
 
-def default_folder(subjects: Sequence[Subject]) -> pathlib.Path:
+def default_folder(subjects: Sequence[InspectedRun]) -> pathlib.Path:
     return subjects[0].folder / ("inspect" if len(subjects) == 1 else "compare")
 
 
-def check_finished(subjects: Sequence[Subject]) -> None:
+def check_finished(subjects: Sequence[InspectedRun]) -> None:
     for subject in subjects:
         if subject.report is None:
             raise UserError(

@@ -38,7 +38,7 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i] for i in places]
 
 
-def of_source(source: Source, count: int = COUNT) -> Samples:
+def from_source(source: Source, count: int = COUNT) -> Samples:
     """At most `count` images from all over a set, which may be stored class by class."""
     batch = source.read(np.array(spread(range(len(source)), count)))
     there = np.flatnonzero(batch["mask"])
@@ -46,7 +46,7 @@ def of_source(source: Source, count: int = COUNT) -> Samples:
     return Samples(batch["image"][there], names, source.name)
 
 
-def of_folder(
+def from_folder(
     folder: str, size: tuple[int, int], view: View, count: int = COUNT, exif: bool = True
 ) -> Samples:
     """At most `count` images of a folder and its folders, at `size`, as evaluation sees them.

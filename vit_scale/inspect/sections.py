@@ -13,7 +13,7 @@ from vit_scale.errors import UserError, printable
 from vit_scale.inspect import embeddings, plots, predictions
 from vit_scale.inspect.attention import patch_distances
 from vit_scale.inspect.html import Note, Picture, Table
-from vit_scale.inspect.inspected_run import Subject
+from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.predictions import Predictions
 from vit_scale.inspect.samples import Samples, spread
 from vit_scale.models.position_embeddings import resample, sincos2d
@@ -26,7 +26,7 @@ FILTERS = 28  # components shown, as in the ViT paper's figure 7
 ROWS = 6  # images whose attention is shown head by head
 
 
-def training(subject: Subject) -> Parts:
+def training(subject: InspectedRun) -> Parts:
     if not subject.curves:
         return [Note("Training curves", "The run has no metrics.jsonl: nothing is known of it.")]
     last = max(steps[-1] for steps, _ in subject.curves.values())
@@ -42,7 +42,7 @@ def training(subject: Subject) -> Parts:
     return [Picture("curves", "Training curves", caption, figure)]
 
 
-def attention(subject: Subject, samples: Samples) -> Parts:
+def attention(subject: InspectedRun, samples: Samples) -> Parts:
     """Maps, rollout and distances. Of a model without attention, the line that says so."""
     if subject.model.attention is None:
         return [Note("Attention", "This model has no attention: no maps, rollout or distances.")]
@@ -56,7 +56,7 @@ def attention(subject: Subject, samples: Samples) -> Parts:
     ]
 
 
-def _maps(subject: Subject, shown: Samples, seen: list, heads: np.ndarray) -> list[Picture]:
+def _maps(subject: InspectedRun, shown: Samples, seen: list, heads: np.ndarray) -> list[Picture]:
     blocks, count = heads.shape[1], heads.shape[2]
     said = subject.model.shape.pool == "cls"
     whose = "of [CLS]" if said else "averaged over all tokens"
@@ -80,7 +80,7 @@ def _maps(subject: Subject, shown: Samples, seen: list, heads: np.ndarray) -> li
     ]
 
 
-def _rollout(subject: Subject, shown: Samples, seen: list, maps: np.ndarray) -> Picture:
+def _rollout(subject: InspectedRun, shown: Samples, seen: list, maps: np.ndarray) -> Picture:
     title = f"Attention rollout: {subject.stamp(len(seen), f'images of {shown.source}')}"
     caption = (
         "Share of each patch in what the classifier gets, through all blocks with their skip "
@@ -91,7 +91,7 @@ def _rollout(subject: Subject, shown: Samples, seen: list, maps: np.ndarray) -> 
     return Picture("rollout", "Attention rollout", caption, figure)
 
 
-def _distances(subject: Subject, samples: Samples) -> Picture:
+def _distances(subject: InspectedRun, samples: Samples) -> Picture:
     found = subject.distances(samples.images)
     uniform = float(patch_distances(subject.grid, subject.patch).mean())
     n = len(samples.images)
@@ -106,7 +106,7 @@ def _distances(subject: Subject, samples: Samples) -> Picture:
     return Picture("attention-distance", "Mean attention distance", caption, figure)
 
 
-def positions(subject: Subject) -> Parts:
+def positions(subject: InspectedRun) -> Parts:
     """Similarity of position embeddings; where they were resampled, before and after."""
     name = "Position embeddings"
     if subject.model.attention is None:
@@ -132,13 +132,13 @@ def positions(subject: Subject) -> Parts:
     return [picture, *([Note("Before resampling", note)] if note else [])]
 
 
-def _history(subject: Subject) -> tuple[dict[str, np.ndarray], str | None]:
+def _history(subject: InspectedRun) -> tuple[dict[str, np.ndarray], str | None]:
     """The tables that this one came from, before and after resampling, or why they are missing."""
     source, method = subject.cfg.init.source, subject.cfg.init.resample
     if not source:
         return {}, None
     try:
-        given = pretrained.read(
+        given = pretrained.load_model(
             paths.recorded(source, subject.folder, subject.about.get("cwd", ""))
         )
     except UserError as error:
@@ -157,7 +157,7 @@ def _history(subject: Subject) -> tuple[dict[str, np.ndarray], str | None]:
     }, None
 
 
-def filters(subject: Subject) -> Parts:
+def filters(subject: InspectedRun) -> Parts:
     kernel = subject.params.get("embed", {}).get("kernel")
     name = "Patch filters"
     if kernel is None or kernel.ndim != 4 or kernel.shape[2] != 3:
@@ -173,7 +173,7 @@ def filters(subject: Subject) -> Parts:
     return [Picture("filters", name, caption, plots.filters(found, shares, title))]
 
 
-def patches(subject: Subject, samples: Samples) -> Parts:
+def patches(subject: InspectedRun, samples: Samples) -> Parts:
     """One image as the model gets it."""
     if subject.model.attention is None:
         return []
@@ -189,7 +189,7 @@ def patches(subject: Subject, samples: Samples) -> Parts:
     return [Picture("patches", "Patches of an image", caption, figure)]
 
 
-def mistakes(subject: Subject, found: Predictions, source: Source) -> Parts:
+def mistakes(subject: InspectedRun, found: Predictions, source: Source) -> Parts:
     """The confusion matrix, the most frequent confusions, and the worst mistakes."""
     classes = tuple(map(printable, subject.classes))
     stamp = subject.stamp(found.n, f"images of {found.source}")
@@ -232,7 +232,7 @@ def _mistake(classes: Sequence[str], found: Predictions, i: int) -> str:
     )
 
 
-def calibration(subject: Subject, found: Predictions) -> Parts:
+def calibration(subject: InspectedRun, found: Predictions) -> Parts:
     measured = predictions.calibration(found.probabilities, found.labels)
     sure = float(found.probabilities.max(-1).mean())
     stamp = subject.stamp(found.n, f"images of {found.source}")

@@ -1,19 +1,25 @@
 """Fine-tuning is initialisation: other parameters, adapted to this run's model."""
 
-from vit_scale.pretrained.adapt import Placement, adapt, agree, differences, table
+from vit_scale.pretrained.adapt import (
+    Adaptation,
+    adapt,
+    adaptation_table,
+    match_head,
+    mismatched_settings,
+)
 from vit_scale.pretrained.convert import convert
-from vit_scale.pretrained.infer_config import Hints, hints_of
-from vit_scale.pretrained.load import Pretrained, read
+from vit_scale.pretrained.infer_config import Hints, hints_from_config
+from vit_scale.pretrained.load import Pretrained, load_model
 
 __all__ = [
+    "Adaptation",
     "Hints",
-    "Placement",
     "Pretrained",
     "adapt",
-    "agree",
+    "adaptation_table",
     "convert",
-    "differences",
-    "hints_of",
-    "read",
-    "table",
+    "hints_from_config",
+    "load_model",
+    "match_head",
+    "mismatched_settings",
 ]

@@ -29,7 +29,7 @@ TRAINED_WITH = (
 )
 
 
-class Placement(NamedTuple):
+class Adaptation(NamedTuple):
     """What became of one parameter."""
 
     name: str
@@ -43,7 +43,7 @@ def adapt(
     method: str,
     same_classes: bool,
     outputs: Sequence[int] | None = None,
-) -> tuple[dict, list[Placement]]:
+) -> tuple[dict, list[Adaptation]]:
     """`target` with every leaf that `source` can give, and what was done for each.
 
     `source` and `target` are parameter trees; `target`'s own values stay only in a replaced head.
@@ -73,11 +73,11 @@ def adapt(
         else:
             unplaced.append(f"{name}: source {given[name].shape}, model {leaf.shape}")
             continue
-        rows.append(Placement(name, tuple(leaf.shape), action))
+        rows.append(Adaptation(name, tuple(leaf.shape), action))
     for name in given.keys() - wanted:
         if name in REPRESENTATION and not same_classes:
             rows.append(
-                Placement(name, tuple(given[name].shape), "left: it belongs to the old head")
+                Adaptation(name, tuple(given[name].shape), "left: it belongs to the old head")
             )
         else:
             unplaced.append(f"{name} {given[name].shape} has no place in the model")
@@ -87,7 +87,7 @@ def adapt(
     return jax.tree.unflatten(jax.tree.structure(target), leaves), rows
 
 
-def table(rows: Sequence[Placement]) -> str:
+def adaptation_table(rows: Sequence[Adaptation]) -> str:
     """The placements as aligned lines."""
     width = max(len(row.name) for row in rows)
     shapes = [" x ".join(map(str, row.shape)) for row in rows]
@@ -98,7 +98,7 @@ def table(rows: Sequence[Placement]) -> str:
     )
 
 
-def agree(
+def match_head(
     given: Sequence[str],
     wanted: Sequence[str],
     head: str,
@@ -127,7 +127,7 @@ def agree(
         return None
 
 
-def differences(source: ConfigDict, cfg: ConfigDict) -> list[str]:
+def mismatched_settings(source: ConfigDict, cfg: ConfigDict) -> list[str]:
     """Lines about what the source was trained with and `cfg` has otherwise."""
     found = []
     for field in TRAINED_WITH:

@@ -11,10 +11,10 @@ from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.models.vit import Model, build
-from vit_scale.pretrained.adapt import Placement, adapt, agree
+from vit_scale.pretrained.adapt import Adaptation, adapt, match_head
 from vit_scale.pretrained.external import numbered
-from vit_scale.pretrained.infer_config import hints_of
-from vit_scale.pretrained.load import Pretrained, read
+from vit_scale.pretrained.infer_config import hints_from_config
+from vit_scale.pretrained.load import Pretrained, load_model
 from vit_scale.runs.run_folder import Run
 from vit_scale.storage import paths
 
@@ -23,7 +23,7 @@ SIZE = ("data.resolution", "data.width")
 
 def convert(
     source: str | os.PathLike, out: str | os.PathLike, overrides: Sequence[str] = ()
-) -> tuple[Pretrained, list[Placement]]:
+) -> tuple[Pretrained, list[Adaptation]]:
     """Write the model that `source` names to the run folder `out`, as its step 0.
 
     Its config is what the weights were trained with; `overrides` such as "data.resolution=384"
@@ -37,9 +37,9 @@ def convert(
     asked = config.override(config.base(), overrides)
     sized = any(item.partition("=")[0] in SIZE for item in overrides)
     size = config.image_size(asked) if sized else None
-    hints = hints_of(asked, asked.model.heads)._replace(size=size)
-    given = read(source, hints)
-    given = given._replace(lines=tuple(_still_assumed(line, overrides) for line in given.lines))
+    hints = hints_from_config(asked, asked.model.heads)._replace(requested_size=size)
+    given = load_model(source, hints)
+    given = given._replace(notes=tuple(_still_assumed(line, overrides) for line in given.notes))
     cfg = config.override(copy.deepcopy(given.cfg), overrides)
     if not given.classes and not any(item.startswith("model.classes=") for item in overrides):
         raise UserError(f"{source} has no head: give --config.model.classes=N for a new one")
@@ -48,18 +48,18 @@ def convert(
     classes = given.classes if len(given.classes) == count else numbered(count)
     model = build(cfg.model, config.image_size(cfg))
     target = _fresh(model, cfg.model.representation != given.cfg.model.representation)
-    kept = agree(given.classes, classes, cfg.init.head) is not None
+    kept = match_head(given.classes, classes, cfg.init.head) is not None
     params, rows = adapt(given.params, target, cfg.init.resample, kept)
     about = {
         "name": workdir.name,
         "config": config.to_json(cfg),
         "classes": list(classes),
-        "source": list(given.lines),
+        "source": list(given.notes),
         **({"data": given.data} if given.data else {}),
     }
     with Run(workdir, about), Checkpoints(workdir) as checkpoints:
         checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, about)
-    made = Pretrained(cfg, model, params, classes, 0, workdir, given.lines, given.data)
+    made = Pretrained(cfg, model, params, classes, 0, workdir, given.notes, given.data)
     return made, rows
 
 

@@ -33,7 +33,7 @@ from vit_scale.pretrained.infer_config import (
 from vit_scale.pretrained.key_mapping import (
     POSITIONS,
     Arrays,
-    Dialect,
+    WeightFormat,
     read,
     rules_of,
     spelled,
@@ -61,7 +61,7 @@ class Foreign(NamedTuple):
     model: Model
     params: dict
     classes: tuple[str, ...]  # none where there is no head: then it is zero, of one class
-    lines: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
@@ -72,12 +72,12 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
     of the file.
     """
     file = weight_files.file_in(place)
-    tree = param_trees.select(file, weight_files.read(file), hints.dialect, hints.tree)
+    tree = param_trees.select(file, weight_files.read(file), hints.format, hints.tree)
     dialect = tree.dialect
     arrays, others = floating(file, dialect, tree)
     check_finite(file, tree)
     lines = [f"{place}: {len(arrays)} arrays of {dialect.text} (init.dialect={dialect.name})"]
-    lines += [*tree.lines, *others]
+    lines += [*tree.notes, *others]
     known = metadata.read(dialect, file)
     with _about(file):
         arrays, notes = simplified(dialect, arrays)
@@ -105,7 +105,7 @@ def load(place: pathlib.Path, hints: Hints = NO_HINTS) -> Foreign:
     return Foreign(cfg, model, params, classes, tuple(lines))
 
 
-def check_names(dialect: Dialect, arrays: Arrays) -> None:
+def check_names(dialect: WeightFormat, arrays: Arrays) -> None:
     """Raises UserError for an array that no rule places, before anything else is blamed.
 
     Where a rule places none of them, it is the dialect that is wrong.
@@ -121,7 +121,7 @@ def check_names(dialect: Dialect, arrays: Arrays) -> None:
 
 
 def floating(
-    file: pathlib.Path, dialect: Dialect, tree: param_trees.Tree
+    file: pathlib.Path, dialect: WeightFormat, tree: param_trees.Tree
 ) -> tuple[Arrays, list[str]]:
     """The arrays by the names of the dialect's rules, and a line about counters and the like.
 
@@ -168,7 +168,7 @@ def numbered(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _check(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict, before: int) -> None:
+def _check(dialect: WeightFormat, arrays: Arrays, model: Model, shapes: dict, before: int) -> None:
     """Raises UserError, in the file's names, unless these are the arrays of such a model."""
     whole = _expected(dialect, arrays, model, named(shapes), before)
     expected = {name: array.shape for name, array in whole.items()}
@@ -187,7 +187,9 @@ def _check(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict, before:
         )
 
 
-def _expected(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict, before: int) -> Arrays:
+def _expected(
+    dialect: WeightFormat, arrays: Arrays, model: Model, shapes: dict, before: int
+) -> Arrays:
     """Arrays of the shapes that such a model has in the file, which take no memory."""
     there = names_of(dialect, arrays)
     heads = {name for name in HEAD if "head/bias" not in there}  # both, or none
@@ -205,7 +207,7 @@ def _expected(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict, befo
     return expected
 
 
-def _params(dialect: Dialect, arrays: Arrays, model: Model, shapes: dict, before: int) -> dict:
+def _params(dialect: WeightFormat, arrays: Arrays, model: Model, shapes: dict, before: int) -> dict:
     """Our tree of parameters, with stacked blocks; `shapes` has them unrolled."""
     size, grid = model.shape.size, model.shape.grid
     ours = read(dialect, arrays, size.depth, size.heads)

@@ -19,7 +19,7 @@ from vit_scale.pretrained.key_mapping import (
     BLOCK,
     POSITIONS,
     Arrays,
-    Dialect,
+    WeightFormat,
     read,
     rules_of,
     scaled,
@@ -38,18 +38,18 @@ Size = tuple[int, int]
 class Hints(NamedTuple):
     """What to believe where neither the arrays nor what stands beside them tells."""
 
-    dialect: str = ""
+    format: str = ""
     heads: int | None = None
-    image: Size | None = None  # height and width in pixels that the weights were trained at
-    size: Size | None = None  # that was given for them: `image`, if it fits, else `wanted`
-    wanted: Size | None = None  # that they are to be used at
+    trained_size: Size | None = None  # height and width in pixels that the weights were trained at
+    requested_size: Size | None = None  # trained_size if it fits, else target_size
+    target_size: Size | None = None  # that they are to be used at
     tree: str = ""  # of several models in a file, the one that is meant
 
 
 NO_HINTS = Hints()
 
 
-def hints_of(cfg: ConfigDict, heads: int | None = None) -> Hints:
+def hints_from_config(cfg: ConfigDict, heads: int | None = None) -> Hints:
     """What a config's init block says of a source. Raises UserError for a size that is none."""
     text, image = cfg.init.image, None
     if text:
@@ -68,7 +68,7 @@ class Configured(NamedTuple):
     assumed: tuple[str, ...]
 
 
-def simplified(dialect: Dialect, arrays: Arrays) -> tuple[Arrays, list[str]]:
+def simplified(dialect: WeightFormat, arrays: Arrays) -> tuple[Arrays, list[str]]:
     """The same function in the arrays that our models have, and a line about each change."""
     depth, lines = depth_of(dialect, arrays), []
     arrays = _one_norm(dialect, arrays)
@@ -94,7 +94,7 @@ def simplified(dialect: Dialect, arrays: Arrays) -> tuple[Arrays, list[str]]:
     return arrays, lines
 
 
-def _one_norm(dialect: Dialect, arrays: Arrays) -> Arrays:
+def _one_norm(dialect: WeightFormat, arrays: Arrays) -> Arrays:
     """The arrays with a norm after pooling named as the one before it. Raises UserError."""
     if not dialect.fc_norm or f"{dialect.fc_norm[0]}.weight" not in arrays:
         return arrays
@@ -106,7 +106,7 @@ def _one_norm(dialect: Dialect, arrays: Arrays) -> Arrays:
 
 
 def configure(
-    dialect: Dialect, arrays: Arrays, known: About, hints: Hints, names: frozenset[str]
+    dialect: WeightFormat, arrays: Arrays, known: About, hints: Hints, names: frozenset[str]
 ) -> Configured:
     """The config of the model that these arrays are of, and that had these names in the file.
 
@@ -146,7 +146,7 @@ def configure(
 
 
 def _pool(
-    cfg: ConfigDict, dialect: Dialect, first: Arrays, known: About, names: frozenset[str]
+    cfg: ConfigDict, dialect: WeightFormat, first: Arrays, known: About, names: frozenset[str]
 ) -> list[str]:
     """Set what the head reads; what was believed of it. Raises UserError."""
     said, cls = known.model.get("pool"), "cls" in first
@@ -167,7 +167,7 @@ def _pool(
 
 
 def _positions(
-    dialect: Dialect,
+    dialect: WeightFormat,
     first: Arrays,
     known: About,
     hints: Hints,
@@ -176,8 +176,8 @@ def _positions(
 ) -> Positions:
     """The grid of patches, and how the rows of positions lie. Raises UserError."""
     if POSITIONS not in first:
-        given = known.image or hints.image or hints.size
-        size = given or hints.wanted or (RESOLUTION, RESOLUTION)
+        given = known.image or hints.trained_size or hints.requested_size
+        size = given or hints.target_size or (RESOLUTION, RESOLUTION)
         nothing = "" if given else f"trained at {size[0]} x {size[1]} px"
         return Positions((size[0] // patch, size[1] // patch), 0, nothing)
     tokens = ("cls" in first) + ("dist" in first)
@@ -187,11 +187,11 @@ def _positions(
     elif tokens and dialect.apart:  # LayerScale is DINOv2's as well as DeiT III's
         surely, perhaps = (bool(re.search(mark, " ".join(names))) for mark in dialect.apart)
         before = (0,) if surely else (tokens, 0) if perhaps else before
-    sizes = Sizes(known.image, hints.image, hints.size, hints.wanted)
+    sizes = Sizes(known.image, hints.trained_size, hints.requested_size, hints.target_size)
     return position_tables.read(len(first[POSITIONS]), before, sizes, patch)
 
 
-def _first(dialect: Dialect, arrays: Arrays) -> Arrays:
+def _first(dialect: WeightFormat, arrays: Arrays) -> Arrays:
     """Our parameters outside the blocks and of the first, those that are there.
 
     Where heads are fused in an array, they are one head here.
@@ -213,7 +213,7 @@ def _first(dialect: Dialect, arrays: Arrays) -> Arrays:
 
 
 def _heads(
-    dialect: Dialect, first: Arrays, known: About, hints: Hints, size: tuple[int, int, int]
+    dialect: WeightFormat, first: Arrays, known: About, hints: Hints, size: tuple[int, int, int]
 ) -> tuple[int, list[str]]:
     """The arrays' axis of heads, else what is known of them, else those of such a size.
 
@@ -237,7 +237,7 @@ def _heads(
     )
 
 
-def depth_of(dialect: Dialect, arrays: Mapping[str, Any]) -> int:
+def depth_of(dialect: WeightFormat, arrays: Mapping[str, Any]) -> int:
     patterns = [
         re.escape(rule.theirs).replace(re.escape(BLOCK), r"(\d+)")
         for rule in dialect.rules
@@ -247,6 +247,6 @@ def depth_of(dialect: Dialect, arrays: Mapping[str, Any]) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
-def names_of(dialect: Dialect, arrays: Mapping[str, Any]) -> set[str]:
+def names_of(dialect: WeightFormat, arrays: Mapping[str, Any]) -> set[str]:
     """Our names of what is there, outside the blocks and of the first."""
     return {name for rule in rules_of(dialect, 1) if rule.theirs in arrays for name in rule.parts}

@@ -63,7 +63,7 @@ POSITIONS = "posemb"
 
 
 @dataclasses.dataclass(frozen=True)
-class Dialect:
+class WeightFormat:
     """A way to store a ViT. `model` and `augment` are what its models were trained with.
 
     Args:
@@ -112,7 +112,7 @@ def expand(rule: Rule, block: int) -> Rule:
     return Rule(ours, rule.theirs.replace(BLOCK, str(block)), rule.layout)
 
 
-def rules_of(dialect: Dialect, depth: int) -> list[Rule]:
+def rules_of(dialect: WeightFormat, depth: int) -> list[Rule]:
     """The rules of a model of `depth` blocks."""
     return [
         expand(rule, block)
@@ -121,7 +121,7 @@ def rules_of(dialect: Dialect, depth: int) -> list[Rule]:
     ]
 
 
-def spelled(dialect: Dialect, arrays: Mapping[str, np.ndarray]) -> Arrays:
+def spelled(dialect: WeightFormat, arrays: Mapping[str, np.ndarray]) -> Arrays:
     """The arrays by the names of the dialect's rules."""
     found: Arrays = {}
     for name, array in arrays.items():
@@ -136,7 +136,7 @@ def spelled(dialect: Dialect, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return found
 
 
-def scaled(dialect: Dialect, arrays: Arrays, depth: int) -> tuple[Arrays, int]:
+def scaled(dialect: WeightFormat, arrays: Arrays, depth: int) -> tuple[Arrays, int]:
     """The arrays with LayerScale's factors in the layers before them, and how many there were.
 
     In float64: the function stays the same to a rounding of each parameter.
@@ -157,7 +157,7 @@ def scaled(dialect: Dialect, arrays: Arrays, depth: int) -> tuple[Arrays, int]:
     return found, count
 
 
-def read(dialect: Dialect, arrays: Mapping[str, np.ndarray], depth: int, heads: int) -> Arrays:
+def read(dialect: WeightFormat, arrays: Mapping[str, np.ndarray], depth: int, heads: int) -> Arrays:
     """Our parameters. Positions stay rows (n d), with [CLS]'s where they have one.
 
     Raises UserError for an array that its layout can't be of.
@@ -175,7 +175,7 @@ def read(dialect: Dialect, arrays: Mapping[str, np.ndarray], depth: int, heads: 
     return ours
 
 
-def write(dialect: Dialect, ours: Mapping[str, np.ndarray], depth: int) -> Arrays:
+def write(dialect: WeightFormat, ours: Mapping[str, np.ndarray], depth: int) -> Arrays:
     """Their arrays. `ours` are unrolled, and their positions a grid (h w d).
 
     Raises UserError for parameters that the dialect doesn't have.

@@ -25,7 +25,7 @@ class Pretrained(NamedTuple):
     `classes` are "0", "1" and so on where nobody named them, and none where there is no head.
     `data` is what it says of the images that it was trained on here, None of weights of others:
     then their config's data block is nothing but defaults.
-    `lines` say what weights of others were taken for.
+    `notes` say what weights of others were taken for.
     """
 
     cfg: ConfigDict
@@ -34,16 +34,16 @@ class Pretrained(NamedTuple):
     classes: tuple[str, ...]
     step: int
     path: pathlib.Path
-    lines: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     data: dict[str, Any] | None = None
 
-    def say(self) -> None:
+    def print_notes(self) -> None:
         """Print what weights of others were taken for to standard error."""
-        for line in self.lines:
+        for line in self.notes:
             print(f"vit-scale: {printable(line)}", file=sys.stderr)
 
 
-def read(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
+def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
     """The model that `source` names.
 
     That is the newest checkpoint of a run's folder, or RUN/checkpoints/STEP, on disk or in a
@@ -54,24 +54,25 @@ def read(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
     if place := fetch.weights(source):
         found = external.load(place, hints)
         return Pretrained(
-            found.cfg, found.model, found.params, found.classes, 0, place, found.lines
+            found.cfg, found.model, found.params, found.classes, 0, place, found.notes
         )
-    given = read_run(paths.path(source))
-    for name in ("dialect", "tree", "image"):
-        if getattr(hints, name):
+    given = load_run(paths.path(source))
+    fields = {"dialect": hints.format, "tree": hints.tree, "image": hints.trained_size}
+    for field, value in fields.items():
+        if value:
             raise UserError(
-                f"init.{name} is of weights of others, and {source} is a run, which says it "
+                f"init.{field} is of weights of others, and {source} is a run, which says it "
                 "itself: leave it out"
             )
     return given
 
 
-def read_run(source: pathlib.Path) -> Pretrained:
+def load_run(source: pathlib.Path) -> Pretrained:
     """The model of a run. Where it averaged its weights, the average is the model."""
-    folder = locate(source)
+    folder = locate_checkpoint(source)
     described = checkpoint.description(folder)
     (first, *_) = jax.local_devices()
-    cfg = runnable(config.from_json(described["config"]), [first])
+    cfg = with_supported_attention(config.from_json(described["config"]), [first])
     cfg.data.path = paths.recorded(cfg.data.path, folder.parent.parent, described.get("cwd", ""))
     model = build(cfg.model, config.image_size(cfg))
     device = jax.sharding.SingleDeviceSharding(first)
@@ -92,7 +93,7 @@ def read_run(source: pathlib.Path) -> Pretrained:
     )
 
 
-def runnable(cfg: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
+def with_supported_attention(cfg: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
     """The config of a trained model for these devices: the same function, computed as they can.
 
     A run that trained with cuDNN's attention is a model without a GPU too (law 7).
@@ -102,7 +103,7 @@ def runnable(cfg: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
     return cfg
 
 
-def locate(source: pathlib.Path) -> pathlib.Path:
+def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
     """The checkpoint's folder that `source` means. Raises UserError where it means none."""
     if source.parent.name == checkpoint.FOLDER and source.name.isdigit() and source.is_dir():
         return source

@@ -13,7 +13,7 @@ from vit_scale.errors import UserError
 from vit_scale.models.spec import SIZES
 from vit_scale.pretrained import preprocessing
 from vit_scale.pretrained.formats import HUGGINGFACE, TIMM
-from vit_scale.pretrained.key_mapping import Dialect
+from vit_scale.pretrained.key_mapping import WeightFormat
 from vit_scale.pretrained.weight_files import read_json
 
 GELUS = {  # in transformers and timm
@@ -61,7 +61,7 @@ class About(NamedTuple):
 NOTHING = About({}, {}, {}, (), None)
 
 
-def read(dialect: Dialect, file: pathlib.Path) -> About:
+def read(dialect: WeightFormat, file: pathlib.Path) -> About:
     """What stands beside a file of weights.
 
     Raises UserError for a model that is no plain ViT, and where it is not as the dialect writes it.
@@ -74,7 +74,7 @@ def read(dialect: Dialect, file: pathlib.Path) -> About:
         ) from error
 
 
-def _read(dialect: Dialect, file: pathlib.Path) -> About:
+def _read(dialect: WeightFormat, file: pathlib.Path) -> About:
     own = read_json(file.with_suffix(".json")) if file.suffix == ".npz" else {}
     if own:
         pixels = {name: tuple(map(float, own[name])) for name in ("mean", "std")}

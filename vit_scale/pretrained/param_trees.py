@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.pretrained.formats import DIALECTS
-from vit_scale.pretrained.key_mapping import Arrays, Dialect
+from vit_scale.pretrained.formats import FORMATS
+from vit_scale.pretrained.key_mapping import Arrays, WeightFormat
 from vit_scale.pretrained.weight_files import SHARD
 
 SHOWN = 6  # names in a line, of a hundred that there may be
@@ -34,10 +34,10 @@ LAST = "student|momentum_encoder|encoder_k|optimizer.*|mu|nu|exp_avg.*"
 class Tree(NamedTuple):
     """One model of a file."""
 
-    dialect: Dialect
+    dialect: WeightFormat
     prefix: str  # of its names in the file, with the last separator
     arrays: Arrays  # without the prefix
-    lines: tuple[str, ...]  # what was left aside, and why it was this one
+    notes: tuple[str, ...]  # what was left aside, and why it was this one
 
 
 def select(file: object, arrays: Mapping[str, np.ndarray], dialect: str, tree: str) -> Tree:
@@ -70,26 +70,26 @@ def select(file: object, arrays: Mapping[str, np.ndarray], dialect: str, tree: s
 
 def recognise(
     file: object, names: Iterable[str], forced: str = ""
-) -> tuple[Dialect, tuple[str, ...]]:
+) -> tuple[WeightFormat, tuple[str, ...]]:
     """The dialect, and the prefixes of the models of it. Raises UserError."""
     names = list(names)
     if forced:
-        if forced not in DIALECTS:
-            raise UserError(f"init.dialect={forced!r} is unknown; {nearest(forced, DIALECTS)}")
-        dialect = DIALECTS[forced]
+        if forced not in FORMATS:
+            raise UserError(f"init.dialect={forced!r} is unknown; {nearest(forced, FORMATS)}")
+        dialect = FORMATS[forced]
         return dialect, prefixes(dialect, names) or ("",)
-    for dialect in DIALECTS.values():
+    for dialect in FORMATS.values():
         if there := prefixes(dialect, names):
             return dialect, there
     if SHARD.search(str(file)):
         raise UserError(f"{file} is one of several shards: give the folder that holds them all")
     raise UserError(
-        f"{file}: its names are of no dialect that is known ({', '.join(DIALECTS)}): "
+        f"{file}: its names are of no dialect that is known ({', '.join(FORMATS)}): "
         f"{some(sorted(names))}"
     )
 
 
-def prefixes(dialect: Dialect, names: Iterable[str]) -> tuple[str, ...]:
+def prefixes(dialect: WeightFormat, names: Iterable[str]) -> tuple[str, ...]:
     """What comes before the dialect's mark, wherever it is."""
     pattern = re.compile(rf"(?P<prefix>|.*?[./])({dialect.mark})$")
     found = (pattern.fullmatch(name) for name in names)

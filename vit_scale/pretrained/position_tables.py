@@ -19,10 +19,12 @@ GIVE = "give --config.init.image=HEIGHTxWIDTH, at which it was trained, to conve
 class Sizes(NamedTuple):
     """Sizes in pixels (height, width) that are known; None where they are not."""
 
-    said: Size | None = None  # stands beside the weights
-    image: Size | None = None  # was given as the one that they were trained at, and as nothing else
-    given: Size | None = None  # was given; it may also be meant as one to resample to
-    wanted: Size | None = None  # they are to be used at, which may be another one
+    stored: Size | None = None  # stands beside the weights
+    trained: Size | None = (
+        None  # was given as the one that they were trained at, and as nothing else
+    )
+    requested: Size | None = None  # was given; it may also be meant as one to resample to
+    target: Size | None = None  # they are to be used at, which may be another one
 
 
 class Positions(NamedTuple):
@@ -38,13 +40,13 @@ def read(rows: int, before: tuple[int, ...], sizes: Sizes, patch: int) -> Positi
     UserError with the readings where there is none or more than one.
     """
     for size, counts in (
-        (sizes.said, (*before, 0)),  # [CLS] may have no row: one size fits one reading only
-        (sizes.image, (*before, 0)),
-        (sizes.given, before),
+        (sizes.stored, (*before, 0)),  # [CLS] may have no row: one size fits one reading only
+        (sizes.trained, (*before, 0)),
+        (sizes.requested, before),
     ):
         if size and (found := _matching(rows, counts, _grid(size, patch))) is not None:
             square = math.isqrt(rows - found) ** 2 == rows - found
-            other = size is sizes.given and square and size[0] != size[1]
+            other = size is sizes.requested and square and size[0] != size[1]
             text = f"{_text(rows, found, _grid(size, patch))}, the size given"
             return Positions(_grid(size, patch), found, text if other else "")
     squares = [
@@ -52,7 +54,7 @@ def read(rows: int, before: tuple[int, ...], sizes: Sizes, patch: int) -> Positi
         for count in before
         if rows > count and math.isqrt(rows - count) ** 2 == rows - count
     ]
-    wanted = _grid(sizes.wanted, patch) if sizes.wanted else None
+    wanted = _grid(sizes.target, patch) if sizes.target else None
     matching = _matching(rows, before, wanted) if wanted else None
     readings = {_text(rows, count, (side, side)): (side, count) for side, count in squares}
     if wanted and matching is not None and (wanted[0], matching) not in readings.values():
@@ -65,8 +67,8 @@ def read(rows: int, before: tuple[int, ...], sizes: Sizes, patch: int) -> Positi
     if len(readings) != 1:
         raise UserError(_refusal(rows, before, list(readings), sizes, patch))
     ((text, (side, count)),) = readings.items()
-    if sizes.said:
-        h, w = _grid(sizes.said, patch)
+    if sizes.stored:
+        h, w = _grid(sizes.stored, patch)
         text = f"{text} although the size beside the file is of {h} x {w}"
     return Positions((side, side), count, text)
 

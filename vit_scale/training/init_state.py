@@ -47,8 +47,8 @@ def read_source(program: Program) -> pretrained.Pretrained:
     shape = program.model.shape
     heads = shape.size.heads if isinstance(shape, Shape) else None
     try:
-        hints = pretrained.hints_of(cfg, heads)._replace(wanted=image_size(cfg))
-        return pretrained.read(cfg.init.source, hints)
+        hints = pretrained.hints_from_config(cfg, heads)._replace(target_size=image_size(cfg))
+        return pretrained.load_model(cfg.init.source, hints)
     except Unreachable as error:
         if not cfg.init.instead:
             raise
@@ -71,7 +71,7 @@ def check_source(program: Program, classes: tuple[str, ...], ids: tuple[str, ...
     if not cfg.init.source:
         return
     given = read_source(program)
-    kept = pretrained.agree(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
+    kept = pretrained.match_head(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
 
     def fit(source, target):
         return pretrained.adapt(source, target, cfg.init.resample, kept is not None)[0]
@@ -94,7 +94,7 @@ def init_state(
     if cfg.init.source:
         with multihost.together():
             given = read_source(program)
-        kept = pretrained.agree(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
+        kept = pretrained.match_head(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
         params, rows = pretrained.adapt(
             *(given.params, params, cfg.init.resample, kept is not None),
             outputs=kept.outputs if kept else None,
@@ -102,8 +102,12 @@ def init_state(
         params = shard(params, shardings.params)
         if not quiet:
             head = [kept.line] if kept and kept.line else []
-            about = [*given.lines, *pretrained.differences(given.cfg, cfg), *head]
-            print("\n".join([f"initialised from {given.path}", pretrained.table(rows), *about]))
+            about = [*given.notes, *pretrained.mismatched_settings(given.cfg, cfg), *head]
+            print(
+                "\n".join(
+                    [f"initialised from {given.path}", pretrained.adaptation_table(rows), *about]
+                )
+            )
     make_opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)
     ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
     step = jax.device_put(np.int32(0), shardings.step)

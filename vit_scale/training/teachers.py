@@ -52,7 +52,7 @@ def find(cfg: ConfigDict, mesh, put: Callable) -> Teacher | None:
         return None
     if not source:
         raise UserError(f"objective={OBJECTIVE} needs --config.distill.teacher=RUN")
-    folder = weights.locate(paths.path(source))
+    folder = weights.locate_checkpoint(paths.path(source))
     content = checkpoint.read_manifest(folder)
     checksum, about = signed(content)["checksum"], content["description"]
     if cfg.distill.checksum not in ("", checksum):
@@ -60,7 +60,7 @@ def find(cfg: ConfigDict, mesh, put: Callable) -> Teacher | None:
             f"distill.teacher={folder} has the checksum {checksum}, "
             f"not distill.checksum={cfg.distill.checksum}: it is another teacher"
         )
-    given = weights.runnable(config.from_json(about["config"]), devices_of(mesh))
+    given = weights.with_supported_attention(config.from_json(about["config"]), devices_of(mesh))
     if given.model.classes != cfg.model.classes:
         raise UserError(
             f"distill.teacher={source} has {given.model.classes} classes, "
@@ -100,7 +100,7 @@ def load(teacher: Teacher | None) -> tuple:
     """What a training step is given beside state and batch: the teacher's parameters, if any."""
     if teacher is None:
         return ()
-    params = weights.read(teacher.folder).params
+    params = weights.load_model(teacher.folder).params
     return (shard(params, jax.tree.map(lambda leaf: leaf.sharding, teacher.params)),)
 
 

@@ -5,6 +5,6 @@ from vit_scale.pretrained.formats.google import GOOGLE
 from vit_scale.pretrained.formats.huggingface import HUGGINGFACE
 from vit_scale.pretrained.formats.timm import TIMM
 
-DIALECTS = {dialect.name: dialect for dialect in (GOOGLE, BIG_VISION, TIMM, HUGGINGFACE)}
+FORMATS = {dialect.name: dialect for dialect in (GOOGLE, BIG_VISION, TIMM, HUGGINGFACE)}
 
-__all__ = ["BIG_VISION", "DIALECTS", "GOOGLE", "HUGGINGFACE", "TIMM"]
+__all__ = ["BIG_VISION", "FORMATS", "GOOGLE", "HUGGINGFACE", "TIMM"]

@@ -4,7 +4,7 @@ Blocks are apart, or scanned: one array with all of them. Positions are stored, 
 are the table of MoCo v3, whose frequencies go down to 1 / temperature where ours stop before it.
 """
 
-from vit_scale.pretrained.key_mapping import Dialect, Rule
+from vit_scale.pretrained.key_mapping import Rule, WeightFormat
 
 BLOCK = "Transformer/encoderblock_{i}/"
 ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_0/", BLOCK + "MlpBlock_0/"
@@ -60,7 +60,7 @@ def temperature(width: int) -> float:
     return 10_000.0 ** (frequencies / (frequencies - 1))
 
 
-BIG_VISION = Dialect(
+BIG_VISION = WeightFormat(
     name="big_vision",
     text="google-research/big_vision",
     mark=r"embedding/kernel",

@@ -5,7 +5,7 @@ a block as Flax did before 2021 (LayerNorm_0, MultiHeadDotProductAttention_1, La
 MlpBlock_3); what was saved later counts each kind from 0.
 """
 
-from vit_scale.pretrained.key_mapping import Dialect, Rule
+from vit_scale.pretrained.key_mapping import Rule, WeightFormat
 
 BLOCK = "Transformer/encoderblock_{i}/"
 ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_1/", BLOCK + "MlpBlock_3/"
@@ -38,7 +38,7 @@ RULES = (
     Rule("head/bias", "head/bias"),
 )
 
-GOOGLE = Dialect(
+GOOGLE = WeightFormat(
     name="google",
     text="google-research/vision_transformer",
     mark=r"Transformer/posembed_input/pos_embedding",

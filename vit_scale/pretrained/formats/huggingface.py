@@ -5,7 +5,7 @@ others in memory. [CLS] has a position of its own, the first. ViTModel's pooler 
 before a head that it doesn't have.
 """
 
-from vit_scale.pretrained.key_mapping import Dialect, Rule
+from vit_scale.pretrained.key_mapping import Rule, WeightFormat
 
 BLOCK = "vit.encoder.layer.{i}."
 SELF = BLOCK + "attention.attention."
@@ -41,7 +41,7 @@ RULES = (
     Rule("head_dist/bias", "distillation_classifier.bias"),
 )
 
-HUGGINGFACE = Dialect(
+HUGGINGFACE = WeightFormat(
     name="huggingface",
     text="Hugging Face transformers",
     mark=r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight",

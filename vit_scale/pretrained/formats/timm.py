@@ -4,7 +4,7 @@
 whose LayerScale is multiplied into the layers before it.
 """
 
-from vit_scale.pretrained.key_mapping import Dialect, Rule
+from vit_scale.pretrained.key_mapping import Rule, WeightFormat
 
 ATTENTION = "blocks/{i}/attention/"
 RULES = (
@@ -56,7 +56,7 @@ RULES = (
     Rule("head_dist/bias", "head_dist.bias"),
 )
 
-TIMM = Dialect(
+TIMM = WeightFormat(
     name="timm",
     text="timm or DeiT",
     mark=r"patch_embed\.proj\.weight",
