@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.measurement import HERE, Measurement, Session, TimeUp, main, spread
 from benchmarks.speed_config import BATCH
 from vit_scale import config
+from vit_scale.distributed.accelerators import mfu
 from vit_scale.errors import UserError
 from vit_scale.models import flops
 from vit_scale.models.spec import shape
@@ -108,7 +109,7 @@ def standing(contender: "Contender", rates: list[float], flops_each: int) -> dic
     speeds = spread(rates)
     return {
         "images_per_second": speeds,
-        "mfu": flops.mfu(speeds["median"], flops_each, 1, about["device"]),
+        "mfu": mfu(speeds["median"], flops_each, 1, about["device"]),
         "peak_memory_bytes": contender.ask("memory")["peak_memory_bytes"],
         "parameters": about["parameters"],
         "batch": about["batch"],

@@ -18,6 +18,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from launch.tpu import accelerators, flags, preflight
+from launch.tpu.accelerators import Accelerator
 from launch.tpu.exit_codes import REFUSED, USAGE, Stop
 from launch.tpu.plan import NAME, ROOT
 
@@ -45,8 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def render(args: argparse.Namespace, train: list[str]) -> dict:
     """The JobSet: one job a slice, one pod a host, each with all of the host's chips."""
     slice_ = accelerators.parse(args.type)
-    generation = accelerators.GENERATIONS[slice_.generation]
-    if not generation.gke or not slice_.topology:
+    if not slice_.gke or not slice_.topology:
         raise Stop(REFUSED, f"type {slice_.type}: GKE's name of it is not known here")
     job = {
         "parallelism": slice_.hosts,
@@ -61,7 +61,7 @@ def render(args: argparse.Namespace, train: list[str]) -> dict:
                 }
             ]
         },
-        "template": {"spec": pod(args, train, slice_, generation)},
+        "template": {"spec": pod(args, train, slice_)},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -87,9 +87,9 @@ def render(args: argparse.Namespace, train: list[str]) -> dict:
     }
 
 
-def pod(args: argparse.Namespace, train: list[str], slice_, generation) -> dict:
+def pod(args: argparse.Namespace, train: list[str], slice_: Accelerator) -> dict:
     selector = {
-        "cloud.google.com/gke-tpu-accelerator": generation.gke,
+        "cloud.google.com/gke-tpu-accelerator": slice_.gke,
         "cloud.google.com/gke-tpu-topology": slice_.topology,
     }
     if args.spot:

@@ -274,7 +274,7 @@ def cost_line(plan: Plan) -> str:
         rate = "an unknown price (give --price USD_PER_CHIP_HOUR)"
     else:
         bound = "at most " if plan.tpu and plan.tpu.model == "spot" and args.price is None else ""
-        source = "--price" if args.price is not None else accelerators.PRICES
+        source = "--price" if args.price is not None else accelerators.PRICE_SOURCE
         rate = f"{bound}${price:.2f}/h ({source})"
     limits = [f"{args.max_hours:g} h"] * bool(args.max_hours)
     limits += [f"${args.max_cost:g}"] * bool(args.max_cost)

@@ -113,8 +113,10 @@ class Rig:
         shutil.copytree(ROOT / "launch", self.root / "launch", ignore=ignore)
         (self.root / "configs").mkdir()
         (self.root / "configs" / f"{CONFIG}.py").write_text("# played by the fake trainer\n")
-        for name in ("pyproject.toml", "constraints.txt"):
-            shutil.copy(ROOT / name, self.root)
+        (self.root / "vit_scale" / "distributed").mkdir(parents=True)
+        table = "vit_scale/distributed/accelerators.json"
+        for name in ("pyproject.toml", "constraints.txt", table):
+            shutil.copy(ROOT / name, self.root / name)
         (self.root / ".venv" / "bin").mkdir(parents=True)
         (self.root / ".venv" / "bin" / "python").symlink_to(sys.executable)
         script(self.root / ".venv" / "bin" / "vit-scale", f'#!/bin/bash\nexec {TRAINER} "$@"\n')

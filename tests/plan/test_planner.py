@@ -185,9 +185,9 @@ def test_slices_by_name(text, name, chips, devices):
 
 
 def test_two_names_of_each_size():
-    for kind, family in topology.FAMILIES.items():
-        for chips, sides in family.shapes.items():
-            found = topology.parse(f"{family.accelerator}-{chips * family.counted}")
+    for kind, tpu in topology.TPUS.items():
+        for chips, sides in tpu.topologies.items():
+            found = topology.parse(f"{tpu.accelerator_type}-{chips * tpu.type_counts_per_chip}")
             assert found == topology.parse(f"{kind}:{sides}")
             assert found.chips == chips
 

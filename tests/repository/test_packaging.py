@@ -52,6 +52,7 @@ def test_wheel_holds_the_code_and_the_configs_and_nothing_else(wheel):
         *(f"vit_scale/{file.relative_to(ROOT).as_posix()}" for file in ROOT.glob("configs/*.py")),
         *(file.relative_to(ROOT).as_posix() for file in ROOT.glob("vit_scale/**/*.py")),
         "vit_scale/py.typed",
+        "vit_scale/distributed/accelerators.json",
     }
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == sources
     assert "vit_scale/configs/base.py" in sources

@@ -1,4 +1,4 @@
-"""How much arithmetic a model is, counted on paper, and how much of a chip's peak a speed comes to.
+"""How much arithmetic a model is, counted on paper.
 
 Counted are the multiply-accumulates (MACs) of matrix products, attention's two among them, and of
 convolutions, also with the zeros around an image; norms, softmax, GELU and biases are not, as is
@@ -6,23 +6,7 @@ usual for model FLOPs utilisation (PaLM, appendix B). Recomputation (remat) isn'
 head does not read of the last block: MFU measures what the model needs, not what was done.
 """
 
-import re
 from collections.abc import Sequence
-
-# Dense bfloat16 FLOP/s of one device, as jax counts devices; vendors' data sheets. Each pattern is
-# searched in `jax.Device.device_kind`; the first that is found decides. A slice of a GPU (MIG) has
-# no published peak.
-PEAK = {
-    r"\bMIG\b": None,
-    r"^TPU v4$": 275e12,
-    r"^TPU (v5 lite|v5e)$": 197e12,
-    r"^TPU (v5|v5p)$": 459e12,
-    r"^TPU (v6 lite|v6e)$": 918e12,
-    r"^TPU7x$": 2307e12 / 2,  # two devices a chip
-    r"\bA100\b": 312e12,
-    r"\bH100 PCIe\b": 756e12,
-    r"H[12]00\b": 989e12,  # GH200 as well
-}
 
 
 def forward_macs(
@@ -111,23 +95,3 @@ def stem_macs(image: tuple[int, int], channels: Sequence[int]) -> int:
 def training_flops(macs: int) -> int:
     """FLOPs of one image's training step: two a MAC, forward once and backward twice."""
     return 6 * macs
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device; None where it is not known, as for a CPU."""
-    return next((peak for kind, peak in PEAK.items() if re.search(kind, device_kind)), None)
-
-
-def mfu(
-    images_per_second: float, flops_per_image: float, devices: int, device_kind: str
-) -> float | None:
-    """Model FLOPs utilisation, 0 to 1, of all devices together; None where the peak is not known.
-
-    Args:
-      images_per_second: over all devices.
-      flops_per_image: `training_flops` while training.
-      devices: `jax.device_count()`.
-      device_kind: `jax.Device.device_kind`, the same for all.
-    """
-    peak = peak_flops(device_kind)
-    return None if peak is None else images_per_second * flops_per_image / (devices * peak)

@@ -7,7 +7,7 @@ whether something fits.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from vit_scale.models import flops
+from vit_scale.distributed.accelerators import mfu
 from vit_scale.plan.hlo import Collective, Cost
 from vit_scale.plan.topology import Topology
 
@@ -35,10 +35,10 @@ def parts(cost: Cost, where: Topology) -> dict[str, float]:
         between = transfer.kind == "send"
         waits = transfer.hidden is None
         name = "between_slices" if between else "synchronous" if waits else "hidden"
-        speed = where.family.dcn if between else where.family.ici
+        speed = where.tpu.dcn_bytes_per_second if between else where.tpu.ici_bytes_per_second
         sums[name] += 1e3 * moved_bytes(transfer) / speed
     return {
-        "arithmetic_ms": 1e3 * cost.cycles / where.family.clock,
+        "arithmetic_ms": 1e3 * cost.cycles / where.tpu.clock_hz,
         "synchronous_ms": sums["synchronous"],
         "hidden_ms": sums["hidden"],
         "between_slices_ms": sums["between_slices"],
@@ -82,7 +82,7 @@ def totals(found: dict, step_ms: float, price: float | None) -> dict[str, float 
     return {
         "step_ms": step_ms,
         "images_per_second": per_second,
-        "mfu": flops.mfu(per_second, image_flops, found["devices"], found["device_kind"]),
+        "mfu": mfu(per_second, image_flops, found["devices"], found["device_kind"]),
         "chip_hours": hours,
         "cost_usd": None if price is None else price * hours,
     }

@@ -42,7 +42,7 @@ def plan(name: str, overrides: Sequence[str], where: Topology, price: float | No
     found = {"config": name, "overrides": list(overrides)} | found
     if not found["fits"]:
         return found
-    found["exposed_ms"] = 1e3 * exposed_cycles(log) / where.family.clock
+    found["exposed_ms"] = 1e3 * exposed_cycles(log) / where.tpu.clock_hz
     return found | estimate.totals(found, estimate.step_ms(found), price)
 
 

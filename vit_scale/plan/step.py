@@ -72,7 +72,7 @@ def describe(program: Program, where: topology.Topology) -> dict:
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "flops_per_step": cfg.data.batch * training_flops(program.model, cfg.model.classes),
-        "hbm_bytes": int(where.family.hbm * topology.GIB),
+        "hbm_bytes": int(where.tpu.hbm_gib * topology.GIB),
         "parameter_bytes": device_bytes(state.params),
         "optimizer_bytes": device_bytes(state.opt_state),
         "ema_bytes": device_bytes(state.ema),

@@ -23,9 +23,9 @@ from vit_scale.augment.view import View, view
 from vit_scale.checkpoint import Checkpoints, folders
 from vit_scale.data import Batch, Source, open_split, train_batches
 from vit_scale.distributed import multihost, preemption
+from vit_scale.distributed.accelerators import mfu
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
-from vit_scale.models import flops
 from vit_scale.models.parameters import count
 from vit_scale.runs import compiled_programs, divergence
 from vit_scale.runs.divergence import Diverged, Guard, Rollback
@@ -305,7 +305,7 @@ def utilisation(program: Program, images_per_second: float) -> float | None:
     """Model FLOPs utilisation; None where the device's peak is unknown."""
     per_image = training_flops(program.model, program.cfg.model.classes)
     kind = jax.devices()[0].device_kind
-    return flops.mfu(images_per_second, per_image, jax.device_count(), kind)
+    return mfu(images_per_second, per_image, jax.device_count(), kind)
 
 
 def tracker(program: Program, run: Run, start: int, quiet: bool) -> Tracker:
