@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv at the top of the repository: Python, the pinned dependencies, vit_scale itself (editable).
 #
-#   launch/environment.sh [EXTRA...]     extras of pyproject.toml: gpu, gs, inspect, peers, tpu, test
+#   launch/environment.sh [EXTRA...]     extras of pyproject.toml: docs, gpu, gs, inspect, peers, tpu, test
 #
 # Safe to run at every start. It does nothing when .venv already holds what is asked for, takes turns with
 # another start, and rebuilds an environment whose installation was interrupted. Everything it prints goes

@@ -1,0 +1,79 @@
+"""The Python in the documents runs: each page's blocks, one after the other, in one folder."""
+
+import pathlib
+import shutil
+
+import pytest
+
+from tests.helpers.documents import ROOT, blocks, documents
+from tests.helpers.tiny import random_params, tiny_config, write_run
+from vit_scale import config
+from vit_scale.config import image_size
+from vit_scale.data import open_split, registry
+from vit_scale.inference.export import export
+from vit_scale.models.vit import build
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+PINNED = ROOT / "tests" / "golden" / "pinned"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> pathlib.Path:
+    """What the blocks name: a trained run and a photo."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PINNED / "run", tmp_path / "runs" / "vit_small_cifar")
+    shutil.copy(PINNED / "data/val/eel/0.png", tmp_path / "cat.jpg")
+    return tmp_path
+
+
+def run(page: str) -> dict:
+    """The names that a page's blocks leave."""
+    names: dict = {}
+    for code in blocks(documents()[page], "python"):
+        exec(compile(code, page, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "page", [page for page, text in documents().items() if blocks(text, "python")]
+)
+def test_a_page_with_python_is_run_by_a_test(page):
+    assert page in RUN
+
+
+def test_readme(folder):
+    assert run("README.md")["model"].classes == ("crane", "derrick", "eel")
+
+
+def test_python(folder):
+    names = run("docs/python.md")
+    assert names["probabilities"].shape == (8, 3)
+    assert names["logits"].shape == (8, 3)
+    assert names["model"].shape.tokens == 577
+    assert names["gradients"].keys() == names["params"].keys() or names["gradients"]
+
+
+def test_getting_started(folder):
+    (folder / "photos.py").write_text(blocks(documents()["docs/getting-started.md"], "python")[0])
+    assert config.load("photos.py").data.resolution == 96
+
+
+def test_pretrained_weights(folder):
+    cfg = tiny_config("model.variant=Ti/112", "data.resolution=224")
+    params = random_params(build(cfg.model, image_size(cfg)))
+    export(write_run(folder / "run", cfg, params), "jax", folder / "FILE")
+    names = run("docs/pretrained-weights.md")
+    assert names["probabilities"].shape == (8, 4)
+
+
+def test_extending(folder, monkeypatch):
+    monkeypatch.setattr(registry, "SETS", dict(registry.SETS))
+    run("docs/extending.md")
+    cfg = config.override(config.base(), ["data.name=stripes"]).data
+    source = open_split(cfg, "train[:50]")
+    assert len(source) == 50 and source.classes == ("noise", "stripes")
+
+
+RUN = ("README.md", *(f"docs/{name}.md" for name in ("python", "getting-started", "extending")))
+RUN = (*RUN, "docs/pretrained-weights.md")
