@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_no_message_names_a_distribution_that_is_not_published():
     """`pip install 'vit_scale[gs]'` finds nothing: extras are installed from a clone."""
     files = [ROOT / "README.md", *ROOT.glob("launch/*")]
-    for folder in ("vit_scale", "launch/tpu", "configs", "benchmarks"):
+    for folder in ("vit_scale", "launch/tpu", "configs", "benchmarks", "docs"):
         files += [file for ending in ("py", "md") for file in (ROOT / folder).rglob(f"*.{ending}")]
     named = r"pip install '?vit[_-]scale|vit[_-]scale\[(gs|tpu|gpu|inspect|peers|test)\]"
     texts = {file: file.read_text() for file in files if file.is_file()}
@@ -41,7 +41,8 @@ def test_no_message_names_a_distribution_that_is_not_published():
 
 
 def test_every_extra_that_a_message_names_is_one():
-    texts = [file.read_text() for file in [ROOT / "README.md", *(ROOT / "vit_scale").rglob("*.py")]]
+    documents = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    texts = [file.read_text() for file in [*documents, *(ROOT / "vit_scale").rglob("*.py")]]
     named = set(re.findall(r"launch/environment\.sh (\w+)", " ".join(texts)))
     assert named >= {"gs", "inspect", "peers"}
     assert named <= set(PROJECT["optional-dependencies"])
