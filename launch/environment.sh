@@ -26,7 +26,7 @@ find_python() {
     echo "$PYTHON"
     return
   fi
-  for candidate in python3 python3.13 python3.12 python3.11; do
+  for candidate in python3.12 python3 python3.13 python3.11; do
     if modern "$candidate"; then
       echo "$candidate"
       return

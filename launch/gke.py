@@ -19,10 +19,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from launch.tpu import accelerators, flags, preflight
 from launch.tpu.accelerators import Accelerator
-from launch.tpu.exit_codes import REFUSED, USAGE, Stop
+from launch.tpu.exit_codes import REFUSED, RESTARTABLE, USAGE, Stop
 from launch.tpu.plan import NAME, ROOT
-
-AGAIN = [42, *range(127, 256)]  # exit codes after which the same command resumes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +55,11 @@ def render(args: argparse.Namespace, train: list[str]) -> dict:
             "rules": [
                 {
                     "action": "FailJob",
-                    "onExitCodes": {"containerName": "train", "operator": "NotIn", "values": AGAIN},
+                    "onExitCodes": {
+                        "containerName": "train",
+                        "operator": "NotIn",
+                        "values": [*RESTARTABLE],
+                    },
                 }
             ]
         },

@@ -20,8 +20,10 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import IO, TextIO
 
-RESUMABLE = 42
+Ended = queue.Queue  # of (host number, exit code)
+RESUMABLE = 42  # as in tpu/exit_codes.py
 LAST_LINES = 40  # of each host, kept to be shown
 PATIENCE = 30  # seconds that hosts have to end by themselves, after a signal or with another
 NOISE = "peer ranks"  # in each line by which Gloo, which connects CPUs, says that it did
@@ -30,9 +32,9 @@ NOISE = "peer ranks"  # in each line by which Gloo, which connects CPUs, says th
 class Host:
     """One process of the pod; `ended` receives (number, exit code) when it is over."""
 
-    def __init__(self, number, command, environment, ended):
+    def __init__(self, number: int, command: list[str], environment: dict[str, str], ended: Ended):
         self.number = number
-        self.lines = collections.deque(maxlen=LAST_LINES)
+        self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         self.heard = number == 0
         self.process = subprocess.Popen(
             command,
@@ -51,7 +53,7 @@ class Host:
             reader.start()
         threading.Thread(target=self._wait, args=(ended,), daemon=True).start()
 
-    def _read(self, stream, terminal):
+    def _read(self, stream: IO[str], terminal: TextIO) -> None:
         for line in stream:
             if NOISE in line:
                 continue
@@ -60,35 +62,35 @@ class Host:
                 terminal.write(line)
                 terminal.flush()
 
-    def _wait(self, ended):
+    def _wait(self, ended: Ended) -> None:
         code = self.process.wait()
         ended.put((self.number, code if code >= 0 else 128 - code))
 
-    def signal(self, number):
+    def signal(self, number: int) -> None:
         """Send a signal to the host and to the processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def last_lines(self):
+    def last_lines(self) -> str:
         for reader in self.readers:
             reader.join(timeout=1)  # a worker of the host may hold its output open
         return "".join(self.lines)
 
 
-def _end_with_parent():
+def _end_with_parent() -> None:
     """Linux ends a host whose parent is gone; elsewhere it stays."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
-def start(hosts, devices, command, ended):
+def start(hosts: int, devices: int, command: list[str], ended: Ended) -> list[Host]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     where = ["--coordinator", f"localhost:{free_port()}", "--processes", str(hosts)]
     return [
@@ -97,10 +99,11 @@ def start(hosts, devices, command, ended):
     ]
 
 
-def pass_on_signals(pod):
-    received = []
+def forward_signals(pod: list[Host]) -> list[int]:
+    """Forward SIGINT and SIGTERM; return the list in which they are recorded."""
+    received: list[int] = []
 
-    def handle(number, frame):
+    def handle(number: int, frame: object) -> None:
         for host in pod:
             host.signal(signal.SIGKILL if received else number)
         received.append(number)
@@ -110,10 +113,10 @@ def pass_on_signals(pod):
     return received
 
 
-def follow(pod, ended):
+def follow(pod: list[Host], ended: Ended) -> int:
     """Wait for all hosts; the exit code of the first that failed, or 0."""
     running, result = {host.number for host in pod}, 0
-    received = pass_on_signals(pod)
+    received = forward_signals(pod)
     while running:
         try:
             number, code = ended.get(timeout=PATIENCE if result or received else None)
@@ -123,13 +126,13 @@ def follow(pod, ended):
         running.discard(number)
         if code and not result:
             result = code
-            say_why(pod, number, code)
+            report_failure(pod, number, code)
             if code != RESUMABLE and not received:
                 stop(pod)
     return result
 
 
-def say_why(pod, number, code):
+def report_failure(pod: list[Host], number: int, code: int) -> None:
     pod[0].heard = number == 0  # what it says from now on, the end of another made it say
     lines = pod[number].last_lines()
     print(
@@ -138,12 +141,12 @@ def say_why(pod, number, code):
     )
 
 
-def stop(pod):
+def stop(pod: list[Host]) -> None:
     for host in pod:
         host.signal(signal.SIGKILL)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--hosts", type=int, required=True, help="how many processes")
     parser.add_argument(
@@ -153,7 +156,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.hosts < 1 or args.devices < 1 or not args.command:
         parser.error("--hosts and --devices are at least 1, and a command follows them")
-    ended = queue.Queue()
+    ended: Ended = queue.Queue()
     pod = start(args.hosts, args.devices, args.command, ended)
     try:
         return follow(pod, ended)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from launch.tpu import secret, worker_commands
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, End, cause, last_line
-from launch.tpu.exit_codes import TPU_HELD
+from launch.tpu.exit_codes import AGENT_BUSY, DONE, RESUMABLE, TPU_HELD
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, free_port, on_all
@@ -106,7 +106,7 @@ class Attempt:
             said = last(result.err)
             if result.code == TPU_HELD:
                 return "busy", said
-            if result.code == 75 and "stopped" in said:
+            if result.code == AGENT_BUSY and "stopped" in said:
                 break
             self.clock.sleep(3)
         return "infra", said
@@ -220,7 +220,7 @@ class Attempt:
         now, over = self.clock.now(), [view for view in self.views if view.over]
         if len(over) == len(self.views):
             return self.settle()
-        bad = [view for view in over if view.code not in (0, 42)]
+        bad = [view for view in over if view.code not in (DONE, RESUMABLE)]
         if bad:
             self.stop(min(10, self.plan.args.grace))
             return self.settle()

@@ -7,7 +7,7 @@ the trainer's own last words (watch.py) are believed before its exit code.
 import re
 from typing import NamedTuple
 
-from launch.tpu.exit_codes import TPU_HELD
+from launch.tpu.exit_codes import DIVERGED, DONE, RESUMABLE, TPU_HELD, TRAINER_USAGE
 
 # (pattern in the log's last lines, kind, needs another code than 0)
 SIGNATURES = (
@@ -29,7 +29,6 @@ COLLATERAL = (
 # What every worker says where their code, data or folders differ, in its own words or in another's:
 # a mistake that no other machine mends.
 DISAGREE = r"would train something else than process 0|is not the same folder on process \d+"
-RESUMABLE, DIVERGED, USAGE = 42, 43, 2
 NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 
@@ -70,7 +69,7 @@ def last_line(tail: str) -> str:
 
 def disagrees(end: End) -> bool:
     """Whether it ended because the hosts have not the same code, config, data or folder."""
-    if end.code in (None, 0, RESUMABLE):
+    if end.code in (None, DONE, RESUMABLE):
         return False
     return bool(re.search(DISAGREE, f"{end.words}\n{last_line(end.tail)}"))
 
@@ -80,7 +79,7 @@ def collateral(end: End) -> bool:
         return False  # also where another one has found it out
     if end.stopped or end.code == 134 or end.words.startswith("process "):
         return True
-    if end.code in (None, 0, RESUMABLE, DIVERGED) and not end.words:
+    if end.code in (None, DONE, RESUMABLE, DIVERGED) and not end.words:
         return bool(re.search(COLLATERAL, end.tail)) and end.code == RESUMABLE
     return bool(re.search(COLLATERAL, last_line(end.tail)))
 
@@ -88,7 +87,7 @@ def collateral(end: End) -> bool:
 def kind(end: End) -> str:
     if end.code == TPU_HELD:
         return "busy"
-    if end.code in (DIVERGED, USAGE):
+    if end.code in (DIVERGED, TRAINER_USAGE):
         return "fatal"
     if disagrees(end):
         return "input"

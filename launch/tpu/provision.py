@@ -8,7 +8,14 @@ from launch.tpu import gcloud, preflight, worker_commands
 from launch.tpu.attempt import last
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import refuse
-from launch.tpu.exit_codes import INFRASTRUCTURE, SETUP, Stop
+from launch.tpu.exit_codes import (
+    AGENT_DAMAGED,
+    AGENT_DISK_FULL,
+    AGENT_SETUP,
+    INFRASTRUCTURE,
+    SETUP,
+    Stop,
+)
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, on_all
@@ -80,14 +87,14 @@ class Preparation:
                     error=results[worker].err[-4000:],
                 )
             self.check()
-            if codes & {70, 71} and number:
+            if codes & {AGENT_SETUP, AGENT_DISK_FULL} and number:
                 break
             self.pause(10 * (number + 1))
         worker = left[0]
         for said in results[worker].err.strip().splitlines()[-SHOWN:]:
             self.journal.print_log(worker, said)
         line = f"{what}: [w{worker:02}] {last(results[worker].err)}"
-        if results[worker].code in (65, 70, 71):
+        if results[worker].code in (AGENT_DAMAGED, AGENT_SETUP, AGENT_DISK_FULL):
             raise Stop(SETUP, line)
         error = gcloud.error(results[worker].err)
         if error.kind in ("agent", "auth", "permission", "key"):

@@ -209,6 +209,22 @@ def test_without_uv_venv_and_pip_do_it(clone):
     assert clone.calls() == []
 
 
+@pytest.mark.parametrize("uv", [False, True])
+def test_python_3_12_is_preferred(clone, uv):
+    """PYTHON chooses another one."""
+    if not uv:
+        (clone.bin / "uv").unlink()
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        clone.fake(name, PYTHON.replace('echo "python3 ', f'echo "{name} '))
+    assert clone.run("environment.sh").returncode == 0
+    venv = f"{clone.root}/.venv"
+    create = f"uv venv --quiet --clear --python python3.12 {venv}"
+    assert clone.calls()[0] == (create if uv else f"python3.12 -m venv --clear {venv}")
+    shutil.rmtree(venv)
+    assert clone.run("environment.sh", PYTHON="python3.11").returncode == 0
+    assert "python3.11" in clone.calls()[0]
+
+
 def test_without_a_new_enough_python_one_line_says_so(clone):
     (clone.bin / "uv").unlink()
     clone.fake("python3", PYTHON)

@@ -2,12 +2,23 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import tarfile
 
 import pytest
 
-from launch.tpu import accelerators, bundle, diagnosis, flags, gcloud, retry_policy, secret
+from launch import pod
+from launch.tpu import (
+    accelerators,
+    bundle,
+    diagnosis,
+    exit_codes,
+    flags,
+    gcloud,
+    retry_policy,
+    secret,
+)
 from launch.tpu.attempt import last
 from launch.tpu.billing import Meter
 from launch.tpu.clock import Clock
@@ -15,6 +26,7 @@ from launch.tpu.diagnosis import Cause, End
 from launch.tpu.exit_codes import Stop
 from launch.tpu.journal import Journal
 from tests.helpers.fake_cloud import ROOT, machine
+from vit_scale import errors
 
 SLICES = [
     ("v2-8", 4, 1, "tpu-ubuntu2204-base"),
@@ -510,3 +522,29 @@ def test_the_agent_shows_what_a_config_comes_to(agent):
     (agent.home / "venv/bin/vit-scale").write_text(script)
     done = agent("show", "c0de", "show", "--config", "a b")
     assert (done.returncode, done.stdout) == (3, "cpu show --config a b\n")
+
+
+def test_exit_codes_are_the_same_everywhere():
+    """launch/ does not import vit_scale, and shell scripts have numbers: they are compared here."""
+    assert (errors.DONE, errors.FAILED) == (exit_codes.DONE, exit_codes.FAILED)
+    trainer = (exit_codes.TRAINER_USAGE, exit_codes.RESUMABLE, exit_codes.DIVERGED)
+    assert trainer == (errors.USAGE, errors.RESUMABLE, errors.DIVERGED)
+    assert pod.RESUMABLE == exit_codes.RESUMABLE
+    agent = (ROOT / "launch" / "agent.sh").read_text()
+    assert set(re.findall(r"\bfail (\d+) ", agent)) == {
+        str(code)
+        for code in (
+            exit_codes.USAGE,
+            exit_codes.AGENT_DAMAGED,
+            exit_codes.AGENT_SETUP,
+            exit_codes.AGENT_DISK_FULL,
+            exit_codes.AGENT_BUSY,
+            exit_codes.TPU_HELD,
+        )
+    }
+    slurm = (ROOT / "launch" / "slurm.sbatch").read_text()
+    assert f"if ((code == {exit_codes.RESUMABLE})); then" in slurm
+    local = (ROOT / "launch" / "local.sh").read_text()
+    usage = "0 done, 1 failed, 2 usage, 42 stopped but resumable, 43 diverged"
+    assert usage in local
+    assert tuple(map(int, re.findall(r"\d+", usage))) == (errors.DONE, errors.FAILED, *trainer)
