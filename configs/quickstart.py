@@ -79,7 +79,7 @@ def resolve(cfg, stage, begun):
 
 
 def has_cifar(folder):
-    found = paths.path(folder)
+    found = paths.parse(folder)
     return any((found / f"cifar-10-batches-{layout}").is_dir() for layout in ("bin", "py"))
 
 

@@ -313,7 +313,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint.folder, "_restore", fail)
-    with pytest.raises(UserError, match=r"can't be read: .*Input/output error") as caught:
+    with pytest.raises(UserError, match=r"cannot read .*Input/output error") as caught:
         recovered(tmp_path)
     assert caught.value.code == RESUMABLE and checkpoint.folders(tmp_path) == [1, 2]
 

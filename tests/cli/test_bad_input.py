@@ -353,7 +353,7 @@ def test_an_image_that_is_corrupt_stops_the_run_or_is_counted(user, copied):
     test_file = copied / "val" / "class_2" / "002.jpg"
     test_file.write_bytes(b"not an image")
     fields = ("steps=6", "checkpoint.every=0")  # an epoch: every image is seen
-    says = (f"{file}", "image 16 of", "cannot be read", "--config.data.on_corrupt=skip")
+    says = (f"cannot read {file}", "image 16 of", "--config.data.on_corrupt=skip")
     user.refused(user.training(*fields), *says)
     assert checkpoint.steps(user.run) == []
     assert not (user.run / "report.json").exists()
@@ -380,7 +380,7 @@ def test_packing_names_what_it_cannot_pack(user, copied):
     file = copied / "train" / "class_1" / "001.jpg"
     file.write_bytes(b"not an image")
     pack = ["data", "pack", copied, out, "--workers", 1]
-    user.refused(pack, f"{file}", "cannot be read", "--on-corrupt skip")
+    user.refused(pack, f"cannot read {file}", "--on-corrupt skip")
     assert not [name for name in tree(out) if "train" in name or "partial" in name]
     user.refused(
         user.training(f"data.path={out}", "data.name=array_record"), f"{out}", "not packed"
@@ -471,7 +471,7 @@ def test_a_run_that_is_none(user, trained, jpegs, monkeypatch):
     shutil.copy(trained / "run.json", begun)
     user.refused(["show", begun], f"{begun}", "has not ended")
     (begun / "run.json").write_text('{"config": ')
-    user.refused(user.training(workdir=begun), f"{begun / 'run.json'}", "can't be read")
+    user.refused(user.training(workdir=begun), f"cannot read {begun / 'run.json'}")
     user.refused(["eval", trained, "--split", "tset"], "tset", "test")
     user.refused(["eval", trained, "--config.eval.batch=0"], "batch 0")
     user.refused(["eval", trained, "--config.eval.bach=1"], "eval.bach", "eval.batch", code=2)
@@ -484,8 +484,8 @@ def test_an_image_that_cannot_be_read(user, trained, jpegs):
     empty.touch()
     good = next((jpegs / "val" / "class_0").iterdir())
     user.refused(["predict", trained, missing], f"{missing}", "No such file")
-    user.refused(["predict", trained, good, text, "--json"], f"{text}", "can't be decoded")
-    user.refused(["predict", trained, empty], f"{empty}", "can't be decoded")
+    user.refused(["predict", trained, good, text, "--json"], f"cannot read image {text}: ")
+    user.refused(["predict", trained, empty], f"cannot read image {empty}: ")
     user.refused(["predict", trained, user.folder], f"{user.folder}", "directory")
 
 

@@ -264,7 +264,7 @@ def test_shards_that_are_not_whole(tmp_path):
     whole = one.read_bytes()
     one.unlink()
     with pytest.raises(
-        UserError, match=r"model-00002-of-00003\.safetensors can't be read: No such"
+        UserError, match=r"cannot read .*model-00002-of-00003\.safetensors: No such"
     ):
         pretrained.load_model(tmp_path / "s", HEADS)
     one.write_bytes(whole[: len(whole) // 2])

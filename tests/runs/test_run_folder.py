@@ -19,7 +19,7 @@ from vit_scale.errors import UserError
 from vit_scale.runs import lock
 from vit_scale.runs.lock import Lock
 from vit_scale.runs.run_folder import Run, continued, read_json, write_json
-from vit_scale.storage import compare_and_swap, paths
+from vit_scale.storage import cache, compare_and_swap, paths
 
 
 def about(*overrides: str) -> dict:
@@ -139,7 +139,7 @@ def test_where_flock_is_missing_posix_locks_keep_others_out(tmp_path, locks, cap
 def test_a_disk_that_fails_is_not_another_process(tmp_path, locks):
     locks(errno.EIO, 0)
     line = refusal(enter(tmp_path))
-    assert "can't be locked: Input/output error" in line and "in use" not in line
+    assert "cannot lock workdir" in line and "Input/output error" in line and "in use" not in line
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError, UserError("x")])
@@ -186,7 +186,7 @@ def test_a_buckets_lock_is_released_whatever_ends_its_holder(tmp_path, monkeypat
     for name in ("read", "write", "remove"):
         monkeypatch.setattr(compare_and_swap, name, getattr(objects, name))
     monkeypatch.setattr(paths, "in_bucket", lambda place: True)
-    monkeypatch.setattr(paths, "local", lambda place: tmp_path / "local")
+    monkeypatch.setattr(cache, "local", lambda place: tmp_path / "local")
     this = Lock(tmp_path)
     with pytest.raises(type(error)):
         this.acquire()
@@ -291,19 +291,19 @@ def project(tmp_path, monkeypatch):
 def test_a_recorded_path_is_found_from_any_folder(project, monkeypatch, cwd):
     """Where the run began, or around the run: an older one doesn't say where it began."""
     run, cwd = project / "runs" / "fine", cwd and str(project.parent / cwd)
-    assert paths.recorded("runs/pre", run, cwd) == str(project / "runs/pre")
-    assert paths.recorded("runs/none", run, cwd) == "runs/none"
+    assert paths.resolve("runs/pre", run, cwd) == str(project / "runs/pre")
+    assert paths.resolve("runs/none", run, cwd) == "runs/none"
     for name in ("", "gs://bucket/pre", "https://a.b/c.npz", str(project / "runs/pre")):
-        assert paths.recorded(name, run, cwd) == name
+        assert paths.resolve(name, run, cwd) == name
     monkeypatch.chdir(project)
-    assert paths.recorded("runs/pre", run, cwd) == "runs/pre", "as it was typed, where it is right"
+    assert paths.resolve("runs/pre", run, cwd) == "runs/pre", "as it was typed, where it is right"
 
 
 def test_where_a_run_began_counts_more_than_what_is_here(project, tmp_path):
     (tmp_path / "elsewhere" / "runs" / "pre").mkdir(parents=True)
     far = tmp_path / "disk" / "fine"
-    assert paths.recorded("runs/pre", far, str(project)) == str(project / "runs/pre")
-    assert paths.recorded("runs/pre", far) == "runs/pre", "nothing is known of it: it is here"
+    assert paths.resolve("runs/pre", far, str(project)) == str(project / "runs/pre")
+    assert paths.resolve("runs/pre", far) == "runs/pre", "nothing is known of it: it is here"
 
 
 @pytest.mark.parametrize("cwd", [None, "project"])
@@ -369,7 +369,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     message = refusal(lambda: write_json(file, {"b": 2}))
-    assert message == f"cannot write {file}: No space left on device; free space, then run again"
+    assert message == f"cannot write {file}: No space left on device; free space, then rerun"
     assert read_json(file) == {"ä": [1, None]}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 

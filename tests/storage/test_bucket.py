@@ -33,7 +33,8 @@ from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.runs import lock
 from vit_scale.runs.lock import Lease
 from vit_scale.runs.run_folder import Run, read_json, write_json
-from vit_scale.storage import compare_and_swap, paths
+from vit_scale.storage import cache, compare_and_swap, files, paths
+from vit_scale.storage.bucket import check_bucket, file_system, listing
 from vit_scale.training import trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -44,8 +45,8 @@ STEPS, EVERY = 12, 3
 def upload(folder: pathlib.Path, place: str) -> pathlib.Path:
     """Every file below `folder`, to the same name below `place`."""
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        paths.path(f"{place}/{file.relative_to(folder)}").write_bytes(file.read_bytes())
-    return paths.path(place)
+        paths.parse(f"{place}/{file.relative_to(folder)}").write_bytes(file.read_bytes())
+    return paths.parse(place)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def on_disk(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def killed(bucket, images, on_disk) -> pathlib.Path:
     """The same run in a bucket, from data in a bucket, killed while it saved."""
-    run = paths.path(f"{bucket}/killed")
+    run = paths.parse(f"{bucket}/killed")
 
     def saved():
         time.sleep(0.2)  # the server is one process: to ask it all the time would slow the run down
@@ -149,7 +150,7 @@ def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_
 def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(bucket):
     golden = pathlib.Path(__file__).parents[1] / "golden" / "weights" / "huggingface"
     for file in golden.iterdir():
-        paths.write(paths.path(f"{bucket}/weights/{file.name}"), file.read_bytes())
+        files.write(paths.parse(f"{bucket}/weights/{file.name}"), file.read_bytes())
     for source in (f"{bucket}/weights", f"{bucket}/weights/model.safetensors"):
         given = pretrained.load_model(source)
         assert given.classes == ("ant", "bee", "cat", "dog", "eel")
@@ -195,7 +196,7 @@ def left_by(place: pathlib.Path, **holder) -> None:
 
 
 def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lease, monkeypatch):
-    place = paths.path(f"{bucket}/leased")
+    place = paths.parse(f"{bucket}/leased")
     first = Lease(place)
     first.acquire()
     generation, said = compare_and_swap.read(place / lock.NAME)
@@ -223,7 +224,7 @@ def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lea
 )
 def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypatch, holder, waits):
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "this")
-    place = paths.path(f"{bucket}/left")
+    place = paths.parse(f"{bucket}/left")
     left_by(place, **holder)
     began, this = time.monotonic(), Lease(place)
     this.acquire()
@@ -233,7 +234,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypat
 
 def test_a_renewal_whose_answer_is_lost_is_our_own(bucket, quick_lease, monkeypatch):
     """gcsfs makes the request again, which is refused: the object is of the first one by then."""
-    this, write, codes = Lease(paths.path(f"{bucket}/repeated")), compare_and_swap.write, []
+    this, write, codes = Lease(paths.parse(f"{bucket}/repeated")), compare_and_swap.write, []
     monkeypatch.setattr(lock.os, "_exit", codes.append)
 
     def twice(place, data, generation):
@@ -250,7 +251,7 @@ def test_a_renewal_whose_answer_is_lost_is_our_own(bucket, quick_lease, monkeypa
 
 
 def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
-    place = paths.path(f"{bucket}/raced") / lock.NAME
+    place = paths.parse(f"{bucket}/raced") / lock.NAME
     assert compare_and_swap.write(place, b"{}", "0")
     assert compare_and_swap.write(place, b"{}", "0") is None
     generation, _ = compare_and_swap.read(place)
@@ -262,7 +263,7 @@ def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
 
 def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, capsys):
     codes: list[int] = []
-    this = Lease(paths.path(f"{bucket}/stolen"))
+    this = Lease(paths.parse(f"{bucket}/stolen"))
 
     def leave(code):
         codes.append(code)
@@ -278,7 +279,7 @@ def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, c
 
 def test_a_first_save_that_was_killed_is_begun_anew(bucket):
     """In a bucket an unfinished checkpoint has its name already; Orbax removes it in its time."""
-    run = paths.path(f"{bucket}/first")
+    run = paths.parse(f"{bucket}/first")
     save(run, {1: None})
     (run / checkpoint.FOLDER / "1" / checkpoint.COMMITTED).unlink()
     with checkpoint.Checkpoints(run) as checkpoints:
@@ -286,7 +287,7 @@ def test_a_first_save_that_was_killed_is_begun_anew(bucket):
 
 
 def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
-    run = paths.path(f"{bucket}/damaged")
+    run = paths.parse(f"{bucket}/damaged")
     save(run, {1: None, 2: None}, keep=2)
     spoilt = {}
     for file in [f for f in walk(run / "checkpoints" / "2" / "params") if f.parent.name == "d"]:
@@ -329,7 +330,7 @@ def shown(run: pathlib.Path) -> list[int]:
 
 
 def test_rows_are_in_the_bucket_before_a_checkpoint_begins_and_at_the_end(bucket, watched):
-    run = paths.path(f"{bucket}/reported")
+    run = paths.parse(f"{bucket}/reported")
     with tracker(run, watched, steps=9) as track:
         track(1, loss(1))
         track(2, loss(2))
@@ -340,7 +341,7 @@ def test_rows_are_in_the_bucket_before_a_checkpoint_begins_and_at_the_end(bucket
         track.scalars(3, {"eval/accuracy": 0.5})
         assert losses(run) == [(1, 1), (2, 2)]
     assert losses(run) == [(1, 1), (2, 2), (3, 3)] and shown(run) == [1, 2, 3]
-    assert list(paths.local(run).rglob("*.jsonl")) == []
+    assert list(cache.local(run).rglob("*.jsonl")) == []
     with tracker(run, watched, steps=9, start=2) as track:
         track(3, loss(7))
     assert losses(run) == [(1, 1), (2, 2), (3, 7)]
@@ -348,7 +349,7 @@ def test_rows_are_in_the_bucket_before_a_checkpoint_begins_and_at_the_end(bucket
 
 
 def test_rows_wait_for_a_minute_at_most(bucket, watched):
-    run, now = paths.path(f"{bucket}/slow"), [0.0]
+    run, now = paths.parse(f"{bucket}/slow"), [0.0]
     with tracker(run, watched, steps=9, clock=lambda: now[0]) as track:
         track.scalars(1, {"train/loss": 1})
         now[0] = 59.0
@@ -361,9 +362,9 @@ def test_rows_wait_for_a_minute_at_most(bucket, watched):
 
 def test_a_machine_without_the_rows_goes_on_with_them(bucket, watched):
     """What this machine keeps is older, or of nobody: the bucket decides."""
-    run = paths.path(f"{bucket}/moved")
+    run = paths.parse(f"{bucket}/moved")
     (run / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 4}\n{"step": 2, "train/lo')
-    stale = paths.local(run / "metrics.jsonl")
+    stale = cache.local(run / "metrics.jsonl")
     stale.parent.mkdir(parents=True, exist_ok=True)
     stale.write_text('{"step": 1, "train/loss": 5}\n{"step": 2, "train/loss": 5}\n')
     with tracker(run, watched, steps=9, start=2) as track:
@@ -372,14 +373,14 @@ def test_a_machine_without_the_rows_goes_on_with_them(bucket, watched):
 
 
 def test_weights_and_biases_writes_to_this_machine(bucket, watched):
-    run, watched.log.wandb = paths.path(f"{bucket}/wandb"), True
+    run, watched.log.wandb = paths.parse(f"{bucket}/wandb"), True
     ids = set()
     for start in (0, 1):
         with tracker(run, watched, start=start) as track:
             track(start + 1, loss(1))
         ids.add((run / "wandb_id.txt").read_text().strip())
     (number,) = ids
-    assert list((paths.local(run) / "wandb").glob(f"offline-run-*-{number}"))
+    assert list((cache.local(run) / "wandb").glob(f"offline-run-*-{number}"))
     assert [name for name, _ in paths.entries(run)] == [
         "metrics.jsonl",
         "tensorboard",
@@ -419,14 +420,14 @@ def test_an_image_folder_gives_the_same_batches(jpegs, images):
 def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
     bucket, jpegs, images, tmp_path, caplog
 ):
-    packed = paths.path(f"{bucket}/packed")
+    packed = paths.parse(f"{bucket}/packed")
     array_record.pack(jpegs, tmp_path / "packed", workers=1)
     assert cli.main(["data", "pack", str(images), str(packed), "--workers", "1"]) == 0
     for file in (tmp_path / "packed").iterdir():
         assert (packed / file.name).read_bytes() == file.read_bytes()
-    before = paths._listed(packed)
+    before = listing(packed)
     assert array_record.pack(images, packed) == {"train": 48, "val": 12, "skipped": 0}
-    again = paths._listed(packed)
+    again = listing(packed)
     shards = [name for name in again if name.endswith(".array_record")]
     assert [again[n]["generation"] for n in shards] == [before[n]["generation"] for n in shards]
     with caplog.at_level(logging.WARNING):
@@ -442,15 +443,15 @@ def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
 
 
 def test_too_little_room_for_the_copies_is_refused_with_the_numbers(bucket, monkeypatch):
-    file = paths.path(f"{bucket}/large/a.array_record")
+    file = paths.parse(f"{bucket}/large/a.array_record")
     file.write_bytes(bytes(10))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 0, 9))
-    with pytest.raises(UserError, match=r"0.0 GiB have to be copied to .*, where 0.0 GiB are free"):
-        paths.stage([file])
+    with pytest.raises(UserError, match=r"not enough disk space .*0.0 GiB needed, 0.0 GiB free"):
+        cache.stage([file])
 
 
 def test_cifar_gives_the_same_batches(bucket, cifar):
-    there = paths.path(f"{bucket}/cifar")
+    there = paths.parse(f"{bucket}/cifar")
     name = "cifar-10-batches-bin/test_batch.bin"
     (there / name).write_bytes((cifar / name).read_bytes())
     same_batches(block("cifar10", cifar), block("cifar10", there), "test")
@@ -474,7 +475,7 @@ def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
     }
     there = block("fractal", f"{bucket}/fractals", **small)
     same_batches(block("fractal", tmp_path, **small), there)
-    assert len(paths.entries(paths.path(there.path))) == 1
+    assert len(paths.entries(paths.parse(there.path))) == 1
     monkeypatch.setattr(fractal, "_draw_all", None)
     assert len(data.open_split(there, "train")) == 16  # read, for nothing can draw it
 
@@ -485,9 +486,9 @@ def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
 @pytest.fixture
 def forgotten():
     """As in a process that has not met a bucket yet."""
-    paths.store.cache_clear(), paths._check_bucket.cache_clear()
+    file_system.cache_clear(), check_bucket.cache_clear()
     yield
-    paths.store.cache_clear(), paths._check_bucket.cache_clear()
+    file_system.cache_clear(), check_bucket.cache_clear()
 
 
 def refusal(capsys, *arguments) -> str:
@@ -501,14 +502,14 @@ def refusal(capsys, *arguments) -> str:
     [
         (
             "gs://no-such-bucket/run",
-            "there is no bucket gs://no-such-bucket; create it, or correct it",
+            "bucket gs://no-such-bucket does not exist: create it, or correct the name",
         ),
         (
             "gs://bucket/no-run",
             "gs://bucket/no-run is neither the folder of a run nor a step in it",
         ),
         ("gs:///run", "gs:///run names no bucket"),
-        ("s3://bucket/run", "s3://bucket/run: s3:// can't be used; give a path, or gs://"),
+        ("s3://bucket/run", "s3://bucket/run: s3:// is not supported; use a path or gs://"),
     ],
 )
 def test_a_wrong_address_is_one_line(bucket, capsys, place, said):
@@ -518,7 +519,7 @@ def test_a_wrong_address_is_one_line(bucket, capsys, place, said):
 
 def test_a_missing_object_is_one_line(bucket, resumed, capsys):
     line = refusal(capsys, "predict", resumed, f"{bucket}/none.jpg")
-    assert line == f"vit-scale: image {bucket}/none.jpg can't be opened: no such object"
+    assert line == f"vit-scale: cannot read image {bucket}/none.jpg: no such object"
     line = refusal(capsys, "data", "download", "cifar10", "--out", f"{bucket}/data")
     assert "--out gs://bucket/data" in line
 
@@ -541,7 +542,7 @@ def test_what_the_storage_refuses_in_the_middle_is_one_line(monkeypatch, capsys)
         raise HttpError({"code": 503, "message": "backend\nerror"})
 
     monkeypatch.setattr(report, "rows", refuse)
-    assert refusal(capsys, "show", "run") == "vit-scale: object storage: backend error, 503"
+    assert refusal(capsys, "show", "run") == "vit-scale: storage: backend error, 503"
 
 
 @pytest.mark.parametrize(
@@ -567,7 +568,7 @@ def test_what_the_storage_refuses_is_one_line(forgotten, monkeypatch, capsys, co
         monkeypatch.setenv("NO_GCE_CHECK", "true")
         line = refusal(capsys, "eval", "gs://bucket/run")
         server.shutdown()
-    assert line.startswith(f"vit-scale: gs://bucket can't be read: {said}")
+    assert line.startswith(f"vit-scale: cannot read gs://bucket: {said}")
     fsspec.get_filesystem_class("gcs").clear_instance_cache()
 
 
@@ -575,7 +576,7 @@ def test_what_the_storage_refuses_is_one_line(forgotten, monkeypatch, capsys, co
 
 
 def test_a_checkpoint_that_was_not_finished_is_none(bucket):
-    run = paths.path(f"{bucket}/unfinished")
+    run = paths.parse(f"{bucket}/unfinished")
     for step in (2, 4):
         (run / "checkpoints" / str(step) / "description" / "metadata").write_bytes(b"{}")
     (run / "checkpoints" / "2" / "commit_success.txt").write_bytes(b"done")
@@ -586,7 +587,7 @@ def test_what_others_write_is_seen(bucket):
     import fsspec
 
     other = fsspec.filesystem("gcs", skip_instance_cache=True)
-    folder = paths.path(f"{bucket}/shared")
+    folder = paths.parse(f"{bucket}/shared")
     for count, name in enumerate("abc", start=1):
         other.pipe_file(f"{folder}/{name}", b"12345"[:count])
         assert list(paths.sizes(folder).values()) == list(range(1, count + 1))
@@ -594,8 +595,8 @@ def test_what_others_write_is_seen(bucket):
 
 
 def test_a_folder_that_the_console_made_is_not_in_itself(bucket):
-    folder = paths.path(f"{bucket}/made")
-    paths.store().pipe_file(f"{folder}/", b"")
+    folder = paths.parse(f"{bucket}/made")
+    file_system().pipe_file(f"{folder}/", b"")
     assert folder.is_dir() and paths.entries(folder) == []
     (folder / "sub" / "a.txt").write_bytes(b"a")
     (folder / "b.txt").write_bytes(b"bc")
@@ -604,21 +605,21 @@ def test_a_folder_that_the_console_made_is_not_in_itself(bucket):
 
 
 def test_a_changed_object_is_copied_again(bucket):
-    file = paths.path(f"{bucket}/staged/a.bin")
+    file = paths.parse(f"{bucket}/staged/a.bin")
     for content in (b"one", b"two"):
         file.write_bytes(content)
-        (copy,) = paths.stage([file])
+        (copy,) = cache.stage([file])
         assert copy.read_bytes() == content
 
 
 def test_paths_of_a_bucket_are_absolute_and_travel(bucket):
-    place = paths.path(f"{bucket}/run")
+    place = paths.parse(f"{bucket}/run")
     assert str(place.absolute() / "a") == f"{bucket}/run/a" == str(place.resolve() / "a")
     copied = pickle.loads(pickle.dumps(place / "a"))
     assert paths.in_bucket(copied) and copied == place / "a" and copied.parent == place
 
 
 def test_a_path_on_a_disk_is_pathlibs(tmp_path):
-    assert type(paths.path("runs/x")) is type(pathlib.Path("runs/x"))
-    assert paths.path(tmp_path) == tmp_path and paths.local(tmp_path) is tmp_path
-    assert paths.stage([tmp_path / "a"]) == [tmp_path / "a"]
+    assert type(paths.parse("runs/x")) is type(pathlib.Path("runs/x"))
+    assert paths.parse(tmp_path) == tmp_path and cache.local(tmp_path) is tmp_path
+    assert cache.stage([tmp_path / "a"]) == [tmp_path / "a"]

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
+from vit_scale.data import cifar
 from vit_scale.errors import UserError
-from vit_scale.storage import download
 
 
 def archive(*names: str) -> bytes:
@@ -61,7 +61,7 @@ def server(monkeypatch):
 
 
 def get(folder, server, md5=MD5):
-    return download.cifar10(folder, server.url, md5)
+    return cifar.download(folder, server.url, md5)
 
 
 def refused(folder, server, md5=MD5) -> str:
@@ -94,7 +94,7 @@ def test_done_once(tmp_path, server):
 def test_a_broken_connection_is_resumed_where_it_stopped(tmp_path, server):
     server.breaks_after = 30_000
     message = refused(tmp_path, server)
-    assert "run the same command again" in message
+    assert "rerun the same command" in message
     assert names(tmp_path) == ["cifar-10-python.tar.gz.partial"]
     server.breaks_after = None
     get(tmp_path, server)
@@ -128,7 +128,7 @@ def test_an_archive_that_was_put_there_is_used(tmp_path, server):
 
 def test_a_damaged_archive_that_was_put_there_is_refused(tmp_path, server):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(WHOLE[:-1])
-    assert "it is damaged or another file; remove it" in refused(tmp_path, server)
+    assert "it is damaged or a different file; remove it" in refused(tmp_path, server)
     assert server.asked == []
 
 
@@ -142,17 +142,17 @@ def test_without_a_network_one_line_says_what_to_put_where(tmp_path, server):
     server.shutdown()
     server.server_close()
     message = refused(tmp_path, server)
-    assert "could not be downloaded" in message
-    assert f"put that file there as {tmp_path / 'cifar-10-python.tar.gz'}" in message
+    assert "cannot download" in message
+    assert f"by other means to {tmp_path / 'cifar-10-python.tar.gz'}" in message
 
 
 def test_an_archive_reaching_outside_its_folder_is_refused(tmp_path, server):
     server.content = archive("cifar-10-batches-py/a", "../outside")
     message = refused(tmp_path / "in", server, hashlib.md5(server.content).hexdigest())
-    assert "could not be unpacked" in message
+    assert "cannot unpack" in message
     assert names(tmp_path) == ["in"] and names(tmp_path / "in") == ["cifar-10-python.tar.gz"]
 
 
 def test_the_official_archive_is_asked_for_securely():
-    assert download.CIFAR10 == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    assert download.CIFAR10_MD5 == "c58f30108f718f92721af3d95e74349a"
+    assert cifar.URL == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    assert cifar.MD5 == "c58f30108f718f92721af3d95e74349a"

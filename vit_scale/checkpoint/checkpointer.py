@@ -14,9 +14,8 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -34,8 +33,9 @@ from vit_scale.checkpoint.io import (
     steps,
 )
 from vit_scale.distributed import multihost
-from vit_scale.errors import RESUMABLE, STORAGE, UserError
-from vit_scale.storage import paths
+from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.storage import files, paths
+from vit_scale.storage.errors import user_errors
 
 ASIDE = "damaged"  # the folder of a run in which damaged checkpoints are kept
 TREES = ("params", "ema", "opt_state")
@@ -57,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: pathlib.Path, keep: int = 2):
-        self.run = paths.path(run).absolute()
+        self.run = paths.parse(run).absolute()
         self.folder = self.run / FOLDER
         self._metrics: dict[int, dict] = {}
         self._unreadable: set[int] = set()  # steps of which nobody knows whether they are the best
@@ -129,7 +129,7 @@ class Checkpoints:
             if multihost.is_first():
                 text = json.dumps(signed({"step": step, "metrics": dict(metrics)}))
                 with _disk_errors(self.folder):
-                    paths.write(self.folder / str(step) / SELECTION, text.encode())
+                    files.write(self.folder / str(step) / SELECTION, text.encode())
         self._metrics[step] = dict(metrics)
 
     def restore(self, step: int, target: Mapping) -> dict:
@@ -181,7 +181,7 @@ class Checkpoints:
             for step, line in damage.items() if multihost.is_first() else ():
                 place = unused(self.run / ASIDE / str(step))
                 with _disk_errors(self.folder):
-                    paths.move_folder(self.folder / str(step), place)
+                    files.move_folder(self.folder / str(step), place)
                 print(f"vit-scale: {line}; moved to {place}", file=sys.stderr, flush=True)
         if damage:
             self._metrics.clear()
@@ -244,23 +244,11 @@ def unused(place: pathlib.Path) -> pathlib.Path:
     return next(p for p in (place.with_name(name) for name in names) if not p.exists())
 
 
-@contextlib.contextmanager
-def _disk_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what a full, read-only or missing disk or bucket makes of Orbax into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        known = ("RESOURCE_EXHAUSTED", paths.SCHEME, *map(os.strerror, STORAGE))
-        if paths.reason(error) or any(part in text for part in known):
-            # The system's reason stands last, after what it was that could not be written.
-            reason = re.search(r"([^:\"]+) \[os_error_code", text)
-            text = reason[1].strip() if reason else text[:300]
-            raise UserError(
-                f"cannot write or read {folder}: {text}; free space or repair it, and run "
-                "the same command again: the checkpoints before this one are untouched",
-                RESUMABLE,
-            ) from error
-        raise
+def _disk_errors(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    return user_errors(
+        f"cannot write or read {folder}",
+        "free space or repair it, and rerun the same command to resume: the checkpoints before "
+        "this one are untouched",
+        RESUMABLE,
+        quoted=True,
+    )

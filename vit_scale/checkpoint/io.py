@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from vit_scale.checkpoint.integrity import MANIFEST, Damaged, check_arrays, check_signed
 from vit_scale.errors import RESUMABLE, STORAGE, UserError
 from vit_scale.storage import paths
+from vit_scale.storage.errors import one_line
 
 FOLDER = "checkpoints"
 SELECTION = "selection.json"
@@ -30,14 +31,14 @@ REFUSALS = (
 
 def folders(run: pathlib.Path) -> list[int]:
     """The steps that have a folder in a run, whole or not, oldest first."""
-    folder = paths.path(run) / FOLDER
+    folder = paths.parse(run) / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(f.name) for f in found if f.name.isdigit())
 
 
 def steps(run: pathlib.Path) -> list[int]:
     """The finished steps in a run's folder, oldest first."""
-    folder = paths.path(run) / FOLDER
+    folder = paths.parse(run) / FOLDER
     return [step for step in folders(run) if _is_finished(folder / str(step))]
 
 
@@ -150,12 +151,12 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
+        line = one_line(error)
         refused = isinstance(error, OSError) and error.errno in (
             *STORAGE,
             errno.EACCES,
             errno.EPERM,
         )
         if refused or any(word in line for word in REFUSALS):
-            raise UserError(f"checkpoint {path} can't be read: {line}", RESUMABLE) from error
+            raise UserError(f"cannot read checkpoint {path}: {line}", RESUMABLE) from error
         raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error

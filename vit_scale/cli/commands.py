@@ -197,10 +197,10 @@ def export(args, overrides: Sequence[str]) -> None:
 
 
 def download_data(args, overrides: Sequence[str]) -> None:
-    from vit_scale.storage import download
+    from vit_scale.data import cifar
 
     refuse(overrides, "data download")
-    sets = {"cifar10": download.cifar10}
+    sets = {"cifar10": cifar.download}
     if args.set not in sets:
         raise UserError(f"no set is named {args.set!r}; {nearest(args.set, sets)}", USAGE)
     print(sets[args.set](args.out))

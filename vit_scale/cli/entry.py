@@ -16,7 +16,8 @@ from importlib.metadata import version
 from typing import NoReturn, TextIO
 
 from vit_scale.cli import commands
-from vit_scale.errors import DONE, FAILED, RESUMABLE, STORAGE, USAGE, UserError, printable
+from vit_scale.errors import DONE, FAILED, USAGE, UserError, printable
+from vit_scale.storage import errors as storage_errors
 
 
 class Parser(argparse.ArgumentParser):
@@ -241,16 +242,12 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         resumes = "; rerun the same command to resume" if args.verb in RESUMES else ""
         return failed(f"stopped{resumes}", 130)
-    except OSError as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
             return DONE
-        code = RESUMABLE if error.errno in STORAGE else FAILED
-        return failed(f"{error.filename or 'storage'}: {error.strerror or error}", code)
-    except Exception as error:
-        from vit_scale.storage import paths
-
-        if reason := paths.reason(error):
-            return failed(f"object storage: {reason}", FAILED)
+        if reason := storage_errors.reason(error):
+            source = getattr(error, "filename", None) or "storage"
+            return failed(f"{source}: {reason}", storage_errors.exit_code(error))
         leave_hosts(FAILED, error)
         raise
     return DONE

@@ -7,15 +7,13 @@ temporary name until it is whole: interrupted, the same command resumes. A recor
 was, and `index.json` what a finished set holds.
 
 ArrayRecord reads and writes local files only. Shards in a bucket are copied to this machine once
-(`paths.stage`), and `pack` uploads each shard when it is whole.
+(`cache.stage`), and `pack` uploads each shard when it is whole.
 """
 
 import functools
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,10 @@ from vit_scale.data.class_names import readable
 from vit_scale.data.decode import CHOICES, Corrupt, EncodedImages
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS, Listing, list_images
-from vit_scale.data.shards import LABEL, READ, Shard, short, unwritten, write_shards
+from vit_scale.data.shards import LABEL, READ, Shard, write_errors, write_shards
 from vit_scale.errors import UserError, nearest
-from vit_scale.storage import paths
+from vit_scale.storage import cache, files, paths
+from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
 VERSION = 2  # of the layout of a packed set; 1 had no names of images
 INDEX = "index.json"
@@ -48,7 +47,7 @@ class Records(EncodedImages):
         found = paths.sizes(folder)
         for file, shard in zip(self._shards, shards, strict=True):
             _check_size(file, found.get(file.name), shard["bytes"])
-        self._files = paths.stage(self._shards)
+        self._files = cache.stage(self._shards)
         self._names: Path | None = None
         if listed := index.get("examples", {}).get(name):
             self._names = folder / listed["file"]
@@ -73,7 +72,7 @@ class Records(EncodedImages):
             (record,) = self._readers[shard].read([position])
             (label,) = LABEL.unpack_from(record)
         except Exception as error:  # Riegeli's status codes arrive as several exceptions
-            raise Corrupt(short(error)) from error
+            raise Corrupt(one_line(error)) from error
         if label >= len(self.classes):
             raise UserError(
                 f"{self.place(index)}: label {label} is outside the {len(self.classes)} classes "
@@ -96,7 +95,7 @@ def source(cfg: ConfigDict, name: str) -> Records:
     Without a labelled test set `test` is the validation set. Raises UserError for a set that is
     missing or unfinished, and for a shard that is missing or truncated.
     """
-    folder = paths.path(cfg.path)
+    folder = paths.parse(cfg.path)
     index = _read_index(folder)
     if index is None or not index["finished"]:
         state = "is no packed set" if index is None else "is not packed to its end"
@@ -124,11 +123,11 @@ def _read_index(folder: Path) -> dict | None:
 
 
 def _read_examples(file: Path, n: int) -> Examples:
-    try:
-        with np.load(io.BytesIO(file.read_bytes())) as stored:
-            examples = Examples(stored["files"], stored["labels"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} cannot be read ({short(error)}); pack the set again") from error
+    with (
+        user_errors(f"cannot read {file}", "pack the set again", also=DAMAGED),
+        np.load(io.BytesIO(file.read_bytes())) as stored,
+    ):
+        examples = Examples(stored["files"], stored["labels"])
     if not len(examples.files) == len(examples.labels) == n:
         raise UserError(f"{file} names {len(examples.files)} of {n} images; pack the set again")
     return examples
@@ -156,7 +155,7 @@ def pack(
     """
     if on_corrupt not in CHOICES:
         raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
-    folder, out = paths.path(folder), paths.path(out)
+    folder, out = paths.parse(folder), paths.parse(out)
     listings = _listings(folder)
     index = {
         "version": VERSION,
@@ -238,17 +237,15 @@ def _claim(out: Path, index: dict) -> None:
 
 
 def _write_index(out: Path, index: dict) -> None:
-    paths.write(out / INDEX, json.dumps(index, indent=1).encode())
+    files.write(out / INDEX, json.dumps(index, indent=1).encode())
 
 
 def _write_examples(out: Path, name: str, shards: list[Shard], kept: dict[Path, np.ndarray]) -> str:
     """Write which image each record of a split is; the name of the file."""
     content, file = io.BytesIO(), out / f"{name}-examples.npz"
-    files = np.concatenate([shard.listing.files[kept[shard.file]] for shard in shards])
+    names = np.concatenate([shard.listing.files[kept[shard.file]] for shard in shards])
     labels = np.concatenate([shard.listing.labels[kept[shard.file]] for shard in shards])
-    np.savez_compressed(content, files=files, labels=labels)
-    try:
-        paths.write(file, content.getvalue())
-    except OSError as error:
-        raise unwritten(file, error) from error
+    np.savez_compressed(content, files=names, labels=labels)
+    with write_errors(file):
+        files.write(file, content.getvalue())
     return file.name

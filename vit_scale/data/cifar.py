@@ -16,7 +16,11 @@ from ml_collections import ConfigDict
 from vit_scale.data.sources import InMemory, check_labels
 from vit_scale.errors import UserError
 from vit_scale.storage import paths
+from vit_scale.storage.download import fetch, unpack
+from vit_scale.storage.errors import user_errors
 
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+MD5 = "c58f30108f718f92721af3d95e74349a"  # as its page gives it
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 CLASSES = tuple(NAMES.split())
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -24,6 +28,7 @@ LAYOUTS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}  # folder:
 IMAGES = 10_000  # in each file
 PIXELS = 3 * 32 * 32  # bytes of an image: its red plane, its green one, its blue one
 
+ADVICE = "`vit-scale data download cifar10 --out FOLDER` downloads all files of CIFAR-10"
 Batch = tuple[UInt8[np.ndarray, "n 3072"], np.ndarray]
 
 
@@ -33,17 +38,38 @@ def source(cfg: ConfigDict, name: str) -> InMemory:
     cfg.path holds `cifar-10-batches-bin` or `cifar-10-batches-py`, or is one of them. Raises
     UserError if neither is there (with the way to get it) or a file is cut short, hostile or wrong.
     """
-    folder, ending = _find(paths.path(cfg.path))
+    folder, ending = _find(paths.parse(cfg.path))
     stems = BATCHES[name]
     images = np.empty((len(stems) * IMAGES, 32, 32, 3), np.uint8)
     labels = np.empty(len(images), np.int32)
     for number, stem in enumerate(stems):
         file = folder / f"{stem}{ending}"
-        planes, part = _read_file(file, _read_binary if ending else _read_pickle)
+        with user_errors(f"cannot read {file}", ADVICE):
+            planes, part = _read_binary(file) if ending else _read_pickle(file)
         here = slice(number * IMAGES, (number + 1) * IMAGES)
         images[here] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[here] = check_labels(part, CLASSES, str(file))
     return InMemory(f"cifar10 {name}", images, labels, CLASSES)
+
+
+def download(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
+    """Download and unpack CIFAR-10 into `folder`; return its `cifar-10-batches-py`.
+
+    An archive that is already in `folder` is used, and an interrupted download is resumed. Raises
+    UserError if the network or the archive fails, and for a `folder` in a bucket, where nothing can
+    be unpacked.
+    """
+    target = paths.parse(folder) / "cifar-10-batches-py"
+    if paths.in_bucket(target):
+        raise UserError(
+            f"--out {folder}: cannot unpack in a bucket; download to a disk, then copy the folder "
+            f"with `gcloud storage cp -r .data/{target.name} {target.parent}/`"
+        )
+    if not target.exists():
+        archive = Path(folder) / url.rpartition("/")[2]
+        fetch(url, archive, f"md5={md5}")
+        unpack(archive, target)
+    return target
 
 
 def _find(path: Path) -> tuple[Path, str]:
@@ -57,16 +83,6 @@ def _find(path: Path) -> tuple[Path, str]:
         f"CIFAR-10 is not in {path}: run `vit-scale data download cifar10 --out {path}`, "
         f"or unpack cifar-10-python.tar.gz there, as {path / 'cifar-10-batches-py'}"
     )
-
-
-def _read_file(file: Path, read) -> Batch:
-    try:
-        return read(file)
-    except OSError as error:
-        raise UserError(
-            f"{file}: {error.strerror}; CIFAR-10 needs this file: "
-            f"`vit-scale data download cifar10 --out FOLDER` gets all of them"
-        ) from error
 
 
 def _read_binary(file: Path) -> Batch:

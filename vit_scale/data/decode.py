@@ -191,8 +191,8 @@ class EncodedImages:
                 if self._skip:
                     continue
                 raise UserError(
-                    f"{self.place(index)} cannot be read ({error}); replace it, "
-                    "or leave such images out with --config.data.on_corrupt=skip"
+                    f"cannot read {self.place(index)}: {error}; replace it, "
+                    "or skip such images with --config.data.on_corrupt=skip"
                 ) from error
             labels[slot], mask[slot] = label, True
         return {"image": images, "label": labels, "mask": mask}

@@ -15,8 +15,6 @@ import io
 import json
 import logging
 import uuid
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,8 @@ from tqdm import tqdm
 
 from vit_scale.data.sources import InMemory
 from vit_scale.errors import UserError, nearest
-from vit_scale.storage import paths
+from vit_scale.storage import files, paths
+from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
 VERSION = 1  # of the pixels: raise it with any change to them, so that no old cache is read
 SPLITS = {"train": 1, "test": 2}  # 0 draws the systems
@@ -50,7 +49,7 @@ def source(cfg: ConfigDict, split: str) -> InMemory:
     per_class = block.train_per_class if split == "train" else block.test_per_class
     if not per_class:
         raise UserError(f"the fractal set has no {split} images: data.fractal.{split}_per_class=0")
-    gray = _cached(paths.path(cfg.path), block, split, per_class)
+    gray = _cached(paths.parse(cfg.path), block, split, per_class)
     labels = np.tile(np.arange(block.classes, dtype=np.int32), per_class)
     names = tuple(f"fractal-{block.first + k:05d}" for k in range(block.classes))
     return InMemory(f"fractal {split}", np.repeat(gray[..., None], 3, axis=3), labels, names)
@@ -90,15 +89,8 @@ def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         reason = f"{images.dtype} {images.shape} in it"
     except FileNotFoundError:
         return None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        reason = str(error)
+    except (OSError, *DAMAGED) as error:
+        reason = one_line(error)
     logging.getLogger(__name__).warning("%s is corrupt (%s): drawing it again", path, reason)
     return None
 
@@ -107,14 +99,10 @@ def _save(path: Path, images: np.ndarray) -> None:
     """Write the cache, whole or not at all. Raises UserError where that fails."""
     content = io.BytesIO()
     np.savez_compressed(content, images=images)
-    try:
+    advice = "set data.path to a writable folder with free space"
+    with user_errors(f"cannot write the generated images to {path.parent}", advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-        paths.write(path, content.getvalue(), f".{uuid.uuid4().hex}.tmp")
-    except OSError as error:
-        raise UserError(
-            f"cannot keep the generated images in {path.parent}: {error.strerror}; "
-            "set data.path to a folder with space that can be written"
-        ) from error
+        files.write(path, content.getvalue(), f".{uuid.uuid4().hex}.tmp")
 
 
 def _draw_all(block: ConfigDict, split: str, per_class: int) -> UInt8[np.ndarray, "n r r"]:

@@ -80,7 +80,7 @@ def source(cfg: ConfigDict, name: str) -> Folder:
     if cfg.listing not in LISTINGS:
         hint = nearest(cfg.listing, LISTINGS)
         raise UserError(f"data.listing={cfg.listing!r} is unknown; {hint}")
-    folder, common = paths.path(cfg.path), cfg.listing == "common"
+    folder, common = paths.parse(cfg.path), cfg.listing == "common"
     listing = list_images(folder, name, common)
     classes = readable(folder, listing.classes, common)
     return Folder(printable(f"{folder.resolve().name} {listing.root.name}"), classes, listing, cfg)

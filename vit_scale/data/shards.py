@@ -1,5 +1,6 @@
 """The shards of a packed set: each is written whole, by one of several processes, or not at all."""
 
+import contextlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from vit_scale.data.decode import Corrupt, verify
 from vit_scale.data.image_folder import Listing
 from vit_scale.data.workers import run_all
 from vit_scale.errors import UserError
-from vit_scale.storage import paths
+from vit_scale.storage import cache, files, paths
+from vit_scale.storage.errors import user_errors
 
 LABEL = struct.Struct("<I")
 WRITE = "group_size:1,uncompressed"  # each image can be read alone; JPEG is compressed already
@@ -33,7 +35,7 @@ def _count(shard: Shard) -> int:
     """The images in a finished shard. One in a bucket is only read where it may lack some."""
     if paths.in_bucket(shard.file) and not shard.skip:
         return len(shard.listing.labels)
-    (file,) = paths.stage([shard.file])
+    (file,) = cache.stage([shard.file])
     return ArrayRecordReader(str(file), READ).num_records()
 
 
@@ -61,47 +63,42 @@ def write_shards(shards: list[Shard], workers: int | None) -> dict[Path, np.ndar
 
 def write_shard(shard: Shard) -> Int[np.ndarray, "images"]:
     """Write one shard, whole or, with a UserError, not; the positions in its listing it holds."""
-    local, kept = paths.local(shard.file), []
+    local, kept = cache.local(shard.file), []
     temporary = local.with_name(f".{shard.file.name}.partial")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        writer = ArrayRecordWriter(str(temporary), WRITE)
-        for index, label in enumerate(shard.listing.labels.tolist()):
-            data = _verified(shard, index)
-            if data is not None:
-                writer.write(LABEL.pack(label) + data)
-                kept.append(index)
-        writer.close()
-        paths.move(temporary, shard.file)
-    except (OSError, RuntimeError) as error:
-        raise unwritten(shard.file, error) from error
+        with write_errors(shard.file):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            writer = ArrayRecordWriter(str(temporary), WRITE)
+            for index, label in enumerate(shard.listing.labels.tolist()):
+                data = _verified(shard, index)
+                if data is not None:
+                    writer.write(LABEL.pack(label) + data)
+                    kept.append(index)
+            writer.close()
+            files.move(temporary, shard.file)
     finally:
         temporary.unlink(missing_ok=True)
     return np.array(kept, np.int64)
 
 
-def unwritten(file: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{file} could not be written ({short(error)}); make room or choose another folder, and "
-        "run the same command again"
+def write_errors(file: Path) -> contextlib.AbstractContextManager[None]:
+    return user_errors(
+        f"cannot write {file}",
+        "free space or choose another folder, and rerun the same command to resume",
+        also=(RuntimeError,),  # ArrayRecord's
     )
 
 
 def _verified(shard: Shard, index: int) -> bytes | None:
     """The bytes of one image, or none for an unreadable one that is to be skipped."""
     file = shard.listing.path(index)
+    advice = "replace it, or skip such images with --on-corrupt skip"
     try:
-        data = file.read_bytes()
-        verify(data)
-        return data
-    except (OSError, Corrupt) as error:
+        with user_errors(f"cannot read {file}", advice, also=(Corrupt,)):
+            data = file.read_bytes()
+            verify(data)
+            return data
+    except UserError:
         if shard.skip:
             return None
-        raise UserError(
-            f"{file} cannot be read ({short(error)}); replace it, "
-            "or leave such images out with --on-corrupt skip"
-        ) from error
-
-
-def short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise

@@ -35,7 +35,8 @@ from vit_scale.pretrained import (
 )
 from vit_scale.pretrained.key_mapping import WeightFormat
 from vit_scale.runs.run_folder import write_json
-from vit_scale.storage import paths
+from vit_scale.storage import files, paths
+from vit_scale.storage.errors import user_errors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SNIPPET = """\
@@ -54,14 +55,12 @@ def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[st
     """
     if kind not in EXPORTERS:
         raise UserError(f"--format {kind!r} is unknown; {nearest(kind, EXPORTERS)}", USAGE)
-    place = paths.path(out)
+    place = paths.parse(out)
     if paths.in_bucket(place):
         raise UserError(f"--out {out}: export to a disk, then copy it there")
-    try:
+    with user_errors(f"cannot write {place}"):
         place.parent.mkdir(parents=True, exist_ok=True)
         return EXPORTERS[kind](run, place)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
 
 
 def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
@@ -138,7 +137,7 @@ def _jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     images = jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8)
     function = jax.jit(lambda images: predictor.probabilities(predictor.params, images))
     artifact = jax_export.export(function, platforms=PLATFORMS)(images)
-    paths.write(file, bytes(artifact.serialize()))
+    files.write(file, bytes(artifact.serialize()))
     names = {"classes": list(predictor.classes), "size": [height, width]}
     write_json(file.with_name(file.name + ".json"), names)
     snippet = SNIPPET.format(path=str(file), height=height, width=width)

@@ -25,6 +25,7 @@ from vit_scale.data.decode import Corrupt, decode
 from vit_scale.errors import UserError
 from vit_scale.models.vit import Model
 from vit_scale.storage import paths
+from vit_scale.storage.errors import user_errors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,12 +99,8 @@ def read_image(
     file: str | pathlib.Path, size: tuple[int, int], seen: View, exif: bool = True
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of an image file at `size`, as evaluation sees them."""
-    try:
-        return decode(paths.path(file).read_bytes(), size, seen, exif)
-    except OSError as error:
-        raise UserError(f"image {file} can't be opened: {error.strerror}") from error
-    except Corrupt as error:
-        raise UserError(f"image {file} can't be decoded: {error}") from error
+    with user_errors(f"cannot read image {file}", also=(Corrupt,)):
+        return decode(paths.parse(file).read_bytes(), size, seen, exif)
 
 
 def load(source: str | os.PathLike) -> Predictor:

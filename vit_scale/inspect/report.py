@@ -16,7 +16,7 @@ from vit_scale.inspect.comparison import Looked, compare, numbers
 from vit_scale.inspect.html import Note, Section, file_name, page
 from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.samples import Samples
-from vit_scale.storage import paths
+from vit_scale.storage import files, paths
 from vit_scale.tracking import publish
 
 Drawn = dict[str, np.ndarray]  # uint8 [h, w, 3], by the name of the file
@@ -35,7 +35,7 @@ def report(
     name_apart(subjects)
     if wandb:
         check_finished(subjects)
-    folder = paths.path(out) if out else default_folder(subjects)
+    folder = paths.parse(out) if out else default_folder(subjects)
     looked, pages = [], []
     for subject in subjects:
         found, section = look(subject, images, split, bool(split or overrides))
@@ -148,9 +148,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     pngs = {name: plots.encode(pixels) for name, pixels in drawn.items()}
     for name, png in pngs.items():
-        paths.write(folder / f"{name}.png", png)
-    paths.write(folder / NUMBERS, (json.dumps(content, indent=2) + "\n").encode())
-    paths.write(folder / PAGE, page(title, shown, pngs).encode(errors="backslashreplace"))
+        files.write(folder / f"{name}.png", png)
+    files.write(folder / NUMBERS, (json.dumps(content, indent=2) + "\n").encode())
+    files.write(folder / PAGE, page(title, shown, pngs).encode(errors="backslashreplace"))
 
 
 def track(looked: Looked, section: Section, together: Sequence[Section], drawn: Drawn) -> None:

@@ -12,6 +12,7 @@ from vit_scale.data import Source, image_files
 from vit_scale.errors import UserError, printable
 from vit_scale.inference.predictor import read_image
 from vit_scale.storage import paths
+from vit_scale.storage.errors import user_errors
 
 COUNT = 128  # images that attention distance is averaged over, as in the ViT paper's figure 7
 SHOWN = 8  # of them are shown
@@ -53,11 +54,9 @@ def from_folder(
 
     Raises UserError where there is none, and for one that can't be decoded.
     """
-    top, left_out = paths.path(folder), image_files.LeftOut()
-    try:
+    top, left_out = paths.parse(folder), image_files.LeftOut()
+    with user_errors(f"cannot read --images {folder}"):
         found = spread(list(image_files.images(top, left_out)), count)
-    except OSError as error:
-        raise UserError(f"--images {folder} can't be read: {error.strerror}") from error
     if not found:
         raise UserError(f"--images {folder} has no image{left_out.instead()}")
     if left_out.counts:

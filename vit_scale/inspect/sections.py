@@ -139,7 +139,7 @@ def _history(subject: InspectedRun) -> tuple[dict[str, np.ndarray], str | None]:
         return {}, None
     try:
         given = pretrained.load_model(
-            paths.recorded(source, subject.folder, subject.about.get("cwd", ""))
+            paths.resolve(source, subject.folder, subject.about.get("cwd", ""))
         )
     except UserError as error:
         return {}, f"What the run was fine-tuned from can't be read: {error}."

@@ -31,7 +31,7 @@ def convert(
     each parameter. Raises UserError for what can't be read or doesn't fit, and for a folder that
     holds something already.
     """
-    workdir = paths.path(out)
+    workdir = paths.parse(out)
     if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
         raise UserError(f"{workdir} is not empty: give a folder that is new")
     asked = config.override(config.base(), overrides)

@@ -11,7 +11,7 @@ import uuid
 
 from vit_scale.errors import UserError
 from vit_scale.pretrained import weight_files
-from vit_scale.storage import download, paths
+from vit_scale.storage import cache, download, files, paths
 
 BESIDE = (
     "config.json",
@@ -28,7 +28,7 @@ def weights(source: str | os.PathLike) -> pathlib.Path | None:
     """
     if str(source).startswith(WEB):
         return _from_web(str(source))
-    place = paths.path(source)
+    place = paths.parse(source)
     if place.is_file():
         return _from_bucket(place) if paths.in_bucket(place) else place
     held = [place / name for name in weight_files.NAMES if (place / name).is_file()]
@@ -43,11 +43,11 @@ def _from_bucket(place: pathlib.Path) -> pathlib.Path:
     if place.name.endswith(weight_files.INDEX):
         beside += [place.with_name(name) for name in weight_files.shards(place)]
     there = [place, *(file for file in beside if file.is_file())]
-    copies = paths.stage(there)
+    copies = cache.stage(there)
     folder = copies[0].with_name(f"{copies[0].name}.model")
     folder.mkdir(exist_ok=True)
     for file, copy in zip(there, copies, strict=True):
-        with paths.whole(folder / file.name, f".{uuid.uuid4().hex}") as link:
+        with files.atomic(folder / file.name, f".{uuid.uuid4().hex}") as link:
             link.symlink_to(copy)
     return folder / place.name
 
@@ -62,7 +62,7 @@ def _from_web(address: str) -> pathlib.Path:
             f"{url} names no file of weights ({', '.join(weight_files.ENDINGS)}); of a folder, "
             f"give its {weight_files.MODEL}"
         )
-    place = paths.cache("weights", parts.netloc, *parts.path.strip("/").split("/"))
+    place = cache.folder("weights", parts.netloc, *parts.path.strip("/").split("/"))
     download.fetch(url, place, checksum)
     if name.endswith(weight_files.INDEX):
         for shard in weight_files.shards(place):

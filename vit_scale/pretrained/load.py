@@ -56,7 +56,7 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
         return Pretrained(
             found.cfg, found.model, found.params, found.classes, 0, place, found.notes
         )
-    given = load_run(paths.path(source))
+    given = load_run(paths.parse(source))
     fields = {"dialect": hints.format, "tree": hints.tree, "image": hints.trained_size}
     for field, value in fields.items():
         if value:
@@ -73,7 +73,7 @@ def load_run(source: pathlib.Path) -> Pretrained:
     described = checkpoint.description(folder)
     (first, *_) = jax.local_devices()
     cfg = with_supported_attention(config.from_json(described["config"]), [first])
-    cfg.data.path = paths.recorded(cfg.data.path, folder.parent.parent, described.get("cwd", ""))
+    cfg.data.path = paths.resolve(cfg.data.path, folder.parent.parent, described.get("cwd", ""))
     model = build(cfg.model, config.image_size(cfg))
     device = jax.sharding.SingleDeviceSharding(first)
     target = jax.tree.map(

@@ -19,7 +19,8 @@ import safetensors
 import safetensors.numpy
 
 from vit_scale.errors import UserError
-from vit_scale.storage import paths
+from vit_scale.storage import files
+from vit_scale.storage.errors import one_line, user_errors
 
 ENDINGS = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 MODEL = "model.safetensors"  # the file in a folder
@@ -170,15 +171,14 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _one_line(file: pathlib.Path) -> Iterator[None]:
-    """Turns what the readers raise into one line; broken files make them raise just anything."""
+    """Turn what the readers raise into a UserError; damaged files make them raise any type."""
     try:
-        yield
+        with user_errors(f"cannot read {file}"):
+            yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror or error}") from error
     except Exception as error:
-        line = " ".join(str(error).split())[:200] or type(error).__name__
+        line = one_line(error)
         if "allow_pickle" in line:
             line = "it holds Python objects, which would have to be run, and were not"
         raise UserError(
@@ -190,10 +190,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     """What a file beside the weights says; empty where there is none. Raises UserError."""
     if not file.is_file():
         return {}
-    try:
+    with user_errors(f"cannot read {file}", also=(ValueError,)):
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object")
     return content
@@ -201,11 +199,11 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 def write_npz(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """A .npz file, whole or not at all. Raises OSError."""
-    with paths.whole(file) as temporary, temporary.open("wb") as stream:
+    with files.atomic(file) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def write_safetensors(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """A .safetensors file as PyTorch's packages expect it, whole or not at all. Raises OSError."""
-    with paths.whole(file) as temporary:
+    with files.atomic(file) as temporary:
         safetensors.numpy.save_file(dict(arrays), temporary, metadata={"format": "pt"})

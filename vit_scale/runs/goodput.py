@@ -12,7 +12,7 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-from vit_scale.storage import paths
+from vit_scale.storage import files
 
 FILE = "goodput.json"
 TRAIN = "train"  # the phase that is productive
@@ -53,7 +53,7 @@ class Ledger:
     def write(self) -> None:
         """Never in the way: what can't be written is written the next time, or lost."""
         with contextlib.suppress(OSError):
-            paths.write(self._file, json.dumps({"attempts": self._attempts}).encode())
+            files.write(self._file, json.dumps({"attempts": self._attempts}).encode())
 
 
 def read(run: pathlib.Path) -> list[dict]:

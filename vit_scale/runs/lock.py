@@ -21,10 +21,12 @@ import time
 from typing import IO
 
 from vit_scale.errors import RESUMABLE, UserError
-from vit_scale.storage import compare_and_swap, paths
+from vit_scale.storage import cache, compare_and_swap, paths
+from vit_scale.storage.errors import user_errors
 
 NAME = ".lock"
 RENEW, LEASE = 15.0, 90.0  # seconds
+OTHER = "give another --workdir"
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what a lock says that another has
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -67,23 +69,18 @@ class Lock:
             raise
 
     def _lock_file(self) -> None:
-        try:
-            folder = paths.local(self.run)
+        with user_errors(f"cannot write to workdir {self.run}", OTHER):
+            folder = cache.local(self.run)
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the run
-        except OSError as error:
-            raise UserError(
-                f"cannot write to workdir {self.run}: {error.strerror}; give another --workdir"
-            ) from error
-        try:
-            self._lock_as_possible(self._file)
-        except OSError as error:
-            if error.errno not in TAKEN:
-                raise UserError(
-                    f"workdir {self.run} can't be locked: {error.strerror}; give another --workdir"
-                ) from error
-            self._file.seek(0)
-            raise in_use(self.run, self._file.read().strip() or "unknown") from error
+        with user_errors(f"cannot lock workdir {self.run}", OTHER):
+            try:
+                self._lock_as_possible(self._file)
+            except OSError as error:
+                if error.errno not in TAKEN:
+                    raise
+                self._file.seek(0)
+                raise in_use(self.run, self._file.read().strip() or "unknown") from error
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()

@@ -39,13 +39,13 @@ PERCENT = ("accuracy", "best accuracy")
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
     """A row of results for each run folder. Raises UserError where one has not ended yet."""
-    reports = [(run, _report(paths.path(run))) for run in runs]
+    reports = [(run, _report(paths.parse(run))) for run in runs]
     return [{name: cell(*pair) for name, cell in COLUMNS.items()} for pair in reports]
 
 
 def goodput(run: str | pathlib.Path) -> dict[str, Any] | None:
     """What the run's time was spent on (`goodput.summarise`); None where it was not recorded."""
-    attempts = read_attempts(paths.path(run))
+    attempts = read_attempts(paths.parse(run))
     return summarise(attempts) if attempts else None
 
 

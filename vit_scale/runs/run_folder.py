@@ -11,7 +11,7 @@
     .lock           held by the one process that writes here (lock.py)
 
 The folder alone is enough to load, evaluate and predict (law 7). Of one in a bucket, `gs://`,
-Weights & Biases' files are on the disk of the machine that trains (`paths.local`).
+Weights & Biases' files are on the disk of the machine that trains (`cache.local`).
 """
 
 import json
@@ -26,7 +26,8 @@ from vit_scale import checkpoint, config
 from vit_scale.distributed import multihost
 from vit_scale.errors import RESUMABLE, UserError, printable
 from vit_scale.runs.lock import Lock
-from vit_scale.storage import paths
+from vit_scale.storage import files, paths
+from vit_scale.storage.errors import user_errors
 
 # Fields that say where and how a run is watched, not what it computes: they may change on resuming.
 # So may what is done about a corrupt image: a run that stopped at one has met none before.
@@ -53,7 +54,7 @@ class Run:
     """
 
     def __init__(self, workdir: str | os.PathLike, description: dict):
-        self.path = paths.path(workdir)
+        self.path = paths.parse(workdir)
         self.description = description
         self.report: dict | None = None
         self._lock = Lock(self.path)
@@ -123,7 +124,7 @@ def continued(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
 
     Paths of other runs that were typed in another folder, and are not here, are found again.
     """
-    path = paths.path(workdir) / "run.json"
+    path = paths.parse(workdir) / "run.json"
     content = read_json(path) if path.exists() else {}
     if not isinstance(content.get("config"), dict):
         return cfg
@@ -135,9 +136,9 @@ def continued(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
 
 
 def _recorded(field: str, run: pathlib.Path, content: dict) -> str:
-    """The path in a field of a run.json, from here (`paths.recorded`)."""
+    """The path in a field of a run.json, from here (`paths.resolve`)."""
     name = config.dotted(content["config"]).get(field) or ""
-    return paths.recorded(name, run, content.get("cwd", ""))
+    return paths.resolve(name, run, content.get("cwd", ""))
 
 
 def refuse_other_data(folder: pathlib.Path, begun: dict, now: dict) -> None:
@@ -215,23 +216,20 @@ def _other_images(before: dict, after: dict) -> str:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Write a whole file or none. Raises UserError where the disk refuses."""
-    try:
-        paths.write(path, (json.dumps(content, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space, then run again", RESUMABLE
-        ) from error
+    """Write a whole file or none. Raises UserError if that fails."""
+    with user_errors(f"cannot write {path}", "free space, then rerun", RESUMABLE):
+        files.write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: pathlib.Path) -> dict:
     """The content of a run's JSON file. Raises UserError where it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} is not the folder of a run") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
+    with user_errors(f"cannot read {path}", also=(ValueError,)):
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is missing: {path.parent} is not the folder of a run"
+            ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return content

@@ -19,7 +19,7 @@ def verify(run: str | os.PathLike) -> list[dict[str, str]]:
 
     `state` is whole or damaged. Raises UserError where `run` is not the folder of a run.
     """
-    folder = paths.path(run)
+    folder = paths.parse(run)
     if not (folder / "run.json").is_file() and not checkpoint.folders(folder):
         raise UserError(f"{folder} is not the folder of a run: it has no run.json")
     rows = []

@@ -34,7 +34,7 @@ from vit_scale.distributed import multihost
 from vit_scale.distributed.preemption import STOPPED
 from vit_scale.errors import FAILED, RESUMABLE
 from vit_scale.runs import goodput
-from vit_scale.storage import paths
+from vit_scale.storage import files, paths
 
 FOLDER = "heartbeats"
 DISK, BUCKET = 1, 15  # seconds between heartbeats
@@ -142,7 +142,7 @@ class Watch:
             places.append(pathlib.Path(launchers))
         for file in places:
             with contextlib.suppress(OSError):
-                paths.write(file, json.dumps(content).encode())
+                files.write(file, json.dumps(content).encode())
 
     def _loop(self) -> None:
         """Do each of it again and again, whatever the others raise: without it a hang lasts."""

@@ -1,1 +1,7 @@
-"""Files on disk and in buckets by one interface: paths, compare-and-swap, and downloads."""
+"""One interface to files on disk and to objects in a bucket, `gs://BUCKET/NAME`.
+
+`paths` turns a name into a path and lists folders; `files` writes whole files or none; `cache` has
+the local copies of objects; `compare_and_swap` writes an object only if nobody else has;
+`download` fetches files over HTTP; `errors` turns what storage raises into one line for the user.
+Guarantees: nobody reads a half-written file, and a failure names the path and the reason.
+"""

@@ -1,7 +1,7 @@
-"""Objects of a bucket that are written only over what was read: of two writers one succeeds.
+"""Write an object only over the content that was read: of two concurrent writers one succeeds.
 
-Every content of an object has a generation, a number that no other content of it ever has. A
-request that names the generation it replaces is refused where another process was faster.
+Cloud Storage gives every content of an object a generation, a number that is never used again. A
+request with the precondition `ifGenerationMatch` fails if another process has written meanwhile.
 """
 
 import contextlib
@@ -10,46 +10,50 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from vit_scale.storage.paths import SCHEME, reasons, store
+from vit_scale.storage.bucket import SCHEME, file_system
+from vit_scale.storage.errors import os_errors
 
 
-def read(place: pathlib.Path) -> tuple[str, dict]:
-    """The generation of an object, "0" where there is none, and the JSON in it."""
+def read(path: pathlib.Path) -> tuple[str, dict]:
+    """Return an object's generation, "0" if it does not exist, and its JSON, {} if unreadable."""
     try:
-        with reasons(place):
-            generation = str(store().info(str(place))["generation"])
-            return generation, json.loads(store().cat_file(str(place)))
+        with os_errors(path):
+            generation = str(file_system().info(str(path))["generation"])
+            return generation, json.loads(file_system().cat_file(str(path)))
     except FileNotFoundError:
         return "0", {}
     except ValueError:
         return generation, {}
 
 
-def write(place: pathlib.Path, data: bytes, generation: str) -> str | None:
-    """Write an object if it is of this generation ("0": if there is none); its new generation.
+def write(path: pathlib.Path, data: bytes, generation: str) -> str | None:
+    """Write an object if it still has this generation ("0": does not exist).
 
-    None where another process was faster.
+    Returns its new generation, or None if another process was faster.
     """
-    bucket, _, name = str(place).removeprefix(SCHEME).partition("/")
-    url = f"{store()._location}/upload/storage/v1/b/{bucket}/o"
+    bucket, _, name = str(path).removeprefix(SCHEME).partition("/")
+    url = f"{file_system()._location}/upload/storage/v1/b/{bucket}/o"
     query = {"uploadType": "media", "name": name, "ifGenerationMatch": generation}
-    return _if_first(
-        lambda: store().call("POST", url, **query, data=data, json_out=True)["generation"], place
-    )
+
+    def upload() -> str:
+        return file_system().call("POST", url, **query, data=data, json_out=True)["generation"]
+
+    return _if_unchanged(upload, path)
 
 
-def remove(place: pathlib.Path, generation: str) -> None:
-    """Remove an object if it is still of this generation."""
-    bucket, _, name = str(place).removeprefix(SCHEME).partition("/")
+def remove(path: pathlib.Path, generation: str) -> None:
+    """Remove an object if it still has this generation."""
+    bucket, _, name = str(path).removeprefix(SCHEME).partition("/")
+
+    def delete() -> None:
+        file_system().call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=generation)
+
     with contextlib.suppress(OSError):
-        _if_first(
-            lambda: store().call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=generation),
-            place,
-        )
+        _if_unchanged(delete, path)
 
 
-def _if_first(request: Callable[[], Any], place: pathlib.Path) -> Any:
-    """What `request` gives; None where the storage says that its condition does not hold."""
+def _if_unchanged(request: Callable[[], Any], path: pathlib.Path) -> Any:
+    """Return what `request` returns, or None if its precondition fails (HTTP 412)."""
     try:
         return request()
     except FileExistsError:
@@ -59,5 +63,5 @@ def _if_first(request: Callable[[], Any], place: pathlib.Path) -> Any:
             return None
         if "PreconditionFailed" in repr(error) or "conditionNotMet" in repr(error):
             return None
-        with reasons(place):
+        with os_errors(path):
             raise

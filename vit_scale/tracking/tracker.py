@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from vit_scale.distributed import multihost
 from vit_scale.errors import DONE, FAILED, RESUMABLE, UserError
 from vit_scale.runs import watchdog
+from vit_scale.storage.errors import user_errors
 from vit_scale.tracking import metrics
 from vit_scale.tracking.throughput import Speed
 from vit_scale.tracking.wandb_writer import WandbWriter
@@ -95,7 +96,7 @@ class Tracker:
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Tracker":
-        with multihost.together(), self._one_line_errors(), contextlib.ExitStack() as opened:
+        with multihost.together(), self._user_errors(), contextlib.ExitStack() as opened:
             writers = []
             for writer in self._open() if self._process == 0 else ():
                 opened.callback(writer.close)
@@ -132,7 +133,7 @@ class Tracker:
         return TerminalWriter(self._name, self._steps, self._start)
 
     def __exit__(self, kind, error, trace) -> None:
-        with self._one_line_errors(), self._opened:
+        with self._user_errors(), self._opened:
             if self._wandb:
                 self._wandb.exit_code = _exit_code(error)
             crashed = isinstance(error, Exception) and not isinstance(error, UserError)
@@ -222,27 +223,22 @@ class Tracker:
         self._write("write_scalars", steps[-1], self.latest)
 
     def _write(self, method: str, step: int, values: Mapping[str, Any]) -> None:
-        with self._one_line_errors():
+        with self._user_errors():
             getattr(self._writer, method)(step, values)
         if self._clock() - self._uploaded >= UPLOAD:
             self._upload()
 
     def _upload(self) -> None:
-        with self._one_line_errors():
+        with self._user_errors():
             self._writer.flush()
         self._uploaded = self._clock()
 
-    @contextlib.contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or self._workdir}: can't write the run's metrics "
-                f"({error.strerror or error}); free space, and run the same command again, or give "
-                "another --workdir",
-                RESUMABLE,
-            ) from error
+    def _user_errors(self) -> contextlib.AbstractContextManager[None]:
+        return user_errors(
+            f"cannot write metrics in {self._workdir}",
+            "free space and rerun the same command to resume, or give another --workdir",
+            RESUMABLE,
+        )
 
 
 def publish(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vit_scale.errors import DONE, UserError
-from vit_scale.storage import paths
+from vit_scale.storage import cache, files
 from vit_scale.tracking.writers import Writer, number, one_line, say
 
 # Seconds: for a connection, for the server to begin a run, and to take the rest of it at its end.
@@ -34,7 +34,7 @@ class WandbWriter(Writer):
     The run's id is kept in its folder, so a resumed run continues the same page. Offline, each
     start leaves a folder of its own; the line names them all, and their common id makes them one
     page. WANDB_MODE (online, offline, disabled) decides where it is set. Of a run in a bucket, only
-    the id is there; W&B's own folder is on this machine (paths.local).
+    the id is there; W&B's own folder is on this machine (cache.local).
 
     Where the server can't be reached, refuses, or W&B's process ends, the writer says so once and
     goes on offline. `strict`: it raises UserError instead.
@@ -45,7 +45,7 @@ class WandbWriter(Writer):
     ):
         import wandb
 
-        self._wandb, self._folder, self._quiet = wandb, paths.local(workdir), quiet
+        self._wandb, self._folder, self._quiet = wandb, cache.local(workdir), quiet
         self._options = {"project": project, "name": name, "dir": str(self._folder)}
         self._options["id"] = _run_id(workdir / "wandb_id.txt")
         self._run: Any = None
@@ -174,5 +174,5 @@ def _has_key(wandb: Any) -> bool:
 
 def _run_id(path: Path) -> str:
     if not path.exists():
-        paths.write(path, f"{secrets.token_hex(4)}\n".encode())
+        files.write(path, f"{secrets.token_hex(4)}\n".encode())
     return path.read_text().strip()

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vit_scale.errors import UserError
-from vit_scale.storage import paths
+from vit_scale.storage import cache, files
 
 # `clu.metric_writers` imports TensorFlow (1.3 GB) for one of its writers, which is not used here. A
 # stand-in for that one module, placed before the first import, is all that the others need.
@@ -72,9 +72,9 @@ class JsonLinesWriter(Writer):
     def __init__(self, path: Path, start: int):
         there = path.read_bytes().splitlines() if path.exists() else []
         kept = [line for line in there if _is_kept(line, start)]
-        self._rows = paths.Appended(path)
-        paths.write(self._rows.file, b"".join(line + b"\n" for line in kept))
-        self._file = open(self._rows.file, "a", encoding="utf-8")  # noqa: SIM115
+        self._rows = files.AppendedFile(path)
+        files.write(self._rows.local, b"".join(line + b"\n" for line in kept))
+        self._file = open(self._rows.local, "a", encoding="utf-8")  # noqa: SIM115
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = {name: number(value) for name, value in scalars.items()}
@@ -113,11 +113,11 @@ class TensorBoardWriter(Writer):
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._summary, self._event = summary, Event
-        local = paths.local(folder)
+        local = cache.local(folder)
         local.mkdir(parents=True, exist_ok=True)
         # The library names a file by the second: a run resumed within it would overwrite the first.
         self._events = EventsWriter(str(local / "events"), f".{os.getpid()}.{start}")
-        self._file = paths.Appended(folder / Path(self._events._file_name).name)
+        self._file = files.AppendedFile(folder / Path(self._events._file_name).name)
         # A session's start makes TensorBoard forget the later steps of the run that was killed.
         session = SessionLog(status=SessionLog.START)
         self._add(start + 1, session_log=session)

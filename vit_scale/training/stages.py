@@ -23,7 +23,7 @@ def train_stages(
     A stage whose init.source is the name of another starts from what that one trained. Returns the
     folders of the runs.
     """
-    overrides, workdir = list(overrides), paths.path(workdir)
+    overrides, workdir = list(overrides), paths.parse(workdir)
     cfg = config.load(name, overrides)
     if not cfg.stages:
         begun = _begun({config.find(name)[1]: workdir})

@@ -52,7 +52,7 @@ def find(cfg: ConfigDict, mesh, put: Callable) -> Teacher | None:
         return None
     if not source:
         raise UserError(f"objective={OBJECTIVE} needs --config.distill.teacher=RUN")
-    folder = weights.locate_checkpoint(paths.path(source))
+    folder = weights.locate_checkpoint(paths.parse(source))
     content = checkpoint.read_manifest(folder)
     checksum, about = signed(content)["checksum"], content["description"]
     if cfg.distill.checksum not in ("", checksum):

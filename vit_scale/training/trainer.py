@@ -57,7 +57,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         program, sources = plan_program(cfg), open_sources(cfg)
         check_shared_memory(program, sources)
         about = describe(program, name, sources)
-        if not folders(paths.path(workdir)):
+        if not folders(paths.parse(workdir)):
             check_source(program, sources.train.classes, ids_of(sources.train))
         same = identity(about, sources) if multihost.is_several() else {}
     multihost.check_alike(same)
