@@ -40,7 +40,8 @@ changes. `configs/base.py` holds every field with its default, and no default is
 another type, is refused with the nearest valid one.
 
 ```bash
-vit-scale show --config vit_small_cifar --config.optim.lr=3e-3  # every field, as the run has it
+# every field, as the run has it
+vit-scale show --config vit_small_cifar --config.optim.lr=3e-3
 ```
 
 ## Configs
@@ -102,16 +103,17 @@ def verbs(
 
 
 def usage(sub: argparse.ArgumentParser) -> list[str]:
-    """The line of usage as a block."""
-    words = [sub.prog]
+    """The usage of a command as a block, in lines that a page has room for."""
+    lines = [sub.prog]
     for action in sub._actions:
         if "--help" in action.option_strings:
             continue
-        word = spelling(action)
-        if action.nargs in ("+", "*"):
-            word += " ..."
-        words.append(word if action.required else f"[{word}]")
-    return ["", "```text", " ".join(words), "```", ""]
+        word = spelling(action) + (" ..." if action.nargs in ("+", "*") else "")
+        word = word if action.required and action.nargs != "*" else f"[{word}]"
+        if len(lines[-1]) + len(word) > 76:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return ["", "```text", *lines, "```", ""]
 
 
 def spelling(action: argparse.Action) -> str:
@@ -258,42 +260,45 @@ def default(value: object) -> str:
 
 # The picture
 
+PAIRS = (
+    ("Fractals at 32 px", "quickstart/scratch-32", "quickstart/finetune-32"),
+    ("Fractals at 64 px", "quickstart/scratch-64", "quickstart/finetune-64"),
+    ("CIFAR-10 (JPEG q75) at 96 px", "cifar_from_scratch-Ti", "cifar_from_tiny_imagenet-Ti"),
+)
+
 
 def pretraining() -> str:
-    """Bars: accuracy after the same fine-tuning, from random and from pretrained parameters."""
-    pairs = (
-        ("Fractals at 32 px", "quickstart/scratch-32", "quickstart/finetune-32"),
-        ("Fractals at 64 px", "quickstart/scratch-64", "quickstart/finetune-64"),
-        ("CIFAR-10 at 96 px", "cifar_from_scratch-Ti", "cifar_from_tiny_imagenet-Ti"),
-    )
-    text, random, pretrained = "#7a828e", "#9aa3af", "#4f6bed"
-    left, scale, parts, y = 178, 4.6, [], 44
-    for title, *runs in pairs:
-        reports = [json.loads((ROOT / "results" / r / "report.json").read_text()) for r in runs]
-        n = reports[0]["eval"]["n"]
-        parts.append(f'<text x="0" y="{y + 17}" class="name">{title}</text>')
-        parts.append(f'<text x="0" y="{y + 33}">n = {n:,}</text>')
-        for row, (report, colour) in enumerate(zip(reports, (random, pretrained), strict=True)):
-            share, top = 100 * report["eval"]["accuracy"], y + 20 * row
-            parts.append(
-                f'<rect x="{left}" y="{top}" width="{share * scale:.1f}" height="17" rx="2" '
-                f'fill="{colour}"/>'
-                f'<text x="{left + share * scale + 7:.1f}" y="{top + 13}">{share:.2f} %</text>'
-            )
-        y += 58
-    key = [
-        f'<rect x="{left + x}" y="4" width="12" height="12" rx="2" fill="{colour}"/>'
-        f'<text x="{left + x + 18}" y="15">{label}</text>'
-        for x, colour, label in (
-            (0, random, "from random parameters"),
-            (190, pretrained, "from pretrained ones"),
+    """Bars: accuracy after the same fine-tuning, from random and from pretrained parameters.
+
+    Greys and the blue are legible on white and on black.
+    """
+    text, colours, scale, y = "#7a828e", ("#9aa3af", "#4f6bed"), 4.3, 60
+    parts = [
+        f'<rect x="{x}" y="4" width="13" height="13" rx="2" fill="{colour}"/>'
+        f'<text x="{x + 20}" y="16">{label}</text>'
+        for x, colour, label in zip(
+            (0, 225), colours, ("from random parameters", "from pretrained ones"), strict=True
         )
     ]
-    style = f"text{{font:13px sans-serif;fill:{text}}}.name{{font-weight:bold}}"
+    for title, *runs in PAIRS:
+        reports = [json.loads((ROOT / "results" / r / "report.json").read_text()) for r in runs]
+        n = reports[0]["eval"]["n"]
+        parts.append(
+            f'<text x="0" y="{y - 8}"><tspan class="name">{title}</tspan> (n = {n:,})</text>'
+        )
+        for row, (report, colour) in enumerate(zip(reports, colours, strict=True)):
+            share, top = 100 * report["eval"]["accuracy"], y + 23 * row
+            parts.append(
+                f'<rect x="0" y="{top}" width="{share * scale:.1f}" height="20" rx="2" '
+                f'fill="{colour}"/>'
+                f'<text x="{share * scale + 8:.1f}" y="{top + 15}">{share:.2f} %</text>'
+            )
+        y += 84
+    style = f"text{{font:15px sans-serif;fill:{text}}}.name{{font-weight:bold}}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 {y - 10}" role="img" '
-        'aria-label="Accuracy after fine-tuning, from random and from pretrained parameters">'
-        f"<style>{style}</style>\n" + "\n".join([*key, *parts]) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="480" viewBox="0 0 480 {y - 32}" '
+        'role="img" aria-label="Accuracy after fine-tuning, from random and from pretrained '
+        f'parameters"><style>{style}</style>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 
