@@ -53,9 +53,10 @@ def vit_scale(cfg: ConfigDict) -> Program:
     from vit_scale.distributed.sharding import shard_batch
     from vit_scale.models.parameters import count
     from vit_scale.training.init_state import init_state
-    from vit_scale.training.program import jit_train_step, plan_program
+    from vit_scale.training.setup import make_setup
+    from vit_scale.training.train_step import jit_train_step
 
-    program = plan_program(cfg)
+    program = make_setup(cfg)
     step, state = jit_train_step(program), init_state(program, (), quiet=True)
     images, labels = examples(cfg)
     batch = {"image": images, "label": labels, "mask": np.ones(len(labels), bool)}

@@ -3,6 +3,7 @@
 In a notebook:
 
     import vit_scale
+    report = vit_scale.train("vit_small_cifar", steps=1000)
     model = vit_scale.load("runs/vit_small_cifar")
     model(images)                    # uint8 [b, h, w, 3] -> probabilities [b, c]
     model.top("cat.jpg")             # [("cat", 0.98), ...]
@@ -12,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vit_scale.api import evaluate, show, train
     from vit_scale.inference.predictor import load
     from vit_scale.models.position_embeddings import resample
     from vit_scale.models.vit import ViT, build
@@ -19,12 +21,15 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "evaluate": "api",
     "load": "inference.predictor",
+    "show": "api",
+    "train": "api",
     "ViT": "models.vit",
     "build": "models.vit",
     "resample": "models.position_embeddings",
 }
-__all__ = ["ViT", "__version__", "build", "load", "resample"]
+__all__ = ["ViT", "__version__", "build", "evaluate", "load", "resample", "show", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -677,7 +677,7 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(user, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(trainer, "plan_program", broken)
+    monkeypatch.setattr(trainer, "make_setup", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(user.training())
     assert not np.any([file.name == "run" for file in user.folder.iterdir()])

@@ -405,11 +405,9 @@ def learnt_shapes(run) -> dict[str, tuple[int, ...]]:
 
 def test_eval_prints_n(learnt, capsys):
     out = ran(capsys, "eval", learnt)
-    assert re.fullmatch(
-        r".+: accuracy \d+\.\d\d %, loss \d+\.\d+, n 12 \(step 80, batch 16\)\n", out
-    )
+    assert re.fullmatch(r".+: accuracy \d+\.\d\d %, loss \d+\.\d+, n 12 \(step 80\)\n", out)
     result = last(ran(capsys, "eval", learnt, "--split", "train[:50%]", "--json"))
-    assert set(result) == {"run", "step", "split", "n", "accuracy", "loss"}
+    assert set(result) == {"run", "step", "split", "set", "n", "accuracy", "loss"}
     assert (result["n"], result["split"], result["step"]) == (24, "train[:50%]", 80)
     assert result["run"] == str(learnt / "checkpoints" / "80")
     assert result["accuracy"] > 0.9

@@ -24,7 +24,7 @@ from vit_scale.inference.export import export
 from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.pretrained import convert
 from vit_scale.training.init_state import check_source, init_state
-from vit_scale.training.program import plan_program
+from vit_scale.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TURNED = CLASSES[::-1]
@@ -190,7 +190,7 @@ def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
     run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
     given = random_params(tiny_model())["head"]
     for head in ("auto", "keep"):
-        program = plan_program(tiny_config(f"init.source={run}", f"init.head={head}"))
+        program = make_setup(tiny_config(f"init.source={run}", f"init.head={head}"))
         check_source(program, TURNED)
         state = init_state(program, TURNED, quiet=False)
         np.testing.assert_array_equal(state.params["head"]["kernel"], given["kernel"][:, ::-1])
@@ -213,7 +213,7 @@ def test_a_head_that_nobody_named_is_kept_aloud(tmp_path, capsys):
     export(run, "safetensors-timm", tmp_path / "timm")
     (tmp_path / "timm" / "config.json").unlink()
     source = f"init.source={tmp_path / 'timm'}"
-    program = plan_program(tiny_config(source))
+    program = make_setup(tiny_config(source))
     init_state(program, TURNED, quiet=False)
     printed = capsys.readouterr().out
     assert "assuming that output i is class i of the set, fox to cat" in printed

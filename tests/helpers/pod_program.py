@@ -20,14 +20,14 @@ from vit_scale.augment.pipeline import draw
 from vit_scale.distributed import multihost
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.training.init_state import init_state
-from vit_scale.training.program import plan_program
+from vit_scale.training.setup import make_setup
 
 
 def write_batches(folder: pathlib.Path, overrides: list[str], meshes: dict) -> None:
     """For each mesh and step, {name: (first row, part)} of every device here, in one file."""
     for name, sizes in meshes.items():
         cfg = config.load("vit_tutorial_cifar", [*overrides, *sizes])
-        program = plan_program(cfg)
+        program = make_setup(cfg)
         rows, size = batch_rows(cfg.data.batch, program.mesh), cfg.data.batch
         source = data.open_split(cfg.data, cfg.data.train)
         prepare = jax.jit(program.objective.prepare)
@@ -49,7 +49,7 @@ def write_batches(folder: pathlib.Path, overrides: list[str], meshes: dict) -> N
 
 def write_state_bytes(folder: pathlib.Path, overrides: list[str]) -> None:
     """{"params": {device: bytes}, "opt_state": ...}, counted from the arrays' shards."""
-    state = init_state(plan_program(config.load("vit_tiny_imagenet", overrides)), (), quiet=True)
+    state = init_state(make_setup(config.load("vit_tiny_imagenet", overrides)), (), quiet=True)
     found: dict[str, dict[int, int]] = {}
     for name in ("params", "opt_state"):
         held = found.setdefault(name, {})

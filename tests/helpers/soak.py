@@ -304,7 +304,7 @@ def damage_and_restore(number: int, seed: int, folder: pathlib.Path, whole: Run)
     from vit_scale import config
     from vit_scale.checkpoint import Checkpoints, read_manifest
     from vit_scale.checkpoint.integrity import fingerprints
-    from vit_scale.training.program import plan_program
+    from vit_scale.training.setup import make_setup
 
     draw = random.Random(f"{seed}/{number}")
     kind = "bitflip" if number % 3 else draw.choice(("truncate", "remove"))
@@ -313,7 +313,7 @@ def damage_and_restore(number: int, seed: int, folder: pathlib.Path, whole: Run)
     written = {int(f.name): read_manifest(f)["arrays"] for f in run.checkpoints()}
     newest = max(written)
     damage(draw, run, kind)
-    state = plan_program(config.load(str(CONFIG))).state._asdict()
+    state = make_setup(config.load(str(CONFIG))).state._asdict()
     with Checkpoints(run.workdir) as checkpoints:
         step, trees = checkpoints.recover(state)
     exact = fingerprints(trees) == written[step]

@@ -34,7 +34,8 @@ from vit_scale.errors import UserError
 from vit_scale.inspect import inspect
 from vit_scale.inspect.attention import mean_distance, patch_distances
 from vit_scale.models import layers, position_embeddings
-from vit_scale.training.program import jit_train_step, plan_program
+from vit_scale.training.setup import make_setup
+from vit_scale.training.train_step import jit_train_step
 
 pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -487,7 +488,7 @@ def test_two_runs_of_one_name_are_told_apart(made, tmp_path):
 
 def test_training_knows_nothing_of_it(made, monkeypatch):
     """The step is the same program after a look inside, and never asks for weights to show."""
-    program = plan_program(tiny_config())
+    program = make_setup(tiny_config())
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
 
     def lowered() -> str:

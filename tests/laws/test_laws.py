@@ -29,7 +29,8 @@ from vit_scale.models.parameters import named, unstack
 from vit_scale.models.vit import build
 from vit_scale.training import program, trainer
 from vit_scale.training.evaluator import Evaluate
-from vit_scale.training.program import jit_train_step, plan_program
+from vit_scale.training.setup import make_setup
+from vit_scale.training.train_step import jit_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -79,7 +80,7 @@ def final_state(run: pathlib.Path) -> dict[str, np.ndarray]:
     (*_, step) = checkpoint.steps(run)
     folder = run / "checkpoints" / str(step)
     cfg = config.from_json(checkpoint.description(folder)["config"])
-    target = {k: v for k, v in plan_program(cfg).state._asdict().items() if k != "step"}
+    target = {k: v for k, v in make_setup(cfg).state._asdict().items() if k != "step"}
     if target["ema"] is None:
         del target["ema"]
     leaves = jax.tree_util.tree_leaves_with_path(checkpoint.read(folder, target))
@@ -442,7 +443,7 @@ SMALL = (
 
 def compute(*overrides: str, stored: int = 8) -> tuple[str, list[np.ndarray]]:
     """The training step as traced: its jaxpr, without what no part of the new state depends on."""
-    program = plan_program(config.override(config.base(), [*SMALL, *overrides]))
+    program = make_setup(config.override(config.base(), [*SMALL, *overrides]))
     b = program.cfg.data.batch
     batch = {
         "image": jax.ShapeDtypeStruct((b, stored, stored, 3), jnp.uint8),
@@ -599,7 +600,7 @@ def test_what_is_off_or_elsewhere_leaves_the_step_alone(override, computed):
 def after(steps: int, *overrides: str) -> dict[str, np.ndarray]:
     """Parameters after so many steps of SGD from the same drawn state; 0 compiles nothing."""
     overrides = ("optim.name=sgd", "optim.lr=.1", *overrides)
-    program = plan_program(config.override(config.base(), [*SMALL, *overrides]))
+    program = make_setup(config.override(config.base(), [*SMALL, *overrides]))
     draw = np.random.RandomState(0)
     params = {
         name: draw.normal(size=leaf.shape).astype(np.float32) * 0.3

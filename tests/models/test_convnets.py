@@ -21,13 +21,9 @@ from vit_scale.models.parameters import count, measured, named, with_statistics
 from vit_scale.models.vit import build
 from vit_scale.pretrained import adapt
 from vit_scale.training.optimizer import layer_scale
-from vit_scale.training.program import (
-    TrainState,
-    jit_train_step,
-    plan_program,
-    summary,
-    training_flops,
-)
+from vit_scale.training.setup import make_setup, summary, training_flops
+from vit_scale.training.train_state import TrainState
+from vit_scale.training.train_step import jit_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -86,7 +82,7 @@ def test_statistics_are_no_parameters():
     sizes = [leaf.size for name, leaf in named(params).items() if name not in statistics]
     assert count(params) == sum(sizes) == summary(cfg)["parameters"]
     assert summary(cfg)["tokens"] == 0
-    optimizer = plan_program(cfg).state.opt_state
+    optimizer = make_setup(cfg).state.opt_state
     kept = {name for name in named(optimizer) if "stages/0/norm" in name}
     assert {name.rpartition("/")[2] for name in kept} == {"scale", "bias"}
 
@@ -243,7 +239,7 @@ STEP = ("optim.lr=0.03", "optim.ema=0.75", "steps=10", "data.batch=32")
 
 @pytest.fixture(scope="module")
 def program():
-    return plan_program(convnet_config("cnn", *STEP))
+    return make_setup(convnet_config("cnn", *STEP))
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +381,7 @@ def test_a_hybrid_measures_in_training_only(hybrid):
 def test_layer_decay_takes_a_stem_for_the_embedding():
     assert layer_scale("stem/convs/0/kernel", None, 0.5, 2) == 0.125
     assert layer_scale("embed/kernel", None, 0.5, 2) == 0.125
-    plan_program(tiny_config("model.variant=C+Ti/8", "optim.layer_decay=0.5", "model.remat=full"))
+    make_setup(tiny_config("model.variant=C+Ti/8", "optim.layer_decay=0.5", "model.remat=full"))
 
 
 # Where it lies
@@ -433,7 +429,7 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
 )
 def test_what_a_cnn_cannot_do_is_refused(override, message):
     with pytest.raises(UserError) as caught:
-        plan_program(convnet_config("cnn", override))
+        make_setup(convnet_config("cnn", override))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -447,11 +443,11 @@ def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
         (tiny_config("model.variant=C+Ti/8", "optim.train=head"), "optim.train=head would leave"),
     ):
         with pytest.raises(UserError) as caught:
-            plan_program(cfg)
+            make_setup(cfg)
         assert message in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"mesh\.tensor=2 splits attention heads and MLP"):
-        plan_program(convnet_config("cnn", "mesh.tensor=2"), 2)
-    plan_program(tiny_config("model.variant=C+Ti/8", "mesh.tensor=2"), 2)
+        make_setup(convnet_config("cnn", "mesh.tensor=2"), 2)
+    make_setup(tiny_config("model.variant=C+Ti/8", "mesh.tensor=2"), 2)
 
 
 def test_every_size_is_named_in_the_module():

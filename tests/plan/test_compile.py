@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.tiny import SIZES, tiny_config
 from vit_scale import cli
 from vit_scale.plan import COMPILER
-from vit_scale.training.program import summary
+from vit_scale.training.setup import summary
 
 HERE = pathlib.Path(COMPILER).is_dir() or importlib.util.find_spec("libtpu")
 pytestmark = pytest.mark.skipif(

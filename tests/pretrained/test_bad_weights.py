@@ -19,7 +19,7 @@ from vit_scale.errors import UserError
 from vit_scale.pretrained import Hints, weight_files
 from vit_scale.storage.download import Unreachable
 from vit_scale.training.init_state import check_source, init_state
-from vit_scale.training.program import plan_program
+from vit_scale.training.setup import make_setup
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 HEADS = Hints(heads=3)
@@ -143,7 +143,7 @@ def test_a_missing_array(tmp_path):
     file = changed("google.npz", tmp_path / "x.npz", **gone)
     refused(file, "missing: Transformer/encoderblock_1/", "and 9 more")
     file = changed("big_vision-map.npz", tmp_path / "x.npz", pos_embedding=None)
-    assert "no positions are stored" in pretrained.load_model(file).notes[1]
+    assert "no positions are stored" in pretrained.load_model(file).lines[1]
     file = changed("timm.safetensors", tmp_path / "x.safetensors", pos_embed=None)
     refused(file, "missing: pos_embed")
 
@@ -173,7 +173,7 @@ def test_an_extra_array(tmp_path):
 def test_a_dialect_that_is_not_known_and_a_wrong_one(tmp_path):
     np.savez(tmp_path / "x.npz", **{f"conv{i}": np.ones(3) for i in range(9)})
     refused(tmp_path / "x.npz", "of no dialect that is known", "conv0", "and 3 more")
-    wrong = HEADS._replace(format="timm")
+    wrong = HEADS._replace(dialect="timm")
     refused(GOLDEN / "google.npz", "patch_embed.proj.weight is missing", "Transf", hints=wrong)
 
 
@@ -201,7 +201,7 @@ def test_config_json_that_says_otherwise(tmp_path):
     (folder / "config.json").write_text('{"model_type": "vit"}')
     refused(folder, "is not as Hugging Face transformers writes it", "num_attention_heads")
     (folder / "config.json").write_text("{")
-    refused(folder, "config.json: ")
+    refused(folder, "config.json can't be read")
     (folder / "config.json").write_text("[]")
     refused(folder, "config.json", "no JSON object")
     (folder / "config.json").write_text("{}")
@@ -321,7 +321,7 @@ def test_a_checksum_is_compared(server):
 
 def test_an_address_of_no_file(server):
     refused(f"{server.url}/huggingface", "names no file of weights", "give its model.safetensors")
-    refused(f"{server.url}/none.npz", "cannot download", "by other means to")
+    refused(f"{server.url}/none.npz", "could not be downloaded", "put that file there as")
 
 
 def test_without_a_network_the_way_round_is_named(server, tmp_path):
@@ -330,13 +330,13 @@ def test_without_a_network_the_way_round_is_named(server, tmp_path):
     url = f"{server.url}/google.npz"
     with pytest.raises(Unreachable):
         pretrained.load_model(url)
-    program = plan_program(tiny_config(f"init.source={url}", "init.instead=vit_small_imagenet"))
+    program = make_setup(tiny_config(f"init.source={url}", "init.instead=vit_small_imagenet"))
     with pytest.raises(UserError) as caught:
         check_source(program, ("cat",) * 4)
     line = str(caught.value)
     assert "\n" not in line
     cache = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}"
-    assert f"cannot download {url}" in line and f"by other means to {cache}" in line
+    assert f"{url} could not be downloaded" in line and f"put that file there as {cache}" in line
     assert "vit-scale train --config vit_small_imagenet" in line
     assert "--config.init.source=runs/vit_small_imagenet" in line
 
@@ -355,7 +355,7 @@ def test_a_training_begins_with_them(capsys):
     fields = ("width=12", "depth=2", "heads=3", "mlp=20", "variant=Ti/4", "gelu=tanh")
     overrides = [f"model.{field}" for field in fields] + ["data.resolution=20"]
     source = f"init.source={GOLDEN / 'google-pre_logits.npz'}"
-    program = plan_program(tiny_config(*overrides, source))
+    program = make_setup(tiny_config(*overrides, source))
     check_source(program, ("cat", "dog", "eel", "fox"))
     state = init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)
     given = pretrained.load_model(GOLDEN / "google-pre_logits.npz")

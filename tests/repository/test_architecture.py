@@ -31,6 +31,7 @@ LAYERS = (
     {"pretrained", "tracking"},
     {"inference", "training"},
     {"inspect", "plan"},
+    {"api"},
     {"__init__"},
     {"cli"},
 )

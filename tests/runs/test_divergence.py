@@ -10,7 +10,8 @@ from vit_scale.config import base
 from vit_scale.errors import DIVERGED
 from vit_scale.runs import divergence
 from vit_scale.runs.divergence import Diverged, Guard, Rollback, parts
-from vit_scale.training.program import jit_train_step, plan_program
+from vit_scale.training.setup import make_setup
+from vit_scale.training.train_step import jit_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -82,7 +83,7 @@ def test_rollbacks_are_written_down(tmp_path):
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_step_that_is_not_finite_updates_nothing(skip):
     cfg = tiny_config(f"divergence.skip={skip}", "optim.ema=0.9")
-    program = plan_program(cfg, jax.devices()[:1])
+    program = make_setup(cfg, jax.devices()[:1])
     params = jax.device_put(random_params(program.model))
     params["head"]["bias"] = params["head"]["bias"].at[0].set(jnp.nan)
     state = program.state._replace(
@@ -111,7 +112,7 @@ def test_a_step_that_is_not_finite_updates_nothing(skip):
 
 
 def test_a_finite_step_is_counted_as_one():
-    program = plan_program(tiny_config(), jax.devices()[:1])
+    program = make_setup(tiny_config(), jax.devices()[:1])
     params = jax.device_put(random_params(program.model))
     state = program.state._replace(
         step=jnp.int32(0), params=params, opt_state=program.optimizer.init(params)

@@ -10,14 +10,14 @@ from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.models.position_embeddings import resample
 from vit_scale.training.init_state import averaged, check_source, init_state, recover, restore
-from vit_scale.training.program import plan_program
+from vit_scale.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
 def program():
-    return plan_program(tiny_config("optim.ema=0.9", "seed=3"))
+    return make_setup(tiny_config("optim.ema=0.9", "seed=3"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_averaged_is_the_model(state):
 def test_a_start_from_another_run(tmp_path, capsys, quiet):
     given = random_params(tiny_model())
     run = write_run(tmp_path / "run", tiny_config(), given)
-    program = plan_program(tiny_config("data.resolution=32", f"init.source={run}"))
+    program = make_setup(tiny_config("data.resolution=32", f"init.source={run}"))
     state = init_state(program, ("ant", *CLASSES[1:]), quiet)
     same(state.params["blocks"], given["blocks"])
     # Another compilation of the same resampling: equal to rounding.
@@ -71,7 +71,7 @@ def test_a_start_from_another_run(tmp_path, capsys, quiet):
 def test_the_same_classes_keep_the_head(tmp_path):
     given = random_params(tiny_model())
     run = write_run(tmp_path / "run", tiny_config(), given)
-    program = plan_program(tiny_config(f"init.source={run}", "optim.ema=0.9"))
+    program = make_setup(tiny_config(f"init.source={run}", "optim.ema=0.9"))
     state = init_state(program, CLASSES, quiet=True)
     same(state.params, given)
     same(state.ema, given)
@@ -79,13 +79,13 @@ def test_the_same_classes_keep_the_head(tmp_path):
 
 def test_a_source_that_does_not_fit_is_refused_before_the_run_begins(tmp_path):
     run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
-    check_source(plan_program(tiny_config()), CLASSES)
-    fitting = plan_program(tiny_config("data.resolution=32", f"init.source={run}"))
+    check_source(make_setup(tiny_config()), CLASSES)
+    fitting = make_setup(tiny_config("data.resolution=32", f"init.source={run}"))
     check_source(fitting, CLASSES)
-    wider = plan_program(tiny_config("model.mlp=32", f"init.source={run}"))
+    wider = make_setup(tiny_config("model.mlp=32", f"init.source={run}"))
     with pytest.raises(UserError, match="the pretrained parameters don't fit: blocks/mlp/down"):
         check_source(wider, CLASSES)
-    missing = plan_program(tiny_config("init.source=none"))
+    missing = make_setup(tiny_config("init.source=none"))
     with pytest.raises(UserError, match="none is neither the folder of a run"):
         check_source(missing, CLASSES)
 

@@ -14,15 +14,10 @@ from vit_scale.errors import UserError
 from vit_scale.models.parameters import count, named
 from vit_scale.models.vit import build
 from vit_scale.training.optimizer import update_ema
-from vit_scale.training.program import (
-    TrainState,
-    check_attention,
-    gradients,
-    jit_train_step,
-    placements,
-    plan_program,
-    summary,
-)
+from vit_scale.training.setup import make_setup, parameter_layout, summary
+from vit_scale.training.train_state import TrainState
+from vit_scale.training.train_step import gradients, jit_train_step
+from vit_scale.training.validation import check_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -39,7 +34,7 @@ MASK = np.array([1, 0, 1, 1, 1, 1, 0, 0], bool)
 
 @pytest.fixture(scope="module")
 def program():
-    return plan_program(tiny_config(*STEP))
+    return make_setup(tiny_config(*STEP))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +85,7 @@ def bits(tree) -> list[bytes]:
 )
 def test_what_cannot_work_is_refused(overrides, message):
     with pytest.raises(UserError) as caught:
-        plan_program(tiny_config(*overrides))
+        make_setup(tiny_config(*overrides))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -135,18 +130,18 @@ def test_what_cudnn_can_do_is_not(mesh, width):
 
 
 def test_a_mesh_without_devices_may_have_cudnn():
-    plan_program(tiny_config(*CUDNN), devices=2)
+    make_setup(tiny_config(*CUDNN), devices=2)
     with pytest.raises(UserError, match=r"needs model\.dtype=bfloat16, not float32"):
-        plan_program(tiny_config("model.attention=cudnn"), devices=2)
+        make_setup(tiny_config("model.attention=cudnn"), devices=2)
     with pytest.raises(UserError, match=r"NVIDIA GPUs .* 1 x cpu: "):
-        plan_program(tiny_config(*CUDNN), jax.devices()[:1])
+        make_setup(tiny_config(*CUDNN), jax.devices()[:1])
 
 
 def test_a_plan_allocates_nothing(program):
     leaves = jax.tree.leaves(program.state)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding for leaf in leaves)
     assert program.state.ema.keys() == program.state.params.keys()
-    assert plan_program(tiny_config()).state.ema is None
+    assert make_setup(tiny_config()).state.ema is None
 
 
 def test_summary():
@@ -161,7 +156,7 @@ def test_summary():
     block = 7 * 16 * 64 + 2 * 7 * 7 * 16 + 2 * 7 * 16 * 24
     last = 16 * 32 + 7 * 16 * 32 + 2 * 7 * 16 + 2 * 16 * 24
     assert content["flops_per_image"] == 6 * (6 * 192 * 16 + block + last + 16 * 4)
-    program = plan_program(tiny_config("data.width=24"))
+    program = make_setup(tiny_config("data.width=24"))
     assert content["parameters"] == count(program.state.params)
     assert content["config"]["data"]["width"] == 24
 
@@ -206,7 +201,7 @@ def test_parts_have_keys_of_their_own():
 
 def test_accumulated_steps_are_the_same_step(program, step):
     """With sums over parts that have 1, 2 and 0 unmasked examples."""
-    accumulating = plan_program(tiny_config(*STEP, "optim.accumulate=4"))
+    accumulating = make_setup(tiny_config(*STEP, "optim.accumulate=4"))
     batch = batch_of(program, mask=MASK)
     expected, metrics = step(new_state(program), batch)
     found, other = jit_train_step(accumulating)(new_state(accumulating), batch)
@@ -273,7 +268,7 @@ def test_it_learns(program, step):
 
 
 def test_placements_say_where_parameters_lie_and_what_a_device_holds():
-    found = placements(plan_program(tiny_config("mesh.fsdp=4", "model.scan=True"), 8))
+    found = parameter_layout(make_setup(tiny_config("mesh.fsdp=4", "model.scan=True"), 8))
     assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     rows = {row["parameter"]: row for row in found["parameters"]}
     assert rows["blocks/mlp/up/kernel"] == {
@@ -288,5 +283,5 @@ def test_placements_say_where_parameters_lie_and_what_a_device_holds():
     counters = 2 * 4  # Adam's and the schedule's
     assert held["opt_state"] == 2 * held["params"] + counters
     assert held["ema"] == 0
-    averaged = placements(plan_program(tiny_config("mesh.fsdp=4", "optim.ema=0.9"), 8))
+    averaged = parameter_layout(make_setup(tiny_config("mesh.fsdp=4", "optim.ema=0.9"), 8))
     assert averaged["bytes_per_device"]["ema"] == averaged["bytes_per_device"]["params"]

@@ -25,7 +25,9 @@ from vit_scale.pretrained import adapt
 from vit_scale.training import teachers
 from vit_scale.training.objectives import distillation
 from vit_scale.training.optimizer import trained
-from vit_scale.training.program import TrainState, jit_train_step, plan_program, training_flops
+from vit_scale.training.setup import make_setup, training_flops
+from vit_scale.training.train_state import TrainState
+from vit_scale.training.train_step import jit_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -187,7 +189,7 @@ def begun(program) -> TrainState:
 
 def test_a_step_learns_from_what_the_average_of_the_teacher_says(teacher):
     run, ema = teacher
-    program = plan_program(tiny_config(*DISTILL, f"distill.teacher={run}"))
+    program = make_setup(tiny_config(*DISTILL, f"distill.teacher={run}"))
     batch = random_batch()
     given = teachers.load(program.teacher)
     jax.tree.map(np.testing.assert_array_equal, given[0], ema)
@@ -225,7 +227,7 @@ def test_a_teacher_that_was_trained_with_cudnn_teaches_without_a_gpu(tmp_path):
     params, images = random_params(tiny_model(*half)), np.ones((2, 16, 16, 3), np.float32)
     for kind in ("cudnn", "xla"):
         run = write_run(tmp_path / kind, tiny_config(*half, f"model.attention={kind}"), params)
-        program = plan_program(tiny_config("objective=distillation", f"distill.teacher={run}"))
+        program = make_setup(tiny_config("objective=distillation", f"distill.teacher={run}"))
         said.append(jax.jit(program.teacher.logits)(*teachers.load(program.teacher), images))
     np.testing.assert_array_equal(*said)
 
@@ -236,30 +238,30 @@ def test_a_teacher_that_was_trained_with_cudnn_teaches_without_a_gpu(tmp_path):
 def test_the_checksum_is_filled_in_and_held_to(teacher, tmp_path):
     run, _ = teacher
     cfg = tiny_config(*DISTILL, f"distill.teacher={run}")
-    program = plan_program(cfg)
+    program = make_setup(cfg)
     checksum = program.cfg.distill.checksum
     assert len(checksum) == 64 and cfg.distill.checksum == "", "the caller's stays as it is"
     assert program.teacher.folder == run / "checkpoints" / "5"
     cfg.distill.checksum = checksum
-    assert plan_program(cfg).cfg.distill.checksum == checksum
+    assert make_setup(cfg).cfg.distill.checksum == checksum
     other = convnet_config("cnn", "augment.mean=(.3,.3,.3)")
     changed = random_params(build(other.model, (16, 16)))
     changed["head"]["bias"][0] += 1e-3
     cfg.distill.teacher = str(write_run(tmp_path / "run", other, changed))
     with pytest.raises(UserError, match=r"it is another teacher"):
-        plan_program(cfg)
+        make_setup(cfg)
 
 
 def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
     run, _ = teacher
-    found = plan_program(tiny_config(*DISTILL, f"distill.teacher={run}")).teacher
+    found = make_setup(tiny_config(*DISTILL, f"distill.teacher={run}")).teacher
     teachers.check_classes(found, CLASSES)
     teachers.check_classes(None, ("ant",))
     with pytest.raises(UserError, match="class 1 of the teacher is 'dog', of the student 'eel'"):
         teachers.check_classes(found, ("cat", "eel", "dog", "fox"))
     wanted = tiny_config(*DISTILL, f"distill.teacher={run}", "model.classes=3")
     with pytest.raises(UserError, match=r"has 4 classes, the student model\.classes=3"):
-        plan_program(wanted)
+        make_setup(wanted)
 
 
 @pytest.mark.parametrize(
@@ -280,5 +282,5 @@ def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
 )
 def test_what_teaches_nothing_is_refused(overrides, message):
     with pytest.raises(UserError) as caught:
-        plan_program(tiny_config(*overrides))
+        make_setup(tiny_config(*overrides))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -17,55 +17,46 @@ UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
 
 def train(args, overrides: Sequence[str]) -> None:
     preemption.install()
-    from vit_scale import config
+    from vit_scale import api, config
     from vit_scale.runs import report
-    from vit_scale.training.stages import train_stages
+    from vit_scale.storage import paths
 
     join_hosts(args)
-    workdir = args.workdir or f"runs/{config.title(args.config)}"
-    runs = train_stages(args.config, overrides, workdir, args.quiet)
+    workdir = paths.parse(args.workdir or api.default_workdir(args.config))
+    api.train(args.config, workdir, quiet=args.quiet, watchdog=True, **as_fields(overrides))
     if not args.quiet:
-        rows = report.rows(runs)
+        stages = config.load(args.config, overrides).stages
+        rows = report.rows([workdir / stage for stage in stages] or [workdir])
         print(report.table(rows))
         print(json.dumps({"runs": rows}))
 
 
 def evaluate(args, overrides: Sequence[str]) -> None:
-    from vit_scale import config, pretrained
-    from vit_scale.augment.view import view
-    from vit_scale.data import align, open_split
-    from vit_scale.distributed.mesh import make_mesh
-    from vit_scale.distributed.sharding import shard, shardings
-    from vit_scale.training.evaluator import Evaluate, check_classes
+    from vit_scale import api
 
     refuse_unused(overrides, "eval", EVAL, args.split)
     join_hosts(args)
-    given = pretrained.load_model(args.run)
-    given.cfg.mesh = config.base().mesh  # the machine's devices, not the training's
-    cfg = config.override(given.cfg, overrides)
-    split = args.split or cfg.eval.final
-    if not split:
-        raise UserError(
-            f"{args.run} evaluates nothing at its end: give --split, such as test", USAGE
-        )
-    source = open_split(cfg.data, split, view(cfg.eval))
-    check_classes(source, cfg)
-    source, line = align(source, given.classes, cfg.init.classes)
-    if not args.quiet:
-        given._replace(notes=(*given.notes, *filter(None, [line]))).print_notes()
-    mesh = make_mesh(cfg.mesh)
-    params = shard(given.params, shardings(given.params, mesh))
-    result = Evaluate(cfg, given.model, mesh)(params, source)
+    result = api.evaluate(args.run, args.split, quiet=args.quiet, **as_fields(overrides))
     if args.quiet:
         return
-    shown = {"run": str(given.path), "step": given.step, "split": split, **result}
     if args.json:
-        print(json.dumps(shown))
+        print(json.dumps(result))
     else:
         print(
-            f"{source.name}: accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, "
-            f"n {result['n']:,} (step {given.step:,}, batch {cfg.eval.batch:,})"
+            f"{result['set']}: accuracy {100 * result['accuracy']:.2f} %, loss "
+            f"{result['loss']:.4f}, n {result['n']:,} (step {result['step']:,})"
         )
+
+
+def as_fields(overrides: Sequence[str]) -> dict[str, str]:
+    """Return overrides "FIELD=VALUE" by field. Raises UserError for one without a value."""
+    fields: dict[str, str] = {}
+    for item in overrides:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE", USAGE)
+        fields[name] = value
+    return fields
 
 
 def predict(args, overrides: Sequence[str]) -> None:
@@ -108,9 +99,9 @@ def inspect(args, overrides: Sequence[str]) -> None:
 
 
 def show(args, overrides: Sequence[str]) -> None:
-    from vit_scale import config
+    from vit_scale import api, config
     from vit_scale.runs import goodput, report
-    from vit_scale.training.program import placements, plan_program, summary
+    from vit_scale.training.setup import make_setup, parameter_layout
 
     if bool(args.runs) == bool(args.config):
         raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
@@ -131,16 +122,14 @@ def show(args, overrides: Sequence[str]) -> None:
     refuse_flags(args, "show --config", "markdown")
     cfg = config.load(args.config, overrides)
     if args.sharding:
-        found = placements(plan_program(cfg, args.devices))
+        found = parameter_layout(make_setup(cfg, args.devices))
         print(json.dumps(found) if args.json else report.placements(found))
         return
-    content = summary(cfg)
-    stages = {stage: config.load(f"{args.config}:{stage}", overrides) for stage in cfg.stages}
-    if args.devices:  # raises where it can't be
-        for part in stages.values() or (cfg,):
-            plan_program(part, args.devices)
-    if stages:
-        content["stages"] = {stage: config.to_json(part) for stage, part in stages.items()}
+    content = api.show_named(args.config, list(overrides))
+    if args.devices:  # raises UserError where the config can't be split over so many
+        for stage in cfg.stages or ("",):
+            name = f"{args.config}:{stage}" if stage else args.config
+            make_setup(config.load(name, overrides), args.devices)
     if args.json:
         print(json.dumps(content))
     else:

@@ -217,6 +217,7 @@ def _workers_allowed() -> None:
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    processes.spawn_without_main()
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
     if quiet not in sys.warnoptions:
         sys.warnoptions.append(quiet)

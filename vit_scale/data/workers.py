@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import errno
 import multiprocessing
+import multiprocessing.spawn
 import os
 import re
 import signal
@@ -30,7 +31,29 @@ FEWER = "--config.data.workers=0, or smaller batches"
 TERM = signal.SIGTERM.value
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+GRAINS_NAME = "grain-process-prefetch"  # how the names of its processes begin
 GRAINS = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
+
+
+def spawn_without_main() -> None:
+    """Let Grain's workers start without importing the program that trains.
+
+    Python would import it in each, where a script without `if __name__ == "__main__"` trains again.
+    Grain sends what a worker needs by cloudpickle, which takes the program's own classes along.
+    """
+    original = multiprocessing.spawn.get_preparation_data
+    if hasattr(original, "without_main"):
+        return
+
+    def prepare(name: str) -> dict:
+        prepared = original(name)
+        if name.startswith(GRAINS_NAME):
+            prepared.pop("init_main_from_path", None)
+            prepared.pop("init_main_from_name", None)
+        return prepared
+
+    prepare.without_main = True  # type: ignore[attr-defined]
+    multiprocessing.spawn.get_preparation_data = prepare
 
 
 def attach_to_parent(*_: int) -> None:

@@ -57,6 +57,14 @@ class Shape:
         return self.grid[0] * self.grid[1] + self.before
 
 
+def resolve(cfg: ConfigDict, image: tuple[int, int]) -> Shape | convnets.Shape:
+    """Resolve a `model` block for images of (height, width) pixels. Raises UserError."""
+    if cfg.variant in convnets.SIZES:
+        check_choices(cfg)
+        return convnets.shape(cfg, image)
+    return shape(cfg, image)
+
+
 def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
     """Resolve the `cfg.variant` of a ViT and its overrides for images of (height, width) pixels.
 

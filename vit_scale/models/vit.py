@@ -24,7 +24,7 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
 from vit_scale.models.layers import AttentionPool, Block, PatchEmbed, drop, layer_norm
 from vit_scale.models.position_embeddings import sincos2d
-from vit_scale.models.spec import check_choices, shape
+from vit_scale.models.spec import resolve, shape
 
 
 def _as_is(x: Array) -> Array:
@@ -243,11 +243,8 @@ def build(cfg: ConfigDict, image: tuple[int, int], place: Callable = _as_is) -> 
     `place` says where the tokens between blocks live, as a sharding constraint does.
     Raises UserError where the block makes no model; allocates nothing.
     """
-    kinds: tuple[Callable, Callable] = (ViT, shape)
-    if cfg.variant in convnets.SIZES:
-        check_choices(cfg)
-        kinds = (convnets.network, convnets.shape)
-    network, resolved = kinds[0], kinds[1](cfg, image)
+    resolved = resolve(cfg, image)
+    network: Callable = convnets.network if isinstance(resolved, convnets.Shape) else ViT
 
     def make(key):
         return network(cfg, image, nnx.Rngs(params=key), place)

@@ -25,7 +25,8 @@ from vit_scale.errors import UserError
 from vit_scale.plan import topology
 from vit_scale.plan.estimate import by_kind, parts
 from vit_scale.plan.hlo import Program as Hlo
-from vit_scale.training.program import Program, jit_train_step, plan_program, training_flops
+from vit_scale.training.setup import Setup, make_setup, training_flops
+from vit_scale.training.train_step import jit_train_step
 
 
 def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
@@ -34,13 +35,13 @@ def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
     Raises UserError for a config that can't work on so many devices.
     """
     devices = topology.devices(where)
-    program = plan_program(cfg, devices)
-    found = describe(program, where)
+    setup = make_setup(cfg, devices)
+    found = describe(setup, where)
     start = time.monotonic()
     try:
-        step, teacher = jit_train_step(program), program.teacher
+        step, teacher = jit_train_step(setup), setup.teacher
         given = () if teacher is None else (teacher.params,)
-        compiled = step.lower(program.state, batch_shapes(program), *given).compile()
+        compiled = step.lower(setup.state, batch_shapes(setup), *given).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the compiler fails: {str(error).splitlines()[0]}") from error
@@ -59,19 +60,19 @@ def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
     }
 
 
-def describe(program: Program, where: topology.Topology) -> dict:
+def describe(setup: Setup, where: topology.Topology) -> dict:
     """What is known before anything is compiled."""
-    cfg, state = program.cfg, program.state
+    cfg, state = setup.cfg, setup.state
     return {
         "topology": where.name,
         "slices": where.slices,
         "chips": where.chips,
         "devices": where.devices,
-        "device_kind": program.mesh.devices.flat[0].device_kind,
-        "mesh": dict(program.mesh.shape),
+        "device_kind": setup.mesh.devices.flat[0].device_kind,
+        "mesh": dict(setup.mesh.shape),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
-        "flops_per_step": cfg.data.batch * training_flops(program.model, cfg.model.classes),
+        "flops_per_step": cfg.data.batch * training_flops(setup.model, cfg.model.classes),
         "hbm_bytes": int(where.tpu.hbm_gib * topology.GIB),
         "parameter_bytes": device_bytes(state.params),
         "optimizer_bytes": device_bytes(state.opt_state),
@@ -79,9 +80,9 @@ def describe(program: Program, where: topology.Topology) -> dict:
     }
 
 
-def batch_shapes(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch as the data pipeline delivers it: uint8, at the stored size."""
-    cfg, sharding = program.cfg, batch_sharding(program.mesh)
+    cfg, sharding = setup.cfg, batch_sharding(setup.mesh)
     size = cfg.data.batch
 
     def array(shape, dtype):

@@ -55,9 +55,7 @@ class Watch:
         self._ledger = goodput.Ledger(run) if multihost.is_first() else None
         self._booked, self._lock = time.monotonic(), threading.Lock()
         self.every = BUCKET if paths.in_bucket(run) else max(DISK, jax.process_count() / 8)
-        self.attempt = multihost.agree(
-            secrets.token_hex(4)
-        )  # else heartbeats of an earlier one count
+        self.attempt = multihost.agree(secrets.token_hex(4))  # no earlier heartbeat counts
         self._others = Others(self) if multihost.is_several() else None
         self._code: int | None = None
         self._words = ""

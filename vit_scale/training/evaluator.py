@@ -1,4 +1,4 @@
-"""Exact evaluation: every example counts once, for every batch size and number of hosts (law 6)."""
+"""Exact evaluation: every example counts once, for every batch size and number of hosts."""
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -9,28 +9,22 @@ from vit_scale.augment.pipeline import eval_images
 from vit_scale.config import image_size
 from vit_scale.data import Source, are_files, eval_batches, views
 from vit_scale.distributed import multihost, preemption
-from vit_scale.distributed.sharding import (
-    batch_rows,
-    batch_sharding,
-    check_batch,
-    shard_batch,
-    shardings,
-)
+from vit_scale.distributed.sharding import batch_rows, batch_sharding, shard_batch, shardings
 from vit_scale.errors import UserError
 from vit_scale.models.vit import Model
 from vit_scale.runs import watchdog
 from vit_scale.tracking.metrics import EvalMetrics, to_floats
+from vit_scale.training.validation import check_classes
 
 
 class Evaluate:
-    """(params, source) -> {"n": ..., "accuracy": ..., "loss": ...}, compiled once.
+    """Evaluate a model: (params, source) -> {"n": ..., "accuracy": ..., "loss": ...}.
 
-    Raises UserError for a batch that the mesh can't split, a source of other classes than the
-    model's, and one in which nothing could be read.
+    Raises UserError for a source with another number of classes than the model, and for one without
+    a readable image.
     """
 
     def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh):
-        check_batch(cfg.eval.batch, mesh)
         self.cfg, self.mesh = cfg, mesh
         params = jax.eval_shape(model.init, jax.random.key(0))
         _, seen = views(cfg, are_files(cfg.data))
@@ -72,13 +66,3 @@ class Evaluate:
         if not result["n"]:
             raise UserError(f"{source.name}: none of its {len(source)} images could be read")
         return result
-
-
-def check_classes(source: Source, cfg: ConfigDict) -> None:
-    """Refuse labels that the head has no output for, and outputs that no label has."""
-    found, outputs = len(source.classes), cfg.model.classes
-    if found != outputs:
-        raise UserError(
-            f"{source.name} has {found} classes, the model model.classes={outputs}; "
-            f"train it with --config.model.classes={found}, or give another set"
-        )

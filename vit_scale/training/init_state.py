@@ -1,7 +1,7 @@
-"""How a run begins: what it holds, and where it comes from.
+"""Make the train state that training starts from: restored, or initialised.
 
-The order is written down once: resumed if there is a checkpoint (`recover`), else initialised, from
-`init.source` where that is set (`init_state`). Fine-tuning is nothing but initialisation (law 5).
+A run resumes from its newest intact checkpoint (`recover`); without one it is initialised
+(`init_state`), from `init.source` where that is set. Fine-tuning is nothing but initialisation.
 """
 
 import jax
@@ -16,35 +16,38 @@ from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
 from vit_scale.models.spec import Shape
 from vit_scale.storage.download import Unreachable
-from vit_scale.training import teachers
-from vit_scale.training.program import Program, TrainState
+from vit_scale.training.setup import Setup
+from vit_scale.training.train_state import TrainState
 
 
-def restore(program: Program, checkpoints: Checkpoints, step: int) -> TrainState:
-    """The checkpoint of `step`. Raises UserError where it is damaged."""
-    return _placed(program, step, checkpoints.restore(step, program.state._asdict()))
+def restore(setup: Setup, checkpoints: Checkpoints, step: int) -> TrainState:
+    """Restore the checkpoint of `step`. Raises UserError where it is damaged."""
+    return _train_state(setup, step, checkpoints.restore(step, setup.state._asdict()))
 
 
 def recover(
-    program: Program, checkpoints: Checkpoints, order: list[int] | None = None
+    setup: Setup, checkpoints: Checkpoints, order: list[int] | None = None
 ) -> TrainState | None:
-    """The newest checkpoint that is whole, or the first of `order`; None if there is none.
+    """Restore the newest intact checkpoint, or the first intact one of the steps `order`.
 
-    What is damaged is set aside: see `Checkpoints.recover`.
+    Returns None if there is none. Damaged checkpoints are moved aside (`Checkpoints.recover`).
     """
-    found = checkpoints.recover(program.state._asdict(), order)
-    return _placed(program, *found) if found else None
+    restored = checkpoints.recover(setup.state._asdict(), order)
+    return _train_state(setup, *restored) if restored else None
 
 
-def _placed(program: Program, step: int, trees: dict) -> TrainState:
-    steps = jax.device_put(np.int32(step), program.state.step.sharding)
-    return TrainState(steps, trees["params"], trees["opt_state"], trees.get("ema"))
+def _train_state(setup: Setup, step: int, trees: dict) -> TrainState:
+    finished = jax.device_put(np.int32(step), setup.state.step.sharding)
+    return TrainState(finished, trees["params"], trees["opt_state"], trees.get("ema"))
 
 
-def read_source(program: Program) -> pretrained.Pretrained:
-    """What `init.source` names. Raises UserError, with the way round where it can't be fetched."""
-    cfg = program.cfg
-    shape = program.model.shape
+def read_source(setup: Setup) -> pretrained.Pretrained:
+    """Read the weights that `init.source` names. Raises UserError.
+
+    Where they can't be downloaded, the error says how to pretrain a replacement.
+    """
+    cfg = setup.cfg
+    shape = setup.model.shape
     heads = shape.size.heads if isinstance(shape, Shape) else None
     try:
         hints = pretrained.hints_from_config(cfg, heads)._replace(target_size=image_size(cfg))
@@ -58,62 +61,54 @@ def read_source(program: Program) -> pretrained.Pretrained:
         ) from error
 
 
-def check_source(program: Program, classes: tuple[str, ...], ids: tuple[str, ...] = ()) -> None:
-    """Raises UserError for an `init.source` that is missing, damaged, or does not fit the model.
+def check_source(setup: Setup, classes: tuple[str, ...], ids: tuple[str, ...] = ()) -> None:
+    """Raise UserError for an `init.source` that is missing, damaged, or doesn't fit the model.
 
-    And for a teacher of other classes.
-
-    `ids` are other names of the classes. For before a run's folder is claimed: the corrected
-    command then finds it free.
+    `classes` are the names of the model's outputs, `ids` other names of them. Called before a run's
+    folder is created, so that the corrected command can use the same folder.
     """
-    cfg = program.cfg
-    teachers.check_classes(program.teacher, classes)
+    cfg = setup.cfg
     if not cfg.init.source:
         return
-    given = read_source(program)
-    kept = pretrained.match_head(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
+    source = read_source(setup)
+    match = pretrained.match_head(source.classes, classes, cfg.init.head, cfg.init.classes, ids)
 
-    def fit(source, target):
-        return pretrained.adapt(source, target, cfg.init.resample, kept is not None)[0]
+    def adapt(params, target):
+        return pretrained.adapt(params, target, cfg.init.resample, match is not None)[0]
 
-    jax.eval_shape(fit, given.params, program.state.params)
+    jax.eval_shape(adapt, source.params, setup.state.params)
 
 
 def init_state(
-    program: Program, classes: tuple[str, ...], quiet: bool, ids: tuple[str, ...] = ()
+    setup: Setup, classes: tuple[str, ...], quiet: bool, ids: tuple[str, ...] = ()
 ) -> TrainState:
-    """The state at step 0: random parameters, what `init.source` gives, then the optimizer's.
+    """Make the state at step 0: random parameters, then those of `init.source`, then the optimizer.
 
-    `classes` are the names of the outputs: a source that has the same keeps its head. `ids` are
-    other names of them.
+    `classes` are the names of the model's outputs, `ids` other names of them: a source with the
+    same classes keeps its head.
     """
-    cfg = program.cfg
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    make_params = jax.jit(program.model.init, out_shardings=shardings.params)
+    cfg = setup.cfg
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
+    make_params = jax.jit(setup.model.init, out_shardings=shardings.params)
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
         with multihost.together():
-            given = read_source(program)
-        kept = pretrained.match_head(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
+            source = read_source(setup)
+        match = pretrained.match_head(source.classes, classes, cfg.init.head, cfg.init.classes, ids)
         params, rows = pretrained.adapt(
-            *(given.params, params, cfg.init.resample, kept is not None),
-            outputs=kept.outputs if kept else None,
+            *(source.params, params, cfg.init.resample, match is not None),
+            outputs=match.outputs if match else None,
         )
         params = shard(params, shardings.params)
         if not quiet:
-            head = [kept.line] if kept and kept.line else []
-            about = [*given.notes, *pretrained.mismatched_settings(given.cfg, cfg), *head]
+            head = [match.line] if match and match.line else []
+            notes = [*source.notes, *pretrained.mismatched_settings(source.cfg, cfg), *head]
             print(
                 "\n".join(
-                    [f"initialised from {given.path}", pretrained.adaptation_table(rows), *about]
+                    [f"initialised from {source.path}", pretrained.adaptation_table(rows), *notes]
                 )
             )
-    make_opt_state = jax.jit(program.optimizer.init, out_shardings=shardings.opt_state)
+    make_opt_state = jax.jit(setup.optimizer.init, out_shardings=shardings.opt_state)
     ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
     step = jax.device_put(np.int32(0), shardings.step)
     return TrainState(step, params, make_opt_state(params), ema)
-
-
-def averaged(state: TrainState) -> dict:
-    """The parameters that are the model: their average where the run keeps one."""
-    return state.params if state.ema is None else state.ema

@@ -27,8 +27,7 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.parameters import measured
-
-Schedule = Callable[[Any], Any]
+from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
 
 # The hidden matrices that Muon orthogonalises: which axes go in and which come out, counted from
 # the end. A leading axis of layers is as many matrices on their own. Embedding, head, vectors and
@@ -47,68 +46,6 @@ def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
         return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
 
     return jax.tree_util.tree_map_with_path(apply, tree)
-
-
-# Learning rate
-
-
-def _constant(cfg: ConfigDict, steps: int) -> Schedule:
-    return optax.constant_schedule(cfg.lr)
-
-
-def _cosine(cfg: ConfigDict, steps: int) -> Schedule:
-    return optax.cosine_decay_schedule(cfg.lr, steps - cfg.warmup, alpha=cfg.end)
-
-
-def _linear(cfg: ConfigDict, steps: int) -> Schedule:
-    return optax.linear_schedule(cfg.lr, cfg.lr * cfg.end, steps - cfg.warmup)
-
-
-def _rsqrt(cfg: ConfigDict, steps: int) -> Schedule:
-    return lambda step: cfg.lr * jax.lax.rsqrt(1 + step / cfg.timescale)
-
-
-def _piecewise(cfg: ConfigDict, steps: int) -> Schedule:
-    boundaries = [boundary - cfg.warmup for boundary in milestone_steps(cfg, steps)]
-    return optax.piecewise_constant_schedule(cfg.lr, dict.fromkeys(boundaries, cfg.factor))
-
-
-SCHEDULES = {  # from the end of the warm-up, which is their step 0
-    "constant": _constant,
-    "cosine": _cosine,
-    "linear": _linear,
-    "rsqrt": _rsqrt,  # Zhai et al. 2022
-    "piecewise": _piecewise,
-}
-
-
-def milestone_steps(cfg: ConfigDict, steps: int) -> list[int]:
-    """The steps from which `piecewise` multiplies the learning rate once more."""
-    return [round(fraction * steps) for fraction in cfg.milestones]
-
-
-def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
-    """The learning rate as a pure function of the step, 0 up to `steps`, float32.
-
-    Warm-up rises linearly from 0 at step 0 to `lr` at step `warmup`. Cosine and linear reach
-    `lr * end` at `steps`; the cool-down of rsqrt lasts `cooldown` steps and reaches 0 at `steps`.
-
-    Raises:
-      UserError: a value out of range, with the arithmetic.
-    """
-    _check(cfg, steps)
-    schedule = SCHEDULES[cfg.schedule](cfg, steps)
-    if cfg.warmup:
-        warmup = optax.linear_schedule(0.0, cfg.lr, cfg.warmup)
-        schedule = optax.join_schedules([warmup, schedule], [cfg.warmup])
-
-    def learning_rate(step):
-        rate = jnp.asarray(schedule(step), jnp.float32)
-        if cfg.schedule == "rsqrt" and cfg.cooldown:
-            rate *= jnp.clip((steps - step) / cfg.cooldown, 0, 1)
-        return rate
-
-    return learning_rate
 
 
 # Direction
@@ -194,33 +131,16 @@ def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
 
 
 def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
-    """True for each parameter that is trained, False for each one frozen by `train` or `freeze`.
+    """A tree of bools: True for each parameter that is trained, False for each frozen one.
 
-    So are running statistics, for what changes them is no gradient.
-
-    Raises:
-      UserError: a pattern that is no regular expression or matches no parameter; nothing is left.
+    Running statistics are False: they are updated, but by no gradient.
     """
-    names = jax.tree.leaves(map_named(lambda name, leaf: name, params))
-    for pattern in cfg.freeze:
-        try:
-            matched = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise UserError(
-                f"optim.freeze={pattern!r} is not a regular expression: {error}"
-            ) from None
-        if not matched:
-            hint = nearest(pattern, names)
-            raise UserError(f"optim.freeze={pattern!r} matches no parameter; {hint}")
     patterns = [*cfg.freeze, *([r"^(?!head(_dist)?/)"] if cfg.train == "head" else [])]
 
     def is_trained(name: str, leaf) -> bool:
         return not measured(name) and not any(re.search(p, name) for p in patterns)
 
-    mask = map_named(is_trained, params)
-    if not any(jax.tree.leaves(mask)):
-        raise UserError(f"optim.freeze={cfg.freeze} and train={cfg.train!r} leave nothing to train")
-    return mask
+    return map_named(is_trained, params)
 
 
 # The whole
@@ -241,9 +161,6 @@ def make_optimizer(
 
     Returns:
       (optimizer, schedule); its updates are added by `apply_updates`.
-
-    Raises:
-      UserError: an unknown name, a value out of range, a `freeze` pattern that matches nothing.
     """
     schedule = make_schedule(cfg, steps)
     chain = optax.chain(
@@ -295,7 +212,7 @@ BOUNDS = {  # lowest allowed, first not allowed
 }
 
 
-def _check(cfg: ConfigDict, steps: int) -> None:
+def check(cfg: ConfigDict, steps: int) -> None:
     """Raises UserError, one line with the numbers, for a block that makes no optimizer."""
     for field, valid in CHOICES.items():
         if cfg[field] not in valid:

@@ -17,25 +17,26 @@ from vit_scale.training.trainer import train
 
 def train_stages(
     name: str, overrides: Iterable[str], workdir: str | os.PathLike, quiet: bool = False
-) -> list[pathlib.Path]:
+) -> dict:
     """Train the config `name` in `workdir`, or each of its `stages` in WORKDIR/STAGE.
 
-    A stage whose init.source is the name of another starts from what that one trained. Returns the
-    folders of the runs.
+    A stage whose init.source is the name of another stage starts from what that one trained.
+    Returns the content of report.json, or {stage: its report}.
     """
     overrides, workdir = list(overrides), paths.parse(workdir)
     cfg = config.load(name, overrides)
     if not cfg.stages:
         begun = _begun({config.find(name)[1]: workdir})
-        train(config.load(name, overrides, begun), workdir, config.title(name), quiet)
-        return [workdir]
+        cfg = config.load(name, overrides, begun)
+        return train(cfg, workdir, config.title(name), quiet)
+    reports = {}
     for stage in cfg.stages:
         begun = _begun({one: workdir / one for one in cfg.stages})
         part = config.load(f"{name}:{stage}", overrides, begun)
         if part.init.source in cfg.stages:
             part.init.source = str(workdir / part.init.source)
-        train(part, workdir / stage, config.title(f"{name}:{stage}"), quiet)
-    return [workdir / stage for stage in cfg.stages]
+        reports[stage] = train(part, workdir / stage, config.title(f"{name}:{stage}"), quiet)
+    return reports
 
 
 def _begun(runs: Mapping[str, pathlib.Path]) -> dict[str, ConfigDict]:

@@ -1,0 +1,148 @@
+"""What the command line does, as functions: for scripts and notebooks.
+
+They install no signal handlers, never exit the process, and raise `vit_scale.errors.UserError` for
+whatever the command line reports in one line.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_scale import config, pretrained
+from vit_scale.augment.view import view
+from vit_scale.data import align, open_split
+from vit_scale.distributed.mesh import make_mesh
+from vit_scale.distributed.sharding import shard, shardings
+from vit_scale.errors import USAGE, UserError
+from vit_scale.storage import paths
+from vit_scale.training.evaluator import Evaluate
+from vit_scale.training.setup import summary
+from vit_scale.training.stages import train_stages
+from vit_scale.training.trainer import train as train_run
+from vit_scale.training.validation import check_classes, validate_evaluation
+
+
+def train(
+    config: str | ConfigDict,
+    workdir: str | os.PathLike | None = None,
+    *,
+    quiet: bool = False,
+    watchdog: bool = False,
+    **overrides: Any,
+) -> dict:
+    """Train a config, or resume its run: the same call continues an interrupted one.
+
+    Args:
+      config: a config's name or path, with an argument if it takes one ("quickstart:scratch"), or a
+        whole ConfigDict such as `vit_scale.config.load` returns.
+      workdir: folder of the run, on disk or "gs://..."; default: runs/NAME.
+      quiet: print errors only.
+      watchdog: end this process when training stalls, as the command line does.
+      **overrides: config fields by their dotted names: `**{"optim.lr": 3e-4}`.
+
+    Returns:
+      The content of the run's report.json, such as {"step": 100, "eval": {"accuracy": ..., "n":
+      ...}, ...}; for a config of several stages, such a report for each stage by its name.
+
+    Raises:
+      UserError: the config, its data, or its weights can't work.
+    """
+    if not watchdog:
+        overrides = {f"watchdog.{name}": 0.0 for name in WATCHDOG} | overrides
+    if isinstance(config, ConfigDict):
+        if workdir is None:
+            raise UserError("train(ConfigDict) needs a workdir: the run's folder", USAGE)
+        cfg = overridden(config, overrides)
+        return train_run(cfg, workdir, paths.parse(workdir).name, quiet)
+    return train_stages(config, as_items(overrides), workdir or default_workdir(config), quiet)
+
+
+WATCHDOG = ("compile", "step", "storage", "peer")
+
+
+def default_workdir(name: str) -> str:
+    """Return the folder that a config trains in where none is named."""
+    return f"runs/{config.title(name)}"
+
+
+def evaluate(
+    run: str | os.PathLike, split: str | None = None, *, quiet: bool = False, **overrides: Any
+) -> dict:
+    """Evaluate a run's model, or foreign weights, on every example of a split.
+
+    Args:
+      run: a run's folder, RUN/checkpoints/STEP, or a file of weights.
+      split: such as "test" or "train[98%:]"; default: the run's eval.final.
+      quiet: don't print what had to be assumed about foreign weights.
+      **overrides: config fields by their dotted names: `**{"data.path": "DIR"}`.
+
+    Returns:
+      {"run": path, "step": ..., "split": ..., "set": name of the data set, "accuracy": in [0, 1],
+      "loss": mean cross-entropy, "n": examples evaluated}
+
+    Raises:
+      UserError: there is no such run or split, or its classes are not the model's.
+    """
+    source = pretrained.load_model(run)
+    cfg = copy.deepcopy(source.cfg)
+    cfg.mesh = config.base().mesh  # this machine's devices, not those of the training
+    cfg = overridden(cfg, overrides)
+    split = split or cfg.eval.final
+    if not split:
+        raise UserError(f"{run} has no eval.final split: give --split, such as test", USAGE)
+    mesh = make_mesh(cfg.mesh)
+    validate_evaluation(cfg, mesh)
+    examples = open_split(cfg.data, split, view(cfg.eval))
+    check_classes(examples, cfg)
+    examples, line = align(examples, source.classes, cfg.init.classes)
+    if not quiet:
+        source._replace(notes=(*source.notes, *filter(None, [line]))).print_notes()
+    params = shard(source.params, shardings(source.params, mesh))
+    result = Evaluate(cfg, source.model, mesh)(params, examples)
+    return {
+        "run": str(source.path),
+        "step": source.step,
+        "split": split,
+        "set": examples.name,
+        **result,
+    }
+
+
+def show(config: str | ConfigDict, **overrides: Any) -> dict:
+    """Describe a config without training it.
+
+    Returns:
+      {"parameters": count, "tokens": per image, "flops_per_image": of training, "global_batch":
+      ..., "steps": ..., "config": every field}; for a config of several stages also {"stages": the
+      fields of each}.
+
+    Raises:
+      UserError: the fields can't be combined.
+    """
+    if isinstance(config, ConfigDict):
+        return summary(overridden(config, overrides))
+    return show_named(config, as_items(overrides))
+
+
+def show_named(name: str, overrides: list[str]) -> dict:
+    """Describe the config `name` and its stages; `overrides` are "FIELD=VALUE"."""
+    cfg = config.load(name, overrides)
+    content = summary(cfg)
+    if cfg.stages:
+        content["stages"] = {
+            stage: config.to_json(config.load(f"{name}:{stage}", overrides)) for stage in cfg.stages
+        }
+    return content
+
+
+def as_items(overrides: Mapping[str, Any]) -> list[str]:
+    """Return overrides as the command line writes them: "FIELD=VALUE"."""
+    return [f"{field}={value}" for field, value in overrides.items()]
+
+
+def overridden(cfg: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """Return a copy of `cfg` with overrides applied. Raises UserError."""
+    return config.override(copy.deepcopy(cfg), as_items(overrides))

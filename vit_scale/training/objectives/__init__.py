@@ -1,0 +1,43 @@
+"""Objectives: what a model is trained for, by name.
+
+To add one, put a function (model, cfg, teacher) -> Objective into OBJECTIVES; the training loop
+stays as it is.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vit_scale.errors import UserError, nearest
+from vit_scale.models.vit import Model
+from vit_scale.training.objectives.classification import classification
+from vit_scale.training.objectives.distillation import check_distill, distillation
+from vit_scale.training.objectives.objective import Objective
+
+__all__ = ["OBJECTIVES", "Objective", "check", "make_objective"]
+
+OBJECTIVES = {"classification": classification, "distillation": distillation}
+
+
+def make_objective(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
+    """Build the objective of a config.
+
+    `teacher` is a function (params, images [b, H, W, 3]) -> logits [b, c], for distillation.
+    """
+    return OBJECTIVES[cfg.objective](model, cfg, teacher)
+
+
+def check(cfg: ConfigDict) -> None:
+    """Raise UserError for an unknown objective, and for a `distill` block that doesn't fit it."""
+    if cfg.objective not in OBJECTIVES:
+        raise UserError(
+            f"objective={cfg.objective!r} is unknown; {nearest(cfg.objective, OBJECTIVES)}"
+        )
+    check_distill(cfg.distill)
+    if cfg.objective == "distillation" and not cfg.distill.teacher:
+        raise UserError("objective=distillation needs --config.distill.teacher=RUN")
+    if cfg.objective != "distillation" and cfg.distill.teacher:
+        raise UserError(
+            f"distill.teacher={cfg.distill.teacher} has nothing to teach: "
+            f"objective={cfg.objective}, not distillation"
+        )

@@ -1,0 +1,58 @@
+"""Distillation: learn from labels and from the logits of a teacher."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from vit_scale.errors import UserError, nearest
+from vit_scale.models.vit import Model
+from vit_scale.training.objectives.classification import classification
+from vit_scale.training.objectives.objective import Objective, reduce_losses
+
+KINDS = ("hard", "soft")
+
+
+def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Objective:
+    """Learn from labels and from a teacher that sees the same pixels (Beyer et al. 2022).
+
+        (1 - weight) * cross-entropy(logits, targets) + weight * distance(distilled, teacher)
+
+    `distance` with distill.kind=hard is the cross-entropy with the teacher's likeliest class (DeiT,
+    Touvron et al. 2021, equation 3); with soft it is temperature^2 * KL(teacher || student), both
+    at the temperature (Hinton et al. 2015; DeiT, equation 2). `distilled` are the logits of the
+    distillation token where the model has one (model.distilled), else its only logits. "correct"
+    refers to what the model predicts: the mean of both.
+    """
+    assert teacher is not None
+    plain, t = classification(model, cfg), cfg.distill
+
+    def prepare(batch, key, teacher_params):
+        examples = plain.prepare(batch, key)
+        return examples | {"teacher": teacher(teacher_params, examples["image"])}
+
+    def distance(logits, taught):
+        if t.kind == "hard":
+            return optax.softmax_cross_entropy_with_integer_labels(logits, taught.argmax(-1))
+        student, taught = (jax.nn.log_softmax(x / t.temperature) for x in (logits, taught))
+        return t.temperature**2 * optax.losses.kl_divergence_with_log_targets(student, taught)
+
+    def loss(params, examples, key):
+        out = model.train(params, examples["image"], key, examples["mask"])
+        losses = (1 - t.weight) * optax.softmax_cross_entropy(out.logits, examples["target"])
+        losses += t.weight * distance(out.distilled, examples["teacher"])
+        return reduce_losses(losses, out, examples)
+
+    return Objective(prepare, loss)
+
+
+def check_distill(cfg: ConfigDict) -> None:
+    """Raise UserError for a `distill` block with an unknown or impossible value."""
+    if cfg.kind not in KINDS:
+        raise UserError(f"distill.kind={cfg.kind!r} is unknown; {nearest(cfg.kind, KINDS)}")
+    if not 0 < cfg.weight <= 1:
+        raise UserError(f"distill.weight={cfg.weight} must be above 0 and at most 1")
+    if not 0 < cfg.temperature < math.inf:
+        raise UserError(f"distill.temperature={cfg.temperature} must be above 0 and finite")

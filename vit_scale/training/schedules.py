@@ -1,0 +1,66 @@
+"""Learning rate schedules: pure functions of the step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+Schedule = Callable[[Any], Any]
+
+
+def _constant(cfg: ConfigDict, steps: int) -> Schedule:
+    return optax.constant_schedule(cfg.lr)
+
+
+def _cosine(cfg: ConfigDict, steps: int) -> Schedule:
+    return optax.cosine_decay_schedule(cfg.lr, steps - cfg.warmup, alpha=cfg.end)
+
+
+def _linear(cfg: ConfigDict, steps: int) -> Schedule:
+    return optax.linear_schedule(cfg.lr, cfg.lr * cfg.end, steps - cfg.warmup)
+
+
+def _rsqrt(cfg: ConfigDict, steps: int) -> Schedule:
+    return lambda step: cfg.lr * jax.lax.rsqrt(1 + step / cfg.timescale)
+
+
+def _piecewise(cfg: ConfigDict, steps: int) -> Schedule:
+    boundaries = [boundary - cfg.warmup for boundary in milestone_steps(cfg, steps)]
+    return optax.piecewise_constant_schedule(cfg.lr, dict.fromkeys(boundaries, cfg.factor))
+
+
+SCHEDULES = {  # from the end of the warm-up, which is their step 0
+    "constant": _constant,
+    "cosine": _cosine,
+    "linear": _linear,
+    "rsqrt": _rsqrt,  # Zhai et al. 2022
+    "piecewise": _piecewise,
+}
+
+
+def milestone_steps(cfg: ConfigDict, steps: int) -> list[int]:
+    """The steps from which `piecewise` multiplies the learning rate once more."""
+    return [round(fraction * steps) for fraction in cfg.milestones]
+
+
+def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
+    """The learning rate as a pure function of the step, 0 up to `steps`, float32.
+
+    Warm-up rises linearly from 0 at step 0 to `lr` at step `warmup`. Cosine and linear reach
+    `lr * end` at `steps`; the cool-down of rsqrt lasts `cooldown` steps and reaches 0 at `steps`.
+    """
+    schedule = SCHEDULES[cfg.schedule](cfg, steps)
+    if cfg.warmup:
+        warmup = optax.linear_schedule(0.0, cfg.lr, cfg.warmup)
+        schedule = optax.join_schedules([warmup, schedule], [cfg.warmup])
+
+    def learning_rate(step):
+        rate = jnp.asarray(schedule(step), jnp.float32)
+        if cfg.schedule == "rsqrt" and cfg.cooldown:
+            rate *= jnp.clip((steps - step) / cfg.cooldown, 0, 1)
+        return rate
+
+    return learning_rate

@@ -1,0 +1,127 @@
+"""Set up training from a config: mesh, model, objective, optimizer, and the abstract train state.
+
+Nothing is allocated or compiled here. The config is validated first (validation.py).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vit_scale.config import image_size, to_json
+from vit_scale.distributed.mesh import AnyMesh, abstract_mesh, make_mesh
+from vit_scale.distributed.sharding import batch_sharding, device_bytes, shardings
+from vit_scale.models import convnets, flops
+from vit_scale.models.parameters import count, named
+from vit_scale.models.vit import Model, build
+from vit_scale.training.objectives import Objective, make_objective
+from vit_scale.training.objectives.teacher import Teacher, open_teacher
+from vit_scale.training.optimizer import make_optimizer
+from vit_scale.training.train_state import TrainState
+from vit_scale.training.validation import check_model, validate
+
+
+class Setup(NamedTuple):
+    """A config's training program, before anything is allocated or compiled."""
+
+    cfg: ConfigDict
+    mesh: Any  # jax.sharding.Mesh, or AbstractMesh where there are no devices
+    model: Model
+    objective: Objective
+    optimizer: Any  # optax.GradientTransformation
+    schedule: Callable  # (step) -> learning rate
+    state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+    teacher: Teacher | None = None
+
+
+def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Setup:
+    """Validate `cfg` and build what trains it.
+
+    Args:
+      cfg: the full config; it is not changed.
+      devices: the devices to train on (default: all). They may be those of a topology that is only
+        compiled for; a number of devices is enough to see the shardings.
+
+    Raises:
+      UserError: the config can't work, with the arithmetic.
+    """
+    if isinstance(devices, int):
+        mesh: AnyMesh = abstract_mesh(cfg.mesh, devices)
+    else:
+        mesh = make_mesh(cfg.mesh, devices)
+    validate(cfg, mesh)
+    # Without this constraint the compiler may split the width of the tokens like the parameters,
+    # instead of the batch.
+    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
+    model = build(cfg.model, image_size(cfg), constrain)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    teacher = open_teacher(cfg, mesh, constrain)
+    objective = make_objective(model, cfg, teacher.logits if teacher else None)
+    optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        params,
+        jax.eval_shape(optimizer.init, params),
+        params if cfg.optim.ema else None,
+    )
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
+    return Setup(cfg, mesh, model, objective, optimizer, schedule, state, teacher)
+
+
+def training_flops(model: Model, classes: int) -> int:
+    """FLOPs of training on one image, forward and backward; without a teacher's."""
+    shape = model.shape
+    if isinstance(shape, convnets.Shape):
+        return flops.training_flops(shape.macs(classes))
+    size, stem = shape.size, shape.stem
+    patch = stem.patch if stem else shape.patch
+    macs = flops.forward_macs(
+        *(shape.grid, patch, size.width, size.depth, size.mlp, classes, shape.pool),
+        channels=stem.channels if stem else 3,
+        distilled=shape.distilled,
+        class_token=shape.class_token,
+        representation=shape.representation,
+        read=shape.read,
+    )
+    return flops.training_flops(macs + (stem.macs if stem else 0))
+
+
+def parameter_layout(setup: Setup) -> dict:
+    """The sharding of each parameter, and the bytes of the train state on one device."""
+    rows = [
+        {
+            "parameter": name,
+            "shape": " x ".join(map(str, leaf.shape)),
+            "spec": ", ".join(axis or "-" for axis in leaf.sharding.spec) or "whole",
+            "bytes per device": device_bytes(leaf),
+        }
+        for name, leaf in named(setup.state.params).items()
+    ]
+    state = setup.state._asdict()
+    held = {name: device_bytes(state[name]) for name in ("params", "opt_state", "ema")}
+    return {"mesh": dict(setup.mesh.shape), "parameters": rows, "bytes_per_device": held}
+
+
+def summary(cfg: ConfigDict) -> dict:
+    """Describe a config independently of devices: sizes, costs, and every field.
+
+    Raises UserError for fields that can't be combined.
+    """
+    check_model(cfg)
+    model = build(cfg.model, image_size(cfg))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return {
+        "parameters": count(params),
+        "tokens": model.shape.tokens,
+        "flops_per_image": training_flops(model, cfg.model.classes),
+        "global_batch": cfg.data.batch,
+        "steps": cfg.steps,
+        "config": to_json(cfg),
+    }

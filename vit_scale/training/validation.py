@@ -1,0 +1,211 @@
+"""Check a config before anything is allocated, compiled, or billed.
+
+`validate` makes every check that needs neither data nor weights, `validate_inputs` those that need
+the opened data sets and the source of the weights. Whatever passes is built without further checks.
+"""
+
+import re
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_scale import config, data
+from vit_scale.augment import pipeline as augment
+from vit_scale.augment.view import view
+from vit_scale.config import fields, image_size
+from vit_scale.distributed.mesh import (
+    AnyMesh,
+    compiler_options,
+    devices_of,
+    gpu_generation,
+    have_cudnn,
+)
+from vit_scale.distributed.sharding import batch_rows, check_batch
+from vit_scale.errors import UserError, nearest
+from vit_scale.models import convnets
+from vit_scale.models.parameters import named
+from vit_scale.models.position_embeddings import check_method
+from vit_scale.models.spec import Shape, resolve
+from vit_scale.models.vit import build, remat_policy
+from vit_scale.training import objectives, optimizer
+from vit_scale.training.objectives.teacher import Teacher, check_teacher_classes
+from vit_scale.training.splits import Splits
+
+HOPPER = 9.0  # compute capability of an H100
+LOWEST = {
+    "steps": 1,
+    "data.workers": 0,
+    "eval.every": 0,
+    "log.every": 1,
+    "log.images": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "divergence.patience": 0,
+    "divergence.rollbacks": 0,
+    "watchdog.compile": 0,
+    "watchdog.step": 0,
+    "watchdog.storage": 0,
+    "watchdog.peer": 0,
+}
+
+
+def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
+    """Check every field of `cfg`, alone and against the others, for training on `mesh`.
+
+    Raises:
+      UserError: a value can't work; one line with the field, its value, and the arithmetic.
+    """
+    check_counts(cfg)
+    check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
+    validate_evaluation(cfg, mesh)
+    augment.check(cfg.augment)
+    check_method(cfg.init.resample)
+    compiler_options(cfg.mesh, mesh)
+    check_model(cfg, mesh)
+    optimizer.check(cfg.optim, cfg.steps)
+    objectives.check(cfg)
+
+
+def validate_evaluation(cfg: ConfigDict, mesh: AnyMesh) -> None:
+    """Check what evaluation alone reads of `cfg`. Raises UserError."""
+    check_batch(cfg.eval.batch, mesh)
+    view(cfg.eval)
+
+
+def check_counts(cfg: ConfigDict) -> None:
+    """Raise UserError for a count below the smallest that makes sense."""
+    values = fields(cfg)
+    for name, lowest in LOWEST.items():
+        if values[name] < lowest:
+            raise UserError(f"{name}={values[name]} must be at least {lowest}")
+
+
+def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnets.Shape:
+    """Check the `model` block and what depends on the kind of model; return the model's shape.
+
+    Without a mesh, what depends on the devices is not checked. Raises UserError.
+    """
+    shape = resolve(cfg.model, image_size(cfg))
+    remat_policy(cfg.model.remat)
+    check_combination(cfg, shape, mesh.shape["tensor"] if mesh else 1)
+    if mesh:
+        check_attention(cfg, mesh, shape)
+    if cfg.optim.freeze:
+        check_patterns(cfg)
+    return shape
+
+
+def check_patterns(cfg: ConfigDict) -> None:
+    """Raise UserError for an `optim.freeze` that is no regular expression or matches nothing."""
+    model = build(cfg.model, image_size(cfg))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    names = list(named(params))
+    for pattern in cfg.optim.freeze:
+        try:
+            matched = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(
+                f"optim.freeze={pattern!r} is not a regular expression: {error}"
+            ) from None
+        if not matched:
+            raise UserError(
+                f"optim.freeze={pattern!r} matches no parameter; {nearest(pattern, names)}"
+            )
+    if not any(jax.tree.leaves(optimizer.trained(cfg.optim, params))):
+        raise UserError(
+            f"optim.freeze={cfg.optim.freeze} and train={cfg.optim.train!r} leave nothing to train"
+        )
+
+
+def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: int = 1) -> None:
+    """Raise UserError for a field that this kind of model can't honor, or would ignore.
+
+    `tensor` is the size of the mesh axis of that name.
+    """
+    name = cfg.model.variant
+    required: dict[str, tuple] = {}  # field: (its one possible value, what another would do)
+    if isinstance(shape, convnets.Shape) or shape.stem:
+        frozen = "would leave the batch normalisation of frozen layers updating its statistics"
+        split = "splits the batch over which batch normalisation takes its statistics"
+        required |= {"optim.accumulate": (1, split), "optim.freeze": ((), frozen)}
+        required |= {"optim.train": ("all", frozen)}
+    if isinstance(shape, convnets.Shape):
+        required |= {"optim.layer_decay": (1.0, "applies to the blocks of a ViT")}
+        used = ("variant", "classes", "dtype", *convnets.FIELDS)
+        required |= {
+            f"model.{field}": (value, "applies to a ViT")
+            for field, value in config.base().model.items()
+            if field not in used
+        }
+        if cfg.optim.name == "muon":
+            raise UserError(f"optim.name=muon needs the matrices of a ViT; {name} has none")
+        if tensor > 1:
+            raise UserError(
+                f"mesh.tensor={tensor} splits attention heads and MLP, of which {name} has none: "
+                "set it to 1"
+            )
+    values = fields(cfg)
+    for field, (value, why) in required.items():
+        if values[field] != value:
+            raise UserError(
+                f"{field}={values[field]} {why}: with model.variant={name} it must be {value}"
+            )
+
+
+def check_attention(cfg: ConfigDict, mesh: AnyMesh, shape) -> None:
+    """Raise UserError where model.attention=cudnn can't run.
+
+    jax.nn.dot_product_attention has the same requirements, but states them while it is traced. A
+    mesh without devices is taken to be of the newest GPUs.
+    """
+    if cfg.model.attention != "cudnn":
+        return
+    size, devices = shape.size, devices_of(mesh)
+    if not have_cudnn(devices):
+        raise UserError(
+            "model.attention=cudnn needs NVIDIA GPUs of Ampere or later, and the mesh is of "
+            f"{len(devices)} x {devices[0].device_kind}: set model.attention=xla"
+        )
+    if cfg.model.dtype != "bfloat16":
+        raise UserError(
+            f"model.attention=cudnn needs model.dtype=bfloat16, not {cfg.model.dtype}: "
+            "set that, or model.attention=xla"
+        )
+    width = size.width // size.heads
+    most = 256 if all(gpu_generation(device) >= HOPPER for device in devices) else 128
+    if width % 8 or width > most:
+        raise UserError(
+            f"model width {size.width} / {size.heads} heads = {width}: model.attention=cudnn needs "
+            f"a multiple of 8, at most {most}; set model.heads, or model.attention=xla"
+        )
+
+
+def validate_inputs(
+    cfg: ConfigDict, mesh: Mesh, splits: Splits, teacher: Teacher | None = None
+) -> None:
+    """Check the opened data sets: their classes, and the shared memory that their batches need.
+
+    Raises UserError.
+    """
+    for source in filter(None, splits):
+        check_classes(source, cfg)
+    check_teacher_classes(teacher, splits.train.classes)
+    train, evaluation = (len(batch_rows(n, mesh)) for n in (cfg.data.batch, cfg.eval.batch))
+    parts = [(splits.train, train, cfg.steps)]
+    if splits.selection:  # evaluated while the training pipeline keeps its prefetched batches
+        parts.append((splits.selection, evaluation, -(-len(splits.selection) // cfg.eval.batch)))
+    data.check_shared_memory(parts, cfg.data.workers)
+    if splits.final:
+        final = (splits.final, evaluation, -(-len(splits.final) // cfg.eval.batch))
+        data.check_shared_memory([final], cfg.data.workers)
+
+
+def check_classes(source: data.Source, cfg: ConfigDict) -> None:
+    """Raise UserError where the model has more or fewer outputs than the data set has classes."""
+    classes, outputs = len(source.classes), cfg.model.classes
+    if classes != outputs:
+        raise UserError(
+            f"{source.name} has {classes} classes, the model model.classes={outputs}; "
+            f"train it with --config.model.classes={classes}, or give another set"
+        )
