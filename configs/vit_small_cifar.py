@@ -1,56 +1,15 @@
-"""ViT-S/16 on CIFAR-10 at 384 px, from a 224 px checkpoint: the ViT paper's fine-tuning.
+"""`vit_cifar:S/16` under its former name.
 
     vit-scale train --config vit_small_cifar
     vit-scale train --config vit_small_cifar --config.init.source=runs/vit_small_imagenet
 
-SGD with momentum, no weight decay, clip 1, batch 512, cosine over 10,000 steps with 500 of warm-up,
-a fresh zero head, pixels in [-1, 1], 2 % of the training set held out to choose the learning rate
-from .001, .003, .01, .03 (arXiv 2010.11929, appendix B.1.1). The first command downloads
-AugReg's weights, of ImageNet-21k, that Steiner et al. 2021 (arXiv 2106.10270) recommend; the second
-continues your own pretraining. Result: not measured yet.
+Result: not measured yet.
 """
 
-from vit_scale.config import base
-
-AUGREG = (
-    "https://storage.googleapis.com/vit_models/augreg/"
-    "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0.npz"
-)
+from vit_scale.config import load
 
 
 def get_config():
-    cfg = base()
-    cfg.steps = 10_000
-
-    cfg.data.name = "cifar10"
-    cfg.data.train = "train[:98%]"
-    cfg.data.batch = 512
-    cfg.data.resolution = 384
-
-    cfg.augment.crop = "resized"
-    cfg.augment.scale = (0.3, 1.0)
-    cfg.augment.flip = True
-
-    cfg.model.variant = "S/16"
-    cfg.model.classes = 10
-    cfg.model.dtype = "bfloat16"
-    cfg.model.gelu = "tanh"  # as Google's ViT
-    cfg.model.scan = False  # as it was pretrained
-
-    cfg.init.source = AUGREG
+    cfg = load("vit_cifar:S/16")
     cfg.init.instead = "vit_small_imagenet"
-    cfg.init.resample = "corners"  # as Google's ViT
-
-    cfg.optim.name = "sgd"
-    cfg.optim.lr = 0.01
-    cfg.optim.b1 = 0.9
-    cfg.optim.warmup = 500
-    cfg.optim.weight_decay = 0.0
-    cfg.optim.clip = 1.0
-
-    cfg.eval.split = "train[98%:]"
-    cfg.eval.final = "test"
-    cfg.eval.every = 500
-    cfg.eval.batch = 512
-    cfg.checkpoint.every = 500
     return cfg

@@ -55,9 +55,9 @@ def find(config: str) -> tuple[pathlib.Path, str]:
 
 
 def title(config: str) -> str:
-    """The name of a run of this config: "quickstart:scratch" is "quickstart-scratch"."""
+    """Return the name of a run of this config: "vit_cifar-S-16" for "vit_cifar:S/16"."""
     path, argument = find(config)
-    return f"{path.stem}-{argument}" if argument else path.stem
+    return f"{path.stem}-{argument.replace('/', '-')}" if argument else path.stem
 
 
 def load(

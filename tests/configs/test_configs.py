@@ -4,12 +4,11 @@ import jax
 import pytest
 
 from vit_scale import config
-from vit_scale.augment.pipeline import check
 from vit_scale.distributed.mesh import make_mesh
-from vit_scale.distributed.sharding import check_batch
 from vit_scale.models.parameters import count
 from vit_scale.models.vit import build
-from vit_scale.training.optimizer import make_optimizer
+from vit_scale.training.setup import summary
+from vit_scale.training.validation import validate
 
 
 def runs(name: str) -> list[str]:
@@ -23,14 +22,10 @@ RUNS = [run for name in config.names() for run in runs(name)]
 @pytest.mark.parametrize("run", RUNS)
 def test_everything_but_the_data_is_accepted(run):
     cfg = config.load(run)
-    size = config.image_size(cfg)
-    params = jax.eval_shape(build(cfg.model, size).init, jax.random.key(0))
-    make_optimizer(cfg.optim, cfg.steps, params)
-    check(cfg.augment)
-    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
-    check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
-    check_batch(cfg.eval.batch, mesh)
-    assert count(params) > 100_000
+    if cfg.objective == "distillation":
+        cfg.distill.teacher = "RUN"
+    validate(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    assert summary(cfg)["parameters"] > 100_000
     assert cfg.steps >= 50
 
 

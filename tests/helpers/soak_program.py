@@ -88,9 +88,10 @@ def follow_questions() -> None:
 def spoil_batches() -> None:
     import jax.numpy as jnp
 
-    from vit_scale.training import objectives, trainer
+    from vit_scale.training import trainer
+    from vit_scale.training.objectives import classification as objective
 
-    read, augment = trainer.train_batches, objectives.train_images
+    read, augment = trainer.train_batches, objective.train_images
 
     def marked(*given):
         for position, batch in read(*given):
@@ -103,7 +104,7 @@ def spoil_batches() -> None:
         bad = (batch["image"][:, 0, 0] == jnp.array(MARK)).all(-1).any()
         return jnp.where(bad, jnp.nan, images), targets
 
-    trainer.train_batches, objectives.train_images = marked, spoilt
+    trainer.train_batches, objective.train_images = marked, spoilt
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from tests.helpers.tiny import CLASSES, random_images, random_params, tiny_confi
 from vit_scale.data.sources import InMemory
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
-from vit_scale.training.evaluator import Evaluate, check_classes
+from vit_scale.training.evaluator import Evaluate
+from vit_scale.training.validation import check_classes
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -9,7 +9,7 @@ from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, 
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.models.position_embeddings import resample
-from vit_scale.training.init_state import averaged, check_source, init_state, recover, restore
+from vit_scale.training.init_state import check_source, init_state, recover, restore
 from vit_scale.training.setup import make_setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -48,8 +48,8 @@ def test_the_average_starts_as_a_copy(state):
 
 
 def test_averaged_is_the_model(state):
-    assert averaged(state) is state.ema
-    assert averaged(state._replace(ema=None)) is state.params
+    assert state.eval_params is state.ema
+    assert state._replace(ema=None).eval_params is state.params
 
 
 @pytest.mark.parametrize("quiet", [False, True])

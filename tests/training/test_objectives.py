@@ -7,7 +7,7 @@ from scipy.special import log_softmax
 
 from tests.helpers.tiny import random_batch, random_params, tiny_config, tiny_model
 from vit_scale.errors import UserError
-from vit_scale.training.objectives import classification, make_objective
+from vit_scale.training.objectives import check, classification, make_objective
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -89,4 +89,4 @@ def test_dropout_is_on_with_the_key():
 
 def test_an_unknown_objective_names_the_nearest():
     with pytest.raises(UserError, match="objective='clasification' is unknown; did you mean class"):
-        objective("objective=clasification")
+        check(tiny_config("objective=clasification"))

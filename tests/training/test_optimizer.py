@@ -10,7 +10,14 @@ from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.models.vit import build
-from vit_scale.training.optimizer import apply_updates, make_optimizer, make_schedule, update_ema
+from vit_scale.training.optimizer import (
+    apply_updates,
+    check,
+    check_frozen,
+    make_optimizer,
+    update_ema,
+)
+from vit_scale.training.schedules import make_schedule
 
 DEPTH = 2
 LAYOUTS = ("stacked", "unrolled")
@@ -306,7 +313,7 @@ FREEZE_REFUSALS = [
 @pytest.mark.parametrize(("fields", "message"), FREEZE_REFUSALS)
 def test_freezing_refuses(params, fields, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(optim_block(**fields), 100, params)
+        check_frozen(optim_block(**fields), params)
 
 
 # Refusals
@@ -344,14 +351,15 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSALS)
-def test_refuses(params, fields, message):
+def test_refuses(fields, message):
     with pytest.raises(UserError, match=message) as caught:
-        make_optimizer(optim_block(**fields), 100, params)
+        check(optim_block(**fields), 100)
     assert "\n" not in str(caught.value)
 
 
 def test_edge_values_are_accepted(params):
     def schedule(steps, **fields):
+        check(optim_block(**fields), steps)
         return make_optimizer(optim_block(**fields), steps, params)[1]
 
     assert float(schedule(100, warmup=99, lr=0.99)(98)) == pytest.approx(0.98)

@@ -22,8 +22,8 @@ from vit_scale.models.parameters import named
 from vit_scale.models.position_embeddings import resample
 from vit_scale.models.vit import build
 from vit_scale.pretrained import adapt
-from vit_scale.training import teachers
 from vit_scale.training.objectives import distillation
+from vit_scale.training.objectives import teacher as teachers
 from vit_scale.training.optimizer import trained
 from vit_scale.training.setup import make_setup, training_flops
 from vit_scale.training.train_state import TrainState
@@ -154,7 +154,7 @@ def seen_by(teacher, student, images):
         train=model.train,
         shape=model.shape,
     )
-    teachers.logits_of(keep, teacher, student)(None, images)
+    teachers.make_logits(keep, teacher, student)(None, images)
     return given[0]
 
 
@@ -191,7 +191,7 @@ def test_a_step_learns_from_what_the_average_of_the_teacher_says(teacher):
     run, ema = teacher
     program = make_setup(tiny_config(*DISTILL, f"distill.teacher={run}"))
     batch = random_batch()
-    given = teachers.load(program.teacher)
+    given = teachers.restore_params(program.teacher)
     jax.tree.map(np.testing.assert_array_equal, given[0], ema)
     step = jit_train_step(program)
     state, metrics = step(begun(program), batch, *given)
@@ -228,7 +228,9 @@ def test_a_teacher_that_was_trained_with_cudnn_teaches_without_a_gpu(tmp_path):
     for kind in ("cudnn", "xla"):
         run = write_run(tmp_path / kind, tiny_config(*half, f"model.attention={kind}"), params)
         program = make_setup(tiny_config("objective=distillation", f"distill.teacher={run}"))
-        said.append(jax.jit(program.teacher.logits)(*teachers.load(program.teacher), images))
+        said.append(
+            jax.jit(program.teacher.logits)(*teachers.restore_params(program.teacher), images)
+        )
     np.testing.assert_array_equal(*said)
 
 
@@ -238,12 +240,12 @@ def test_a_teacher_that_was_trained_with_cudnn_teaches_without_a_gpu(tmp_path):
 def test_the_checksum_is_filled_in_and_held_to(teacher, tmp_path):
     run, _ = teacher
     cfg = tiny_config(*DISTILL, f"distill.teacher={run}")
-    program = make_setup(cfg)
+    program = make_setup(teachers.with_checksum(cfg))
     checksum = program.cfg.distill.checksum
     assert len(checksum) == 64 and cfg.distill.checksum == "", "the caller's stays as it is"
     assert program.teacher.folder == run / "checkpoints" / "5"
     cfg.distill.checksum = checksum
-    assert make_setup(cfg).cfg.distill.checksum == checksum
+    assert make_setup(teachers.with_checksum(cfg)).cfg.distill.checksum == checksum
     other = convnet_config("cnn", "augment.mean=(.3,.3,.3)")
     changed = random_params(build(other.model, (16, 16)))
     changed["head"]["bias"][0] += 1e-3
@@ -255,10 +257,10 @@ def test_the_checksum_is_filled_in_and_held_to(teacher, tmp_path):
 def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
     run, _ = teacher
     found = make_setup(tiny_config(*DISTILL, f"distill.teacher={run}")).teacher
-    teachers.check_classes(found, CLASSES)
-    teachers.check_classes(None, ("ant",))
+    teachers.check_teacher_classes(found, CLASSES)
+    teachers.check_teacher_classes(None, ("ant",))
     with pytest.raises(UserError, match="class 1 of the teacher is 'dog', of the student 'eel'"):
-        teachers.check_classes(found, ("cat", "eel", "dog", "fox"))
+        teachers.check_teacher_classes(found, ("cat", "eel", "dog", "fox"))
     wanted = tiny_config(*DISTILL, f"distill.teacher={run}", "model.classes=3")
     with pytest.raises(UserError, match=r"has 4 classes, the student model\.classes=3"):
         make_setup(wanted)

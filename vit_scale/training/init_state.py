@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_scale import pretrained
+from vit_scale import config, pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.config import image_size
 from vit_scale.distributed import multihost
@@ -57,7 +57,8 @@ def read_source(setup: Setup) -> pretrained.Pretrained:
             raise
         raise UserError(
             f"{error}; or pretrain it yourself: vit-scale train --config {cfg.init.instead}, then "
-            f"--config.init.source=runs/{cfg.init.instead} (empty: from random parameters)"
+            f"--config.init.source=runs/{config.title(cfg.init.instead)} "
+            "(empty: from random parameters)"
         ) from error
 
 

@@ -213,7 +213,7 @@ BOUNDS = {  # lowest allowed, first not allowed
 
 
 def check(cfg: ConfigDict, steps: int) -> None:
-    """Raises UserError, one line with the numbers, for a block that makes no optimizer."""
+    """Raise UserError for an `optim` block with an unknown or impossible value."""
     for field, valid in CHOICES.items():
         if cfg[field] not in valid:
             raise UserError(
@@ -243,3 +243,20 @@ def check(cfg: ConfigDict, steps: int) -> None:
                 f"optim.milestones={cfg.milestones} of steps={steps} are steps {boundaries[1:-1]}: "
                 f"they must rise between the end of warm-up, {cfg.warmup}, and {steps}"
             )
+
+
+def check_frozen(cfg: ConfigDict, params: PyTree) -> None:
+    """Raise UserError for a pattern in `freeze` that is invalid or matches nothing."""
+    names = jax.tree.leaves(map_named(lambda name, leaf: name, params))
+    for pattern in cfg.freeze:
+        try:
+            matched = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise UserError(
+                f"optim.freeze={pattern!r} is not a regular expression: {error}"
+            ) from None
+        if not matched:
+            hint = nearest(pattern, names)
+            raise UserError(f"optim.freeze={pattern!r} matches no parameter; {hint}")
+    if not any(jax.tree.leaves(trained(cfg, params))):
+        raise UserError(f"optim.freeze={cfg.freeze} and train={cfg.train!r} leave nothing to train")

@@ -4,8 +4,6 @@
 the opened data sets and the source of the weights. Whatever passes is built without further checks.
 """
 
-import re
-
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -22,9 +20,8 @@ from vit_scale.distributed.mesh import (
     have_cudnn,
 )
 from vit_scale.distributed.sharding import batch_rows, check_batch
-from vit_scale.errors import UserError, nearest
+from vit_scale.errors import UserError
 from vit_scale.models import convnets
-from vit_scale.models.parameters import named
 from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
 from vit_scale.models.vit import build, remat_policy
@@ -92,30 +89,9 @@ def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnet
     if mesh:
         check_attention(cfg, mesh, shape)
     if cfg.optim.freeze:
-        check_patterns(cfg)
+        params = jax.eval_shape(build(cfg.model, image_size(cfg)).init, jax.random.key(0))
+        optimizer.check_frozen(cfg.optim, params)
     return shape
-
-
-def check_patterns(cfg: ConfigDict) -> None:
-    """Raise UserError for an `optim.freeze` that is no regular expression or matches nothing."""
-    model = build(cfg.model, image_size(cfg))
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    names = list(named(params))
-    for pattern in cfg.optim.freeze:
-        try:
-            matched = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise UserError(
-                f"optim.freeze={pattern!r} is not a regular expression: {error}"
-            ) from None
-        if not matched:
-            raise UserError(
-                f"optim.freeze={pattern!r} matches no parameter; {nearest(pattern, names)}"
-            )
-    if not any(jax.tree.leaves(optimizer.trained(cfg.optim, params))):
-        raise UserError(
-            f"optim.freeze={cfg.optim.freeze} and train={cfg.optim.train!r} leave nothing to train"
-        )
 
 
 def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: int = 1) -> None:
