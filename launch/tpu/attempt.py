@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from launch.tpu import secret, worker_commands
 from launch.tpu.clock import Clock
-from launch.tpu.diagnosis import Cause, End, cause, last_line
+from launch.tpu.diagnosis import Cause, WorkerExit, diagnose, last_line
 from launch.tpu.exit_codes import AGENT_BUSY, DONE, RESUMABLE, TPU_HELD
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
@@ -42,7 +42,7 @@ class View:
     stopped: bool = False
     error: str = ""
     missed: int = 0  # questions in a row without an answer
-    sitter: str = ""
+    watcher: str = ""
     attempt: int = 0
     free_gb: str = ""
 
@@ -53,10 +53,16 @@ class View:
 
 class Attempt:
     def __init__(
-        self, plan: Plan, workers: Workers, number: int, clock: Clock, journal: Journal, sitter: str
+        self,
+        plan: Plan,
+        workers: Workers,
+        number: int,
+        clock: Clock,
+        journal: Journal,
+        watcher: str,
     ):
         self.plan, self.workers, self.number = plan, workers, number
-        self.clock, self.journal, self.sitter = clock, journal, sitter
+        self.clock, self.journal, self.watcher = clock, journal, watcher
         now = clock.now()
         self.began, self.first_step = now, False
         self.views = [View(i, beat=now, moved=now, seen=now) for i in range(workers.count)]
@@ -66,7 +72,7 @@ class Attempt:
         self.failed_at: float | None = None
         self.stopping = False
         self.stopped: set[int] = set()  # workers that did not end by themselves
-        self.why: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
 
     # --- beginning and ending it
 
@@ -90,8 +96,8 @@ class Attempt:
     def _send_secrets(self, worker: int) -> tuple[str, str] | None:
         if not self.plan.secrets:
             return None
-        content = secret.message(self.plan.secrets)
-        return self._ask(worker, worker_commands.command("secrets", self.plan.run), content)
+        content = secret.encode(self.plan.secrets)
+        return self._ask(worker, worker_commands.agent_command("secrets", self.plan.run), content)
 
     def _start(self, worker: int, port: int) -> tuple[str, str] | None:
         mine = [word.format(worker=worker) for word in self.workers.arguments(port)]
@@ -103,7 +109,7 @@ class Attempt:
             result = self.workers.shell(worker, line, stdin, 90)
             if result.code == 0:
                 return None
-            said = last(result.err)
+            said = last_error_line(result.err)
             if result.code == TPU_HELD:
                 return "busy", said
             if result.code == AGENT_BUSY and "stopped" in said:
@@ -137,7 +143,7 @@ class Attempt:
             for line in lines:
                 self.journal.print_log(worker, line)
 
-    def catch_up(self) -> None:
+    def fetch_logs(self) -> None:
         """Fetch what the logs still hold, of an attempt that is over."""
         for _ in range(100):
             if all(view.offset >= view.size for view in self.views if view.over):
@@ -147,11 +153,11 @@ class Attempt:
     def _poll(self, worker: int) -> list[str]:
         """Ask one worker; the new whole lines of its log."""
         view, now = self.views[worker], self.clock.now()
-        words = ("status", self.plan.run, self.number, view.offset, self.sitter)
+        words = ("status", self.plan.run, self.number, view.offset, self.watcher)
         result = self.workers.agent(worker, *words)
         _, found, answer = result.out.partition(b"#STATUS ")
         if result.code or not found:
-            view.error, view.missed = last(result.err), view.missed + 1
+            view.error, view.missed = last_error_line(result.err), view.missed + 1
             return []
         head, _, log = answer.partition(b"\n#LOG ")
         sizes, _, log = log.partition(b"\n")
@@ -163,7 +169,7 @@ class Attempt:
         values = dict(word.partition("=")[::2] for word in status.split())
         lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in rest}
         view.missed = 0
-        view.seen, view.error, view.sitter = now, "", lines.get("#SITTER", "")
+        view.seen, view.error, view.watcher = now, "", lines.get("#SITTER", "")
         view.state, view.attempt = values["state"], int(values["attempt"])
         view.stopped, view.free_gb = values["stopped"] == "1", values["free_gb"]
         if view.state == "ended" and values["rc"]:
@@ -193,7 +199,7 @@ class Attempt:
             whole = log[: log.rfind(b"\n") + 1] or (log if len(log) > LONGEST_LINE else b"")
         if offset and not view.tail:
             view.tail = self.journal.read_log(self.number, view.worker)
-        text = self.journal.hide(whole.decode(errors="surrogateescape"))
+        text = self.journal.redact(whole.decode(errors="surrogateescape"))
         self.journal.add_log(self.number, view.worker, text)
         view.offset += len(whole)
         view.tail = (view.tail + text)[-TAIL:]
@@ -212,39 +218,39 @@ class Attempt:
                 furthest[run] = max(step, furthest.get(run, 0))
         return furthest
 
-    def judge(self, is_ready: Callable[[], bool]) -> Cause | None:
+    def find_cause(self, is_ready: Callable[[], bool]) -> Cause | None:
         """Why it has ended, with nothing left running; None while it goes on.
 
         `is_ready` says whether the machine is there: one that can't be asked proves nothing.
         """
         now, over = self.clock.now(), [view for view in self.views if view.over]
         if len(over) == len(self.views):
-            return self.settle()
+            return self.finish()
         bad = [view for view in over if view.code not in (DONE, RESUMABLE)]
         if bad:
             self.stop(min(10, self.plan.args.grace))
-            return self.settle()
+            return self.finish()
         if over:
             self.failed_at = now if self.failed_at is None else self.failed_at
             patience = self.plan.args.grace if any(v.code for v in over) else PATIENCE
             if now - self.failed_at > patience:
                 for view in over:
                     if view.code == 0:
-                        self.why[view.worker] = "it ended with 0 while others go on"
+                        self.reasons[view.worker] = "it ended with 0 while others go on"
                 self.stop(min(10, self.plan.args.grace))
-                return self.settle()
-        return self._silent(now, is_ready) or self._stalled(now)
+                return self.finish()
+        return self._check_unreachable(now, is_ready) or self._check_stalled(now)
 
-    def _silent(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
+    def _check_unreachable(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
         for view in self.views:
             silent = view.missed >= MISSED and now - view.seen > LOST
             if silent and not view.over and is_ready():
-                self.why[view.worker] = f"not reached for {now - view.seen:.0f} s: {view.error}"
+                self.reasons[view.worker] = f"not reached for {now - view.seen:.0f} s: {view.error}"
                 self.stop(10)
-                return self.settle()
+                return self.finish()
         return None
 
-    def _stalled(self, now: float) -> Cause | None:
+    def _check_stalled(self, now: float) -> Cause | None:
         """Whether one is frozen, or all wait for one that does not get on.
 
         Times end where the worker was last heard of: what can't be reached proves nothing.
@@ -266,44 +272,46 @@ class Attempt:
                 return self._end_stalled(view, f"no first step in {waited:.0f} s")
         return None
 
-    def _end_stalled(self, view: View, why: str) -> Cause:
+    def _end_stalled(self, view: View, reason: str) -> Cause:
         phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
-        self.why[view.worker] = f"{why}, in phase {phase} after step {step}; its log has the stacks"
+        self.reasons[view.worker] = (
+            f"{reason}, in phase {phase} after step {step}; its log has the stacks"
+        )
         self.dump_stacks()
         self.clock.sleep(5)
         self.stop(10)
-        return self.settle()
+        return self.finish()
 
-    def settle(self) -> Cause:
+    def finish(self) -> Cause:
         """The cause of the end, which is in the run's folder as well."""
-        self.catch_up()
-        ends = [self._end(view) for view in self.views]
-        found = cause(ends)
+        self.fetch_logs()
+        ends = [self._worker_exit(view) for view in self.views]
+        found = diagnose(ends)
         rows = "\n".join(
-            f"[w{end.worker:02}] code {end.code}, {end.why or end.words or last_line(end.tail)}"
+            f"[w{end.worker:02}] code {end.code}, {end.reason or end.message or last_line(end.tail)}"
             + " (stopped)" * end.stopped
             for end in ends
         )
         self.journal.put(f"a{self.number}/cause.txt", f"{found.kind}: {found.text}\n\n{rows}\n")
         return found
 
-    def _end(self, view: View) -> End:
-        why = self.why.get(view.worker, "")
-        stopped = not why and view.worker in self.stopped
-        if not why and not stopped and view.state in ("lost", "absent"):
-            why = "its processes vanished: the machine was restarted, or all of them were killed"
+    def _worker_exit(self, view: View) -> WorkerExit:
+        reason = self.reasons.get(view.worker, "")
+        stopped = not reason and view.worker in self.stopped
+        if not reason and not stopped and view.state in ("lost", "absent"):
+            reason = "its processes vanished: the VM restarted, or all of them were killed"
         # It did not end by itself, whatever it said when it was made to.
-        code = None if view.worker in self.why and view.worker in self.stopped else view.code
-        at = -1.0 if view.worker in self.why else view.ended
+        code = None if view.worker in self.reasons and view.worker in self.stopped else view.code
+        at = -1.0 if view.worker in self.reasons else view.ended
         words = str(view.heartbeat.get("words") or "")
-        return End(view.worker, code, at, view.tail[-8000:], words, stopped, why)
+        return WorkerExit(view.worker, code, at, view.tail[-8000:], words, stopped, reason)
 
 
 def printable(line: str) -> str:
     return line.encode(errors="replace").decode()
 
 
-def last(text: str) -> str:
+def last_error_line(text: str) -> str:
     """The last line that says something of its own: agent's, else gcloud's."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("agent: ")]

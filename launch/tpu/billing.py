@@ -7,7 +7,7 @@ from launch.tpu.exit_codes import LIMIT, Stop
 from launch.tpu.journal import Journal
 
 
-class Meter:
+class Billing:
     """Counts from `begin` to `end`, over all of a run's launchers: the journal keeps the sum."""
 
     def __init__(self, price: float | None, clock: Clock, journal: Journal):

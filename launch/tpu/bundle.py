@@ -48,7 +48,7 @@ def _wanted(root: pathlib.Path, name: str) -> bool:
     return not secret and (root / name).is_file()
 
 
-def make(root: pathlib.Path, hidden: list[str]) -> Bundle:
+def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
     """Pack `root`. Raises Stop where it is too large, or holds one of the values `hidden`."""
     names = files(root)
     sizes = {name: (root / name).stat().st_size for name in names}
@@ -63,7 +63,7 @@ def make(root: pathlib.Path, hidden: list[str]) -> Bundle:
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in names:
             content = (root / name).read_bytes()
-            if any(value.encode() in content for value in hidden):
+            if any(value.encode() in content for value in redacted):
                 raise Stop(BAD_INPUT, f"{name} holds the value of a secret: take it out")
             entry = tarfile.TarInfo(name)
             entry.size = len(content)

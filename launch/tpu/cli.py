@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 from launch.tpu import bundle, doctor, flags, fleet, plan, verbs, worker_commands
 from launch.tpu.clock import Clock
-from launch.tpu.cloud_tpu import Cloud
+from launch.tpu.cloud_tpu import CloudTpu
 from launch.tpu.exit_codes import DONE, USAGE, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
 from launch.tpu.plan import ROOT, Plan
-from launch.tpu.secret import shown
+from launch.tpu.secret import redactable
 from launch.tpu.transport import HOME, LocalWorkers
 
 VERBS: dict[str, Callable[..., int]] = {
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args, overrides: list[str]) -> int:
     made = plan.make(args, overrides)
     journal = Journal(made.folder)
-    journal.hidden = shown(made.secrets)
+    journal.redacted = redactable(made.secrets)
     if args.dry_run:
         for what, text in made.lines:
             print(f"{what:8} {text}")
@@ -59,7 +59,7 @@ def run(args, overrides: list[str]) -> int:
         steps = max(journal.state["progress"].values(), default=0)
         print(json.dumps({"run": made.run, "result": "done", "code": DONE, "steps": steps}))
         return DONE
-    if not journal.take():
+    if not journal.acquire_lock():
         raise Stop(
             USAGE,
             f"process {journal.watcher()} watches {made.run} already: launch/tpu_vm.sh logs -f "
@@ -71,7 +71,7 @@ def run(args, overrides: list[str]) -> int:
     for what, text in made.lines:
         journal.say(what, text)
     clock = Clock()
-    cloud = Cloud(made.tpu, clock, journal) if made.tpu else None
+    cloud = CloudTpu(made.tpu, clock, journal) if made.tpu else None
     workers = None if cloud else local_workers(made, clock)
     launcher = Launcher(made, cloud, workers, clock, journal)
     if launcher.machine:  # other verbs know a run by its notes: not before the machine is its own
@@ -119,7 +119,7 @@ def local_workers(made: Plan, clock: Clock) -> LocalWorkers:
 
 def detach(made: Plan, journal: Journal) -> int:
     """The same command in the background, apart from this terminal."""
-    journal.give_up()
+    journal.release_lock()
     made.folder.mkdir(parents=True, exist_ok=True)
     words = [word for word in sys.argv[1:] if word != "--detach"]
     command = [sys.executable, "-I", str(ROOT / "launch" / "tpu"), *words]

@@ -27,7 +27,7 @@ DELETION = 1200  # seconds that a deletion may take
 EXPIRES = 24 * 3600  # after which `gc` calls a machine forgotten, unless its launcher renews that
 
 
-class Look(NamedTuple):
+class Status(NamedTuple):
     """`kind`: absent, waiting, ready, unhealthy (READY, and says so), sick (may recover), gone
     (never will), failed, foreign (of this name, and not this run's)."""
 
@@ -50,7 +50,7 @@ def count_hosts(node: dict) -> int:
     return len(ends) // max(1, len(cards))
 
 
-class Cloud:
+class CloudTpu:
     """The slices of `tpu`. `owned`: made by this program, and so deleted by it."""
 
     def __init__(self, tpu: Tpu, clock: Clock, journal: Journal, owned: bool = False):
@@ -75,7 +75,7 @@ class Cloud:
             self.clock.sleep(delay * random.uniform(0.8, 1.2))
             delay = min(2 * delay, LONGEST)
 
-    def read(self, argv: list[str], patience: int = TRIES) -> dict | None:
+    def read_json(self, argv: list[str], patience: int = TRIES) -> dict | None:
         """What a describe command says; None where there is nothing. Raises Stop for a refusal."""
         try:
             return json.loads(self.call(argv, patience))
@@ -86,96 +86,98 @@ class Cloud:
         except ValueError:
             raise Stop(INFRASTRUCTURE, f"no JSON came from: {gcloud.line(argv)}") from None
 
-    def is_ours(self, marks: dict) -> bool:
+    def is_ours(self, labels: dict) -> bool:
         """Whether what has these labels is this run's; of any run where none is known."""
         run = self.tpu.labels.get("run")
-        return marks.get("managed-by") == "vit_scale" and run in (None, marks.get("run"))
+        return labels.get("managed-by") == "vit_scale" and run in (None, labels.get("run"))
 
-    def look(self, patience: int = TRIES) -> Look:
-        found = self.read(gcloud.describe(self.tpu), patience)
+    def status(self, patience: int = TRIES) -> Status:
+        found = self.read_json(gcloud.describe(self.tpu), patience)
         if self.tpu.queue:
             return self._request(found, patience) if found else self._without_request(patience)
         if found is None:
-            return Look("absent", "there is none")
+            return Status("absent", "there is none")
         if found.get("queuedResource") and self.is_ours(found.get("labels", {})):
             self.tpu = dataclasses.replace(self.tpu, queue=True)  # it was asked for in another way
-            return self.look(patience)
+            return self.status(patience)
         return self._node(self.tpu.name, found)
 
-    def _without_request(self, patience: int) -> Look:
+    def _without_request(self, patience: int) -> Status:
         """A node may outlive what asked for it; or be made without; or be another's."""
         for name in self.tpu.nodes:
-            node = self.read(gcloud.describe_node(self.tpu, name), patience)
+            node = self.read_json(gcloud.describe_node(self.tpu, name), patience)
             if node is None:
                 continue
-            look = self._node(name, node)
-            if self._is_left(node):
-                return look._replace(kind="gone", detail=f"node {name} is left of its request")
-            if self.is_ours(look.labels) and self.tpu.slices == 1:
+            status = self._node(name, node)
+            if self._is_leftover(node):
+                return status._replace(kind="gone", detail=f"node {name} is left of its request")
+            if self.is_ours(status.labels) and self.tpu.slices == 1:
                 self.tpu = dataclasses.replace(self.tpu, queue=False)
-                return look
-            return look._replace(kind="foreign", detail=f"a TPU VM {name} that is not of it")
-        return Look("absent", "there is none")
+                return status
+            return status._replace(kind="not_ours", detail=f"a TPU VM {name} that is not of it")
+        return Status("absent", "there is none")
 
-    def _is_left(self, node: dict) -> bool:
+    def _is_leftover(self, node: dict) -> bool:
         """Whether the node is of this request, which is no more."""
-        marks, request = node.get("labels", {}), node.get("queuedResource", "")
-        named = request.rpartition("/")[2] == self.tpu.name and not marks.get("run")
-        return bool(request) and (named or self.is_ours(marks))
+        labels, request = node.get("labels", {}), node.get("queuedResource", "")
+        named = request.rpartition("/")[2] == self.tpu.name and not labels.get("run")
+        return bool(request) and (named or self.is_ours(labels))
 
-    def _request(self, found: dict, patience: int) -> Look:
+    def _request(self, found: dict, patience: int) -> Status:
         state = found.get("state", {}).get("state", "")
-        spec, labels = specs(found), marks_of(found)
+        spec, labels = node_specs(found), labels_of(found)
         names = [
             entry.get("nodeId") or name for entry, name in zip(spec, self.tpu.nodes, strict=False)
         ]
         if state == "FAILED":
             error = found["state"].get("failedData", {}).get("error", {}).get("message", "")
-            return Look("failed", error or "the request FAILED", labels=labels)
+            return Status("failed", error or "the request FAILED", labels=labels)
         if state in ("SUSPENDING", "SUSPENDED", "DELETING"):
-            return Look("gone", f"its request is {state}", labels=labels)
+            return Status("gone", f"its request is {state}", labels=labels)
         if state != "ACTIVE":
-            return Look("waiting", state or "no state yet", labels=labels)
-        look = self._nodes(names, patience)
-        return look if look.labels else look._replace(labels=labels)
+            return Status("waiting", state or "no state yet", labels=labels)
+        status = self._nodes(names, patience)
+        return status if status.labels else status._replace(labels=labels)
 
-    def _nodes(self, names: list[str], patience: int) -> Look:
-        found = {name: self.read(gcloud.describe_node(self.tpu, name), patience) for name in names}
+    def _nodes(self, names: list[str], patience: int) -> Status:
+        found = {
+            name: self.read_json(gcloud.describe_node(self.tpu, name), patience) for name in names
+        }
         # It may not be listed yet, or be gone while its request says nothing.
         self.missing = 0 if all(found.values()) else self.missing + 1
         kind = "gone" if self.missing >= 3 else "waiting"
-        looks = [
-            self._node(name, node) if node else Look(kind, f"node {name} is not there")
+        statuses = [
+            self._node(name, node) if node else Status(kind, f"node {name} is not there")
             for name, node in found.items()
         ]
-        hosts = [host for look in looks for host in look.hosts]
-        for kind in ("gone", "sick", "waiting", "unhealthy"):
-            for look in looks:
-                if look.kind == kind:
-                    return look._replace(hosts=hosts)
-        return looks[0]._replace(hosts=hosts)
+        hosts = [host for status in statuses for host in status.hosts]
+        for kind in ("gone", "recovering", "waiting", "unhealthy"):
+            for status in statuses:
+                if status.kind == kind:
+                    return status._replace(hosts=hosts)
+        return statuses[0]._replace(hosts=hosts)
 
-    def _node(self, name: str, node: dict) -> Look:
+    def _node(self, name: str, node: dict) -> Status:
         state, health = node.get("state", "UNKNOWN"), node.get("health", "")
         known: dict = {"created": node.get("createTime", ""), "labels": node.get("labels", {})}
         known["hosts"] = [(name, count_hosts(node))]
         if state in TERMINAL:
-            return Look("gone", f"node {name} is {state}", **known)
+            return Status("gone", f"node {name} is {state}", **known)
         if state in SICK:
-            return Look("sick", f"node {name} is {state}", **known)
+            return Status("recovering", f"node {name} is {state}", **known)
         if state != "READY":
-            return Look("waiting", f"node {state}", **known)
+            return Status("waiting", f"node {state}", **known)
         if health.startswith("UNHEALTHY"):
             said = node.get("healthDescription") or health
-            return Look("unhealthy", f"node {name}: {said}", **known)
-        return Look("ready", "node READY", **known)
+            return Status("unhealthy", f"node {name}: {said}", **known)
+        return Status("ready", "node READY", **known)
 
     def create(self) -> bool:
         """Ask for it; False where there is one, whosever that is. Raises Stop, or ApiError for a
         stockout."""
         self.journal.say("acquire", f"asking for {self.tpu.name} in {self.tpu.zone}")
-        marks = {**self.tpu.labels, "expires": expiry()}
-        self.tpu = dataclasses.replace(self.tpu, labels=marks)
+        labels = {**self.tpu.labels, "expires": expiry()}
+        self.tpu = dataclasses.replace(self.tpu, labels=labels)
         try:
             self.call(gcloud.create(self.tpu), patience=5)
         except ApiError as error:
@@ -190,14 +192,14 @@ class Cloud:
         """Delete it, and return when it is gone. Raises Stop where that does not happen."""
         if not self.owned:
             return
-        began, told = self.clock.now(), False
+        began, requested_ = self.clock.now(), False
         while self.clock.now() - began < DELETION:
             found = self._exists()
             if found is None:
                 self.journal.write("deleted", zone=self.tpu.zone)
                 return
-            if not told or "DELETING" not in json.dumps(found.get("state", "")):
-                told = self._ask_to_delete() or told
+            if not requested_ or "DELETING" not in json.dumps(found.get("state", "")):
+                requested_ = self._ask_to_delete() or requested_
             self.clock.sleep(10)
         raise Stop(
             INFRASTRUCTURE,
@@ -207,15 +209,15 @@ class Cloud:
 
     def _exists(self) -> dict | None:
         """The request or a node of it, as long as there is any; another's of that name is none."""
-        found = self.read(gcloud.describe(self.tpu))
+        found = self.read_json(gcloud.describe(self.tpu))
         if found is None and self.tpu.queue:  # a node may outlive what asked for it
             for name in self.tpu.nodes:
-                node = self.read(gcloud.describe_node(self.tpu, name))
-                if node and self._is_left(node):
+                node = self.read_json(gcloud.describe_node(self.tpu, name))
+                if node and self._is_leftover(node):
                     found = node
                     self._delete_node(name)
             return found
-        return found if found and self.is_ours(marks_of(found)) else None
+        return found if found and self.is_ours(labels_of(found)) else None
 
     def _delete_node(self, node: str) -> None:
         one = gcloud.Tpu(node, self.tpu.zone, self.tpu.project, "", "", queue=False)
@@ -242,13 +244,13 @@ class Cloud:
                 self.journal.write("renew", error=str(error))
 
 
-def specs(request: dict) -> list[dict]:
+def node_specs(request: dict) -> list[dict]:
     return request.get("tpu", {}).get("nodeSpec") or [{}]
 
 
-def marks_of(found: dict) -> dict:
+def labels_of(found: dict) -> dict:
     """The labels of a node, or of a request's nodes."""
-    return found.get("labels") or specs(found)[0].get("node", {}).get("labels", {})
+    return found.get("labels") or node_specs(found)[0].get("node", {}).get("labels", {})
 
 
 def expiry() -> str:

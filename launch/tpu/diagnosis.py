@@ -32,16 +32,16 @@ DISAGREE = r"would train something else than process 0|is not the same folder on
 NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 
-class End(NamedTuple):
+class WorkerExit(NamedTuple):
     """How one worker's attempt ended."""
 
     worker: int
     code: int | None  # None: it vanished, or had to be stopped
     at: float  # seconds of the launcher's clock
     tail: str  # last lines of its log
-    words: str = ""  # of its heartbeat
+    message: str = ""  # of its heartbeat
     stopped: bool = False  # by the launcher, after the others had ended
-    why: str = ""  # what the launcher saw, where it speaks for the worker
+    reason: str = ""  # what the launcher saw, where it speaks for the worker
 
 
 class Cause(NamedTuple):
@@ -67,29 +67,29 @@ def last_line(tail: str) -> str:
     return lines[-1] if lines else ""
 
 
-def disagrees(end: End) -> bool:
+def is_mismatch(end: WorkerExit) -> bool:
     """Whether it ended because the hosts have not the same code, config, data or folder."""
     if end.code in (None, DONE, RESUMABLE):
         return False
-    return bool(re.search(DISAGREE, f"{end.words}\n{last_line(end.tail)}"))
+    return bool(re.search(DISAGREE, f"{end.message}\n{last_line(end.tail)}"))
 
 
-def collateral(end: End) -> bool:
-    if disagrees(end) and not end.why:
+def is_collateral(end: WorkerExit) -> bool:
+    if is_mismatch(end) and not end.reason:
         return False  # also where another one has found it out
-    if end.stopped or end.code == 134 or end.words.startswith("process "):
+    if end.stopped or end.code == 134 or end.message.startswith("process "):
         return True
-    if end.code in (None, DONE, RESUMABLE, DIVERGED) and not end.words:
+    if end.code in (None, DONE, RESUMABLE, DIVERGED) and not end.message:
         return bool(re.search(COLLATERAL, end.tail)) and end.code == RESUMABLE
     return bool(re.search(COLLATERAL, last_line(end.tail)))
 
 
-def kind(end: End) -> str:
+def classify(end: WorkerExit) -> str:
     if end.code == TPU_HELD:
         return "busy"
     if end.code in (DIVERGED, TRAINER_USAGE):
         return "fatal"
-    if disagrees(end):
+    if is_mismatch(end):
         return "input"
     for pattern, found in SIGNATURES:
         if end.code != 0 and re.search(pattern, end.tail):
@@ -101,22 +101,22 @@ def kind(end: End) -> str:
     return "user"
 
 
-def cause(ends: list[End]) -> Cause:
+def diagnose(ends: list[WorkerExit]) -> Cause:
     """The cause of an attempt's end, from how every worker of it ended."""
     if all(end.code == 0 for end in ends):
         return Cause("done", None, "all workers have finished", "done")
-    failed = [end for end in ends if end.code != 0 or end.why]
-    own = [end for end in failed if not collateral(end)]
+    failed = [end for end in ends if end.code != 0 or end.reason]
+    own = [end for end in failed if not is_collateral(end)]
     # All stop together for a signal: who got it is no failure. Any other end was before that.
     own = [end for end in own if end.code != RESUMABLE] or own
     first = min(own or failed, key=lambda end: end.at)
-    found = kind(first) if own else "infra"
-    said = first.why or first.words or last_line(first.tail) or "it said nothing"
-    line = f"{_how(first)}: {said}"
-    return Cause(found, first.worker, line, signature(first.code, said))
+    found = classify(first) if own else "infra"
+    message = first.reason or first.message or last_line(first.tail) or "it said nothing"
+    line = f"{_describe_exit(first)}: {message}"
+    return Cause(found, first.worker, line, signature(first.code, message))
 
 
-def _how(end: End) -> str:
+def _describe_exit(end: WorkerExit) -> str:
     if end.code is None:
         return "lost"
     if end.code > 128:

@@ -31,9 +31,9 @@ def doctor(args: argparse.Namespace) -> int:
     active = ["gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"]
     account = gcloud.run(active, timeout=60).out.decode().strip()
     say(bool(account), f"account {account or 'none'}", "run: gcloud auth login")
-    project = values.of_gcloud("project", "project")
+    project = values.get_or_gcloud("project", "project")
     say(bool(project), f"project {project or 'none'}", "run: gcloud config set project PROJECT")
-    zones = [zone for zone in values.of_gcloud("zone", "compute/zone").split(",") if zone]
+    zones = [zone for zone in values.get_or_gcloud("zone", "compute/zone").split(",") if zone]
     say(bool(zones), f"zone {', '.join(zones) or 'none'}", "give --zone")
     for zone in zones:
         _offers(say, zone, project, values.get("type"))

@@ -208,7 +208,7 @@ class Values:
                 return value
         return ""
 
-    def of_gcloud(self, name: str, setting: str) -> str:
+    def get_or_gcloud(self, name: str, setting: str) -> str:
         """As `get`, and last what gcloud is set to."""
         if value := self.get(name):
             return value

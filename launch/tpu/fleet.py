@@ -12,10 +12,10 @@ from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, USAGE, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
-from launch.tpu.run_registry import FOLDER, Known, whose
-from launch.tpu.transport import HOME, GcloudWorkers, command, on_all
+from launch.tpu.run_registry import FOLDER, RegisteredRun, describe_owner
+from launch.tpu.transport import HOME, GcloudWorkers, agent_command, on_all
 
-LEFT = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
+DEAD_STATES = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 LATELY = 900  # seconds
 NOT_REACHED = "in use, not reached"
@@ -23,47 +23,50 @@ NOT_REACHED = "in use, not reached"
 
 def delete(args: argparse.Namespace) -> int:
     """Delete a machine of this program, also one that this machine has no notes of."""
-    found, known = wanted(args)
-    look = found.look()
-    if look.kind == "absent":
-        print(f"{found.tpu.name}: {look.detail}", file=sys.stderr)
+    found, run = find_machine(args)
+    status = found.status()
+    if status.kind == "absent":
+        print(f"{found.tpu.name}: {status.detail}", file=sys.stderr)
         return DONE
-    marks = look.labels
-    if marks.get("managed-by") != "vit_scale":
+    labels = status.labels
+    if labels.get("managed-by") != "vit_scale":
         raise Stop(USAGE, f"{found.tpu.name} was not made by this program: it is not deleted")
-    owner = marks.get("owner", "")
-    own = found.is_ours(marks) and (known or owner == cloud_tpu.owner())
+    owner = labels.get("owner", "")
+    own = found.is_ours(labels) and (run or owner == cloud_tpu.owner())
     if not own and args.owner not in ("all", owner):
         raise Stop(
             USAGE,
-            f"{found.tpu.name} is not deleted: {whose(marks)}; give --owner {owner} to do so",
+            f"{found.tpu.name} is not deleted: {describe_owner(labels)}; "
+            f"to delete it, give --owner {owner}",
         )
-    found.tpu = dataclasses.replace(found.tpu, labels={"run": marks.get("run", "")})
-    look = found.look()  # now that its run is known, it may be seen to be a node without a request
-    if not confirmed(args, f"delete {found.tpu.name} ({look.detail}; {whose(marks)})"):
+    found.tpu = dataclasses.replace(found.tpu, labels={"run": labels.get("run", "")})
+    status = (
+        found.status()
+    )  # now that its run is known, it may be seen to be a node without a request
+    if not confirm(args, f"delete {found.tpu.name} ({status.detail}; {describe_owner(labels)})"):
         return DONE
     found.delete()
     print(f"{found.tpu.name} is deleted", file=sys.stderr)
     return DONE
 
 
-def wanted(args: argparse.Namespace) -> tuple[cloud_tpu.Cloud, bool]:
+def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
     """The machine that is to be deleted; and whether this machine has notes of its run."""
     try:
-        known = Known(args)
+        run = RegisteredRun(args)
     except Stop:
         if not (args.zone and args.name):
             raise
-        project = flags.Values(args, ROOT).of_gcloud("project", "project")
+        project = flags.Values(args, ROOT).get_or_gcloud("project", "project")
         tpu = Tpu(args.name, args.zone, project, "", "", queue=not args.no_queue)
         journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
-        return cloud_tpu.Cloud(tpu, Clock(), journal, owned=True), False
-    if known.cloud is None or not known.cloud.owned:
+        return cloud_tpu.CloudTpu(tpu, Clock(), journal, owned=True), False
+    if run.cloud is None or not run.cloud.owned:
         raise Stop(USAGE, "this run's machine was not made by this program: it is not deleted")
-    return known.cloud, True
+    return run.cloud, True
 
 
-def confirmed(args: argparse.Namespace, what: str) -> bool:
+def confirm(args: argparse.Namespace, what: str) -> bool:
     if args.yes:
         return True
     if not sys.stdin.isatty():
@@ -82,7 +85,7 @@ class Machine:
         # A request has no label that could be renewed, and may wait for days.
         past = expires.isdigit() and int(expires) < time.time()
         self.expired = past and state not in QUEUED
-        self.left = state in LEFT
+        self.left = state in DEAD_STATES
 
     @property
     def price(self) -> float | None:
@@ -105,25 +108,27 @@ class Machine:
         }
 
 
-def machines(args: argparse.Namespace) -> list[Machine]:
+def list_machines(args: argparse.Namespace) -> list[Machine]:
     """Every machine of this program in the zones: requests, and nodes without one."""
     values = flags.Values(args, ROOT)
-    project = values.of_gcloud("project", "project")
-    zones = values.of_gcloud("zone", "compute/zone").split(",")
+    project = values.get_or_gcloud("project", "project")
+    zones = values.get_or_gcloud("zone", "compute/zone").split(",")
     if not zones[0]:
         raise Stop(USAGE, "--zones a,b is needed: machines are looked for zone by zone")
     found = []
-    asked = cloud_tpu.Cloud(Tpu("", "", "", "", ""), Clock(), Journal(FOLDER / "list", quiet=True))
+    asked = cloud_tpu.CloudTpu(
+        Tpu("", "", "", "", ""), Clock(), Journal(FOLDER / "list", quiet=True)
+    )
     for zone in zones:
         requests = read_list(asked, gcloud.listing("queued-resources", zone, project))
         nodes = read_list(asked, gcloud.listing("tpu-vm", zone, project))
-        made = {last(node["name"]): node for node in nodes}
+        made = {base_name(node["name"]): node for node in nodes}
         for request in requests:
-            specs = request.get("tpu", {}).get("nodeSpec", [{}])
-            node = specs[0].get("node", {})
-            tpu = Tpu(last(request["name"]), zone, project, "", "", slices=len(specs))
+            node_specs = request.get("tpu", {}).get("nodeSpec", [{}])
+            node = node_specs[0].get("node", {})
+            tpu = Tpu(base_name(request["name"]), zone, project, "", "", slices=len(node_specs))
             tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
-            there = [made.pop(spec.get("nodeId", ""), None) for spec in specs]
+            there = [made.pop(spec.get("nodeId", ""), None) for spec in node_specs]
             labels = next(
                 (n["labels"] for n in there if n and n.get("labels")), node.get("labels", {})
             )
@@ -132,7 +137,7 @@ def machines(args: argparse.Namespace) -> list[Machine]:
                 request.get("createTime", ""),
             )
             state = request.get("state", {}).get("state", "")
-            state = next((n["state"] for n in there if n and n.get("state") in LEFT), state)
+            state = next((n["state"] for n in there if n and n.get("state") in DEAD_STATES), state)
             found.append(Machine(tpu, state, labels, created, node.get("acceleratorType", "")))
         for name, node in made.items():
             tpu = Tpu(name, zone, project, "", "", queue=False)
@@ -149,19 +154,19 @@ def machines(args: argparse.Namespace) -> list[Machine]:
     return [machine for machine in found if machine.labels.get("managed-by") == "vit_scale"]
 
 
-def read_list(asked: cloud_tpu.Cloud, argv: list[str]) -> list[dict]:
+def read_list(asked: cloud_tpu.CloudTpu, argv: list[str]) -> list[dict]:
     try:
         return json.loads(asked.call(argv) or b"[]")
     except ApiError as error:
         raise cloud_tpu.refuse(error) from None
 
 
-def last(name: str) -> str:
+def base_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
 def listing(args: argparse.Namespace) -> int:
-    rows = [machine.as_json() for machine in machines(args)]
+    rows = [machine.as_json() for machine in list_machines(args)]
     if args.owner not in ("", "all"):
         rows = [row for row in rows if row["owner"] == args.owner]
     if args.json:
@@ -177,21 +182,21 @@ def listing(args: argparse.Namespace) -> int:
 def collect(args: argparse.Namespace) -> int:
     """Delete what is forgotten: each machine is shown, and asked about unless --yes is given."""
     code, mine = DONE, args.owner or cloud_tpu.owner()
-    for machine in machines(args):
+    for machine in list_machines(args):
         text = json.dumps(machine.as_json())
         if mine not in ("all", machine.labels.get("owner")):
             print(f"another's: {text}")
             continue
-        wanted = machine.expired or (machine.left and not args.expired)
-        use = "in use" if not wanted else "" if machine.left else in_use(machine)
+        find_machine = machine.expired or (machine.left and not args.expired)
+        use = "in use" if not find_machine else "" if machine.left else in_use(machine)
         if use:
             print(f"{use}: {text}")
             continue
-        if not confirmed(args, f"delete {text}"):
+        if not confirm(args, f"delete {text}"):
             continue
         journal = Journal(FOLDER / "list", quiet=True)
         try:
-            cloud_tpu.Cloud(machine.tpu, Clock(), journal, owned=True).delete()
+            cloud_tpu.CloudTpu(machine.tpu, Clock(), journal, owned=True).delete()
             print(f"deleted: {text}")
         except Stop as stop:
             print(f"NOT deleted: {text}: {stop}")
@@ -205,11 +210,11 @@ def in_use(machine: Machine) -> str:
     It is not where each worker says that nothing runs there, and that no launcher has asked lately.
     """
     clock = Clock()
-    look = cloud_tpu.Cloud(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).look()
-    if look.kind in ("absent", "gone", "failed"):
+    status = cloud_tpu.CloudTpu(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).status()
+    if status.kind in ("absent", "gone", "failed"):
         return ""
-    workers = GcloudWorkers(machine.tpu, look.hosts, clock, lambda argv: None)
-    ask = command("status", machine.labels.get("run", ""), "last")
+    workers = GcloudWorkers(machine.tpu, status.hosts, clock, lambda argv: None)
+    ask = agent_command("status", machine.labels.get("run", ""), "last")
     line = f"if test -e {HOME}/agent.sh; then {ask}; else echo '#STATUS state=absent'; fi"
     answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
     said = [result.out.decode(errors="replace") for result in answers.values()]

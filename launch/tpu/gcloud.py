@@ -160,22 +160,22 @@ def listing(kind: str, zone: str, project: str) -> list[str]:
 def ssh(tpu: Tpu, node: str, worker: int, command: str = "") -> list[str]:
     flags = [f"--ssh-flag={flag}" for flag in SSH]
     run = ["--command", command] if command else []
-    start = [*_reach(tpu), "ssh", node, *tpu.where, "--worker", str(worker)]
-    return [*start, *_by(tpu), *flags, *run]
+    start = [*_tpu_vm(tpu), "ssh", node, *tpu.where, "--worker", str(worker)]
+    return [*start, *_ssh_route(tpu), *flags, *run]
 
 
 def copy(tpu: Tpu, node: str, worker: int, files: list[str], folder: str) -> list[str]:
     flags = [f"--scp-flag={flag}" for flag in SSH]
-    start = [*_reach(tpu), "scp", *files, f"{node}:{folder}", *tpu.where]
-    return [*start, "--worker", str(worker), *_by(tpu), *flags]
+    start = [*_tpu_vm(tpu), "scp", *files, f"{node}:{folder}", *tpu.where]
+    return [*start, "--worker", str(worker), *_ssh_route(tpu), *flags]
 
 
-def _reach(tpu: Tpu) -> list[str]:
+def _tpu_vm(tpu: Tpu) -> list[str]:
     """Only the alpha commands go through IAP to a TPU VM."""
     return ["gcloud", "alpha", "compute", "tpus", "tpu-vm"] if tpu.iap else [*TPUS, "tpu-vm"]
 
 
-def _by(tpu: Tpu) -> list[str]:
+def _ssh_route(tpu: Tpu) -> list[str]:
     if tpu.iap:
         return ["--tunnel-through-iap"]
     return ["--internal-ip"] if tpu.internal_ip else []
@@ -221,8 +221,8 @@ def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) ->
     except subprocess.TimeoutExpired as expired:
         _end(process)
         said = (expired.stderr or b"").decode(errors="replace").strip().splitlines()
-        why = f": {said[-1]}" if said else ""
-        lines = [*said[:-1], f"no answer in {timeout:.0f} s{why}"]
+        detail = f": {said[-1]}" if said else ""
+        lines = [*said[:-1], f"no answer in {timeout:.0f} s{detail}"]
         return Result(124, b"", "\n".join(lines))
     except BaseException:
         _end(process)

@@ -20,7 +20,7 @@ import time
 from typing import IO, TextIO
 
 
-def tell(text: str, stream: TextIO) -> None:
+def print_line(text: str, stream: TextIO) -> None:
     """Print a line; where nobody reads any more, neither this nor what comes is an error."""
     try:
         print(text, file=stream, flush=True)
@@ -33,7 +33,7 @@ class Journal:
     def __init__(self, folder: pathlib.Path, quiet: bool = False):
         self.folder = folder
         self.quiet = quiet
-        self.hidden: list[str] = []
+        self.redacted: list[str] = []
         self._lock: IO | None = None
         self.state: dict = {
             "attempt": 0,
@@ -47,24 +47,24 @@ class Journal:
         with contextlib.suppress(OSError, ValueError):
             self.state.update(json.loads((folder / "state.json").read_text()))
 
-    def hide(self, text: str) -> str:
-        for value in self.hidden:
+    def redact(self, text: str) -> str:
+        for value in self.redacted:
             text = text.replace(value, "*" * len(value))  # as long: logs have offsets
         return text
 
     def say(self, what: str, text: str) -> None:
         """A line for the user, which is journalled as well."""
-        text = self.hide(text)
+        text = self.redact(text)
         if not self.quiet:
-            tell(f"{what:8} {text}", sys.stderr)
+            print_line(f"{what:8} {text}", sys.stderr)
         self.write(what, text=text)
 
     def print_log(self, worker: int, text: str) -> None:
         if not self.quiet:
-            tell(self.hide(f"[w{worker:02}] {text}"), sys.stderr)
+            print_line(self.redact(f"[w{worker:02}] {text}"), sys.stderr)
 
     def write(self, what: str, **content) -> None:
-        line = self.hide(json.dumps({"time": round(time.time(), 3), "what": what, **content}))
+        line = self.redact(json.dumps({"time": round(time.time(), 3), "what": what, **content}))
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "journal.jsonl").open("a") as file:
@@ -79,7 +79,7 @@ class Journal:
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(self.hide(text))
+            partial.write_text(self.redact(text))
             os.replace(partial, file)
         except OSError:
             with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ class Journal:
             return self.log_file(attempt, worker).read_text(errors="replace")
         return ""
 
-    def take(self) -> bool:
+    def acquire_lock(self) -> bool:
         """Become the one that watches this run; False where another process of this machine is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / "lock").open("a+")
@@ -119,7 +119,7 @@ class Journal:
             self.state.update(json.loads((self.folder / "state.json").read_text()))
         return True
 
-    def give_up(self) -> None:
+    def release_lock(self) -> None:
         if self._lock:
             self._lock.close()
             self._lock = None

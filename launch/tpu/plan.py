@@ -75,7 +75,7 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
     commands = preflight.check_data(shown, target != "vm") if shown else []
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
-    code = bundle.make(root, secret.shown(secrets))
+    code = bundle.make(root, secret.redactable(secrets))
     mark = json.dumps([config, overrides, workdir]).encode()
     run = f"{name}-{hashlib.sha256(mark).hexdigest()[:8]}"
     plan = Plan(
@@ -170,10 +170,10 @@ def metadata() -> dict[str, str]:
 def machine(
     args: argparse.Namespace, values: Values, name: str
 ) -> tuple[Tpu, list[str], Accelerator | None]:
-    zones = [zone for zone in values.of_gcloud("zone", "compute/zone").split(",") if zone]
+    zones = [zone for zone in values.get_or_gcloud("zone", "compute/zone").split(",") if zone]
     if not zones:
         raise Stop(USAGE, "--zone is needed, such as us-central2-b")
-    project = values.of_gcloud("project", "project")
+    project = values.get_or_gcloud("project", "project")
     kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
     if not kind and not (args.existing and args.dry_run):
         raise Stop(USAGE, "--type is needed, such as v4-32")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud, preflight, worker_commands
-from launch.tpu.attempt import last
+from launch.tpu.attempt import last_error_line
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import refuse
 from launch.tpu.exit_codes import (
@@ -23,7 +23,7 @@ from launch.tpu.transport import Workers, on_all
 SHOWN = 15  # last lines of what a worker says that can't be prepared
 
 
-class Preparation:
+class Provisioner:
     """Of `workers`. `check` raises Gone where their machine is no more; `pause` waits."""
 
     def __init__(
@@ -52,8 +52,8 @@ class Preparation:
             partial = file.with_suffix(".part")
             partial.write_bytes(self.plan.code.data)
             partial.replace(file)
-        self.on_every("reach", [0], self._reach)
-        self.on_every("reach", range(1, self.workers.count), self._reach)
+        self.retry_on_all("reach", [0], self._reach)
+        self.retry_on_all("reach", range(1, self.workers.count), self._reach)
 
     def _reach(self, worker: int) -> gcloud.Result:
         result = self.workers.shell(worker, worker_commands.prime(self.plan.code.sha), b"", 90)
@@ -69,7 +69,7 @@ class Preparation:
             else self.workers.shell(worker, worker_commands.install(), b"", 60)
         )
 
-    def on_every(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
+    def retry_on_all(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
         """Have all do it, again where it fails. Raises Gone, or Stop with the worker's own line."""
         left = list(workers)
         results: dict[int, gcloud.Result] = {}
@@ -93,7 +93,7 @@ class Preparation:
         worker = left[0]
         for said in results[worker].err.strip().splitlines()[-SHOWN:]:
             self.journal.print_log(worker, said)
-        line = f"{what}: [w{worker:02}] {last(results[worker].err)}"
+        line = f"{what}: [w{worker:02}] {last_error_line(results[worker].err)}"
         if results[worker].code in (AGENT_DAMAGED, AGENT_SETUP, AGENT_DISK_FULL):
             raise Stop(SETUP, line)
         error = gcloud.error(results[worker].err)
@@ -104,11 +104,11 @@ class Preparation:
     def prepare(self) -> None:
         """All that is needed to start, on every worker. Raises Stop."""
         if self.plan.unchecked:
-            self.alike()
+            self.prepare_workers()
             self.check_config()
             if not self.plan.setup:
                 return
-        self.alike()
+        self.prepare_workers()
 
     def check_config(self) -> None:
         """Worker 0 says what this machine could not: what the config comes to, and needs.
@@ -124,13 +124,13 @@ class Preparation:
             self.check()
             self.pause(10)
         if not found:
-            raise Stop(SETUP, f"the config can't be checked: [w00] {last(result.err)}")
+            raise Stop(SETUP, f"the config can't be checked: [w00] {last_error_line(result.err)}")
         commands = preflight.check_data(found, local=self.plan.target != "vm")
         self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + commands)
         self.plan.unchecked = False
         self.journal.say("prepare", "worker 0 has checked the config")
 
-    def alike(self) -> None:
+    def prepare_workers(self) -> None:
         """One environment, the same on every worker. Raises Stop with the odd one's name."""
         count, began = self.workers.count, self.clock.now()
         line = worker_commands.prepare(self.plan)
@@ -138,12 +138,12 @@ class Preparation:
         def call(worker):
             return self.workers.shell(worker, line, b"", 1800)
 
-        prints = self.fingerprints(self.on_every("prepare", range(count), call, tries=3))
-        if odd := self.odd(prints):
-            self.journal.say("prepare", f"[w{odd[0]:02}] differs, once more: {odd[1]}")
-            prints |= self.fingerprints(self.on_every("prepare", [odd[0]], call, tries=2))
-            if odd := self.odd(prints):
-                raise Stop(SETUP, f"[w{odd[0]:02}] differs from the others: {odd[1]}")
+        prints = self.fingerprints(self.retry_on_all("prepare", range(count), call, tries=3))
+        if outlier := self.outlier(prints):
+            self.journal.say("prepare", f"[w{outlier[0]:02}] differs, once more: {outlier[1]}")
+            prints |= self.fingerprints(self.retry_on_all("prepare", [outlier[0]], call, tries=2))
+            if outlier := self.outlier(prints):
+                raise Stop(SETUP, f"[w{outlier[0]:02}] differs from the others: {outlier[1]}")
         found = prints[0]
         shown = ", ".join(
             f"{key} {found[key]}" for key in ("python", "jax", "libtpu") if key in found
@@ -156,11 +156,13 @@ class Preparation:
         for worker, result in results.items():
             _, marked, text = result.out.decode(errors="replace").partition("#FINGERPRINT ")
             if not marked:
-                raise Stop(SETUP, f"prepare: [w{worker:02}] no fingerprint: {last(result.err)}")
+                raise Stop(
+                    SETUP, f"prepare: [w{worker:02}] no fingerprint: {last_error_line(result.err)}"
+                )
             found[worker] = json.loads(text.splitlines()[0])
         return found
 
-    def odd(self, prints: dict[int, dict]) -> tuple[int, str] | None:
+    def outlier(self, prints: dict[int, dict]) -> tuple[int, str] | None:
         """The worker that is not like most, and in what."""
         texts = [json.dumps(found, sort_keys=True) for found in prints.values()]
         usual = json.loads(max(texts, key=texts.count))

@@ -49,10 +49,10 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def message(values: dict[str, str]) -> bytes:
+def encode(values: dict[str, str]) -> bytes:
     return "".join(f"{name}={value}\n" for name, value in values.items()).encode() + b"#END\n"
 
 
-def shown(values: dict[str, str]) -> list[str]:
+def redactable(values: dict[str, str]) -> list[str]:
     """The values that must not be shown; short ones could be anything."""
     return sorted((value for value in values.values() if len(value) >= 6), key=len, reverse=True)

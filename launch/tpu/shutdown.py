@@ -10,8 +10,8 @@ import sys
 import time
 
 from launch.tpu import gcloud
-from launch.tpu.allocation import Machine
-from launch.tpu.billing import Meter
+from launch.tpu.allocation import Allocation
+from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.exit_codes import (
     CRASH_LOOP,
@@ -25,11 +25,11 @@ from launch.tpu.exit_codes import (
 )
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
-from launch.tpu.journal import Journal, tell
+from launch.tpu.journal import Journal, print_line
 from launch.tpu.plan import Plan
 
 WINDOW = 3  # seconds for a second Ctrl-C, which stops
-KEPT = (
+INSPECTABLE = (
     FAILED,
     SETUP,
     CRASH_LOOP,
@@ -45,7 +45,7 @@ class Interrupted(Exception):
         self.stop, self.keep = stop, keep
 
 
-class Ending:
+class Shutdown:
     """`machine` is None where the workers are of this machine; `sitter` is the launcher's name."""
 
     def __init__(
@@ -53,18 +53,18 @@ class Ending:
         plan: Plan,
         clock: Clock,
         journal: Journal,
-        meter: Meter,
-        machine: Machine | None,
-        sitter: str,
+        billing: Billing,
+        machine: Allocation | None,
+        watcher: str,
     ):
-        self.plan, self.clock, self.journal, self.meter = plan, clock, journal, meter
-        self.machine, self.sitter = machine, sitter
+        self.plan, self.clock, self.journal, self.billing = plan, clock, journal, billing
+        self.machine, self.watcher = machine, watcher
         self.signals = 0
-        self.knows = False  # what trains there
+        self.workers_known = False  # what trains there
 
     # --- who asks for it
 
-    def listen(self) -> None:
+    def handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
@@ -98,7 +98,7 @@ class Ending:
             time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
         raise Interrupted(stop=choice == "stop" or self.signals > 1)
 
-    def forget(self) -> None:
+    def reset_signals(self) -> None:
         """What has been asked for is being done: from here on signals count anew."""
         self.signals = 0
         self.clock.wake.clear()
@@ -114,14 +114,14 @@ class Ending:
     def responsible(self) -> bool:
         """Whether it is this launcher's to delete: not that of a training which it can't reach."""
         if self.machine is None:
-            return self.knows
-        waits = self.machine.fresh and (self.owned or self.machine.asked)
-        return self.knows or self.machine.made or waits
+            return self.workers_known
+        waits = self.machine.fresh and (self.owned or self.machine.requested)
+        return self.workers_known or self.machine.created or waits
 
-    def leave(self, code: int) -> bool:
+    def apply_policy(self, code: int) -> bool:
         """Leave the machine as it was asked for; whether it is deleted."""
         policy = self.plan.args.on_success if code == DONE else "delete"
-        if code in KEPT:
+        if code in INSPECTABLE:
             policy = self.plan.args.on_failure
         word, _, duration = policy.partition(":")
         if word == "delete" or (duration and self.keep(seconds(duration))):
@@ -137,22 +137,22 @@ class Ending:
             "keep", f"the machine is kept until {until}: run the command again, or Ctrl-C to delete"
         )
         self.journal.save()
-        self.journal.give_up()
-        end = self.clock.now() + duration
-        while self.clock.now() < end and not self.signals:
+        self.journal.release_lock()
+        report = self.clock.now() + duration
+        while self.clock.now() < report and not self.signals:
             if self.journal.watcher():
                 self.journal.say("keep", "another launcher has taken it over")
                 return False
-            self.clock.sleep(min(5, end - self.clock.now()))
+            self.clock.sleep(min(5, report - self.clock.now()))
         self.clock.wake.clear()
-        return self.journal.take() and self.journal.state.get("sitter") == self.sitter
+        return self.journal.acquire_lock() and self.journal.state.get("sitter") == self.watcher
 
     def release(self) -> bool:
         """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
         if not (self.machine and self.responsible):
             return False
         try:
-            self.machine.find_asked()
+            self.machine.adopt_requested()
             if not self.owned:
                 return False
             self.machine.remove()
@@ -161,32 +161,32 @@ class Ending:
             self.journal.say("delete", f"NOT deleted: {error}")
             return False
 
-    def end(self, code: int, line: str, deleted: bool) -> int:
+    def report(self, code: int, line: str, deleted: bool) -> int:
         """The last line, for programs."""
-        self.meter.end()
+        self.billing.end()
         state = self.journal.state
         state["result"] = code
         self.journal.save()
         there = "none"
         if self.machine:
-            there = "deleted" if deleted else self.kept(self.machine.cloud.tpu)
+            there = "deleted" if deleted else self.describe_kept(self.machine.cloud.tpu)
         result = {
             "run": self.plan.run,
             "result": line if code == INTERRUPTED else RESULTS[code],
             "code": code,
             "steps": max(state["progress"].values(), default=0),
             "attempts": state["attempt"],
-            "cost_usd": self.meter.cost,
+            "cost_usd": self.billing.cost,
             "cloud": there,
         }
         if code not in (DONE, INTERRUPTED):
-            result["cause"] = self.journal.hide(line)
+            result["cause"] = self.journal.redact(line)
         self.journal.write("end", **result)
-        self.journal.give_up()
-        tell(json.dumps(result), sys.stdout)
+        self.journal.release_lock()
+        print_line(json.dumps(result), sys.stdout)
         return code
 
-    def kept(self, tpu: gcloud.Tpu) -> str:
+    def describe_kept(self, tpu: gcloud.Tpu) -> str:
         if not self.owned and not self.plan.args.existing:
             return "none"
         price = "unknown price" if self.plan.price is None else f"${self.plan.price:.2f}/h"

@@ -21,7 +21,7 @@ AGENT = f"bash {HOME}/agent.sh"
 PARALLEL = 16  # gcloud processes at the same time: each is 65 MB and most of a second of a core
 
 
-def command(*arguments: Any) -> str:
+def agent_command(*arguments: Any) -> str:
     """The agent's verb and arguments as a worker's shell reads them."""
     return f"{AGENT} {shlex.join(map(str, arguments))}"
 
@@ -30,7 +30,7 @@ class Workers:
     """The workers of a run, by number."""
 
     count = 0
-    places: list[tuple[str, int]] = []  # noqa: RUF012, (node, number on it) of those in the cloud
+    hosts: list[tuple[str, int]] = []  # noqa: RUF012, (node, number on it) of those in the cloud
 
     def shell(self, worker: int, line: str, stdin: bytes, limit: float) -> gcloud.Result:
         raise NotImplementedError
@@ -44,7 +44,7 @@ class Workers:
         return []
 
     def agent(self, worker: int, *arguments: Any, stdin: bytes = b"", limit: float = 60):
-        return self.shell(worker, command(*arguments), stdin, limit)
+        return self.shell(worker, agent_command(*arguments), stdin, limit)
 
 
 class GcloudWorkers(Workers):
@@ -52,15 +52,15 @@ class GcloudWorkers(Workers):
 
     def __init__(self, tpu: gcloud.Tpu, hosts: list[tuple[str, int]], clock: Clock, record):
         self.tpu, self.clock, self.record = tpu, clock, record
-        self.places = [(node, index) for node, count in hosts for index in range(count)]
-        self.count = len(self.places)
+        self.hosts = [(node, index) for node, count in hosts for index in range(count)]
+        self.count = len(self.hosts)
 
     def shell(self, worker, line, stdin, limit):
-        node, index = self.places[worker]
+        node, index = self.hosts[worker]
         return self._run(gcloud.ssh(self.tpu, node, index, line), stdin, limit)
 
     def copy(self, worker, files, folder, limit):
-        node, index = self.places[worker]
+        node, index = self.hosts[worker]
         return self._run(gcloud.copy(self.tpu, node, index, files, folder), b"", limit)
 
     def _run(self, argv, stdin, limit):

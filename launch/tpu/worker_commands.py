@@ -7,7 +7,7 @@ import shlex
 from launch.tpu import gcloud, preflight
 from launch.tpu.flags import seconds
 from launch.tpu.plan import ROOT, Plan
-from launch.tpu.transport import HOME, command
+from launch.tpu.transport import HOME, agent_command
 
 AGENT = ROOT / "launch" / "agent.sh"
 INCOMING = f"{HOME}/incoming/"
@@ -23,24 +23,26 @@ def install() -> str:
     """Put the agent in its place, if it arrived whole."""
     sha = hashlib.sha256(AGENT.read_bytes()).hexdigest()
     check = f"echo {sha}  {INCOMING}agent.sh | sha256sum -c --status"
-    return f"{check} && mv -f {INCOMING}agent.sh {HOME}/agent.sh && {command('install')}"
+    return f"{check} && mv -f {INCOMING}agent.sh {HOME}/agent.sh && {agent_command('install')}"
 
 
 def prepare(plan: Plan) -> str:
     extra = "tpu" if plan.target != "local" else ""
-    return command("prepare", plan.code.sha, extra, "" if plan.unchecked else plan.setup)
+    return agent_command("prepare", plan.code.sha, extra, "" if plan.unchecked else plan.setup)
 
 
 def show(plan: Plan) -> str:
     """What the config comes to, on a worker: where this machine can't say."""
-    return command(
+    return agent_command(
         "show", plan.code.sha, *preflight.show(plan.config, plan.overrides, plan.devices)
     )
 
 
 def start(plan: Plan, attempt: int, port: int, arguments: list[str]) -> str:
     """`arguments` are those that tell this worker who it is."""
-    return command("start", plan.run, attempt, plan.code.sha, port, *plan.arguments, *arguments)
+    return agent_command(
+        "start", plan.run, attempt, plan.code.sha, port, *plan.arguments, *arguments
+    )
 
 
 def port(run: str, attempt: int) -> int:
@@ -75,12 +77,12 @@ def dry_run(plan: Plan) -> list[str]:
     ]
     if not plan.args.existing and plan.args.orphan:
         lines.append(ssh(reap(plan, tpu)))
-    lines += [ssh(command("status", plan.run, "last")), ssh(prepare(plan))]
+    lines += [ssh(agent_command("status", plan.run, "last")), ssh(prepare(plan))]
     if plan.unchecked:
         lines.append(ssh(show(plan)))
     if plan.secrets:
         names = " ".join(f"{name}=..." for name in sorted(plan.secrets))
-        lines.append(f"{ssh(command('secrets', plan.run))} <<< '{names} #END'")
+        lines.append(f"{ssh(agent_command('secrets', plan.run))} <<< '{names} #END'")
     lines.append(ssh(start(plan, 1, port(plan.run, 1), [])))
     if not plan.args.existing:
         lines.append(gcloud.line(gcloud.delete(tpu)))
@@ -91,7 +93,7 @@ def reap(plan: Plan, tpu: gcloud.Tpu) -> str:
     """Worker 0 deletes the machine where its launcher is gone for good, unless it is to be kept."""
     kept = [ending.partition(":")[::2] for ending in (plan.args.on_success, plan.args.on_failure)]
     if ("keep", "") in kept:
-        return command("disarm", plan.run)
+        return agent_command("disarm", plan.run)
     longest = max(seconds(duration or "0") for _, duration in kept)
     patience = max(plan.args.orphan, longest + 600 if longest else 0)
-    return command("reap", plan.run, int(patience), *gcloud.delete(tpu))
+    return agent_command("reap", plan.run, int(patience), *gcloud.delete(tpu))
