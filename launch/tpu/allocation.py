@@ -1,4 +1,4 @@
-"""The machine of a run: made or taken over, waited for until it is READY, known to be no more."""
+"""A run's TPU slices: request or adopt them, wait until READY, notice when they are gone."""
 
 import dataclasses
 import math
@@ -13,23 +13,33 @@ from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
 from launch.tpu.plan import Plan
 
-POLL = 15  # seconds between looks at a machine that is to come
-REPAIR = 1200  # seconds that a machine may take to recover
-RENEW = 3600  # seconds between saying that the machine is wanted
-EXISTS_DELAYS = (5, 30, 60, 120, 300)  # seconds to wait where there is one, and it isn't seen
+POLL = 15  # seconds between status checks while waiting for a machine
+REPAIR = 1200  # seconds a machine may take to recover
+RENEW = 3600  # seconds between renewals of the expiry label
+EXISTS_DELAYS = (
+    5,
+    30,
+    60,
+    120,
+    300,
+)  # seconds to wait when the name exists but cannot be described
 ROTATION = (30, 60, 120, 300, 600)  # seconds to wait after a stockout
 
 
 class Gone(Exception):
-    """The machine is no more, or will not come back."""
+    """The machine is gone, or will not come back."""
 
 
 class Allocation:
-    """The run's slices. `pause` waits, and raises where somebody wants the launcher to end.
+    """The run's slices in the cloud.
 
-    `made`: by this launcher, so that nothing trains there which it does not know of. `fresh`: no
-    look has found it READY yet. `claim` is called when it is, or is to be, this run's; `rescue`
-    with the last look before one is removed that may still train.
+    Attributes:
+      created: this launcher created the machine, so no unknown training runs on it.
+      requested: a creation request is unanswered; the machine may exist.
+      fresh: the machine has not been READY yet.
+      pause: waits; raises Interrupted when the user asks the launcher to end.
+      claim: called once the machine is, or is about to be, this run's.
+      rescue: called with the last status before removing a machine that may still be training.
     """
 
     def __init__(
@@ -39,16 +49,16 @@ class Allocation:
         self.clock, self.journal = cloud.clock, cloud.journal
         self.zone, self.shortages, self.refusals, self.created = 0, 0, 0, False
         self.fresh = True
-        self.requested = False  # for one, with no answer yet that says what came of it
+        self.requested = False
         self.claim: Callable[[], None] = lambda: None
         self.rescue: Callable[[Status], None] = lambda status: None
         self.checked_at = self.renewed = self.clock.now()
 
     def acquire(self) -> Status:
-        """Return when it is READY. Raises Stop for what waiting does not mend."""
+        """Return once it is READY. Raises Stop if waiting cannot help."""
         self.find_zone()
         began = sick = self.clock.now()
-        said = ""
+        shown = ""
         while True:
             status = self.cloud.status()
             if status.kind == "not_ours" or (status.kind != "absent" and not self.cloud.owned):
@@ -56,21 +66,21 @@ class Allocation:
             self.fresh = self.fresh and status.kind in ("absent", "waiting", "failed")
             if status.kind not in ("recovering", "unhealthy"):
                 sick = self.clock.now()
-            if status.detail != said and status.kind != "absent":
-                said = status.detail
+            if status.detail != shown and status.kind != "absent":
+                shown = status.detail
                 waited = clocks.text(self.clock.now() - began)
-                self.journal.say("acquire", f"{self.cloud.tpu.name}: {said} ({waited})")
-            # One that was there already may train, whatever its health is said to be.
+                self.journal.say("acquire", f"{self.cloud.tpu.name}: {shown} ({waited})")
+            # A machine that already existed may be training, whatever its reported health.
             if status.kind == "ready" or (status.kind == "unhealthy" and not self.created):
                 self.billing.begin(status.created)
                 self.journal.state["zone"] = self.cloud.tpu.zone
                 self.journal.save()
-                self.renew(since=began)  # while it waited, there was nothing to label
+                self.renew(since=began)  # there was nothing to label while it waited
                 return status
             self._advance(status, began, sick)
 
     def find_zone(self) -> None:
-        """The machine may be in any of the zones: ours is looked for before one is made."""
+        """Look for this run's machine in all zones before one is created."""
         if self.cloud.owned or len(self.plan.zones) == 1:
             return
         for number, zone in enumerate(self.plan.zones):
@@ -81,10 +91,10 @@ class Allocation:
         self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=self.plan.zones[self.zone])
 
     def _advance(self, status: Status, began: float, sick: float) -> None:
-        """Do what the state of the machine asks for, and wait a little."""
+        """Act on the machine's status, then wait."""
         existing, now = self.plan.args.existing, self.clock.now()
         if existing and status.kind in ("absent", "gone", "failed", "not_ours"):
-            raise Stop(REFUSED, f"TPU VM {self.plan.name} can't be used: {status.detail}")
+            raise Stop(REFUSED, f"TPU VM {self.plan.name} is unusable: {status.detail}")
         if status.kind == "absent":
             self.billing.end()
             self.claim()
@@ -106,7 +116,7 @@ class Allocation:
         self.pause(2 if status.kind == "absent" else POLL)
 
     def request(self, began: float) -> None:
-        """Have it made; where there is one, the next look says whose."""
+        """Request creation. If the name is taken, the next status check says by whom."""
         self.requested = True
         try:
             created = self.cloud.create()
@@ -123,25 +133,25 @@ class Allocation:
         if self.refusals > len(EXISTS_DELAYS):
             raise Stop(
                 USAGE,
-                f"there is a TPU {self.plan.name} in {self.cloud.tpu.zone} that can't be seen: "
-                "give another --name",
+                f"a TPU named {self.plan.name} exists in {self.cloud.tpu.zone} but cannot be "
+                "described: choose another --name",
             )
         if not created:
             self.pause(EXISTS_DELAYS[self.refusals - 1])
 
     def adopt_requested(self) -> None:
-        """Own what was made though no answer has said so, if there is such a one. Raises Stop."""
+        """Take ownership of a machine created by a request that was never answered. Raises Stop."""
         if self.requested and not self.cloud.owned:
             self.cloud.owned = self.cloud.is_ours(self.cloud.status(patience=3).labels)
 
     def renew(self, since: float = math.inf) -> None:
-        """Say now and then that the machine is wanted; `since`: what was said is as old as that."""
+        """Renew the expiry label once an hour; it was last set before `since`, if given."""
         if self.cloud.owned and self.clock.now() - min(self.renewed, since) > RENEW:
             self.renewed = self.clock.now()
             self.cloud.renew()
 
     def adopt(self, status: Status) -> None:
-        """Take over the machine that is there, if it is this run's. Raises Stop for another's."""
+        """Adopt an existing machine if it belongs to this run. Raises Stop otherwise."""
         if self.plan.args.existing:
             self.claim()
             return
@@ -149,32 +159,35 @@ class Allocation:
         if status.labels.get("managed-by") != "vit_scale":
             raise Stop(
                 USAGE,
-                f"there is a TPU {self.plan.name} that this program has not made: "
-                "give another --name, or --existing to use it as it is",
+                f"TPU {self.plan.name} exists and was not created by this launcher: "
+                "choose another --name, or use it as it is with --existing",
             )
         if run != self.plan.run:
             raise Stop(
                 USAGE,
-                f"TPU {self.plan.name} is of run {run}, with another config or workdir: give "
-                f"another --name, or end that one: launch/tpu_vm.sh delete --name {self.plan.name}",
+                f"TPU {self.plan.name} belongs to run {run}, which has another config or workdir: "
+                "choose another --name, or delete that machine: launch/tpu_vm.sh delete --name "
+                f"{self.plan.name}",
             )
         self.claim()
         self.cloud.owned = True
-        self.renewed = self.clock.now() - RENEW - 1  # what is taken over may be about to expire
-        self.journal.say("acquire", f"{self.plan.name} is there already: taken over")
+        self.renewed = self.clock.now() - RENEW - 1  # an adopted machine may be about to expire
+        self.journal.say("acquire", f"{self.plan.name} already exists: adopted")
 
     def no_capacity(self, error: ApiError, began: float) -> None:
-        """After a stockout: the next zone, or the same one later. Raises Stop for what is none."""
+        """After a stockout, go on to the next zone. Raises Stop for any lasting error."""
         if error.kind not in ("stockout", "transient"):
             raise refuse(error)
         zones = self.plan.zones
-        if error.kind == "stockout":  # after any other error it may have been made all the same
+        if error.kind == "stockout":  # after any other error it may exist anyway
             self.zone = (self.zone + 1) % len(zones)
         wait = ROTATION[min(self.shortages // len(zones), len(ROTATION) - 1)]
         self.shortages += 1
-        self.journal.say("acquire", f"{self.cloud.tpu.zone}: {error}; next: {zones[self.zone]}")
+        self.journal.say(
+            "acquire", f"{self.cloud.tpu.zone}: {error}; next zone: {zones[self.zone]}"
+        )
         self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=zones[self.zone])
-        self.cloud.owned = self.created = False  # what is there is looked at first
+        self.cloud.owned = self.created = False  # until its status is known
         self.fresh = True
         self.check_queue(began)
         self.pause(wait if self.zone == 0 else 2)
@@ -186,7 +199,7 @@ class Allocation:
             raise Stop(NO_CAPACITY, f"no machine in {clocks.text(waited)} (--valid-until {limit})")
 
     def check(self, patience: int = TRIES) -> None:
-        """Raises Gone where the machine is no more: 404 counts when it is said thrice."""
+        """Raise Gone if the machine no longer exists. A 404 must repeat three times to count."""
         for _ in range(3):
             status = self.cloud.status(patience)
             if status.kind in ("gone", "failed", "recovering", "not_ours"):
@@ -194,12 +207,12 @@ class Allocation:
             if status.kind != "absent":
                 return
             self.clock.sleep(5)
-        raise Gone(f"{status.detail} any more")
+        raise Gone(status.detail)
 
     def is_ready(self) -> bool:
-        """Whether the machine is known to be there; raises Gone where it is known not to be.
+        """Return whether the machine is known to exist. Raises Gone if it is known not to.
 
-        Where the cloud can't be asked, training goes on without this launcher.
+        If the API cannot be reached, training continues without this launcher.
         """
         self.checked_at = self.clock.now()
         try:

@@ -1,4 +1,4 @@
-"""The machines of this program in the cloud, whoever has started them: list, delete, gc."""
+"""All machines that launchers created, whoever ran them: the verbs list, delete and gc."""
 
 import argparse
 import dataclasses
@@ -17,41 +17,39 @@ from launch.tpu.transport import HOME, GcloudWorkers, agent_command, on_all
 
 DEAD_STATES = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
-LATELY = 900  # seconds
+RECENT = 900  # seconds since a launcher last asked a worker
 NOT_REACHED = "in use, not reached"
 
 
 def delete(args: argparse.Namespace) -> int:
-    """Delete a machine of this program, also one that this machine has no notes of."""
-    found, run = find_machine(args)
-    status = found.status()
+    """Delete a machine, even one whose run is not in this clone's registry."""
+    cloud, registered = find_machine(args)
+    status = cloud.status()
     if status.kind == "absent":
-        print(f"{found.tpu.name}: {status.detail}", file=sys.stderr)
+        print(status.detail, file=sys.stderr)
         return DONE
     labels = status.labels
     if labels.get("managed-by") != "vit_scale":
-        raise Stop(USAGE, f"{found.tpu.name} was not made by this program: it is not deleted")
+        raise Stop(USAGE, f"{cloud.tpu.name} was not created by this launcher: not deleted")
     owner = labels.get("owner", "")
-    own = found.is_ours(labels) and (run or owner == cloud_tpu.owner())
+    own = cloud.is_ours(labels) and (registered or owner == cloud_tpu.owner())
     if not own and args.owner not in ("all", owner):
         raise Stop(
             USAGE,
-            f"{found.tpu.name} is not deleted: {describe_owner(labels)}; "
-            f"to delete it, give --owner {owner}",
+            f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}; to delete it, give "
+            f"--owner {owner}",
         )
-    found.tpu = dataclasses.replace(found.tpu, labels={"run": labels.get("run", "")})
-    status = (
-        found.status()
-    )  # now that its run is known, it may be seen to be a node without a request
-    if not confirm(args, f"delete {found.tpu.name} ({status.detail}; {describe_owner(labels)})"):
+    cloud.tpu = dataclasses.replace(cloud.tpu, labels={"run": labels.get("run", "")})
+    status = cloud.status()  # with its run known, a node without a request is recognised
+    if not confirm(args, f"delete {cloud.tpu.name} ({status.detail}; it {describe_owner(labels)})"):
         return DONE
-    found.delete()
-    print(f"{found.tpu.name} is deleted", file=sys.stderr)
+    cloud.delete()
+    print(f"{cloud.tpu.name} deleted", file=sys.stderr)
     return DONE
 
 
 def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
-    """The machine that is to be deleted; and whether this machine has notes of its run."""
+    """Return the machine to delete, and whether its run is in this clone's registry."""
     try:
         run = RegisteredRun(args)
     except Stop:
@@ -62,7 +60,7 @@ def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
         journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
         return cloud_tpu.CloudTpu(tpu, Clock(), journal, owned=True), False
     if run.cloud is None or not run.cloud.owned:
-        raise Stop(USAGE, "this run's machine was not made by this program: it is not deleted")
+        raise Stop(USAGE, "this run's machine was not created by this launcher: not deleted")
     return run.cloud, True
 
 
@@ -75,14 +73,14 @@ def confirm(args: argparse.Namespace, what: str) -> bool:
 
 
 class Machine:
-    """A machine with this program's labels, in some zone."""
+    """A machine with the launcher's labels."""
 
     def __init__(self, tpu: Tpu, state: str, labels: dict, created: str, kind: str):
         self.state, self.labels, self.kind = state, labels, kind
         self.tpu = dataclasses.replace(tpu, labels={"run": labels.get("run", "")})
         self.hours = billing.age(created) / 3600
         expires = labels.get("expires", "")
-        # A request has no label that could be renewed, and may wait for days.
+        # A queued request has no label to renew, and may wait for days.
         past = expires.isdigit() and int(expires) < time.time()
         self.expired = past and state not in QUEUED
         self.left = state in DEAD_STATES
@@ -109,54 +107,47 @@ class Machine:
 
 
 def list_machines(args: argparse.Namespace) -> list[Machine]:
-    """Every machine of this program in the zones: requests, and nodes without one."""
+    """List the launcher's machines in the zones: requests, and nodes without one."""
     values = flags.Values(args, ROOT)
     project = values.get_or_gcloud("project", "project")
     zones = values.get_or_gcloud("zone", "compute/zone").split(",")
     if not zones[0]:
-        raise Stop(USAGE, "--zones a,b is needed: machines are looked for zone by zone")
-    found = []
-    asked = cloud_tpu.CloudTpu(
-        Tpu("", "", "", "", ""), Clock(), Journal(FOLDER / "list", quiet=True)
-    )
+        raise Stop(USAGE, "--zones a,b is required: machines are listed zone by zone")
+    machines: list[Machine] = []
+
+    def add(name: str, nodes: list[dict], fallback: dict, **options) -> None:
+        """Add a machine; what its nodes do not report comes from `fallback`."""
+        tpu = Tpu(name, zone, project, "", "", iap=args.iap, internal_ip=args.internal_ip)
+        keys = ("labels", "createTime", "acceleratorType")
+        values = [next((node[key] for node in nodes if node.get(key)), None) for key in keys]
+        labels, created, kind = (
+            value or fallback.get(key) for key, value in zip(keys, values, strict=True)
+        )
+        states = [node["state"] for node in nodes if node.get("state") in DEAD_STATES]
+        state = next(iter(states), fallback.get("state", ""))
+        tpu = dataclasses.replace(tpu, **options)
+        machines.append(Machine(tpu, state, labels or {}, created or "", kind or ""))
+
     for zone in zones:
-        requests = read_list(asked, gcloud.listing("queued-resources", zone, project))
-        nodes = read_list(asked, gcloud.listing("tpu-vm", zone, project))
-        made = {base_name(node["name"]): node for node in nodes}
+        requests = read_list(gcloud.listing("queued-resources", zone, project))
+        listed = read_list(gcloud.listing("tpu-vm", zone, project))
+        nodes = {base_name(node["name"]): node for node in listed}
         for request in requests:
-            node_specs = request.get("tpu", {}).get("nodeSpec", [{}])
-            node = node_specs[0].get("node", {})
-            tpu = Tpu(base_name(request["name"]), zone, project, "", "", slices=len(node_specs))
-            tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
-            there = [made.pop(spec.get("nodeId", ""), None) for spec in node_specs]
-            labels = next(
-                (n["labels"] for n in there if n and n.get("labels")), node.get("labels", {})
-            )
-            created = next(
-                (n["createTime"] for n in there if n and n.get("createTime")),
-                request.get("createTime", ""),
-            )
-            state = request.get("state", {}).get("state", "")
-            state = next((n["state"] for n in there if n and n.get("state") in DEAD_STATES), state)
-            found.append(Machine(tpu, state, labels, created, node.get("acceleratorType", "")))
-        for name, node in made.items():
-            tpu = Tpu(name, zone, project, "", "", queue=False)
-            tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
-            found.append(
-                Machine(
-                    tpu,
-                    node.get("state", ""),
-                    node.get("labels", {}),
-                    node.get("createTime", ""),
-                    node.get("acceleratorType", ""),
-                )
-            )
-    return [machine for machine in found if machine.labels.get("managed-by") == "vit_scale"]
+            specs = cloud_tpu.node_specs(request)
+            own = [nodes.pop(spec.get("nodeId", ""), {}) for spec in specs]
+            fallback = {**request, **specs[0].get("node", {})}
+            fallback["state"] = request.get("state", {}).get("state", "")
+            add(base_name(request["name"]), own, fallback, slices=len(specs))
+        for name, node in nodes.items():
+            add(name, [node], node, queue=False)
+    return [machine for machine in machines if machine.labels.get("managed-by") == "vit_scale"]
 
 
-def read_list(asked: cloud_tpu.CloudTpu, argv: list[str]) -> list[dict]:
+def read_list(argv: list[str]) -> list[dict]:
+    journal = Journal(FOLDER / "list", quiet=True)
+    client = cloud_tpu.CloudTpu(Tpu("", "", "", "", ""), Clock(), journal)
     try:
-        return json.loads(asked.call(argv) or b"[]")
+        return json.loads(client.call(argv) or b"[]")
     except ApiError as error:
         raise cloud_tpu.refuse(error) from None
 
@@ -175,12 +166,12 @@ def listing(args: argparse.Namespace) -> int:
     for entry in rows:
         print("  ".join(f"{key} {value}" for key, value in entry.items() if value is not None))
     if not rows:
-        print("no machine of this program is there", file=sys.stderr)
+        print("no machines found", file=sys.stderr)
     return DONE
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Delete what is forgotten: each machine is shown, and asked about unless --yes is given."""
+    """Delete forgotten machines, each after confirmation unless --yes is given."""
     code, mine = DONE, args.owner or cloud_tpu.owner()
     for machine in list_machines(args):
         text = json.dumps(machine.as_json())
@@ -205,9 +196,10 @@ def collect(args: argparse.Namespace) -> int:
 
 
 def in_use(machine: Machine) -> str:
-    """How a machine is in use, whatever its labels say: they can't always be renewed; "" if not.
+    """Describe how a machine is in use, or return "" if it is not.
 
-    It is not where each worker says that nothing runs there, and that no launcher has asked lately.
+    It is unused if every worker reports that nothing runs and that no launcher has asked recently.
+    Its labels do not decide: they cannot always be renewed.
     """
     clock = Clock()
     status = cloud_tpu.CloudTpu(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).status()
@@ -217,15 +209,16 @@ def in_use(machine: Machine) -> str:
     ask = agent_command("status", machine.labels.get("run", ""), "last")
     line = f"if test -e {HOME}/agent.sh; then {ask}; else echo '#STATUS state=absent'; fi"
     answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
-    said = [result.out.decode(errors="replace") for result in answers.values()]
-    if any("state=running" in text or watched(text, clock) for text in said):
+    texts = [result.out.decode(errors="replace") for result in answers.values()]
+    if any("state=running" in text or watched(text, clock) for text in texts):
         return "in use"
     reached = all(result.code == 0 for result in answers.values())
-    return "" if reached and said and all("#STATUS" in text for text in said) else NOT_REACHED
+    idle = reached and texts and all("#STATUS" in text for text in texts)
+    return "" if idle else NOT_REACHED
 
 
 def watched(status: str, clock: Clock) -> bool:
-    """Whether a launcher has asked this worker lately."""
+    """Return whether a launcher has asked this worker recently."""
     asked = status.partition("#SITTER ")[2].split("\n")[0].split()[1:]
     now = status.partition("now=")[2].split()[:1]
-    return bool(asked and now) and (float(now[0]) - float(asked[0])) / clock.scale < LATELY
+    return bool(asked and now) and (float(now[0]) - float(asked[0])) / clock.scale < RECENT

@@ -1,13 +1,13 @@
-"""What a run's launcher remembers and says: runs/tpu/RUN on this machine, and the terminal.
+"""The launcher's record of a run, in runs/tpu/RUN of this clone, and its messages to the terminal.
 
-    launch.json    what was asked for, and where each value came from
+    launch.json    the request, and where each value came from
     journal.jsonl  every transition and every command, with the time
-    state.json     attempts, progress, failures, money
-    a3/w00.log     what worker 0 printed in attempt 3; a3/cause.txt why it ended
+    state.json     attempts, progress, failures, billed seconds
+    a3/w00.log     the log of worker 0 in attempt 3; a3/cause.txt says why it ended
     lock           held by the one launcher that watches the run
 
-No secret is written or printed: every line goes through `hide`. A terminal that is gone and a full
-disk are no reason to leave a run: what can't be said or noted is not.
+Every line goes through `redact`, so no secret is written or printed. A closed terminal or a full
+disk does not end a run: what cannot be written is dropped.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import IO, TextIO
 
 
 def print_line(text: str, stream: TextIO) -> None:
-    """Print a line; where nobody reads any more, neither this nor what comes is an error."""
+    """Print a line; if the stream is closed, drop this line and all later ones."""
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):
@@ -38,7 +38,7 @@ class Journal:
         self.state: dict = {
             "attempt": 0,
             "progress": {},  # {run folder: highest step}
-            "failures": [],  # signatures of those in a row without progress
+            "failures": [],  # signatures of consecutive failures without progress
             "restarts": 0,
             "billed": 0.0,  # seconds
             "zone": "",
@@ -49,11 +49,11 @@ class Journal:
 
     def redact(self, text: str) -> str:
         for value in self.redacted:
-            text = text.replace(value, "*" * len(value))  # as long: logs have offsets
+            text = text.replace(value, "*" * len(value))  # of equal length: logs are read by offset
         return text
 
     def say(self, what: str, text: str) -> None:
-        """A line for the user, which is journalled as well."""
+        """Print a line for the user, and record it."""
         text = self.redact(text)
         if not self.quiet:
             print_line(f"{what:8} {text}", sys.stderr)
@@ -74,7 +74,7 @@ class Journal:
         self.put("state.json", json.dumps(self.state, indent=1))
 
     def put(self, name: str, text: str) -> bool:
-        """A whole file, or the old one; whether it is the new one."""
+        """Replace a file atomically; return whether that succeeded."""
         file = self.folder / name
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         try:
@@ -103,7 +103,7 @@ class Journal:
         return ""
 
     def acquire_lock(self) -> bool:
-        """Become the one that watches this run; False where another process of this machine is."""
+        """Become the launcher that watches this run; False if another process already does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / "lock").open("a+")
         try:
@@ -115,7 +115,7 @@ class Journal:
         file.write(f"{os.getpid()}\n")
         file.flush()
         self._lock = file
-        with contextlib.suppress(OSError, ValueError):  # it may have changed since it was read
+        with contextlib.suppress(OSError, ValueError):  # it may have changed meanwhile
             self.state.update(json.loads((self.folder / "state.json").read_text()))
         return True
 
@@ -125,7 +125,7 @@ class Journal:
             self._lock = None
 
     def watcher(self) -> str:
-        """The process that watches this run on this machine, or nothing."""
+        """Return the PID of the launcher on this machine that watches the run, or ""."""
         with contextlib.suppress(OSError), (self.folder / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The runs that this machine has notes of, in runs/tpu, and the way to their workers."""
+"""The runs launched from this clone, by their folders in runs/tpu, and access to their workers."""
 
 import argparse
 import json
@@ -16,23 +16,22 @@ FOLDER = ROOT / "runs" / "tpu"
 
 
 class RegisteredRun:
-    """A run that this machine has notes of, and the way to its workers."""
+    """A run launched from this clone. `args` name it; by default the latest."""
 
-    ANSWERING = ("ready", "unhealthy", "recovering")  # looks at a machine whose workers may answer
+    REACHABLE = ("ready", "unhealthy", "recovering")  # statuses in which workers may answer
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.clock = args, Clock()
         values = flags.Values(args, ROOT)
         name = values.get("name")
-        found = [path for path in FOLDER.glob("*/launch.json") if has_name(path, name)]
-        if not found:
+        requests = [path for path in FOLDER.glob("*/launch.json") if has_name(path, name)]
+        if not requests:
             raise Stop(
                 USAGE,
-                f"no run {name or ''} is known here: give its --name, or see `list`".replace(
-                    "  ", " "
-                ),
+                f"no run{name and f' named {name}'} was launched from this clone: "
+                "give --name, or see `list`",
             )
-        self.folder = max(found, key=lambda path: path.stat().st_mtime).parent
+        self.folder = max(requests, key=lambda path: path.stat().st_mtime).parent
         self.request = json.loads((self.folder / "launch.json").read_text())
         self.journal = Journal(self.folder, quiet=True)
         self.id, self.name = self.request["run"], self.request["name"]
@@ -46,31 +45,32 @@ class RegisteredRun:
             )
 
     def workers(self) -> Workers:
-        """Raises Stop where there are none."""
+        """Return its workers. Raises Stop if there are none."""
         if self.cloud is None:
             homes = sorted(self.folder.glob("worker-*")) or [pathlib.Path.home()]
             return LocalWorkers(homes, "", 0, self.clock)
         status = self.status()
-        if status.kind not in self.ANSWERING:
+        if status.kind not in self.REACHABLE:
             raise Stop(REFUSED, f"{self.name} has no workers: {status.detail}")
         return GcloudWorkers(self.cloud.tpu, status.hosts, self.clock, lambda argv: None)
 
     def status(self) -> cloud_tpu.Status:
-        """How the machine is. Raises Stop where another run has it by now."""
+        """Return the machine's status. Raises Stop if another run has it by now."""
         assert self.cloud
         status = self.cloud.status()
         if self.cloud.owned and status.kind != "absent" and not self.cloud.is_ours(status.labels):
             raise Stop(
-                USAGE, f"{self.name} is not of {self.id} any more: {describe_owner(status.labels)}"
+                USAGE,
+                f"{self.name} no longer belongs to {self.id}: it {describe_owner(status.labels)}",
             )
         return status
 
 
 def describe_owner(labels: dict) -> str:
-    """Who has the machine with these labels."""
+    """Say who owns a machine with these labels, as the rest of a sentence."""
     if labels.get("managed-by") != "vit_scale":
-        return "this program has not made it"
-    return f"it is of run {labels.get('run')}, of {labels.get('owner')}"
+        return "was not created by this launcher"
+    return f"belongs to run {labels.get('run')} of {labels.get('owner')}"
 
 
 def has_name(path: pathlib.Path, name: str) -> bool:

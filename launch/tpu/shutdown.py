@@ -1,7 +1,7 @@
-"""How a run ends: who asks for it, what becomes of the machine, and the last line, for programs.
+"""End a run: handle interrupts, keep or delete the machine, print the final status.
 
-Here a machine is deleted only where this program has made it, and never under a training that this
-launcher can't reach. An end that was asked for is an Interrupted, raised where the launcher waits.
+Only a machine that the launcher created is deleted, and never under a training that it cannot
+reach. A requested end is an Interrupted, raised where the launcher waits.
 """
 
 import json
@@ -28,17 +28,13 @@ from launch.tpu.gcloud import ApiError
 from launch.tpu.journal import Journal, print_line
 from launch.tpu.plan import Plan
 
-WINDOW = 3  # seconds for a second Ctrl-C, which stops
-INSPECTABLE = (
-    FAILED,
-    SETUP,
-    CRASH_LOOP,
-    TPU_HELD,
-)  # ends after which a look is worth its price
+WINDOW = 3  # seconds in which a second Ctrl-C stops the run
+# Results after which the machine may be worth inspecting: --on-failure applies.
+INSPECTABLE = (FAILED, SETUP, CRASH_LOOP, TPU_HELD)
 
 
 class Interrupted(Exception):
-    """Somebody wants this launcher to end; `stop`: and the training with it."""
+    """The user wants this launcher to end, and with `stop` the training too."""
 
     def __init__(self, stop: bool, keep: bool = False):
         super().__init__("stop" if stop else "detach")
@@ -46,7 +42,7 @@ class Interrupted(Exception):
 
 
 class Shutdown:
-    """`machine` is None where the workers are of this machine; `sitter` is the launcher's name."""
+    """`machine` is None if the workers are on this machine; `watcher` is the launcher's ID."""
 
     def __init__(
         self,
@@ -60,9 +56,9 @@ class Shutdown:
         self.plan, self.clock, self.journal, self.billing = plan, clock, journal, billing
         self.machine, self.watcher = machine, watcher
         self.signals = 0
-        self.workers_known = False  # what trains there
+        self.workers_known = False  # whether it is known what trains on them
 
-    # --- who asks for it
+    # --- interrupts
 
     def handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -73,9 +69,9 @@ class Shutdown:
         self.clock.wake.set()
 
     def check_interrupt(self, training: bool) -> None:
-        """Raises Interrupted after a signal, and after `stop` in another terminal.
+        """Raise Interrupted after a signal, or after the verb `stop` in another terminal.
 
-        `training`: an attempt runs, which can go on without this launcher.
+        `training`: an attempt is running and can continue without this launcher.
         """
         request = self.plan.folder / "stop"
         if request.exists():
@@ -92,14 +88,14 @@ class Shutdown:
             price = "" if self.plan.price is None else f", ${self.plan.price:.2f}/h"
             self.journal.say(
                 "detach",
-                f"still running{price}: the same command takes it up, `launch/tpu_vm.sh stop "
-                f"--name {self.plan.name}` ends it, and Ctrl-C does so now",
+                f"still running{price}; rerun the same command to resume watching; to stop it, "
+                f"press Ctrl-C again or run `launch/tpu_vm.sh stop --name {self.plan.name}`",
             )
             time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
         raise Interrupted(stop=choice == "stop" or self.signals > 1)
 
     def reset_signals(self) -> None:
-        """What has been asked for is being done: from here on signals count anew."""
+        """Forget the signals received so far, once they are being handled."""
         self.signals = 0
         self.clock.wake.clear()
 
@@ -107,19 +103,19 @@ class Shutdown:
 
     @property
     def owned(self) -> bool:
-        """Whether there is a machine that this program has made."""
+        """Whether there is a machine that the launcher created."""
         return self.machine is not None and self.machine.cloud.owned
 
     @property
     def responsible(self) -> bool:
-        """Whether it is this launcher's to delete: not that of a training which it can't reach."""
+        """Whether this launcher may delete the machine: not under a training it cannot reach."""
         if self.machine is None:
             return self.workers_known
         waits = self.machine.fresh and (self.owned or self.machine.requested)
         return self.workers_known or self.machine.created or waits
 
     def apply_policy(self, code: int) -> bool:
-        """Leave the machine as it was asked for; whether it is deleted."""
+        """Keep or delete the machine as requested; return whether it was deleted."""
         policy = self.plan.args.on_success if code == DONE else "delete"
         if code in INSPECTABLE:
             policy = self.plan.args.on_failure
@@ -129,26 +125,26 @@ class Shutdown:
         return False
 
     def keep(self, duration: float) -> bool:
-        """Keep the machine a while for another try; whether it is to be deleted then."""
+        """Keep the machine for `duration` seconds; return whether to delete it then."""
         if not self.owned:
             return False
         until = time.strftime("%H:%M", time.localtime(time.time() + duration))
         self.journal.say(
-            "keep", f"the machine is kept until {until}: run the command again, or Ctrl-C to delete"
+            "keep", f"machine kept until {until}: rerun the command to use it, or Ctrl-C to delete"
         )
         self.journal.save()
         self.journal.release_lock()
         report = self.clock.now() + duration
         while self.clock.now() < report and not self.signals:
             if self.journal.watcher():
-                self.journal.say("keep", "another launcher has taken it over")
+                self.journal.say("keep", "another launcher has adopted it")
                 return False
             self.clock.sleep(min(5, report - self.clock.now()))
         self.clock.wake.clear()
         return self.journal.acquire_lock() and self.journal.state.get("sitter") == self.watcher
 
     def release(self) -> bool:
-        """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
+        """Delete the machine; return whether it is gone. A failure is printed, not raised."""
         if not (self.machine and self.responsible):
             return False
         try:
@@ -162,14 +158,14 @@ class Shutdown:
             return False
 
     def report(self, code: int, line: str, deleted: bool) -> int:
-        """The last line, for programs."""
+        """Record the result and print it as one JSON line; return `code`."""
         self.billing.end()
         state = self.journal.state
         state["result"] = code
         self.journal.save()
-        there = "none"
+        machine = "none"
         if self.machine:
-            there = "deleted" if deleted else self.describe_kept(self.machine.cloud.tpu)
+            machine = "deleted" if deleted else self.describe_kept(self.machine.cloud.tpu)
         result = {
             "run": self.plan.run,
             "result": line if code == INTERRUPTED else RESULTS[code],
@@ -177,7 +173,7 @@ class Shutdown:
             "steps": max(state["progress"].values(), default=0),
             "attempts": state["attempt"],
             "cost_usd": self.billing.cost,
-            "cloud": there,
+            "cloud": machine,
         }
         if code not in (DONE, INTERRUPTED):
             result["cause"] = self.journal.redact(line)

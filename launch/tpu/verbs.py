@@ -1,4 +1,4 @@
-"""The verbs of one run beside `run`: status, logs, stop, ssh."""
+"""The verbs status, logs, stop and ssh, for one run."""
 
 import argparse
 import json
@@ -47,13 +47,13 @@ def status(args: argparse.Namespace) -> int:
 
 
 def worker_row(worker: int, result: gcloud.Result) -> dict:
-    """What one worker's agent says of its last attempt."""
+    """Parse a worker's answer to `status` into a row of the table."""
     text = result.out.decode(errors="replace")
     if result.code or "#STATUS" not in text:
         return {
             "worker": worker,
             "state": "not reached",
-            "why": attempt.last_error_line(result.err),
+            "why": attempt.last_error(result.err),
         }
     values = dict(
         word.partition("=")[::2] for word in text.partition("#STATUS ")[2].split("\n")[0].split()
@@ -76,13 +76,13 @@ def worker_row(worker: int, result: gcloud.Result) -> dict:
 
 
 def logs(args: argparse.Namespace) -> int:
-    """Print the logs that were collected; with --follow go on, as long as they are."""
+    """Print the logs collected here; with --follow, until the launcher stops collecting them."""
     run = RegisteredRun(args)
     number = args.attempt or run.journal.state["attempt"]
     folder = run.folder / f"a{number}"
     offsets: dict[pathlib.Path, int] = {}
     if not folder.is_dir():
-        raise Stop(USAGE, f"{run.id} has no logs of attempt {number} here")
+        raise Stop(USAGE, f"no logs of attempt {number} of {run.id} on this machine")
     while True:
         for file in sorted(folder.glob("w*.log")):
             if args.worker not in ("all", str(int(file.stem[1:]))):
@@ -103,11 +103,11 @@ def logs(args: argparse.Namespace) -> int:
 
 
 def stop(args: argparse.Namespace) -> int:
-    """Have the launcher of this machine stop the run; without one, do it here."""
+    """Have this machine's launcher stop the run; without one, stop it directly."""
     run = RegisteredRun(args)
     if run.journal.watcher():
         (run.folder / "stop").write_text("keep" if args.keep else "delete")
-        print(f"process {run.journal.watcher()} stops {run.id}", file=sys.stderr)
+        print(f"process {run.journal.watcher()} is stopping {run.id}", file=sys.stderr)
         while run.journal.watcher():
             run.clock.sleep(2)
         print((run.folder / "journal.jsonl").read_text().splitlines()[-1])
@@ -115,18 +115,18 @@ def stop(args: argparse.Namespace) -> int:
     status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
     if status.kind == "absent":
         raise Stop(REFUSED, f"{run.name} has no workers: {status.detail}")
-    if status.kind in run.ANSWERING:  # nothing trains on any other
+    if status.kind in run.REACHABLE:  # nothing trains on a machine in any other status
         stop_workers(run, args)
     if not args.keep and run.cloud and run.cloud.owned:
         run.cloud.delete()
-        print(f"{run.name} is deleted", file=sys.stderr)
+        print(f"{run.name} deleted", file=sys.stderr)
     return DONE
 
 
 def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
-    """Have the attempt save and end, on every worker; return when all say so, or after the grace.
+    """Have the attempt save and stop on every worker; return once it has, or after the grace.
 
-    Raises Stop where some can't be reached and the machine is kept: they may train.
+    Raises Stop if the machine is kept and some workers cannot be reached: they may still train.
     """
     workers, clock = run.workers(), run.clock
     everyone = range(workers.count)
@@ -139,7 +139,7 @@ def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
     number = max([run.journal.state["attempt"], *(entry.get("attempt", 0) for entry in rows)])
     seconds = max(1, round(args.grace * clock.scale))
     until = clock.now() + args.grace + 60
-    while True:  # an attempt is asked once, and who was not reached is asked again
+    while True:  # idempotent: unreachable workers are asked again
         on_all(everyone, lambda i: workers.agent(i, "stop", run.id, number, seconds))
         rows = ask("status", run.id, number)
         left = [entry for entry in rows if entry["state"] in ("running", "not reached")]
@@ -149,10 +149,10 @@ def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
     if args.keep:
         workers.agent(0, "disarm", run.id)
     if not left:
-        print(f"{run.id}: attempt {number} is stopped", file=sys.stderr)
+        print(f"{run.id}: attempt {number} stopped", file=sys.stderr)
         return
     names = ", ".join(f"[w{entry['worker']:02}] {entry['state']}" for entry in left)
-    print(f"{run.id}: attempt {number}, after its grace: {names}", file=sys.stderr)
+    print(f"{run.id}: attempt {number}, after the grace period: {names}", file=sys.stderr)
     if args.keep:
         raise Stop(INFRASTRUCTURE, f"{run.id} may still train: {names}")
 
@@ -160,7 +160,7 @@ def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
 def ssh(args: argparse.Namespace, words: list[str]) -> int:
     run = RegisteredRun(args)
     if run.cloud is None:
-        raise Stop(USAGE, f"{run.id} is on this machine: its workers are in {run.folder}")
+        raise Stop(USAGE, f"{run.id} runs on this machine: its workers are in {run.folder}")
     workers = run.workers()
     if not words:
         node, index = workers.hosts[0 if args.worker == "all" else int(args.worker)]

@@ -19,7 +19,7 @@ from launch.tpu import (
     retry_policy,
     secret,
 )
-from launch.tpu.attempt import last
+from launch.tpu.attempt import last_error
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit
@@ -233,9 +233,9 @@ def test_the_last_line_that_says_something():
     noise = (
         "Warning: x\n##### Command execution on worker 1 failed with exit status 71. Continuing.\n"
     )
-    assert last(f"agent: the disk is full\n{noise}") == "the disk is full"
-    assert last("a\nERROR: (gcloud.tpus) no such thing\nb") == "no such thing"
-    assert last("") == "no answer"
+    assert last_error(f"agent: the disk is full\n{noise}") == "the disk is full"
+    assert last_error("a\nERROR: (gcloud.tpus) no such thing\nb") == "no such thing"
+    assert last_error("") == "no answer"
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_bundle(tree, tmp_path):
 
 
 def test_bundles_that_are_refused(tree, monkeypatch):
-    with pytest.raises(Stop, match=r"new\.py holds the value of a secret"):
+    with pytest.raises(Stop, match=r"new\.py contains the value of a secret"):
         bundle.make(tree, ["new.py"])
     monkeypatch.setattr(bundle, "LARGEST", 10)
     with pytest.raises(Stop, match=r"the code is 0 MB, the limit 0 MB: \.gitignore|launch/run.sh"):

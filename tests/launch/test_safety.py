@@ -262,7 +262,7 @@ def verb(*words: str) -> int:
 def test_another_runs_machine_is_neither_stopped_nor_deleted(table, notes, words):
     table.request(labels={**OURS, "run": "vit-2", "owner": "eve"})
     table.node(labels={**OURS, "run": "vit-2", "owner": "eve"})
-    with pytest.raises(Stop, match="run vit-2, of eve") as stop:
+    with pytest.raises(Stop, match="run vit-2 of eve") as stop:
         verb(*words)
     assert stop.value.code == 64 and table.did("delete") == table.did("agent.sh stop") == []
     if words[0] == "delete":
@@ -311,7 +311,7 @@ def test_a_plain_node_is_deleted_by_its_name(table, notes):
     table.node(request="")
     assert verb("delete", "--yes", "--zone", "z") == 0 and table.nodes == {}
     table.node(request="", labels={**OURS, "owner": "eve"})
-    with pytest.raises(Stop, match="of eve; give --owner eve"):
+    with pytest.raises(Stop, match="of eve; to delete it, give --owner eve"):
         verb("delete", "--yes", "--zone", "z")
     assert "vit" in table.nodes
 
@@ -348,13 +348,13 @@ def test_an_attempt_that_began_in_part_is_ended(table, tmp_path):
     assert attempt is not None, "what has made steps is judged"
 
 
-@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("training", [True, False])
 def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, capsys, training):
     """It was followed by the machine's deletion."""
     table.request()
     table.node()
     made = launcher(tmp_path)
-    made.machine.cloud.owned = made.machine.made = made.ending.workers_known = True
+    made.machine.cloud.owned = made.machine.created = made.shutdown.workers_known = True
     made.machine.fresh = False
 
     def spoil():
@@ -362,7 +362,7 @@ def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, caps
             made.workers = Two([status("running")])
             made.arm_reaper = lambda: None
             made.provisioner = SimpleNamespace(
-                reach=lambda: None,
+                upload=lambda: None,
                 prepare=lambda: None,
                 retry_on_all=lambda what, workers, call: {0: status("running")},
             )
@@ -374,7 +374,7 @@ def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, caps
     made.train = spoil
     assert made.run() == 70
     assert bool(table.requests) == training
-    assert "a mistake in the launcher" in json.loads(capsys.readouterr().out)["cause"]
+    assert "bug in the launcher" in json.loads(capsys.readouterr().out)["cause"]
 
 
 class Broken:
@@ -465,8 +465,8 @@ def test_what_was_made_without_an_answer_is_withdrawn_too(table, tmp_path):
 
     def interrupt(delay):
         table.request(state="ACCEPTED")
-        made.ending.signals += 1
-        made.ending.check_interrupt(False)
+        made.shutdown.signals += 1
+        made.shutdown.check_interrupt(False)
 
     made.machine.pause = interrupt
     assert made.run() == 130
@@ -507,7 +507,7 @@ def test_what_waited_long_says_at_once_that_it_is_wanted(table, tmp_path):
 
     made.machine.pause = pause
     made.machine.acquire()
-    assert "--update-labels" in table.calls[-1] and made.machine.made
+    assert "--update-labels" in table.calls[-1] and made.machine.created
 
 
 # --- gc
@@ -566,7 +566,7 @@ def test_hours_count_while_the_laptop_sleeps(table, tmp_path):
 
 
 def test_durations_are_checked_when_they_are_given():
-    with pytest.raises(Stop, match="'1h30m' is no duration") as stop:
+    with pytest.raises(Stop, match="'1h30m' is not a duration") as stop:
         flags.parser().parse_args(["--valid-until", "1h30m"])
     assert stop.value.code == 64
 
@@ -646,8 +646,8 @@ def test_a_mistake_that_worker_0_finds_ends_it(tmp_path, shown, code):
 def test_bad_input_releases_the_machine(table, tmp_path):
     made = launcher(tmp_path)
     table.request()
-    made.machine.cloud.owned = made.ending.workers_known = True
-    assert made.ending.apply_policy(65) is True and table.requests == {}
+    made.machine.cloud.owned = made.shutdown.workers_known = True
+    assert made.shutdown.apply_policy(65) is True and table.requests == {}
 
 
 def test_what_a_worker_said_is_shown_where_the_message_is_above(tmp_path, capsys):
