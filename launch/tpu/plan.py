@@ -60,9 +60,7 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     config = preflight.check_name(root, args.config)
     name = values.get("name", re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(config).stem.lower()))
     if not NAME.fullmatch(name):
-        raise Stop(
-            USAGE, f"--name {name!r}: use at most 40 of a-z, 0-9 and -, a letter first"
-        )
+        raise Stop(USAGE, f"--name {name!r}: use at most 40 of a-z, 0-9 and -, a letter first")
     target, count = choose_target(args, values)
     devices: int | None = count * args.devices
     if target == "here":
