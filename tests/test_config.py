@@ -145,7 +145,7 @@ def test_stored_configs_come_back_equal():
 
 
 def test_stored_configs_of_another_version():
-    before = [f"{name}={value}" for name, value in config.BEFORE.items()]
+    before = [f"{name}={value}" for name, value in config.OLD_DEFAULTS.items()]
     assert config.fields(config.from_json({"steps": 7})) == config.fields(
         config.override(config.base(), ["steps=7", *before])
     ), "a newer field has its default, or what was computed before it"
@@ -196,20 +196,20 @@ def test_image_size_is_square_without_a_width():
 
 def test_a_run_keeps_what_it_was_before_a_field_existed(monkeypatch):
     """Where a new field's default computes something else, an old run has the old value."""
-    monkeypatch.setitem(config.BEFORE, "optim.clip", 7.0)
+    monkeypatch.setitem(config.OLD_DEFAULTS, "optim.clip", 7.0)
     stored = config.to_json(config.base())
     del stored["optim"]["clip"]
     assert config.from_json(stored).optim.clip == 7.0
-    assert config.continued(config.base(), stored).optim.clip == 7.0
+    assert config.with_old_defaults(config.base(), stored).optim.clip == 7.0
     whole = config.to_json(config.base())
     assert config.from_json(whole).optim.clip == config.base().optim.clip
-    assert config.continued(config.base(), whole).optim.clip == config.base().optim.clip
+    assert config.with_old_defaults(config.base(), whole).optim.clip == config.base().optim.clip
 
 
 def test_what_is_asked_for_wins_over_what_was_before_a_field_existed(monkeypatch):
     """And is refused, as any other change of a run's config."""
-    monkeypatch.setitem(config.BEFORE, "optim.clip", 7.0)
+    monkeypatch.setitem(config.OLD_DEFAULTS, "optim.clip", 7.0)
     stored = config.to_json(config.base())
     del stored["optim"]["clip"]
     asked = config.override(config.base(), ["optim.clip=3"])
-    assert config.continued(asked, stored).optim.clip == 3.0 and asked.optim.clip == 3.0
+    assert config.with_old_defaults(asked, stored).optim.clip == 3.0 and asked.optim.clip == 3.0

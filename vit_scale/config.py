@@ -22,7 +22,7 @@ FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir
 REMOVED: dict[str, str] = {}
 # What runs computed before a field existed, where today's default computes something else. A run
 # that does not hold the field keeps this value, also when it is resumed.
-BEFORE: dict[str, Any] = {
+OLD_DEFAULTS: dict[str, Any] = {
     "data.exif": False,
     "data.listing": "common",
     "data.slices": "position",
@@ -179,14 +179,15 @@ def to_json(cfg: ConfigDict) -> dict:
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """The inverse of `to_json` for this version's schema.
+    """Return the inverse of `to_json`, in this version's schema.
 
-    A missing field has the value that it had before it existed (`BEFORE`), else its default; a
-    removed one is left out. Raises UserError for an unknown field and for a value of another type.
+    A missing field takes the value that runs without it computed with (`OLD_DEFAULTS`), else its
+    default; a removed field is dropped. Raises UserError for an unknown field and for a value of
+    the wrong type.
     """
     cfg = base()
     known = fields(cfg)
-    for key, value in {**BEFORE, **dotted(stored)}.items():
+    for key, value in {**OLD_DEFAULTS, **dotted(stored)}.items():
         if key in REMOVED:
             continue
         _refuse_unknown(key, known, "the run's config: ")
@@ -201,16 +202,16 @@ def from_json(stored: dict) -> ConfigDict:
     return cfg
 
 
-def continued(cfg: ConfigDict, stored: dict) -> ConfigDict:
+def with_old_defaults(cfg: ConfigDict, stored: dict) -> ConfigDict:
     """`cfg` for resuming a run whose run.json holds the config `stored`.
 
     A field that the run does not know and that `cfg` leaves at its default has the value that the
-    run began with (`BEFORE`).
+    run began with (`OLD_DEFAULTS`).
     """
     given, default, begun = fields(cfg), fields(base()), dotted(stored)
     old = {
         key: value
-        for key, value in BEFORE.items()
+        for key, value in OLD_DEFAULTS.items()
         if key not in begun and given[key] == default[key]
     }
     cfg = copy.deepcopy(cfg)

@@ -24,11 +24,13 @@ SIGNATURES = (
 COLLATERAL = (
     r"PollForError|Barrier timed out|Gloo .*failed|Polled an error from coordination service"
     r"|Connection closed by peer|Connection reset by peer|heartbeat timeout"
-    r"|vit-scale: process \d+[ :(]|did not all meet within"
+    r"|vit-scale: process \d+[ :(]|processes connected within"
 )
 # Messages of every worker if code, data or folders differ between hosts, its own or another's: a
 # restart cannot help.
-DISAGREE = r"would train something else than process 0|is not the same folder on process \d+"
+DISAGREE = (
+    r"hosts disagree: process \d+ differs from process 0|is not the same folder on process \d+"
+)
 NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 

@@ -58,7 +58,7 @@ def test_hosts_that_disagree_end_it_at_once_on_the_same_machine(rig):
     rig.trainer_faults(*(breaks(worker, 0, "disagree") for worker in (0, 1)))
     code, result, err = rig.run()
     assert (code, result["result"], result["attempts"]) == (65, "bad input", 1), err
-    assert "process 1 would train something else than process 0" in result["cause"]
+    assert "process 1 differs from process 0" in result["cause"]
     assert len(rig.calls("create")) == 1 and rig.is_empty()
     assert cause(rig).startswith("input: [w0")
 

@@ -106,7 +106,7 @@ def test_who_ends_because_of_another_is_not_the_cause(line, code):
     assert (found.worker, found.line) == (1, "exit code 1: OSError: disk is gone")
 
 
-UNLIKE = "hosts disagree: process 2 would train something else than process 0 (a is 1, there 2)"
+UNLIKE = "hosts disagree: process 2 differs from process 0 (a is 1, there 2)"
 APART = "workdir /x is not the same folder on process 2 and on process 0: give a --workdir"
 
 

@@ -19,7 +19,7 @@ from vit_scale.training.program import (
     check_attention,
     gradients,
     jit_train_step,
-    placements,
+    parameter_layout,
     plan_program,
     summary,
 )
@@ -272,8 +272,8 @@ def test_it_learns(program, step):
     assert state.step == 20
 
 
-def test_placements_say_where_parameters_lie_and_what_a_device_holds():
-    found = placements(plan_program(tiny_config("mesh.fsdp=4", "model.scan=True"), 8))
+def test_the_layout_says_where_parameters_lie_and_what_a_device_holds():
+    found = parameter_layout(plan_program(tiny_config("mesh.fsdp=4", "model.scan=True"), 8))
     assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     rows = {row["parameter"]: row for row in found["parameters"]}
     assert rows["blocks/mlp/up/kernel"] == {
@@ -288,5 +288,5 @@ def test_placements_say_where_parameters_lie_and_what_a_device_holds():
     counters = 2 * 4  # Adam's and the schedule's
     assert held["opt_state"] == 2 * held["params"] + counters
     assert held["ema"] == 0
-    averaged = placements(plan_program(tiny_config("mesh.fsdp=4", "optim.ema=0.9"), 8))
+    averaged = parameter_layout(plan_program(tiny_config("mesh.fsdp=4", "optim.ema=0.9"), 8))
     assert averaged["bytes_per_device"]["ema"] == averaged["bytes_per_device"]["params"]

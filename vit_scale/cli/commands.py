@@ -110,7 +110,7 @@ def inspect(args, overrides: Sequence[str]) -> None:
 def show(args, overrides: Sequence[str]) -> None:
     from vit_scale import config
     from vit_scale.runs import goodput, report
-    from vit_scale.training.program import placements, plan_program, summary
+    from vit_scale.training.program import parameter_layout, plan_program, summary
 
     if bool(args.runs) == bool(args.config):
         raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
@@ -131,8 +131,8 @@ def show(args, overrides: Sequence[str]) -> None:
     refuse_flags(args, "show --config", "markdown")
     cfg = config.load(args.config, overrides)
     if args.sharding:
-        found = placements(plan_program(cfg, args.devices))
-        print(json.dumps(found) if args.json else report.placements(found))
+        found = parameter_layout(plan_program(cfg, args.devices))
+        print(json.dumps(found) if args.json else report.layout_table(found))
         return
     content = summary(cfg)
     stages = {stage: config.load(f"{args.config}:{stage}", overrides) for stage in cfg.stages}

@@ -92,7 +92,7 @@ def init_state(
     make_params = jax.jit(program.model.init, out_shardings=shardings.params)
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
-        with multihost.together():
+        with multihost.shared_errors():
             given = read_source(program)
         kept = pretrained.match_head(given.classes, classes, cfg.init.head, cfg.init.classes, ids)
         params, rows = pretrained.adapt(

@@ -301,7 +301,7 @@ def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[
     return grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
 
 
-def placements(program: Program) -> dict:
+def parameter_layout(program: Program) -> dict:
     """Where each parameter lies, and the bytes that one device holds of the whole state."""
     rows = [
         {

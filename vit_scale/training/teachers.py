@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
-from vit_scale.checkpoint.integrity import signed
+from vit_scale.checkpoint.integrity import with_checksum
 from vit_scale.distributed.mesh import devices_of
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import UserError
@@ -54,7 +54,7 @@ def find(cfg: ConfigDict, mesh, put: Callable) -> Teacher | None:
         raise UserError(f"objective={OBJECTIVE} needs --config.distill.teacher=RUN")
     folder = weights.locate_checkpoint(paths.parse(source))
     content = checkpoint.read_manifest(folder)
-    checksum, about = signed(content)["checksum"], content["description"]
+    checksum, about = with_checksum(content)["checksum"], content["description"]
     if cfg.distill.checksum not in ("", checksum):
         raise UserError(
             f"distill.teacher={folder} has the checksum {checksum}, "

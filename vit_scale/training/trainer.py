@@ -20,22 +20,24 @@ from ml_collections import ConfigDict
 from vit_scale import config, data
 from vit_scale.augment.pipeline import train_images
 from vit_scale.augment.view import View, view
-from vit_scale.checkpoint import Checkpoints, folders
+from vit_scale.checkpoint import Checkpoints, all_steps
 from vit_scale.data import Batch, Source, open_split, train_batches
 from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.accelerators import mfu
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.models.parameters import count
-from vit_scale.runs import compiled_programs, divergence
-from vit_scale.runs.divergence import Diverged, Guard, Rollback
-from vit_scale.runs.run_folder import FREE, Run, continued
-from vit_scale.runs.watchdog import Watch, phase
+from vit_scale.runs import compiled_programs, rollbacks
+from vit_scale.runs.resume import OPERATIONAL, resumed_config
+from vit_scale.runs.rollbacks import Rollback
+from vit_scale.runs.run_folder import Run
+from vit_scale.runs.watchdog import Watchdog, phase
 from vit_scale.storage import paths
-from vit_scale.tracking import Tracker, git_state, parameter_table, versions
+from vit_scale.tracking import TrackedRun, Tracker, git_state, parameter_table, versions
 from vit_scale.tracking.metrics import TrainMetrics
 from vit_scale.training import teachers
 from vit_scale.training.evaluator import Evaluate, check_classes
+from vit_scale.training.guard import Diverged, Guard, diverged_for_good
 from vit_scale.training.init_state import averaged, check_source, init_state, recover, restore
 from vit_scale.training.program import (
     Program,
@@ -52,25 +54,25 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     A finished run is left as it is. Raises UserError, before anything is compiled, for whatever can
     be seen to be wrong; Preempted after SIGTERM, with everything saved.
     """
-    with multihost.together():
-        cfg = continued(cfg, workdir)
+    with multihost.shared_errors():
+        cfg = resumed_config(cfg, workdir)
         program, sources = plan_program(cfg), open_sources(cfg)
         check_shared_memory(program, sources)
         about = describe(program, name, sources)
-        if not folders(paths.parse(workdir)):
+        if not all_steps(paths.parse(workdir)):
             check_source(program, sources.train.classes, ids_of(sources.train))
-        same = identity(about, sources) if multihost.is_several() else {}
-    multihost.check_alike(same)
+        same = identity(about, sources) if multihost.has_peers() else {}
+    multihost.check_same(same)
     with Run(workdir, about) as run, preemption.deferred():
         if run.report:
             return run.report
         with (
-            compiled_programs.kept(run.path, cfg.checkpoint.programs),
-            Watch(run.path, cfg.watchdog) as watch,
+            compiled_programs.cached(run.path, cfg.checkpoint.programs),
+            Watchdog(run.path, cfg.watchdog) as watchdog,
             Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
-            watch.last_words(),
+            watchdog.report_failure(),
         ):
-            report = Training(program, sources, run, checkpoints, watch, quiet).to_the_end()
+            report = Training(program, sources, run, checkpoints, watchdog, quiet).to_the_end()
         run.write_report(report)
     return report
 
@@ -78,9 +80,11 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
 class Training:
     """One run, from wherever it stands to its end."""
 
-    def __init__(self, program, sources, run: Run, checkpoints: Checkpoints, watch: Watch, quiet):
+    def __init__(
+        self, program, sources, run: Run, checkpoints: Checkpoints, watchdog: Watchdog, quiet
+    ):
         self.program, self.sources, self.run, self.quiet = program, sources, run, quiet
-        self.checkpoints, self.watch = checkpoints, watch
+        self.checkpoints, self.watchdog = checkpoints, watchdog
         self.cfg = program.cfg
         self.evaluate = Evaluate(self.cfg, program.model, program.mesh)
         self.train_step: Callable | None = None
@@ -103,7 +107,7 @@ class Training:
             )
             self.teacher = teachers.load(self.program.teacher)
         start, guard = int(state.step), Guard(cfg.divergence)
-        self.watch.begin_at(start)
+        self.watchdog.begin_at(start)
         preemption.check(f"after step {start}")
         with tracker(self.program, self.run, start, self.quiet) as track:
             if start and self.is_selected(start):  # a run stopped while it evaluated does so now
@@ -130,8 +134,8 @@ class Training:
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         """(finished steps, this host's part of the batch), with what rollbacks left out."""
         cfg, rows = self.cfg, batch_rows(self.cfg.data.batch, self.program.mesh)
-        rollbacks = divergence.read(self.run.path)
-        for first, last, shift in divergence.parts(rollbacks, start, cfg.steps):
+        past = rollbacks.read(self.run.path)
+        for first, last, shift in rollbacks.batch_ranges(past, start, cfg.steps):
             source = self.sources.train
             part = train_batches(source, cfg.data, cfg.seed, first + shift, last + shift, rows)
             with contextlib.closing(part):
@@ -162,7 +166,7 @@ class Training:
         if stop:
             with track.timer("checkpoint"):
                 self.checkpoints.wait()
-            raise Preempted(f"after step {step}, saved up to {self.checkpoints.latest or 0}")
+            raise Preempted(f"after step {step}, saved up to {self.checkpoints.find_latest() or 0}")
 
     def is_selected(self, step: int) -> bool:
         """Whether the parameters after `step` compete for the best."""
@@ -170,7 +174,7 @@ class Training:
 
     def select(self, state: TrainState, step: int, track: Tracker) -> None:
         """Measure the checkpoint of `step`, if that is not done, and report it."""
-        measured = multihost.agree(self.checkpoints.metrics(step))
+        measured = multihost.broadcast(self.checkpoints.read_metrics(step))
         if not measured:
             with track.timer("eval"):
                 measured = self.evaluate(averaged(state), self.sources.selection)
@@ -187,11 +191,11 @@ class Training:
             return {"split": cfg.eval.final, "step": int(state.step), **found}
 
         last = chosen = result(restore(self.program, checkpoints, cfg.steps))
-        if checkpoints.best is None:
+        if checkpoints.find_best() is None:
             return last
-        if checkpoints.best != last["step"]:
-            chosen = result(recover(self.program, checkpoints, checkpoints.ranked))
-        selected = {"split": cfg.eval.split, **checkpoints.metrics(chosen["step"])}
+        if checkpoints.find_best() != last["step"]:
+            chosen = result(recover(self.program, checkpoints, checkpoints.rank()))
+        selected = {"split": cfg.eval.split, **checkpoints.read_metrics(chosen["step"])}
         return {**last, "best": {**chosen, "selected_by": selected}}
 
     def roll_back(self, error: Diverged) -> None:
@@ -200,14 +204,14 @@ class Training:
         Raises UserError where it has gone back too often already.
         """
         self.checkpoints.wait()
-        rollbacks = divergence.read(self.run.path)
-        if len(rollbacks) >= self.cfg.divergence.rollbacks:
-            raise divergence.give_up(error, rollbacks) from None
-        step = self.checkpoints.latest or 0
-        with multihost.together():
+        past = rollbacks.read(self.run.path)
+        if len(past) >= self.cfg.divergence.rollbacks:
+            raise diverged_for_good(error, past) from None
+        step = self.checkpoints.find_latest() or 0
+        with multihost.shared_errors():
             if multihost.is_first():
-                divergence.write(self.run.path, [*rollbacks, Rollback(step, error.step)])
-                line = f"vit-scale: {error}; back to step {step}, past the batches between"
+                rollbacks.write(self.run.path, [*past, Rollback(step, error.step)])
+                line = f"vit-scale: {error}; rolling back to step {step} and skipping those batches"
                 print(line, file=sys.stderr, flush=True)
 
 
@@ -286,7 +290,7 @@ def describe(program: Program, name: str, sources: Sources) -> dict:
 def identity(about: dict, sources: Sources) -> dict:
     """What has to be the same on every host: the program, and the images."""
     fields = config.dotted(about["config"])
-    same = {name: value for name, value in fields.items() if not name.startswith(FREE)}
+    same = {name: value for name, value in fields.items() if not name.startswith(OPERATIONAL)}
     for split, source in sources._asdict().items():
         if source:
             same[f"{split} set"] = [*data.describe(source).values(), data.checksum(source)]
@@ -309,19 +313,9 @@ def utilisation(program: Program, images_per_second: float) -> float | None:
 
 
 def tracker(program: Program, run: Run, start: int, quiet: bool) -> Tracker:
-    """The run's writers, from the step that it goes on from."""
-    cfg, about = program.cfg, run.description
-    return Tracker(
-        run.path,
-        cfg,
-        about["name"],
-        cfg.steps,
-        start,
-        about,
-        quiet=quiet,
-        process=jax.process_index(),
-        mfu=functools.partial(utilisation, program),
-    )
+    """Build the run's tracker, which begins after step `start`."""
+    mfu = functools.partial(utilisation, program)
+    return Tracker(TrackedRun(run.path, program.cfg, run.description, start, quiet, mfu))
 
 
 def summarise(program: Program, sources: Sources, track: Tracker) -> dict:
