@@ -35,7 +35,7 @@ from vit_scale.distributed import multihost
 from vit_scale.distributed.preemption import STOPPED
 from vit_scale.errors import FAILED, RESUMABLE
 from vit_scale.runs import goodput
-from vit_scale.storage import paths
+from vit_scale.storage import files, paths
 
 FOLDER = "heartbeats"
 DISK, BUCKET = 1, 15  # seconds between heartbeats
