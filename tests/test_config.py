@@ -118,7 +118,7 @@ def test_wrong_overrides_are_refused(item, message):
         ("cfg.optim.leraning_rate = 1", "no config field is named 'optim.leraning_rate'"),
         ("cfg.optim.lr = 'fast'", "field 'lr'"),
         ("cfg.optim.freeze = (1,)", "optim.freeze=(1,) must be a tuple"),
-        ("del cfg.optim.lr", "has no optim.lr: begin it with vit_scale.config.base()"),
+        ("del cfg.optim.lr", "has no optim.lr: start it from vit_scale.config.base()"),
         ("cfg = 3", "get_config must return a ConfigDict"),
         ("1 / 0", "division by zero"),
         ("cfg.steps = (", "was never closed"),
@@ -152,7 +152,7 @@ def test_stored_configs_of_another_version():
     message = refusal({"optim": {"novel": 1}}, call=config.from_json)
     assert "the run's config: no config field is named 'optim.novel'" in message
     message = refusal({"steps": "many"}, call=config.from_json)
-    assert message == "the run's config: steps='many' is of the wrong type"
+    assert message == "the run's config: steps='many' has the wrong type"
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def test_what_became_of_a_removed_field_is_one_line(removed):
     for key, text in config.REMOVED.items():
         assert key not in config.fields(config.base())
         message = refusal(config.base(), [f"{key}=float32"], call=config.override)
-        assert message == f"{key} is no field any more: {text}; leave it out"
-    assert refusal("quickstart", [f"{removed}=1"]).startswith("model.fused is no field any more")
+        assert message == f"{key} was removed: {text}; leave it out"
+    assert refusal("quickstart", [f"{removed}=1"]).startswith("model.fused was removed")
 
 
 def test_a_stored_config_with_a_removed_field_is_read_without_it(removed):
