@@ -4,7 +4,7 @@ import pathlib
 
 from benchmarks import comparison, finetune, speed, tutorial
 from benchmarks.measurement import RESULTS, Measurement
-from vit_scale.runs.run_folder import read_json
+from vit_scale.runs.json_files import read_json
 
 MEASUREMENTS = tuple(module.MEASUREMENT for module in (tutorial, finetune, comparison, speed))
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from vit_scale import config
 from vit_scale.errors import DONE, RESUMABLE, UserError
 from vit_scale.models import convnets
-from vit_scale.runs.run_folder import read_json, write_json
+from vit_scale.runs.json_files import read_json, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent
 RESULTS = HERE / "results"

@@ -25,7 +25,7 @@ from vit_scale.distributed.accelerators import mfu
 from vit_scale.errors import UserError
 from vit_scale.models import flops
 from vit_scale.models.spec import shape
-from vit_scale.runs.run_folder import read_json, write_json
+from vit_scale.runs.json_files import read_json, write_json
 
 CONFIG = HERE / "speed_config.py"
 MEASUREMENT = Measurement(

@@ -118,7 +118,7 @@ def test_wrong_overrides_are_refused(item, message):
         ("cfg.optim.leraning_rate = 1", "no config field is named 'optim.leraning_rate'"),
         ("cfg.optim.lr = 'fast'", "field 'lr'"),
         ("cfg.optim.freeze = (1,)", "optim.freeze=(1,) must be a tuple"),
-        ("del cfg.optim.lr", "has no optim.lr: begin it with vit_scale.config.base()"),
+        ("del cfg.optim.lr", "has no optim.lr: start it from vit_scale.config.base()"),
         ("cfg = 3", "get_config must return a ConfigDict"),
         ("1 / 0", "division by zero"),
         ("cfg.steps = (", "was never closed"),
@@ -145,14 +145,14 @@ def test_stored_configs_come_back_equal():
 
 
 def test_stored_configs_of_another_version():
-    before = [f"{name}={value}" for name, value in config.BEFORE.items()]
+    before = [f"{name}={value}" for name, value in config.OLD_DEFAULTS.items()]
     assert config.fields(config.from_json({"steps": 7})) == config.fields(
         config.override(config.base(), ["steps=7", *before])
     ), "a newer field has its default, or what was computed before it"
     message = refusal({"optim": {"novel": 1}}, call=config.from_json)
     assert "the run's config: no config field is named 'optim.novel'" in message
     message = refusal({"steps": "many"}, call=config.from_json)
-    assert message == "the run's config: steps='many' is of the wrong type"
+    assert message == "the run's config: steps='many' has the wrong type"
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def test_what_became_of_a_removed_field_is_one_line(removed):
     for key, text in config.REMOVED.items():
         assert key not in config.fields(config.base())
         message = refusal(config.base(), [f"{key}=float32"], call=config.override)
-        assert message == f"{key} is no field any more: {text}; leave it out"
-    assert refusal("quickstart", [f"{removed}=1"]).startswith("model.fused is no field any more")
+        assert message == f"{key} was removed: {text}; leave it out"
+    assert refusal("quickstart", [f"{removed}=1"]).startswith("model.fused was removed")
 
 
 def test_a_stored_config_with_a_removed_field_is_read_without_it(removed):
@@ -196,20 +196,20 @@ def test_image_size_is_square_without_a_width():
 
 def test_a_run_keeps_what_it_was_before_a_field_existed(monkeypatch):
     """Where a new field's default computes something else, an old run has the old value."""
-    monkeypatch.setitem(config.BEFORE, "optim.clip", 7.0)
+    monkeypatch.setitem(config.OLD_DEFAULTS, "optim.clip", 7.0)
     stored = config.to_json(config.base())
     del stored["optim"]["clip"]
     assert config.from_json(stored).optim.clip == 7.0
-    assert config.continued(config.base(), stored).optim.clip == 7.0
+    assert config.with_old_defaults(config.base(), stored).optim.clip == 7.0
     whole = config.to_json(config.base())
     assert config.from_json(whole).optim.clip == config.base().optim.clip
-    assert config.continued(config.base(), whole).optim.clip == config.base().optim.clip
+    assert config.with_old_defaults(config.base(), whole).optim.clip == config.base().optim.clip
 
 
 def test_what_is_asked_for_wins_over_what_was_before_a_field_existed(monkeypatch):
     """And is refused, as any other change of a run's config."""
-    monkeypatch.setitem(config.BEFORE, "optim.clip", 7.0)
+    monkeypatch.setitem(config.OLD_DEFAULTS, "optim.clip", 7.0)
     stored = config.to_json(config.base())
     del stored["optim"]["clip"]
     asked = config.override(config.base(), ["optim.clip=3"])
-    assert config.continued(asked, stored).optim.clip == 3.0 and asked.optim.clip == 3.0
+    assert config.with_old_defaults(asked, stored).optim.clip == 3.0 and asked.optim.clip == 3.0

@@ -1,7 +1,7 @@
-"""From `--config NAME[:ARG] --config.block.field=value` to one checked ConfigDict.
+"""Configs: from `--config NAME[:ARG] --config.block.field=value` to one checked ConfigDict.
 
-A name is a file in `configs/`, which is shipped inside the wheel; anything with a slash or `.py` is
-a path. Unknown names, keys and wrong types are refused with the nearest valid one.
+A name is a file in `configs/`, which the wheel contains; anything with a slash or `.py` is a path.
+Unknown names and keys and wrong types are refused, with the nearest valid name.
 """
 
 import copy
@@ -18,11 +18,11 @@ from vit_scale.errors import USAGE, UserError, nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir())
-# Fields that there were, and what became of them. Runs that hold one are read without it (law 7).
+# Removed fields, and what replaced them. Old runs that have one are read without it.
 REMOVED: dict[str, str] = {}
-# What runs computed before a field existed, where today's default computes something else. A run
-# that does not hold the field keeps this value, also when it is resumed.
-BEFORE: dict[str, Any] = {
+# What runs computed before a field existed, where its default computes something else. A run that
+# lacks the field keeps this value, when it is read and when it is resumed.
+OLD_DEFAULTS: dict[str, Any] = {
     "data.exif": False,
     "data.listing": "common",
     "data.slices": "position",
@@ -32,17 +32,17 @@ BEFORE: dict[str, Any] = {
 
 
 def base() -> ConfigDict:
-    """A fresh copy of the full schema with its defaults, configs/base.py."""
+    """Return a fresh copy of the schema with its defaults, configs/base.py."""
     return runpy.run_path(str(FOLDER / "base.py"))["get_config"]()
 
 
 def names() -> list[str]:
-    """The configs that a bare name reaches."""
+    """List the configs in `configs/`."""
     return sorted(f.stem for f in FOLDER.glob("*.py") if f.stem != "base")
 
 
 def find(config: str) -> tuple[pathlib.Path, str]:
-    """The file and the argument of "NAME_OR_PATH[:ARG]". Raises UserError for an unknown file."""
+    """Split "NAME_OR_PATH[:ARG]" into file and argument. Raises UserError for an unknown file."""
     name, _, argument = config.partition(":")
     path = pathlib.Path(name)
     if path.suffix != ".py" and len(path.parts) == 1:
@@ -55,7 +55,7 @@ def find(config: str) -> tuple[pathlib.Path, str]:
 
 
 def title(config: str) -> str:
-    """Return the name of a run of this config: "vit_cifar-S-16" for "vit_cifar:S/16"."""
+    """Return the name of this config's run: "vit_cifar-S-16" for "vit_cifar:S/16"."""
     path, argument = find(config)
     return f"{path.stem}-{argument.replace('/', '-')}" if argument else path.stem
 
@@ -63,14 +63,14 @@ def title(config: str) -> str:
 def load(
     config: str, overrides: Iterable[str] = (), begun: Mapping[str, ConfigDict] | None = None
 ) -> ConfigDict:
-    """The config of "NAME_OR_PATH[:ARG]" with overrides such as "optim.lr=3e-4" applied.
+    """Load "NAME_OR_PATH[:ARG]" and apply overrides such as "optim.lr=3e-4".
 
-    What a config decides by other fields is in a function `resolve(cfg, argument, begun)` of its
-    file, which changes `cfg` where the overrides are applied; they are applied again to what it
-    leaves. `begun` holds the configs of the runs that there are already, by their arguments.
+    A config file may define `resolve(cfg, argument, begun)`, which derives fields from others after
+    the overrides were applied; overrides are applied once more to its result. `begun` maps the
+    arguments of runs that exist already to their configs.
 
-    Raises UserError for unknown names and keys and for wrong types. What the values mean is checked
-    by their owners.
+    Raises UserError for unknown names and keys and for wrong types. The code that uses a value
+    checks its meaning.
     """
     path, argument = find(config)
     target = f"{path}:{argument}" if argument else str(path)
@@ -79,22 +79,22 @@ def load(
     cfg = _parse(values, [f"--config={target}"], f"config {config}: ")
     if not isinstance(cfg, ConfigDict):
         raise UserError(f"config {config}: get_config must return a ConfigDict", USAGE)
-    given, known = fields(cfg), fields(base())
-    for key in given:
-        _refuse_unknown(key, known, f"config {config}: ")
-    if missing := sorted(known.keys() - given):
+    schema = fields(base())
+    for key in fields(cfg):
+        _refuse_unknown(key, schema, f"config {config}: ")
+    if missing := sorted(schema.keys() - fields(cfg)):
         raise UserError(
-            f"config {config} has no {', '.join(missing)}: begin it with vit_scale.config.base()",
+            f"config {config} has no {', '.join(missing)}: start it from vit_scale.config.base()",
             USAGE,
         )
     overrides = list(overrides)
     if resolve := runpy.run_path(str(path)).get("resolve"):
-        decided = override(copy.deepcopy(cfg), overrides)
+        resolved = override(copy.deepcopy(cfg), overrides)
         try:
-            resolve(decided, argument, begun or {})
-        except Exception as error:  # the user's program, as above
+            resolve(resolved, argument, begun or {})
+        except Exception as error:  # user code may raise anything
             raise UserError(f"config {config}: {_last_line(error)}", USAGE) from error
-        cfg = decided
+        cfg = resolved
     return override(cfg, overrides)
 
 
@@ -103,9 +103,9 @@ def _last_line(error: Exception) -> str:
 
 
 def override(cfg: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
-    """`cfg` with "optim.lr=3e-4" and the like applied, in place.
+    """Apply overrides such as "optim.lr=3e-4" to `cfg`, in place, and return it.
 
-    Raises UserError for unknown keys and for values of another type.
+    Raises UserError for unknown keys and for values of the wrong type.
     """
     for item in overrides:
         key, equals, _ = item.partition("=")
@@ -122,37 +122,37 @@ def override(cfg: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 
 
 def _parse(values: flags.FlagValues, arguments: list[str], where: str) -> ConfigDict:
-    """What config_flags makes of these arguments, with its errors as one line."""
+    """Parse `arguments` with config_flags; its errors become one line."""
     try:
         values(["vit-scale", *arguments])
-    except Exception as error:  # a config file is the user's program: anything may come out of it
+    except Exception as error:  # a config file is user code, which may raise anything
         raise UserError(f"{where}{str(error).strip().splitlines()[-1]}", USAGE) from error
     return values.config
 
 
 def _refuse_wrong_tuples(cfg: ConfigDict) -> None:
-    """config_flags checks a tuple's type, but not what is in it."""
-    given = fields(cfg)
+    """Check the items of tuples, which config_flags does not."""
+    values = fields(cfg)
     for key, default in fields(base()).items():
         if not isinstance(default, tuple):
             continue
-        words = not default or isinstance(default[0], str)
-        value, kind = given[key], str if words else (int, float)
+        strings = not default or isinstance(default[0], str)
+        value, kind = values[key], str if strings else (int, float)
         if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
             raise UserError(
                 f"{key}={value!r} must be a tuple such as {default or ('a', 'b')}", USAGE
             )
 
 
-def _refuse_unknown(key: str, known: Collection[str], where: str) -> None:
+def _refuse_unknown(key: str, schema: Collection[str], where: str) -> None:
     if key in REMOVED:
-        raise UserError(f"{where}{key} is no field any more: {REMOVED[key]}; leave it out", USAGE)
-    if key not in known:
-        raise UserError(f"{where}no config field is named {key!r}; {nearest(key, known)}", USAGE)
+        raise UserError(f"{where}{key} was removed: {REMOVED[key]}; leave it out", USAGE)
+    if key not in schema:
+        raise UserError(f"{where}no config field is named {key!r}; {nearest(key, schema)}", USAGE)
 
 
 def fields(cfg: ConfigDict) -> dict:
-    """{"optim.lr": 0.001, ...}: every leaf by its dotted name."""
+    """Return {"optim.lr": 0.001, ...}: every leaf of a config by its dotted name."""
     flat: dict = {}
     for key in cfg:
         value = cfg[key]
@@ -164,32 +164,33 @@ def fields(cfg: ConfigDict) -> dict:
 
 
 def dotted(tree: dict) -> dict:
-    """{"config.optim.lr": 0.001, ...}: the leaves of nested dicts by their dotted names."""
+    """Return {"config.optim.lr": 0.001, ...}: the leaves of nested dicts by dotted names."""
     return fields(ConfigDict(tree))
 
 
 def image_size(cfg: ConfigDict) -> tuple[int, int]:
-    """(height, width) in pixels of the images that the model sees."""
+    """Return (height, width) in pixels of the model's input."""
     return cfg.data.resolution, cfg.data.width or cfg.data.resolution
 
 
 def to_json(cfg: ConfigDict) -> dict:
-    """Plain dicts, lists and numbers, as they are stored in a run's folder."""
+    """Return the config as JSON types, as run.json holds it."""
     return json.loads(cfg.to_json())
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """The inverse of `to_json` for this version's schema.
+    """Return the inverse of `to_json`, in this version's schema.
 
-    A missing field has the value that it had before it existed (`BEFORE`), else its default; a
-    removed one is left out. Raises UserError for an unknown field and for a value of another type.
+    A missing field takes the value that runs without it computed with (`OLD_DEFAULTS`), else its
+    default; a removed field is dropped. Raises UserError for an unknown field and for a value of
+    the wrong type.
     """
     cfg = base()
-    known = fields(cfg)
-    for key, value in {**BEFORE, **dotted(stored)}.items():
+    schema = fields(cfg)
+    for key, value in {**OLD_DEFAULTS, **dotted(stored)}.items():
         if key in REMOVED:
             continue
-        _refuse_unknown(key, known, "the run's config: ")
+        _refuse_unknown(key, schema, "the run's config: ")
         owner = cfg
         *blocks, name = key.split(".")
         for block in blocks:
@@ -197,21 +198,21 @@ def from_json(stored: dict) -> ConfigDict:
         try:
             owner[name] = tuple(value) if isinstance(value, list | tuple) else value
         except TypeError as error:
-            raise UserError(f"the run's config: {key}={value!r} is of the wrong type") from error
+            raise UserError(f"the run's config: {key}={value!r} has the wrong type") from error
     return cfg
 
 
-def continued(cfg: ConfigDict, stored: dict) -> ConfigDict:
-    """`cfg` for resuming a run whose run.json holds the config `stored`.
+def with_old_defaults(cfg: ConfigDict, stored: dict) -> ConfigDict:
+    """Return a copy of `cfg` for resuming a run whose run.json holds the config `stored`.
 
-    A field that the run does not know and that `cfg` leaves at its default has the value that the
-    run began with (`BEFORE`).
+    A field that the run lacks, and that `cfg` leaves at its default, takes the value that the run
+    computed with (`OLD_DEFAULTS`).
     """
-    given, default, begun = fields(cfg), fields(base()), dotted(stored)
+    values, default, recorded = fields(cfg), fields(base()), dotted(stored)
     old = {
         key: value
-        for key, value in BEFORE.items()
-        if key not in begun and given[key] == default[key]
+        for key, value in OLD_DEFAULTS.items()
+        if key not in recorded and values[key] == default[key]
     }
     cfg = copy.deepcopy(cfg)
     cfg.update_from_flattened_dict(old)
@@ -219,7 +220,7 @@ def continued(cfg: ConfigDict, stored: dict) -> ConfigDict:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Lines "optim.lr: 0.001 -> 0.003", for two results of `to_json`."""
+    """Return lines such as "optim.lr: 0.001 -> 0.003" for two results of `to_json`."""
     left, right = dotted(old), dotted(new)
     return [
         f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"

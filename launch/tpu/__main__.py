@@ -1,4 +1,4 @@
-"""python3 -I launch/tpu: nothing of the user's environment is imported by accident."""
+"""Entry point of `python3 -I launch/tpu`; -I keeps the user's environment out of the imports."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""The machine of a run: made or taken over, waited for until it is READY, known to be no more."""
+"""A run's TPU slices: request or adopt them, wait until READY, notice when they are gone."""
 
 import dataclasses
 import math
@@ -6,173 +6,188 @@ from collections.abc import Callable
 
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud
-from launch.tpu.billing import Meter
-from launch.tpu.cloud_tpu import TRIES, Cloud, Look, refuse
+from launch.tpu.billing import Billing
+from launch.tpu.cloud_tpu import TRIES, CloudTpu, Status, refuse
 from launch.tpu.exit_codes import INFRASTRUCTURE, NO_CAPACITY, REFUSED, USAGE, Stop
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
 from launch.tpu.plan import Plan
 
-LOOK = 15  # seconds between looks at a machine that is to come
-REPAIR = 1200  # seconds that a machine may take to recover
-RENEW = 3600  # seconds between saying that the machine is wanted
-AGAIN = (5, 30, 60, 120, 300)  # seconds to wait where there is one, and it isn't seen
+POLL = 15  # seconds between status checks while waiting for a machine
+REPAIR = 1200  # seconds a machine may take to recover
+RENEW = 3600  # seconds between renewals of the expiry label
+EXISTS_DELAYS = (
+    5,
+    30,
+    60,
+    120,
+    300,
+)  # seconds to wait when the name exists but cannot be described
 ROTATION = (30, 60, 120, 300, 600)  # seconds to wait after a stockout
 
 
 class Gone(Exception):
-    """The machine is no more, or will not come back."""
+    """The machine is gone, or will not come back."""
 
 
-class Machine:
-    """The run's slices. `pause` waits, and raises where somebody wants the launcher to end.
+class Allocation:
+    """The run's slices in the cloud.
 
-    `made`: by this launcher, so that nothing trains there which it does not know of. `fresh`: no
-    look has found it READY yet. `claim` is called when it is, or is to be, this run's; `rescue`
-    with the last look before one is removed that may still train.
+    Attributes:
+      created: this launcher created the machine, so no unknown training runs on it.
+      requested: a creation request is unanswered; the machine may exist.
+      fresh: the machine has not been READY yet.
+      pause: waits; raises Interrupted when the user asks the launcher to end.
+      claim: called once the machine is, or is about to be, this run's.
+      rescue: called with the last status before removing a machine that may still be training.
     """
 
-    def __init__(self, plan: Plan, cloud: Cloud, meter: Meter, pause: Callable[[float], None]):
-        self.plan, self.cloud, self.meter, self.pause = plan, cloud, meter, pause
+    def __init__(
+        self, plan: Plan, cloud: CloudTpu, billing: Billing, pause: Callable[[float], None]
+    ):
+        self.plan, self.cloud, self.billing, self.pause = plan, cloud, billing, pause
         self.clock, self.journal = cloud.clock, cloud.journal
-        self.zone, self.shortages, self.refusals, self.made = 0, 0, 0, False
+        self.zone, self.shortages, self.refusals, self.created = 0, 0, 0, False
         self.fresh = True
-        self.asked = False  # for one, with no answer yet that says what came of it
+        self.requested = False
         self.claim: Callable[[], None] = lambda: None
-        self.rescue: Callable[[Look], None] = lambda look: None
-        self.looked = self.renewed = self.clock.now()
+        self.rescue: Callable[[Status], None] = lambda status: None
+        self.checked_at = self.renewed = self.clock.now()
 
-    def acquire(self) -> Look:
-        """Return when it is READY. Raises Stop for what waiting does not mend."""
+    def acquire(self) -> Status:
+        """Return once it is READY. Raises Stop if waiting cannot help."""
         self.find_zone()
         began = sick = self.clock.now()
-        said = ""
+        shown = ""
         while True:
-            look = self.cloud.look()
-            if look.kind == "foreign" or (look.kind != "absent" and not self.cloud.owned):
-                self.check_ours(look)
-            self.fresh = self.fresh and look.kind in ("absent", "waiting", "failed")
-            if look.kind not in ("sick", "unhealthy"):
+            status = self.cloud.status()
+            if status.kind == "not_ours" or (status.kind != "absent" and not self.cloud.owned):
+                self.adopt(status)
+            self.fresh = self.fresh and status.kind in ("absent", "waiting", "failed")
+            if status.kind not in ("recovering", "unhealthy"):
                 sick = self.clock.now()
-            if look.detail != said and look.kind != "absent":
-                said = look.detail
+            if status.detail != shown and status.kind != "absent":
+                shown = status.detail
                 waited = clocks.text(self.clock.now() - began)
-                self.journal.say("acquire", f"{self.cloud.tpu.name}: {said} ({waited})")
-            # One that was there already may train, whatever its health is said to be.
-            if look.kind == "ready" or (look.kind == "unhealthy" and not self.made):
-                self.meter.begin(look.created)
+                self.journal.say("acquire", f"{self.cloud.tpu.name}: {shown} ({waited})")
+            # A machine that already existed may be training, whatever its reported health.
+            if status.kind == "ready" or (status.kind == "unhealthy" and not self.created):
+                self.billing.begin(status.created)
                 self.journal.state["zone"] = self.cloud.tpu.zone
                 self.journal.save()
-                self.renew(since=began)  # while it waited, there was nothing to label
-                return look
-            self._advance(look, began, sick)
+                self.renew(since=began)  # there was nothing to label while it waited
+                return status
+            self._advance(status, began, sick)
 
     def find_zone(self) -> None:
-        """The machine may be in any of the zones: ours is looked for before one is made."""
+        """Look for this run's machine in all zones before one is created."""
         if self.cloud.owned or len(self.plan.zones) == 1:
             return
         for number, zone in enumerate(self.plan.zones):
             self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=zone)
-            if self.cloud.look().kind != "absent":
+            if self.cloud.status().kind != "absent":
                 self.zone = number
                 return
         self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=self.plan.zones[self.zone])
 
-    def _advance(self, look: Look, began: float, sick: float) -> None:
-        """Do what the state of the machine asks for, and wait a little."""
+    def _advance(self, status: Status, began: float, sick: float) -> None:
+        """Act on the machine's status, then wait."""
         existing, now = self.plan.args.existing, self.clock.now()
-        if existing and look.kind in ("absent", "gone", "failed", "foreign"):
-            raise Stop(REFUSED, f"TPU VM {self.plan.name} can't be used: {look.detail}")
-        if look.kind == "absent":
-            self.meter.end()
+        if existing and status.kind in ("absent", "gone", "failed", "not_ours"):
+            raise Stop(REFUSED, f"TPU VM {self.plan.name} is unusable: {status.detail}")
+        if status.kind == "absent":
+            self.billing.end()
             self.claim()
-            self.ask(began)
-        elif look.kind == "failed":
-            reason = gcloud.error(look.detail)
+            self.request(began)
+        elif status.kind == "failed":
+            reason = gcloud.error(status.detail)
             self.remove()
             self.no_capacity(reason, began)
-        elif look.kind == "gone":
+        elif status.kind == "gone":
             self.remove()
-        elif look.kind in ("sick", "unhealthy") and now - sick > REPAIR:
+        elif status.kind in ("recovering", "unhealthy") and now - sick > REPAIR:
             if existing:
-                raise Stop(INFRASTRUCTURE, f"{look.detail} for {clocks.text(now - sick)}")
-            self.rescue(look)
+                raise Stop(INFRASTRUCTURE, f"{status.detail} for {clocks.text(now - sick)}")
+            self.rescue(status)
             self.remove()
         self.renew()
         self.check_queue(began)
-        self.meter.check(self.plan.args.max_hours, self.plan.args.max_cost)
-        self.pause(2 if look.kind == "absent" else LOOK)
+        self.billing.check(self.plan.args.max_hours, self.plan.args.max_cost)
+        self.pause(2 if status.kind == "absent" else POLL)
 
-    def ask(self, began: float) -> None:
-        """Have it made; where there is one, the next look says whose."""
-        self.asked = True
+    def request(self, began: float) -> None:
+        """Request creation. If the name is taken, the next status check says by whom."""
+        self.requested = True
         try:
-            made = self.cloud.create()
+            created = self.cloud.create()
         except ApiError as error:
-            self.asked = error.kind == "transient"
+            self.requested = error.kind == "transient"
             self.no_capacity(error, began)
             return
         except Stop:
-            self.asked = False
+            self.requested = False
             raise
-        self.asked = False
-        self.cloud.owned = self.made = made
-        self.refusals = 0 if made else self.refusals + 1
-        if self.refusals > len(AGAIN):
+        self.requested = False
+        self.cloud.owned = self.created = created
+        self.refusals = 0 if created else self.refusals + 1
+        if self.refusals > len(EXISTS_DELAYS):
             raise Stop(
                 USAGE,
-                f"there is a TPU {self.plan.name} in {self.cloud.tpu.zone} that can't be seen: "
-                "give another --name",
+                f"a TPU named {self.plan.name} exists in {self.cloud.tpu.zone} but cannot be "
+                "described: choose another --name",
             )
-        if not made:
-            self.pause(AGAIN[self.refusals - 1])
+        if not created:
+            self.pause(EXISTS_DELAYS[self.refusals - 1])
 
-    def find_asked(self) -> None:
-        """Own what was made though no answer has said so, if there is such a one. Raises Stop."""
-        if self.asked and not self.cloud.owned:
-            self.cloud.owned = self.cloud.is_ours(self.cloud.look(patience=3).labels)
+    def adopt_requested(self) -> None:
+        """Take ownership of a machine created by a request that was never answered. Raises Stop."""
+        if self.requested and not self.cloud.owned:
+            self.cloud.owned = self.cloud.is_ours(self.cloud.status(patience=3).labels)
 
     def renew(self, since: float = math.inf) -> None:
-        """Say now and then that the machine is wanted; `since`: what was said is as old as that."""
+        """Renew the expiry label once an hour; it was last set before `since`, if given."""
         if self.cloud.owned and self.clock.now() - min(self.renewed, since) > RENEW:
             self.renewed = self.clock.now()
             self.cloud.renew()
 
-    def check_ours(self, look: Look) -> None:
-        """Take over the machine that is there, if it is this run's. Raises Stop for another's."""
+    def adopt(self, status: Status) -> None:
+        """Adopt an existing machine if it belongs to this run. Raises Stop otherwise."""
         if self.plan.args.existing:
             self.claim()
             return
-        run = look.labels.get("run", "")
-        if look.labels.get("managed-by") != "vit_scale":
+        run = status.labels.get("run", "")
+        if status.labels.get("managed-by") != "vit_scale":
             raise Stop(
                 USAGE,
-                f"there is a TPU {self.plan.name} that this program has not made: "
-                "give another --name, or --existing to use it as it is",
+                f"TPU {self.plan.name} exists and was not created by this launcher: "
+                "choose another --name, or use it as it is with --existing",
             )
         if run != self.plan.run:
             raise Stop(
                 USAGE,
-                f"TPU {self.plan.name} is of run {run}, with another config or workdir: give "
-                f"another --name, or end that one: launch/tpu_vm.sh delete --name {self.plan.name}",
+                f"TPU {self.plan.name} belongs to run {run}, which has another config or workdir: "
+                "choose another --name, or delete that machine: launch/tpu_vm.sh delete --name "
+                f"{self.plan.name}",
             )
         self.claim()
         self.cloud.owned = True
-        self.renewed = self.clock.now() - RENEW - 1  # what is taken over may be about to expire
-        self.journal.say("acquire", f"{self.plan.name} is there already: taken over")
+        self.renewed = self.clock.now() - RENEW - 1  # an adopted machine may be about to expire
+        self.journal.say("acquire", f"{self.plan.name} already exists: adopted")
 
     def no_capacity(self, error: ApiError, began: float) -> None:
-        """After a stockout: the next zone, or the same one later. Raises Stop for what is none."""
+        """After a stockout, go on to the next zone. Raises Stop for any lasting error."""
         if error.kind not in ("stockout", "transient"):
             raise refuse(error)
         zones = self.plan.zones
-        if error.kind == "stockout":  # after any other error it may have been made all the same
+        if error.kind == "stockout":  # after any other error it may exist anyway
             self.zone = (self.zone + 1) % len(zones)
         wait = ROTATION[min(self.shortages // len(zones), len(ROTATION) - 1)]
         self.shortages += 1
-        self.journal.say("acquire", f"{self.cloud.tpu.zone}: {error}; next: {zones[self.zone]}")
+        self.journal.say(
+            "acquire", f"{self.cloud.tpu.zone}: {error}; next zone: {zones[self.zone]}"
+        )
         self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=zones[self.zone])
-        self.cloud.owned = self.made = False  # what is there is looked at first
+        self.cloud.owned = self.created = False  # until its status is known
         self.fresh = True
         self.check_queue(began)
         self.pause(wait if self.zone == 0 else 2)
@@ -184,22 +199,22 @@ class Machine:
             raise Stop(NO_CAPACITY, f"no machine in {clocks.text(waited)} (--valid-until {limit})")
 
     def check(self, patience: int = TRIES) -> None:
-        """Raises Gone where the machine is no more: 404 counts when it is said thrice."""
+        """Raise Gone if the machine no longer exists. A 404 must repeat three times to count."""
         for _ in range(3):
-            look = self.cloud.look(patience)
-            if look.kind in ("gone", "failed", "sick", "foreign"):
-                raise Gone(look.detail)
-            if look.kind != "absent":
+            status = self.cloud.status(patience)
+            if status.kind in ("gone", "failed", "recovering", "not_ours"):
+                raise Gone(status.detail)
+            if status.kind != "absent":
                 return
             self.clock.sleep(5)
-        raise Gone(f"{look.detail} any more")
+        raise Gone(status.detail)
 
     def is_ready(self) -> bool:
-        """Whether the machine is known to be there; raises Gone where it is known not to be.
+        """Return whether the machine is known to exist. Raises Gone if it is known not to.
 
-        Where the cloud can't be asked, training goes on without this launcher.
+        If the API cannot be reached, training continues without this launcher.
         """
-        self.looked = self.clock.now()
+        self.checked_at = self.clock.now()
         try:
             self.check(patience=2)
         except Stop as stop:
@@ -212,4 +227,4 @@ class Machine:
     def remove(self) -> None:
         self.cloud.delete()
         self.fresh = True
-        self.meter.end()
+        self.billing.end()

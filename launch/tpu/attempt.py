@@ -1,6 +1,6 @@
-"""One attempt of a run on all its workers: start it on all or on none, follow it, find its end.
+"""One attempt of a run: start it on all workers or none, follow it, find out why it ended.
 
-Calls go to one worker each and may fail: a worker that can't be reached is not dead.
+Each call goes to one worker and may fail: an unreachable worker is not a dead one.
 """
 
 import json
@@ -10,30 +10,30 @@ from dataclasses import dataclass, field
 
 from launch.tpu import secret, worker_commands
 from launch.tpu.clock import Clock
-from launch.tpu.diagnosis import Cause, End, cause, last_line
+from launch.tpu.diagnosis import Cause, WorkerExit, diagnose, last_line
 from launch.tpu.exit_codes import AGENT_BUSY, DONE, RESUMABLE, TPU_HELD
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, free_port, on_all
 
-POLL = 10  # seconds between questions
-LOST, MISSED = 180, 3  # seconds, and questions, without an answer of a worker of a READY node
-PATIENCE = 60  # seconds for the others to end by themselves, when one has ended with 0 or 42
-TAIL = 64_000  # characters of a log that are kept to look for causes
+POLL = 10  # seconds between status calls
+LOST, MISSED = 180, 3  # seconds, and status calls, without an answer from a worker of a READY node
+PATIENCE = 60  # seconds the others have to exit once one has exited with 0 or 42
+TAIL = 64_000  # characters of each log kept for the diagnosis
 LONGEST_LINE = 200_000  # bytes
-STEPPING = ("train", "eval", "checkpoint")  # phases of the trainer in which steps are counted
+STEPPING = ("train", "eval", "checkpoint")  # phases of the trainer in which steps advance
 
 
 @dataclass
 class View:
-    """What is known of one worker's part of the attempt."""
+    """What one worker last reported, and when, on the launcher's clock."""
 
     worker: int
     state: str = "unknown"  # absent | running | ended | lost | unknown
     code: int | None = None
     ended: float = 0.0
     heartbeat: dict = field(default_factory=dict)
-    beat: float = 0.0  # when it last changed
+    beat: float = 0.0  # when the heartbeat last changed
     moved: float = 0.0  # when its step or phase last changed
     seen: float = 0.0
     offset: int = 0
@@ -41,8 +41,8 @@ class View:
     tail: str = ""
     stopped: bool = False
     error: str = ""
-    missed: int = 0  # questions in a row without an answer
-    sitter: str = ""
+    missed: int = 0  # consecutive status calls without an answer
+    watcher: str = ""
     attempt: int = 0
     free_gb: str = ""
 
@@ -53,10 +53,16 @@ class View:
 
 class Attempt:
     def __init__(
-        self, plan: Plan, workers: Workers, number: int, clock: Clock, journal: Journal, sitter: str
+        self,
+        plan: Plan,
+        workers: Workers,
+        number: int,
+        clock: Clock,
+        journal: Journal,
+        watcher: str,
     ):
         self.plan, self.workers, self.number = plan, workers, number
-        self.clock, self.journal, self.sitter = clock, journal, sitter
+        self.clock, self.journal, self.watcher = clock, journal, watcher
         now = clock.now()
         self.began, self.first_step = now, False
         self.views = [View(i, beat=now, moved=now, seen=now) for i in range(workers.count)]
@@ -65,13 +71,13 @@ class Attempt:
             view.offset = file.stat().st_size if file.exists() else 0
         self.failed_at: float | None = None
         self.stopping = False
-        self.stopped: set[int] = set()  # workers that did not end by themselves
-        self.why: dict[int, str] = {}
+        self.stopped: set[int] = set()  # workers that did not exit by themselves
+        self.reasons: dict[int, str] = {}
 
-    # --- beginning and ending it
+    # --- start and stop
 
     def start(self) -> Cause | None:
-        """Start it everywhere; None, or why that was not possible, with nothing left running."""
+        """Start it on every worker; on failure stop all of them and return the cause."""
         answers = on_all(range(self.workers.count), self._send_secrets)
         port = (
             free_port()
@@ -90,29 +96,29 @@ class Attempt:
     def _send_secrets(self, worker: int) -> tuple[str, str] | None:
         if not self.plan.secrets:
             return None
-        content = secret.message(self.plan.secrets)
-        return self._ask(worker, worker_commands.command("secrets", self.plan.run), content)
+        content = secret.encode(self.plan.secrets)
+        return self._ask(worker, worker_commands.agent_command("secrets", self.plan.run), content)
 
     def _start(self, worker: int, port: int) -> tuple[str, str] | None:
         mine = [word.format(worker=worker) for word in self.workers.arguments(port)]
         return self._ask(worker, worker_commands.start(self.plan, self.number, port, mine))
 
     def _ask(self, worker: int, line: str, stdin: bytes = b"") -> tuple[str, str] | None:
-        """Have the worker do it, with three tries: it does it once. None, or what went wrong."""
+        """Call an idempotent verb of the agent, up to three times; return (kind, error) or None."""
         for _ in range(3):
             result = self.workers.shell(worker, line, stdin, 90)
             if result.code == 0:
                 return None
-            said = last(result.err)
+            error = last_error(result.err)
             if result.code == TPU_HELD:
-                return "busy", said
-            if result.code == AGENT_BUSY and "stopped" in said:
+                return "busy", error
+            if result.code == AGENT_BUSY and "stopped" in error:
                 break
             self.clock.sleep(3)
-        return "infra", said
+        return "infra", error
 
     def stop(self, grace: float) -> None:
-        """End it everywhere, with `grace` seconds to save; return when it has ended or can't be."""
+        """Stop it on every worker, with `grace` seconds to save; return once it has ended."""
         self.stopping = True
         seconds = max(1, round(grace * self.clock.scale)) if grace else 0
         words = ("stop", self.plan.run, self.number, seconds)
@@ -130,28 +136,28 @@ class Attempt:
         words = ("stacks", self.plan.run, self.number)
         on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
 
-    # --- following it
+    # --- follow
 
     def poll(self) -> None:
         for worker, lines in on_all(range(self.workers.count), self._poll).items():
             for line in lines:
                 self.journal.print_log(worker, line)
 
-    def catch_up(self) -> None:
-        """Fetch what the logs still hold, of an attempt that is over."""
+    def fetch_logs(self) -> None:
+        """Fetch the rest of the logs of an attempt that is over."""
         for _ in range(100):
             if all(view.offset >= view.size for view in self.views if view.over):
                 return
             self.poll()
 
     def _poll(self, worker: int) -> list[str]:
-        """Ask one worker; the new whole lines of its log."""
+        """Call `status` on one worker; return the new complete lines of its log."""
         view, now = self.views[worker], self.clock.now()
-        words = ("status", self.plan.run, self.number, view.offset, self.sitter)
+        words = ("status", self.plan.run, self.number, view.offset, self.watcher)
         result = self.workers.agent(worker, *words)
-        _, found, answer = result.out.partition(b"#STATUS ")
-        if result.code or not found:
-            view.error, view.missed = last(result.err), view.missed + 1
+        _, marker, answer = result.out.partition(b"#STATUS ")
+        if result.code or not marker:
+            view.error, view.missed = last_error(result.err), view.missed + 1
             return []
         head, _, log = answer.partition(b"\n#LOG ")
         sizes, _, log = log.partition(b"\n")
@@ -163,7 +169,7 @@ class Attempt:
         values = dict(word.partition("=")[::2] for word in status.split())
         lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in rest}
         view.missed = 0
-        view.seen, view.error, view.sitter = now, "", lines.get("#SITTER", "")
+        view.seen, view.error, view.watcher = now, "", lines.get("#SITTER", "")
         view.state, view.attempt = values["state"], int(values["attempt"])
         view.stopped, view.free_gb = values["stopped"] == "1", values["free_gb"]
         if view.state == "ended" and values["rc"]:
@@ -174,7 +180,7 @@ class Attempt:
         try:
             heartbeat = json.loads(lines.get("#HEARTBEAT") or "{}")
         except ValueError:
-            return  # it is being written
+            return  # half written
         old = view.heartbeat
         if heartbeat != old:
             view.beat = now
@@ -184,27 +190,27 @@ class Attempt:
 
     def _read_log(self, view: View, sizes: list[int], log: bytes) -> list[str]:
         offset, view.size = sizes
-        if view.size < offset:  # another machine's log
+        if view.size < offset:  # a new machine's log
             view.offset = 0
             self.journal.log_file(self.number, view.worker).unlink(missing_ok=True)
             return []
         whole = log if view.over and offset + len(log) >= view.size else b""
-        if not whole:  # whole lines: a secret is hidden in one piece
+        if not whole:  # complete lines, so that a secret is redacted in one piece
             whole = log[: log.rfind(b"\n") + 1] or (log if len(log) > LONGEST_LINE else b"")
         if offset and not view.tail:
             view.tail = self.journal.read_log(self.number, view.worker)
-        text = self.journal.hide(whole.decode(errors="surrogateescape"))
+        text = self.journal.redact(whole.decode(errors="surrogateescape"))
         self.journal.add_log(self.number, view.worker, text)
         view.offset += len(whole)
         view.tail = (view.tail + text)[-TAIL:]
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
         return [printable(line) for line in lines if line.strip()]
 
-    # --- what it comes to
+    # --- the result
 
     @property
     def steps(self) -> dict[str, int]:
-        """{run folder: the furthest step}: a config may be several runs, one after the other."""
+        """{run folder: highest step}; the stages of a config are separate runs."""
         furthest: dict[str, int] = {}
         for view in self.views:
             run, step = view.heartbeat.get("run", ""), int(view.heartbeat.get("step") or 0)
@@ -212,42 +218,42 @@ class Attempt:
                 furthest[run] = max(step, furthest.get(run, 0))
         return furthest
 
-    def judge(self, is_ready: Callable[[], bool]) -> Cause | None:
-        """Why it has ended, with nothing left running; None while it goes on.
+    def find_cause(self, is_ready: Callable[[], bool]) -> Cause | None:
+        """Return why it ended, once nothing is left running; None while it runs.
 
-        `is_ready` says whether the machine is there: one that can't be asked proves nothing.
+        `is_ready` tells whether the machine exists; an unreachable API is no proof that it does.
         """
         now, over = self.clock.now(), [view for view in self.views if view.over]
         if len(over) == len(self.views):
-            return self.settle()
+            return self.finish()
         bad = [view for view in over if view.code not in (DONE, RESUMABLE)]
         if bad:
             self.stop(min(10, self.plan.args.grace))
-            return self.settle()
+            return self.finish()
         if over:
             self.failed_at = now if self.failed_at is None else self.failed_at
             patience = self.plan.args.grace if any(v.code for v in over) else PATIENCE
             if now - self.failed_at > patience:
                 for view in over:
                     if view.code == 0:
-                        self.why[view.worker] = "it ended with 0 while others go on"
+                        self.reasons[view.worker] = "it exited with 0 while others kept running"
                 self.stop(min(10, self.plan.args.grace))
-                return self.settle()
-        return self._silent(now, is_ready) or self._stalled(now)
+                return self.finish()
+        return self._check_unreachable(now, is_ready) or self._check_stalled(now)
 
-    def _silent(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
+    def _check_unreachable(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
         for view in self.views:
             silent = view.missed >= MISSED and now - view.seen > LOST
             if silent and not view.over and is_ready():
-                self.why[view.worker] = f"not reached for {now - view.seen:.0f} s: {view.error}"
+                self.reasons[view.worker] = f"unreachable for {now - view.seen:.0f} s: {view.error}"
                 self.stop(10)
-                return self.settle()
+                return self.finish()
         return None
 
-    def _stalled(self, now: float) -> Cause | None:
-        """Whether one is frozen, or all wait for one that does not get on.
+    def _check_stalled(self, now: float) -> Cause | None:
+        """Stop everything if a worker is frozen, or all wait for one that makes no progress.
 
-        Times end where the worker was last heard of: what can't be reached proves nothing.
+        Durations end at a worker's last answer, so an unreachable worker is never called stalled.
         """
         args = self.plan.args
         running = [view for view in self.views if view.state == "running"]
@@ -256,7 +262,7 @@ class Attempt:
             silent = view.seen - view.beat
             if view.heartbeat and silent > args.stall_timeout:
                 return self._end_stalled(view, f"frozen: no heartbeat for {silent:.0f} s")
-        # Who hangs is behind: the others have gone one step on, and wait.
+        # The worker that hangs is behind: the others are one step further, and wait.
         for view in sorted(running, key=lambda v: (v.heartbeat.get("step", 0), v.moved)):
             idle = view.seen - view.moved
             if view.heartbeat.get("phase") == "train" and idle > args.stall_timeout:
@@ -266,47 +272,50 @@ class Attempt:
                 return self._end_stalled(view, f"no first step in {waited:.0f} s")
         return None
 
-    def _end_stalled(self, view: View, why: str) -> Cause:
+    def _end_stalled(self, view: View, reason: str) -> Cause:
         phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
-        self.why[view.worker] = f"{why}, in phase {phase} after step {step}; its log has the stacks"
+        self.reasons[view.worker] = (
+            f"{reason}, in phase {phase} after step {step}; its log has the stacks"
+        )
         self.dump_stacks()
         self.clock.sleep(5)
         self.stop(10)
-        return self.settle()
+        return self.finish()
 
-    def settle(self) -> Cause:
-        """The cause of the end, which is in the run's folder as well."""
-        self.catch_up()
-        ends = [self._end(view) for view in self.views]
-        found = cause(ends)
+    def finish(self) -> Cause:
+        """Return the cause of the end, and write it to the run's folder."""
+        self.fetch_logs()
+        ends = [self._worker_exit(view) for view in self.views]
+        cause = diagnose(ends)
         rows = "\n".join(
-            f"[w{end.worker:02}] code {end.code}, {end.why or end.words or last_line(end.tail)}"
+            f"[w{end.worker:02}] code {end.code}, "
+            + (end.reason or end.message or last_line(end.tail))
             + " (stopped)" * end.stopped
             for end in ends
         )
-        self.journal.put(f"a{self.number}/cause.txt", f"{found.kind}: {found.text}\n\n{rows}\n")
-        return found
+        self.journal.put(f"a{self.number}/cause.txt", f"{cause.kind}: {cause.text}\n\n{rows}\n")
+        return cause
 
-    def _end(self, view: View) -> End:
-        why = self.why.get(view.worker, "")
-        stopped = not why and view.worker in self.stopped
-        if not why and not stopped and view.state in ("lost", "absent"):
-            why = "its processes vanished: the machine was restarted, or all of them were killed"
-        # It did not end by itself, whatever it said when it was made to.
-        code = None if view.worker in self.why and view.worker in self.stopped else view.code
-        at = -1.0 if view.worker in self.why else view.ended
-        words = str(view.heartbeat.get("words") or "")
-        return End(view.worker, code, at, view.tail[-8000:], words, stopped, why)
+    def _worker_exit(self, view: View) -> WorkerExit:
+        reason = self.reasons.get(view.worker, "")
+        stopped = not reason and view.worker in self.stopped
+        if not reason and not stopped and view.state in ("lost", "absent"):
+            reason = "its processes vanished: the VM restarted, or they were killed"
+        # It was stopped: its exit code says nothing about the cause.
+        code = None if view.worker in self.reasons and view.worker in self.stopped else view.code
+        at = -1.0 if view.worker in self.reasons else view.ended
+        message = str(view.heartbeat.get("words") or "")
+        return WorkerExit(view.worker, code, at, view.tail[-8000:], message, stopped, reason)
 
 
 def printable(line: str) -> str:
     return line.encode(errors="replace").decode()
 
 
-def last(text: str) -> str:
-    """The last line that says something of its own: agent's, else gcloud's."""
+def last_error(text: str) -> str:
+    """Return the last line of the agent's own, else the last error of gcloud's."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("agent: ")]
     errors = [line for line in lines if line.startswith("ERROR")]
-    said = (own or errors or lines or ["no answer"])[-1]
-    return re.sub(r"^(agent: |ERROR: \S+ )", "", said)[:300]
+    line = (own or errors or lines or ["no answer"])[-1]
+    return re.sub(r"^(agent: |ERROR: \S+ )", "", line)[:300]

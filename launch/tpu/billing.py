@@ -1,4 +1,4 @@
-"""What a run has cost: the hours of its machines, as far as this and the cloud's notes know."""
+"""Machine hours and cost of a run, over all launchers that have watched it."""
 
 import datetime
 
@@ -7,24 +7,24 @@ from launch.tpu.exit_codes import LIMIT, Stop
 from launch.tpu.journal import Journal
 
 
-class Meter:
-    """Counts from `begin` to `end`, over all of a run's launchers: the journal keeps the sum."""
+class Billing:
+    """Meters a machine from `begin` to `end`; the journal keeps the sum over all launchers."""
 
     def __init__(self, price: float | None, clock: Clock, journal: Journal):
         self.price, self.clock, self.journal = price, clock, journal
         self._since: float | None = None
 
     def begin(self, created: str = "") -> None:
-        """The machine is there; it may have been before, unwatched."""
+        """Start metering a machine created at `created`, which may have run unwatched before."""
         if self._since is not None:
             return
         self._since = self.clock.wall()
         if created and created != self.journal.state.get("metered"):
             self.journal.state["metered"] = created
             self.journal.state["metered_from"] = self.journal.state["billed"]
-        known = self.journal.state["billed"] - self.journal.state.get("metered_from", 0.0)
-        if created:  # hours that nobody watched count as well
-            self._since -= max(0.0, age(created) / self.clock.scale - known)
+        booked = self.journal.state["billed"] - self.journal.state.get("metered_from", 0.0)
+        if created:  # unwatched hours are billed too
+            self._since -= max(0.0, age(created) / self.clock.scale - booked)
 
     def book(self) -> None:
         if self._since is not None:
@@ -51,15 +51,15 @@ class Meter:
         return f"{self.hours:.2f} h" + ("" if cost is None else f", ${cost:.2f}")
 
     def check(self, hours: float, cost: float) -> None:
-        """Raises Stop at a limit; 0 is none."""
+        """Raise Stop if a limit is reached; 0 means none."""
         if hours and self.hours >= hours:
-            raise Stop(LIMIT, f"--max-hours {hours:g} is reached; rerun the same command to resume")
+            raise Stop(LIMIT, f"--max-hours {hours:g} reached; rerun the same command to resume")
         if cost and (self.cost or 0) >= cost:
-            raise Stop(LIMIT, f"--max-cost {cost:g} is reached; rerun the same command to resume")
+            raise Stop(LIMIT, f"--max-cost {cost:g} reached; rerun the same command to resume")
 
 
 def age(created: str) -> float:
-    """Seconds since a time such as 2026-11-21T20:15:00.123456789Z; 0 for what is none."""
+    """Return the seconds since a time such as 2026-11-21T20:15:00.123Z; 0 if it is malformed."""
     try:
         moment = datetime.datetime.strptime(created[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z")
     except ValueError:

@@ -1,6 +1,6 @@
-"""The working tree as one file: what is tracked, or new and not ignored, as it is now.
+"""Pack the working tree: tracked files, and new files that git does not ignore, as they are now.
 
-The same files make the same bytes, so their SHA-256 is the code's name on every worker.
+Equal files pack to equal bytes, so the archive's SHA-256 identifies the code on every worker.
 """
 
 import gzip
@@ -32,7 +32,7 @@ def _git(root: pathlib.Path, *arguments: str) -> bytes | None:
 
 
 def files(root: pathlib.Path) -> list[str]:
-    """Relative paths, sorted; without git, everything that is not hidden."""
+    """List relative paths, sorted; without git, every file that is not hidden."""
     listing = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listing is None:
         names = [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
@@ -48,8 +48,8 @@ def _wanted(root: pathlib.Path, name: str) -> bool:
     return not secret and (root / name).is_file()
 
 
-def make(root: pathlib.Path, hidden: list[str]) -> Bundle:
-    """Pack `root`. Raises Stop where it is too large, or holds one of the values `hidden`."""
+def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
+    """Pack `root`. Raises Stop if it is too large or contains one of the secrets `hidden`."""
     names = files(root)
     sizes = {name: (root / name).stat().st_size for name in names}
     if sum(sizes.values()) > LARGEST:
@@ -57,14 +57,15 @@ def make(root: pathlib.Path, hidden: list[str]) -> Bundle:
         listed = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB" for name in largest)
         total = sum(sizes.values()) / 1e6
         raise Stop(
-            BAD_INPUT, f"the code is {total:.0f} MB, the limit {LARGEST / 1e6:.0f} MB: {listed}"
+            BAD_INPUT,
+            f"code is {total:.0f} MB, the limit is {LARGEST / 1e6:.0f} MB; largest: {listed}",
         )
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in names:
             content = (root / name).read_bytes()
-            if any(value.encode() in content for value in hidden):
-                raise Stop(BAD_INPUT, f"{name} holds the value of a secret: take it out")
+            if any(value.encode() in content for value in redacted):
+                raise Stop(BAD_INPUT, f"{name} contains the value of a secret: remove it")
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             entry.mode = 0o755 if (root / name).stat().st_mode & 0o100 else 0o644
@@ -81,5 +82,5 @@ def describe(root: pathlib.Path) -> str:
 
 
 def changes(root: pathlib.Path) -> str:
-    """What differs from the last commit."""
+    """Return the diff against the last commit."""
     return (_git(root, "diff", "HEAD") or b"").decode(errors="replace")

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.tpu import bundle, doctor, flags, fleet, plan, verbs, worker_commands
+from launch.tpu import bundle, doctor, flags, fleet, verbs, worker_commands
 from launch.tpu.clock import Clock
-from launch.tpu.cloud_tpu import Cloud
+from launch.tpu.cloud_tpu import CloudTpu
 from launch.tpu.exit_codes import DONE, USAGE, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
-from launch.tpu.plan import ROOT, Plan
-from launch.tpu.secret import shown
+from launch.tpu.plan import ROOT, Plan, make_plan
+from launch.tpu.secret import redactable
 from launch.tpu.transport import HOME, LocalWorkers
 
 VERBS: dict[str, Callable[..., int]] = {
@@ -29,7 +29,7 @@ VERBS: dict[str, Callable[..., int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; its exit code, one of exit_codes.py."""
+    """Run a command line; return one of exit_codes.py."""
     words, overrides, after = flags.split(sys.argv[1:] if argv is None else argv)
     try:
         args = flags.parser().parse_args(words)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return VERBS[args.verb](args, after) if args.verb == "ssh" else VERBS[args.verb](args)
         if after:
             raise Stop(
-                USAGE, f"what is {after[0]!r}? fields are overridden by --config.FIELD=VALUE"
+                USAGE, f"unexpected argument {after[0]!r}: override with --config.FIELD=VALUE"
             )
         return run(args, overrides)
     except Stop as stop:
@@ -46,86 +46,86 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args, overrides: list[str]) -> int:
-    made = plan.make(args, overrides)
-    journal = Journal(made.folder)
-    journal.hidden = shown(made.secrets)
+    plan = make_plan(args, overrides)
+    journal = Journal(plan.folder)
+    journal.redacted = redactable(plan.secrets)
     if args.dry_run:
-        for what, text in made.lines:
+        for what, text in plan.summary:
             print(f"{what:8} {text}")
-        print("\n".join(worker_commands.dry_run(made)))
+        print("\n".join(worker_commands.dry_run(plan)))
         return DONE
     if journal.state["result"] == DONE and not args.again:
-        print(f"tpu_vm: {made.run} is done, see {made.workdir}; --again runs it", file=sys.stderr)
+        print(f"tpu_vm: {plan.run} is done, see {plan.workdir}; --again reruns it", file=sys.stderr)
         steps = max(journal.state["progress"].values(), default=0)
-        print(json.dumps({"run": made.run, "result": "done", "code": DONE, "steps": steps}))
+        print(json.dumps({"run": plan.run, "result": "done", "code": DONE, "steps": steps}))
         return DONE
-    if not journal.take():
+    if not journal.acquire_lock():
         raise Stop(
             USAGE,
-            f"process {journal.watcher()} watches {made.run} already: launch/tpu_vm.sh logs -f "
-            f"--name {made.name}",
+            f"process {journal.watcher()} already watches {plan.run}: launch/tpu_vm.sh logs -f "
+            f"--name {plan.name}",
         )
-    (made.folder / "stop").unlink(missing_ok=True)  # of a launcher that had ended already
+    (plan.folder / "stop").unlink(missing_ok=True)  # a request to an earlier launcher
     if args.detach:
-        return detach(made, journal)
-    for what, text in made.lines:
+        return detach(plan, journal)
+    for what, text in plan.summary:
         journal.say(what, text)
     clock = Clock()
-    cloud = Cloud(made.tpu, clock, journal) if made.tpu else None
-    workers = None if cloud else local_workers(made, clock)
-    launcher = Launcher(made, cloud, workers, clock, journal)
-    if launcher.machine:  # other verbs know a run by its notes: not before the machine is its own
-        launcher.machine.claim = lambda: write_request(made, journal)
+    cloud = CloudTpu(plan.tpu, clock, journal) if plan.tpu else None
+    workers = None if cloud else local_workers(plan, clock)
+    launcher = Launcher(plan, cloud, workers, clock, journal)
+    if launcher.machine:  # registers the run, so only once the machine is its own
+        launcher.machine.claim = lambda: write_request(plan, journal)
     else:
-        write_request(made, journal)
+        write_request(plan, journal)
     return launcher.run()
 
 
-def write_request(made: Plan, journal: Journal) -> None:
-    """What was asked for, for whoever looks at the run later, and for the other verbs."""
-    tpu = vars(made.tpu) if made.tpu else None
+def write_request(plan: Plan, journal: Journal) -> None:
+    """Register the run for the other verbs, with its resolved request."""
+    tpu = vars(plan.tpu) if plan.tpu else None
     content = {
-        "run": made.run,
-        "name": made.name,
-        "target": made.target,
-        "config": made.config,
-        "arguments": made.arguments,
-        "workdir": made.workdir,
-        "code": {"sha": made.code.sha, "version": made.code.description},
+        "run": plan.run,
+        "name": plan.name,
+        "target": plan.target,
+        "config": plan.config,
+        "arguments": plan.arguments,
+        "workdir": plan.workdir,
+        "code": {"sha": plan.code.sha, "version": plan.code.description},
         "tpu": tpu,
-        "zones": made.zones,
-        "hosts": made.hosts,
-        "price": made.price,
-        "existing": made.args.existing,
-        "resolved": [text for what, text in made.lines],
+        "zones": plan.zones,
+        "hosts": plan.hosts,
+        "price": plan.price,
+        "existing": plan.args.existing,
+        "resolved": [text for what, text in plan.summary],
     }
     if not journal.put("launch.json", json.dumps(content, indent=1, default=str)):
-        raise Stop(USAGE, f"{made.folder} can't be written: is the disk full?")
+        raise Stop(USAGE, f"cannot write to {plan.folder}: is the disk full?")
     journal.put("changes.diff", bundle.changes(ROOT))
 
 
-def local_workers(made: Plan, clock: Clock) -> LocalWorkers:
-    """The one host that this is, or so many with a home of their own each."""
-    if made.target == "here":
+def local_workers(plan: Plan, clock: Clock) -> LocalWorkers:
+    """Return this host as the worker, or N workers on it with a home folder each."""
+    if plan.target == "here":
         return LocalWorkers([pathlib.Path.home()], "", 0, clock)
-    homes = [made.folder / f"worker-{number}" for number in range(made.hosts)]
-    for home in homes:  # generated and downloaded sets are shared with what runs without a launcher
+    homes = [plan.folder / f"worker-{number}" for number in range(plan.hosts)]
+    for home in homes:  # share datasets with runs outside the launcher
         (home / HOME).mkdir(parents=True, exist_ok=True)
         if not (home / HOME / "data").is_symlink():
             (home / HOME / "data").symlink_to(ROOT / ".data")
     (ROOT / ".data").mkdir(exist_ok=True)
-    return LocalWorkers(homes, str(ROOT / ".venv"), made.args.devices, clock)
+    return LocalWorkers(homes, str(ROOT / ".venv"), plan.args.devices, clock)
 
 
-def detach(made: Plan, journal: Journal) -> int:
-    """The same command in the background, apart from this terminal."""
-    journal.give_up()
-    made.folder.mkdir(parents=True, exist_ok=True)
+def detach(plan: Plan, journal: Journal) -> int:
+    """Rerun the same command in the background, detached from this terminal."""
+    journal.release_lock()
+    plan.folder.mkdir(parents=True, exist_ok=True)
     words = [word for word in sys.argv[1:] if word != "--detach"]
     command = [sys.executable, "-I", str(ROOT / "launch" / "tpu"), *words]
-    with (made.folder / "launcher.log").open("ab") as log:
+    with (plan.folder / "launcher.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    print(f"process {process.pid} watches {made.run}; launch/tpu_vm.sh logs -f --name {made.name}")
+    print(f"process {process.pid} watches {plan.run}; launch/tpu_vm.sh logs -f --name {plan.name}")
     return DONE

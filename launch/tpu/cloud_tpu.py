@@ -1,7 +1,7 @@
-"""The slice in the cloud: how it is, making it, and deleting it until it is gone.
+"""A Cloud TPU resource: its status, creation, and deletion until it is gone.
 
-The answer of `create` is not waited for: it may never come though the machine is there. What counts
-is what `describe` says.
+`create` is asynchronous, and its operation may never finish although the machine exists: only
+`describe` is trusted.
 """
 
 import dataclasses
@@ -19,17 +19,20 @@ from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 
 TERMINAL = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN")
-SICK = ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNKNOWN")
+RECOVERING = ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNKNOWN")
 CODES = {"quota": REFUSED, "zone": REFUSED, "invalid": REFUSED, "api": REFUSED}
 CODES |= {"auth": AUTH, "permission": AUTH, "agent": AUTH, "key": AUTH}
-TRIES, LONGEST = 12, 60  # of an API that doesn't answer; seconds between the last tries
-DELETION = 1200  # seconds that a deletion may take
-EXPIRES = 24 * 3600  # after which `gc` calls a machine forgotten, unless its launcher renews that
+TRIES, LONGEST = 12, 60  # for an API that does not answer; seconds between the last tries
+DELETION = 1200  # seconds a deletion may take
+EXPIRES = 24 * 3600  # seconds until `gc` may delete a machine, unless its launcher renews the label
 
 
-class Look(NamedTuple):
-    """`kind`: absent, waiting, ready, unhealthy (READY, and says so), sick (may recover), gone
-    (never will), failed, foreign (of this name, and not this run's)."""
+class Status(NamedTuple):
+    """The status of a machine.
+
+    `kind` is absent, waiting, ready, unhealthy (READY, but reports poor health), recovering, gone
+    (will not recover), failed (the request was), or not_ours (the name belongs to another run).
+    """
 
     kind: str
     detail: str
@@ -39,26 +42,26 @@ class Look(NamedTuple):
 
 
 def refuse(error: ApiError) -> Stop:
-    """What ends the launcher for an error that waiting does not mend."""
+    """Return the Stop for an error that waiting cannot mend, with its remedy."""
     remedy = gcloud.REMEDIES.get(error.kind, "")
     return Stop(CODES.get(error.kind, INFRASTRUCTURE), f"{error}; {remedy}".rstrip("; "))
 
 
 def count_hosts(node: dict) -> int:
-    """A node with several network cards lists each of them."""
-    ends, cards = node.get("networkEndpoints", []), node.get("networkConfigs", [])
-    return len(ends) // max(1, len(cards))
+    """Count a node's hosts: it lists one endpoint for each network card of each host."""
+    endpoints, cards = node.get("networkEndpoints", []), node.get("networkConfigs", [])
+    return len(endpoints) // max(1, len(cards))
 
 
-class Cloud:
-    """The slices of `tpu`. `owned`: made by this program, and so deleted by it."""
+class CloudTpu:
+    """The slices of `tpu`. `owned`: created by this launcher, which may delete them."""
 
     def __init__(self, tpu: Tpu, clock: Clock, journal: Journal, owned: bool = False):
         self.tpu, self.clock, self.journal, self.owned = tpu, clock, journal, owned
-        self.missing = 0  # looks in a row that missed a node
+        self.missing = 0  # consecutive status checks in which a node was missing
 
     def call(self, argv: list[str], patience: int = TRIES) -> bytes:
-        """gcloud's output. Raises ApiError; what may pass is tried again before."""
+        """Run gcloud and return its output, retrying transient errors. Raises ApiError."""
         delay = 1.0
         while True:
             self.journal.write("gcloud", argv=argv)
@@ -75,8 +78,8 @@ class Cloud:
             self.clock.sleep(delay * random.uniform(0.8, 1.2))
             delay = min(2 * delay, LONGEST)
 
-    def read(self, argv: list[str], patience: int = TRIES) -> dict | None:
-        """What a describe command says; None where there is nothing. Raises Stop for a refusal."""
+    def read_json(self, argv: list[str], patience: int = TRIES) -> dict | None:
+        """Run a describe command; None if the resource does not exist. Raises Stop if refused."""
         try:
             return json.loads(self.call(argv, patience))
         except ApiError as error:
@@ -84,98 +87,108 @@ class Cloud:
                 return None
             raise refuse(error) from None
         except ValueError:
-            raise Stop(INFRASTRUCTURE, f"no JSON came from: {gcloud.line(argv)}") from None
+            raise Stop(INFRASTRUCTURE, f"invalid JSON from: {gcloud.line(argv)}") from None
 
-    def is_ours(self, marks: dict) -> bool:
-        """Whether what has these labels is this run's; of any run where none is known."""
+    def is_ours(self, labels: dict) -> bool:
+        """Return whether these labels are this run's, or any run's if the run is unknown."""
         run = self.tpu.labels.get("run")
-        return marks.get("managed-by") == "vit_scale" and run in (None, marks.get("run"))
+        return labels.get("managed-by") == "vit_scale" and run in (None, labels.get("run"))
 
-    def look(self, patience: int = TRIES) -> Look:
-        found = self.read(gcloud.describe(self.tpu), patience)
+    def status(self, patience: int = TRIES) -> Status:
+        resource = self.read_json(gcloud.describe(self.tpu), patience)
         if self.tpu.queue:
-            return self._request(found, patience) if found else self._without_request(patience)
-        if found is None:
-            return Look("absent", "there is none")
-        if found.get("queuedResource") and self.is_ours(found.get("labels", {})):
-            self.tpu = dataclasses.replace(self.tpu, queue=True)  # it was asked for in another way
-            return self.look(patience)
-        return self._node(self.tpu.name, found)
+            return (
+                self._request(resource, patience) if resource else self._without_request(patience)
+            )
+        if resource is None:
+            return Status("absent", f"TPU {self.tpu.name} does not exist")
+        if resource.get("queuedResource") and self.is_ours(resource.get("labels", {})):
+            self.tpu = dataclasses.replace(self.tpu, queue=True)  # requested by a queue
+            return self.status(patience)
+        return self._node(self.tpu.name, resource)
 
-    def _without_request(self, patience: int) -> Look:
-        """A node may outlive what asked for it; or be made without; or be another's."""
+    def _without_request(self, patience: int) -> Status:
+        """Check for nodes without a request: left over, created without a queue, or another's."""
         for name in self.tpu.nodes:
-            node = self.read(gcloud.describe_node(self.tpu, name), patience)
+            node = self.read_json(gcloud.describe_node(self.tpu, name), patience)
             if node is None:
                 continue
-            look = self._node(name, node)
-            if self._is_left(node):
-                return look._replace(kind="gone", detail=f"node {name} is left of its request")
-            if self.is_ours(look.labels) and self.tpu.slices == 1:
+            status = self._node(name, node)
+            if self._is_leftover(node):
+                return status._replace(
+                    kind="gone", detail=f"node {name} outlived its queued resource"
+                )
+            if self.is_ours(status.labels) and self.tpu.slices == 1:
                 self.tpu = dataclasses.replace(self.tpu, queue=False)
-                return look
-            return look._replace(kind="foreign", detail=f"a TPU VM {name} that is not of it")
-        return Look("absent", "there is none")
+                return status
+            return status._replace(
+                kind="not_ours", detail=f"TPU VM {name} does not belong to this run"
+            )
+        return Status("absent", f"TPU {self.tpu.name} does not exist")
 
-    def _is_left(self, node: dict) -> bool:
-        """Whether the node is of this request, which is no more."""
-        marks, request = node.get("labels", {}), node.get("queuedResource", "")
-        named = request.rpartition("/")[2] == self.tpu.name and not marks.get("run")
-        return bool(request) and (named or self.is_ours(marks))
+    def _is_leftover(self, node: dict) -> bool:
+        """Return whether the node belongs to this request, which no longer exists."""
+        labels, request = node.get("labels", {}), node.get("queuedResource", "")
+        named = request.rpartition("/")[2] == self.tpu.name and not labels.get("run")
+        return bool(request) and (named or self.is_ours(labels))
 
-    def _request(self, found: dict, patience: int) -> Look:
-        state = found.get("state", {}).get("state", "")
-        spec, labels = specs(found), marks_of(found)
+    def _request(self, request: dict, patience: int) -> Status:
+        state = request.get("state", {}).get("state", "")
+        spec, labels = node_specs(request), labels_of(request)
         names = [
             entry.get("nodeId") or name for entry, name in zip(spec, self.tpu.nodes, strict=False)
         ]
         if state == "FAILED":
-            error = found["state"].get("failedData", {}).get("error", {}).get("message", "")
-            return Look("failed", error or "the request FAILED", labels=labels)
+            error = request["state"].get("failedData", {}).get("error", {}).get("message", "")
+            return Status("failed", error or "the queued resource FAILED", labels=labels)
         if state in ("SUSPENDING", "SUSPENDED", "DELETING"):
-            return Look("gone", f"its request is {state}", labels=labels)
+            return Status("gone", f"its queued resource is {state}", labels=labels)
         if state != "ACTIVE":
-            return Look("waiting", state or "no state yet", labels=labels)
-        look = self._nodes(names, patience)
-        return look if look.labels else look._replace(labels=labels)
+            return Status("waiting", state or "no state reported yet", labels=labels)
+        status = self._nodes(names, patience)
+        return status if status.labels else status._replace(labels=labels)
 
-    def _nodes(self, names: list[str], patience: int) -> Look:
-        found = {name: self.read(gcloud.describe_node(self.tpu, name), patience) for name in names}
-        # It may not be listed yet, or be gone while its request says nothing.
-        self.missing = 0 if all(found.values()) else self.missing + 1
+    def _nodes(self, names: list[str], patience: int) -> Status:
+        described = {
+            name: self.read_json(gcloud.describe_node(self.tpu, name), patience) for name in names
+        }
+        # It may not be listed yet, or be gone although its request is still ACTIVE.
+        self.missing = 0 if all(described.values()) else self.missing + 1
         kind = "gone" if self.missing >= 3 else "waiting"
-        looks = [
-            self._node(name, node) if node else Look(kind, f"node {name} is not there")
-            for name, node in found.items()
+        statuses = [
+            self._node(name, node) if node else Status(kind, f"node {name} does not exist")
+            for name, node in described.items()
         ]
-        hosts = [host for look in looks for host in look.hosts]
-        for kind in ("gone", "sick", "waiting", "unhealthy"):
-            for look in looks:
-                if look.kind == kind:
-                    return look._replace(hosts=hosts)
-        return looks[0]._replace(hosts=hosts)
+        hosts = [host for status in statuses for host in status.hosts]
+        for kind in ("gone", "recovering", "waiting", "unhealthy"):
+            for status in statuses:
+                if status.kind == kind:
+                    return status._replace(hosts=hosts)
+        return statuses[0]._replace(hosts=hosts)
 
-    def _node(self, name: str, node: dict) -> Look:
+    def _node(self, name: str, node: dict) -> Status:
         state, health = node.get("state", "UNKNOWN"), node.get("health", "")
-        known: dict = {"created": node.get("createTime", ""), "labels": node.get("labels", {})}
-        known["hosts"] = [(name, count_hosts(node))]
+        common: dict = {"created": node.get("createTime", ""), "labels": node.get("labels", {})}
+        common["hosts"] = [(name, count_hosts(node))]
         if state in TERMINAL:
-            return Look("gone", f"node {name} is {state}", **known)
-        if state in SICK:
-            return Look("sick", f"node {name} is {state}", **known)
+            return Status("gone", f"node {name} is {state}", **common)
+        if state in RECOVERING:
+            return Status("recovering", f"node {name} is {state}", **common)
         if state != "READY":
-            return Look("waiting", f"node {state}", **known)
+            return Status("waiting", f"node {state}", **common)
         if health.startswith("UNHEALTHY"):
-            said = node.get("healthDescription") or health
-            return Look("unhealthy", f"node {name}: {said}", **known)
-        return Look("ready", "node READY", **known)
+            description = node.get("healthDescription") or health
+            return Status("unhealthy", f"node {name}: {description}", **common)
+        return Status("ready", "node READY", **common)
 
     def create(self) -> bool:
-        """Ask for it; False where there is one, whosever that is. Raises Stop, or ApiError for a
-        stockout."""
-        self.journal.say("acquire", f"asking for {self.tpu.name} in {self.tpu.zone}")
-        marks = {**self.tpu.labels, "expires": expiry()}
-        self.tpu = dataclasses.replace(self.tpu, labels=marks)
+        """Request the machine; False if the name exists already, whoever owns it.
+
+        Raises Stop, or ApiError for a stockout.
+        """
+        self.journal.say("acquire", f"requesting {self.tpu.name} in {self.tpu.zone}")
+        labels = {**self.tpu.labels, "expires": expiry()}
+        self.tpu = dataclasses.replace(self.tpu, labels=labels)
         try:
             self.call(gcloud.create(self.tpu), patience=5)
         except ApiError as error:
@@ -187,35 +200,35 @@ class Cloud:
         return True
 
     def delete(self) -> None:
-        """Delete it, and return when it is gone. Raises Stop where that does not happen."""
+        """Delete it and wait until it is gone. Raises Stop if it remains."""
         if not self.owned:
             return
-        began, told = self.clock.now(), False
+        began, requested = self.clock.now(), False
         while self.clock.now() - began < DELETION:
-            found = self._exists()
-            if found is None:
+            resource = self._exists()
+            if resource is None:
                 self.journal.write("deleted", zone=self.tpu.zone)
                 return
-            if not told or "DELETING" not in json.dumps(found.get("state", "")):
-                told = self._ask_to_delete() or told
+            if not requested or "DELETING" not in json.dumps(resource.get("state", "")):
+                requested = self._ask_to_delete() or requested
             self.clock.sleep(10)
         raise Stop(
             INFRASTRUCTURE,
-            f"{self.tpu.name} is still there {clocks.text(DELETION)} after its deletion began; "
+            f"{self.tpu.name} still exists {clocks.text(DELETION)} after its deletion began; "
             f"run: {gcloud.line(gcloud.delete(self.tpu))}",
         )
 
     def _exists(self) -> dict | None:
-        """The request or a node of it, as long as there is any; another's of that name is none."""
-        found = self.read(gcloud.describe(self.tpu))
-        if found is None and self.tpu.queue:  # a node may outlive what asked for it
+        """Return the request or one of its nodes, or None; another run's machine does not count."""
+        resource = self.read_json(gcloud.describe(self.tpu))
+        if resource is None and self.tpu.queue:  # a node may outlive its request
             for name in self.tpu.nodes:
-                node = self.read(gcloud.describe_node(self.tpu, name))
-                if node and self._is_left(node):
-                    found = node
+                node = self.read_json(gcloud.describe_node(self.tpu, name))
+                if node and self._is_leftover(node):
+                    resource = node
                     self._delete_node(name)
-            return found
-        return found if found and self.is_ours(marks_of(found)) else None
+            return resource
+        return resource if resource and self.is_ours(labels_of(resource)) else None
 
     def _delete_node(self, node: str) -> None:
         one = gcloud.Tpu(node, self.tpu.zone, self.tpu.project, "", "", queue=False)
@@ -234,7 +247,7 @@ class Cloud:
         return True
 
     def renew(self) -> None:
-        """Say that the machine is still wanted; where that can't be said, `gc` asks before."""
+        """Renew the expiry label. A failure is harmless: `gc` also asks the workers."""
         for node in self.tpu.nodes:
             try:
                 self.call(gcloud.renew(self.tpu, node, expiry()), patience=1)
@@ -242,13 +255,13 @@ class Cloud:
                 self.journal.write("renew", error=str(error))
 
 
-def specs(request: dict) -> list[dict]:
+def node_specs(request: dict) -> list[dict]:
     return request.get("tpu", {}).get("nodeSpec") or [{}]
 
 
-def marks_of(found: dict) -> dict:
-    """The labels of a node, or of a request's nodes."""
-    return found.get("labels") or specs(found)[0].get("node", {}).get("labels", {})
+def labels_of(resource: dict) -> dict:
+    """Return the labels of a node, or of a request's first node."""
+    return resource.get("labels") or node_specs(resource)[0].get("node", {}).get("labels", {})
 
 
 def expiry() -> str:
@@ -256,11 +269,11 @@ def expiry() -> str:
 
 
 def owner() -> str:
-    """Who uses this program here, as a label says it."""
+    """Return the user's name as a label value."""
     name = os.environ.get("USER", "unknown").lower()
     return "".join(c if c.isalnum() else "-" for c in name)[:63]
 
 
 def labels(run: str) -> dict[str, str]:
-    """What marks a machine as this program's; lower case, digits, - and _."""
+    """Return the labels that mark a machine as created for `run`."""
     return {"managed-by": "vit_scale", "run": run, "owner": owner(), "expires": expiry()}

@@ -1,7 +1,7 @@
-"""Why an attempt ended: one worker is the cause; others end because of it, and say more.
+"""Diagnose why an attempt ended: one worker is the cause, the others exit because of it.
 
-The cause is the earliest end that is not collateral. What says so is a table, read from the top;
-the trainer's own last words (watch.py) are believed before its exit code.
+The cause is the earliest exit that is not collateral. Tables of log signatures are read from the
+top; the trainer's own final message, in its heartbeat, outranks its exit code.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from launch.tpu.exit_codes import DIVERGED, DONE, RESUMABLE, TPU_HELD, TRAINER_USAGE
 
-# (pattern in the log's last lines, kind, needs another code than 0)
+# (pattern in the end of the log, kind), unless the exit code is 0
 SIGNATURES = (
     (
         r"already in use by process with pid|libtpu multi-process lockfile"
@@ -20,35 +20,37 @@ SIGNATURES = (
     (r"No space left on device|Disk quota exceeded", "disk"),
     (r"RESOURCE_EXHAUSTED.*(hbm|memory)", "user"),
 )
-# What a worker says that ends because of another one.
+# Messages of a worker that exits because of another one.
 COLLATERAL = (
     r"PollForError|Barrier timed out|Gloo .*failed|Polled an error from coordination service"
     r"|Connection closed by peer|Connection reset by peer|heartbeat timeout"
-    r"|vit-scale: process \d+[ :(]|did not all meet within"
+    r"|vit-scale: process \d+[ :(]|processes connected within"
 )
-# What every worker says where their code, data or folders differ, in its own words or in another's:
-# a mistake that no other machine mends.
-DISAGREE = r"would train something else than process 0|is not the same folder on process \d+"
+# Messages of every worker if code, data or folders differ between hosts, its own or another's: a
+# restart cannot help.
+DISAGREE = (
+    r"hosts disagree: process \d+ differs from process 0|is not the same folder on process \d+"
+)
 NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 
-class End(NamedTuple):
-    """How one worker's attempt ended."""
+class WorkerExit(NamedTuple):
+    """How the attempt ended on one worker."""
 
     worker: int
-    code: int | None  # None: it vanished, or had to be stopped
-    at: float  # seconds of the launcher's clock
-    tail: str  # last lines of its log
-    words: str = ""  # of its heartbeat
-    stopped: bool = False  # by the launcher, after the others had ended
-    why: str = ""  # what the launcher saw, where it speaks for the worker
+    code: int | None  # None: it vanished or had to be stopped
+    at: float  # seconds, launcher's clock
+    tail: str  # end of its log
+    message: str = ""  # final message of the trainer, from its heartbeat
+    stopped: bool = False  # by the launcher, after another worker had ended
+    reason: str = ""  # what the launcher observed, if that decides
 
 
 class Cause(NamedTuple):
     kind: str  # done | user | fatal | input | infra | busy | port | disk | preempted | resumable
     worker: int | None
     line: str
-    signature: str  # the same for the same failure
+    signature: str  # equal for equal failures
 
     @property
     def text(self) -> str:
@@ -56,7 +58,7 @@ class Cause(NamedTuple):
 
 
 def last_line(tail: str) -> str:
-    """The line that says why: the trainer's own, else the last of a traceback, else the last."""
+    """Return the trainer's last message, else the last exception, else the last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", tail) if not NOISE.search(line)]
     own = [line for line in lines if line.startswith("vit-scale: ")]
     if own:
@@ -67,33 +69,33 @@ def last_line(tail: str) -> str:
     return lines[-1] if lines else ""
 
 
-def disagrees(end: End) -> bool:
-    """Whether it ended because the hosts have not the same code, config, data or folder."""
+def is_mismatch(end: WorkerExit) -> bool:
+    """Return whether it exited because code, config, data or folder differ between hosts."""
     if end.code in (None, DONE, RESUMABLE):
         return False
-    return bool(re.search(DISAGREE, f"{end.words}\n{last_line(end.tail)}"))
+    return bool(re.search(DISAGREE, f"{end.message}\n{last_line(end.tail)}"))
 
 
-def collateral(end: End) -> bool:
-    if disagrees(end) and not end.why:
-        return False  # also where another one has found it out
-    if end.stopped or end.code == 134 or end.words.startswith("process "):
+def is_collateral(end: WorkerExit) -> bool:
+    if is_mismatch(end) and not end.reason:
+        return False  # even if another worker detected it
+    if end.stopped or end.code == 134 or end.message.startswith("process "):
         return True
-    if end.code in (None, DONE, RESUMABLE, DIVERGED) and not end.words:
+    if end.code in (None, DONE, RESUMABLE, DIVERGED) and not end.message:
         return bool(re.search(COLLATERAL, end.tail)) and end.code == RESUMABLE
     return bool(re.search(COLLATERAL, last_line(end.tail)))
 
 
-def kind(end: End) -> str:
+def classify(end: WorkerExit) -> str:
     if end.code == TPU_HELD:
         return "busy"
     if end.code in (DIVERGED, TRAINER_USAGE):
         return "fatal"
-    if disagrees(end):
+    if is_mismatch(end):
         return "input"
-    for pattern, found in SIGNATURES:
+    for pattern, kind in SIGNATURES:
         if end.code != 0 and re.search(pattern, end.tail):
-            return found
+            return kind
     if end.code == RESUMABLE:
         return "resumable"
     if end.code is None or end.code == 0 or end.code >= 127:
@@ -101,22 +103,22 @@ def kind(end: End) -> str:
     return "user"
 
 
-def cause(ends: list[End]) -> Cause:
-    """The cause of an attempt's end, from how every worker of it ended."""
+def diagnose(ends: list[WorkerExit]) -> Cause:
+    """Return the cause of an attempt's end, given every worker's exit."""
     if all(end.code == 0 for end in ends):
         return Cause("done", None, "all workers have finished", "done")
-    failed = [end for end in ends if end.code != 0 or end.why]
-    own = [end for end in failed if not collateral(end)]
-    # All stop together for a signal: who got it is no failure. Any other end was before that.
+    failed = [end for end in ends if end.code != 0 or end.reason]
+    own = [end for end in failed if not is_collateral(end)]
+    # A signal to one worker stops all with RESUMABLE: any other exit is the cause.
     own = [end for end in own if end.code != RESUMABLE] or own
     first = min(own or failed, key=lambda end: end.at)
-    found = kind(first) if own else "infra"
-    said = first.why or first.words or last_line(first.tail) or "it said nothing"
-    line = f"{_how(first)}: {said}"
-    return Cause(found, first.worker, line, signature(first.code, said))
+    kind = classify(first) if own else "infra"
+    message = first.reason or first.message or last_line(first.tail) or "no message"
+    line = f"{_describe_exit(first)}: {message}"
+    return Cause(kind, first.worker, line, signature(first.code, message))
 
 
-def _how(end: End) -> str:
+def _describe_exit(end: WorkerExit) -> str:
     if end.code is None:
         return "lost"
     if end.code > 128:
@@ -125,5 +127,5 @@ def _how(end: End) -> str:
 
 
 def signature(code: int | None, line: str) -> str:
-    """The same for the same failure: numbers and addresses differ from one time to the next."""
+    """Return the message without numbers and addresses, which differ between equal failures."""
     return f"{code}: " + re.sub(r"0x[0-9a-f]+|\d+", "N", line)[:200]

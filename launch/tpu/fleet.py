@@ -1,4 +1,4 @@
-"""The machines of this program in the cloud, whoever has started them: list, delete, gc."""
+"""All machines that launchers created, whoever ran them: the verbs list, delete and gc."""
 
 import argparse
 import dataclasses
@@ -12,58 +12,59 @@ from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, USAGE, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
-from launch.tpu.run_registry import FOLDER, Known, whose
-from launch.tpu.transport import HOME, GcloudWorkers, command, on_all
+from launch.tpu.run_registry import FOLDER, RegisteredRun, describe_owner
+from launch.tpu.transport import HOME, GcloudWorkers, agent_command, on_all
 
-LEFT = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
+DEAD_STATES = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
-LATELY = 900  # seconds
+RECENT = 900  # seconds since a launcher last asked a worker
 NOT_REACHED = "in use, not reached"
 
 
 def delete(args: argparse.Namespace) -> int:
-    """Delete a machine of this program, also one that this machine has no notes of."""
-    found, known = wanted(args)
-    look = found.look()
-    if look.kind == "absent":
-        print(f"{found.tpu.name}: {look.detail}", file=sys.stderr)
+    """Delete a machine, even one whose run is not in this clone's registry."""
+    cloud, registered = find_machine(args)
+    status = cloud.status()
+    if status.kind == "absent":
+        print(status.detail, file=sys.stderr)
         return DONE
-    marks = look.labels
-    if marks.get("managed-by") != "vit_scale":
-        raise Stop(USAGE, f"{found.tpu.name} was not made by this program: it is not deleted")
-    owner = marks.get("owner", "")
-    own = found.is_ours(marks) and (known or owner == cloud_tpu.owner())
+    labels = status.labels
+    if labels.get("managed-by") != "vit_scale":
+        raise Stop(USAGE, f"{cloud.tpu.name} was not created by this launcher: not deleted")
+    owner = labels.get("owner", "")
+    own = cloud.is_ours(labels) and (registered or owner == cloud_tpu.owner())
     if not own and args.owner not in ("all", owner):
         raise Stop(
             USAGE,
-            f"{found.tpu.name} is not deleted: {whose(marks)}; give --owner {owner} to do so",
+            f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}; to delete it, give "
+            f"--owner {owner}",
         )
-    found.tpu = dataclasses.replace(found.tpu, labels={"run": marks.get("run", "")})
-    look = found.look()  # now that its run is known, it may be seen to be a node without a request
-    if not confirmed(args, f"delete {found.tpu.name} ({look.detail}; {whose(marks)})"):
+    cloud.tpu = dataclasses.replace(cloud.tpu, labels={"run": labels.get("run", "")})
+    status = cloud.status()  # with its run known, a node without a request is recognised
+    if not confirm(args, f"delete {cloud.tpu.name} ({status.detail}; it {describe_owner(labels)})"):
         return DONE
-    found.delete()
-    print(f"{found.tpu.name} is deleted", file=sys.stderr)
+    cloud.delete()
+    print(f"{cloud.tpu.name} deleted", file=sys.stderr)
     return DONE
 
 
-def wanted(args: argparse.Namespace) -> tuple[cloud_tpu.Cloud, bool]:
-    """The machine that is to be deleted; and whether this machine has notes of its run."""
+def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
+    """Return the machine to delete, and whether its run is in this clone's registry."""
     try:
-        known = Known(args)
+        run = RegisteredRun(args)
     except Stop:
         if not (args.zone and args.name):
             raise
-        project = flags.Values(args, ROOT).of_gcloud("project", "project")
+        project = flags.Values(args, ROOT).get_or_gcloud("project", "project")
         tpu = Tpu(args.name, args.zone, project, "", "", queue=not args.no_queue)
         journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
-        return cloud_tpu.Cloud(tpu, Clock(), journal, owned=True), False
-    if known.cloud is None or not known.cloud.owned:
-        raise Stop(USAGE, "this run's machine was not made by this program: it is not deleted")
-    return known.cloud, True
+        return cloud_tpu.CloudTpu(tpu, Clock(), journal, owned=True), False
+    if run.cloud is None or not run.cloud.owned:
+        raise Stop(USAGE, "this run's machine was not created by this launcher: not deleted")
+    return run.cloud, True
 
 
-def confirmed(args: argparse.Namespace, what: str) -> bool:
+def confirm(args: argparse.Namespace, what: str) -> bool:
     if args.yes:
         return True
     if not sys.stdin.isatty():
@@ -72,17 +73,17 @@ def confirmed(args: argparse.Namespace, what: str) -> bool:
 
 
 class Machine:
-    """A machine with this program's labels, in some zone."""
+    """A machine with the launcher's labels."""
 
     def __init__(self, tpu: Tpu, state: str, labels: dict, created: str, kind: str):
         self.state, self.labels, self.kind = state, labels, kind
         self.tpu = dataclasses.replace(tpu, labels={"run": labels.get("run", "")})
         self.hours = billing.age(created) / 3600
         expires = labels.get("expires", "")
-        # A request has no label that could be renewed, and may wait for days.
+        # A queued request has no label to renew, and may wait for days.
         past = expires.isdigit() and int(expires) < time.time()
         self.expired = past and state not in QUEUED
-        self.left = state in LEFT
+        self.left = state in DEAD_STATES
 
     @property
     def price(self) -> float | None:
@@ -105,63 +106,58 @@ class Machine:
         }
 
 
-def machines(args: argparse.Namespace) -> list[Machine]:
-    """Every machine of this program in the zones: requests, and nodes without one."""
+def list_machines(args: argparse.Namespace) -> list[Machine]:
+    """List the launcher's machines in the zones: requests, and nodes without one."""
     values = flags.Values(args, ROOT)
-    project = values.of_gcloud("project", "project")
-    zones = values.of_gcloud("zone", "compute/zone").split(",")
+    project = values.get_or_gcloud("project", "project")
+    zones = values.get_or_gcloud("zone", "compute/zone").split(",")
     if not zones[0]:
-        raise Stop(USAGE, "--zones a,b is needed: machines are looked for zone by zone")
-    found = []
-    asked = cloud_tpu.Cloud(Tpu("", "", "", "", ""), Clock(), Journal(FOLDER / "list", quiet=True))
+        raise Stop(USAGE, "--zones a,b is required: machines are listed zone by zone")
+    machines: list[Machine] = []
+
+    def add(name: str, nodes: list[dict], fallback: dict, **options) -> None:
+        """Add a machine; what its nodes do not report comes from `fallback`."""
+        tpu = Tpu(name, zone, project, "", "", iap=args.iap, internal_ip=args.internal_ip)
+        keys = ("labels", "createTime", "acceleratorType")
+        values = [next((node[key] for node in nodes if node.get(key)), None) for key in keys]
+        labels, created, kind = (
+            value or fallback.get(key) for key, value in zip(keys, values, strict=True)
+        )
+        states = [node["state"] for node in nodes if node.get("state") in DEAD_STATES]
+        state = next(iter(states), fallback.get("state", ""))
+        tpu = dataclasses.replace(tpu, **options)
+        machines.append(Machine(tpu, state, labels or {}, created or "", kind or ""))
+
     for zone in zones:
-        requests = read_list(asked, gcloud.listing("queued-resources", zone, project))
-        nodes = read_list(asked, gcloud.listing("tpu-vm", zone, project))
-        made = {last(node["name"]): node for node in nodes}
+        requests = read_list(gcloud.listing("queued-resources", zone, project))
+        listed = read_list(gcloud.listing("tpu-vm", zone, project))
+        nodes = {base_name(node["name"]): node for node in listed}
         for request in requests:
-            specs = request.get("tpu", {}).get("nodeSpec", [{}])
-            node = specs[0].get("node", {})
-            tpu = Tpu(last(request["name"]), zone, project, "", "", slices=len(specs))
-            tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
-            there = [made.pop(spec.get("nodeId", ""), None) for spec in specs]
-            labels = next(
-                (n["labels"] for n in there if n and n.get("labels")), node.get("labels", {})
-            )
-            created = next(
-                (n["createTime"] for n in there if n and n.get("createTime")),
-                request.get("createTime", ""),
-            )
-            state = request.get("state", {}).get("state", "")
-            state = next((n["state"] for n in there if n and n.get("state") in LEFT), state)
-            found.append(Machine(tpu, state, labels, created, node.get("acceleratorType", "")))
-        for name, node in made.items():
-            tpu = Tpu(name, zone, project, "", "", queue=False)
-            tpu = dataclasses.replace(tpu, iap=args.iap, internal_ip=args.internal_ip)
-            found.append(
-                Machine(
-                    tpu,
-                    node.get("state", ""),
-                    node.get("labels", {}),
-                    node.get("createTime", ""),
-                    node.get("acceleratorType", ""),
-                )
-            )
-    return [machine for machine in found if machine.labels.get("managed-by") == "vit_scale"]
+            specs = cloud_tpu.node_specs(request)
+            own = [nodes.pop(spec.get("nodeId", ""), {}) for spec in specs]
+            fallback = {**request, **specs[0].get("node", {})}
+            fallback["state"] = request.get("state", {}).get("state", "")
+            add(base_name(request["name"]), own, fallback, slices=len(specs))
+        for name, node in nodes.items():
+            add(name, [node], node, queue=False)
+    return [machine for machine in machines if machine.labels.get("managed-by") == "vit_scale"]
 
 
-def read_list(asked: cloud_tpu.Cloud, argv: list[str]) -> list[dict]:
+def read_list(argv: list[str]) -> list[dict]:
+    journal = Journal(FOLDER / "list", quiet=True)
+    client = cloud_tpu.CloudTpu(Tpu("", "", "", "", ""), Clock(), journal)
     try:
-        return json.loads(asked.call(argv) or b"[]")
+        return json.loads(client.call(argv) or b"[]")
     except ApiError as error:
         raise cloud_tpu.refuse(error) from None
 
 
-def last(name: str) -> str:
+def base_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
 def listing(args: argparse.Namespace) -> int:
-    rows = [machine.as_json() for machine in machines(args)]
+    rows = [machine.as_json() for machine in list_machines(args)]
     if args.owner not in ("", "all"):
         rows = [row for row in rows if row["owner"] == args.owner]
     if args.json:
@@ -170,28 +166,28 @@ def listing(args: argparse.Namespace) -> int:
     for entry in rows:
         print("  ".join(f"{key} {value}" for key, value in entry.items() if value is not None))
     if not rows:
-        print("no machine of this program is there", file=sys.stderr)
+        print("no machines found", file=sys.stderr)
     return DONE
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Delete what is forgotten: each machine is shown, and asked about unless --yes is given."""
+    """Delete forgotten machines, each after confirmation unless --yes is given."""
     code, mine = DONE, args.owner or cloud_tpu.owner()
-    for machine in machines(args):
+    for machine in list_machines(args):
         text = json.dumps(machine.as_json())
         if mine not in ("all", machine.labels.get("owner")):
             print(f"another's: {text}")
             continue
-        wanted = machine.expired or (machine.left and not args.expired)
-        use = "in use" if not wanted else "" if machine.left else in_use(machine)
+        find_machine = machine.expired or (machine.left and not args.expired)
+        use = "in use" if not find_machine else "" if machine.left else in_use(machine)
         if use:
             print(f"{use}: {text}")
             continue
-        if not confirmed(args, f"delete {text}"):
+        if not confirm(args, f"delete {text}"):
             continue
         journal = Journal(FOLDER / "list", quiet=True)
         try:
-            cloud_tpu.Cloud(machine.tpu, Clock(), journal, owned=True).delete()
+            cloud_tpu.CloudTpu(machine.tpu, Clock(), journal, owned=True).delete()
             print(f"deleted: {text}")
         except Stop as stop:
             print(f"NOT deleted: {text}: {stop}")
@@ -200,27 +196,29 @@ def collect(args: argparse.Namespace) -> int:
 
 
 def in_use(machine: Machine) -> str:
-    """How a machine is in use, whatever its labels say: they can't always be renewed; "" if not.
+    """Describe how a machine is in use, or return "" if it is not.
 
-    It is not where each worker says that nothing runs there, and that no launcher has asked lately.
+    It is unused if every worker reports that nothing runs and that no launcher has asked recently.
+    Its labels do not decide: they cannot always be renewed.
     """
     clock = Clock()
-    look = cloud_tpu.Cloud(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).look()
-    if look.kind in ("absent", "gone", "failed"):
+    status = cloud_tpu.CloudTpu(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).status()
+    if status.kind in ("absent", "gone", "failed"):
         return ""
-    workers = GcloudWorkers(machine.tpu, look.hosts, clock, lambda argv: None)
-    ask = command("status", machine.labels.get("run", ""), "last")
+    workers = GcloudWorkers(machine.tpu, status.hosts, clock, lambda argv: None)
+    ask = agent_command("status", machine.labels.get("run", ""), "last")
     line = f"if test -e {HOME}/agent.sh; then {ask}; else echo '#STATUS state=absent'; fi"
     answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
-    said = [result.out.decode(errors="replace") for result in answers.values()]
-    if any("state=running" in text or watched(text, clock) for text in said):
+    texts = [result.out.decode(errors="replace") for result in answers.values()]
+    if any("state=running" in text or watched(text, clock) for text in texts):
         return "in use"
     reached = all(result.code == 0 for result in answers.values())
-    return "" if reached and said and all("#STATUS" in text for text in said) else NOT_REACHED
+    idle = reached and texts and all("#STATUS" in text for text in texts)
+    return "" if idle else NOT_REACHED
 
 
 def watched(status: str, clock: Clock) -> bool:
-    """Whether a launcher has asked this worker lately."""
+    """Return whether a launcher has asked this worker recently."""
     asked = status.partition("#SITTER ")[2].split("\n")[0].split()[1:]
     now = status.partition("now=")[2].split()[:1]
-    return bool(asked and now) and (float(now[0]) - float(asked[0])) / clock.scale < LATELY
+    return bool(asked and now) and (float(now[0]) - float(asked[0])) / clock.scale < RECENT

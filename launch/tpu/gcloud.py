@@ -1,8 +1,8 @@
-"""gcloud's commands: one builder each, which a dry run prints and a real run runs; and its errors.
+"""Build and run gcloud commands, and classify their errors.
 
-gcloud decides by text what happened, with the same code for opposite remedies, so that the table of
-ERRORS matches text. `ssh --worker=all` is never used: it hides which host failed, runs a command
-again where a connection broke, and does not return where one host hangs.
+gcloud uses one exit code for errors with opposite remedies, so ERRORS matches their text.
+`ssh --worker=all` is never used: it hides which host failed, reruns a command after a dropped
+connection, and does not return while one host hangs.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ SSH = (
     "-oBatchMode=yes",
 )
 
-# The first pattern that is found decides.
+# (pattern, kind): the first match decides.
 ERRORS = (
     (r"has terminal state|currently in state .?PREEMPTED", "gone"),
     (r"no more capacity in the zone|not enough resources available|stockout", "stockout"),
@@ -43,30 +43,30 @@ ERRORS = (
     (r"NOT_FOUND|was not found|not found: projects", "absent"),
     (r"INVALID_ARGUMENT|is not a valid|Invalid value|unrecognized arguments", "invalid"),
 )
-# gcloud says so after each 401, 403 and 404, whatever the reason was.
+# gcloud appends this to every 401, 403 and 404.
 ACCOUNT = re.compile(r"[. ]*This command is authenticated (as|with) [^\n]*")
 REMEDIES = {
-    "quota": "ask for quota (console, IAM & Admin, Quotas), take another zone or type, or look for "
+    "quota": "request quota (console: IAM & Admin, Quotas), choose another zone or type, or delete "
     "leftovers that still use it: launch/tpu_vm.sh gc",
     "auth": "run: gcloud auth login",
     "agent": "run: ssh-add ~/.ssh/google_compute_engine",
-    "key": "the machine does not take this account's key: gcloud compute config-ssh, or with OS "
-    "Login the role OS Admin Login",
+    "key": "the machine rejects the key: run gcloud compute config-ssh (with OS Login, the "
+    "account needs the role OS Admin Login)",
     "api": "run: gcloud services enable tpu.googleapis.com",
-    "zone": "give a --zone that offers this type: gcloud compute tpus locations list",
+    "zone": "choose a --zone that offers this type: gcloud compute tpus locations list",
     "permission": "this account needs the role TPU Admin in the project",
-    "invalid": "see --type, --runtime and --zone",
+    "invalid": "check --type, --runtime and --zone",
 }
 
 
 class Result(NamedTuple):
-    code: int  # 124: it took too long, and was ended
+    code: int  # 124: timed out
     out: bytes
     err: str
 
 
 class ApiError(Exception):
-    """What gcloud refused; `kind` is of ERRORS, or "transient"."""
+    """An error of gcloud; `kind` is one of ERRORS, or "transient"."""
 
     def __init__(self, kind: str, line: str):
         super().__init__(line)
@@ -75,7 +75,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Tpu:
-    """A slice, or several, as it is asked for."""
+    """The slice, or slices, to request."""
 
     name: str
     zone: str
@@ -83,7 +83,7 @@ class Tpu:
     type: str
     runtime: str
     model: str = "on-demand"  # spot | reserved | on-demand
-    queue: bool = True  # a queued resource, or a node made at once
+    queue: bool = True  # a queued resource, or a TPU VM created directly
     slices: int = 1
     valid_until: str = ""
     internal_ip: bool = False
@@ -96,13 +96,13 @@ class Tpu:
 
     @property
     def nodes(self) -> list[str]:
-        """The names of its nodes, by slice."""
+        """Node names, one per slice."""
         if self.slices == 1:
             return [self.name]
         return [f"{self.name}-{number}" for number in range(self.slices)]
 
     @property
-    def where(self) -> list[str]:
+    def location(self) -> list[str]:
         project = ["--project", self.project] if self.project else []
         return ["--zone", self.zone, *project]
 
@@ -115,7 +115,7 @@ def create(tpu: Tpu) -> list[str]:
         kind, runtime = ["queued-resources", "create", tpu.name, *nodes], "--runtime-version"
     else:
         kind, runtime = ["tpu-vm", "create", tpu.name], "--version"
-    command = [*TPUS, *kind, *tpu.where, "--accelerator-type", tpu.type, runtime, tpu.runtime]
+    command = [*TPUS, *kind, *tpu.location, "--accelerator-type", tpu.type, runtime, tpu.runtime]
     if tpu.model != "on-demand":
         command.append(f"--{tpu.model}")
     if tpu.queue and tpu.valid_until:
@@ -134,55 +134,55 @@ def create(tpu: Tpu) -> list[str]:
 
 def describe(tpu: Tpu) -> list[str]:
     kind = "queued-resources" if tpu.queue else "tpu-vm"
-    return [*TPUS, kind, "describe", tpu.name, *tpu.where, "--format=json"]
+    return [*TPUS, kind, "describe", tpu.name, *tpu.location, "--format=json"]
 
 
 def describe_node(tpu: Tpu, node: str) -> list[str]:
-    return [*TPUS, "tpu-vm", "describe", node, *tpu.where, "--format=json"]
+    return [*TPUS, "tpu-vm", "describe", node, *tpu.location, "--format=json"]
 
 
 def delete(tpu: Tpu) -> list[str]:
     kind, force = ("queued-resources", ["--force"]) if tpu.queue else ("tpu-vm", [])
-    return [*TPUS, kind, "delete", tpu.name, *tpu.where, *force, "--quiet", "--async"]
+    return [*TPUS, kind, "delete", tpu.name, *tpu.location, *force, "--quiet", "--async"]
 
 
 def renew(tpu: Tpu, node: str, expires: str) -> list[str]:
-    command = [*TPUS, "tpu-vm", "update", node, *tpu.where]
+    command = [*TPUS, "tpu-vm", "update", node, *tpu.location]
     return [*command, "--update-labels", f"expires={expires}", "--async", "--quiet"]
 
 
 def listing(kind: str, zone: str, project: str) -> list[str]:
     """`kind` is queued-resources or tpu-vm."""
-    where = Tpu("", zone, project, "", "").where
-    return [*TPUS, kind, "list", *where, "--format=json"]
+    location = Tpu("", zone, project, "", "").location
+    return [*TPUS, kind, "list", *location, "--format=json"]
 
 
 def ssh(tpu: Tpu, node: str, worker: int, command: str = "") -> list[str]:
     flags = [f"--ssh-flag={flag}" for flag in SSH]
     run = ["--command", command] if command else []
-    start = [*_reach(tpu), "ssh", node, *tpu.where, "--worker", str(worker)]
-    return [*start, *_by(tpu), *flags, *run]
+    start = [*_tpu_vm(tpu), "ssh", node, *tpu.location, "--worker", str(worker)]
+    return [*start, *_ssh_route(tpu), *flags, *run]
 
 
 def copy(tpu: Tpu, node: str, worker: int, files: list[str], folder: str) -> list[str]:
     flags = [f"--scp-flag={flag}" for flag in SSH]
-    start = [*_reach(tpu), "scp", *files, f"{node}:{folder}", *tpu.where]
-    return [*start, "--worker", str(worker), *_by(tpu), *flags]
+    start = [*_tpu_vm(tpu), "scp", *files, f"{node}:{folder}", *tpu.location]
+    return [*start, "--worker", str(worker), *_ssh_route(tpu), *flags]
 
 
-def _reach(tpu: Tpu) -> list[str]:
-    """Only the alpha commands go through IAP to a TPU VM."""
+def _tpu_vm(tpu: Tpu) -> list[str]:
+    """Return the command group; only alpha reaches a TPU VM through IAP."""
     return ["gcloud", "alpha", "compute", "tpus", "tpu-vm"] if tpu.iap else [*TPUS, "tpu-vm"]
 
 
-def _by(tpu: Tpu) -> list[str]:
+def _ssh_route(tpu: Tpu) -> list[str]:
     if tpu.iap:
         return ["--tunnel-through-iap"]
     return ["--internal-ip"] if tpu.internal_ip else []
 
 
 def line(command: list[str]) -> str:
-    """The command as one would type it."""
+    """Quote a command for a shell."""
     return shlex.join(command)
 
 
@@ -191,19 +191,19 @@ def kind_of(text: str) -> str:
 
 
 def error(text: str) -> ApiError:
-    """The typed error of what gcloud printed, without whom it had asked for: see ACCOUNT."""
+    """Classify what gcloud printed to stderr, ignoring its note about the account."""
     text = ACCOUNT.sub("", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "")
-    said = re.sub(r"^ERROR: (\(gcloud[\w.-]*\) )?", "", said)
-    return ApiError(kind_of(text), said[:400] or "gcloud said nothing")
+    message = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "")
+    message = re.sub(r"^ERROR: (\(gcloud[\w.-]*\) )?", "", message)
+    return ApiError(kind_of(text), message[:400] or "gcloud printed no error")
 
 
 def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) -> Result:
-    """Run a command apart from the terminal, so that Ctrl-C is the launcher's alone.
+    """Run a command in its own session, so that Ctrl-C reaches only the launcher.
 
-    It is ended, with all that it started, after `timeout` seconds; Result.code is 124 then, and
-    127 where there is no such program.
+    After `timeout` seconds its process group is killed and the code is 124. It is 127 if there is
+    no such program.
     """
     try:
         process = subprocess.Popen(
@@ -220,9 +220,9 @@ def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) ->
         return Result(process.returncode, out, err.decode(errors="replace"))
     except subprocess.TimeoutExpired as expired:
         _end(process)
-        said = (expired.stderr or b"").decode(errors="replace").strip().splitlines()
-        why = f": {said[-1]}" if said else ""
-        lines = [*said[:-1], f"no answer in {timeout:.0f} s{why}"]
+        lines = (expired.stderr or b"").decode(errors="replace").strip().splitlines()
+        detail = f": {lines[-1]}" if lines else ""
+        lines = [*lines[:-1], f"no answer in {timeout:.0f} s{detail}"]
         return Result(124, b"", "\n".join(lines))
     except BaseException:
         _end(process)
@@ -234,6 +234,6 @@ def _end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
-        if stream:  # not read to its end: what it left behind may hold it open
+        if stream:  # a surviving child may hold it open
             with contextlib.suppress(OSError):
                 stream.close()

@@ -1,13 +1,13 @@
-"""What a run's launcher remembers and says: runs/tpu/RUN on this machine, and the terminal.
+"""The launcher's record of a run, in runs/tpu/RUN of this clone, and its messages to the terminal.
 
-    launch.json    what was asked for, and where each value came from
+    launch.json    the request, and where each value came from
     journal.jsonl  every transition and every command, with the time
-    state.json     attempts, progress, failures, money
-    a3/w00.log     what worker 0 printed in attempt 3; a3/cause.txt why it ended
+    state.json     attempts, progress, failures, billed seconds
+    a3/w00.log     the log of worker 0 in attempt 3; a3/cause.txt says why it ended
     lock           held by the one launcher that watches the run
 
-No secret is written or printed: every line goes through `hide`. A terminal that is gone and a full
-disk are no reason to leave a run: what can't be said or noted is not.
+Every line goes through `redact`, so no secret is written or printed. A closed terminal or a full
+disk does not end a run: what cannot be written is dropped.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import time
 from typing import IO, TextIO
 
 
-def tell(text: str, stream: TextIO) -> None:
-    """Print a line; where nobody reads any more, neither this nor what comes is an error."""
+def print_line(text: str, stream: TextIO) -> None:
+    """Print a line; if the stream is closed, drop this line and all later ones."""
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):
@@ -33,12 +33,12 @@ class Journal:
     def __init__(self, folder: pathlib.Path, quiet: bool = False):
         self.folder = folder
         self.quiet = quiet
-        self.hidden: list[str] = []
+        self.redacted: list[str] = []
         self._lock: IO | None = None
         self.state: dict = {
             "attempt": 0,
             "progress": {},  # {run folder: highest step}
-            "failures": [],  # signatures of those in a row without progress
+            "failures": [],  # signatures of consecutive failures without progress
             "restarts": 0,
             "billed": 0.0,  # seconds
             "zone": "",
@@ -47,24 +47,24 @@ class Journal:
         with contextlib.suppress(OSError, ValueError):
             self.state.update(json.loads((folder / "state.json").read_text()))
 
-    def hide(self, text: str) -> str:
-        for value in self.hidden:
-            text = text.replace(value, "*" * len(value))  # as long: logs have offsets
+    def redact(self, text: str) -> str:
+        for value in self.redacted:
+            text = text.replace(value, "*" * len(value))  # of equal length: logs are read by offset
         return text
 
     def say(self, what: str, text: str) -> None:
-        """A line for the user, which is journalled as well."""
-        text = self.hide(text)
+        """Print a line for the user, and record it."""
+        text = self.redact(text)
         if not self.quiet:
-            tell(f"{what:8} {text}", sys.stderr)
+            print_line(f"{what:8} {text}", sys.stderr)
         self.write(what, text=text)
 
     def print_log(self, worker: int, text: str) -> None:
         if not self.quiet:
-            tell(self.hide(f"[w{worker:02}] {text}"), sys.stderr)
+            print_line(self.redact(f"[w{worker:02}] {text}"), sys.stderr)
 
     def write(self, what: str, **content) -> None:
-        line = self.hide(json.dumps({"time": round(time.time(), 3), "what": what, **content}))
+        line = self.redact(json.dumps({"time": round(time.time(), 3), "what": what, **content}))
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "journal.jsonl").open("a") as file:
@@ -74,12 +74,12 @@ class Journal:
         self.put("state.json", json.dumps(self.state, indent=1))
 
     def put(self, name: str, text: str) -> bool:
-        """A whole file, or the old one; whether it is the new one."""
+        """Replace a file atomically; return whether that succeeded."""
         file = self.folder / name
         partial = file.with_name(f"{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(self.hide(text))
+            partial.write_text(self.redact(text))
             os.replace(partial, file)
         except OSError:
             with contextlib.suppress(OSError):
@@ -102,8 +102,8 @@ class Journal:
             return self.log_file(attempt, worker).read_text(errors="replace")
         return ""
 
-    def take(self) -> bool:
-        """Become the one that watches this run; False where another process of this machine is."""
+    def acquire_lock(self) -> bool:
+        """Become the launcher that watches this run; False if another process already does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / "lock").open("a+")
         try:
@@ -115,17 +115,17 @@ class Journal:
         file.write(f"{os.getpid()}\n")
         file.flush()
         self._lock = file
-        with contextlib.suppress(OSError, ValueError):  # it may have changed since it was read
+        with contextlib.suppress(OSError, ValueError):  # it may have changed meanwhile
             self.state.update(json.loads((self.folder / "state.json").read_text()))
         return True
 
-    def give_up(self) -> None:
+    def release_lock(self) -> None:
         if self._lock:
             self._lock.close()
             self._lock = None
 
     def watcher(self) -> str:
-        """The process that watches this run on this machine, or nothing."""
+        """Return the PID of the launcher on this machine that watches the run, or ""."""
         with contextlib.suppress(OSError), (self.folder / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Everything that is decided before anything is done, for a run and for a dry run alike."""
+"""Resolve and check everything before anything is done, for a run and a dry run alike."""
 
 import argparse
 import hashlib
@@ -17,7 +17,9 @@ from launch.tpu.gcloud import Tpu
 from launch.tpu.transport import chips_here, on_a_tpu_vm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # and a suffix: 63 characters in all
+NAME = re.compile(
+    r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
+)  # leaves room for suffixes: 63 characters in all
 
 
 @dataclass
@@ -25,59 +27,61 @@ class Plan:
     args: argparse.Namespace
     target: str  # vm | here | local
     name: str
-    run: str  # the same for the same command, from any machine
-    folder: pathlib.Path  # what this machine knows of the run
+    run: str  # the run's ID: equal for equal commands, on any machine
+    folder: pathlib.Path  # the run's journal, on this machine
     hosts: int
     config: str
     workdir: str
     arguments: list[str]  # of vit-scale
     steps: int | None
-    setup: str  # a command for each worker, before training
+    setup: str  # a command that each worker runs before training
     secrets: dict[str, str]
     code: bundle.Bundle
     overrides: list[str] = field(default_factory=list)
-    devices: int | None = None  # of all hosts; None where that isn't known
-    unchecked: bool = False  # the config, which worker 0 checks
+    devices: int | None = None  # of all hosts; None if unknown
+    unchecked: bool = False  # the config could not be checked here: worker 0 does
     tpu: Tpu | None = None
     zones: list[str] = field(default_factory=list)
     accelerator: Accelerator | None = None
-    lines: list[tuple[str, str]] = field(default_factory=list)  # what to say of it
+    summary: list[tuple[str, str]] = field(default_factory=list)  # (event, line) to print
 
     @property
     def price(self) -> float | None:
-        """USD an hour of all slices; None where it is unknown."""
+        """USD per hour for all slices; None if unknown."""
         each = self.accelerator.price if self.accelerator else None
         return None if each is None or self.tpu is None else each * self.tpu.slices
 
 
-def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = ROOT) -> Plan:
-    """Resolve and check everything. Raises Stop for whatever can be seen to be wrong."""
+def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = ROOT) -> Plan:
+    """Resolve and check the whole request. Raises Stop for anything that cannot work."""
     if not args.config:
-        raise Stop(USAGE, "--config NAME is needed; see launch/tpu_vm.sh --help")
+        raise Stop(USAGE, "--config NAME is required; see launch/tpu_vm.sh --help")
     values = Values(args, root)
     config = preflight.check_name(root, args.config)
     name = values.get("name", re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(config).stem.lower()))
     if not NAME.fullmatch(name):
-        raise Stop(USAGE, f"--name {name!r}: at most 40 of a-z, 0-9 and -, a letter first")
+        raise Stop(USAGE, f"--name {name!r}: use at most 40 of a-z, 0-9 and -, a letter first")
     target, count = choose_target(args, values)
     devices: int | None = count * args.devices
     if target == "here":
         target, devices = here(args)
         name = args.name or name
-    tpu, zones, accelerator = machine(args, values, name) if target == "vm" else (None, [], None)
+    tpu, zones, accelerator = (
+        resolve_tpu(args, values, name) if target == "vm" else (None, [], None)
+    )
     hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
     if tpu:
         devices = accelerator.chips * tpu.slices if accelerator else None
-    shown = preflight.resolve(root, config, overrides, devices)
-    workdir = find_workdir(args, values, name, root, target)
+    resolved = preflight.resolve(root, config, overrides, devices)
+    workdir = resolve_workdir(args, values, name, root, target)
     if target == "vm":
         preflight.check_workdir(workdir, hosts, args.existing, args.workdir_is_mounted)
-    commands = preflight.check_data(shown, target != "vm") if shown else []
+    commands = preflight.check_data(resolved, target != "vm") if resolved else []
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
-    code = bundle.make(root, secret.shown(secrets))
-    mark = json.dumps([config, overrides, workdir]).encode()
-    run = f"{name}-{hashlib.sha256(mark).hexdigest()[:8]}"
+    code = bundle.make(root, secret.redactable(secrets))
+    identity = json.dumps([config, overrides, workdir]).encode()
+    run = f"{name}-{hashlib.sha256(identity).hexdigest()[:8]}"
     plan = Plan(
         args=args,
         target=target,
@@ -88,18 +92,20 @@ def make(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = RO
         config=config,
         workdir=workdir,
         arguments=["train", "--config", config, "--workdir", workdir, *overrides],
-        steps=sum(part["steps"] for part in preflight.parts(shown).values()) if shown else None,
+        steps=sum(part["steps"] for part in preflight.stages(resolved).values())
+        if resolved
+        else None,
         setup=" && ".join(commands),
         secrets=secrets,
         code=code,
         overrides=overrides,
         devices=devices,
-        unchecked=shown is None and target == "vm",
+        unchecked=resolved is None and target == "vm",
         tpu=labelled(tpu, run),
         zones=zones,
         accelerator=accelerator,
     )
-    plan.lines = describe(plan, values, shown)
+    plan.summary = describe(plan, values, resolved)
     return plan
 
 
@@ -108,14 +114,14 @@ def labelled(tpu: Tpu | None, run: str) -> Tpu | None:
 
 
 def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
-    """vm, here or local, and the number of workers of the last."""
+    """Return vm, here or local, and for local the number of workers."""
     word, _, number = args.target.partition(":")
     if word == "local":
         if number and not (number.isdigit() and int(number) > 0):
-            raise Stop(USAGE, f"--target {args.target}: local:N, of N workers")
+            raise Stop(USAGE, f"invalid --target {args.target}: use local:N, for N workers")
         return "local", int(number or 1)
     if args.target not in ("auto", "vm", "here"):
-        raise Stop(USAGE, f"--target {args.target} is none of auto, vm, here, local:N")
+        raise Stop(USAGE, f"invalid --target {args.target}: use auto, vm, here or local:N")
     if args.target != "auto":
         return args.target, 1
     if values.get("type") or args.existing:
@@ -124,38 +130,39 @@ def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
         return "here", 1
     raise Stop(
         USAGE,
-        "no TPU is named, and this machine has none: "
-        "give --type v4-32 --zone ZONE, or --target local:4",
+        "no TPU was requested, and this machine has none: "
+        "pass --type v4-32 --zone ZONE, or --target local:4",
     )
 
 
 def here(args: argparse.Namespace) -> tuple[str, int | None]:
-    """On a TPU VM: this host alone, or the slice that it is one host of, which starts together.
+    """Choose between this TPU VM alone and, if it is one host of a slice, the whole slice.
 
-    With the number of this host's chips, if it is known; `args` names the slice.
+    Returns the target and the number of this host's chips, if known; for a slice, names it in
+    `args`.
     """
-    found = metadata()
-    if not found:
+    environment = metadata()
+    if not environment:
         return "here", chips_here()
-    accelerator = accelerators.parse(found.get("ACCELERATOR_TYPE", "v4-8"))
+    accelerator = accelerators.parse(environment.get("ACCELERATOR_TYPE", "v4-8"))
     if accelerator.hosts == 1:
         return "here", accelerator.chips
     names = {"name": "NODE_ID", "zone": "ZONE", "project": "CONSUMER_PROJECT_ID"}
-    given = {key: found.get(variable, "") for key, variable in names.items()}
-    if not all(given.values()):
+    identity = {key: environment.get(variable, "") for key, variable in names.items()}
+    if not all(identity.values()):
         raise Stop(
             USAGE,
-            f"this is one host of a {accelerator.type}, and its name can't be found: training on "
-            "one host hangs; start it with --existing --name NODE --zone ZONE --type TYPE",
+            f"this is one host of a {accelerator.type} whose name is unknown: training on one host "
+            "hangs; use --existing --name NODE --zone ZONE --type TYPE",
         )
-    for key, value in {**given, "type": accelerator.type}.items():
+    for key, value in {**identity, "type": accelerator.type}.items():
         setattr(args, key, value)
     args.existing = args.internal_ip = True
     return "vm", None
 
 
 def metadata() -> dict[str, str]:
-    """What a TPU VM knows of itself: NODE_ID, ZONE, ACCELERATOR_TYPE, WORKER_ID ..."""
+    """Read a TPU VM's own metadata: NODE_ID, ZONE, ACCELERATOR_TYPE, WORKER_ID ..."""
     host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/attributes/tpu-env"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -167,21 +174,21 @@ def metadata() -> dict[str, str]:
     return dict(re.findall(r"^(\w+): '?([^'\n]*)'?$", text, re.M))
 
 
-def machine(
+def resolve_tpu(
     args: argparse.Namespace, values: Values, name: str
 ) -> tuple[Tpu, list[str], Accelerator | None]:
-    zones = [zone for zone in values.of_gcloud("zone", "compute/zone").split(",") if zone]
+    zones = [zone for zone in values.get_or_gcloud("zone", "compute/zone").split(",") if zone]
     if not zones:
-        raise Stop(USAGE, "--zone is needed, such as us-central2-b")
-    project = values.of_gcloud("project", "project")
+        raise Stop(USAGE, "--zone is required, such as us-central2-b")
+    project = values.get_or_gcloud("project", "project")
     kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
     if not kind and not (args.existing and args.dry_run):
-        raise Stop(USAGE, "--type is needed, such as v4-32")
+        raise Stop(USAGE, "--type is required, such as v4-32")
     accelerator = accelerators.parse(kind, args.price) if kind else None
     if args.num_slices < 1:
         raise Stop(USAGE, f"--num-slices {args.num_slices} must be at least 1")
     if args.num_slices > 1 and args.no_queue:
-        raise Stop(USAGE, "--num-slices is of queued resources: leave --no-queue out")
+        raise Stop(USAGE, "--num-slices needs a queued resource: remove --no-queue")
     tpu = Tpu(
         name=name,
         zone=zones[0],
@@ -203,7 +210,7 @@ def machine(
 
 
 def existing_type(values: Values, name: str, zone: str, project: str) -> str:
-    """The type of a TPU VM that is there; nothing where it can't be asked for."""
+    """Ask the API for an existing TPU VM's type; "" if it cannot be described."""
     if values.args.dry_run:
         return ""
     argv = gcloud.describe_node(Tpu(name, zone, project, "", ""), name)
@@ -212,7 +219,7 @@ def existing_type(values: Values, name: str, zone: str, project: str) -> str:
     return json.loads(result.out).get("acceleratorType", "") if result.code == 0 else ""
 
 
-def find_workdir(args, values: Values, name: str, root: pathlib.Path, target: str) -> str:
+def resolve_workdir(args, values: Values, name: str, root: pathlib.Path, target: str) -> str:
     if args.workdir:
         values.sources["workdir"] = "flag"
         local = target != "vm" and "://" not in args.workdir
@@ -225,17 +232,19 @@ def find_workdir(args, values: Values, name: str, root: pathlib.Path, target: st
     return "" if target == "vm" else str(root / "runs" / name)
 
 
-def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, str]]:
-    """Every resolved value with its source."""
-    said = values.sources
-    lines = [("resolve", f"config {plan.config}" + ("" if shown else ", which worker 0 checks"))]
-    if shown:
-        batch = f"global batch {shown['global_batch']}"
-        size = f"{shown['parameters'] / 1e6:.1f} M parameters"
+def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[str, str]]:
+    """Summarize every resolved value with its source."""
+    sources = values.sources
+    lines = [
+        ("resolve", f"config {plan.config}" + ("" if resolved else ", to be checked by worker 0"))
+    ]
+    if resolved:
+        batch = f"global batch {resolved['global_batch']}"
+        size = f"{resolved['parameters'] / 1e6:.1f} M parameters"
         lines[0] = ("resolve", f"config {plan.config}: {size}, {batch}, {plan.steps} steps")
-    lines.append(("resolve", f"workdir {plan.workdir} ({said.get('workdir', 'default')})"))
+    lines.append(("resolve", f"workdir {plan.workdir} ({sources.get('workdir', 'default')})"))
     if plan.tpu and not plan.accelerator:
-        lines.append(("resolve", f"type: the one of TPU VM {plan.name}, which is asked for it"))
+        lines.append(("resolve", f"type: that of TPU VM {plan.name}, once described"))
     elif plan.tpu and plan.accelerator:
         tpu, slice_ = plan.tpu, plan.accelerator
         many = f"{tpu.slices} x " if tpu.slices > 1 else ""
@@ -243,14 +252,14 @@ def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, 
         lines += [
             (
                 "resolve",
-                f"type {many}{slice_.type} ({said['type']}): {slice_.chips} chips, {slice_.hosts} "
-                f"hosts{' each' if many else ''}, {model}, runtime {tpu.runtime} "
+                f"type {many}{slice_.type} ({sources['type']}): {slice_.chips} chips, "
+                f"{slice_.hosts} hosts{' each' if many else ''}, {model}, runtime {tpu.runtime} "
                 f"({'flag' if plan.args.runtime else 'table'})",
             ),
             (
                 "resolve",
-                f"zone {', '.join(plan.zones)} ({said['zone']}), project "
-                f"{tpu.project or 'as gcloud has it'} ({said.get('project', 'gcloud config')})",
+                f"zone {', '.join(plan.zones)} ({sources['zone']}), project "
+                f"{tpu.project or 'of gcloud'} ({sources.get('project', 'gcloud config')})",
             ),
         ]
     else:
@@ -260,9 +269,9 @@ def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, 
         ("resolve", f"code {plan.code.description}, {plan.code.sha[:12]}, {megabytes:.1f} MB")
     )
     if plan.setup:
-        lines.append(("resolve", f"each worker runs first: {plan.setup}"))
+        lines.append(("resolve", f"setup on each worker: {plan.setup}"))
     if plan.secrets:
-        lines.append(("resolve", f"secrets by standard input: {', '.join(sorted(plan.secrets))}"))
+        lines.append(("resolve", f"secrets over stdin: {', '.join(sorted(plan.secrets))}"))
     if plan.tpu:
         lines.append(("cost", cost_line(plan)))
     return lines
@@ -271,7 +280,7 @@ def describe(plan: Plan, values: Values, shown: dict | None) -> list[tuple[str, 
 def cost_line(plan: Plan) -> str:
     args, price = plan.args, plan.price
     if price is None:
-        rate = "an unknown price (give --price USD_PER_CHIP_HOUR)"
+        rate = "price unknown (pass --price USD_PER_CHIP_HOUR)"
     else:
         bound = "at most " if plan.tpu and plan.tpu.model == "spot" and args.price is None else ""
         source = "--price" if args.price is not None else accelerators.PRICE_SOURCE
@@ -279,13 +288,13 @@ def cost_line(plan: Plan) -> str:
     limits = [f"{args.max_hours:g} h"] * bool(args.max_hours)
     limits += [f"${args.max_cost:g}"] * bool(args.max_cost)
     if args.max_cost and price is None:
-        raise Stop(USAGE, "--max-cost needs a price: give --price USD_PER_CHIP_HOUR")
-    kept = (
-        "the machine stays"
+        raise Stop(USAGE, "--max-cost needs a price: pass --price USD_PER_CHIP_HOUR")
+    policy = (
+        "the machine is kept"
         if args.existing
         else (
-            f"success: {args.on_success}, failure: {args.on_failure}, "
-            f"Ctrl-C: {args.on_interrupt or 'detach'}"
+            f"on success: {args.on_success}, on failure: {args.on_failure}, "
+            f"on Ctrl-C: {args.on_interrupt or 'detach'}"
         )
     )
-    return f"{rate}, limit {' and '.join(limits) or 'none'}; {kept}"
+    return f"{rate}, limit {' and '.join(limits) or 'none'}; {policy}"

@@ -1,11 +1,11 @@
-"""The code and one environment on every worker, the same on all."""
+"""Install the code and the same environment on every worker."""
 
 import json
 from collections.abc import Callable
 
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud, preflight, worker_commands
-from launch.tpu.attempt import last
+from launch.tpu.attempt import last_error
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import refuse
 from launch.tpu.exit_codes import (
@@ -20,11 +20,11 @@ from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, on_all
 
-SHOWN = 15  # last lines of what a worker says that can't be prepared
+SHOWN = 15  # last lines of a failed worker's output to print
 
 
-class Preparation:
-    """Of `workers`. `check` raises Gone where their machine is no more; `pause` waits."""
+class Provisioner:
+    """Prepares `workers`. `check` raises Gone if their machine is gone; `pause` waits."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class Preparation:
         self.plan, self.workers, self.clock, self.journal = plan, workers, clock, journal
         self.check, self.pause = check, pause
 
-    def reach(self) -> None:
-        """The code and the agent are on every worker. Raises Gone or Stop.
+    def upload(self) -> None:
+        """Copy the code and the agent to every worker. Raises Gone or Stop.
 
-        The first connection of all changes the node's metadata, and two at once get in each other's
-        way: worker 0 comes first.
+        The first SSH connection updates the node's metadata, and concurrent updates conflict:
+        worker 0 goes first.
         """
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         file = worker_commands.code_file(self.plan)
@@ -52,11 +52,11 @@ class Preparation:
             partial = file.with_suffix(".part")
             partial.write_bytes(self.plan.code.data)
             partial.replace(file)
-        self.on_every("reach", [0], self._reach)
-        self.on_every("reach", range(1, self.workers.count), self._reach)
+        self.retry_on_all("reach", [0], self._upload)
+        self.retry_on_all("reach", range(1, self.workers.count), self._upload)
 
-    def _reach(self, worker: int) -> gcloud.Result:
-        result = self.workers.shell(worker, worker_commands.prime(self.plan.code.sha), b"", 90)
+    def _upload(self, worker: int) -> gcloud.Result:
+        result = self.workers.shell(worker, worker_commands.probe(self.plan.code.sha), b"", 90)
         if result.code:
             return result
         files = [str(worker_commands.AGENT)]
@@ -69,8 +69,8 @@ class Preparation:
             else self.workers.shell(worker, worker_commands.install(), b"", 60)
         )
 
-    def on_every(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
-        """Have all do it, again where it fails. Raises Gone, or Stop with the worker's own line."""
+    def retry_on_all(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
+        """Call all workers, retrying on failure. Raises Gone, or Stop with a worker's error."""
         left = list(workers)
         results: dict[int, gcloud.Result] = {}
         for number in range(tries):
@@ -91,9 +91,9 @@ class Preparation:
                 break
             self.pause(10 * (number + 1))
         worker = left[0]
-        for said in results[worker].err.strip().splitlines()[-SHOWN:]:
-            self.journal.print_log(worker, said)
-        line = f"{what}: [w{worker:02}] {last(results[worker].err)}"
+        for printed in results[worker].err.strip().splitlines()[-SHOWN:]:
+            self.journal.print_log(worker, printed)
+        line = f"{what}: [w{worker:02}] {last_error(results[worker].err)}"
         if results[worker].code in (AGENT_DAMAGED, AGENT_SETUP, AGENT_DISK_FULL):
             raise Stop(SETUP, line)
         error = gcloud.error(results[worker].err)
@@ -102,70 +102,73 @@ class Preparation:
         raise Stop(INFRASTRUCTURE, line)
 
     def prepare(self) -> None:
-        """All that is needed to start, on every worker. Raises Stop."""
+        """Prepare every worker for a start. Raises Stop."""
         if self.plan.unchecked:
-            self.alike()
+            self.prepare_workers()
             self.check_config()
             if not self.plan.setup:
                 return
-        self.alike()
+        self.prepare_workers()
 
     def check_config(self) -> None:
-        """Worker 0 says what this machine could not: what the config comes to, and needs.
+        """Check the config on worker 0, as this machine could not, and find out its data.
 
-        Raises Stop for a mistake, as it would have been raised before there was a machine.
+        Raises Stop as `preflight` would have.
         """
-        found, line = None, worker_commands.show(self.plan)
+        resolved, line = None, worker_commands.show(self.plan)
         for _ in range(3):
             result = self.workers.shell(0, line, b"", 300)
-            found = preflight.read(result.code, result.out.decode(errors="replace"), result.err)
-            if found:
+            resolved = preflight.parse_show(
+                result.code, result.out.decode(errors="replace"), result.err
+            )
+            if resolved:
                 break
             self.check()
             self.pause(10)
-        if not found:
-            raise Stop(SETUP, f"the config can't be checked: [w00] {last(result.err)}")
-        commands = preflight.check_data(found, local=self.plan.target != "vm")
+        if not resolved:
+            raise Stop(SETUP, f"cannot check the config: [w00] {last_error(result.err)}")
+        commands = preflight.check_data(resolved, local=self.plan.target != "vm")
         self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + commands)
         self.plan.unchecked = False
-        self.journal.say("prepare", "worker 0 has checked the config")
+        self.journal.say("prepare", "worker 0 checked the config")
 
-    def alike(self) -> None:
-        """One environment, the same on every worker. Raises Stop with the odd one's name."""
+    def prepare_workers(self) -> None:
+        """Install one environment on every worker. Raises Stop with the outlier's name."""
         count, began = self.workers.count, self.clock.now()
         line = worker_commands.prepare(self.plan)
 
         def call(worker):
             return self.workers.shell(worker, line, b"", 1800)
 
-        prints = self.fingerprints(self.on_every("prepare", range(count), call, tries=3))
-        if odd := self.odd(prints):
-            self.journal.say("prepare", f"[w{odd[0]:02}] differs, once more: {odd[1]}")
-            prints |= self.fingerprints(self.on_every("prepare", [odd[0]], call, tries=2))
-            if odd := self.odd(prints):
-                raise Stop(SETUP, f"[w{odd[0]:02}] differs from the others: {odd[1]}")
-        found = prints[0]
+        prints = self.fingerprints(self.retry_on_all("prepare", range(count), call, tries=3))
+        if outlier := self.outlier(prints):
+            self.journal.say("prepare", f"[w{outlier[0]:02}] differs, retrying: {outlier[1]}")
+            prints |= self.fingerprints(self.retry_on_all("prepare", [outlier[0]], call, tries=2))
+            if outlier := self.outlier(prints):
+                raise Stop(SETUP, f"[w{outlier[0]:02}] differs from the others: {outlier[1]}")
         shown = ", ".join(
-            f"{key} {found[key]}" for key in ("python", "jax", "libtpu") if key in found
+            f"{k} {prints[0][k]}" for k in ("python", "jax", "libtpu") if k in prints[0]
         )
         took = clocks.text(self.clock.now() - began)
-        self.journal.say("prepare", f"{count}/{count} workers alike: {shown} ({took})")
+        self.journal.say("prepare", f"{count}/{count} workers equal: {shown} ({took})")
 
     def fingerprints(self, results: dict[int, gcloud.Result]) -> dict[int, dict]:
-        found = {}
+        prints = {}
         for worker, result in results.items():
             _, marked, text = result.out.decode(errors="replace").partition("#FINGERPRINT ")
             if not marked:
-                raise Stop(SETUP, f"prepare: [w{worker:02}] no fingerprint: {last(result.err)}")
-            found[worker] = json.loads(text.splitlines()[0])
-        return found
+                raise Stop(
+                    SETUP, f"prepare: [w{worker:02}] no fingerprint: {last_error(result.err)}"
+                )
+            prints[worker] = json.loads(text.splitlines()[0])
+        return prints
 
-    def odd(self, prints: dict[int, dict]) -> tuple[int, str] | None:
-        """The worker that is not like most, and in what."""
-        texts = [json.dumps(found, sort_keys=True) for found in prints.values()]
+    def outlier(self, prints: dict[int, dict]) -> tuple[int, str] | None:
+        """Return the first worker that differs from most, and how; None if all are equal."""
+        texts = [json.dumps(fingerprint, sort_keys=True) for fingerprint in prints.values()]
         usual = json.loads(max(texts, key=texts.count))
-        for worker, found in sorted(prints.items()):
-            differs = [key for key in usual if usual[key] != found.get(key)]
+        for worker, own in sorted(prints.items()):
+            differs = [key for key in usual if usual[key] != own.get(key)]
             if differs:
-                return worker, ", ".join(f"{k} {found.get(k)} not {usual[k]}" for k in differs)
+                return worker, ", ".join(f"{k} {own.get(k)} not {usual[k]}" for k in differs)
         return None

@@ -1,8 +1,7 @@
-"""Whether to start again after a failure, when, and on which machine.
+"""Decide whether, when and on which machine to retry after a failure.
 
-Money is spent on progress: a failure after which the run got further is no failure in a row, and
-one that changes nothing is, also where the trainer says that it can go on. A preemption is no
-failure; --max-hours and --max-cost bound those.
+Only progress justifies cost: a failure counts unless the run got further than before, even if the
+trainer says that it can resume. Preemptions do not count; --max-hours and --max-cost bound them.
 """
 
 from typing import NamedTuple
@@ -11,19 +10,22 @@ from launch.tpu.diagnosis import Cause
 from launch.tpu.exit_codes import BAD_INPUT, CRASH_LOOP, FAILED, INFRASTRUCTURE, TPU_HELD, Stop
 
 DELAYS = (10, 30, 120, 300)  # seconds before the next attempt, by failures in a row
-OURS = ("user", "fatal")  # kinds that another machine would repeat
+USER_KINDS = ("user", "fatal")  # kinds that would recur on another machine
 
 
-class Again(NamedTuple):
-    delay: float
+class Retry(NamedTuple):
+    delay: float  # seconds
     recreate: bool  # the machine
 
 
-def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts: int) -> Again:
-    """What follows an attempt's end; keeps count in `state`. Raises Stop where it was the last.
+def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts: int) -> Retry:
+    """Return how to retry after an attempt ended with `cause`. Raises Stop to give up.
 
-    `failures` are allowed in a row without progress, `restarts` in all for what is not the
-    training's fault.
+    Args:
+      state: the journal's, where failures and restarts are counted.
+      progressed: whether the run got further than before.
+      failures: limit of consecutive failures without progress.
+      restarts: limit of restarts for causes outside the training.
     """
     if progressed:
         state["failures"] = []
@@ -34,7 +36,7 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
     if cause.kind == "preempted":
         state["restarts"] += 1
         _check_restarts(state, cause, restarts)
-        return Again(DELAYS[0], recreate=False)  # who looks at the machine replaces it
+        return Retry(DELAYS[0], recreate=False)  # the allocation replaces the machine
     state["failures"].append(f"{cause.kind} {cause.signature}")
     row = state["failures"]
     if len(row) >= failures:
@@ -43,14 +45,14 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
         if len(set(row[-failures:])) == 1 and failures > 1:
             raise Stop(CRASH_LOOP, f"{failures} times in a row without progress: {cause.text}")
         raise Stop(FAILED if cause.kind == "user" else INFRASTRUCTURE, cause.text)
-    if cause.kind not in OURS:
+    if cause.kind not in USER_KINDS:
         state["restarts"] += 1
         _check_restarts(state, cause, restarts)
-    again = sum(not entry.startswith("user ") for entry in row)
+    infra_failures = sum(not entry.startswith("user ") for entry in row)
     delay = 0 if cause.kind == "port" else DELAYS[min(len(row), len(DELAYS)) - 1]
-    return Again(delay, cause.kind not in OURS and again >= 2)
+    return Retry(delay, cause.kind not in USER_KINDS and infra_failures >= 2)
 
 
 def _check_restarts(state: dict, cause: Cause, restarts: int) -> None:
     if state["restarts"] > restarts:
-        raise Stop(INFRASTRUCTURE, f"restarted {restarts} times already: {cause.text}")
+        raise Stop(INFRASTRUCTURE, f"restarted {restarts} times (--max-restarts): {cause.text}")

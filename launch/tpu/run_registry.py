@@ -1,4 +1,4 @@
-"""The runs that this machine has notes of, in runs/tpu, and the way to their workers."""
+"""The runs launched from this clone, by their folders in runs/tpu, and access to their workers."""
 
 import argparse
 import json
@@ -15,63 +15,65 @@ from launch.tpu.transport import GcloudWorkers, LocalWorkers, Workers
 FOLDER = ROOT / "runs" / "tpu"
 
 
-class Known:
-    """A run that this machine has notes of, and the way to its workers."""
+class RegisteredRun:
+    """A run launched from this clone. `args` name it; by default the latest."""
 
-    ANSWERING = ("ready", "unhealthy", "sick")  # looks at a machine whose workers may answer
+    REACHABLE = ("ready", "unhealthy", "recovering")  # statuses in which workers may answer
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.clock = args, Clock()
         values = flags.Values(args, ROOT)
         name = values.get("name")
-        found = [path for path in FOLDER.glob("*/launch.json") if is_of(path, name)]
-        if not found:
+        requests = [path for path in FOLDER.glob("*/launch.json") if has_name(path, name)]
+        if not requests:
             raise Stop(
                 USAGE,
-                f"no run {name or ''} is known here: give its --name, or see `list`".replace(
-                    "  ", " "
-                ),
+                f"no run{name and f' named {name}'} was launched from this clone: "
+                "give --name, or see `list`",
             )
-        self.folder = max(found, key=lambda path: path.stat().st_mtime).parent
+        self.folder = max(requests, key=lambda path: path.stat().st_mtime).parent
         self.request = json.loads((self.folder / "launch.json").read_text())
         self.journal = Journal(self.folder, quiet=True)
-        self.run, self.name = self.request["run"], self.request["name"]
-        self.cloud: cloud_tpu.Cloud | None = None
+        self.id, self.name = self.request["run"], self.request["name"]
+        self.cloud: cloud_tpu.CloudTpu | None = None
         if self.request["tpu"]:
             tpu = Tpu(**self.request["tpu"])
             zone = args.zone or self.journal.state["zone"] or tpu.zone
             tpu = Tpu(**{**vars(tpu), "zone": zone})
-            self.cloud = cloud_tpu.Cloud(
+            self.cloud = cloud_tpu.CloudTpu(
                 tpu, self.clock, self.journal, not self.request["existing"]
             )
 
     def workers(self) -> Workers:
-        """Raises Stop where there are none."""
+        """Return its workers. Raises Stop if there are none."""
         if self.cloud is None:
             homes = sorted(self.folder.glob("worker-*")) or [pathlib.Path.home()]
             return LocalWorkers(homes, "", 0, self.clock)
-        look = self.look()
-        if look.kind not in self.ANSWERING:
-            raise Stop(REFUSED, f"{self.name} has no workers: {look.detail}")
-        return GcloudWorkers(self.cloud.tpu, look.hosts, self.clock, lambda argv: None)
+        status = self.status()
+        if status.kind not in self.REACHABLE:
+            raise Stop(REFUSED, f"{self.name} has no workers: {status.detail}")
+        return GcloudWorkers(self.cloud.tpu, status.hosts, self.clock, lambda argv: None)
 
-    def look(self) -> cloud_tpu.Look:
-        """How the machine is. Raises Stop where another run has it by now."""
+    def status(self) -> cloud_tpu.Status:
+        """Return the machine's status. Raises Stop if another run has it by now."""
         assert self.cloud
-        look = self.cloud.look()
-        if self.cloud.owned and look.kind != "absent" and not self.cloud.is_ours(look.labels):
-            raise Stop(USAGE, f"{self.name} is not of {self.run} any more: {whose(look.labels)}")
-        return look
+        status = self.cloud.status()
+        if self.cloud.owned and status.kind != "absent" and not self.cloud.is_ours(status.labels):
+            raise Stop(
+                USAGE,
+                f"{self.name} no longer belongs to {self.id}: it {describe_owner(status.labels)}",
+            )
+        return status
 
 
-def whose(labels: dict) -> str:
-    """Who has the machine with these labels."""
+def describe_owner(labels: dict) -> str:
+    """Say who owns a machine with these labels, as the rest of a sentence."""
     if labels.get("managed-by") != "vit_scale":
-        return "this program has not made it"
-    return f"it is of run {labels.get('run')}, of {labels.get('owner')}"
+        return "was not created by this launcher"
+    return f"belongs to run {labels.get('run')} of {labels.get('owner')}"
 
 
-def is_of(path: pathlib.Path, name: str) -> bool:
+def has_name(path: pathlib.Path, name: str) -> bool:
     try:
         return not name or json.loads(path.read_text())["name"] == name
     except (OSError, ValueError):

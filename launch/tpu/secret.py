@@ -1,6 +1,6 @@
-"""Secrets: only names are ever on a command line; values travel over a worker's standard input.
+"""Secrets: command lines hold only their names; values go to a worker over standard input.
 
-The receiver wants the last line #END: gcloud tries a broken connection again, and sends nothing.
+The receiver requires the last line #END: gcloud retries a dropped connection with empty input.
 """
 
 import os
@@ -10,23 +10,23 @@ from collections.abc import Iterable
 
 from launch.tpu.exit_codes import BAD_INPUT, Stop
 
-USUAL = ("WANDB_API_KEY", "HF_TOKEN")  # sent where they are set
+USUAL = ("WANDB_API_KEY", "HF_TOKEN")  # sent if set
 
 
 def collect(names: Iterable[str], file: str = "") -> dict[str, str]:
-    """The values of `names` and of the usual ones, from the environment or else from `file`.
+    """Return the values of `names` and of USUAL from the environment, and everything in `file`.
 
-    Raises Stop for one that is nowhere, and for a file that others can read.
+    Raises Stop for a missing secret, and for a file that others can read.
     """
     names, stored = list(names), read(file) if file else {}
     values = {name: os.environ.get(name) or stored.get(name, "") for name in (*names, *USUAL)}
     for name in names:
         if not values[name]:
-            raise Stop(BAD_INPUT, f"secret {name} is not set: export it, or give --env-file")
+            raise Stop(BAD_INPUT, f"secret {name} is not set: export it, or pass --env-file")
     values = {name: value for name, value in (stored | values).items() if value}
     for name, value in values.items():
         if not name.isidentifier() or "\n" in value:
-            raise Stop(BAD_INPUT, f"secret {name!r} can't be sent: a name and one line, please")
+            raise Stop(BAD_INPUT, f"secret {name!r} must be an identifier with a value of one line")
     return values
 
 
@@ -49,10 +49,10 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def message(values: dict[str, str]) -> bytes:
+def encode(values: dict[str, str]) -> bytes:
     return "".join(f"{name}={value}\n" for name, value in values.items()).encode() + b"#END\n"
 
 
-def shown(values: dict[str, str]) -> list[str]:
-    """The values that must not be shown; short ones could be anything."""
+def redactable(values: dict[str, str]) -> list[str]:
+    """Return the values to redact, longest first; values under 6 characters occur by chance."""
     return sorted((value for value in values.values() if len(value) >= 6), key=len, reverse=True)

@@ -1,7 +1,7 @@
-"""How a run ends: who asks for it, what becomes of the machine, and the last line, for programs.
+"""End a run: handle interrupts, keep or delete the machine, print the final status.
 
-Here a machine is deleted only where this program has made it, and never under a training that this
-launcher can't reach. An end that was asked for is an Interrupted, raised where the launcher waits.
+Only a machine that the launcher created is deleted, and never under a training that it cannot
+reach. A requested end is an Interrupted, raised where the launcher waits.
 """
 
 import json
@@ -10,8 +10,8 @@ import sys
 import time
 
 from launch.tpu import gcloud
-from launch.tpu.allocation import Machine
-from launch.tpu.billing import Meter
+from launch.tpu.allocation import Allocation
+from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.exit_codes import (
     CRASH_LOOP,
@@ -25,46 +25,42 @@ from launch.tpu.exit_codes import (
 )
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
-from launch.tpu.journal import Journal, tell
+from launch.tpu.journal import Journal, print_line
 from launch.tpu.plan import Plan
 
-WINDOW = 3  # seconds for a second Ctrl-C, which stops
-KEPT = (
-    FAILED,
-    SETUP,
-    CRASH_LOOP,
-    TPU_HELD,
-)  # ends after which a look is worth its price
+WINDOW = 3  # seconds in which a second Ctrl-C stops the run
+# Results after which the machine may be worth inspecting: --on-failure applies.
+INSPECTABLE = (FAILED, SETUP, CRASH_LOOP, TPU_HELD)
 
 
 class Interrupted(Exception):
-    """Somebody wants this launcher to end; `stop`: and the training with it."""
+    """The user wants this launcher to end, and with `stop` the training too."""
 
     def __init__(self, stop: bool, keep: bool = False):
         super().__init__("stop" if stop else "detach")
         self.stop, self.keep = stop, keep
 
 
-class Ending:
-    """`machine` is None where the workers are of this machine; `sitter` is the launcher's name."""
+class Shutdown:
+    """`machine` is None if the workers are on this machine; `watcher` is the launcher's ID."""
 
     def __init__(
         self,
         plan: Plan,
         clock: Clock,
         journal: Journal,
-        meter: Meter,
-        machine: Machine | None,
-        sitter: str,
+        billing: Billing,
+        machine: Allocation | None,
+        watcher: str,
     ):
-        self.plan, self.clock, self.journal, self.meter = plan, clock, journal, meter
-        self.machine, self.sitter = machine, sitter
+        self.plan, self.clock, self.journal, self.billing = plan, clock, journal, billing
+        self.machine, self.watcher = machine, watcher
         self.signals = 0
-        self.knows = False  # what trains there
+        self.workers_known = False  # whether it is known what trains on them
 
-    # --- who asks for it
+    # --- interrupts
 
-    def listen(self) -> None:
+    def handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
@@ -73,9 +69,9 @@ class Ending:
         self.clock.wake.set()
 
     def check_interrupt(self, training: bool) -> None:
-        """Raises Interrupted after a signal, and after `stop` in another terminal.
+        """Raise Interrupted after a signal, or after the verb `stop` in another terminal.
 
-        `training`: an attempt runs, which can go on without this launcher.
+        `training`: an attempt is running and can continue without this launcher.
         """
         request = self.plan.folder / "stop"
         if request.exists():
@@ -92,14 +88,14 @@ class Ending:
             price = "" if self.plan.price is None else f", ${self.plan.price:.2f}/h"
             self.journal.say(
                 "detach",
-                f"still running{price}: the same command takes it up, `launch/tpu_vm.sh stop "
-                f"--name {self.plan.name}` ends it, and Ctrl-C does so now",
+                f"still running{price}; rerun the same command to resume watching; to stop it, "
+                f"press Ctrl-C again or run `launch/tpu_vm.sh stop --name {self.plan.name}`",
             )
             time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
         raise Interrupted(stop=choice == "stop" or self.signals > 1)
 
-    def forget(self) -> None:
-        """What has been asked for is being done: from here on signals count anew."""
+    def reset_signals(self) -> None:
+        """Forget the signals received so far, once they are being handled."""
         self.signals = 0
         self.clock.wake.clear()
 
@@ -107,21 +103,21 @@ class Ending:
 
     @property
     def owned(self) -> bool:
-        """Whether there is a machine that this program has made."""
+        """Whether there is a machine that the launcher created."""
         return self.machine is not None and self.machine.cloud.owned
 
     @property
     def responsible(self) -> bool:
-        """Whether it is this launcher's to delete: not that of a training which it can't reach."""
+        """Whether this launcher may delete the machine: not under a training it cannot reach."""
         if self.machine is None:
-            return self.knows
-        waits = self.machine.fresh and (self.owned or self.machine.asked)
-        return self.knows or self.machine.made or waits
+            return self.workers_known
+        waits = self.machine.fresh and (self.owned or self.machine.requested)
+        return self.workers_known or self.machine.created or waits
 
-    def leave(self, code: int) -> bool:
-        """Leave the machine as it was asked for; whether it is deleted."""
+    def apply_policy(self, code: int) -> bool:
+        """Keep or delete the machine as requested; return whether it was deleted."""
         policy = self.plan.args.on_success if code == DONE else "delete"
-        if code in KEPT:
+        if code in INSPECTABLE:
             policy = self.plan.args.on_failure
         word, _, duration = policy.partition(":")
         if word == "delete" or (duration and self.keep(seconds(duration))):
@@ -129,30 +125,30 @@ class Ending:
         return False
 
     def keep(self, duration: float) -> bool:
-        """Keep the machine a while for another try; whether it is to be deleted then."""
+        """Keep the machine for `duration` seconds; return whether to delete it then."""
         if not self.owned:
             return False
         until = time.strftime("%H:%M", time.localtime(time.time() + duration))
         self.journal.say(
-            "keep", f"the machine is kept until {until}: run the command again, or Ctrl-C to delete"
+            "keep", f"machine kept until {until}: rerun the command to use it, or Ctrl-C to delete"
         )
         self.journal.save()
-        self.journal.give_up()
-        end = self.clock.now() + duration
-        while self.clock.now() < end and not self.signals:
+        self.journal.release_lock()
+        report = self.clock.now() + duration
+        while self.clock.now() < report and not self.signals:
             if self.journal.watcher():
-                self.journal.say("keep", "another launcher has taken it over")
+                self.journal.say("keep", "another launcher has adopted it")
                 return False
-            self.clock.sleep(min(5, end - self.clock.now()))
+            self.clock.sleep(min(5, report - self.clock.now()))
         self.clock.wake.clear()
-        return self.journal.take() and self.journal.state.get("sitter") == self.sitter
+        return self.journal.acquire_lock() and self.journal.state.get("sitter") == self.watcher
 
     def release(self) -> bool:
-        """Delete the machine; whether it is gone. A failure is said, and no reason to go on."""
+        """Delete the machine; return whether it is gone. A failure is printed, not raised."""
         if not (self.machine and self.responsible):
             return False
         try:
-            self.machine.find_asked()
+            self.machine.adopt_requested()
             if not self.owned:
                 return False
             self.machine.remove()
@@ -161,32 +157,32 @@ class Ending:
             self.journal.say("delete", f"NOT deleted: {error}")
             return False
 
-    def end(self, code: int, line: str, deleted: bool) -> int:
-        """The last line, for programs."""
-        self.meter.end()
+    def report(self, code: int, line: str, deleted: bool) -> int:
+        """Record the result and print it as one JSON line; return `code`."""
+        self.billing.end()
         state = self.journal.state
         state["result"] = code
         self.journal.save()
-        there = "none"
+        machine = "none"
         if self.machine:
-            there = "deleted" if deleted else self.kept(self.machine.cloud.tpu)
+            machine = "deleted" if deleted else self.describe_kept(self.machine.cloud.tpu)
         result = {
             "run": self.plan.run,
             "result": line if code == INTERRUPTED else RESULTS[code],
             "code": code,
             "steps": max(state["progress"].values(), default=0),
             "attempts": state["attempt"],
-            "cost_usd": self.meter.cost,
-            "cloud": there,
+            "cost_usd": self.billing.cost,
+            "cloud": machine,
         }
         if code not in (DONE, INTERRUPTED):
-            result["cause"] = self.journal.hide(line)
+            result["cause"] = self.journal.redact(line)
         self.journal.write("end", **result)
-        self.journal.give_up()
-        tell(json.dumps(result), sys.stdout)
+        self.journal.release_lock()
+        print_line(json.dumps(result), sys.stdout)
         return code
 
-    def kept(self, tpu: gcloud.Tpu) -> str:
+    def describe_kept(self, tpu: gcloud.Tpu) -> str:
         if not self.owned and not self.plan.args.existing:
             return "none"
         price = "unknown price" if self.plan.price is None else f"${self.plan.price:.2f}/h"

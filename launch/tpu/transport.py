@@ -1,6 +1,6 @@
-"""How the launcher calls the agent on each worker: through gcloud, or on this machine.
+"""Call the agent on each worker, through gcloud or on this machine.
 
-Each call is of one worker, has a limit, and may be repeated: the agent sees to that.
+Each call goes to one worker, has a time limit, and may be repeated: the agent is idempotent.
 """
 
 import concurrent.futures
@@ -16,13 +16,13 @@ from typing import Any
 from launch.tpu import gcloud
 from launch.tpu.clock import Clock
 
-HOME = ".vit_scale"  # below a worker's home folder; agent.sh calls it so too
+HOME = ".vit_scale"  # in a worker's home folder, as in agent.sh
 AGENT = f"bash {HOME}/agent.sh"
-PARALLEL = 16  # gcloud processes at the same time: each is 65 MB and most of a second of a core
+PARALLEL = 16  # concurrent gcloud processes; each takes 65 MB and most of a second of CPU
 
 
-def command(*arguments: Any) -> str:
-    """The agent's verb and arguments as a worker's shell reads them."""
+def agent_command(*arguments: Any) -> str:
+    """Quote a call of the agent for a worker's shell."""
     return f"{AGENT} {shlex.join(map(str, arguments))}"
 
 
@@ -30,7 +30,7 @@ class Workers:
     """The workers of a run, by number."""
 
     count = 0
-    places: list[tuple[str, int]] = []  # noqa: RUF012, (node, number on it) of those in the cloud
+    hosts: list[tuple[str, int]] = []  # noqa: RUF012, (node, index on it), in the cloud
 
     def shell(self, worker: int, line: str, stdin: bytes, limit: float) -> gcloud.Result:
         raise NotImplementedError
@@ -40,27 +40,27 @@ class Workers:
         raise NotImplementedError
 
     def arguments(self, attempt_port: int) -> list[str]:
-        """What the trainer needs to be told on these workers, {worker} being its number."""
+        """Return the trainer's flags on these workers; {worker} stands for the number."""
         return []
 
     def agent(self, worker: int, *arguments: Any, stdin: bytes = b"", limit: float = 60):
-        return self.shell(worker, command(*arguments), stdin, limit)
+        return self.shell(worker, agent_command(*arguments), stdin, limit)
 
 
 class GcloudWorkers(Workers):
-    """The workers of TPU VMs, slice by slice. `hosts` is how many each node has."""
+    """The workers of TPU VMs, slice by slice; `hosts` lists (node, number of workers)."""
 
     def __init__(self, tpu: gcloud.Tpu, hosts: list[tuple[str, int]], clock: Clock, record):
         self.tpu, self.clock, self.record = tpu, clock, record
-        self.places = [(node, index) for node, count in hosts for index in range(count)]
-        self.count = len(self.places)
+        self.hosts = [(node, index) for node, count in hosts for index in range(count)]
+        self.count = len(self.hosts)
 
     def shell(self, worker, line, stdin, limit):
-        node, index = self.places[worker]
+        node, index = self.hosts[worker]
         return self._run(gcloud.ssh(self.tpu, node, index, line), stdin, limit)
 
     def copy(self, worker, files, folder, limit):
-        node, index = self.places[worker]
+        node, index = self.hosts[worker]
         return self._run(gcloud.copy(self.tpu, node, index, files, folder), b"", limit)
 
     def _run(self, argv, stdin, limit):
@@ -69,10 +69,10 @@ class GcloudWorkers(Workers):
 
 
 class LocalWorkers(Workers):
-    """Workers on this machine: the one that is here, or so many that each has a home of its own.
+    """Workers on this machine, one per home folder.
 
-    With `devices`, they are a pod of that many virtual CPU devices each; `environment` is what
-    stands in for the agent's own.
+    With `devices`, each has that many virtual CPU devices. `environment`, if given, is used instead
+    of one that the agent would create.
     """
 
     def __init__(self, homes: list[pathlib.Path], environment: str, devices: int, clock: Clock):
@@ -101,8 +101,8 @@ class LocalWorkers(Workers):
     def arguments(self, attempt_port):
         if self.count == 1:
             return []
-        where = f"--coordinator=localhost:{attempt_port}"
-        return [where, f"--processes={self.count}", "--process={worker}"]
+        coordinator = f"--coordinator=localhost:{attempt_port}"
+        return [coordinator, f"--processes={self.count}", "--process={worker}"]
 
 
 def free_port() -> int:
@@ -112,14 +112,14 @@ def free_port() -> int:
 
 
 def on_all(workers: Iterable[int], call: Callable[[int], Any]) -> dict[int, Any]:
-    """{worker: call(worker)}, several at a time."""
+    """Return {worker: call(worker)}, called concurrently."""
     workers = list(workers)
     with concurrent.futures.ThreadPoolExecutor(min(PARALLEL, len(workers) or 1)) as pool:
         return dict(zip(workers, pool.map(call, workers), strict=True))
 
 
 def chips_here() -> int | None:
-    """The TPU's chips of this host, by its device files; None where there are none."""
+    """Count this host's TPU chips by their device files; None if there are none."""
     return len(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")) or None
 
 

@@ -1,4 +1,4 @@
-"""The verbs of one run beside `run`: status, logs, stop, ssh."""
+"""The verbs status, logs, stop and ssh, for one run."""
 
 import argparse
 import json
@@ -9,27 +9,25 @@ import sys
 
 from launch.tpu import attempt, cloud_tpu, gcloud
 from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, REFUSED, USAGE, Stop
-from launch.tpu.run_registry import Known
+from launch.tpu.run_registry import RegisteredRun
 from launch.tpu.transport import on_all
 
 
 def status(args: argparse.Namespace) -> int:
-    known = Known(args)
-    state, request = known.journal.state, known.request
-    look = known.look() if known.cloud else cloud_tpu.Look("ready", "this machine")
+    run = RegisteredRun(args)
+    state, request = run.journal.state, run.request
+    status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
     rows = []
-    if look.kind in ("ready", "unhealthy"):
-        workers = known.workers()
-        answers = on_all(
-            range(workers.count), lambda i: workers.agent(i, "status", known.run, "last")
-        )
-        rows = [row(worker, result) for worker, result in answers.items()]
+    if status.kind in ("ready", "unhealthy"):
+        workers = run.workers()
+        answers = on_all(range(workers.count), lambda i: workers.agent(i, "status", run.id, "last"))
+        rows = [worker_row(worker, result) for worker, result in answers.items()]
     hours, price = state["billed"] / 3600, request["price"]
     content = {
-        "run": known.run,
-        "machine": look.detail,
-        "zone": known.cloud.tpu.zone if known.cloud else None,
-        "watched_by": known.journal.watcher() or None,
+        "run": run.id,
+        "machine": status.detail,
+        "zone": run.cloud.tpu.zone if run.cloud else None,
+        "watched_by": run.journal.watcher() or None,
         "attempts": state["attempt"],
         "hours": round(hours, 2),
         "cost_usd": None if price is None else round(hours * price, 2),
@@ -48,11 +46,15 @@ def status(args: argparse.Namespace) -> int:
     return DONE
 
 
-def row(worker: int, result: gcloud.Result) -> dict:
-    """What one worker's agent says of its last attempt."""
+def worker_row(worker: int, result: gcloud.Result) -> dict:
+    """Parse a worker's answer to `status` into a row of the table."""
     text = result.out.decode(errors="replace")
     if result.code or "#STATUS" not in text:
-        return {"worker": worker, "state": "not reached", "why": attempt.last(result.err)}
+        return {
+            "worker": worker,
+            "state": "not reached",
+            "why": attempt.last_error(result.err),
+        }
     values = dict(
         word.partition("=")[::2] for word in text.partition("#STATUS ")[2].split("\n")[0].split()
     )
@@ -74,13 +76,13 @@ def row(worker: int, result: gcloud.Result) -> dict:
 
 
 def logs(args: argparse.Namespace) -> int:
-    """Print the logs that were collected; with --follow go on, as long as they are."""
-    known = Known(args)
-    number = args.attempt or known.journal.state["attempt"]
-    folder = known.folder / f"a{number}"
+    """Print the logs collected here; with --follow, until the launcher stops collecting them."""
+    run = RegisteredRun(args)
+    number = args.attempt or run.journal.state["attempt"]
+    folder = run.folder / f"a{number}"
     offsets: dict[pathlib.Path, int] = {}
     if not folder.is_dir():
-        raise Stop(USAGE, f"{known.run} has no logs of attempt {number} here")
+        raise Stop(USAGE, f"no logs of attempt {number} of {run.id} on this machine")
     while True:
         for file in sorted(folder.glob("w*.log")):
             if args.worker not in ("all", str(int(file.stem[1:]))):
@@ -90,79 +92,79 @@ def logs(args: argparse.Namespace) -> int:
                 for line in stream:
                     print(f"[{file.stem}] {line}", end="" if line.endswith("\n") else "\n")
                 offsets[file] = stream.tell()
-        newest = json.loads((known.folder / "state.json").read_text())["attempt"]
+        newest = json.loads((run.folder / "state.json").read_text())["attempt"]
         if args.follow and not args.attempt and newest > number:
-            number, folder, offsets = newest, known.folder / f"a{newest}", {}
+            number, folder, offsets = newest, run.folder / f"a{newest}", {}
             print(f"--- attempt {number}", file=sys.stderr)
-        elif not args.follow or not known.journal.watcher():
+        elif not args.follow or not run.journal.watcher():
             return DONE
         sys.stdout.flush()
-        known.clock.sleep(2)
+        run.clock.sleep(2)
 
 
 def stop(args: argparse.Namespace) -> int:
-    """Have the launcher of this machine stop the run; without one, do it here."""
-    known = Known(args)
-    if known.journal.watcher():
-        (known.folder / "stop").write_text("keep" if args.keep else "delete")
-        print(f"process {known.journal.watcher()} stops {known.run}", file=sys.stderr)
-        while known.journal.watcher():
-            known.clock.sleep(2)
-        print((known.folder / "journal.jsonl").read_text().splitlines()[-1])
+    """Have this machine's launcher stop the run; without one, stop it directly."""
+    run = RegisteredRun(args)
+    if run.journal.watcher():
+        (run.folder / "stop").write_text("keep" if args.keep else "delete")
+        print(f"process {run.journal.watcher()} is stopping {run.id}", file=sys.stderr)
+        while run.journal.watcher():
+            run.clock.sleep(2)
+        print((run.folder / "journal.jsonl").read_text().splitlines()[-1])
         return DONE
-    look = known.look() if known.cloud else cloud_tpu.Look("ready", "this machine")
-    if look.kind == "absent":
-        raise Stop(REFUSED, f"{known.name} has no workers: {look.detail}")
-    if look.kind in known.ANSWERING:  # nothing trains on any other
-        stop_workers(known, args)
-    if not args.keep and known.cloud and known.cloud.owned:
-        known.cloud.delete()
-        print(f"{known.name} is deleted", file=sys.stderr)
+    status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
+    if status.kind == "absent":
+        raise Stop(REFUSED, f"{run.name} has no workers: {status.detail}")
+    if status.kind in run.REACHABLE:  # nothing trains on a machine in any other status
+        stop_workers(run, args)
+    if not args.keep and run.cloud and run.cloud.owned:
+        run.cloud.delete()
+        print(f"{run.name} deleted", file=sys.stderr)
     return DONE
 
 
-def stop_workers(known: Known, args: argparse.Namespace) -> None:
-    """Have the attempt save and end, on every worker; return when all say so, or after the grace.
+def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
+    """Have the attempt save and stop on every worker; return once it has, or after the grace.
 
-    Raises Stop where some can't be reached and the machine is kept: they may train.
+    Raises Stop if the machine is kept and some workers cannot be reached: they may still train.
     """
-    workers, clock = known.workers(), known.clock
+    workers, clock = run.workers(), run.clock
     everyone = range(workers.count)
 
     def ask(*words) -> list[dict]:
         answers = on_all(everyone, lambda i: workers.agent(i, *words))
-        return [row(worker, result) for worker, result in answers.items()]
+        return [worker_row(worker, result) for worker, result in answers.items()]
 
-    rows = ask("status", known.run, "last")
-    number = max([known.journal.state["attempt"], *(entry.get("attempt", 0) for entry in rows)])
+    rows = ask("status", run.id, "last")
+    number = max([run.journal.state["attempt"], *(entry.get("attempt", 0) for entry in rows)])
     seconds = max(1, round(args.grace * clock.scale))
     until = clock.now() + args.grace + 60
-    while True:  # an attempt is asked once, and who was not reached is asked again
-        on_all(everyone, lambda i: workers.agent(i, "stop", known.run, number, seconds))
-        rows = ask("status", known.run, number)
+    while True:  # idempotent: unreachable workers are asked again
+        on_all(everyone, lambda i: workers.agent(i, "stop", run.id, number, seconds))
+        rows = ask("status", run.id, number)
         left = [entry for entry in rows if entry["state"] in ("running", "not reached")]
         if not left or clock.now() > until:
             break
         clock.sleep(5)
     if args.keep:
-        workers.agent(0, "disarm", known.run)
+        workers.agent(0, "disarm", run.id)
     if not left:
-        print(f"{known.run}: attempt {number} is stopped", file=sys.stderr)
+        print(f"{run.id}: attempt {number} stopped", file=sys.stderr)
         return
     names = ", ".join(f"[w{entry['worker']:02}] {entry['state']}" for entry in left)
-    print(f"{known.run}: attempt {number}, after its grace: {names}", file=sys.stderr)
+    print(f"{run.id}: attempt {number}, after the grace period: {names}", file=sys.stderr)
     if args.keep:
-        raise Stop(INFRASTRUCTURE, f"{known.run} may still train: {names}")
+        raise Stop(INFRASTRUCTURE, f"{run.id} may still train: {names}")
 
 
 def ssh(args: argparse.Namespace, words: list[str]) -> int:
-    known = Known(args)
-    if known.cloud is None:
-        raise Stop(USAGE, f"{known.run} is on this machine: its workers are in {known.folder}")
-    workers = known.workers()
+    run = RegisteredRun(args)
+    if run.cloud is None:
+        raise Stop(USAGE, f"{run.id} runs on this machine: its workers are in {run.folder}")
+    workers = run.workers()
     if not words:
-        node, index = workers.places[0 if args.worker == "all" else int(args.worker)]
-        return subprocess.call(gcloud.ssh(known.cloud.tpu, node, index))
+        node, index = workers.hosts[0 if args.worker == "all" else int(args.worker)]
+        return subprocess.call(gcloud.ssh(run.cloud.tpu, node, index))
     chosen = range(workers.count) if args.worker == "all" else [int(args.worker)]
     results = on_all(chosen, lambda i: workers.shell(i, shlex.join(words), b"", 600))
     for worker, result in results.items():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vit_scale import checkpoint
-from vit_scale.checkpoint import Checkpoints, score, steps
+from vit_scale.checkpoint import Checkpoints, checkpointer, finished_steps, score
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.runs.verify import verify
 
@@ -55,18 +55,18 @@ def same_bits(left, right) -> None:
 def test_restored_is_what_was_saved_bit_for_bit(tmp_path, ema):
     saved = trees(7, ema)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest is None
+        assert checkpoints.find_latest() is None
         checkpoints.save(7, saved, ABOUT)
         checkpoints.wait()
-        assert checkpoints.latest == 7
+        assert checkpoints.find_latest() == 7
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(7, like(saved))
     assert restored.keys() == ({"params", "opt_state", "ema"} if ema else {"params", "opt_state"})
     for name, tree in restored.items():
         same_bits(tree, saved[name])
     folder = tmp_path / checkpoint.FOLDER / "7"
-    assert checkpoint.holds_average(folder) == ema
-    assert checkpoint.description(folder) == ABOUT
+    assert checkpoint.has_ema(folder) == ema
+    assert checkpoint.read_description(folder) == ABOUT
 
 
 def test_parameters_are_read_without_the_optimizer(tmp_path):
@@ -113,24 +113,24 @@ def test_the_newest_and_the_best_are_kept(tmp_path, accuracies, keep, kept, best
         for step, accuracy in enumerate(accuracies, 1)
     }
     save(tmp_path, measured, keep)
-    assert steps(tmp_path) == kept
+    assert finished_steps(tmp_path) == kept
     with Checkpoints(tmp_path, keep) as checkpoints:
-        assert (checkpoints.latest, checkpoints.best) == (kept[-1], best)
+        assert (checkpoints.find_latest(), checkpoints.find_best()) == (kept[-1], best)
         if best:
-            assert checkpoints.metrics(best) == measured[best]
+            assert checkpoints.read_metrics(best) == measured[best]
 
 
 def test_the_best_survives_a_restart(tmp_path):
     save(tmp_path, {1: {"accuracy": 0.9}, 2: {"accuracy": 0.5}})
     save(tmp_path, {3: {"accuracy": 0.6}, 4: None})
-    assert steps(tmp_path) == [1, 4]
+    assert finished_steps(tmp_path) == [1, 4]
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.best == 1 and checkpoints.metrics(1) == {"accuracy": 0.9}
-        assert checkpoints.metrics(4) == {}
+        assert checkpoints.find_best() == 1 and checkpoints.read_metrics(1) == {"accuracy": 0.9}
+        assert checkpoints.read_metrics(4) == {}
         checkpoints.save(5, trees(5), ABOUT)
         checkpoints.record(5, {"accuracy": 0.95})
         checkpoints.save(6, trees(6), ABOUT)
-    assert steps(tmp_path) == [5, 6]
+    assert finished_steps(tmp_path) == [5, 6]
 
 
 def test_score_orders_what_was_measured():
@@ -138,13 +138,13 @@ def test_score_orders_what_was_measured():
 
 
 def test_steps_are_the_finished_ones(tmp_path):
-    assert steps(tmp_path) == []
+    assert finished_steps(tmp_path) == []
     save(tmp_path, {9: None, 10: None}, keep=2)
     folder = tmp_path / checkpoint.FOLDER
     (folder / "11.orbax-checkpoint-tmp").mkdir()
     (folder / "12").mkdir()
     (folder / "notes").mkdir()
-    assert steps(tmp_path) == [9, 10]
+    assert finished_steps(tmp_path) == [9, 10]
 
 
 # Damage. Orbax leaves the futures of a failed restore unread.
@@ -196,7 +196,7 @@ def test_a_damaged_description_is_one_line(tmp_path, content):
     folder = tmp_path / checkpoint.FOLDER / "1"
     (folder / checkpoint.MANIFEST / "metadata").write_text(content)
     with pytest.raises(UserError, match="does not fit or is damaged"):
-        checkpoint.description(folder)
+        checkpoint.read_description(folder)
 
 
 @unread
@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     step, found = recovered(tmp_path)
     assert step == 1
     same_bits(found["params"], trees(1)["params"])
-    aside = tmp_path / checkpoint.ASIDE / "2"
+    aside = tmp_path / checkpoint.DAMAGED / "2"
     assert sorted(file.name for file in aside.rglob("*")) == left
     said = capsys.readouterr().err
     assert said.startswith(f"vit-scale: checkpoint {folder} ") and f"moved to {aside}" in said
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     save(tmp_path, {2: None}, keep=2)
     damage(folder)
     assert recovered(tmp_path)[0] == 1
-    assert (tmp_path / checkpoint.ASIDE / "2-1").is_dir()
+    assert (tmp_path / checkpoint.DAMAGED / "2-1").is_dir()
 
 
 @unread
@@ -271,9 +271,9 @@ def test_without_a_whole_checkpoint_nothing_is_touched_and_nothing_begins(tmp_pa
     for step in ("1", "2"):
         truncate(tmp_path / checkpoint.FOLDER / step)
     for _ in range(2):  # the same command says the same again
-        with pytest.raises(UserError, match=r"no checkpoint of .* can be used \(.*/2 .*; .*/1 "):
+        with pytest.raises(UserError, match=r"can be restored \(.*/2 .*; .*/1 "):
             recovered(tmp_path)
-        assert checkpoint.folders(tmp_path) == [1, 2]
+        assert checkpoint.all_steps(tmp_path) == [1, 2]
     assert recovered(tmp_path / "new") is None
 
 
@@ -286,23 +286,23 @@ def test_storage_that_fails_while_a_measurement_is_read_deletes_no_checkpoint(
         raise UserError("UNAVAILABLE", RESUMABLE)
 
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        monkeypatch.setattr(checkpoint, "selection", refused)
+        monkeypatch.setattr(checkpointer, "read_selection", refused)
         with pytest.raises(UserError, match="UNAVAILABLE"):
             checkpoints.save(3, trees(3), ABOUT)
     monkeypatch.undo()
-    assert 1 in steps(tmp_path)
+    assert 1 in finished_steps(tmp_path)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(4, trees(4), ABOUT)
-    assert steps(tmp_path) == [1, 4]
+    assert finished_steps(tmp_path) == [1, 4]
 
 
 def test_a_damaged_measurement_of_an_older_checkpoint_does_not_end_the_run(tmp_path, capsys):
     save(tmp_path, {1: {"accuracy": 0.9}, 2: {"accuracy": 0.5}}, keep=2)
     flip(tmp_path / checkpoint.FOLDER / "1" / checkpoint.SELECTION, 300)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.best == 2
+        assert checkpoints.find_best() == 2
         checkpoints.save(3, trees(3), ABOUT)
-    assert steps(tmp_path) == [1, 2, 3], "nobody knows that it is not the best: it stays"
+    assert finished_steps(tmp_path) == [1, 2, 3], "nobody knows that it is not the best: it stays"
     assert "checkpoints/1 does not fit or is damaged" in capsys.readouterr().err
 
 
@@ -315,7 +315,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.folder, "_restore", fail)
     with pytest.raises(UserError, match=r"cannot read .*Input/output error") as caught:
         recovered(tmp_path)
-    assert caught.value.code == RESUMABLE and checkpoint.folders(tmp_path) == [1, 2]
+    assert caught.value.code == RESUMABLE and checkpoint.all_steps(tmp_path) == [1, 2]
 
 
 @unread
@@ -332,7 +332,7 @@ def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
         flip(file, draw.randint(2**31))
         with Checkpoints(run) as checkpoints:
             step, found = checkpoints.recover(like(trees(0)))
-            assert step == 1 or checkpoints.metrics(2) == {"accuracy": 0.5}
+            assert step == 1 or checkpoints.read_metrics(2) == {"accuracy": 0.5}
         same_bits(found["params"], trees(step)["params"])
         same_bits(found["opt_state"], trees(step)["opt_state"])
         seen += step == 1
@@ -359,7 +359,7 @@ def test_a_deleted_workdir_is_not_made_again(tmp_path):
         checkpoints.save(1, trees(1), ABOUT)
         checkpoints.wait()
         shutil.rmtree(run)
-        with pytest.raises(UserError, match="was deleted while training") as caught:
+        with pytest.raises(UserError, match="was deleted during training") as caught:
             checkpoints.save(2, trees(2), ABOUT)
     assert caught.value.code == RESUMABLE
     assert not run.exists()

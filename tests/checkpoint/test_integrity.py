@@ -8,10 +8,10 @@ import pytest
 from vit_scale.checkpoint.integrity import (
     Damaged,
     check_arrays,
-    check_signed,
+    check_checksum,
     fingerprints,
-    manifest,
-    signed,
+    make_manifest,
+    with_checksum,
 )
 
 SHAPE = (8, 3, 5)
@@ -48,12 +48,12 @@ def test_bits_are_compared_and_not_values():
 
 def test_a_manifest_of_other_arrays_names_the_first():
     trees = {"params": {"a": an_array(jnp.float32), "b": an_array(jnp.int32)}}
-    content = manifest(3, {"classes": ["cat"]}, {**trees, "opt_state": {"n": np.int32(1)}})
+    content = make_manifest(3, {"classes": ["cat"]}, {**trees, "opt_state": {"n": np.int32(1)}})
     assert set(content["arrays"]) == {"params/a", "params/b", "opt_state/n"}
     check_arrays(content, trees)
     wrong = {"params": {**trees["params"], "b": an_array(jnp.int32, seed=1)}}
     with pytest.raises(
-        Damaged, match=r"^params/b was written as int32\[8,3,5\] \w{16} and is read"
+        Damaged, match=r"^params/b was written as int32\[8,3,5\] \w{16} but is read"
     ):
         check_arrays(content, wrong)
     with pytest.raises(Damaged, match=r"params/b was written as int32.* is read as None"):
@@ -62,10 +62,10 @@ def test_a_manifest_of_other_arrays_names_the_first():
 
 def test_a_signed_content_is_whole_or_damaged():
     content = {"step": 3, "description": {"name": "dög", "lr": 0.1}, "arrays": {"a": "x"}}
-    assert check_signed(signed(content)) == content
+    assert check_checksum(with_checksum(content)) == content
     for changed in ({"step": 4}, {"arrays": {"a": "y"}}, {"more": 1}, {"checksum": "0"}):
         with pytest.raises(Damaged):
-            check_signed(signed(content) | changed)
+            check_checksum(with_checksum(content) | changed)
     for other in ([], None, {"step": 3}):
         with pytest.raises(Damaged, match="it has no checksum"):
-            check_signed(other)
+            check_checksum(other)

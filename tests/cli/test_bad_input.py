@@ -355,7 +355,7 @@ def test_an_image_that_is_corrupt_stops_the_run_or_is_counted(user, copied):
     fields = ("steps=6", "checkpoint.every=0")  # an epoch: every image is seen
     says = (f"cannot read {file}", "image 16 of", "--config.data.on_corrupt=skip")
     user.refused(user.training(*fields), *says)
-    assert checkpoint.steps(user.run) == []
+    assert checkpoint.finished_steps(user.run) == []
     assert not (user.run / "report.json").exists()
     skipping = user.folder / "skipping"
     user.train(*fields, "data.on_corrupt=skip", "log.every=6", workdir=skipping)
@@ -394,7 +394,7 @@ def test_packing_names_what_it_cannot_pack(user, copied):
 def test_an_init_source_that_is_none(user, trained):
     def refused(source, *says):
         user.refused(user.training(f"init.source={source}"), f"{source}", *says)
-        assert checkpoint.steps(user.run) == []
+        assert checkpoint.finished_steps(user.run) == []
         assert not (user.run / "report.json").exists()
 
     refused(user.folder / "nowhere", "neither the folder of a run", "RUN/checkpoints/STEP")
@@ -416,7 +416,7 @@ def test_an_init_source_that_is_none(user, trained):
 )
 def test_a_checkpoint_of_another_model_lists_both_sides(override, says, user, trained):
     user.refused(user.training(f"init.source={trained}", override), "don't fit", *says)
-    assert checkpoint.steps(user.run) == []
+    assert checkpoint.finished_steps(user.run) == []
 
 
 def damage_nothing_else(run: pathlib.Path, pattern: str, content: bytes | None) -> None:
@@ -469,7 +469,7 @@ def test_a_run_that_is_none(user, trained, jpegs, monkeypatch):
     begun = user.folder / "begun"
     begun.mkdir()
     shutil.copy(trained / "run.json", begun)
-    user.refused(["show", begun], f"{begun}", "has not ended")
+    user.refused(["show", begun], f"{begun}", "has not finished")
     (begun / "run.json").write_text('{"config": ')
     user.refused(user.training(workdir=begun), f"cannot read {begun / 'run.json'}")
     user.refused(["eval", trained, "--split", "tset"], "tset", "test")
@@ -594,7 +594,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(user, monkeypatch):
             user.refused(user.training("steps=6"), *says, code=RESUMABLE)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoint.steps(user.run) == [2]
+    assert checkpoint.finished_steps(user.run) == [2]
     assert not (user.run / "report.json").exists()
     user.train("steps=6")
     undisturbed = user.folder / "undisturbed"
@@ -640,7 +640,7 @@ def held(user, trained):
 
 def test_a_workdir_in_use_and_then_not_any_more(user, held):
     before = tree(user.run)
-    says = (f"{user.run}", f"in use by the live process {held.pid}", "--workdir")
+    says = (f"{user.run}", f"in use by process {held.pid}", "--workdir")
     user.refused(user.training("steps=2"), *says)
     assert tree(user.run) == before
     held.send_signal(signal.SIGKILL)  # its lock file stays, with its number in it
@@ -653,7 +653,7 @@ def test_a_workdir_in_use_and_then_not_any_more(user, held):
 def test_another_config_on_the_same_workdir(user, trained):
     run = shutil.copytree(trained, user.run)
     before = tree(run)
-    says = (f"{run}", "another config", "optim.lr: 0.001 -> 0.003", "--workdir")
+    says = (f"{run}", "different config", "optim.lr: 0.001 -> 0.003", "--workdir")
     user.refused(user.training("steps=2", "optim.lr=0.003"), *says)
     after = tree(run)
     del before[".lock"], after[".lock"]

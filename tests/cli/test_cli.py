@@ -537,7 +537,7 @@ def test_quiet_says_nothing(learnt, jpegs, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*arguments, "--workdir", str(tmp_path / "run"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert checkpoint.steps(tmp_path / "run") == [1]
+    assert checkpoint.finished_steps(tmp_path / "run") == [1]
 
 
 def test_ctrl_c_is_one_line(learnt, monkeypatch, capsys):

@@ -65,14 +65,14 @@ def test_a_run_says_what_its_data_is(stopped, photos):
         (4, None),
     ]
     assert len({part["fingerprint"] for part in sets.values()}) == 3
-    step = stopped / checkpoint.FOLDER / str(checkpoint.steps(stopped)[-1])
-    assert checkpoint.description(step)["data"] == about["data"]
+    step = stopped / checkpoint.FOLDER / str(checkpoint.finished_steps(stopped)[-1])
+    assert checkpoint.read_description(step)["data"] == about["data"]
 
 
 def test_images_that_were_added_are_refused_or_accepted(stopped, photos, monkeypatch, capsys):
     save(photos / "train/class_0/new.png", picture(16, 16, 99))
     message = refusal(photos, stopped, monkeypatch)
-    assert "is of 16 -> 17 images, 1 more; " in message and "data.changed=True" in message
+    assert "went from 16 to 17 images, 1 more; " in message and "data.changed=True" in message
     cfg = config_of(photos, "data.changed=True")
     assert trainer.train(cfg, stopped, "changed", quiet=True)["step"] == 4
     assert "data.changed: since this run began, " in capsys.readouterr().err
@@ -81,13 +81,13 @@ def test_images_that_were_added_are_refused_or_accepted(stopped, photos, monkeyp
 def test_an_image_of_the_final_set_that_was_removed_is_refused(stopped, photos, monkeypatch):
     (photos / "val/class_1/3.png").unlink()
     message = refusal(photos, stopped, monkeypatch)
-    assert "(final: set val is of 4 -> 3 images, 1 fewer)" in message
+    assert "(final: set val went from 4 to 3 images, 1 fewer)" in message
 
 
 def test_an_image_that_changed_its_class_is_refused(stopped, photos, monkeypatch):
     (photos / "val/class_1/3.png").rename(photos / "val/class_0/3.png")
     message = refusal(photos, stopped, monkeypatch)
-    assert "(final: set val has as many images, 4, but other paths or labels)" in message
+    assert "(final: set val still has 4 images, but their paths or labels changed)" in message
 
 
 def test_a_class_that_was_renamed_is_refused(stopped, photos, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_class_that_was_renamed_is_refused(stopped, photos, monkeypatch):
         (photos / split / "class_0").rename(photos / split / "other")
     for more in ((), ("data.changed=True",)):
         message = refusal(photos, stopped, monkeypatch, *more)
-        assert "without 'class_0', with 'other', class 0 was 'class_0', is 'class_1'" in message
+        assert "removed 'class_0', added 'other', class 0 was 'class_0', is now" in message
 
 
 def test_a_moved_copy_held_in_memory_is_the_same_data(stopped, photos, tmp_path):

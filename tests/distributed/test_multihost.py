@@ -22,13 +22,13 @@ from vit_scale.errors import UserError
 
 number, folder = int(os.environ["SLURM_PROCID"]), pathlib.Path(sys.argv[1])
 multihost.join(wait=60)
-seen = {"several": multihost.is_several(), "first": multihost.is_first()}
-seen["agreed"] = multihost.agree({"from": number, "long": "x" * 5000 + "\u00e9"})
-seen["nothing"] = multihost.agree(None)
+seen = {"several": multihost.has_peers(), "first": multihost.is_first()}
+seen["agreed"] = multihost.broadcast({"from": number, "long": "x" * 5000 + "\u00e9"})
+seen["nothing"] = multihost.broadcast(None)
 
 def attempt(action):
     try:
-        with multihost.together():
+        with multihost.shared_errors():
             return action()
     except Exception as error:
         return [type(error).__name__, str(error), getattr(error, "code", None)]
@@ -50,9 +50,9 @@ def share(name):
 
 seen["shared"] = attempt(lambda: share("all"))
 seen["apart"] = attempt(lambda: share(f"of-{number // 2}"))
-multihost.check_alike({"seed": (1, 2)})
+multihost.check_same({"seed": (1, 2)})
 try:
-    multihost.check_alike({"seed": 0, "lr": 1e-3 if number == 1 else 1e-2})
+    multihost.check_same({"seed": 0, "lr": 1e-3 if number == 1 else 1e-2})
 except UserError as error:
     seen["unlike"] = str(error)
 (folder / f"seen-{number}.json").write_text(json.dumps(seen))
@@ -122,26 +122,26 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
 
 def test_a_host_that_would_train_something_else_is_refused_by_all(seen):
     line = (
-        "hosts disagree: process 1 would train something else than process 0 (lr is 0.001, there "
-        "0.01): start the same command, code and data on every host"
+        "hosts disagree: process 1 differs from process 0 (lr: 0.001 instead of "
+        "0.01): run the same command, code and data on every host"
     )
     assert [found["unlike"] for found in seen] == [f"process 1: {line}", line, f"process 1: {line}"]
 
 
 def test_alone_everything_is_as_it_was():
     multihost.join()
-    assert not multihost.is_several() and multihost.is_first()
-    assert multihost.agree({"any": object}) == {"any": object}
-    with pytest.raises(KeyError), multihost.together():
+    assert not multihost.has_peers() and multihost.is_first()
+    assert multihost.broadcast({"any": object}) == {"any": object}
+    with pytest.raises(KeyError), multihost.shared_errors():
         raise KeyError
     multihost.leave(3)  # returns
     multihost.check_shared(pathlib.Path("/nowhere"))
-    multihost.check_alike({"seed": object})
+    multihost.check_same({"seed": object})
 
 
 @pytest.mark.parametrize("given", [("h:1", None, None), (None, 2, 0), ("h:1", 2, None)])
 def test_the_flags_belong_together(given):
-    with pytest.raises(UserError, match="belong together") as caught:
+    with pytest.raises(UserError, match="must be given together") as caught:
         multihost.join(*given)
     assert caught.value.code == 2
 
@@ -149,8 +149,8 @@ def test_the_flags_belong_together(given):
 @pytest.mark.parametrize(
     ("process", "code", "line"),
     [
-        (0, 1, "vit-scale: the 2 processes did not all meet within 3 s; start the same command"),
-        (1, 1, "vit-scale: the 2 processes did not all meet within 3 s; start the same command"),
+        (0, 1, "vit-scale: not all 2 processes connected within 3 s; start the same command"),
+        (1, 1, "vit-scale: not all 2 processes connected within 3 s; start the same command"),
         (2, 2, "vit-scale: --process 2, --processes 2: process_id and num_processes must be"),
     ],
 )

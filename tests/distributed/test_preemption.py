@@ -83,7 +83,7 @@ with preemption.deferred():
 def test_a_second_one_ends_it_at_once_whatever_it_does():
     code, out, errors = ended(f"with preemption.deferred():\n    ready()\n    {BUSY}", signals=2)
     assert (code, out) == (RESUMABLE, "")
-    assert errors == "vit-scale: a second SIGTERM: ended without saving\n"
+    assert errors == "vit-scale: second SIGTERM: exiting without saving\n"
 
 
 def test_without_a_signal_nothing_happens():

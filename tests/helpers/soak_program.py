@@ -59,7 +59,7 @@ def follow_phases() -> None:
     from vit_scale.runs import watchdog
 
     counts: dict[str, int] = {}
-    enter = watchdog.Watch.enter
+    enter = watchdog.Watchdog.enter_phase
 
     def entered(self, name: str) -> str:
         global phase
@@ -69,7 +69,7 @@ def follow_phases() -> None:
         arm(name, counts[name])
         return before
 
-    watchdog.Watch.enter = entered
+    watchdog.Watchdog.enter_phase = entered
 
 
 def follow_questions() -> None:

@@ -11,7 +11,7 @@ from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.models.parameters import named
 from vit_scale.models.vit import Model, build
-from vit_scale.runs.run_folder import write_json
+from vit_scale.runs.json_files import write_json
 
 CLASSES = ("cat", "dog", "eel", "fox")
 SIZES = (

@@ -23,7 +23,7 @@ from vit_scale.errors import UserError
 from vit_scale.inference.predictor import Predictor, read_image
 from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.samples import from_folder
-from vit_scale.runs.run_folder import read_json
+from vit_scale.runs.json_files import read_json
 from vit_scale.training.evaluator import Evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

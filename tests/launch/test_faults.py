@@ -58,7 +58,7 @@ def test_hosts_that_disagree_end_it_at_once_on_the_same_machine(rig):
     rig.trainer_faults(*(breaks(worker, 0, "disagree") for worker in (0, 1)))
     code, result, err = rig.run()
     assert (code, result["result"], result["attempts"]) == (65, "bad input", 1), err
-    assert "process 1 would train something else than process 0" in result["cause"]
+    assert "process 1 differs from process 0" in result["cause"]
     assert len(rig.calls("create")) == 1 and rig.is_empty()
     assert cause(rig).startswith("input: [w0")
 
@@ -74,7 +74,9 @@ def test_hosts_that_disagree_end_it_at_once_on_the_same_machine(rig):
         slow(
             breaks(1, 5, "busy", attempt=1), "busy", "[w01] exit code 1: RuntimeError: The TPU is"
         ),
-        slow(breaks(1, 5, "exit0", attempt=1), "infra", "[w01] exit code 0: it ended with 0 while"),
+        slow(
+            breaks(1, 5, "exit0", attempt=1), "infra", "[w01] exit code 0: it exited with 0 while"
+        ),
     ],
     ids=lambda value: value.get("do") if isinstance(value, dict) else None,
 )
@@ -172,7 +174,7 @@ REFUSALS = {
     "quota": (
         "error:RESOURCE_EXHAUSTED: Quota limit 'TPUV4' has been exceeded. Limit: 0",
         78,
-        "ask for quota",
+        "request quota",
     ),
     "zone": (
         "error:NOT_FOUND: Location us-a is not found or access is unauthorized.",
@@ -250,7 +252,7 @@ def test_an_unreachable_worker_is_lost(rig):
     rig.go_wrong(fault(match, "error:ssh: connect: timed out", nth=2, times=999))
     code, _, err = rig.run()
     assert code == 0, err
-    assert cause(rig).startswith("infra: [w01] lost: not reached for")
+    assert cause(rig).startswith("infra: [w01] lost: unreachable for")
     assert len(rig.attempts()) == 2
 
 
@@ -322,13 +324,13 @@ def test_an_existing_vm_is_never_created_nor_deleted(rig):
 def test_somebody_elses_machine_is_left_alone(rig):
     rig.run("--on-success", "keep")
     other = rig.run("--config.steps=3")
-    assert other.code == 64 and "is of run vit-" in other.result["cause"]
+    assert other.code == 64 and "belongs to run vit-" in other.result["cause"]
     for node in rig.cloud.nodes.values():
         node["labels"] = {}
     for request in rig.cloud.requests.values():
         request["tpu"]["nodeSpec"][0]["node"]["labels"] = {}
     ended = rig.run("--again")
-    assert ended.code == 64 and "has not made" in ended.result["cause"]
+    assert ended.code == 64 and "was not created by this launcher" in ended.result["cause"]
     assert rig.calls("delete") == [] and not rig.is_empty()
 
 
@@ -367,7 +369,7 @@ def test_ctrl_c_detaches_and_the_same_command_takes_it_up(rig):
     assert result["cloud"].startswith("kept (vit, us-a, $") and "still running" in err
     code, result, err = rig.run()
     assert code == 0, err
-    assert "taken over" in err and rig.attempts() == {1: [0, 1]} and rig.is_empty()
+    assert "adopted" in err and rig.attempts() == {1: [0, 1]} and rig.is_empty()
 
 
 @pytest.mark.slow
@@ -409,7 +411,7 @@ def test_a_kept_machine_is_used_by_the_next_try(rig):
     """A failure keeps it for a while: the mistake is mended, and the queue is not waited for."""
     rig.trainer_faults(breaks(0, 0, "exit2"))
     first = rig.start(*rig.flags(), "--on-failure", "keep:60m")
-    rig.wait_for(lambda: (rig.root / "runs").exists() and "is kept until" in journal(rig))
+    rig.wait_for(lambda: (rig.root / "runs").exists() and "machine kept until" in journal(rig))
     rig.trainer_faults()
     code, _, err = rig.run()
     assert code == 0, err

@@ -19,10 +19,10 @@ from launch.tpu import (
     retry_policy,
     secret,
 )
-from launch.tpu.attempt import last
-from launch.tpu.billing import Meter
+from launch.tpu.attempt import last_error
+from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
-from launch.tpu.diagnosis import Cause, End
+from launch.tpu.diagnosis import Cause, WorkerExit
 from launch.tpu.exit_codes import Stop
 from launch.tpu.journal import Journal
 from tests.helpers.fake_cloud import ROOT, machine
@@ -82,7 +82,7 @@ ENDS = [
 
 @pytest.mark.parametrize("code, tail, kind", ENDS)
 def test_kinds(code, tail, kind):
-    assert diagnosis.cause([End(0, code, 1.0, tail)]).kind == kind
+    assert diagnosis.diagnose([WorkerExit(0, code, 1.0, tail)]).kind == kind
 
 
 COLLATERAL = [
@@ -98,12 +98,15 @@ COLLATERAL = [
 @pytest.mark.parametrize("code", [1, 134])
 def test_who_ends_because_of_another_is_not_the_cause(line, code):
     """Also where it ended first."""
-    ends = [End(0, code, 1.0, f"step 5\n{line}"), End(1, 1, 2.0, "OSError: disk is gone")]
-    found = diagnosis.cause(ends)
+    ends = [
+        WorkerExit(0, code, 1.0, f"step 5\n{line}"),
+        WorkerExit(1, 1, 2.0, "OSError: disk is gone"),
+    ]
+    found = diagnosis.diagnose(ends)
     assert (found.worker, found.line) == (1, "exit code 1: OSError: disk is gone")
 
 
-UNLIKE = "hosts disagree: process 2 would train something else than process 0 (a is 1, there 2)"
+UNLIKE = "hosts disagree: process 2 differs from process 0 (a is 1, there 2)"
 APART = "workdir /x is not the same folder on process 2 and on process 0: give a --workdir"
 
 
@@ -114,7 +117,7 @@ def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told)
     """Whoever of them is heard: the one that differs may have been stopped before it said so."""
     lines = [f"process 2: {line}", f"process 2: {line}", line]
     ends = [
-        End(
+        WorkerExit(
             i,
             1,
             2.0 - i / 10,
@@ -124,27 +127,32 @@ def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told)
         for i, said in enumerate(lines)
     ]
     if alone:
-        ends[2] = End(2, 137, 1.0, "", stopped=True)
-    found = diagnosis.cause(ends)
+        ends[2] = WorkerExit(2, 137, 1.0, "", stopped=True)
+    found = diagnosis.diagnose(ends)
     assert found.kind == "input" and line in found.line
     assert outcomes([found]) == [65], "at once, on no other machine"
 
 
 def test_what_only_mentions_another_process_is_still_collateral():
     said = "vit-scale: process 2: image 3 is corrupt"
-    assert diagnosis.cause([End(0, 1, 1.0, said), End(1, 1, 1.0, said)]).kind == "infra"
-    stopped = End(0, 42, 1.0, f"vit-scale: {UNLIKE}\nvit-scale: stopped by SIGTERM after step 9")
-    assert diagnosis.cause([stopped]).kind == "resumable"
+    assert (
+        diagnosis.diagnose([WorkerExit(0, 1, 1.0, said), WorkerExit(1, 1, 1.0, said)]).kind
+        == "infra"
+    )
+    stopped = WorkerExit(
+        0, 42, 1.0, f"vit-scale: {UNLIKE}\nvit-scale: stopped by SIGTERM after step 9"
+    )
+    assert diagnosis.diagnose([stopped]).kind == "resumable"
 
 
 def test_the_earliest_of_several_causes():
-    ends = [End(0, 1, 3.0, "KeyError: 'b'"), End(1, 1, 2.0, "KeyError: 'a'")]
-    assert diagnosis.cause(ends).worker == 1
-    all_collateral = [End(i, 134, float(i), "Barrier timed out") for i in range(3)]
-    assert diagnosis.cause(all_collateral).kind == "infra"
-    stopped = [End(0, 1, 2.0, "KeyError: 'b'"), End(1, 137, 1.0, "", stopped=True)]
-    assert diagnosis.cause(stopped).worker == 0
-    assert diagnosis.cause([End(0, 0, 1.0, ""), End(1, 0, 2.0, "")]).kind == "done"
+    ends = [WorkerExit(0, 1, 3.0, "KeyError: 'b'"), WorkerExit(1, 1, 2.0, "KeyError: 'a'")]
+    assert diagnosis.diagnose(ends).worker == 1
+    all_collateral = [WorkerExit(i, 134, float(i), "Barrier timed out") for i in range(3)]
+    assert diagnosis.diagnose(all_collateral).kind == "infra"
+    stopped = [WorkerExit(0, 1, 2.0, "KeyError: 'b'"), WorkerExit(1, 137, 1.0, "", stopped=True)]
+    assert diagnosis.diagnose(stopped).worker == 0
+    assert diagnosis.diagnose([WorkerExit(0, 0, 1.0, ""), WorkerExit(1, 0, 2.0, "")]).kind == "done"
 
 
 def test_a_signature_is_of_the_failure_not_of_the_time():
@@ -225,9 +233,9 @@ def test_the_last_line_that_says_something():
     noise = (
         "Warning: x\n##### Command execution on worker 1 failed with exit status 71. Continuing.\n"
     )
-    assert last(f"agent: the disk is full\n{noise}") == "the disk is full"
-    assert last("a\nERROR: (gcloud.tpus) no such thing\nb") == "no such thing"
-    assert last("") == "no answer"
+    assert last_error(f"agent: the disk is full\n{noise}") == "the disk is full"
+    assert last_error("a\nERROR: (gcloud.tpus) no such thing\nb") == "no such thing"
+    assert last_error("") == "no answer"
 
 
 @pytest.fixture
@@ -270,7 +278,7 @@ def test_bundle(tree, tmp_path):
 
 
 def test_bundles_that_are_refused(tree, monkeypatch):
-    with pytest.raises(Stop, match=r"new\.py holds the value of a secret"):
+    with pytest.raises(Stop, match=r"new\.py contains the value of a secret"):
         bundle.make(tree, ["new.py"])
     monkeypatch.setattr(bundle, "LARGEST", 10)
     with pytest.raises(Stop, match=r"the code is 0 MB, the limit 0 MB: \.gitignore|launch/run.sh"):
@@ -283,7 +291,7 @@ def test_secrets_of_a_file(tmp_path, monkeypatch):
     file.write_text("export A='b c'\n# no=1\nB=d=e\n")
     file.chmod(0o600)
     assert secret.collect(["A"], str(file)) == {"A": "b c", "B": "d=e"}
-    assert secret.message({"A": "b c"}) == b"A=b c\n#END\n"
+    assert secret.encode({"A": "b c"}) == b"A=b c\n#END\n"
     file.chmod(0o640)
     with pytest.raises(Stop, match="chmod 600"):
         secret.collect([], str(file))
@@ -303,22 +311,22 @@ class Still(Clock):
 
 def test_meter(tmp_path):
     clock, journal = Still(), Journal(tmp_path)
-    meter = Meter(10.0, clock, journal)
-    meter.begin()
+    billing = Billing(10.0, clock, journal)
+    billing.begin()
     clock.time = 1800.0
-    assert (meter.hours, meter.cost, meter.text) == (0.5, 5.0, "0.50 h, $5.00")
-    meter.end()
+    assert (billing.hours, billing.cost, billing.text) == (0.5, 5.0, "0.50 h, $5.00")
+    billing.end()
     clock.time = 9000.0
-    assert meter.cost == 5.0, "nothing is paid for between two machines"
+    assert billing.cost == 5.0, "nothing is paid for between two machines"
     journal.save()
-    meter = Meter(10.0, clock, Journal(tmp_path))
-    meter.begin()
+    billing = Billing(10.0, clock, Journal(tmp_path))
+    billing.begin()
     clock.time += 3600.0
-    assert meter.cost == 15.0, "another launcher counts on"
+    assert billing.cost == 15.0, "another launcher counts on"
     with pytest.raises(Stop, match="--max-cost 14"):
-        meter.check(0, 14)
+        billing.check(0, 14)
     with pytest.raises(Stop, match="--max-hours 1"):
-        meter.check(1, 0)
+        billing.check(1, 0)
 
 
 def test_flags_and_durations():

@@ -14,16 +14,16 @@ import pytest
 from launch.tpu import cli, cloud_tpu, flags, fleet, gcloud, run_registry, verbs, worker_commands
 from launch.tpu.allocation import Gone
 from launch.tpu.attempt import Attempt
-from launch.tpu.billing import Meter
+from launch.tpu.billing import Billing
 from launch.tpu.bundle import Bundle
 from launch.tpu.clock import Clock
-from launch.tpu.cloud_tpu import Cloud
+from launch.tpu.cloud_tpu import CloudTpu
 from launch.tpu.exit_codes import Stop
 from launch.tpu.gcloud import Result, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
 from launch.tpu.plan import Plan
-from launch.tpu.provision import Preparation
+from launch.tpu.provision import Provisioner
 from launch.tpu.transport import Workers
 
 RUN = "vit-1"
@@ -171,7 +171,7 @@ def plan(folder: pathlib.Path, *words: str, **more) -> Plan:
 def launcher(folder: pathlib.Path, *words: str, **more) -> Launcher:
     clock, journal = Still(), Journal(folder, quiet=True)
     made = plan(folder, *words, **more)
-    return Launcher(made, Cloud(made.tpu, clock, journal), None, clock, journal)
+    return Launcher(made, CloudTpu(made.tpu, clock, journal), None, clock, journal)
 
 
 # --- whose machine it is
@@ -211,31 +211,31 @@ def test_what_exists_and_is_never_seen_is_given_up(table, tmp_path):
 def test_a_node_is_deleted_if_it_is_left_of_our_request(table, tmp_path):
     journal, clock = Journal(tmp_path, quiet=True), Still()
     table.node()
-    assert Cloud(tpu(), clock, journal, owned=True).look().kind == "gone"
-    Cloud(tpu(), clock, journal, owned=True).delete()
+    assert CloudTpu(tpu(), clock, journal, owned=True).status().kind == "gone"
+    CloudTpu(tpu(), clock, journal, owned=True).delete()
     assert table.nodes == {}
     for other in ({"labels": {}, "request": ""}, {"labels": {**OURS, "run": "vit-2"}}):
         table.node(**other)
-        assert Cloud(tpu(), clock, journal, owned=True).look().kind == "foreign"
-        Cloud(tpu(), clock, journal, owned=True).delete()
+        assert CloudTpu(tpu(), clock, journal, owned=True).status().kind == "not_ours"
+        CloudTpu(tpu(), clock, journal, owned=True).delete()
         assert "vit" in table.nodes, other
 
 
 def test_a_request_that_is_anothers_by_now_is_not_deleted(table, tmp_path):
     table.request(labels={**OURS, "run": "vit-2"})
-    Cloud(tpu(), Still(), Journal(tmp_path, quiet=True), owned=True).delete()
+    CloudTpu(tpu(), Still(), Journal(tmp_path, quiet=True), owned=True).delete()
     assert table.did("delete") == []
 
 
 def test_a_machine_made_in_the_other_way_is_found(table, tmp_path):
     """--no-queue at one time, a request at another: it is the same run's machine."""
     table.node(request="")
-    found = Cloud(tpu(), Still(), Journal(tmp_path, quiet=True), owned=True)
-    assert (found.look().kind, found.tpu.queue) == ("ready", False)
+    found = CloudTpu(tpu(), Still(), Journal(tmp_path, quiet=True), owned=True)
+    assert (found.status().kind, found.tpu.queue) == ("ready", False)
     table.request()
     table.node()
-    found = Cloud(tpu(queue=False), Still(), Journal(tmp_path, quiet=True), owned=True)
-    assert (found.look().kind, found.tpu.queue) == ("ready", True)
+    found = CloudTpu(tpu(queue=False), Still(), Journal(tmp_path, quiet=True), owned=True)
+    assert (found.status().kind, found.tpu.queue) == ("ready", True)
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def verb(*words: str) -> int:
 def test_another_runs_machine_is_neither_stopped_nor_deleted(table, notes, words):
     table.request(labels={**OURS, "run": "vit-2", "owner": "eve"})
     table.node(labels={**OURS, "run": "vit-2", "owner": "eve"})
-    with pytest.raises(Stop, match="run vit-2, of eve") as stop:
+    with pytest.raises(Stop, match="run vit-2 of eve") as stop:
         verb(*words)
     assert stop.value.code == 64 and table.did("delete") == table.did("agent.sh stop") == []
     if words[0] == "delete":
@@ -311,7 +311,7 @@ def test_a_plain_node_is_deleted_by_its_name(table, notes):
     table.node(request="")
     assert verb("delete", "--yes", "--zone", "z") == 0 and table.nodes == {}
     table.node(request="", labels={**OURS, "owner": "eve"})
-    with pytest.raises(Stop, match="of eve; give --owner eve"):
+    with pytest.raises(Stop, match="of eve; to delete it, give --owner eve"):
         verb("delete", "--yes", "--zone", "z")
     assert "vit" in table.nodes
 
@@ -323,7 +323,7 @@ def taken_up(folder, *answers, number=1) -> tuple[Launcher, Attempt | None]:
     made = launcher(folder)
     made.workers = Two(*answers)
     made.check = lambda: None
-    made.preparation = Preparation(
+    made.provisioner = Provisioner(
         made.plan, made.workers, made.clock, made.journal, made.check, made.pause
     )
     return made, made.find_attempt()
@@ -348,33 +348,33 @@ def test_an_attempt_that_began_in_part_is_ended(table, tmp_path):
     assert attempt is not None, "what has made steps is judged"
 
 
-@pytest.mark.parametrize("trains", [True, False])
-def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, capsys, trains):
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, capsys, training):
     """It was followed by the machine's deletion."""
     table.request()
     table.node()
     made = launcher(tmp_path)
-    made.machine.cloud.owned = made.machine.made = made.ending.knows = True
+    made.machine.cloud.owned = made.machine.created = made.shutdown.workers_known = True
     made.machine.fresh = False
 
     def spoil():
-        if trains:
+        if training:
             made.workers = Two([status("running")])
-            made.watch_over = lambda: None
-            made.preparation = SimpleNamespace(
-                reach=lambda: None,
+            made.arm_reaper = lambda: None
+            made.provisioner = SimpleNamespace(
+                upload=lambda: None,
                 prepare=lambda: None,
-                on_every=lambda what, workers, call: {0: status("running")},
+                retry_on_all=lambda what, workers, call: {0: status("running")},
             )
             made.workers.count = 1
-            made.babysit = lambda attempt: 1 / 0
-            made.one_attempt()
+            made.watch = lambda attempt: 1 / 0
+            made.run_attempt()
         raise KeyError("a mistake")
 
-    made.to_the_end = spoil
+    made.train = spoil
     assert made.run() == 70
-    assert bool(table.requests) == trains
-    assert "a mistake in the launcher" in json.loads(capsys.readouterr().out)["cause"]
+    assert bool(table.requests) == training
+    assert "bug in the launcher" in json.loads(capsys.readouterr().out)["cause"]
 
 
 class Broken:
@@ -404,7 +404,7 @@ def test_a_terminal_that_is_gone_and_a_full_disk_are_no_errors(table, tmp_path, 
         journal.print_log(0, "x")
         made = launcher(tmp_path / "runs")
         made.journal.quiet = False
-        made.to_the_end = lambda: None
+        made.train = lambda: None
         assert made.run() == 0
     assert [stream.told > 0 for stream in streams] == [True, True]
     (tmp_path / "file").write_text("")  # below which no folder can be made
@@ -442,8 +442,8 @@ def test_a_sick_machine_is_asked_to_save_before_it_is_removed(table, tmp_path):
 
 def test_one_look_that_misses_three_slices_is_not_the_end(table, tmp_path):
     table.request(nodes=["vit-0", "vit-1", "vit-2"])
-    found = Cloud(tpu(slices=3), Still(), Journal(tmp_path, quiet=True), owned=True)
-    assert [found.look().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
+    found = CloudTpu(tpu(slices=3), Still(), Journal(tmp_path, quiet=True), owned=True)
+    assert [found.status().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
 
 
 # --- the queue
@@ -465,8 +465,8 @@ def test_what_was_made_without_an_answer_is_withdrawn_too(table, tmp_path):
 
     def interrupt(delay):
         table.request(state="ACCEPTED")
-        made.ending.signals += 1
-        made.ending.check_interrupt(False)
+        made.shutdown.signals += 1
+        made.shutdown.check_interrupt(False)
 
     made.machine.pause = interrupt
     assert made.run() == 130
@@ -485,7 +485,7 @@ def test_a_machine_that_was_ready_is_left_where_its_training_is_not_known(table,
 def test_labels_are_renewed(table, tmp_path):
     """At creation, of what is taken over, and every hour of waiting."""
     old = tpu()
-    made = Cloud(dataclasses.replace(old, labels={**OURS, "expires": "5"}), Still(), None)
+    made = CloudTpu(dataclasses.replace(old, labels={**OURS, "expires": "5"}), Still(), None)
     made.journal = Journal(tmp_path, quiet=True)
     made.create()
     assert "expires=5," not in table.did("create")[0]
@@ -507,7 +507,7 @@ def test_what_waited_long_says_at_once_that_it_is_wanted(table, tmp_path):
 
     made.machine.pause = pause
     made.machine.acquire()
-    assert "--update-labels" in table.calls[-1] and made.machine.made
+    assert "--update-labels" in table.calls[-1] and made.machine.created
 
 
 # --- gc
@@ -557,16 +557,16 @@ def test_gc_leaves_what_waits_and_what_is_anothers(table, notes, capsys):
 
 def test_hours_count_while_the_laptop_sleeps(table, tmp_path):
     clock = Still()
-    meter = Meter(1.0, clock, Journal(tmp_path, quiet=True))
-    meter.begin()
+    billing = Billing(1.0, clock, Journal(tmp_path, quiet=True))
+    billing.begin()
     clock.asleep = 7200.0
-    assert meter.hours == 2.0
+    assert billing.hours == 2.0
     clock.asleep = 0.0
-    assert meter.hours == 2.0, "a clock that is put back takes nothing back"
+    assert billing.hours == 2.0, "a clock that is put back takes nothing back"
 
 
 def test_durations_are_checked_when_they_are_given():
-    with pytest.raises(Stop, match="'1h30m' is no duration") as stop:
+    with pytest.raises(Stop, match="'1h30m' is not a duration") as stop:
         flags.parser().parse_args(["--valid-until", "1h30m"])
     assert stop.value.code == 64
 
@@ -613,7 +613,7 @@ def prepared(folder: pathlib.Path, shown: Result) -> Shows:
     workers, clock = Shows(shown), Still()
     made = plan(folder, unchecked=True, devices=8, overrides=["--config.seed=1"])
     journal = Journal(folder, quiet=True)
-    Preparation(made, workers, clock, journal, lambda: None, clock.sleep).prepare()
+    Provisioner(made, workers, clock, journal, lambda: None, clock.sleep).prepare()
     return workers
 
 
@@ -646,8 +646,8 @@ def test_a_mistake_that_worker_0_finds_ends_it(tmp_path, shown, code):
 def test_bad_input_releases_the_machine(table, tmp_path):
     made = launcher(tmp_path)
     table.request()
-    made.machine.cloud.owned = made.ending.knows = True
-    assert made.ending.leave(65) is True and table.requests == {}
+    made.machine.cloud.owned = made.shutdown.workers_known = True
+    assert made.shutdown.apply_policy(65) is True and table.requests == {}
 
 
 def test_what_a_worker_said_is_shown_where_the_message_is_above(tmp_path, capsys):
@@ -655,9 +655,9 @@ def test_what_a_worker_said_is_shown_where_the_message_is_above(tmp_path, capsys
     failed = Result(70, b"", "pip: no such wheel\nagent: the environment could not be made")
     clock, workers = Still(), Two([], [])
     workers.shell = lambda *words: failed
-    made = Preparation(plan(tmp_path), workers, clock, Journal(tmp_path), lambda: None, clock.sleep)
+    made = Provisioner(plan(tmp_path), workers, clock, Journal(tmp_path), lambda: None, clock.sleep)
     with pytest.raises(Stop):
-        made.alike()
+        made.prepare_workers()
     assert "[w00] pip: no such wheel" in capsys.readouterr().err
 
 

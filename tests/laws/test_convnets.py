@@ -104,7 +104,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
         stop_before(7, patch)
         with pytest.raises(Killed):
             cli.main(command(name, run, given))
-    assert checkpoint.steps(run) == [EVERY]
+    assert checkpoint.finished_steps(run) == [EVERY]
     assert cli.main(command(name, run, given)) == 0
     same_bits(final_state(run), final_state(expected))
     assert losses(run) == losses(expected)
@@ -117,8 +117,8 @@ def test_a_cnn_that_is_sigkilled(fields, tmp_path):
     assert cli.main(command("cnn_cifar", expected, given)) == 0
     shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "xla")
     arguments = command("cnn_cifar", run, given)
-    kill_at_random(arguments, lambda: checkpoint.steps(run) != [], 0.05, tmp_path)
-    assert 0 < max(checkpoint.steps(run)) < 40
+    kill_at_random(arguments, lambda: checkpoint.finished_steps(run) != [], 0.05, tmp_path)
+    assert 0 < max(checkpoint.finished_steps(run)) < 40
     assert cli.main(arguments) == 0
     same_bits(final_state(run), final_state(expected))
 
@@ -221,4 +221,4 @@ def test_another_teacher_is_not_resumed_with(student, whole, capsys):
     assert cli.main(command("distill_cifar", run, fields | {"distill.teacher": other})) == 1
     (line,) = capsys.readouterr().err.splitlines()
     identity = pretrained.load_model(run).cfg.distill.checksum
-    assert f"another config (distill.checksum: {identity} -> " in line
+    assert f"different config (distill.checksum: {identity} -> " in line

@@ -77,9 +77,9 @@ def settings(cifar, **fields) -> dict:
 
 def final_state(run: pathlib.Path) -> dict[str, np.ndarray]:
     """Every leaf of the newest checkpoint: parameters, optimizer state, average."""
-    (*_, step) = checkpoint.steps(run)
+    (*_, step) = checkpoint.finished_steps(run)
     folder = run / "checkpoints" / str(step)
-    cfg = config.from_json(checkpoint.description(folder)["config"])
+    cfg = config.from_json(checkpoint.read_description(folder)["config"])
     target = {k: v for k, v in make_setup(cfg).state._asdict().items() if k != "step"}
     if target["ema"] is None:
         del target["ema"]
@@ -148,7 +148,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cif
         stop_before(step, patch)
         with pytest.raises(Killed):
             cli.main([*command(run, **settings(cifar)), "--quiet"])
-    assert checkpoint.steps(run) == ([4] if step >= 4 else [])
+    assert checkpoint.finished_steps(run) == ([4] if step >= 4 else [])
     assert not (run / "report.json").exists()
     assert cli.main([*command(run, **settings(cifar)), "--quiet"]) == 0
     same_bits(final_state(run), final_state(whole))
@@ -169,7 +169,7 @@ def test_a_damaged_best_checkpoint_does_not_end_a_run(quick_compile, cifar, tmp_
         file.write_bytes(file.read_bytes()[:-20])
     assert cli.main([*command(run, **fields), "--quiet"]) == 0
     assert f"checkpoint {best} does not fit or is damaged" in capsys.readouterr().err
-    assert (run / "damaged" / "8").is_dir() and 8 not in checkpoint.steps(run)
+    assert (run / "damaged" / "8").is_dir() and 8 not in checkpoint.finished_steps(run)
     result = report(run)["eval"]
     assert result["best"]["step"] == result["step"] == STEPS
     assert cli.main([*command(tmp_path / "sound", **fields), "--quiet"]) == 0
@@ -215,13 +215,13 @@ def test_sigkill_at_random_moments_then_the_same_command_again(cifar, tmp_path):
         return (run / "run.json").exists()
 
     def saved():
-        return checkpoint.steps(run) != []
+        return checkpoint.finished_steps(run) != []
 
     kill_at_random(command(run, **fields), begun, 0.0, tmp_path)
-    assert checkpoint.steps(run) == []
+    assert checkpoint.finished_steps(run) == []
     kill_at_random(command(run, **fields), saved, delay, tmp_path)
     assert not (run / "report.json").exists()
-    assert 0 < max(checkpoint.steps(run)) < 40
+    assert 0 < max(checkpoint.finished_steps(run)) < 40
     assert cli.main([*command(run, **fields), "--quiet"]) == 0
     same_bits(final_state(run), final_state(expected))
     assert [step for step, _ in losses(run)] == [10, 20, 30, 40]
@@ -256,7 +256,7 @@ def test_sigkill_with_decoding_workers_which_end_with_it(jpegs, tmp_path):
     workers: list[int] = []
 
     def saved():
-        if not checkpoint.steps(run):
+        if not checkpoint.finished_steps(run):
             return False
         held = (run / ".lock").read_text()
         workers.extend(children(int(held)))
@@ -526,7 +526,7 @@ SWITCHES = {
 OTHERS = (
     *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
     *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
-    *("divergence.", "watchdog."),  # test_divergence.py, test_watch.py
+    *("divergence.", "watchdog."),  # test_guard.py, test_watchdog.py
 )
 MORE = [  # further values of a switch that is in the table
     ("model.pool=map", "model.pool=gap"),

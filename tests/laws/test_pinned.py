@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import vit_scale
 from tests.golden.make_pinned import CLASSES, HERE, STOP, images, reached, resumed
 from vit_scale import config
-from vit_scale.checkpoint import steps
+from vit_scale.checkpoint import finished_steps
 from vit_scale.distributed import preemption
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.errors import UserError
@@ -95,7 +95,7 @@ def test_stopped_once_more_it_comes_to_the_same_bits(run, monkeypatch, tmp_path)
         patch.setattr(preemption, "requested", lambda: reached(STOP + 2))
         with pytest.raises(Preempted):
             trainer.train(config.load(str(HERE / "config.py")), run, "pinned", quiet=True)
-    assert steps(run)[-1] == STOP + 2
+    assert finished_steps(run)[-1] == STOP + 2
     again = resumed(run)
     for name, leaf in uninterrupted.items():
         np.testing.assert_array_equal(again[name], leaf, err_msg=name)

@@ -351,7 +351,7 @@ def test_fit_finds_the_first_change_that_fits(compiler, capsys):
     arguments = ["plan", "--config", "vit_tiny_imagenet", "--topology", "v5e:4x4"]
     assert cli.main([*arguments]) == 0
     out = capsys.readouterr().out
-    assert "DOES NOT FIT: 20.00 of 16.00 GiB of each device" in out
+    assert "DOES NOT FIT: 20.00 of 16.00 GiB per device" in out
     assert cli.main([*arguments, "--fit", "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out)["flags"] == ["--config.mesh.fsdp=4"]
@@ -395,5 +395,5 @@ def test_variants_are_compared_the_best_first(compiler, capsys):
 def test_several_runs_are_not_one_plan(capsys):
     assert cli.main(["plan", "--config", "quickstart", "--topology", "v5e:2x2"]) == 1
     assert capsys.readouterr().err == (
-        "vit-scale: config quickstart is several runs: plan one, such as quickstart:pretrain\n"
+        "vit-scale: config quickstart has several stages: plan one, such as quickstart:pretrain\n"
     )

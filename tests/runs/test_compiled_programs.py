@@ -28,7 +28,7 @@ def events(run, wanted=True) -> list[str]:
     seen: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
     jax.clear_caches()
-    with compiled_programs.kept(run, wanted):
+    with compiled_programs.cached(run, wanted):
         assert float(jax.jit(lambda x: 3 * x + 1)(2.0)) == 7.0
     jax.monitoring.clear_event_listeners()
     return [name for name in seen if name in (HIT, MISS)]

@@ -9,7 +9,7 @@ from vit_scale.config import base
 from vit_scale.distributed import multihost
 from vit_scale.errors import RESUMABLE
 from vit_scale.runs import goodput, watchdog
-from vit_scale.runs.watchdog import Watch
+from vit_scale.runs.watchdog import Watchdog
 
 
 class Ended(Exception):
@@ -30,7 +30,7 @@ def ended(monkeypatch):
         said.append((line, code))
         raise Ended
 
-    monkeypatch.setattr(Watch, "end", end)
+    monkeypatch.setattr(Watchdog, "exit_process", end)
     return said
 
 
@@ -39,16 +39,16 @@ def heartbeat(run, number=0) -> dict:
 
 
 def test_a_heartbeat_says_what_is_done(tmp_path, limits):
-    with Watch(tmp_path, limits) as this:
+    with Watchdog(tmp_path, limits) as this:
         assert heartbeat(tmp_path)["phase"] == "start"
         this.begin_at(4)
         with watchdog.phase("train"):
             watchdog.beat(7)
             with watchdog.phase("eval"):
-                this.write()
+                this.write_heartbeat()
                 said = heartbeat(tmp_path)
                 assert (said["phase"], said["step"], said["code"]) == ("eval", 7, None)
-            this.write()
+            this.write_heartbeat()
             assert heartbeat(tmp_path)["phase"] == "train"
     said = heartbeat(tmp_path)
     assert (said["phase"], said["step"], said["code"]) == ("start", 7, 0)
@@ -57,24 +57,24 @@ def test_a_heartbeat_says_what_is_done(tmp_path, limits):
     assert attempt["seconds"].keys() == {"start", "train", "eval"}
 
 
-def test_last_words_are_written(tmp_path, limits):
-    with pytest.raises(ValueError), Watch(tmp_path, limits) as this:
+def test_the_final_status_is_written(tmp_path, limits):
+    with pytest.raises(ValueError), Watchdog(tmp_path, limits) as this:
         try:
-            with this.last_words():
+            with this.report_failure():
                 raise ValueError("a mistake")
         finally:  # at once, and they stay while the run is tidied up
             assert heartbeat(tmp_path)["words"] == "a mistake"
-            this.write()
+            this.write_heartbeat()
     assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (1, "a mistake")
     assert goodput.read(tmp_path)[-1]["code"] == 1
 
 
-@pytest.mark.parametrize("part", ["book", "write", "_ledger", "_others"])
+@pytest.mark.parametrize("part", ["record_time", "write_heartbeat", "_ledger", "_peers"])
 def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
     tmp_path, limits, monkeypatch, capsys, part
 ):
     """Else what hangs after it would hang for ever."""
-    this, calls, checked = Watch(tmp_path, limits), [], threading.Event()
+    this, calls, checked = Watchdog(tmp_path, limits), [], threading.Event()
     this.every = 0.001
 
     def fail(*arguments):
@@ -96,7 +96,7 @@ def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
     thread.join(10)
     said = capsys.readouterr().err
     assert said == (
-        "vit-scale: the watchdog had a problem (KeyError: 'nobody expected this'), and goes on\n"
+        "vit-scale: error in the watchdog, which keeps running (KeyError: 'nobody expected this')\n"
     )
 
 
@@ -108,12 +108,17 @@ def test_a_heartbeat_of_another_host_that_is_no_heartbeat(three_hosts, ended, mo
     rounds = iter([False, False, False, True])
     monkeypatch.setattr(this._ended, "wait", lambda seconds: next(rounds))
     this._loop()
-    assert capsys.readouterr().err.count("the watchdog had a problem (KeyError: 'code')") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "error in the watchdog, which keeps running (KeyError: 'code')"
+        )
+        == 1
+    )
 
 
 def test_nobody_watches_outside_of_training(tmp_path):
-    with Watch(tmp_path, base().watchdog) as this:
-        this.enter("train")
+    with Watchdog(tmp_path, base().watchdog) as this:
+        this.enter_phase("train")
     with watchdog.phase("eval"):
         watchdog.beat(3)
     assert (this.step, heartbeat(tmp_path)["phase"]) == (0, "train")
@@ -128,8 +133,8 @@ def test_each_phase_has_its_limit(tmp_path, limits, ended, monkeypatch, phase, l
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     limits.update(dict.fromkeys(limits, 0.0))
-    this = Watch(tmp_path, limits)
-    this.enter(phase)
+    this = Watchdog(tmp_path, limits)
+    this.enter_phase(phase)
     this.beat(5)
     now[0] = 1e6
     this._check_limit()  # 0 is no limit
@@ -143,8 +148,8 @@ def test_each_phase_has_its_limit(tmp_path, limits, ended, monkeypatch, phase, l
         this._check_limit()
     assert ended == [
         (
-            f"no progress for 61 s in phase {phase}, after step 6; the limit is "
-            f"watchdog.{limit}=60 s; the stacks are above",
+            f"no progress for 61 s in phase {phase}, after step 6 "
+            f"(limit: watchdog.{limit}=60 s); all stacks are printed above",
             RESUMABLE,
         )
     ]
@@ -155,10 +160,10 @@ def three_hosts(tmp_path, limits, monkeypatch):
     """The watch of process 0 of three, and a clock: [seconds]."""
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(multihost, "is_several", lambda: True)
-    monkeypatch.setattr(multihost, "agree", lambda value: value)
+    monkeypatch.setattr(multihost, "has_peers", lambda: True)
+    monkeypatch.setattr(multihost, "broadcast", lambda value: value)
     monkeypatch.setattr(watchdog.jax, "process_count", lambda: 3)
-    this = Watch(tmp_path, limits)
+    this = Watchdog(tmp_path, limits)
     (tmp_path / watchdog.FOLDER).mkdir()
     return this, now
 
@@ -179,11 +184,11 @@ def test_a_silent_host_is_named(three_hosts, ended):
         if second < 40:
             says(this, 2, step=second)
         if second < 70:
-            this._others.check(30.0)
+            this._peers.check(30.0)
     with pytest.raises(Ended):
-        this._others.check(30.0)
+        this._peers.check(30.0)
     ((line, code),) = ended
-    assert line.startswith("process 2 (worker-2) was not heard from for 60 s, last in phase train")
+    assert line.startswith("process 2 (worker-2) has sent no heartbeat for 60 s (last: phase train")
     assert "after step 30: it was killed, is frozen, or is cut off" in line and code == RESUMABLE
 
 
@@ -194,18 +199,18 @@ def test_a_host_that_never_came_and_one_of_an_earlier_attempt_are_silent(three_h
         says(this, 1, attempt="before", code=1, words="an old mistake", step=second)
         says(this, 2, step=second)
         if second < 4:
-            this._others.check(35.0)
+            this._peers.check(35.0)
     with pytest.raises(Ended):
-        this._others.check(35.0)
-    assert ended[0][0].startswith("process 1 (worker-1) was not heard from for 40 s")
+        this._peers.check(35.0)
+    assert ended[0][0].startswith("process 1 (worker-1) has sent no heartbeat for 40 s")
 
 
-def test_the_last_words_of_a_host_end_the_others_with_its_code(three_hosts, ended):
+def test_the_final_status_of_a_host_ends_the_peers_with_its_code(three_hosts, ended):
     this, _ = three_hosts
     says(this, 1, code=42, words="process 2 (worker-2): a mistake")  # it stopped because of 2
     says(this, 2, code=1, words="a mistake")
     with pytest.raises(Ended):
-        this._others.check(30.0)
+        this._peers.check(30.0)
     assert ended == [("process 2 (worker-2): a mistake", 1)]
 
 
@@ -213,22 +218,22 @@ def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
     this, now = three_hosts
     says(this, 1, code=0)
     says(this, 2, code=0)
-    this._others.check(30.0)
+    this._peers.check(30.0)
     now[0] += 100
-    this._others.check(30.0)
+    this._peers.check(30.0)
     assert ended == []
 
 
-def test_a_host_that_stopped_with_all_others_is_not_blamed(three_hosts, ended):
+def test_a_host_that_stopped_with_all_peers_is_not_blamed(three_hosts, ended):
     """Process 0 is the last to end: it still writes what all have measured."""
     this, now = three_hosts
     says(
         this, 1, code=42, words="stopped by SIGTERM after step 7; rerun the same command to resume"
     )
     says(this, 2, code=0)
-    this._others.check(30.0)
+    this._peers.check(30.0)
     now[0] += 100
-    this._others.check(30.0)
+    this._peers.check(30.0)
     assert ended == []
 
 
@@ -236,7 +241,7 @@ def test_a_host_that_ends_itself_blames_no_other(three_hosts, ended):
     this, _ = three_hosts
     says(this, 1, code=1, words="a mistake")
     this._code = 1
-    this._others.check(30.0)
+    this._peers.check(30.0)
     assert ended == []
 
 
@@ -251,5 +256,5 @@ def test_the_cause_is_looked_for_where_another_host_may_be_it(three_hosts, ended
 
     monkeypatch.setattr(watchdog.time, "sleep", beat)
     with pytest.raises(Ended):
-        this._others.blame()
-    assert ended[0][0].startswith("process 2 (worker-2) was not heard from for ")
+        this._peers.find_cause()
+    assert ended[0][0].startswith("process 2 (worker-2) has sent no heartbeat for ")

@@ -17,6 +17,7 @@ import pytest
 
 from tests.checkpoint.test_checkpointer import like, save, trees
 from tests.checkpoint.test_checkpointer import same_bits as same_trees
+from tests.helpers.tracking import events, loss, tracker
 from tests.laws.test_laws import (
     Killed,
     command,
@@ -26,13 +27,13 @@ from tests.laws.test_laws import (
     same_bits,
     undisturbed,
 )
-from tests.tracking.test_tracker import events, loss, tracker
 from vit_scale import checkpoint, cli, config, data, pretrained
 from vit_scale.data import array_record
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.runs import lock
+from vit_scale.runs.json_files import read_json, write_json
 from vit_scale.runs.lock import Lease
-from vit_scale.runs.run_folder import Run, read_json, write_json
+from vit_scale.runs.run_folder import Run
 from vit_scale.storage import cache, compare_and_swap, files, paths
 from vit_scale.storage.bucket import check_bucket, file_system, listing
 from vit_scale.training import trainer
@@ -87,10 +88,10 @@ def killed(bucket, images, on_disk) -> pathlib.Path:
 
     def saved():
         time.sleep(0.2)  # the server is one process: to ask it all the time would slow the run down
-        return checkpoint.steps(run) != []
+        return checkpoint.finished_steps(run) != []
 
     kill_at_random(command(run, **fields(images)), saved, 0.0, on_disk.parent)
-    last = max(checkpoint.steps(run))
+    last = max(checkpoint.finished_steps(run))
     assert 0 < last < STEPS and not (run / "report.json").exists()
     # No checkpoint precedes what was logged up to its step.
     assert [step for step, _ in losses(run) if step <= last] == list(range(1, last + 1))
@@ -107,7 +108,11 @@ def resumed(killed, images) -> pathlib.Path:
 def test_killed_and_resumed_in_a_bucket_is_the_undisturbed_run_on_a_disk(resumed, on_disk):
     same_bits(final_state(resumed), final_state(on_disk))
     assert losses(resumed) == losses(on_disk)  # each row once, with the same numbers
-    assert checkpoint.steps(resumed) == checkpoint.steps(on_disk) == [STEPS - EVERY, STEPS]
+    assert (
+        checkpoint.finished_steps(resumed)
+        == checkpoint.finished_steps(on_disk)
+        == [STEPS - EVERY, STEPS]
+    )
 
 
 def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jpegs, capsys):
@@ -191,7 +196,12 @@ def quick_lease(monkeypatch):
 
 
 def left_by(place: pathlib.Path, **holder) -> None:
-    here = {"pid": os.getpid(), "host": "another", "boot": lock.boot(), "pids": lock.pids()}
+    here = {
+        "pid": os.getpid(),
+        "host": "another",
+        "boot": lock.boot_id(),
+        "pids": lock.pid_namespace(),
+    }
     (place / lock.NAME).write_bytes(json.dumps(here | holder).encode())
 
 
@@ -202,7 +212,7 @@ def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lea
     generation, said = compare_and_swap.read(place / lock.NAME)
     assert said["pid"] == os.getpid()
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
-    with pytest.raises(UserError, match=f"leased is in use by the live process {os.getpid()} on "):
+    with pytest.raises(UserError, match=f"leased is in use by process {os.getpid()} on "):
         Lease(place).acquire()
     assert compare_and_swap.read(place / lock.NAME)[0] != generation  # it was renewed
     first.release()
@@ -274,7 +284,7 @@ def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, c
     left_by(this.run)
     this._thread.join(timeout=20)
     assert codes == [RESUMABLE]
-    assert "the lock of gs://bucket/stolen is lost: another process has" in capsys.readouterr().err
+    assert "lost the lock of gs://bucket/stolen: another process has" in capsys.readouterr().err
 
 
 def test_a_first_save_that_was_killed_is_begun_anew(bucket):
@@ -297,9 +307,9 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
         spoilt[file.name] = bytes(content)
     with checkpoint.Checkpoints(run) as checkpoints:
         step, found = checkpoints.recover(like(trees(0)))
-    assert step == 1 and checkpoint.folders(run) == [1]
+    assert step == 1 and checkpoint.all_steps(run) == [1]
     same_trees(found["params"], trees(1)["params"])
-    aside = run / checkpoint.ASIDE / "2"
+    aside = run / checkpoint.DAMAGED / "2"
     assert f"moved to {aside}" in capsys.readouterr().err
     moved = {f.name: f.read_bytes() for f in walk(aside / "params") if f.name in spoilt}
     assert moved == spoilt
@@ -580,7 +590,7 @@ def test_a_checkpoint_that_was_not_finished_is_none(bucket):
     for step in (2, 4):
         (run / "checkpoints" / str(step) / "description" / "metadata").write_bytes(b"{}")
     (run / "checkpoints" / "2" / "commit_success.txt").write_bytes(b"done")
-    assert checkpoint.steps(run) == [2]
+    assert checkpoint.finished_steps(run) == [2]
 
 
 def test_what_others_write_is_seen(bucket):

@@ -64,7 +64,7 @@ def parameters(run: pathlib.Path) -> dict[str, np.ndarray]:
 def stop_after(run: pathlib.Path, step: int) -> None:
     """As if it had been killed then; 0: before its first checkpoint."""
     (run / "report.json").unlink()
-    for later in checkpoint.steps(run):
+    for later in checkpoint.finished_steps(run):
         if later > step:
             shutil.rmtree(run / "checkpoints" / str(later))
 
@@ -154,7 +154,7 @@ def test_a_finished_one_is_finished_in_another_place(trained, moved):
 def test_one_that_was_stopped_goes_on_in_another_place(trained, moved):
     run, undisturbed = moved / "runs" / "second", trained[1] / "runs" / "second"
     stop_after(run, STEPS - 1)
-    assert checkpoint.steps(run) == [STEPS - 1]
+    assert checkpoint.finished_steps(run) == [STEPS - 1]
     train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)
     found, wanted = parameters(run), parameters(undisturbed)
     for name, leaf in wanted.items():
@@ -165,5 +165,7 @@ def test_one_that_was_stopped_goes_on_in_another_place(trained, moved):
 
 def test_before_it_has_begun_another_source_is_another_run(trained, moved):
     stop_after(moved / "runs" / "second", 0)
-    with pytest.raises(UserError, match=r"another config \(init.source: runs/first -> .*/first\);"):
+    with pytest.raises(
+        UserError, match=r"different config \(init.source: runs/first -> .*/first\);"
+    ):
         train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)

@@ -1,41 +1,42 @@
 """Checkpoints: written asynchronously by Orbax, verified against fingerprints when read.
 
-A checkpoint is complete or not there. What is read equals what was written to the bit, or is
-refused with the name of the damaged array.
+Guaranteed: a checkpoint appears whole or not at all; what is read equals what was written, to the
+bit, or is refused with the name of the damaged array; a checkpoint written on any number of devices
+and hosts is read on any other. Each one describes itself: config, classes, and its arrays.
 """
 
-from vit_scale.checkpoint.checkpointer import ASIDE, TREES, Checkpoints, score, unused
+from vit_scale.checkpoint.checkpointer import DAMAGED, TREES, Checkpoints, score, unused_path
 from vit_scale.checkpoint.io import (
     COMMITTED,
     FOLDER,
     SELECTION,
-    description,
-    folders,
-    holds_average,
+    all_steps,
+    finished_steps,
+    has_ema,
     read,
+    read_description,
     read_manifest,
-    read_part,
-    selection,
-    steps,
+    read_selection,
+    read_unverified,
     verify,
 )
 
 __all__ = [
-    "ASIDE",
     "COMMITTED",
+    "DAMAGED",
     "FOLDER",
     "SELECTION",
     "TREES",
     "Checkpoints",
-    "description",
-    "folders",
-    "holds_average",
+    "all_steps",
+    "finished_steps",
+    "has_ema",
     "read",
+    "read_description",
     "read_manifest",
-    "read_part",
+    "read_selection",
+    "read_unverified",
     "score",
-    "selection",
-    "steps",
-    "unused",
+    "unused_path",
     "verify",
 ]

@@ -1,10 +1,10 @@
-"""Whether what is read is what was written: fingerprints of arrays, and the manifest with them.
+"""Integrity of checkpoints: fingerprints of arrays, and the manifest that holds them.
 
-Storage gives back other bytes than it was given more often than it says so, and a flipped bit in a
-checkpoint's values restores as a wrong weight without a word. So a checkpoint carries a manifest:
-the step, the description of the run, and 64 bits of each array, taken from the device before it is
-written and compared on the device after it is read. It costs a pass over the arrays where they are,
-no second reading of files, and does not depend on how many devices or hosts hold them.
+Storage corrupts data more often than it reports, and a flipped bit in a checkpoint restores as a
+silently wrong weight. So a checkpoint carries a manifest: the step, the description of the run, and
+a 64-bit fingerprint of each array, computed on the device before writing and compared on the device
+after reading. That costs one pass over the arrays in device memory and no second read of the files,
+and is independent of how many devices or hosts hold them.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ MANIFEST = "manifest"
 
 
 class Damaged(ValueError):
-    """What was read is not what was written; says what."""
+    """Raised for data that differs from what was written."""
 
 
 def fingerprints(tree: PyTree) -> dict[str, str]:
-    """{"blocks/mlp/up/kernel": "float32[192,768] 1c9f86d081884c7d", ...} of a tree of arrays.
+    """Return {"blocks/mlp/up/kernel": "float32[192,768] 1c9f86d081884c7d", ...} of a tree.
 
-    A change of any one element changes its array's fingerprint for certain, any other change with
-    probability 1 - 2^-64. Bits are compared, so NaN equals the same NaN, and 0.0 is not -0.0.
+    A change of a single element always changes its array's fingerprint; any other change does with
+    probability 1 - 2^-64. Bits are compared: NaN equals the same NaN, and 0.0 differs from -0.0.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # One after the other: programs that all reduce over the same CPU devices wait for each other.
+    # One at a time: concurrent reductions over the same CPU devices block each other.
     sums = [jax.device_get(_sums(leaf)) for _, leaf in leaves]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -41,46 +41,47 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
 
 @jax.jit
 def _sums(x: Array) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
-    """Two sums modulo 2^32, over the elements, of hashes of an element's bits and its place.
+    """Return two sums modulo 2^32 of hashes of every element's bits and index.
 
-    Integers add up to the same in any order: the sums don't depend on how x is sharded.
+    Integer sums don't depend on order, hence neither on how x is sharded.
     """
     if x.dtype == bool:
         x = x.astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, f"uint{min(8 * x.dtype.itemsize, 32)}")
-    bits, place = bits.astype(jnp.uint32), jnp.uint32(0)
+    bits, position = bits.astype(jnp.uint32), jnp.uint32(0)
     for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    first = _scramble(bits ^ _scramble(place + jnp.uint32(1)))
-    second = _scramble(bits + _scramble(place ^ jnp.uint32(0x9E3779B9)))
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position = position * jnp.uint32(size) + index
+    first = _scramble(bits ^ _scramble(position + jnp.uint32(1)))
+    second = _scramble(bits + _scramble(position ^ jnp.uint32(0x9E3779B9)))
     return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)
 
 
 def _scramble(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
-    """MurmurHash3's finaliser (Appleby): one to one, and each bit of it depends on all of x."""
+    """Apply MurmurHash3's finaliser (Appleby): a bijection that mixes all bits of x."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
-def manifest(step: int, description: Mapping, trees: Mapping[str, PyTree]) -> dict:
-    """What a checkpoint says of itself; {"params": tree, ...} are fingerprinted."""
+def make_manifest(step: int, description: Mapping, trees: Mapping[str, PyTree]) -> dict:
+    """Return the manifest of a checkpoint, with the fingerprints of {"params": tree, ...}."""
     content = {"step": step, "description": description, "arrays": fingerprints(dict(trees))}
-    return signed(content)
+    return with_checksum(content)
 
 
-def signed(content: Mapping) -> dict:
-    """`content`, which JSON holds, with the checksum of all the rest."""
+def with_checksum(content: Mapping) -> dict:
+    """Return JSON `content` with a checksum of itself added."""
     return {**content, "checksum": _checksum(content)}
 
 
-def check_signed(content: object) -> dict:
-    """`content` of `signed`. Raises Damaged where it is not what its checksum says."""
+def check_checksum(content: object) -> dict:
+    """Return the content of `with_checksum`. Raises Damaged where the checksum doesn't match."""
     if not isinstance(content, dict) or "checksum" not in content:
         raise Damaged("it has no checksum")
     rest = {name: value for name, value in content.items() if name != "checksum"}
     if content["checksum"] != _checksum(rest):
-        raise Damaged("its content is not what its checksum says")
+        raise Damaged("its content does not match its checksum")
     return rest
 
 
@@ -90,13 +91,13 @@ def _checksum(content: Mapping) -> str:
 
 
 def check_arrays(content: Mapping, trees: Mapping[str, PyTree]) -> None:
-    """Raises Damaged where an array of `trees` is not the one that a manifest describes."""
-    there = fingerprints(dict(trees))
+    """Raise Damaged where an array of `trees` differs from the manifest's fingerprint."""
+    actual = fingerprints(dict(trees))
     written = {name: f for name, f in content["arrays"].items() if name.partition("/")[0] in trees}
-    wrong = [name for name in {**written, **there} if written.get(name) != there.get(name)]
+    wrong = [name for name in {**written, **actual} if written.get(name) != actual.get(name)]
     if wrong:
         name = wrong[0]
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise Damaged(
-            f"{name} was written as {written.get(name)} and is read as {there.get(name)}{more}"
+            f"{name} was written as {written.get(name)} but is read as {actual.get(name)}{more}"
         )

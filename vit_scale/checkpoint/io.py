@@ -1,7 +1,7 @@
-"""One checkpoint's folder: whether it is finished, what is in it, read and verified.
+"""Reading of one checkpoint's folder, with verification.
 
-Every reading compares what came with what was written (integrity.py). What reading meets becomes
-one line: damage, or storage that can't be reached, in which case nothing is damaged.
+Everything that is read is compared with the manifest (integrity.py). An error becomes one line that
+tells damage from storage that can't be reached.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import orbax.checkpoint as ocp
 
-from vit_scale.checkpoint.integrity import MANIFEST, Damaged, check_arrays, check_signed
+from vit_scale.checkpoint.integrity import MANIFEST, Damaged, check_arrays, check_checksum
 from vit_scale.errors import RESUMABLE, STORAGE, UserError
 from vit_scale.storage import paths
 from vit_scale.storage.errors import one_line
@@ -22,106 +22,106 @@ from vit_scale.storage.errors import one_line
 FOLDER = "checkpoints"
 SELECTION = "selection.json"
 COMMITTED = "commit_success.txt"  # Orbax's name
-# What tensorstore says where storage can't be reached or doesn't let us: nothing is damaged then.
+# What tensorstore reports where storage is unreachable or access is denied: nothing is damaged.
 REFUSALS = (
     *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
     "RESOURCE_EXHAUSTED",
 )
 
 
-def folders(run: pathlib.Path) -> list[int]:
-    """The steps that have a folder in a run, whole or not, oldest first."""
+def all_steps(run: pathlib.Path) -> list[int]:
+    """List the steps that have a folder in a run, finished or not, oldest first."""
     folder = paths.parse(run) / FOLDER
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(f.name) for f in found if f.name.isdigit())
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit())
 
 
-def steps(run: pathlib.Path) -> list[int]:
-    """The finished steps in a run's folder, oldest first."""
+def finished_steps(run: pathlib.Path) -> list[int]:
+    """List the finished steps of a run, oldest first."""
     folder = paths.parse(run) / FOLDER
-    return [step for step in folders(run) if _is_finished(folder / str(step))]
+    return [step for step in all_steps(run) if _is_finished(folder / str(step))]
 
 
 def _is_finished(folder: pathlib.Path) -> bool:
-    """On disk a checkpoint gets its name when it is whole; in a bucket, a file that says so."""
+    """Tell whether a checkpoint is complete: on disk it is renamed then, a bucket gets a marker."""
     if paths.in_bucket(folder):
         return (folder / COMMITTED).is_file()
     return (folder / MANIFEST).is_dir()
 
 
-def selection(path: pathlib.Path) -> dict:
-    """What was measured of the checkpoint folder `path`; empty if nothing was."""
+def read_selection(path: pathlib.Path) -> dict:
+    """Return the metrics recorded in the checkpoint folder `path`; {} if there are none."""
     file = path / SELECTION
     if not file.is_file():
         return {}
     with _damage(path):
-        content = check_signed(json.loads(file.read_text()))
+        content = check_checksum(json.loads(file.read_text()))
         if str(content["step"]) != path.name:
-            raise Damaged(f"{SELECTION} is of step {content['step']}")
+            raise Damaged(f"its {SELECTION} belongs to step {content['step']}")
     return content["metrics"]
 
 
-def description(path: pathlib.Path) -> dict:
-    """What the checkpoint folder `path` says of itself: {"config": ..., "classes": ..., ...}."""
+def read_description(path: pathlib.Path) -> dict:
+    """Return the description of the run in a checkpoint: {"config": ..., "classes": ..., ...}."""
     return read_manifest(path)["description"]
 
 
 def read_manifest(path: pathlib.Path) -> dict:
-    """{"step": ..., "description": ..., "arrays": {name: fingerprint}} of a checkpoint folder."""
+    """Return {"step": ..., "description": ..., "arrays": {name: fingerprint}} of a checkpoint."""
     with _damage(path):
-        content = check_signed(_restore(path, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST])
+        content = check_checksum(_restore(path, {MANIFEST: ocp.args.JsonRestore()})[MANIFEST])
         if str(content["step"]) != path.name:
-            raise Damaged(f"it is of step {content['step']}")
+            raise Damaged(f"its manifest belongs to step {content['step']}")
     return content
 
 
 def read(path: pathlib.Path, target: Mapping) -> dict:
-    """The named trees of the checkpoint folder `path`, shaped and placed as `target`'s leaves.
+    """Return the trees of `target` from a checkpoint folder, with its shapes and shardings.
 
-    On devices of this host: of several hosts' `Checkpoints.restore` takes care.
+    Onto devices of this host only; `Checkpoints.restore` reads on several hosts.
     """
-    content, trees = read_manifest(path), read_part(path, target)
-    compare(path, content, trees)
+    manifest, trees = read_manifest(path), read_unverified(path, target)
+    check_trees(path, manifest, trees)
     return trees
 
 
-def read_part(path: pathlib.Path, target: Mapping) -> dict:
-    """What this host holds of the named trees, not compared yet."""
+def read_unverified(path: pathlib.Path, target: Mapping) -> dict:
+    """Read this host's part of the trees of `target`, without comparing fingerprints."""
     with _damage(path):
         items = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
         return _restore(path, items)
 
 
-def compare(path: pathlib.Path, content: Mapping, trees: dict) -> None:
-    """Raises UserError where `trees` are not what the manifest describes; on all hosts at once."""
+def check_trees(path: pathlib.Path, manifest: Mapping, trees: dict) -> None:
+    """Raise UserError, on all hosts alike, where `trees` differ from the manifest."""
     with _damage(path):
-        check_arrays(content, trees)
+        check_arrays(manifest, trees)
 
 
 def verify(path: pathlib.Path) -> int:
-    """Read all of the checkpoint folder `path`; the number of its arrays.
+    """Read and verify the whole checkpoint folder `path`; return the number of its arrays.
 
     Raises UserError where it is damaged.
     """
-    content = read_manifest(path)
-    selection(path)
+    manifest = read_manifest(path)
+    read_selection(path)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    written = {name.partition("/")[0] for name in content["arrays"]}
-    for tree in sorted(written):  # one at a time: all may not fit
+    trees = {name.partition("/")[0] for name in manifest["arrays"]}
+    for tree in sorted(trees):  # one at a time: together they may not fit in memory
         with _damage(path), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            found = checkpointer.metadata(os.fspath(path.absolute() / tree)).item_metadata
-            if found is None:
-                raise Damaged(f"what {tree} says of itself can't be read")
+            metadata = checkpointer.metadata(os.fspath(path.absolute() / tree)).item_metadata
+            if metadata is None:
+                raise Damaged(f"the metadata of {tree} can't be read")
             shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                found.tree,
+                metadata.tree,
             )
         read(path, {tree: shapes})
-    return len(content["arrays"])
+    return len(manifest["arrays"])
 
 
 def _restore(path: pathlib.Path, items: Mapping) -> dict:
-    """What this host holds of some items. It waits for no other host: one may fail alone."""
+    """Restore this host's part of `items`, without waiting for others: one host may fail alone."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read-{me}"
@@ -138,8 +138,8 @@ def _restore(path: pathlib.Path, items: Mapping) -> dict:
     return {name: restored[name] for name in items}
 
 
-def holds_average(path: pathlib.Path) -> bool:
-    """Whether the checkpoint folder `path` has an average of the parameters."""
+def has_ema(path: pathlib.Path) -> bool:
+    """Tell whether a checkpoint holds a moving average of the parameters."""
     return any(name.startswith("ema/") for name in read_manifest(path)["arrays"])
 
 

@@ -123,7 +123,7 @@ def show(args, overrides: Sequence[str]) -> None:
     cfg = config.load(args.config, overrides)
     if args.sharding:
         found = parameter_layout(make_setup(cfg, args.devices))
-        print(json.dumps(found) if args.json else report.placements(found))
+        print(json.dumps(found) if args.json else report.layout_table(found))
         return
     content = api.show_named(args.config, list(overrides))
     if args.devices:  # raises UserError where the config can't be split over so many

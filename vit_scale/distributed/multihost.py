@@ -1,10 +1,9 @@
-"""Several processes as one program: how they find each other, agree, and fail together.
+"""Several processes as one program: they connect, share values, and fail together.
 
-Every host runs the same lines in the same order; process 0 alone writes what one may write (the
-run's description, logs, Weights & Biases, the terminal). Guaranteed: nobody waits for ever for one
-that never came, and a mistake that one host alone can see ends all of them with its own line.
-
-With one process everything here costs nothing.
+Every process runs the same calls in the same order; process 0 alone writes what only one may write
+(the run's description, metrics, Weights & Biases, the terminal). Guaranteed: no process waits for
+ever for one that never starts, and an error that only one process meets ends all of them with its
+message. With one process everything here is free.
 """
 
 import contextlib
@@ -24,8 +23,8 @@ from jax.experimental import multihost_utils
 
 from vit_scale.errors import FAILED, RESUMABLE, USAGE, UserError
 
-WAIT = 300  # seconds for all processes to appear
-PARTING = 15  # seconds for all to leave when they stop together
+WAIT = 300  # seconds for all processes to connect
+SHUTDOWN = 15  # seconds for all processes to disconnect when they stop together
 
 
 def join(
@@ -34,30 +33,28 @@ def join(
     process: int | None = None,
     wait: int = WAIT,
 ) -> None:
-    """Meet the other processes, before anything touches a device.
+    """Connect to the other processes, before anything uses a device.
 
-    They find each other on TPU VMs, SLURM, Open MPI and GKE; elsewhere `coordinator`, the host:port
-    of process 0, with the number of `processes` and this one's number, `process`. A process that is
-    alone goes on alone.
+    TPU VMs, SLURM, Open MPI and GKE are detected. Elsewhere give `coordinator`, the host:port of
+    process 0, the number of `processes`, and this one's index, `process`. Without a cluster a
+    process runs alone.
 
-    Raises:
-      UserError: some of the three are missing, or don't fit together.
-
-    Where not all come within `wait` seconds, the process says so and ends.
+    Raises UserError where some of the three are missing or invalid. Ends the process, with one
+    line, where not all have connected within `wait` seconds.
     """
     if jax.distributed.is_initialized():
         return
-    given = (coordinator, processes, process)
-    if any(value is not None for value in given) and None in given:
+    options = (coordinator, processes, process)
+    if any(value is not None for value in options) and None in options:
         raise UserError(
-            "--coordinator, --processes and --process belong together: host:port of process 0, "
-            "how many there are, and which one this is",
+            "--coordinator, --processes and --process must be given together: host:port of "
+            "process 0, the number of processes, and the index of this one",
             USAGE,
         )
-    # From here on jax takes SIGTERM, for `preemption.requested` to ask it.
-    with _at_most(wait, f"the {processes or ''} processes did not all meet".replace("  ", " ")):
+    # From here on jax handles SIGTERM, and `preemption.requested` asks jax.
+    with _time_limit(wait, f"not all {processes or ''} processes connected".replace("  ", " ")):
         try:
-            # Its own time limit ends the process with a stack trace: let it never come.
+            # jax's own time limit ends the process with a stack trace: set it out of reach.
             jax.distributed.initialize(
                 coordinator, processes, process, initialization_timeout=wait + 3600
             )
@@ -68,22 +65,22 @@ def join(
                 f"--process {process}, --processes {processes}: {error}", USAGE
             ) from None
         except jax.errors.JaxRuntimeError as error:  # a RuntimeError, too
-            raise UserError(f"the processes did not meet: {_first_line(error)}") from error
+            raise UserError(f"the processes failed to connect: {_first_line(error)}") from error
         except RuntimeError:
             if coordinator is None:
-                return  # a notebook, which has used its devices before: it is alone
+                return  # a notebook that has used its devices already: it runs alone
             raise
-        jax.process_count()  # opens the devices, for which all processes are needed as well
+        jax.process_count()  # opens the devices, which needs all processes as well
 
 
 @contextlib.contextmanager
-def _at_most(wait: int, what: str) -> Iterator[None]:
-    """Ends the process with one line where what is inside lasts longer, wherever that hangs."""
+def _time_limit(wait: int, failure: str) -> Iterator[None]:
+    """End the process, with one line, if the code inside takes longer, wherever it hangs."""
 
     def end():
         print(
-            f"vit-scale: {what} within {wait} s; start the same command on every host, and look "
-            "there for one that has ended, or give more time with --wait",
+            f"vit-scale: {failure} within {wait} s; start the same command on every host, check "
+            "that none has exited, or raise --wait",
             file=sys.stderr,
             flush=True,
         )
@@ -99,18 +96,18 @@ def _at_most(wait: int, what: str) -> Iterator[None]:
 
 
 def leave(code: int, error: BaseException | None = None) -> None:
-    """End a process that failed, at once, where others wait for it; return where there are none.
+    """Exit a failed process at once if there are others; return if there are none.
 
-    What Python does at its exit would wait for them, while they wait for the step that never comes.
-    The traceback of an unexpected `error` is printed.
+    Python's normal exit would wait for the others, while they wait for a step that never comes.
+    Prints the traceback of an unexpected `error`.
     """
-    if is_several():
+    if has_peers():
         if error:
             traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        if code == RESUMABLE:  # where all stop, nobody leaves while another still needs it
-            timer = threading.Timer(PARTING, os._exit, (code,))
+        if code == RESUMABLE:  # all stop: stay connected until every process is done
+            timer = threading.Timer(SHUTDOWN, os._exit, (code,))
             timer.daemon = True
             timer.start()
             with contextlib.suppress(RuntimeError):
@@ -118,19 +115,19 @@ def leave(code: int, error: BaseException | None = None) -> None:
         os._exit(code)
 
 
-def is_several() -> bool:
-    """Whether other processes take part."""
+def has_peers() -> bool:
+    """Tell whether there are other processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that writes."""
-    return not is_several() or jax.process_index() == 0
+    """Tell whether this is process 0, the one that writes."""
+    return not has_peers() or jax.process_index() == 0
 
 
-def agree(value: Any) -> Any:
-    """Process 0's `value`, on every process; anything that JSON holds."""
-    if not is_several():
+def broadcast(value: Any) -> Any:
+    """Return process 0's `value`, which JSON can hold, on every process."""
+    if not has_peers():
         return value
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.empty(0)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(mine))))
@@ -139,27 +136,24 @@ def agree(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Whatever a host raises in here, all raise: the others a UserError with its line and number.
+def shared_errors() -> Iterator[None]:
+    """Raise on all processes what one raises inside; the others raise a UserError that names it.
 
-    All wait for each other at the end, so never inside a loop that must be fast.
+    All wait for each other at the end: don't use it in a loop that must be fast.
     """
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:  # noqa: BLE001, raised below, when the others know
+    except Exception as caught:  # noqa: BLE001, raised below, once the others know
         error = caught
-    if is_several():
-        _raise_another_ones(error)
+    if has_peers():
+        _raise_error_of_peer(error)
     if error:
         raise error
 
 
-def _raise_another_ones(error: Exception | None) -> None:
-    size, longest = (
-        4096,
-        600,
-    )  # bytes that travel, and characters of the line: JSON may need 6 for one
+def _raise_error_of_peer(error: Exception | None) -> None:
+    size, longest = 4096, 600  # bytes sent, characters of a message: JSON takes up to 6 bytes each
     code = error.code if isinstance(error, UserError) else FAILED
     text = json.dumps([code, _first_line(error)[:longest]]).encode() if error else b""
     mine = np.zeros(size, np.uint8)
@@ -175,41 +169,40 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def check_alike(mine: Mapping[str, Any]) -> None:
-    """Raises UserError on all processes unless every one's `mine`, of JSON, is process 0's."""
-    if not is_several():
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise UserError on all processes unless their `values`, of JSON, equal process 0's."""
+    if not has_peers():
         return
-    mine = json.loads(json.dumps(mine))
-    theirs = agree(mine)
-    with together():
-        wrong = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    here = json.loads(json.dumps(values))
+    first = broadcast(here)
+    with shared_errors():
+        wrong = [name for name in {**first, **here} if first.get(name) != here.get(name)]
         if wrong:
-            each = (f"{name} is {mine.get(name)}, there {theirs.get(name)}" for name in wrong[:5])
+            each = (f"{name}: {here.get(name)} instead of {first.get(name)}" for name in wrong[:5])
             raise UserError(
-                f"hosts disagree: process {jax.process_index()} would train something else than "
-                f"process 0 ({'; '.join(each)}): start the same command, code and data on every "
-                "host"
+                f"hosts disagree: process {jax.process_index()} differs from process 0 "
+                f"({'; '.join(each)}): run the same command, code and data on every host"
             )
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Raises UserError on all processes unless every one sees what process 0 writes in `folder`."""
-    if not is_several():
+    """Raise UserError on all processes unless all see a file that process 0 writes in `folder`."""
+    if not has_peers():
         return
-    token, file = agree(secrets.token_hex(8)), folder / ".shared"
-    with together():
+    token, file = broadcast(secrets.token_hex(8)), folder / ".shared"
+    with shared_errors():
         if is_first():
             file.write_bytes(token.encode())
-    with together():
+    with shared_errors():
         try:
-            seen = file.read_text()
+            content = file.read_text()
         except OSError:
-            seen = ""
-        if seen != token:
+            content = ""
+        if content != token:
             raise UserError(
                 f"workdir {folder} is not the same folder on process {jax.process_index()} and on "
-                "process 0: give a --workdir that all hosts share, such as gs://bucket/run or NFS"
+                "process 0: use a --workdir that all hosts share, such as gs://bucket/run or NFS"
             )
-    with together():
+    with shared_errors():
         if is_first():
             file.unlink()

@@ -1,9 +1,9 @@
-"""SIGTERM as a request: training stops at the next safe point, saves, and exits 42 (resumable).
+"""Preemption: on SIGTERM training stops at the next safe point, saves, and exits 42 (resumable).
 
-A machine that is about to be taken away, and a person who wants it back, say so by SIGTERM. While a
-run is `deferred`, the signal is noted, and every loop that can last asks `check`. With several
-hosts, one that got it is enough: jax brings all of them to stop at the same question. A second
-SIGTERM ends the process at once.
+Clouds send SIGTERM before they take a machine away, and so does a person who wants a run to stop.
+Inside `deferred` the signal is recorded, and every long loop calls `check`. With several hosts a
+signal to one of them suffices: jax makes all of them stop at the same call. A second SIGTERM ends
+the process at once.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ STOPPED = "stopped by SIGTERM"
 
 
 class Preempted(UserError):
-    """Stopped by SIGTERM; rerun the same command to resume."""
+    """Raised where training stops because of SIGTERM."""
 
     def __init__(self, where: str):
         super().__init__(f"{STOPPED} {where}; rerun the same command to resume", RESUMABLE)
@@ -29,32 +29,32 @@ class Preempted(UserError):
 
 _received = 0
 _deferred = False
-_questions = itertools.count()  # the same number is the same question on every host
+_sync_points = itertools.count()  # every host must use the same numbers
 
 
 def install() -> None:
-    """Take SIGTERM over, for the life of this process. Outside of `deferred` it ends it at once."""
+    """Handle SIGTERM from now on. Outside `deferred` it ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
-        return  # in a notebook's thread: signals are not ours
+        return  # a notebook's thread: only the main thread may handle signals
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, _handle)
-    # Python runs handlers between its own instructions: never while something is being compiled.
-    threading.Thread(target=_end_at_the_second, args=(read,), daemon=True).start()
+    # Python runs signal handlers between bytecode instructions: not while XLA compiles.
+    threading.Thread(target=_exit_at_second_signal, args=(read,), daemon=True).start()
 
 
 def _handle(number, frame) -> None:
     global _received
     _received += 1
     if not _deferred:
-        # No exception: it would be raised inside of anything, such as an extension's beginning,
-        # which makes another one of it, or a library that catches all. Nothing is to be saved yet.
+        # There is nothing to save yet. An exception might be raised inside an extension's import,
+        # which replaces it, or inside a library that swallows it.
         os.write(2, f"vit-scale: {Preempted('before training began')}\n".encode())
         os._exit(RESUMABLE)
 
 
-def _end_at_the_second(signals: int) -> None:
+def _exit_at_second_signal(signals: int) -> None:
     count = 0
     while count < 2:
         count += os.read(signals, 64).count(signal.SIGTERM)
@@ -62,13 +62,13 @@ def _end_at_the_second(signals: int) -> None:
 
 
 def _exit_at_once(*_) -> NoReturn:
-    print("vit-scale: a second SIGTERM: ended without saving", file=sys.stderr, flush=True)
+    print("vit-scale: second SIGTERM: exiting without saving", file=sys.stderr, flush=True)
     os._exit(RESUMABLE)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Note SIGTERM for `check`, instead of acting on it."""
+    """Record SIGTERM for `check` instead of exiting."""
     global _deferred
     _deferred = True
     try:
@@ -78,20 +78,20 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether to stop here: asked as often, in the same order, on all hosts, all get one answer."""
+    """Tell whether to stop here. All hosts must call it equally often; all get the same answer."""
     from vit_scale.distributed import multihost
 
-    if not multihost.is_several():
+    if not multihost.has_peers():
         return _received > 0
     from jax.experimental import multihost_utils
 
-    stop = multihost_utils.reached_preemption_sync_point(next(_questions))
-    if stop:  # until now the signal was jax's, which only takes note of it
+    stop = multihost_utils.reached_preemption_sync_point(next(_sync_points))
+    if stop:  # until now jax handled the signal, and only recorded it
         signal.signal(signal.SIGTERM, _exit_at_once)
     return stop
 
 
 def check(where: str) -> None:
-    """Raises Preempted if it is time to stop, and nothing here is lost by it."""
+    """Raise Preempted if SIGTERM was received. Call where stopping loses nothing."""
     if requested():
         raise Preempted(where)

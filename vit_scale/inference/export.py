@@ -34,7 +34,7 @@ from vit_scale.pretrained import (
     weight_files,
 )
 from vit_scale.pretrained.key_mapping import WeightFormat
-from vit_scale.runs.run_folder import write_json
+from vit_scale.runs.json_files import write_json
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import user_errors
 

@@ -23,7 +23,7 @@ from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
 from vit_scale.models.parameters import count
-from vit_scale.runs.run_folder import read_json
+from vit_scale.runs.json_files import read_json
 from vit_scale.training.validation import check_classes
 
 BATCH = 8  # images whose weights of one block, [b, k, n, n], are in memory at once

@@ -1,7 +1,6 @@
-"""What a compiled step is predicted to take: arithmetic on what the compiler says, nothing else.
+"""Predictions of a step's time and cost, from the compiler's figures and nothing else.
 
-Every number here is a prediction. None was calibrated on a TPU: take them for ranking, and for
-whether something fits.
+None was calibrated on a TPU: use them to rank variants, and to see whether something fits.
 """
 
 from collections import defaultdict
@@ -11,12 +10,12 @@ from vit_scale.distributed.accelerators import mfu
 from vit_scale.plan.hlo import Collective, Cost
 from vit_scale.plan.topology import Topology
 
-# How often an array of a group's size passes a device's links, at least: (g - 1) / g times this.
+# A device of a group of g sends an array over its links at least (g - 1) / g times this often.
 PASSES = {"all-reduce": 2}  # reduce-scatter, then all-gather
 
 
 def moved_bytes(transfer: Collective) -> float:
-    """What a device sends, at least, for all the times that a collective is made."""
+    """Return the bytes that a device sends, at least, over all executions of a collective."""
     if transfer.kind in ("collective-permute", "collective-broadcast", "send"):
         return transfer.bytes * transfer.times
     share = (transfer.group - 1) / transfer.group
@@ -24,11 +23,11 @@ def moved_bytes(transfer: Collective) -> float:
 
 
 def parts(cost: Cost, where: Topology) -> dict[str, float]:
-    """Milliseconds of the parts of a step.
+    """Return the parts of a step in ms.
 
-    arithmetic: the compiler's cycles. synchronous: collectives that everything waits for. hidden:
-    those that go on beside arithmetic, and between_slices, transfers over the slow network. All
-    transfers are at the speed of all of a device's links at once: they take at least that.
+    arithmetic: the compiler's cycles; synchronous: collectives that block; hidden: collectives that
+    overlap with arithmetic; between_slices: transfers over the data centre's network. Transfers are
+    assumed to use all of a device's links at once: these are lower bounds.
     """
     sums: dict[str, float] = defaultdict(float)
     for transfer in cost.collectives:
@@ -46,10 +45,10 @@ def parts(cost: Cost, where: Topology) -> dict[str, float]:
 
 
 def step_ms(times: dict[str, float]) -> float:
-    """Milliseconds of a step of these `parts` and "exposed_ms".
+    """Return the ms of a step with these `parts` and "exposed_ms".
 
-    exposed: how long the compiler's scheduler says that arithmetic waits for hidden transfers. A
-    step is no shorter than what it moves takes.
+    exposed: how long arithmetic waits for overlapped transfers, by the compiler's scheduler. A step
+    is never shorter than its transfers.
     """
     waiting = times["exposed_ms"] + times["synchronous_ms"]
     moving = max(times["hidden_ms"] + times["synchronous_ms"], times["between_slices_ms"])
@@ -57,7 +56,7 @@ def step_ms(times: dict[str, float]) -> float:
 
 
 def by_kind(collectives: Iterable[Collective]) -> list[dict]:
-    """One row per kind of collective, the largest first; `overlapped` are those hidden by work."""
+    """Sum collectives by kind, the most bytes first; "overlapped" ones run beside arithmetic."""
     rows: dict[str, dict] = {}
     for transfer in collectives:
         row = rows.setdefault(
@@ -71,18 +70,18 @@ def by_kind(collectives: Iterable[Collective]) -> list[dict]:
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def totals(found: dict, step_ms: float, price: float | None) -> dict[str, float | None]:
-    """Speed and cost of all steps, without evaluation, the start, and waiting for data.
+def totals(step: dict, step_ms: float, price: float | None) -> dict[str, float | None]:
+    """Return speed and cost of all steps, without evaluation, startup, and waiting for data.
 
-    `found` is what is known of the step; `price` is in USD per chip and hour.
+    `step` is the description of step.py; `price` is in USD per chip and hour.
     """
-    per_second = 1e3 * found["global_batch"] / step_ms
-    hours = found["chips"] * found["steps"] * step_ms / 3.6e6
-    image_flops = found["flops_per_step"] / found["global_batch"]
+    per_second = 1e3 * step["global_batch"] / step_ms
+    hours = step["chips"] * step["steps"] * step_ms / 3.6e6
+    image_flops = step["flops_per_step"] / step["global_batch"]
     return {
         "step_ms": step_ms,
         "images_per_second": per_second,
-        "mfu": mfu(per_second, image_flops, found["devices"], found["device_kind"]),
+        "mfu": mfu(per_second, image_flops, step["devices"], step["device_kind"]),
         "chip_hours": hours,
         "cost_usd": None if price is None else price * hours,
     }

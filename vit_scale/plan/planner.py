@@ -1,8 +1,6 @@
-"""What training would need and take on a TPU slice that is not there: `vit-scale plan`.
+"""Plan one config on a slice, compare variants, and search for one that fits: `vit-scale plan`.
 
-The step that `train` runs is compiled for the slice by libtpu, on any machine; what its compiler
-says becomes a prediction. Each compilation is a process of its own (step.py): this one never loads
-a TPU's library.
+Each compilation is a process of its own (step.py): this one never loads libtpu.
 """
 
 import json
@@ -19,35 +17,38 @@ from vit_scale.plan.hlo import exposed_cycles
 from vit_scale.plan.topology import ENVIRONMENT, Topology
 
 COMPILER = os.path.join(sys.prefix, "libtpu")  # where launch/compiler.sh puts it
-LOG = {  # of the scheduler, on standard error
+LOG = {  # makes the scheduler log to standard error
     "TPU_MIN_LOG_LEVEL": "0",
     "TPU_STDERR_LOG_LEVEL": "0",
     "TPU_VMODULE": "latency_hiding_scheduler=1",
 }
-SAVE_MATMULS = "dots_with_no_batch_dims_saveable"  # recomputes what is cheap
+SAVE_MATMULS = "dots_with_no_batch_dims_saveable"  # recomputes all but matrix products
 
 
 def plan(name: str, overrides: Sequence[str], where: Topology, price: float | None = None) -> dict:
-    """What the config `name` with `overrides` comes to on a slice. Bytes are per device.
+    """Predict memory, time and cost of the config `name` with `overrides` on a slice.
 
-    Where it fits: times in ms, speed, cost, collectives. Where it doesn't: "fits" is False, and
-    "peak_bytes" what it needs, if the compiler said. Raises UserError where the config can't work.
+    Bytes are per device, times in ms, `price` in USD per chip and hour. If the step does not fit,
+    "fits" is False and "peak_bytes" is what it needs, or None if the compiler did not say. Raises
+    UserError for a config that can't work.
     """
     cfg = config.load(name, overrides)
     if cfg.stages:
-        raise UserError(f"config {name} is several runs: plan one, such as {name}:{cfg.stages[0]}")
-    found, log = _compile(name, overrides, where)
-    if "error" in found:
-        raise UserError(found["error"], found["code"])
-    found = {"config": name, "overrides": list(overrides)} | found
-    if not found["fits"]:
-        return found
-    found["exposed_ms"] = 1e3 * exposed_cycles(log) / where.tpu.clock_hz
-    return found | estimate.totals(found, estimate.step_ms(found), price)
+        raise UserError(
+            f"config {name} has several stages: plan one, such as {name}:{cfg.stages[0]}"
+        )
+    result, log = _compile(name, overrides, where)
+    if "error" in result:
+        raise UserError(result["error"], result["code"])
+    result = {"config": name, "overrides": list(overrides)} | result
+    if not result["fits"]:
+        return result
+    result["exposed_ms"] = 1e3 * exposed_cycles(log) / where.tpu.clock_hz
+    return result | estimate.totals(result, estimate.step_ms(result), price)
 
 
 def _compile(name: str, overrides: Sequence[str], where: Topology) -> tuple[dict, str]:
-    """The answer of step.py, and the compiler's log."""
+    """Run step.py in a process; return its result and the compiler's log."""
     request = {"config": name, "overrides": list(overrides), "topology": where.name}
     done = subprocess.run(
         [sys.executable, "-m", "vit_scale.plan.step"],
@@ -58,8 +59,8 @@ def _compile(name: str, overrides: Sequence[str], where: Topology) -> tuple[dict
         errors="replace",
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-        raise UserError(f"the compiler ended with {done.returncode}, saying: {said[0]}", FAILED)
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise UserError(f"the compiler exited with code {done.returncode}: {last[0]}", FAILED)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
@@ -70,47 +71,48 @@ def compare(
     where: Topology,
     price: float | None = None,
 ) -> list[dict]:
-    """A plan of the config and of each variant, such as "mesh.fsdp=16,model.remat=full".
+    """Plan the config and each variant, such as "mesh.fsdp=16,model.remat=full".
 
-    The best first; those that don't fit, or can't work, last, with the reason in "error".
+    Returns the fastest first, and last those that don't fit or can't work; "error" says why.
     """
-    found = []
+    results = []
     for variant in ("", *variants):
         changes = [part for part in re.split(r",(?=[a-z_.]+=)", variant) if part]
         try:
             row = plan(name, [*overrides, *changes], where, price)
         except UserError as error:
             row = {"fits": False, "error": str(error)}
-        found.append(row | {"variant": variant or "as configured"})
-    return sorted(found, key=lambda row: row.get("step_ms", float("inf")))
+        results.append(row | {"variant": variant or "as configured"})
+    return sorted(results, key=lambda row: row.get("step_ms", float("inf")))
 
 
-def fit(found: dict, where: Topology, price: float | None, tell: Callable[[str], None]) -> dict:
-    """The first plan that fits of those with the cheapest changes; its "flags" are to be added.
+def fit(result: dict, where: Topology, price: float | None, report: Callable[[str], None]) -> dict:
+    """Search for the cheapest changes that make a plan fit; they are its "flags".
 
-    `found` is a plan that does not fit; `tell` hears of every attempt. Raises UserError where none
-    of them fits.
+    `result` is a plan that does not fit; `report` gets a line per failed attempt. Raises UserError
+    where no change suffices.
     """
-    name, overrides = found["config"], found["overrides"]
-    for changes in cheapest_changes(found, config.load(name, overrides)):
+    name, overrides = result["config"], result["overrides"]
+    for changes in cheapest_changes(result, config.load(name, overrides)):
         attempt = plan(name, [*overrides, *changes], where, price)
         if attempt["fits"]:
             return attempt | {"flags": [f"--config.{change}" for change in changes]}
-        tell(f"does not fit: {' '.join(changes)} ({memory(attempt)})")
+        report(f"does not fit: {' '.join(changes)} ({memory(attempt)})")
     raise UserError(f"nothing fits {where.name}, not even a batch of one image per device")
 
 
-def cheapest_changes(found: dict, cfg) -> Iterator[list[str]]:
-    """Overrides that save memory, those that cost the least speed first, then a smaller batch.
+def cheapest_changes(result: dict, cfg) -> Iterator[list[str]]:
+    """Yield overrides that save memory, the least slowdown first, and a smaller batch last.
 
-    Sharding the parameters hides most of what it moves, but can't save more than the state and the
-    gradients; recomputing costs up to a third; micro-batches and smaller batches use the chip less.
+    Sharding the parameters overlaps most of its communication, but saves no more than the state and
+    the gradients; rematerialisation costs up to a third of the speed; micro-batches and smaller
+    batches use the chip less.
     """
-    shards = _shardings(found)
-    state = sum(found[f"{part}_bytes"] for part in ("parameter", "optimizer", "ema"))
-    over = (found["peak_bytes"] or 0) - found["hbm_bytes"]
+    shards = _fsdp_sizes(result)
+    state = sum(result[f"{part}_bytes"] for part in ("parameter", "optimizer", "ema"))
+    over = (result["peak_bytes"] or 0) - result["hbm_bytes"]
     for size in shards:
-        if over < 2 * state * (1 - found["mesh"]["fsdp"] / size):
+        if over < 2 * state * (1 - result["mesh"]["fsdp"] / size):
             yield [f"mesh.fsdp={size}"]
     remat = [name for name in (SAVE_MATMULS, "full") if name != cfg.model.remat]
     for policy in remat[remat.index("full") :] if cfg.model.remat == SAVE_MATMULS else remat:
@@ -120,22 +122,22 @@ def cheapest_changes(found: dict, cfg) -> Iterator[list[str]]:
     for size in shards if smallest else ():
         yield [*smallest, f"mesh.fsdp={size}"]
     smallest += [f"mesh.fsdp={size}" for size in shards[-1:]]
-    each = cfg.data.batch // (found["mesh"]["data"] * found["mesh"]["fsdp"])
-    for parts in _powers(2, each // cfg.optim.accumulate):
+    per_device = cfg.data.batch // (result["mesh"]["data"] * result["mesh"]["fsdp"])
+    for parts in _powers(2, per_device // cfg.optim.accumulate):
         yield [*smallest, f"optim.accumulate={cfg.optim.accumulate * parts}"]
-    for parts in _powers(2, each // cfg.optim.accumulate):
+    for parts in _powers(2, per_device // cfg.optim.accumulate):
         yield [*smallest, f"data.batch={cfg.data.batch // parts}"]
 
 
-def _shardings(found: dict) -> list[int]:
-    """Larger sizes of the fsdp axis, each four times the last, that a slice has room for."""
-    now, mesh = found["mesh"]["fsdp"], found["mesh"]
-    room = found["devices"] // found["slices"] // mesh["tensor"] // now
-    return [now * size for size in _powers(4, room)]
+def _fsdp_sizes(result: dict) -> list[int]:
+    """Return larger sizes of the fsdp axis, each four times the last, that a slice allows."""
+    current, mesh = result["mesh"]["fsdp"], result["mesh"]
+    limit = result["devices"] // result["slices"] // mesh["tensor"] // current
+    return [current * size for size in _powers(4, limit)]
 
 
 def _powers(base: int, limit: int) -> list[int]:
-    """base, base^2, ... of which each divides `limit`; for room that is no power, `limit` last."""
+    """Return base, base^2, ... that divide `limit`; for base 4, end with `limit` itself."""
     sizes, size = [], base
     while size <= limit and limit % size == 0:
         sizes.append(size)
@@ -145,7 +147,7 @@ def _powers(base: int, limit: int) -> list[int]:
     return sizes
 
 
-def memory(found: dict) -> str:
-    """ "18.2 of 15.8 GiB": what a plan needs of a device, and what there is."""
-    needs = found["peak_bytes"]
-    return f"{f'{needs / 2**30:.2f}' if needs else 'more'} of {found['hbm_bytes'] / 2**30:.2f} GiB"
+def memory(result: dict) -> str:
+    """Format what a plan needs of a device's memory: "14.20 of 15.75 GiB"."""
+    needs = result["peak_bytes"]
+    return f"{f'{needs / 2**30:.2f}' if needs else 'more'} of {result['hbm_bytes'] / 2**30:.2f} GiB"

@@ -1,8 +1,8 @@
-"""Compile the training step that `train` would run, for a slice that is not there.
+"""Compile the train step that `train` would run, for a slice that need not exist.
 
-`python -m vit_scale.plan.step` is one compilation in a process of its own: it reads a request, one
-line of JSON, and prints what it found as another. So the compiler's environment is set before it
-is loaded, its log is on standard error, and its memory is given back.
+`python -m vit_scale.plan.step` compiles once, in a process of its own, so that the compiler's
+environment is set before libtpu is loaded and its memory is freed afterwards. It reads a request,
+one line of JSON, and prints its result as another; the compiler logs to standard error.
 
     {"config": "vit_large_imagenet", "overrides": ["optim.lr=1e-3"], "topology": "v5e:16x16",
      "slices": 1}
@@ -30,25 +30,25 @@ from vit_scale.training.train_step import jit_train_step
 
 
 def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
-    """What the step of `cfg` needs and, where it fits, is predicted to take; bytes per device.
+    """Compile the step of `cfg`; return its memory per device and, if it fits, its predicted times.
 
-    Raises UserError for a config that can't work on so many devices.
+    Raises UserError for a config that can't work on that many devices.
     """
     devices = topology.devices(where)
     setup = make_setup(cfg, devices)
-    found = describe(setup, where)
+    description = describe(setup, where)
     start = time.monotonic()
     try:
         step, teacher = jit_train_step(setup), setup.teacher
-        given = () if teacher is None else (teacher.params,)
-        compiled = step.lower(setup.state, batch_shapes(setup), *given).compile()
+        teacher_params = () if teacher is None else (teacher.params,)
+        compiled = step.lower(setup.state, batch_shapes(setup), *teacher_params).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"the compiler fails: {str(error).splitlines()[0]}") from error
-        return found | {"fits": False, "peak_bytes": needed_bytes(str(error))}
+            raise UserError(f"the compiler failed: {str(error).splitlines()[0]}") from error
+        return description | {"fits": False, "peak_bytes": needed_bytes(str(error))}
     memory: Any = compiled.memory_analysis()
     cost = Hlo(compiled.as_text() or "").cost()
-    return found | {
+    return description | {
         "fits": True,
         "peak_bytes": memory.peak_memory_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -61,7 +61,7 @@ def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
 
 
 def describe(setup: Setup, where: topology.Topology) -> dict:
-    """What is known before anything is compiled."""
+    """Return what is known of a step before it is compiled."""
     cfg, state = setup.cfg, setup.state
     return {
         "topology": where.name,
@@ -81,7 +81,7 @@ def describe(setup: Setup, where: topology.Topology) -> dict:
 
 
 def batch_shapes(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch as the data pipeline delivers it: uint8, at the stored size."""
+    """Return the shapes of a global batch as the data pipeline delivers it: uint8 images."""
     cfg, sharding = setup.cfg, batch_sharding(setup.mesh)
     size = cfg.data.batch
 
@@ -96,21 +96,21 @@ def batch_shapes(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def needed_bytes(message: str) -> int | None:
-    """What the compiler says a program needs that exceeds a device's memory."""
+    """Parse the memory that a program needs from the compiler's out-of-memory error."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
-    found = found or re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    return int(float(found[1]) * units[found[2]]) if found else None
+    size = re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+    size = size or re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    return int(float(size[1]) * units[size[2]]) if size else None
 
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
     try:
         cfg = config.load(request["config"], request["overrides"])
-        answer = compile_step(cfg, topology.parse(request["topology"], request["slices"]))
+        result = compile_step(cfg, topology.parse(request["topology"], request["slices"]))
     except UserError as error:
-        answer = {"error": str(error), "code": error.code}
-    print(json.dumps(answer))
+        result = {"error": str(error), "code": error.code}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plans as text: tables whose numbers say that they are predictions."""
+"""Plans as text: tables, with a note that the numbers are predictions."""
 
 from collections.abc import Sequence
 
@@ -6,76 +6,80 @@ from vit_scale.plan import memory
 from vit_scale.runs import report
 
 NOTE = (
-    "Predictions from the compiler's cycle estimates and bandwidths on paper, "
-    "not calibrated and not measured."
+    "Predicted from the compiler's cycle estimates and nominal bandwidths; "
+    "not calibrated, not measured."
 )
 
 
-def text(found: dict) -> str:
-    """One plan: whether it fits and what fills the memory, how fast, and what is moved."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
-    where = f"{found['slices']} x {found['topology']}" if found["slices"] > 1 else found["topology"]
+def text(plan: dict) -> str:
+    """Format one plan: whether it fits, its memory, its speed, and its collectives."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    where = f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
     lines = [
-        f"{found['config']} on {where}: {found['chips']:,} chips ({found['device_kind']}), "
-        f"mesh {mesh}, global batch {found['global_batch']:,}",
-        f"{'fits' if found['fits'] else 'DOES NOT FIT'}: {memory(found)} of each device",
+        f"{plan['config']} on {where}: {plan['chips']:,} chips ({plan['device_kind']}), "
+        f"mesh {mesh}, global batch {plan['global_batch']:,}",
+        f"{'fits' if plan['fits'] else 'DOES NOT FIT'}: {memory(plan)} per device",
     ]
-    if "flags" in found:
-        lines.append(f"to make it fit, add: {' '.join(found['flags'])}")
-    lines += ["", report.table(memory_rows(found))]
-    if found["fits"]:
-        lines += ["", report.table([speed_row(found)])]
-        if found["collectives"]:
-            lines += ["", report.table(collective_rows(found))]
-        if found["unpriced_kernels"]:
-            lines.append(f"{found['unpriced_kernels']:,} custom kernels have no estimate: add them")
+    if "flags" in plan:
+        lines.append(f"to make it fit, add: {' '.join(plan['flags'])}")
+    lines += ["", report.table(memory_rows(plan))]
+    if plan["fits"]:
+        lines += ["", report.table([speed_row(plan)])]
+        if plan["collectives"]:
+            lines += ["", report.table(collective_rows(plan))]
+        if plan["unpriced_kernels"]:
+            lines.append(
+                f"plus {plan['unpriced_kernels']:,} custom kernels without a time estimate"
+            )
         lines += ["", NOTE]
     return "\n".join(lines)
 
 
-def memory_rows(found: dict) -> list[dict]:
+def memory_rows(plan: dict) -> list[dict]:
+    """Return a row per part of a device's memory."""
     parts = ("parameter", "optimizer", "ema", "temporary", "program")
     return [
-        {"per device": part, "GiB": f"{found[f'{part}_bytes'] / 2**30:.3f}"}
+        {"per device": part, "GiB": f"{plan[f'{part}_bytes'] / 2**30:.3f}"}
         for part in parts
-        if found.get(f"{part}_bytes")
+        if plan.get(f"{part}_bytes")
     ]
 
 
-def speed_row(found: dict) -> dict:
-    """What is predicted of a plan that fits."""
+def speed_row(plan: dict) -> dict:
+    """Return the predicted speed and cost of a plan that fits, as a row."""
     row = {
-        "step ms": f"{found['step_ms']:.2f}",
-        "arithmetic ms": f"{found['arithmetic_ms']:.2f}",
-        "exposed ms": f"{found['exposed_ms']:.2f}",
-        "synchronous ms": f"{found['synchronous_ms']:.2f}",
-        "images/s": found["images_per_second"],
-        "MFU": f"{100 * found['mfu']:.1f} %",
-        "chip-hours": found["chip_hours"],
+        "step ms": f"{plan['step_ms']:.2f}",
+        "arithmetic ms": f"{plan['arithmetic_ms']:.2f}",
+        "exposed ms": f"{plan['exposed_ms']:.2f}",
+        "synchronous ms": f"{plan['synchronous_ms']:.2f}",
+        "images/s": plan["images_per_second"],
+        "MFU": f"{100 * plan['mfu']:.1f} %",
+        "chip-hours": plan["chip_hours"],
     }
-    if found["cost_usd"] is not None:
-        row["USD"] = f"{found['cost_usd']:,.0f}"
-    return row | {"compiled in s": found["compile_seconds"]}
+    if plan["cost_usd"] is not None:
+        row["USD"] = f"{plan['cost_usd']:,.0f}"
+    return row | {"compile s": plan["compile_seconds"]}
 
 
-def collective_rows(found: dict) -> list[dict]:
+def collective_rows(plan: dict) -> list[dict]:
+    """Return a row per kind of collective."""
     return [
         {
             "collective": row["kind"],
-            "a step": row["count"],
+            "per step": row["count"],
             "MB": f"{row['bytes'] / 1e6:.1f}",
             "async": row["async"],
-            "with work between": row["overlapped"],
+            "overlapped": row["overlapped"],
         }
-        for row in found["collectives"]
+        for row in plan["collectives"]
     ]
 
 
-def comparison(found: Sequence[dict], markdown: bool = False) -> str:
-    """A row per variant, in the order given."""
-    fitting = next((speed_row(row) for row in found if row["fits"]), {})
+def comparison(results: Sequence[dict], markdown: bool = False) -> str:
+    """Format a row per variant, in the order of `results`."""
+    fitting = next((speed_row(row) for row in results if row["fits"]), {})
     rows = []
-    for row in found:
+    for row in results:
         speed = speed_row(row) if row["fits"] else dict.fromkeys(fitting)
         needs = row.get("error") or ("" if row["fits"] else "does not fit: ") + memory(row)
         rows.append({"variant": row["variant"], **speed, "memory": needs})

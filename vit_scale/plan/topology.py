@@ -21,20 +21,21 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Of all slices together."""
+        """The number of chips of all slices together."""
         return self.slices * math.prod(_sides(self.name))
 
     @property
     def devices(self) -> int:
+        """The number of JAX devices of all slices together."""
         return self.chips * self.tpu.devices_per_chip
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """The topology of "v5e:16x16", or of an accelerator type such as v5litepod-256 or v4-32.
+    """Parse "v5e:16x16", or an accelerator type such as v5litepod-256 or v4-32.
 
-    Raises UserError, with what there is, for any other name and for a slice that is not made.
+    Raises UserError, with the valid names, for any other name and for a slice that does not exist.
     """
-    kind, mark, rest = (
+    kind, separator, rest = (
         text.lower().replace("v5litepod", "v5e").partition(":" if ":" in text else "-")
     )
     if slices < 1:
@@ -42,7 +43,7 @@ def parse(text: str, slices: int = 1) -> Topology:
     if kind not in TPUS or not rest:
         raise _unknown(text)
     tpu = TPUS[kind]
-    if mark == "-":
+    if separator == "-":
         chips, odd = divmod(int(rest), tpu.type_counts_per_chip) if rest.isdigit() else (0, 0)
         if odd or chips not in tpu.topologies:
             raise _unknown(text)
@@ -65,22 +66,24 @@ def _sides(name: str) -> list[int]:
 
 
 def _unknown(text: str) -> UserError:
-    """All there is, or all there is of the generation that `text` begins with."""
-    meant = [name for name in TPUS if text.lower().replace("v5litepod", "v5e").startswith(name)]
-    known = "; ".join(
+    """Return the error that lists the topologies of the TPU generation that `text` begins with."""
+    generations = [
+        name for name in TPUS if text.lower().replace("v5litepod", "v5e").startswith(name)
+    ]
+    valid = "; ".join(
         f"{name}:{{{','.join(tpu.topologies.values())}}} or {tpu.accelerator_type}-"
         f"{{{','.join(str(tpu.type_counts_per_chip * chips) for chips in tpu.topologies)}}}"
         for name, tpu in TPUS.items()
-        if name in (meant or TPUS)
+        if name in (generations or TPUS)
     )
-    return UserError(f"topology {text!r} is unknown; valid: {known}", USAGE)
+    return UserError(f"topology {text!r} is unknown; valid: {valid}", USAGE)
 
 
-# Nothing here opens a TPU: no device is looked for, no metadata server asked, nothing is logged.
+# Keeps libtpu from opening devices, asking the metadata server and writing logs.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what it holds could not be read back
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a lock file admits one process
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # its entries could not be read back
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a lock file admits one process only
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -90,17 +93,17 @@ ENVIRONMENT = {
 
 
 def devices(topology: Topology) -> list:
-    """Devices to compile for, in a process whose environment is `ENVIRONMENT`.
+    """Return the devices of a topology, to compile for. Sets `ENVIRONMENT` in this process.
 
-    Raises UserError where libtpu, the compiler, is missing or refuses the slice.
+    Raises UserError where libtpu, the compiler, is missing or rejects the slice.
     """
     from jax.experimental import topologies
 
     os.environ.update(ENVIRONMENT)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "vit-scale plan needs libtpu, the TPU's compiler: launch/compiler.sh installs it, "
-            "and so does pip install libtpu"
+            "vit-scale plan needs libtpu, the TPU's compiler: install it with launch/compiler.sh "
+            "or pip install libtpu"
         )
     options = dict(topology.tpu.compiler_options)
     if math.prod(_sides(topology.name)) == 1:
@@ -111,6 +114,6 @@ def devices(topology: Topology) -> list:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options
         ).devices
-    except Exception as error:  # the compiler says what it does not make in many ways
+    except Exception as error:  # libtpu raises many types for a slice that does not exist
         first = str(error).splitlines()[0]
-        raise UserError(f"topology {topology.name}: libtpu refuses it: {first}") from error
+        raise UserError(f"topology {topology.name} is not supported by libtpu: {first}") from error

@@ -70,7 +70,7 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
 def load_run(source: pathlib.Path) -> Pretrained:
     """The model of a run. Where it averaged its weights, the average is the model."""
     folder = locate_checkpoint(source)
-    described = checkpoint.description(folder)
+    described = checkpoint.read_description(folder)
     (first, *_) = jax.local_devices()
     cfg = with_supported_attention(config.from_json(described["config"]), [first])
     cfg.data.path = paths.resolve(cfg.data.path, folder.parent.parent, described.get("cwd", ""))
@@ -80,7 +80,7 @@ def load_run(source: pathlib.Path) -> Pretrained:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         jax.eval_shape(model.init, jax.random.key(0)),
     )
-    tree = "ema" if checkpoint.holds_average(folder) else "params"
+    tree = "ema" if checkpoint.has_ema(folder) else "params"
     params = checkpoint.read(folder, {tree: target})[tree]
     return Pretrained(
         cfg,
@@ -116,7 +116,7 @@ def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
             f"weights ({', '.join(weight_files.ENDINGS)}, "
             f"or a folder with {weight_files.MODEL}){hub}"
         )
-    steps = checkpoint.steps(source)
+    steps = checkpoint.finished_steps(source)
     if not steps:
         raise UserError(f"{source} has no finished checkpoint yet: train it first")
     return source / checkpoint.FOLDER / str(steps[-1])

@@ -1,7 +1,7 @@
-"""Compiled programs, kept with their run: going on after a stop does not compile again.
+"""The compilation cache of a run: resuming does not compile again.
 
-A pod compiles a large model for minutes, at each start, while it is paid for. jax's persistent
-cache in the run's folder saves that, also in a bucket: process 0 writes, and all read.
+A pod compiles a large model for minutes at each start, and is billed for them. jax's persistent
+compilation cache in the run's folder avoids that, in a bucket as well: process 0 writes, all read.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ FOLDER = "programs"
 
 
 @contextlib.contextmanager
-def kept(run: pathlib.Path, wanted: bool) -> Iterator[None]:
-    """Keep what is compiled in here in the folder `programs` of a run.
+def cached(run: pathlib.Path, enabled: bool) -> Iterator[None]:
+    """Cache what is compiled inside in the folder `programs` of a run.
 
-    Not on a CPU, which compiles in seconds, and whose programs are of one machine's instructions;
-    nor where the user has set jax's cache to another folder.
+    Does nothing on a CPU, which compiles in seconds and for one machine's instruction set, nor
+    where the user has set jax's cache to another folder.
     """
-    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if given or not wanted or jax.default_backend() == "cpu":
+    user_folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if user_folder or not enabled or jax.default_backend() == "cpu":
         yield
         return
     compilation_cache.set_cache_dir(os.fspath(run / FOLDER))
-    compilation_cache.reset_cache()  # jax asks once, at its first program, whether there is one
+    compilation_cache.reset_cache()  # jax looks for a cache only once, at its first program
     try:
         yield
     finally:

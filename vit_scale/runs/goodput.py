@@ -1,9 +1,9 @@
 """Goodput: the share of a run's wall time that trained it, and where the rest went.
 
-RUN/goodput.json holds one entry for each attempt, that is each time the command was run, or went
-back to an earlier checkpoint: when it began and was last seen, from which step to which, and the
-seconds of each phase. Steps that a later attempt did again count as lost, and so does the time in
-between. The term is Google's (ML Productivity Goodput, 2024).
+RUN/goodput.json has one entry per attempt; an attempt begins with the command, and again with each
+rollback to an earlier checkpoint. An entry holds its time range, its step range, the seconds of
+each phase, and the exit code. Steps that a later attempt repeats count as lost, as does the time
+between attempts. The term is Google's (ML Productivity Goodput, 2024).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ TRAIN = "train"  # the phase that is productive
 
 
 class Ledger:
-    """The entry of this attempt, written whole into the run's file. Only process 0 has one."""
+    """The account of this attempt, kept in the run's file by process 0."""
 
     def __init__(self, run: pathlib.Path, clock=time.time):
         self._file, self._clock = run / FILE, clock
@@ -33,7 +33,7 @@ class Ledger:
         )
 
     def begin_at(self, step: int) -> None:
-        """Steps begin here: of this attempt if it has made none, else of a new one."""
+        """Set the first step of this attempt; if it has made steps already, begin a new attempt."""
         this = self._attempts[-1]
         if this["step"] > this["start"]:
             self._begin(step)
@@ -41,23 +41,24 @@ class Ledger:
             this["start"] = this["step"] = step
 
     def add(self, phase: str, seconds: float, step: int) -> None:
-        """`seconds` more were spent in `phase`, up to `step`."""
+        """Add `seconds` spent in `phase`, up to `step`."""
         this = self._attempts[-1]
         this["seconds"][phase] = this["seconds"].get(phase, 0.0) + seconds
         this["seen"], this["step"] = self._clock(), max(this["step"], step)
 
     def end(self, code: int) -> None:
+        """Record the exit code."""
         self._attempts[-1]["code"] = code
         self.write()
 
     def write(self) -> None:
-        """Never in the way: what can't be written is written the next time, or lost."""
+        """Write the file; ignore storage errors, since the next write includes everything."""
         with contextlib.suppress(OSError):
             files.write(self._file, json.dumps({"attempts": self._attempts}).encode())
 
 
 def read(run: pathlib.Path) -> list[dict]:
-    """The attempts of a run, oldest first; none where the file is missing or damaged."""
+    """Return a run's attempts, oldest first; none where the file is missing or damaged."""
     try:
         return list(json.loads((run / FILE).read_text())["attempts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -65,10 +66,11 @@ def read(run: pathlib.Path) -> list[dict]:
 
 
 def summarise(attempts: Sequence[dict]) -> dict:
-    """Of the wall time from the first attempt's beginning to the last's end, in seconds.
+    """Divide the wall time, from the first attempt's start to the last's end, by its use.
 
-    {"goodput": productive / wall, "wall": ..., "productive": ..., "attempts": ...,
-     "recomputed_steps": ..., "lost": {"compile": ..., "recomputed": ..., "between attempts": ...}}
+    Returns {"goodput": productive / wall, "wall": seconds, "productive": seconds, "attempts": n,
+    "recomputed_steps": n, "lost": {"recomputed steps": seconds, "between attempts": seconds,
+    "compile": seconds, ...}}. "lost" has every phase but training, and no entry that is 0.
     """
     wall = attempts[-1]["seen"] - attempts[0]["began"]
     lost: dict[str, float] = {}
@@ -79,10 +81,8 @@ def summarise(attempts: Sequence[dict]) -> dict:
 
     for i, this in enumerate(attempts):
         later = min((a["start"] for a in attempts[i + 1 :]), default=this["step"])
-        steps, again = (
-            this["step"] - this["start"],
-            max(0, this["step"] - max(later, this["start"])),
-        )
+        steps = this["step"] - this["start"]
+        again = max(0, this["step"] - max(later, this["start"]))
         trained = this["seconds"].get(TRAIN, 0.0)
         wasted = trained * again / steps if steps else trained
         recomputed += again
@@ -104,17 +104,18 @@ def summarise(attempts: Sequence[dict]) -> dict:
 
 
 def text(summary: dict) -> str:
-    """Two lines for people."""
+    """Format a summary as two lines for people."""
     lost = sorted(summary["lost"].items(), key=lambda pair: -pair[1])
     parts = ", ".join(f"{what} {duration(seconds)}" for what, seconds in lost)
     attempts = f"{summary['attempts']} attempt{'s' if summary['attempts'] > 1 else ''}"
     return (
         f"goodput {100 * summary['goodput']:.1f} % of {duration(summary['wall'])} in {attempts}, "
-        f"{summary['recomputed_steps']:,} steps done again\nlost: {parts or 'nothing'}"
+        f"{summary['recomputed_steps']:,} steps recomputed\nlost: {parts or 'nothing'}"
     )
 
 
 def duration(seconds: float) -> str:
+    """Format seconds as "2 h 5 min", "3 min 20 s" or "4.1 s"."""
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
     if hours:

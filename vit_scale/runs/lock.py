@@ -1,11 +1,11 @@
-"""One writer: the lock of a run's folder, which a death frees.
+"""The lock of a run's folder: one writer, and a dead writer's lock is freed.
 
-On a disk the kernel holds it, and lets go when the process ends, however it does. Where the file
-system has no locks, one line says so and training goes on. A bucket has no such thing: there the
-lock is an object, `RUN/.lock`, that its holder writes again every RENEW seconds. Each write names
-the generation that it replaces, so that of two only one succeeds. One that was not renewed for
-LEASE seconds is of a dead process, and is taken over; a holder that finds it taken, or can't renew
-it for so long, ends at once, before it overwrites another's work.
+On a disk the kernel holds the lock, and releases it when the process ends, however it ends. On a
+file system without locks one line warns, and training continues. A bucket has no locks: there the
+lock is a lease, the object `RUN/.lock`, which its holder rewrites every RENEW seconds by
+compare-and-swap, so that of two writers one succeeds. A lease that was not renewed for LEASE
+seconds belongs to a dead process and is taken over. A holder that lost its lease, or could not
+renew it for that long, exits at once, before it overwrites another process's work.
 """
 
 import errno
@@ -26,21 +26,21 @@ from vit_scale.storage.errors import user_errors
 
 NAME = ".lock"
 RENEW, LEASE = 15.0, 90.0  # seconds
-OTHER = "give another --workdir"
-TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what a lock says that another has
+OTHER = "use another --workdir"
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # another process has the lock
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
-def boot() -> str:
-    """What is another at each start of this machine; empty where it can't be known."""
+def boot_id() -> str:
+    """Return an id that changes each time this machine boots; "" where there is none."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-def pids() -> str:
-    """The namespace that a process's number is of: two containers have two; empty if unknown."""
+def pid_namespace() -> str:
+    """Return this process's PID namespace, which differs between containers; "" if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -48,10 +48,7 @@ def pids() -> str:
 
 
 class Lock:
-    """The lock of the folder `run`, held from `acquire` to `release`.
-
-    Raises UserError where a live process holds it.
-    """
+    """The lock of the folder `run`, held from `acquire` to `release`."""
 
     def __init__(self, run: pathlib.Path):
         self.run = run
@@ -59,6 +56,7 @@ class Lock:
         self._lease: Lease | None = None
 
     def acquire(self) -> None:
+        """Take the lock. Raises UserError where a live process holds it."""
         try:
             self._lock_file()
             if paths.in_bucket(self.run):
@@ -75,7 +73,7 @@ class Lock:
             self._file = open(folder / NAME, "a+")  # noqa: SIM115, open as long as the run
         with user_errors(f"cannot lock workdir {self.run}", OTHER):
             try:
-                self._lock_as_possible(self._file)
+                self._lock_with_fallback(self._file)
             except OSError as error:
                 if error.errno not in TAKEN:
                     raise
@@ -85,10 +83,10 @@ class Lock:
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
 
-    def _lock_as_possible(self, file: IO) -> None:
-        """Lock it in the way that the file system knows; where it knows none, say so and go on.
+    def _lock_with_fallback(self, file: IO) -> None:
+        """Lock `file` with flock, else with a POSIX lock, else print a warning.
 
-        Lustre and some NFS mounts have no flock; some of them have POSIX's locks.
+        Lustre and some NFS mounts have no flock; some of them have POSIX locks.
         """
         for lock in (fcntl.flock, fcntl.lockf):
             try:
@@ -99,13 +97,14 @@ class Lock:
                     raise
                 reason = error.strerror
         print(
-            f"vit-scale: {self.run} can't be locked on this file system ({reason}); training goes "
-            "on: see to it that no other process trains in it",
+            f"vit-scale: cannot lock {self.run} on this file system ({reason}); training "
+            "continues: make sure that no other process uses this workdir",
             file=sys.stderr,
             flush=True,
         )
 
     def release(self) -> None:
+        """Free the lock, if it is held."""
         lease, file, self._lease, self._file = self._lease, self._file, None, None
         try:
             if lease:
@@ -116,48 +115,48 @@ class Lock:
 
 
 class Lease:
-    """The lock's object in a bucket, renewed by a thread."""
+    """A lock as an object in a bucket, renewed by a thread."""
 
     def __init__(self, run: pathlib.Path):
         self.run, self.object = run, run / NAME
         self._generation, self._renewed = "", 0.0
-        self._name = secrets.token_hex(8)  # of this lock, in all that it writes
+        self._name = secrets.token_hex(8)  # tells this lease's writes from those of others
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
     def acquire(self) -> None:
-        """Take the lock; where another's was left, once it is clear that nobody renews it."""
+        """Take the lease, after waiting until an existing one has expired."""
         try:
             self._take()
         except UserError:
-            raise  # it is another's
+            raise  # another process holds it
         except BaseException:
-            self._generation = self._generation or self._own()  # the answer may have been lost
+            self._generation = self._generation or self._own_generation()  # a response was lost
             raise
 
-    def _own(self) -> str:
-        """The generation of the object where this lock wrote it; empty where not, or unknown."""
+    def _own_generation(self) -> str:
+        """Return the object's generation if this lease wrote it, else ""."""
         try:
-            left, said = compare_and_swap.read(self.object)
-        except Exception:  # noqa: BLE001, something else is being raised, which says more
+            generation, content = compare_and_swap.read(self.object)
+        except Exception:  # noqa: BLE001, the exception being handled says more
             return ""
-        return left if said.get("lock") == self._name else ""
+        return generation if content.get("lock") == self._name else ""
 
     def _take(self) -> None:
-        found = self._write("0")
-        if not found:
-            left, holder = self._wait_for_the_dead()
-            found = self._write(left)
-            if not found:
+        generation = self._write("0")
+        if not generation:
+            expired, holder = self._wait_until_expired()
+            generation = self._write(expired)
+            if not generation:
                 raise in_use(self.run, holder)
-        self._generation, self._renewed = found, time.monotonic()
+        self._generation, self._renewed = generation, time.monotonic()
         self._thread.start()
 
-    def _wait_for_the_dead(self) -> tuple[str, str]:
-        """The generation that a dead process left, and who that was."""
-        first, said = compare_and_swap.read(self.object)
-        holder = f"{said.get('pid', 'unknown')} on {said.get('host', 'unknown')}"
-        until = time.monotonic() + (0 if is_dead(said) else LEASE)
+    def _wait_until_expired(self) -> tuple[str, str]:
+        """Return the generation of an expired lease and its holder. Raises UserError if renewed."""
+        first, content = compare_and_swap.read(self.object)
+        holder = f"{content.get('pid', 'unknown')} on {content.get('host', 'unknown')}"
+        until = time.monotonic() + (0 if is_dead(content) else LEASE)
         while first != "0" and time.monotonic() < until:
             time.sleep(min(1.0, LEASE / 10))
             now, _ = compare_and_swap.read(self.object)
@@ -168,37 +167,43 @@ class Lease:
         return first, holder
 
     def _write(self, generation: str) -> str | None:
-        """The new generation; None where the lock is another's."""
-        content = {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot(), "pids": pids()}
+        """Replace `generation` of the object and return the new one; None if that has changed."""
+        content = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "boot": boot_id(),
+            "pids": pid_namespace(),
+        }
         data = json.dumps({**content, "lock": self._name, "time": time.time()}).encode()
-        found = compare_and_swap.write(self.object, data, generation)
-        if found is None:  # also where the answer was lost, and the same request made again
-            left, said = compare_and_swap.read(self.object)
-            found = left if said.get("lock") == self._name else None
-        return found
+        written = compare_and_swap.write(self.object, data, generation)
+        if written is None:  # perhaps by this lease: a lost response makes gcsfs retry its request
+            current, content = compare_and_swap.read(self.object)
+            written = current if content.get("lock") == self._name else None
+        return written
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW):
             try:
-                found = self._write(self._generation)
-            except Exception:  # noqa: BLE001, a lock that nobody renews is soon another's
-                found = self._generation if self._is_fresh() else None
+                generation = self._write(self._generation)
+            except Exception:  # noqa: BLE001, retried as long as the lease is valid
+                generation = self._generation if self._is_fresh() else None
             else:
                 self._renewed = time.monotonic()
-            if found is None and not self._ended.is_set():
+            if generation is None and not self._ended.is_set():
                 print(
-                    f"vit-scale: the lock of {self.run} is lost: another process has taken it, or "
-                    f"the bucket could not be reached for {LEASE:.0f} s; ended without saving",
+                    f"vit-scale: lost the lock of {self.run}: another process has taken it, or the "
+                    f"bucket was unreachable for {LEASE:.0f} s; exiting without saving",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(RESUMABLE)
-            self._generation = found or ""
+            self._generation = generation or ""
 
     def _is_fresh(self) -> bool:
         return time.monotonic() - self._renewed < LEASE - 2 * RENEW
 
     def release(self) -> None:
+        """Stop renewing, and remove the object if it is still this lease's."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=LEASE)
@@ -206,19 +211,20 @@ class Lease:
             compare_and_swap.remove(self.object, self._generation)
 
 
-def is_dead(said: dict) -> bool:
-    """Whether the process that wrote this is of this machine, and has ended."""
-    if said.get("host") != socket.gethostname():
+def is_dead(holder: dict) -> bool:
+    """Tell whether the holder of a lease ran on this machine and has ended."""
+    if holder.get("host") != socket.gethostname():
         return False
-    if said.get("boot") != boot():
+    if holder.get("boot") != boot_id():
         return True
-    if said.get("pids") != pids():
-        return False  # of another container, whose processes can't be seen from here
-    return not pathlib.Path(f"/proc/{said.get('pid')}").exists()
+    if holder.get("pids") != pid_namespace():
+        return False  # in another container, whose processes are not visible here
+    return not pathlib.Path(f"/proc/{holder.get('pid')}").exists()
 
 
 def in_use(run: pathlib.Path, holder: str) -> UserError:
+    """Return the error for a folder whose lock the process `holder` has."""
     return UserError(
-        f"workdir {run} is in use by the live process {holder}; wait for it, stop it, or give "
-        "another --workdir"
+        f"workdir {run} is in use by process {holder}; wait for it, stop it, or use another "
+        "--workdir"
     )

@@ -1,4 +1,4 @@
-"""Tables of results, made from the report.json of run folders and never typed."""
+"""Tables of results, generated from the report.json of run folders."""
 
 import pathlib
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from typing import Any
 from vit_scale.errors import UserError, printable
 from vit_scale.runs.goodput import read as read_attempts
 from vit_scale.runs.goodput import summarise
-from vit_scale.runs.run_folder import read_json
+from vit_scale.runs.json_files import read_json
 from vit_scale.storage import paths
 
 
 def _report(run: pathlib.Path) -> dict:
     if (run / "run.json").exists() and not (run / "report.json").exists():
-        raise UserError(f"run {run} has not ended; the command that started it resumes it")
+        raise UserError(f"run {run} has not finished; rerun its command to resume it")
     return read_json(run / "report.json")
 
 
@@ -38,19 +38,19 @@ PERCENT = ("accuracy", "best accuracy")
 
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
-    """A row of results for each run folder. Raises UserError where one has not ended yet."""
+    """Return a row of results per run folder. Raises UserError for an unfinished run."""
     reports = [(run, _report(paths.parse(run))) for run in runs]
     return [{name: cell(*pair) for name, cell in COLUMNS.items()} for pair in reports]
 
 
 def goodput(run: str | pathlib.Path) -> dict[str, Any] | None:
-    """What the run's time was spent on (`goodput.summarise`); None where it was not recorded."""
+    """Return a run's use of time (`goodput.summarise`); None where it was not recorded."""
     attempts = read_attempts(paths.parse(run))
     return summarise(attempts) if attempts else None
 
 
 def table(content: Sequence[dict[str, Any]], markdown: bool = False) -> str:
-    """Rows with the same keys as aligned text, or as a Markdown table."""
+    """Format rows, which share their keys, as aligned text or as a Markdown table."""
     lines = [list(content[0]), *([_text(name, row[name]) for name in row] for row in content)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     padded = [
@@ -62,15 +62,15 @@ def table(content: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def placements(found: dict[str, Any]) -> str:
-    """The table of `vit-scale show --sharding`, and the sums below it."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
-    held = found["bytes_per_device"]
-    sums = ", ".join(f"{name} {size:,}" for name, size in held.items())
-    total = sum(held.values())
+def layout_table(layout: dict[str, Any]) -> str:
+    """Format `parameter_layout` for `vit-scale show --sharding`, with the totals below."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in layout["mesh"].items())
+    parts = layout["bytes_per_device"]
+    sums = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    total = sum(parts.values())
     return (
-        f"{table(found['parameters'])}\n"
-        f"mesh {mesh}; bytes per device: {sums}; {total:,} in all ({total / 2**30:.2f} GiB)"
+        f"{table(layout['parameters'])}\n"
+        f"mesh {mesh}; bytes per device: {sums}; total {total:,} ({total / 2**30:.2f} GiB)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether a run's folder is whole: every checkpoint read and compared, every file parsed."""
+"""Verification of a run's folder: every checkpoint read and compared, every file parsed."""
 
 import functools
 import json
@@ -9,18 +9,19 @@ from tqdm import tqdm
 
 from vit_scale import checkpoint
 from vit_scale.errors import UserError
-from vit_scale.runs import divergence
-from vit_scale.runs.run_folder import read_json
+from vit_scale.runs import rollbacks
+from vit_scale.runs.json_files import read_json
 from vit_scale.storage import paths
 
 
 def verify(run: str | os.PathLike) -> list[dict[str, str]]:
-    """[{"file": "checkpoints/400", "state": "whole", "what": "213 arrays"}, ...] of a run's folder.
+    """Check every file of a run that can be checked.
 
-    `state` is whole or damaged. Raises UserError where `run` is not the folder of a run.
+    Returns [{"file": "checkpoints/400", "state": "whole", "what": "213 arrays"}, ...], where the
+    state is whole or damaged. Raises UserError where `run` is not the folder of a run.
     """
     folder = paths.parse(run)
-    if not (folder / "run.json").is_file() and not checkpoint.folders(folder):
+    if not (folder / "run.json").is_file() and not checkpoint.all_steps(folder):
         raise UserError(f"{folder} is not the folder of a run: it has no run.json")
     rows = []
     with tqdm(list(_checks(folder)), desc="verify", unit="file", disable=None, leave=False) as bar:
@@ -33,21 +34,21 @@ def verify(run: str | os.PathLike) -> list[dict[str, str]]:
 
 
 def _checks(folder) -> Iterator[tuple[str, Callable[[], str]]]:
-    """What is to be looked at, and what reads it and says what is in it."""
+    """Yield the name of each file, and a function that reads it and describes its content."""
     yield "run.json", lambda: read_json(folder / "run.json").get("name", "")
-    for step in checkpoint.folders(folder):
-        place = folder / checkpoint.FOLDER / str(step)
-        yield f"{checkpoint.FOLDER}/{step}", functools.partial(_arrays, place)
+    for step in checkpoint.all_steps(folder):
+        path = folder / checkpoint.FOLDER / str(step)
+        yield f"{checkpoint.FOLDER}/{step}", functools.partial(_arrays, path)
     if (folder / "metrics.jsonl").is_file():
         yield "metrics.jsonl", lambda: f"{_rows(folder / 'metrics.jsonl'):,} rows"
-    if (folder / divergence.FILE).is_file():
-        yield divergence.FILE, lambda: f"{len(divergence.read(folder))} rollbacks"
+    if (folder / rollbacks.FILE).is_file():
+        yield rollbacks.FILE, lambda: f"{len(rollbacks.read(folder))} rollbacks"
     if (folder / "report.json").is_file():
         yield "report.json", lambda: f"step {read_json(folder / 'report.json').get('step')}"
 
 
-def _arrays(place) -> str:
-    return f"{checkpoint.verify(place):,} arrays"
+def _arrays(path) -> str:
+    return f"{checkpoint.verify(path):,} arrays"
 
 
 def _rows(file) -> int:

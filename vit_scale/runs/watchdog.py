@@ -1,15 +1,16 @@
-"""What this process is doing, for those who watch it: heartbeats, time limits, and the time's use.
+"""The watchdog: heartbeats, time limits, and the account of where the time goes.
 
-The loop says which phase it is in (`phase`) and that it gets on (`beat`). A thread then
+The train loop reports its phase (`phase`) and its progress (`beat`). A thread then
 
-- writes RUN/heartbeats/PROCESS.json every few seconds: step, phase, time, and last words;
-- ends the process, with the stacks of all threads, where a phase gets nowhere for too long;
-- ends it as well, and names the other one, where another host failed or is not heard from;
+- writes RUN/heartbeats/PROCESS.json every few seconds: step, phase, time, and final status;
+- ends the process, with the stacks of all threads, where a phase makes no progress for too long;
+- ends it where another host has failed or sends no heartbeat, and names that host;
 - keeps RUN/goodput.json up to date (goodput.py).
 
-A process ended here exits 42, or as the host that failed did: the same command resumes from the
-last checkpoint. SIGUSR1 prints the stacks of all threads, and nothing else happens.
-A launcher that gives VIT_SCALE_HEARTBEAT=FILE, on a disk, finds each heartbeat there as well.
+A process that the watchdog ends exits 42, or with the code of the host that failed; rerunning the
+same command resumes from the last checkpoint. SIGUSR1 prints the stacks of all threads and changes
+nothing. A launcher that sets VIT_SCALE_HEARTBEAT=FILE, on a local disk, gets each heartbeat there
+as well.
 """
 
 import contextlib
@@ -38,36 +39,38 @@ from vit_scale.storage import files, paths
 
 FOLDER = "heartbeats"
 DISK, BUCKET = 1, 15  # seconds between heartbeats
-MISSED = 5  # heartbeats that a host may miss when something has failed, before it is blamed
-# Which limit of the `watchdog` block holds in a phase; in any other, `step`.
+MISSED = 5  # heartbeats that a host may miss, after a failure here, before it counts as the cause
+# The limit of the `watchdog` block that applies to a phase; in any other phase `step` does.
 LIMITS = {"compile": "compile", "start": "storage", "restore": "storage", "checkpoint": "storage"}
 
 
-class Watch:
+class Watchdog:
     """A context manager around one process's training in the run folder `run`.
 
-    `limits` is the config's watchdog block, in seconds without progress; 0 is no limit.
+    `limits` is the config's watchdog block: seconds without progress, 0 for no limit.
     """
 
     def __init__(self, run: pathlib.Path, limits: ConfigDict):
         self.run, self.limits = run, limits
         self.step, self._phase, self._progress = 0, "start", time.monotonic()
         self._ledger = goodput.Ledger(run) if multihost.is_first() else None
-        self._booked, self._lock = time.monotonic(), threading.Lock()
+        self._recorded, self._lock = time.monotonic(), threading.Lock()
         self.every = BUCKET if paths.in_bucket(run) else max(DISK, jax.process_count() / 8)
-        self.attempt = multihost.agree(secrets.token_hex(4))  # no earlier heartbeat counts
-        self._others = Others(self) if multihost.is_several() else None
-        self._code: int | None = None
-        self._words = ""
+        self.attempt = multihost.broadcast(
+            secrets.token_hex(4)
+        )  # tells old heartbeats from new ones
+        self._peers = Peers(self) if multihost.has_peers() else None
+        self._code: int | None = None  # of the process's exit, once that is known
+        self._message = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         global _current
         with contextlib.suppress(ValueError, OSError):  # a notebook has no such stream
             faulthandler.register(signal.SIGUSR1, sys.__stderr__ or sys.stderr, all_threads=True)
         (self.run / FOLDER).mkdir(parents=True, exist_ok=True)
-        self.write()
+        self.write_heartbeat()
         self._thread.start()
         _current = self
         return self
@@ -77,53 +80,53 @@ class Watch:
         self._ended.set()
         self._thread.join(timeout=10)
         _current = None
-        self.book()
+        self.record_time()
         if self._code is None:
             self._code = 0
-        self.write()
+        self.write_heartbeat()
         if self._ledger:
             self._ledger.end(self._code)
 
     @contextlib.contextmanager
-    def last_words(self) -> Iterator[None]:
-        """What ends what is inside is told to the other hosts, before anything is tidied up."""
+    def report_failure(self) -> Iterator[None]:
+        """Write an exception from inside as final status, for other hosts, before any cleanup."""
         try:
             yield
         except BaseException as error:
-            if self._others and isinstance(error, jax.errors.JaxRuntimeError):
-                self._others.blame()  # does not return where another host is the cause
-            self._code, self._words = getattr(error, "code", FAILED), str(error)
-            self.write()
+            if self._peers and isinstance(error, jax.errors.JaxRuntimeError):
+                self._peers.find_cause()  # does not return if another host is the cause
+            self._code, self._message = getattr(error, "code", FAILED), str(error)
+            self.write_heartbeat()
             raise
 
-    def enter(self, phase: str) -> str:
-        """Begin a phase; returns the one before."""
-        self.book()
-        before, self._phase, self._progress = self._phase, phase, time.monotonic()
-        return before
+    def enter_phase(self, phase: str) -> str:
+        """Begin a phase, and return the previous one."""
+        self.record_time()
+        previous, self._phase, self._progress = self._phase, phase, time.monotonic()
+        return previous
 
     def beat(self, step: int | None = None) -> None:
-        """There was progress, up to `step`."""
+        """Report progress, up to `step`."""
         self._progress = time.monotonic()
         self.step = self.step if step is None else step
 
     def begin_at(self, step: int) -> None:
-        """Steps begin here: after a start, or a step back to a checkpoint."""
-        self.book()
+        """Report that steps begin at `step`, after a start or a rollback."""
+        self.record_time()
         self.beat(step)
         if self._ledger:
             self._ledger.begin_at(step)
 
-    def book(self) -> None:
-        """Put the time since the last call to the account of the phase."""
+    def record_time(self) -> None:
+        """Add the time since the last call to the account of the current phase."""
         with self._lock:
             now = time.monotonic()
             if self._ledger:
-                self._ledger.add(self._phase, now - self._booked, self.step)
-            self._booked = now
+                self._ledger.add(self._phase, now - self._recorded, self.step)
+            self._recorded = now
 
-    def write(self) -> None:
-        """The heartbeat, with the last words if there are any. Never in the way."""
+    def write_heartbeat(self) -> None:
+        """Write the heartbeat, with the final status if there is one; ignore storage errors."""
         content = {
             "run": str(self.run),
             "attempt": self.attempt,
@@ -133,38 +136,38 @@ class Watch:
             "phase": self._phase,
             "step": self.step,
             "code": self._code,
-            "words": self._words,
+            "words": self._message,
         }
-        places = [self.run / FOLDER / f"{jax.process_index()}.json"]
+        targets = [self.run / FOLDER / f"{jax.process_index()}.json"]
         if launchers := os.environ.get("VIT_SCALE_HEARTBEAT"):
-            places.append(pathlib.Path(launchers))
-        for file in places:
+            targets.append(pathlib.Path(launchers))
+        for target in targets:
             with contextlib.suppress(OSError):
-                files.write(file, json.dumps(content).encode())
+                files.write(target, json.dumps(content).encode())
 
     def _loop(self) -> None:
-        """Do each of it again and again, whatever the others raise: without it a hang lasts."""
-        parts: list[Callable[[], None]] = [self.book, self.write]
+        """Run every task periodically, whatever another one raises: else a hang goes unnoticed."""
+        tasks: list[Callable[[], None]] = [self.record_time, self.write_heartbeat]
         if self._ledger:
-            parts.append(self._ledger.write)
-        parts.append(self._check_limit)
-        if others := self._others:
-            parts.append(lambda: others.check(self.limits.peer))
-        told: set[str] = set()
+            tasks.append(self._ledger.write)
+        tasks.append(self._check_limit)
+        if peers := self._peers:
+            tasks.append(lambda: peers.check(self.limits.peer))
+        reported: set[str] = set()
         while not self._ended.wait(self.every):
-            for part in parts:
+            for task in tasks:
                 try:
-                    part()
+                    task()
                 except Exception as error:  # noqa: BLE001
-                    self._complain(error, told)
+                    self._report_once(error, reported)
 
-    def _complain(self, error: Exception, told: set[str]) -> None:
-        """Say once what goes wrong in the watchdog's thread, which goes on."""
+    def _report_once(self, error: Exception, reported: set[str]) -> None:
+        """Print an error of the watchdog's own thread, once per type."""
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        if type(error).__name__ not in told:
-            told.add(type(error).__name__)
+        if type(error).__name__ not in reported:
+            reported.add(type(error).__name__)
             with contextlib.suppress(OSError, ValueError):
-                text = f"vit-scale: the watchdog had a problem ({line}), and goes on"
+                text = f"vit-scale: error in the watchdog, which keeps running ({line})"
                 print(text, file=sys.stderr, flush=True)
 
     def _check_limit(self) -> None:
@@ -172,93 +175,95 @@ class Watch:
         if self.limits[name] and idle > self.limits[name]:
             with contextlib.suppress(ValueError, OSError):
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-            self.end(
-                f"no progress for {idle:.0f} s in phase {self._phase}, after step {self.step}; the "
-                f"limit is watchdog.{name}={self.limits[name]:g} s; the stacks are above"
+            self.exit_process(
+                f"no progress for {idle:.0f} s in phase {self._phase}, after step {self.step} "
+                f"(limit: watchdog.{name}={self.limits[name]:g} s); all stacks are printed above"
             )
 
-    def end(self, line: str, code: int = RESUMABLE) -> NoReturn:
-        """End the process here and now, from any thread."""
-        print(f"vit-scale: {line}; rerun the same command to resume", file=sys.stderr, flush=True)
-        self._code, self._words = code, line
-        self.write()
+    def exit_process(self, message: str, code: int = RESUMABLE) -> NoReturn:
+        """End the process at once, from any thread, with `message` as its final status."""
+        line = f"vit-scale: {message}; rerun the same command to resume"
+        print(line, file=sys.stderr, flush=True)
+        self._code, self._message = code, message
+        self.write_heartbeat()
         if self._ledger:
             self._ledger.end(code)
         os._exit(code)
 
 
-class Others:
-    """The other hosts, as their heartbeats show them."""
+class Peers:
+    """The other hosts, as known from their heartbeats."""
 
-    def __init__(self, watch: Watch):
-        self.watch, self._lock = watch, threading.Lock()
+    def __init__(self, watchdog: Watchdog):
+        self.watchdog, self._lock = watchdog, threading.Lock()
         self._versions: dict[int, object] = {}
-        self._heard = dict.fromkeys(range(jax.process_count()), time.monotonic())
-        del self._heard[jax.process_index()]
+        self._last_seen = dict.fromkeys(range(jax.process_count()), time.monotonic())
+        del self._last_seen[jax.process_index()]
 
-    def check(self, patience: float) -> None:
-        """End this process where another one has failed, or was not heard from for `patience`."""
-        if self.watch._code is not None:
-            return  # it ends already, and says why itself
+    def check(self, limit: float) -> None:
+        """End this process if another has failed, or has sent no heartbeat for `limit` seconds."""
+        if self.watchdog._code is not None:
+            return  # this process is ending already, and reports its own reason
         with self._lock, contextlib.suppress(OSError):
-            versions = paths.versions(self.watch.run / FOLDER)
-            for number in self._heard:
+            versions = paths.versions(self.watchdog.run / FOLDER)
+            for number in self._last_seen:
                 version = versions.get(f"{number}.json")
                 if version is not None and version != self._versions.get(number):
                     self._versions[number] = version
-                    self._hear(number)
-                silent = time.monotonic() - self._heard[number]
-                if patience and silent > patience:
+                    self._receive(number)
+                silent = time.monotonic() - self._last_seen[number]
+                if limit and silent > limit:
                     last = self._read(number)
-                    self.watch.end(
-                        f"process {number} ({last.get('host', 'unknown')}) was not heard from for "
-                        f"{silent:.0f} s, last in phase {last.get('phase', 'start')} after step "
-                        f"{last.get('step', 0)}: it was killed, is frozen, or is cut off"
+                    self.watchdog.exit_process(
+                        f"process {number} ({last.get('host', 'unknown')}) has sent no heartbeat "
+                        f"for {silent:.0f} s (last: phase {last.get('phase', 'start')}, step "
+                        f"{last.get('step', 0)}): it was killed, hangs, or lost its network"
                     )
 
-    def _hear(self, number: int) -> None:
-        said = self._read(number)
-        if said.get("attempt") != self.watch.attempt:
+    def _receive(self, number: int) -> None:
+        heartbeat = self._read(number)
+        if heartbeat.get("attempt") != self.watchdog.attempt:
             return
-        # One that has ended well has nothing more to say; nor has one that stopped by SIGTERM, for
-        # then all stop, and this one may still be writing what all of them have saved.
-        ended = said["code"] == 0 or said["words"].startswith(STOPPED)
-        self._heard[number] = math.inf if ended else time.monotonic()
-        # One that stops because of another says so as well: the cause is looked for there.
-        if not ended and said["code"] and not said["words"].startswith("process "):
-            self.watch.end(f"process {number} ({said['host']}): {said['words']}", said["code"])
+        code, message = heartbeat["code"], heartbeat["words"]
+        # A process that finished sends no more heartbeats. Nor does one that stopped by SIGTERM:
+        # then all stop, and this one may still be writing the checkpoint that all share.
+        finished = code == 0 or message.startswith(STOPPED)
+        self._last_seen[number] = math.inf if finished else time.monotonic()
+        # A process that ended because of another one names it: the cause is that other one.
+        if not finished and code and not message.startswith("process "):
+            self.watchdog.exit_process(f"process {number} ({heartbeat['host']}): {message}", code)
 
     def _read(self, number: int) -> dict:
         try:
-            return json.loads((self.watch.run / FOLDER / f"{number}.json").read_text())
+            return json.loads((self.watchdog.run / FOLDER / f"{number}.json").read_text())
         except (OSError, ValueError):
             return {}
 
-    def blame(self) -> None:
-        """Wait for the host that is the cause of what happened here; return if there is none."""
-        patience = MISSED * self.watch.every
-        until = time.monotonic() + 2 * patience
+    def find_cause(self) -> None:
+        """Wait for a host whose failure explains an error here; return if there is none."""
+        limit = MISSED * self.watchdog.every
+        until = time.monotonic() + 2 * limit
         while time.monotonic() < until:
-            self.check(patience)
-            time.sleep(self.watch.every / 4)
+            self.check(limit)
+            time.sleep(self.watchdog.every / 4)
 
 
-_current: Watch | None = None
+_current: Watchdog | None = None
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Say that what is inside is the phase `name`. Nothing is said where nobody watches."""
-    watch = _current
-    before = watch.enter(name) if watch else ""
+    """Report that the code inside is the phase `name`; do nothing without a watchdog."""
+    watchdog = _current
+    previous = watchdog.enter_phase(name) if watchdog else ""
     try:
         yield
     finally:
-        if watch:
-            watch.enter(before)
+        if watchdog:
+            watchdog.enter_phase(previous)
 
 
 def beat(step: int | None = None) -> None:
-    """Say that there was progress, up to `step`."""
+    """Report progress, up to `step`; do nothing without a watchdog."""
     if _current:
         _current.beat(step)

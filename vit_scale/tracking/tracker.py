@@ -1,18 +1,18 @@
-"""What a run reports while it trains: JSON lines, TensorBoard, Weights & Biases and the terminal.
+"""The tracker: metrics to JSON lines, TensorBoard, Weights & Biases and the terminal.
 
-Four CLU MetricWriters stand side by side behind one `Tracker`, so that the loop says everything
-once. Guaranteed: logging never waits for the newest step; `metrics.jsonl` holds each row once,
-across kills and resumes; only process 0 writes; a `metrics.jsonl` that can't be written ends the
-run with one line, and no other writer ever does. In a bucket, where a file is uploaded whole, that
-is done before an evaluation or a checkpoint begins, every UPLOAD seconds and at the end: a
-checkpoint never precedes the rows up to its step.
+The train loop calls one `Tracker`, which feeds four CLU MetricWriters. Guaranteed: logging never
+waits for the newest step; `metrics.jsonl` holds each row once, across kills and resumes; only
+process 0 writes; a run ends, with one line, where `metrics.jsonl` can't be written, and never
+because of another writer. To a bucket a file is uploaded whole: before each evaluation and
+checkpoint, every UPLOAD seconds, and at the end, so that the rows up to a checkpoint's step are
+there before the checkpoint.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,58 +36,50 @@ from vit_scale.tracking.writers import (
     number,
 )
 
-# Steps that the device may have before it while the host prepares the next: one runs, one waits.
-# Without a bound the host runs ahead, and the batches of dispatched steps fill the device's memory.
+# Steps that are dispatched at most: one runs, one waits. Without a bound the host runs ahead, and
+# the batches of dispatched steps fill the device's memory.
 AHEAD = 2
 
-UPLOAD = 60  # seconds that rows stay on this machine, at least
+UPLOAD = 60  # seconds between uploads to a bucket
+
+
+class TrackedRun(NamedTuple):
+    """The run that a `Tracker` reports.
+
+    `description` is what run.json holds: {"name": str, "config": dict, "parameters": str, ...}.
+    """
+
+    folder: Path
+    cfg: ConfigDict
+    description: Mapping[str, Any]
+    start: int = 0  # the step restored from a checkpoint
+    quiet: bool = False  # print nothing
+    # From images per second to model FLOPs utilisation; None where the peak is unknown.
+    mfu: Callable[[float], float | None] = lambda images_per_second: None
 
 
 class Tracker:
-    """The loop's one way to report; a context manager, which opens the writers and closes them.
+    """Write a run's metrics; a context manager, which opens the writers and closes them.
 
     Train metrics are averaged over the steps since the last row, fetched in one go one step late,
-    and written under "train/". Beside them stand `step_seconds`, `images_per_second`,
-    `data_wait_fraction` and `mfu`, which leave out the first step (it compiles) and pauses, and
-    `seconds`, of this process.
+    and written under "train/". `step_seconds`, `images_per_second`, `data_wait_fraction` and `mfu`,
+    which leave out the first step (it compiles) and pauses, are in the same row, as are `seconds`
+    since this process began.
 
-    Args:
-      workdir: the run's folder; made if needed.
-      cfg: the whole config, of which `log` and `data.batch` are read.
-      name: of the run, for people.
-      steps: the last step of the run.
-      start: the step restored from a checkpoint; 0 for a new run.
-      description: {"config": dict, "git": dict | None, "devices": dict, "parameters": str, ...}
-      quiet: say nothing on the terminal.
-      process: `jax.process_index()`; all but 0 write nothing.
-      mfu: from images per second to model FLOPs utilisation; None where the peak is unknown.
-      reduce: from fetched metrics, one for each step, to their averages {"loss": ...}.
-      clock: the time in seconds.
-
-    Raises:
-      UserError: metrics.jsonl can't be written. What else can't be is said once, and left out.
+    `reduce` averages fetched metrics, one per step, into {"loss": ...}; `clock` is the time in
+    seconds. Raises UserError where metrics.jsonl can't be written. Any other writer that fails
+    prints one line and is dropped.
     """
 
     def __init__(
         self,
-        workdir: Path,
-        cfg: ConfigDict,
-        name: str,
-        steps: int,
-        start: int,
-        description: Mapping[str, Any],
-        *,
-        quiet: bool = False,
-        process: int = 0,
-        mfu: Callable[[float], float | None] = lambda images_per_second: None,
+        run: TrackedRun,
         reduce: Callable[[Sequence[Any]], Mapping[str, float]] = metrics.reduce,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.latest: dict[str, float] = {}  # the last train row
-        self._workdir, self._cfg, self._name, self._description = workdir, cfg, name, description
-        self._steps, self._start, self._quiet, self._process = steps, start, quiet, process
-        self._reduce = reduce
-        self._speed = Speed(cfg.data.batch, mfu, clock)
+        self._run, self._cfg, self._reduce = run, run.cfg, reduce
+        self._speed = Speed(run.cfg.data.batch, run.mfu, clock)
         self._pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
         self._due = False  # the last of them ends an interval
         self._terminal: BestEffortWriter | None = None
@@ -96,41 +88,45 @@ class Tracker:
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Tracker":
-        with multihost.together(), self._user_errors(), contextlib.ExitStack() as opened:
+        with multihost.shared_errors(), self._user_errors(), contextlib.ExitStack() as opened:
             writers = []
-            for writer in self._open() if self._process == 0 else ():
+            for writer in self._open() if multihost.is_first() else ():
                 opened.callback(writer.close)
                 writers.append(writer)
             self._writer = MultiWriter(writers)
-            about = dict(self._description)
-            table = about.pop("parameters")
-            self._writer.write_hparams(about)
-            self._writer.write_texts(self._start, {"parameters": table})
+            description = dict(self._run.description)
+            table = description.pop("parameters")
+            self._writer.write_hparams(description)
+            self._writer.write_texts(self._run.start, {"parameters": table})
             self._opened = opened.pop_all()
         return self
 
     def _open(self) -> Iterator[MetricWriter]:
         log = self._cfg.log
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        yield JsonLinesWriter(self._workdir / "metrics.jsonl", self._start)
+        self._run.folder.mkdir(parents=True, exist_ok=True)
+        yield JsonLinesWriter(self._run.folder / "metrics.jsonl", self._run.start)
         if log.tensorboard:
             yield BestEffortWriter("TensorBoard", self._open_tensorboard)
         if log.wandb:
             yield BestEffortWriter("Weights & Biases", self._open_wandb)
-        if not self._quiet:  # last to open, first to close: other closing words stand below the bar
+        if not self._run.quiet:  # opened last, closed first: the others' last lines follow the bar
             self._terminal = BestEffortWriter("", self._open_terminal)
             yield self._terminal
 
     def _open_tensorboard(self) -> MetricWriter:
-        return TensorBoardWriter(self._workdir / "tensorboard", self._start)
+        return TensorBoardWriter(self._run.folder / "tensorboard", self._run.start)
 
     def _open_wandb(self) -> MetricWriter:
-        project = self._cfg.log.project
-        self._wandb = WandbWriter(self._workdir, project, self._name, self._quiet)
+        folder, name, project = (
+            self._run.folder,
+            self._run.description["name"],
+            self._cfg.log.project,
+        )
+        self._wandb = WandbWriter(folder, project, name, self._run.quiet)
         return self._wandb
 
     def _open_terminal(self) -> MetricWriter:
-        return TerminalWriter(self._name, self._steps, self._start)
+        return TerminalWriter(self._run.description["name"], self._cfg.steps, self._run.start)
 
     def __exit__(self, kind, error, trace) -> None:
         with self._user_errors(), self._opened:
@@ -141,15 +137,15 @@ class Tracker:
                 self._log()
 
     def __call__(self, step: int, measures: Any) -> None:
-        """Take the metrics of `step`, which the device need not have begun; write what was due.
+        """Take the metrics of `step`, which the device may not have begun; write a row that is due.
 
-        `measures` is what `reduce` takes a list of: by default a `clu.metrics` collection.
+        `reduce` takes a list of such `measures`; by default they are `clu.metrics` collections.
         """
         if not self._speed.running:
             self._finish_pending()
         self._log_if_due()
         self._pending.append((step, measures))
-        self._due = step % self._cfg.log.every == 0 or step == self._steps
+        self._due = step % self._cfg.log.every == 0 or step == self._cfg.steps
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD][1])
         watchdog.beat(step)
@@ -157,8 +153,8 @@ class Tracker:
             self._terminal.advance(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write values that are on the host, such as {"eval/accuracy": 0.9}, at once."""
-        self._log_if_due()  # rows stay in the order of their steps; W&B drops the others
+        """Write values on the host, such as {"eval/accuracy": 0.9}, at once."""
+        self._log_if_due()  # W&B drops rows that are not in the order of steps
         self._write("write_scalars", step, {name: number(value) for name, value in values.items()})
 
     def images(self, name: str, step: int, images: UInt8[np.ndarray, "b h w 3"]) -> None:
@@ -168,10 +164,10 @@ class Tracker:
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Time a part of the loop: "data" is waiting for the next batch, all else is a pause.
+        """Time a phase of the loop: "data" waits for the next batch, any other is a pause.
 
-        A pause ("eval", "checkpoint") begins when the device has finished its steps, writes the row
-        that is due, and is left out of the speed.
+        A pause ("eval", "checkpoint") begins once the device has finished its steps; it writes the
+        row that is due, and is left out of the speed.
         """
         if name != "data":
             self._finish_pending()
@@ -182,7 +178,7 @@ class Tracker:
             yield
 
     def waiting(self, batches: Iterable) -> Iterator:
-        """Yield from `batches`; the time that each takes to come counts as waiting for data."""
+        """Yield from `batches`, and count the time until each arrives as waiting for data."""
         iterator, end = iter(batches), object()
         while True:
             with self.timer("data"):
@@ -193,16 +189,16 @@ class Tracker:
 
     @property
     def seconds(self) -> float:
-        """Since this process opened the tracker, everything included."""
+        """Wall time since this tracker was made."""
         return self._speed.seconds
 
     @property
     def images_per_second(self) -> float | None:
-        """Over all written rows; None before a second step has been."""
+        """Mean over all written rows; None before the second step."""
         return self._speed.images_per_second
 
     def _finish_pending(self) -> None:
-        """Wait for the device. The first step compiled; the clock starts when it is done."""
+        """Wait for the device; after the first step, which compiles, start the stopwatch."""
         if self._pending:
             step, handle = self._pending[-1]
             jax.block_until_ready(handle)
@@ -214,7 +210,7 @@ class Tracker:
             self._log()
 
     def _log(self) -> None:
-        """Fetch everything pending at once, and write its averages at its last step."""
+        """Fetch all pending metrics at once, and write their averages at their last step."""
         steps, handles = zip(*self._pending, strict=True)
         self._pending, self._due = [], False
         averages = self._reduce(jax.device_get(list(handles)))
@@ -235,8 +231,8 @@ class Tracker:
 
     def _user_errors(self) -> contextlib.AbstractContextManager[None]:
         return user_errors(
-            f"cannot write metrics in {self._workdir}",
-            "free space and rerun the same command to resume, or give another --workdir",
+            f"cannot write metrics in {self._run.folder}",
+            "free space and rerun the same command to resume, or use another --workdir",
             RESUMABLE,
         )
 
@@ -248,9 +244,10 @@ def publish(
     pictures: Mapping[str, UInt8[np.ndarray, "h w 3"]],
     values: Mapping[str, float],
 ) -> None:
-    """Add pictures and values to the Weights & Biases page of a finished run.
+    """Add pictures and values to the Weights & Biases run of a finished training run.
 
-    Raises UserError where it can't be reached; offline without a key, like a training.
+    Works offline without a key, as training does. Raises UserError where the server can't be
+    reached.
     """
     writer = WandbWriter(workdir, project, name, strict=True)
     with contextlib.closing(writer):

@@ -93,7 +93,7 @@ def init_state(
     make_params = jax.jit(setup.model.init, out_shardings=shardings.params)
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
-        with multihost.together():
+        with multihost.shared_errors():
             source = read_source(setup)
         match = pretrained.match_head(source.classes, classes, cfg.init.head, cfg.init.classes, ids)
         params, rows = pretrained.adapt(

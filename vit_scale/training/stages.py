@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vit_scale import config
 from vit_scale.distributed import multihost
 from vit_scale.errors import UserError
-from vit_scale.runs.run_folder import read_json
+from vit_scale.runs.json_files import read_json
 from vit_scale.storage import paths
 from vit_scale.training.trainer import train
 
@@ -50,7 +50,7 @@ def _begun(runs: Mapping[str, pathlib.Path]) -> dict[str, ConfigDict]:
             with contextlib.suppress(UserError):
                 if (folder / "run.json").exists():
                     found[argument] = read_json(folder / "run.json").get("config")
-    stored = {argument: value for argument, value in multihost.agree(found).items() if value}
+    stored = {argument: value for argument, value in multihost.broadcast(found).items() if value}
     begun = {}
     for argument, value in stored.items():
         with contextlib.suppress(UserError):

@@ -17,21 +17,23 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.augment.pipeline import train_images
-from vit_scale.checkpoint import Checkpoints, folders
+from vit_scale.checkpoint import Checkpoints, all_steps
 from vit_scale.data import Batch, Source, train_batches
 from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.accelerators import mfu
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
-from vit_scale.runs import compiled_programs, divergence
-from vit_scale.runs.divergence import Diverged, Guard, Rollback
-from vit_scale.runs.run_folder import Run, continued
-from vit_scale.runs.watchdog import Watch, phase
+from vit_scale.runs import compiled_programs, rollbacks
+from vit_scale.runs.resume import resumed_config
+from vit_scale.runs.rollbacks import Rollback
+from vit_scale.runs.run_folder import Run
+from vit_scale.runs.watchdog import Watchdog, phase
 from vit_scale.storage import paths
-from vit_scale.tracking import Tracker
+from vit_scale.tracking import TrackedRun, Tracker
 from vit_scale.tracking.metrics import TrainMetrics
 from vit_scale.training.description import describe, identity, summarise
 from vit_scale.training.evaluator import Evaluate
+from vit_scale.training.guard import Diverged, Guard, diverged_for_good
 from vit_scale.training.init_state import check_source, init_state, recover, restore
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
 from vit_scale.training.setup import Setup, make_setup, training_flops
@@ -60,25 +62,25 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         anything is compiled or the folder is created.
       Preempted: after SIGTERM, with everything saved.
     """
-    with multihost.together():
-        cfg = with_checksum(continued(cfg, workdir))
+    with multihost.shared_errors():
+        cfg = with_checksum(resumed_config(cfg, workdir))
         setup, splits = make_setup(cfg), open_splits(cfg)
         validate_inputs(cfg, setup.mesh, splits, setup.teacher)
         description = describe(setup, name, splits)
-        if not folders(paths.parse(workdir)):
+        if not all_steps(paths.parse(workdir)):
             check_source(setup, splits.train.classes, class_ids(splits.train))
-        same = identity(description, splits) if multihost.is_several() else {}
-    multihost.check_alike(same)
+        same = identity(description, splits) if multihost.has_peers() else {}
+    multihost.check_same(same)
     with Run(workdir, description) as run, preemption.deferred():
         if run.report:
             return run.report
         with (
-            compiled_programs.kept(run.path, cfg.checkpoint.programs),
-            Watch(run.path, cfg.watchdog) as watch,
+            compiled_programs.cached(run.path, cfg.checkpoint.programs),
+            Watchdog(run.path, cfg.watchdog) as watchdog,
             Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
-            watch.last_words(),
+            watchdog.report_failure(),
         ):
-            report = Training(setup, splits, run, checkpoints, watch, quiet).to_the_end()
+            report = Training(setup, splits, run, checkpoints, watchdog, quiet).to_the_end()
         run.write_report(report)
     return report
 
@@ -87,10 +89,16 @@ class Training:
     """One run, from wherever it stands to its end."""
 
     def __init__(
-        self, setup: Setup, splits: Splits, run: Run, checkpoints: Checkpoints, watch: Watch, quiet
+        self,
+        setup: Setup,
+        splits: Splits,
+        run: Run,
+        checkpoints: Checkpoints,
+        watchdog: Watchdog,
+        quiet,
     ):
         self.setup, self.splits, self.run, self.quiet = setup, splits, run, quiet
-        self.checkpoints, self.watch = checkpoints, watch
+        self.checkpoints, self.watchdog = checkpoints, watchdog
         self.cfg = setup.cfg
         self.evaluate = Evaluate(self.cfg, setup.model, setup.mesh)
         self.train_step: Callable | None = None
@@ -113,7 +121,7 @@ class Training:
             )
             self.teacher = restore_params(self.setup.teacher)
         start, guard = int(state.step), Guard(cfg.divergence)
-        self.watch.begin_at(start)
+        self.watchdog.begin_at(start)
         preemption.check(f"after step {start}")
         with tracker(self.setup, self.run, start, self.quiet) as track:
             if start and self.is_selected(start):  # stopped before or during this evaluation
@@ -140,8 +148,8 @@ class Training:
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         """(finished steps, this host's part of the batch), with what rollbacks left out."""
         cfg, rows = self.cfg, batch_rows(self.cfg.data.batch, self.setup.mesh)
-        rollbacks = divergence.read(self.run.path)
-        for first, last, shift in divergence.parts(rollbacks, start, cfg.steps):
+        past = rollbacks.read(self.run.path)
+        for first, last, shift in rollbacks.batch_ranges(past, start, cfg.steps):
             source = self.splits.train
             part = train_batches(source, cfg.data, cfg.seed, first + shift, last + shift, rows)
             with contextlib.closing(part):
@@ -172,7 +180,7 @@ class Training:
         if stop:
             with track.timer("checkpoint"):
                 self.checkpoints.wait()
-            raise Preempted(f"after step {step}, saved up to {self.checkpoints.latest or 0}")
+            raise Preempted(f"after step {step}, saved up to {self.checkpoints.find_latest() or 0}")
 
     def is_selected(self, step: int) -> bool:
         """Whether the parameters after `step` compete for the best."""
@@ -181,7 +189,7 @@ class Training:
     def select(self, state: TrainState, step: int, track: Tracker) -> None:
         """Evaluate the checkpoint of `step`, unless that is done, and report it."""
         assert self.splits.selection
-        measured = multihost.agree(self.checkpoints.metrics(step))
+        measured = multihost.broadcast(self.checkpoints.read_metrics(step))
         if not measured:
             with track.timer("eval"):
                 measured = self.evaluate(state.eval_params, self.splits.selection)
@@ -198,11 +206,11 @@ class Training:
             return {"split": cfg.eval.final, "step": int(state.step), **found}
 
         last = chosen = result(restore(self.setup, checkpoints, cfg.steps))
-        if checkpoints.best is None:
+        if checkpoints.find_best() is None:
             return last
-        if checkpoints.best != last["step"]:
-            chosen = result(recover(self.setup, checkpoints, checkpoints.ranked))
-        selected = {"split": cfg.eval.split, **checkpoints.metrics(chosen["step"])}
+        if checkpoints.find_best() != last["step"]:
+            chosen = result(recover(self.setup, checkpoints, checkpoints.rank()))
+        selected = {"split": cfg.eval.split, **checkpoints.read_metrics(chosen["step"])}
         return {**last, "best": {**chosen, "selected_by": selected}}
 
     def roll_back(self, error: Diverged) -> None:
@@ -211,14 +219,14 @@ class Training:
         Raises UserError where it has gone back too often already.
         """
         self.checkpoints.wait()
-        rollbacks = divergence.read(self.run.path)
-        if len(rollbacks) >= self.cfg.divergence.rollbacks:
-            raise divergence.give_up(error, rollbacks) from None
-        step = self.checkpoints.latest or 0
-        with multihost.together():
+        past = rollbacks.read(self.run.path)
+        if len(past) >= self.cfg.divergence.rollbacks:
+            raise diverged_for_good(error, past) from None
+        step = self.checkpoints.find_latest() or 0
+        with multihost.shared_errors():
             if multihost.is_first():
-                divergence.write(self.run.path, [*rollbacks, Rollback(step, error.step)])
-                line = f"vit-scale: {error}; back to step {step}, past the batches between"
+                rollbacks.write(self.run.path, [*past, Rollback(step, error.step)])
+                line = f"vit-scale: {error}; rolling back to step {step} and skipping those batches"
                 print(line, file=sys.stderr, flush=True)
 
 
@@ -245,16 +253,6 @@ def utilisation(setup: Setup, images_per_second: float) -> float | None:
 
 
 def tracker(setup: Setup, run: Run, start: int, quiet: bool) -> Tracker:
-    """The run's writers, from the step that it goes on from."""
-    cfg, about = setup.cfg, run.description
-    return Tracker(
-        run.path,
-        cfg,
-        about["name"],
-        cfg.steps,
-        start,
-        about,
-        quiet=quiet,
-        process=jax.process_index(),
-        mfu=functools.partial(utilisation, setup),
-    )
+    """Build the run's tracker, which begins after step `start`."""
+    mfu = functools.partial(utilisation, setup)
+    return Tracker(TrackedRun(run.path, setup.cfg, run.description, start, quiet, mfu))

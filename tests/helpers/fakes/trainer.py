@@ -107,7 +107,7 @@ class Trainer:
             print("Traceback (most recent call last):\n  File x\nValueError: image 3 is corrupt")
             self.end(1, "image 3 is corrupt")
         elif what == "disagree":  # before any heartbeat of its own: both find it out
-            line = "hosts disagree: process 1 would train something else than process 0 (x is 1)"
+            line = "hosts disagree: process 1 differs from process 0 (x is 1)"
             heard = f"process 1: {line}" if self.number != 1 else line
             print(f"vit-scale: {heard}", flush=True)
             os._exit(1)

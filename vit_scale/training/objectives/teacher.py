@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
-from vit_scale.checkpoint.integrity import signed
+from vit_scale.checkpoint.integrity import with_checksum as signed
 from vit_scale.distributed.mesh import devices_of
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import UserError

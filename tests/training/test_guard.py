@@ -1,4 +1,4 @@
-"""divergence: what is not finite updates nothing, and too much of it takes the run back."""
+"""guard: a step that is not finite updates nothing, and too many in a row are a divergence."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import pytest
 from tests.helpers.tiny import random_batch, random_params, tiny_config
 from vit_scale.config import base
 from vit_scale.errors import DIVERGED
-from vit_scale.runs import divergence
-from vit_scale.runs.divergence import Diverged, Guard, Rollback, parts
+from vit_scale.runs.rollbacks import Rollback
+from vit_scale.training.guard import Diverged, Guard, diverged_for_good
 from vit_scale.training.setup import make_setup
 from vit_scale.training.train_step import jit_train_step
 
@@ -57,26 +57,10 @@ def test_a_run_is_sound_when_its_last_step_was():
     assert watcher.is_sound()
 
 
-def test_batches_after_a_rollback():
-    """Diverged at 10, back to 4: steps from 4 on take the batches from 10 on."""
-    back = [Rollback(4, 10)]
-    assert list(parts([], 0, 20)) == [(0, 20, 0)]
-    assert list(parts(back, 4, 20)) == [(4, 20, 6)]
-    assert list(parts(back, 0, 20)) == [(0, 4, 0), (4, 20, 6)]  # an older checkpoint was whole
-    assert list(parts(back, 12, 20)) == [(12, 20, 6)]
-    # It diverges again at 9, with batch 14: past that one too, and later once more.
-    again = [*back, Rollback(4, 9), Rollback(12, 15)]
-    assert list(parts(again, 2, 20)) == [(2, 4, 0), (4, 12, 11), (12, 20, 14)]
-    assert list(parts(back, 20, 20)) == []
-
-
-def test_rollbacks_are_written_down(tmp_path):
-    assert divergence.read(tmp_path) == []
-    divergence.write(tmp_path, [Rollback(4, 10), Rollback(4, 9)])
-    assert divergence.read(tmp_path) == [Rollback(4, 10), Rollback(4, 9)]
-    error = divergence.give_up(Diverged(31, 11), divergence.read(tmp_path))
+def test_the_last_error_names_the_rollbacks():
+    error = diverged_for_good(Diverged(31, 11), [Rollback(4, 10), Rollback(4, 9)])
     assert error.code == DIVERGED
-    assert "11 steps in a row were not finite, the last of them 31" in str(error)
+    assert "11 steps in a row were not finite, up to step 31" in str(error)
     assert "after rollbacks at step 10 (back to 4), step 9 (back to 4)" in str(error)
 
 

@@ -1,0 +1,26 @@
+"""rollbacks: what was left out is on disk, and decides the batch of each step."""
+
+from vit_scale.runs import rollbacks
+from vit_scale.runs.rollbacks import Rollback, batch_ranges
+
+
+def test_batches_after_a_rollback():
+    """Diverged at 10, back to 4: steps from 4 on take the batches from 10 on."""
+    back = [Rollback(4, 10)]
+    assert list(batch_ranges([], 0, 20)) == [(0, 20, 0)]
+    assert list(batch_ranges(back, 4, 20)) == [(4, 20, 6)]
+    assert list(batch_ranges(back, 0, 20)) == [
+        (0, 4, 0),
+        (4, 20, 6),
+    ]  # from an older one
+    assert list(batch_ranges(back, 12, 20)) == [(12, 20, 6)]
+    # It diverges again at 9, with batch 14: past that one too, and later once more.
+    again = [*back, Rollback(4, 9), Rollback(12, 15)]
+    assert list(batch_ranges(again, 2, 20)) == [(2, 4, 0), (4, 12, 11), (12, 20, 14)]
+    assert list(batch_ranges(back, 20, 20)) == []
+
+
+def test_rollbacks_are_written_down(tmp_path):
+    assert rollbacks.read(tmp_path) == []
+    rollbacks.write(tmp_path, [Rollback(4, 10), Rollback(4, 9)])
+    assert rollbacks.read(tmp_path) == [Rollback(4, 10), Rollback(4, 9)]
