@@ -43,7 +43,7 @@ def compile_step(cfg: ConfigDict, where: topology.Topology) -> dict:
         compiled = step.lower(program.state, batch_shapes(program), *teacher_params).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"the compiler failed: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the step does not compile: {str(error).splitlines()[0]}") from error
         return description | {"fits": False, "peak_bytes": needed_bytes(str(error))}
     memory: Any = compiled.memory_analysis()
     cost = Hlo(compiled.as_text() or "").cost()

@@ -22,7 +22,7 @@ import numpy as np
 
 from vit_scale.errors import DONE, UserError
 from vit_scale.storage import cache, files
-from vit_scale.tracking.writers import Writer, failure, number, report
+from vit_scale.tracking.writers import Writer, failure, number, print_line
 
 NAME = "Weights & Biases"
 # Seconds for connecting, for the server to create a run, and for the last uploads at its end.
@@ -96,7 +96,7 @@ class WandbWriter(Writer):
             self._wandb.teardown()  # its process still holds the run, or has died
         self._begin(offline=True)
         run = self._options["id"]
-        report(
+        print_line(
             f"{reason}; run {run} continues offline, and its end prints the command to upload it"
         )
 
@@ -139,7 +139,7 @@ class WandbWriter(Writer):
             self._leave_online()
             if not self._partial:
                 raise
-            report(f"{failure(NAME, error)}; the rest of the run is on this machine")
+            print_line(f"{failure(NAME, error)}; the rest of the run is on this machine")
             self._fell_back = True
         if self._run.disabled or (self._quiet and not self._fell_back):
             return

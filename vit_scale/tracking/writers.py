@@ -175,7 +175,7 @@ class BestEffortWriter(Writer):
 
     def _give_up(self, error: Exception) -> None:
         if self._name and not self._reported:
-            report(f"{failure(self._name, error)}; training continues without it")
+            print_line(f"{failure(self._name, error)}; training continues without it")
         self._reported, self._writer = True, None
 
     def _do(self, method: str, *arguments: Any) -> None:
@@ -206,14 +206,14 @@ class BestEffortWriter(Writer):
                 self._writer.flush()
         except Exception as error:  # noqa: BLE001
             if not self._reported:
-                report(f"{failure(self._name, error)}; it will be retried")
+                print_line(f"{failure(self._name, error)}; it will be retried")
             self._reported = True
 
     def close(self) -> None:
         self._do("close")
 
 
-def report(line: str) -> None:
+def print_line(line: str) -> None:
     """Print one line on standard error, above a progress bar; ignore a closed stream."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(f"vit-scale: {line}", file=sys.stderr)

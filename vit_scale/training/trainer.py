@@ -27,7 +27,7 @@ from vit_scale.distributed.accelerators import mfu
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.models.parameters import count
-from vit_scale.runs import compiled_programs, rollbacks
+from vit_scale.runs import compilation_cache, rollbacks
 from vit_scale.runs.resume import OPERATIONAL, resumed_config
 from vit_scale.runs.rollbacks import Rollback
 from vit_scale.runs.run_folder import Run
@@ -67,7 +67,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         if run.report:
             return run.report
         with (
-            compiled_programs.cached(run.path, cfg.checkpoint.programs),
+            compilation_cache.cached(run.path, cfg.checkpoint.programs),
             Watchdog(run.path, cfg.watchdog) as watchdog,
             Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
             watchdog.report_failure(),
