@@ -7,8 +7,8 @@ from vit_scale import config
 from vit_scale.augment.pipeline import check
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import check_batch
+from vit_scale.models.build import build
 from vit_scale.models.parameters import count
-from vit_scale.models.vit import build
 from vit_scale.training.optimizer import make_optimizer
 
 

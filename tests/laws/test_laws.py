@@ -25,8 +25,8 @@ from vit_scale import checkpoint, cli, config, pretrained
 from vit_scale.data import InMemory, open_split
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
+from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
-from vit_scale.models.vit import build
 from vit_scale.training import program, trainer
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.program import jit_train_step, plan_program

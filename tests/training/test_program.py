@@ -11,8 +11,8 @@ from tests.helpers.tiny import random_batch, random_params, tiny_config
 from vit_scale import config
 from vit_scale.distributed.sharding import shard_batch
 from vit_scale.errors import UserError
+from vit_scale.models.build import build
 from vit_scale.models.parameters import count, named
-from vit_scale.models.vit import build
 from vit_scale.training.optimizer import update_ema
 from vit_scale.training.program import (
     TrainState,

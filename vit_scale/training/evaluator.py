@@ -17,7 +17,7 @@ from vit_scale.distributed.sharding import (
     shardings,
 )
 from vit_scale.errors import UserError
-from vit_scale.models.vit import Model
+from vit_scale.models.build import Model
 from vit_scale.runs import watchdog
 from vit_scale.tracking.metrics import EvalMetrics, to_floats
 

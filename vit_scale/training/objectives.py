@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vit_scale.augment.pipeline import train_images
 from vit_scale.config import image_size
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.vit import Model, Outputs
+from vit_scale.models.build import Model, Outputs
 
 
 class Objective(NamedTuple):

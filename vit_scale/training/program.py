@@ -29,9 +29,9 @@ from vit_scale.distributed.mesh import (
 from vit_scale.distributed.sharding import batch_sharding, check_batch, device_bytes, shardings
 from vit_scale.errors import UserError
 from vit_scale.models import convnets, flops
-from vit_scale.models.parameters import count, measured, named, parameters, with_statistics
+from vit_scale.models.build import Model, build
+from vit_scale.models.parameters import count, is_statistic, named, parameters, with_statistics
 from vit_scale.models.position_embeddings import check_method
-from vit_scale.models.vit import Model, build
 from vit_scale.tracking.metrics import TrainMetrics, norm
 from vit_scale.training import teachers
 from vit_scale.training.objectives import Objective, make_objective
@@ -58,24 +58,6 @@ class Program(NamedTuple):
     schedule: Callable
     state: TrainState  # of jax.ShapeDtypeStruct, with shardings
     teacher: teachers.Teacher | None = None
-
-
-def training_flops(model: Model, classes: int) -> int:
-    """FLOPs of one image's training step, forward and backward (flops.py); a teacher's not."""
-    shape = model.shape
-    if isinstance(shape, convnets.Shape):
-        return flops.training_flops(shape.macs(classes))
-    size, stem = shape.size, shape.stem
-    patch = stem.patch if stem else shape.patch
-    macs = flops.forward_macs(
-        *(shape.grid, patch, size.width, size.depth, size.mlp, classes, shape.pool),
-        channels=stem.channels if stem else 3,
-        distilled=shape.distilled,
-        class_token=shape.class_token,
-        representation=shape.representation,
-        read=shape.read,
-    )
-    return flops.training_flops(macs + (stem.macs if stem else 0))
 
 
 def plan_program(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Program:
@@ -156,7 +138,7 @@ def check_combination(cfg: ConfigDict, params, tensor: int = 1) -> None:
     """
     name = cfg.model.variant
     wanted: dict[str, tuple] = {}  # field: the one value that it can have, what else it would do
-    if any(measured(leaf) for leaf in named(params)):
+    if any(is_statistic(leaf) for leaf in named(params)):
         frozen = "would leave frozen layers' batch normalisation measuring"
         cut = "cuts the batch whose statistics batch normalisation takes"
         wanted |= {"optim.accumulate": (1, cut), "optim.freeze": ((), frozen)}
@@ -328,7 +310,7 @@ def summary(cfg: ConfigDict) -> dict:
     return {
         "parameters": count(params),
         "tokens": model.shape.tokens,
-        "flops_per_image": training_flops(model, cfg.model.classes),
+        "flops_per_image": flops.training_flops(model.macs),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "config": to_json(cfg),

@@ -26,6 +26,7 @@ from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.accelerators import mfu
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
+from vit_scale.models.flops import training_flops
 from vit_scale.models.parameters import count
 from vit_scale.runs import compilation_cache, rollbacks
 from vit_scale.runs.resume import OPERATIONAL, resumed_config
@@ -44,7 +45,6 @@ from vit_scale.training.program import (
     TrainState,
     jit_train_step,
     plan_program,
-    training_flops,
 )
 
 
@@ -307,7 +307,7 @@ def devices() -> dict:
 
 def utilisation(program: Program, images_per_second: float) -> float | None:
     """Model FLOPs utilisation; None where the device's peak is unknown."""
-    per_image = training_flops(program.model, program.cfg.model.classes)
+    per_image = training_flops(program.model.macs)
     kind = jax.devices()[0].device_kind
     return mfu(images_per_second, per_image, jax.device_count(), kind)
 
