@@ -18,7 +18,7 @@ from vit_scale.runs import lock
 from vit_scale.runs.json_files import read_json
 from vit_scale.runs.lock import Lock
 from vit_scale.runs.run_folder import Run
-from vit_scale.storage import cache, compare_and_swap
+from vit_scale.storage import cache, compare_and_swap, paths
 
 
 def about(*overrides: str) -> dict:
