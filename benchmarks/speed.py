@@ -23,8 +23,8 @@ from benchmarks.speed_config import BATCH
 from vit_scale import config
 from vit_scale.distributed.accelerators import mfu
 from vit_scale.errors import UserError
-from vit_scale.models import flops
-from vit_scale.models.spec import shape
+from vit_scale.models.build import build
+from vit_scale.models.flops import training_flops
 from vit_scale.runs.json_files import read_json, write_json
 
 CONFIG = HERE / "speed_config.py"
@@ -95,12 +95,13 @@ def compete(session: Session, case: str) -> dict:
 
 
 def flops_per_image(case: str) -> int:
-    """Of a training step, counted on paper: the same for all contenders."""
+    """Return a training step's FLOPs, the same for all contenders.
+
+    As in the published figures, all tokens of the last block count, not only [CLS].
+    """
     cfg = config.load(f"{CONFIG}:{case}")
-    model = shape(cfg.model, config.image_size(cfg))
-    size, classes = model.size, cfg.model.classes
-    sizes = (model.grid, model.patch, size.width, size.depth, size.mlp, classes, model.pool)
-    return flops.training_flops(flops.forward_macs(*sizes))
+    cfg.model.update({"pool": "gap", "class_token": True})
+    return training_flops(build(cfg.model, config.image_size(cfg)).macs)
 
 
 def standing(contender: "Contender", rates: list[float], flops_each: int) -> dict:

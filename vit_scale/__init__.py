@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_scale.api import evaluate, show, train
     from vit_scale.inference.predictor import load
+    from vit_scale.models.build import build
     from vit_scale.models.position_embeddings import resample
-    from vit_scale.models.vit import ViT, build
+    from vit_scale.models.vit import ViT
 
     __version__: str
 
@@ -26,7 +27,7 @@ _HOMES = {
     "show": "api",
     "train": "api",
     "ViT": "models.vit",
-    "build": "models.vit",
+    "build": "models.build",
     "resample": "models.position_embeddings",
 }
 __all__ = ["ViT", "__version__", "build", "evaluate", "load", "resample", "show", "train"]

@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     with pytest.raises(UserError) as caught:
         checkpoint.read(folder, {"params": like(trees(1)["params"])})
     message = str(caught.value)
-    assert message.startswith(f"checkpoint {folder} does not fit or is damaged: ")
+    assert message.startswith(f"checkpoint {folder} is damaged or of a different model: ")
     assert "\n" not in message and len(message) < 500
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_description_is_one_line(tmp_path, content):
     save(tmp_path, {1: None})
     folder = tmp_path / checkpoint.FOLDER / "1"
     (folder / checkpoint.MANIFEST / "metadata").write_text(content)
-    with pytest.raises(UserError, match="does not fit or is damaged"):
+    with pytest.raises(UserError, match="is damaged or of a different model"):
         checkpoint.read_description(folder)
 
 
@@ -204,10 +204,10 @@ def test_another_model_is_one_line(tmp_path):
     save(tmp_path, {1: None})
     target = like(trees(1)["params"])
     wrong_shape = target | {"kernel": jax.ShapeDtypeStruct((3, 6), jnp.float32)}
-    with pytest.raises(UserError, match="does not fit or is damaged"):
+    with pytest.raises(UserError, match="is damaged or of a different model"):
         checkpoint.read(tmp_path / checkpoint.FOLDER / "1", {"params": wrong_shape})
     wrong_names = {"weight": target["kernel"]}
-    with pytest.raises(UserError, match="does not fit or is damaged"):
+    with pytest.raises(UserError, match="is damaged or of a different model"):
         checkpoint.read(tmp_path / checkpoint.FOLDER / "1", {"params": wrong_names})
 
 
@@ -303,7 +303,7 @@ def test_a_damaged_measurement_of_an_older_checkpoint_does_not_end_the_run(tmp_p
         assert checkpoints.find_best() == 2
         checkpoints.save(3, trees(3), ABOUT)
     assert finished_steps(tmp_path) == [1, 2, 3], "nobody knows that it is not the best: it stays"
-    assert "checkpoints/1 does not fit or is damaged" in capsys.readouterr().err
+    assert "checkpoints/1 is damaged or of a different model" in capsys.readouterr().err
 
 
 def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import pytest
 
 from vit_scale import config
 from vit_scale.distributed.mesh import make_mesh
+from vit_scale.models.build import build
 from vit_scale.models.parameters import count
-from vit_scale.models.vit import build
 from vit_scale.training.setup import summary
 from vit_scale.training.validation import validate
 

@@ -18,8 +18,8 @@ from vit_scale.distributed.sharding import (
     shardings,
 )
 from vit_scale.errors import UserError
+from vit_scale.models.build import build
 from vit_scale.models.parameters import named
-from vit_scale.models.vit import build
 from vit_scale.training.optimizer import make_optimizer
 
 

@@ -11,7 +11,7 @@ from vit_scale import config
 from vit_scale.config import image_size
 from vit_scale.data import open_split, registry
 from vit_scale.inference.export import export
-from vit_scale.models.vit import build
+from vit_scale.models.build import build
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

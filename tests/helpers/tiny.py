@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
+from vit_scale.models.build import Model, build
 from vit_scale.models.parameters import named
-from vit_scale.models.vit import Model, build
 from vit_scale.runs.json_files import write_json
 
 CLASSES = ("cat", "dog", "eel", "fox")

@@ -24,7 +24,7 @@ from tests.laws.test_laws import (
     stop_before,
 )
 from vit_scale import checkpoint, cli, pretrained
-from vit_scale.models.parameters import measured, named
+from vit_scale.models.parameters import is_statistic, named
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -178,7 +178,7 @@ def test_statistics_are_the_same_on_every_mesh(pods, whole):
     expected = named(pretrained.load_model(whole).params)
     for name in CNNS:
         found = named(pretrained.load_model(pods / name).params)
-        for leaf in filter(measured, found):
+        for leaf in filter(is_statistic, found):
             np.testing.assert_allclose(found[leaf], expected[leaf], rtol=1e-4, atol=1e-6)
 
 

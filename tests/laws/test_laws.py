@@ -25,8 +25,8 @@ from vit_scale import checkpoint, cli, config, pretrained
 from vit_scale.data import InMemory, open_split
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
+from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
-from vit_scale.models.vit import build
 from vit_scale.training import program, trainer
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.setup import make_setup
@@ -168,7 +168,7 @@ def test_a_damaged_best_checkpoint_does_not_end_a_run(quick_compile, cifar, tmp_
     for file in (best / "ema").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-20])
     assert cli.main([*command(run, **fields), "--quiet"]) == 0
-    assert f"checkpoint {best} does not fit or is damaged" in capsys.readouterr().err
+    assert f"checkpoint {best} is damaged or of a different model" in capsys.readouterr().err
     assert (run / "damaged" / "8").is_dir() and 8 not in checkpoint.finished_steps(run)
     result = report(run)["eval"]
     assert result["best"]["step"] == result["step"] == STEPS

@@ -367,7 +367,7 @@ def test_nothing_that_fits_is_said(compiler, capsys):
     arguments = ["plan", "--config", "vit_tiny_imagenet", "--topology", "v5e:4x4", "--fit"]
     assert cli.main(arguments) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.splitlines()[-1].startswith("vit-scale: nothing fits v5e:4x4")
+    assert out == "" and err.splitlines()[-1].startswith("vit-scale: no configuration fits v5e:4x4")
     assert "does not fit: model.remat=full (99.00 of 16.00 GiB)" in err.splitlines()
 
 

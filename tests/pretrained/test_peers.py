@@ -18,9 +18,9 @@ from vit_scale.augment.view import view
 from vit_scale.data.decode import decode
 from vit_scale.errors import UserError
 from vit_scale.inference.export import export
-from vit_scale.models.parameters import named, unstack
+from vit_scale.models.build import build
+from vit_scale.models.parameters import name_of, named, unstack
 from vit_scale.models.spec import SIZES
-from vit_scale.models.vit import build
 from vit_scale.pretrained import Hints, convert, key_mapping, weight_files
 from vit_scale.pretrained.formats import BIG_VISION, GOOGLE
 
@@ -234,7 +234,7 @@ def trained_like(params: dict) -> dict:
     """`random_params`, with matrices as narrow as those of real models."""
 
     def scaled(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = name_of(path)
         return leaf * (0.1 if name.endswith("kernel") and not name.startswith("head") else 1)
 
     return jax.tree_util.tree_map_with_path(scaled, params)

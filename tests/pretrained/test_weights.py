@@ -30,8 +30,8 @@ from vit_scale import cli, config, pretrained
 from vit_scale.data import Match
 from vit_scale.errors import UserError
 from vit_scale.inference.export import EXPORTERS, export
+from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
-from vit_scale.models.vit import build
 from vit_scale.pretrained import Hints, load, weight_files
 from vit_scale.pretrained.adapt import adapt
 from vit_scale.pretrained.formats import FORMATS, HUGGINGFACE, TIMM

@@ -152,7 +152,7 @@ def test_an_outage_is_said_once_and_the_run_goes_on_offline(
     said, command = told(capsys)
     assert [line for line in said if "can't be reached" in line] == [
         f"vit-scale: Weights & Biases: {NOWHERE} can't be reached (Connection refused); run "
-        f"{first} goes on offline, and its end prints the line that uploads it"
+        f"{first} continues offline, and its end prints the command to upload it"
     ]
     assert command == ["wandb", "sync", str(run.folder)]
     assert [row["_step"] for row in run.history if "train/loss" in row] == [2]
@@ -226,7 +226,9 @@ def test_a_server_that_is_lost_on_the_way(cfg, tmp_path, online, capsys, lost, r
     losses = {row["_step"]: row["train/loss"] for row in run.history if "train/loss" in row}
     assert losses == {2: 1.5, 4: 3.5}
     said, command = told(capsys)
-    assert len([line for line in said if f": {reason}; run {run.run.run_id} goes on" in line]) == 1
+    assert (
+        len([line for line in said if f": {reason}; run {run.run.run_id} continues" in line]) == 1
+    )
     assert command == ["wandb", "sync", str(Path(made[0].dir).parent), str(run.folder)]
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
 
@@ -261,7 +263,7 @@ def test_wandbs_process_is_killed(cfg, tmp_path, forgotten, capsys):
     second = OfflineRun(tmp_path, "offline-run-20[!0]*")
     assert [row["a"] for row in second.history if "a" in row] == [2, 3]
     said, command = told(capsys)
-    assert len([line for line in said if "goes on offline" in line]) == 1
+    assert len([line for line in said if "continues offline" in line]) == 1
     assert command == ["wandb", "sync", str(first), str(second.folder)]
 
 
@@ -289,7 +291,7 @@ def test_a_key_that_wandb_refuses_ends_nothing(cfg, tmp_path, monkeypatch, forgo
     with tracker(tmp_path, cfg) as track:
         track.scalars(1, {"a": 1})
     said, command = told(capsys)
-    assert len(said) == 2 and "goes on offline" in said[0] and command[:2] == ["wandb", "sync"]
+    assert len(said) == 2 and "continues offline" in said[0] and command[:2] == ["wandb", "sync"]
     assert rows(tmp_path)[0]["a"] == 1
 
 
@@ -303,7 +305,7 @@ def test_without_wandb_at_all_the_training_goes_on(cfg, tmp_path, monkeypatch, c
         track.images("train/images", 1, np.zeros((2, 4, 4, 3), np.uint8))
         track.scalars(1, {"a": 1})
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "No space left on device; training goes on without it" in err
+    assert err.count("\n") == 1 and "No space left on device; training continues without it" in err
     assert rows(tmp_path)[0]["a"] == 1
 
 

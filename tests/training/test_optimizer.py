@@ -8,8 +8,8 @@ import pytest
 
 from vit_scale.config import base
 from vit_scale.errors import UserError
+from vit_scale.models.build import build
 from vit_scale.models.parameters import named, stack, unstack
-from vit_scale.models.vit import build
 from vit_scale.training.optimizer import (
     apply_updates,
     check,

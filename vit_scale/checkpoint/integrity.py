@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, UInt32
 
+from vit_scale.models.parameters import named
+
 MANIFEST = "manifest"
 
 
@@ -28,14 +30,12 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
     A change of a single element always changes its array's fingerprint; any other change does with
     probability 1 - 2^-64. Bits are compared: NaN equals the same NaN, and 0.0 differs from -0.0.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = named(tree)
     # One at a time: concurrent reductions over the same CPU devices block each other.
-    sums = [jax.device_get(_sums(leaf)) for _, leaf in leaves]
+    sums = [jax.device_get(_sums(leaf)) for leaf in leaves.values()]
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{leaf.dtype}{list(leaf.shape)} {first:08x}{second:08x}".replace(", ", ",")
-        )
-        for (path, leaf), (first, second) in zip(leaves, sums, strict=True)
+        name: f"{leaf.dtype}{list(leaf.shape)} {first:08x}{second:08x}".replace(", ", ",")
+        for (name, leaf), (first, second) in zip(leaves.items(), sums, strict=True)
     }
 
 

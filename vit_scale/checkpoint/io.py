@@ -145,7 +145,7 @@ def has_ema(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _damage(path: pathlib.Path) -> Iterator[None]:
-    """Turns what reading a checkpoint meets into one line; broken files raise just anything."""
+    """Turn errors of reading a checkpoint into one line; a damaged file may raise any type."""
     try:
         yield
     except UserError:
@@ -159,4 +159,4 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
         )
         if refused or any(word in line for word in REFUSALS):
             raise UserError(f"cannot read checkpoint {path}: {line}", RESUMABLE) from error
-        raise UserError(f"checkpoint {path} does not fit or is damaged: {line}") from error
+        raise UserError(f"checkpoint {path} is damaged or of a different model: {line}") from error

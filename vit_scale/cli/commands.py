@@ -117,7 +117,7 @@ def show(args, overrides: Sequence[str]) -> None:
             return
         print(report.table(rows, args.markdown))
         for run, used in spent.items() if not args.markdown else ():
-            print(f"\n{run}: {goodput.text(used)}")
+            print(f"\n{run}: {goodput.format_summary(used)}")
         return
     refuse_flags(args, "show --config", "markdown")
     cfg = config.load(args.config, overrides)
@@ -145,12 +145,12 @@ def plan(args, overrides: Sequence[str]) -> None:
     if args.compare:
         refuse_flags(args, "plan --compare", "fit")
         rows = plan.compare(args.config, overrides, args.compare, where, args.price)
-        print(json.dumps({"variants": rows}) if args.json else table.comparison(rows))
+        print(json.dumps({"variants": rows}) if args.json else table.format_comparison(rows))
         return
     found = plan.plan(args.config, overrides, where, args.price)
     if args.fit and not found["fits"]:
         found = plan.fit(found, where, args.price, lambda line: print(line, file=sys.stderr))
-    print(json.dumps(found) if args.json else table.text(found))
+    print(json.dumps(found) if args.json else table.format_plan(found))
 
 
 def verify(args, overrides: Sequence[str]) -> None:

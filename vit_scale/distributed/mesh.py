@@ -1,4 +1,4 @@
-"""The device mesh: how many devices there are along each axis, and what the compiler is told.
+"""The device mesh: its axes, their sizes, and the compiler's options.
 
     data     devices that split the batch and each hold all parameters
     fsdp     devices that split the batch, and the parameters with them

@@ -20,10 +20,10 @@ from vit_scale.config import image_size
 from vit_scale.data import are_files
 from vit_scale.errors import USAGE, UserError, nearest
 from vit_scale.inference.predictor import Predictor, decode_size, load
+from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
-from vit_scale.models.vit import build
 from vit_scale.pretrained import (
     Pretrained,
     formats,

@@ -23,7 +23,7 @@ from vit_scale.config import image_size
 from vit_scale.data import are_files, delivered_size, views
 from vit_scale.data.decode import Corrupt, decode
 from vit_scale.errors import UserError
-from vit_scale.models.vit import Model
+from vit_scale.models.build import Model
 from vit_scale.storage import paths
 from vit_scale.storage.errors import user_errors
 

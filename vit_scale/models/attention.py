@@ -1,13 +1,13 @@
-"""Softmax attention with a backward pass of its own, which touches the n x n weights less often.
+"""Softmax attention with a custom backward pass that reads the n x n weights less often.
 
-What automatic differentiation makes of a softmax reads and writes the weights of all pairs of
-tokens several times; on a TPU that is most of what attention takes. Here the backward pass is that
-of FlashAttention (Dao et al. 2022, appendix B.2) without its tiles: the sum over a row of weight
-times gradient is taken from the output, which is n x e, and only the exponentials are kept.
+The derivative that JAX makes of a softmax reads and writes all n x n weights several times, which
+is most of attention's time on a TPU. Here the backward pass is FlashAttention's (Dao et al. 2022,
+appendix B.2) without tiling: the row sums of weight times gradient are computed from the output,
+which is n x e, and only the exponentials are stored.
 
-Scores, their maximum and all sums are float32 if nothing else is said, whatever the type of the
-values: in bfloat16 is only what has the size n x n and is stored. Where a TPU's compiler fuses the
-scores into what follows them, that takes no longer than scores in bfloat16.
+Scores, their maxima and all sums have the precision `logits`, float32 by default; only the stored
+n x n arrays have the values' type. Where a TPU's compiler fuses the scores into the next operation,
+float32 costs no more than bfloat16.
 """
 
 import functools
@@ -27,9 +27,9 @@ def attend(
     logits: str,
     implementation: Literal["xla", "cudnn"],
 ) -> Heads:
-    """softmax(q k^T / sqrt(e)) v of each head; `logits` is the precision up to the weights.
+    """Return softmax(q k^T / sqrt(e)) v for each head; `logits` is the precision of the scores.
 
-    cudnn is its own implementation, of float32 logits.
+    "cudnn" is jax.nn.dot_product_attention's kernel, whose scores are float32.
     """
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -37,10 +37,7 @@ def attend(
 
 
 def weights(q: Heads, k: Float[Array, "b m k e"], logits: str) -> Float[Array, "b k n m"]:
-    """softmax(q k^T / sqrt(e)), as float32: what `attend` sums v with, before it is rounded.
-
-    Nothing that trains calls it: there the weights of a block are gone when the block is done.
-    """
+    """Return softmax(q k^T / sqrt(e)) in float32, for inspection: `attend` does not store it."""
     exps, total = _exponentials(q * _scale(q), k, logits)
     return exps.astype(jnp.float32) / total
 
@@ -55,29 +52,29 @@ def _scale(q: Array) -> Array:
 
 
 def _exponentials(q, k, logits):
-    """exp(score - the row's maximum) in the type of q, and the sum of each row."""
+    """Return exp(score - row maximum) in q's type, and the sum of each row."""
     scores = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=logits)
     exps = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(q.dtype)
     return exps, exps.sum(axis=-1, keepdims=True, dtype=logits)
 
 
 def _forward(q, k, v, logits):
-    q = q * _scale(q)  # what backward needs as well: the unscaled ones would be kept beside them
+    q = q * _scale(q)  # before both passes, or the unscaled queries would be stored as well
     exps, total = _exponentials(q, k, logits)
     weights = (exps / total).astype(v.dtype)
     out = jnp.einsum("bknm,bmke->bnke", weights, v)
     return out, (q, k, v, exps, total, out)
 
 
-def _backward(logits, kept, grad):
-    q, k, v, exps, total, out = kept
+def _backward(logits, residuals, grad):
+    q, k, v, exps, total, out = residuals
     weights = (exps / total).astype(v.dtype)
-    of_weights = jnp.einsum("bnke,bmke->bknm", grad, v, preferred_element_type=logits)
-    row = jnp.einsum("bnke,bnke->bkn", grad, out, preferred_element_type=logits)
-    of_scores = (weights * (of_weights - row[..., None])).astype(v.dtype)
+    grad_weights = jnp.einsum("bnke,bmke->bknm", grad, v, preferred_element_type=logits)
+    row_sums = jnp.einsum("bnke,bnke->bkn", grad, out, preferred_element_type=logits)
+    grad_scores = (weights * (grad_weights - row_sums[..., None])).astype(v.dtype)
     return (
-        jnp.einsum("bknm,bmke->bnke", of_scores, k) * _scale(q),
-        jnp.einsum("bknm,bnke->bmke", of_scores, q),
+        jnp.einsum("bknm,bmke->bnke", grad_scores, k) * _scale(q),
+        jnp.einsum("bknm,bnke->bmke", grad_scores, q),
         jnp.einsum("bknm,bnke->bmke", weights, grad),
     )
 

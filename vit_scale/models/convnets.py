@@ -1,17 +1,17 @@
-"""Convolutional networks for 32 px, to measure a ViT by, and stems for hybrids: only mathematics.
+"""Convolutional networks for 32 px images, as baselines for ViTs, and stems for hybrids.
 
-    cnn                   the slides' baseline: three times (conv, conv, pool, norm), two dense
-                          layers; 5.9M parameters
+    cnn                   (conv, conv, pool, norm) three times, then two dense layers; 5.9M
+                          parameters
     resnet20, resnet56    He et al. 2016 (arXiv 1512.03385), section 4.2: 16, 32 and 64 channels,
                           shortcuts without parameters
-    resnet18              the paper's table 1 with a 3x3 stem and no pooling, as everybody trains it
-                          on 32 px: what papers on small ViTs compare with
+    resnet18              table 1 of that paper with a 3x3 stem and no pooling, the usual variant
+                          for 32 px and the one that papers on small ViTs compare with
 
-Their layers, and what becomes of batch normalisation's statistics, are in convolution.py.
+The layers, and batch normalisation's statistics, are in convolution.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import jax
@@ -21,7 +21,6 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
-from vit_scale.models import flops
 from vit_scale.models.convolution import BatchNorm, Convolution, Mask, halve, linear
 
 
@@ -31,38 +30,31 @@ class CNNSize:
 
     width: int
     mlp: int
-    shrinks: ClassVar[int] = 8  # pixels of the image to a pixel of the last feature map
-
-    def macs(self, image: tuple[int, int], classes: int) -> int:
-        return flops.cnn_macs(image, self.width, self.mlp, classes)
+    stride: ClassVar[int] = 8  # pixels of the image per pixel of the last feature map
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetSize:
-    """`depth` counts layers: 2 a block, `stages` times as many blocks, the first and the head."""
+    """`depth` counts layers as the paper does: 2 per block, the first convolution, and the head."""
 
     width: int
     depth: int
     stages: int
-    projection: bool  # shortcuts to more channels are 1x1 convolutions (option B), or padded (A)
+    projection: bool  # shortcuts to more channels: 1x1 convolutions (option B), else zeros (A)
 
     @property
     def blocks(self) -> int:
+        """Residual blocks per stage."""
         return (self.depth - 2) // (2 * self.stages)
 
     @property
-    def shrinks(self) -> int:
+    def stride(self) -> int:
+        """Pixels of the image per pixel of the last feature map."""
         return 2 ** (self.stages - 1)
 
     @property
     def channels(self) -> int:
-        return self.width * self.shrinks
-
-    def feature_macs(self, image: tuple[int, int]) -> int:
-        return flops.resnet_macs(image, self.width, self.blocks, self.stages, self.projection)
-
-    def macs(self, image: tuple[int, int], classes: int) -> int:
-        return self.feature_macs(image) + self.channels * classes
+        return self.width * self.stride
 
 
 SIZES: dict[str, CNNSize | ResNetSize] = {
@@ -71,71 +63,73 @@ SIZES: dict[str, CNNSize | ResNetSize] = {
     "resnet56": ResNetSize(16, 56, 3, projection=False),
     "resnet18": ResNetSize(64, 18, 4, projection=True),
 }
-FIELDS = ("width", "depth", "mlp")  # of a `model` block that replace a size's
+FIELDS = ("width", "depth", "mlp")  # of a `model` block; override those of a size
 R20 = ResNetSize(16, 20, 3, projection=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a `model` block and an image size (height, width in pixels) come to."""
+    """The size that a `model` block resolves to."""
 
     size: CNNSize | ResNetSize
-    image: tuple[int, int]
     tokens: ClassVar[int] = 0
-
-    def macs(self, classes: int) -> int:
-        """Multiply-accumulates of one image's forward pass."""
-        return self.size.macs(self.image, classes)
 
 
 def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
     """Resolve `cfg.variant`, one of SIZES, and its overrides.
 
-    Raises UserError, with the arithmetic where the numbers don't fit.
+    Raises UserError for values that do not fit together or to images of (height, width) pixels.
     """
     size, name = SIZES[cfg.variant], cfg.variant
-    known = {field.name for field in dataclasses.fields(size)}
+    fields = {field.name for field in dataclasses.fields(size)}
     for field in FIELDS:
         if cfg[field] is not None:
-            if field not in known:
-                raise UserError(f"model.{field}={cfg[field]} means nothing to {name}: leave it out")
+            if field not in fields:
+                raise UserError(f"model.{field}={cfg[field]} does not apply to {name}: remove it")
             size = dataclasses.replace(size, **{field: cfg[field]})
     if min(size.width, cfg.classes) < 1 or (isinstance(size, CNNSize) and size.mlp < 2):
-        raise UserError(f"{size}, {cfg.classes} classes: too small")
-    check_depth(size)
+        raise UserError(
+            f"{name} with {size} and model.classes={cfg.classes} is too small: width and classes "
+            "must be at least 1, mlp at least 2"
+        )
+    _check_depth(size)
     for axis, pixels in zip(("height", "width"), image, strict=True):
-        if pixels < size.shrinks or pixels % size.shrinks:
+        if pixels < size.stride or pixels % size.stride:
             raise UserError(
-                f"image {axis} {pixels} is not divisible by {size.shrinks}, by which {name} "
-                "shrinks it"
+                f"image {axis} {pixels} is not divisible by {size.stride}, the stride of {name}"
             )
-    return Shape(size, image)
+    return Shape(size)
 
 
-def check_depth(size: CNNSize | ResNetSize) -> None:
+def _check_depth(size: CNNSize | ResNetSize) -> None:
     if isinstance(size, ResNetSize) and (
         size.blocks < 1 or size.depth != 2 * size.stages * size.blocks + 2
     ):
         raise UserError(
-            f"model.depth={size.depth} is not {2 * size.stages} n + 2, for a ResNet of "
-            f"{size.stages} stages of n blocks"
+            f"model.depth={size.depth} is not {2 * size.stages} n + 2, as a ResNet with "
+            f"{size.stages} stages of n blocks needs"
         )
 
 
-# What both have
+# Shared parts
 
 
 def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
     return nnx.Dict({str(i): module for i, module in enumerate(modules)})
 
 
+def in_order(modules: nnx.Dict) -> Iterator:
+    """Yield the values of a `numbered` dict by number; its own order is that of text: 0, 1, 10."""
+    return (modules[str(i)] for i in range(len(modules)))
+
+
 def new_head(width: int, cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:
-    """Zero, as the ViT's: the first loss is log(classes)."""
+    """Return the classification head; its kernel is 0, so the initial loss is log(classes)."""
     return nnx.Linear(width, cfg.classes, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
 
 class Classifier(nnx.Module):
-    """Images in, float32 class logits out; `place` gets the feature maps between its parts."""
+    """Map images to float32 class logits; `constrain` is applied to the feature maps in between."""
 
     def __call__(
         self, images: Float[Array, "b H W 3"], key: Array | None = None, mask: Mask = None
@@ -143,12 +137,12 @@ class Classifier(nnx.Module):
         raise NotImplementedError
 
     def heads(self, images, key: Array | None, mask: Mask) -> tuple[Array, Array]:
-        """What learns from labels, and what from a teacher: the same."""
+        """Return the logits twice, as those of a ViT without a distillation token."""
         logits = self(images, key, mask)
         return logits, logits
 
 
-# The slides' CNN
+# CNN
 
 
 class CNNStage(nnx.Module):
@@ -163,21 +157,21 @@ class CNNStage(nnx.Module):
 
 
 class CNN(Classifier):
-    def __init__(self, size: CNNSize, image, cfg: ConfigDict, rngs: nnx.Rngs, place: Callable):
-        w, mlp, self.place = size.width, size.mlp, place
+    def __init__(self, size: CNNSize, image, cfg: ConfigDict, rngs: nnx.Rngs, constrain: Callable):
+        w, mlp, self.constrain = size.width, size.mlp, constrain
         channels = ((3, w, 2 * w), (2 * w, 4 * w, 4 * w), (4 * w, 8 * w, 8 * w))
         self.stages = numbered(CNNStage(c, cfg, rngs) for c in channels)
-        pixels = image[0] * image[1] // size.shrinks**2
+        pixels = image[0] * image[1] // size.stride**2
         widths = ((pixels * 8 * w, mlp), (mlp, mlp // 2))
         self.dense = numbered(linear(pair, cfg, rngs) for pair in widths)
         self.head = new_head(mlp // 2, cfg, rngs)
 
     def __call__(self, images, key=None, mask=None):
-        x = self.place(images)
-        for stage in self.stages.values():
-            x = self.place(stage(x, mask))
+        x = self.constrain(images)
+        for stage in in_order(self.stages):
+            x = self.constrain(stage(x, mask))
         x = x.reshape(x.shape[0], -1)
-        for dense in self.dense.values():
+        for dense in in_order(self.dense):
             x = jax.nn.relu(dense(x))
         return self.head(x.astype(jnp.float32))
 
@@ -186,7 +180,7 @@ class CNN(Classifier):
 
 
 class ResNetBlock(nnx.Module):
-    """The basic block, its ReLU after the sum. A stride of 2 makes twice as many channels."""
+    """The basic residual block, with the last ReLU after the sum."""
 
     def __init__(self, channels: tuple[int, int], stride: int, projection: bool, cfg, rngs):
         self.stride, self.more = stride, channels[1] - channels[0]
@@ -212,8 +206,8 @@ class ResNetBlock(nnx.Module):
 
 
 class ResNetFeatures(nnx.Module):
-    def __init__(self, size: ResNetSize, cfg: ConfigDict, rngs: nnx.Rngs, place: Callable):
-        self.place = place
+    def __init__(self, size: ResNetSize, cfg: ConfigDict, rngs: nnx.Rngs, constrain: Callable):
+        self.constrain = constrain
         self.conv = Convolution(3, (3, size.width), cfg, rngs)
         self.norm = BatchNorm(size.width)
         rows = [(stage, block) for stage in range(size.stages) for block in range(size.blocks)]
@@ -226,15 +220,15 @@ class ResNetFeatures(nnx.Module):
         self.layers = numbered(blocks)
 
     def __call__(self, images: Float[Array, "b H W 3"], mask: Mask) -> Float[Array, "b h w c"]:
-        x = self.place(jax.nn.relu(self.norm(self.conv(images), mask)))
-        for block in self.layers.values():
-            x = self.place(block(x, mask))
+        x = self.constrain(jax.nn.relu(self.norm(self.conv(images), mask)))
+        for block in in_order(self.layers):
+            x = self.constrain(block(x, mask))
         return x
 
 
 class ResNet(Classifier):
-    def __init__(self, size: ResNetSize, cfg: ConfigDict, rngs: nnx.Rngs, place: Callable):
-        self.features = ResNetFeatures(size, cfg, rngs, place)
+    def __init__(self, size: ResNetSize, cfg: ConfigDict, rngs: nnx.Rngs, constrain: Callable):
+        self.features = ResNetFeatures(size, cfg, rngs, constrain)
         self.head = new_head(size.channels, cfg, rngs)
 
     def __call__(self, images, key=None, mask=None):
@@ -242,20 +236,22 @@ class ResNet(Classifier):
         return self.head(x.mean((1, 2)))
 
 
-def network(cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs, place: Callable) -> Classifier:
+def network(
+    cfg: ConfigDict, image: tuple[int, int], rngs: nnx.Rngs, constrain: Callable
+) -> Classifier:
     size = shape(cfg, image).size
     if isinstance(size, CNNSize):
-        return CNN(size, image, cfg, rngs, place)
-    return ResNet(size, cfg, rngs, place)
+        return CNN(size, image, cfg, rngs, constrain)
+    return ResNet(size, cfg, rngs, constrain)
 
 
-# Stems: what a hybrid has before its patches (ViT paper, section 3.1)
+# Stems: the networks before a hybrid's patch embedding (ViT paper, section 3.1)
 
 
 class ConvStem(nnx.Module):
-    """3x3 convolutions of stride 2, of twice as many channels each, up to the token width.
+    """3x3 convolutions with stride 2, doubling the channels up to the token width.
 
-    Xiao et al. 2021 (arXiv 2106.14881), whose last layer, a 1x1 convolution, is the embedding.
+    Xiao et al. 2021 (arXiv 2106.14881); the last layer there, a 1x1 convolution, is the embedding.
     """
 
     def __init__(self, patch: int, width: int, cfg: ConfigDict, rngs: nnx.Rngs):
@@ -266,49 +262,50 @@ class ConvStem(nnx.Module):
 
     def __call__(self, images: Float[Array, "b H W 3"], mask: Mask) -> Float[Array, "b h w c"]:
         x = images
-        for conv, norm in zip(self.convs.values(), self.norms.values(), strict=True):
+        for conv, norm in zip(in_order(self.convs), in_order(self.norms), strict=True):
             x = jax.nn.relu(norm(conv(x), mask))
         return x
 
 
 def stem_channels(patch: int, width: int) -> list[int]:
-    """Of each convolution of a ConvStem that makes one pixel of `patch` x `patch`."""
+    """Return the output channels of the convolutions of a ConvStem with stride `patch`."""
     halvings = patch.bit_length() - 1
     return [width >> (halvings - 1 - i) for i in range(halvings)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stem:
-    """`name`+SIZE/PATCH: PATCH pixels of the image to a token, `patch` of the feature map's."""
+    """The stem of a variant NAME+SIZE/PATCH."""
 
     name: str
-    patch: int
-    channels: int
-    macs: int  # of one image's forward pass
+    patch: int  # pixels of its feature map per token; PATCH are pixels of the image
+    channels: int  # of its feature map
 
 
 STEMS = {"C": "a convolutional stem", "R20": "ResNet-20 without its head"}
 
 
-def stem(name: str, patch: int, width: int, image: tuple[int, int]) -> Stem:
-    """What stands before the patches of a hybrid. Raises UserError where `patch` does not fit."""
+def stem(name: str, patch: int, width: int) -> Stem:
+    """Resolve a hybrid's stem. Raises UserError if `patch` or the token width does not fit."""
     if name == "R20":
-        if patch % R20.shrinks:
-            raise UserError(f"R20+ shrinks images by {R20.shrinks}, which does not divide {patch}")
-        return Stem(name, patch // R20.shrinks, R20.channels, R20.feature_macs(image))
+        if patch % R20.stride:
+            raise UserError(
+                f"patch size {patch} is not divisible by {R20.stride}, the stride of R20+"
+            )
+        return Stem(name, patch // R20.stride, R20.channels)
     halvings = patch.bit_length() - 1
     if patch < 2 or patch != 2**halvings or width % 2 ** (halvings - 1):
         raise UserError(
-            f"C+ halves images to one pixel a patch, and width {width} as often but once: the "
-            f"patch {patch} must be a power of 2 for which both work out"
+            f"C+ needs a patch size 2^n, not {patch}, and a width divisible by 2^(n - 1), not "
+            f"{width}: each of its n convolutions halves the image and doubles the channels"
         )
-    return Stem(name, 1, width, flops.stem_macs(image, stem_channels(patch, width)))
+    return Stem(name, 1, width)
 
 
 def stem_module(
-    given: Stem, patch: int, cfg: ConfigDict, rngs: nnx.Rngs, place: Callable
+    stem: Stem, patch: int, cfg: ConfigDict, rngs: nnx.Rngs, constrain: Callable
 ) -> nnx.Module:
-    """(images [b, H, W, 3], mask) -> features [b, h, w, given.channels]."""
-    if given.name == "R20":
-        return ResNetFeatures(R20, cfg, rngs, place)
-    return ConvStem(patch, given.channels, cfg, rngs)
+    """Return the module that maps (images [b, H, W, 3], mask) to [b, h, w, stem.channels]."""
+    if stem.name == "R20":
+        return ResNetFeatures(R20, cfg, rngs, constrain)
+    return ConvStem(patch, stem.channels, cfg, rngs)

@@ -1,11 +1,11 @@
-"""Layers of convolutional networks: convolution, batch normalisation, pooling: only mathematics.
+"""Layers of convolutional networks: convolution, batch normalisation, pooling.
 
-Flax NNX modules. Parameters and statistics are float32; `dtype` is that of the computation.
+Parameters and statistics are float32; `dtype` is the computation's.
 
-Batch normalisation's running statistics are leaves `mean` and `variance` beside its `scale` and
-`bias`, in the one tree that is saved, averaged and loaded. They are measured, not trained: where
-there is a mask, statistics are of the batch, the whole global one on any mesh, over the examples
-whose mask is set, and the running ones move towards them; without a mask the running ones are used.
+Batch normalisation's running statistics are leaves `mean` and `variance` beside `scale` and `bias`,
+in the one tree that is saved, averaged and loaded, but no gradient updates them. With a mask,
+statistics are those of the unmasked examples of the global batch, on any mesh, and update the
+running ones; without a mask the running ones are used.
 """
 
 import jax
@@ -21,7 +21,10 @@ Mask = Bool[Array, "b"] | None
 
 
 class Convolution(nnx.Module):
-    """Square, padded so that only the stride shrinks; a norm follows that has the bias."""
+    """A square convolution, padded to keep the image's size up to the stride.
+
+    nnx.Conv draws a random key for its bias, which would change all later layers' initial values.
+    """
 
     def __init__(self, side: int, channels: tuple[int, int], cfg, rngs, stride=1, bias=False):
         self.stride, self.pad, self.dtype = stride, side // 2, jnp.dtype(cfg.dtype)
@@ -42,7 +45,11 @@ class Convolution(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Ioffe & Szegedy 2015, in float32 whatever the computation is in."""
+    """Batch normalisation (Ioffe & Szegedy 2015), in float32 whatever `dtype` is.
+
+    nnx.BatchNorm calls the variance `var`, and moves the running statistics to NaN when no example
+    is unmasked.
+    """
 
     def __init__(self, channels: int):
         self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
@@ -59,19 +66,19 @@ class BatchNorm(nnx.Module):
         return ((wide - mean) * factor + self.bias[...]).astype(x.dtype)
 
     def measure(self, x: Float[Array, "b h w c"], mask: Bool[Array, "b"]):
-        """Mean and (biased) variance over all pixels of the unmasked; the running ones move."""
+        """Return the unmasked examples' mean and biased variance; update the running ones."""
         weight = mask / (jnp.maximum(mask.sum(), 1) * x.shape[1] * x.shape[2])
         weight = weight[:, None, None, None]
         mean, square = ((weight * y).sum((0, 1, 2)) for y in (x, x * x))
         variance = jnp.maximum(square - mean * mean, 0)
-        step = jnp.where(mask.any(), 1 - MOMENTUM, 0.0)  # of no example nothing is known
+        step = jnp.where(mask.any(), 1 - MOMENTUM, 0.0)
         self.mean[...] += step * (mean - self.mean[...])
         self.variance[...] += step * (variance - self.variance[...])
         return mean, variance
 
 
 def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """The greatest of each 2 x 2 pixels."""
+    """Max-pool 2 x 2 pixels. Equal maxima share the gradient; nnx.max_pool gives it to one."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
 

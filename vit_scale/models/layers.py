@@ -1,7 +1,6 @@
-"""The parts of a ViT: what one token, one block, one pooling does. Only mathematics.
+"""The layers of a ViT as Flax NNX modules: patch embedding, attention, MLP, block, pooling.
 
-Flax NNX modules. Parameters are float32; `dtype` is that of the computation. Without a key nothing
-is dropped.
+Parameters are float32; `dtype` is the computation's. Without a key nothing is dropped.
 """
 
 import dataclasses
@@ -18,6 +17,8 @@ from vit_scale.models.attention import attend, weights
 
 @dataclasses.dataclass(frozen=True)
 class Size:
+    """The sizes that a name such as "S" stands for."""
+
     width: int
     depth: int
     heads: int
@@ -25,20 +26,23 @@ class Size:
 
 
 def drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
-    """Dropout with one draw per entry of `shape`, which broadcasts to x; keeps the expectation.
+    """Apply dropout, one draw per entry of `shape`, which broadcasts to `x`.
 
-    A draw has 16 bits, so that one 32-bit random number serves two: random numbers were a third of
-    a training step with dropout. The rate is exact to 1/65536.
+    Draws have 16 bits, so that one 32-bit random number makes two: generating them took a third of
+    a training step. The rate is exact to 1/65536.
     """
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)))
     draws = jax.lax.bitcast_convert_type(words, jnp.uint16)
     draws = draws.reshape(*shape[:-1], -1)[..., : shape[-1]]
-    factors = jnp.where(draws >= rate * 2**16, 1.0 / (1.0 - rate), 0.0)  # not a division for each x
+    factors = jnp.where(draws >= rate * 2**16, 1.0 / (1.0 - rate), 0.0)  # faster than dividing x
     return (x * factors).astype(x.dtype)
 
 
 class Projection(nnx.Module):
-    """An einsum with kernel and bias, so that attention keeps its heads as an axis of their own."""
+    """An einsum with kernel and bias, which keeps attention's heads as an axis.
+
+    nnx.Einsum draws a random key for its bias, which would change all later layers' initial values.
+    """
 
     def __init__(self, equation: str, kernel, bias, init: Callable, dtype, rngs: nnx.Rngs):
         self.equation, self.dtype = equation, dtype
@@ -50,16 +54,16 @@ class Projection(nnx.Module):
         return jnp.einsum(self.equation, x.astype(self.dtype), kernel) + bias
 
 
-# Xavier over all heads' outputs, or inputs, as the one matrix that they are.
+# Xavier of the matrix that all heads' kernels form together.
 _xavier = nnx.initializers.variance_scaling
 HEADS_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=0, out_axis=(1, 2))
 OUT_INIT = _xavier(1.0, "fan_avg", "uniform", in_axis=(0, 1), out_axis=2)
 
 
 def to_heads(tokens: str, cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
-    """Queries, keys or values, of axes `tokens`: "bn" or "n". One kernel each, for a TPU's sake.
+    """Return the projection to queries, keys or values; `tokens` are the input's axes, "bn" or "n".
 
-    One fused kernel is one matmul less, but taking its result apart is a copy of all of it.
+    They have a kernel each: with a fused one a TPU copies the whole result to take it apart.
     """
     d, k = size.width, size.heads
     equation = f"{tokens}d,dke->{tokens}ke"
@@ -80,12 +84,12 @@ class Attention(nnx.Module):
         self.out = from_heads(cfg, size, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], first: int | None = None) -> Float[Array, "b m d"]:
-        """Of all tokens, or of the `first` m alone, which attend to all."""
+        """Return the output of the `first` m tokens, or of all; each attends to all tokens."""
         q, k, v = self.query(x[:, :first]), self.key(x), self.value(x)
         return self.out(attend(q, k, v, self.logits, self.implementation))
 
     def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
-        """Of each head, what share of a token's output (row) comes from each token (column)."""
+        """Return each head's attention weights; row i is what token i attends to."""
         return weights(self.query(x), self.key(x), self.logits)
 
 
@@ -129,9 +133,9 @@ class Block(nnx.Module):
         key: Array | None = None,
         first: int | None = None,
     ) -> Float[Array, "b m d"]:
-        """All tokens, or the `first` m alone: what nobody reads of a last block is not computed.
+        """Return the `first` m tokens after this block, or all of them.
 
-        `drop_path` is this block's rate; without a key nothing is dropped.
+        `drop_path` is this block's rate of stochastic depth.
         """
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
         attended = self.attention(self.norm1(x), first)
@@ -147,7 +151,7 @@ class Block(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """A strided convolution written as the matmul that it is, and what is added to its result."""
+    """The patch embedding, written as a matrix product, plus position embeddings."""
 
     def __init__(self, cfg: ConfigDict, patch: int, size: Size, rngs: nnx.Rngs, channels: int = 3):
         p, d = patch, size.width
@@ -163,10 +167,10 @@ class PatchEmbed(nnx.Module):
         position: Float[Array, "h w d"],
         before: Sequence[Float[Array, "d"]] = (),
     ) -> Float[Array, "b n d"]:
-        """Tokens: those `before`, the same for all images, then the patches, row by row.
+        """Return the tokens `before`, which are the same for all images, then patches row by row.
 
-        The former are patches of zeros to which other vectors than a position are added: an array
-        of all tokens that was put together afterwards would be one more copy of it, twice.
+        The former are computed as patches of zeros plus a vector: to concatenate them afterwards
+        would copy all tokens, forward and backward.
         """
         b, height, width, channels = images.shape
         p, d, m = self.patch, position.shape[-1], len(before)
@@ -180,7 +184,7 @@ class PatchEmbed(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """One learned probe attends to all tokens (Lee et al. 2019), then an MLP, as in big_vision."""
+    """Pooling by a learned query that attends to all tokens (Lee et al. 2019), as in big_vision."""
 
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
         self.implementation, self.logits = cfg.attention, cfg.logits
@@ -202,6 +206,6 @@ class AttentionPool(nnx.Module):
         return jnp.broadcast_to(self.query(self.probe[...]), (k.shape[0], 1, *k.shape[2:]))
 
     def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n"]:
-        """Of each head, what share of the pooled vector comes from each token."""
+        """Return each head's attention weights over the tokens."""
         k = self.key(x)
         return weights(self.probes(k), k, self.logits)[:, :, 0]

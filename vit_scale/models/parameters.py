@@ -1,34 +1,44 @@
-"""A model's parameters as the nested dict that they are: their names, their number, their layouts.
+"""Name, count and rearrange a model's parameters, a nested dict of arrays.
 
 Names joined by "/" ("blocks/mlp/up/kernel") are stable: sharding rules, weight decay, freezing and
-checkpoints are written against them. Running statistics of batch normalisation are leaves of the
-same dict.
+checkpoints refer to them. Batch normalisation's running statistics are leaves of the same dict.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
+def name_of(path: tuple) -> str:
+    """Return "blocks/mlp/up/kernel" for a jax key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def named(tree) -> dict:
-    """{"blocks/mlp/up/kernel": leaf, ...}, sorted as jax sorts them."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    """Return {"blocks/mlp/up/kernel": leaf, ...} of any tree, in jax's order of leaves."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def measured(name: str) -> bool:
-    """Whether a leaf is a running statistic: measured by batch normalisation, not trained."""
+def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Map `function(name, leaf)` over the leaves of a tree."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(name_of(path), leaf), tree)
+
+
+def is_statistic(name: str) -> bool:
+    """Return whether a leaf is a running statistic of batch normalisation, which isn't trained."""
     return name.rpartition("/")[2] in ("mean", "variance")
 
 
 def parameters(tree) -> list:
-    """The leaves of a tree of parameters but for statistics, in jax's order."""
-    return [leaf for name, leaf in named(tree).items() if not measured(name)]
+    """Return the leaves that are not statistics, in jax's order."""
+    return [leaf for name, leaf in named(tree).items() if not is_statistic(name)]
 
 
 def with_statistics(params: dict, statistics: dict) -> dict:
-    """`params` with the leaves of `statistics`, a part of the same tree, in their places."""
+    """Return `params` with the leaves of `statistics`, a subtree of it, replaced."""
     return params | {
         name: with_statistics(params[name], new) if isinstance(new, dict) else new
         for name, new in statistics.items()
@@ -36,12 +46,12 @@ def with_statistics(params: dict, statistics: dict) -> dict:
 
 
 def count(params) -> int:
-    """Number of parameters, of arrays or of their shapes; statistics are none."""
+    """Return the number of parameters, statistics excluded, of arrays or ShapeDtypeStructs."""
     return sum(math.prod(leaf.shape) for leaf in parameters(params))
 
 
 def stack(params: dict) -> dict:
-    """Parameters of unrolled blocks, laid out for scanned ones; others are returned as they are."""
+    """Convert parameters of unrolled blocks to those of scanned ones; others are unchanged."""
     blocks = params.get("blocks", {})
     if "0" not in blocks:
         return params
@@ -50,7 +60,7 @@ def stack(params: dict) -> dict:
 
 
 def unstack(params: dict) -> dict:
-    """The inverse of `stack`."""
+    """Convert parameters of scanned blocks to those of unrolled ones; others are unchanged."""
     blocks = params.get("blocks", {})
     if "0" in blocks or not blocks:
         return params

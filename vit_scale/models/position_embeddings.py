@@ -1,9 +1,9 @@
-"""Position embeddings: the fixed 2D sin-cos table, and moving a table to another patch grid.
+"""Position embeddings: the fixed 2D sin-cos table, and resampling to another patch grid.
 
-A table is always `(h, w, d)`, without a [CLS] row, so no caller guesses its grid. Resampling
-happens once, when weights are loaded. Guarantees: equal grids return the same values bit for bit;
-`cubic` and `corners` equal their references (tests/golden/make_posemb.py) for every grid, square or
-not.
+A table has the shape (h, w, d), without a row for [CLS], so its grid is known. It is resampled
+once, when weights are loaded. Guarantees: equal grids return the same values bit for bit; `cubic`
+and `corners` equal timm's and Google's results (tests/golden/make_posemb.py) for every grid, square
+or not.
 """
 
 import jax
@@ -15,7 +15,7 @@ from vit_scale.errors import UserError, nearest
 
 
 def sincos2d(grid: tuple[int, int], d: int, temperature: float = 10_000.0) -> Float[Array, "h w d"]:
-    """The fixed 2D table of MoCo v3 and MAE (He et al. 2022): [sin x, cos x, sin y, cos y].
+    """Return the fixed 2D table of MoCo v3 and MAE (He et al. 2022): [sin x, cos x, sin y, cos y].
 
     x is the patch's column and y its row; frequency i of d/4 is `temperature ** (-4 i / d)`.
     big_vision divides i by d/4 - 1 instead, so its table differs in all but the first frequency.
@@ -32,7 +32,7 @@ def sincos2d(grid: tuple[int, int], d: int, temperature: float = 10_000.0) -> Fl
       UserError: d is not a positive multiple of 4.
     """
     if d < 4 or d % 4:
-        raise UserError(f"sincos2d needs a width divisible by 4, not {d}: change model.width")
+        raise UserError(f"model.posemb=sincos2d needs model.width divisible by 4, not {d}")
     frequencies = temperature ** (-np.arange(d // 4) / (d // 4))
     rows, columns = np.indices(grid)
     x, y = columns[..., None] * frequencies, rows[..., None] * frequencies
@@ -53,7 +53,7 @@ def _corners(pe: Float[Array, "h w d"], grid: tuple[int, int]) -> Float[Array, "
 
 
 def _linear_weights(old: int, new: int) -> np.ndarray:
-    """Weights (old, new) of the linear interpolation that keeps the first and last points."""
+    """Return the (old, new) matrix of the linear interpolation that keeps both end points."""
     positions = np.linspace(0, old - 1, new)
     return np.maximum(0, 1 - np.abs(np.arange(old)[:, None] - positions)).astype(np.float32)
 
@@ -62,7 +62,7 @@ METHODS = {"cubic": _cubic, "corners": _corners}
 
 
 def check_method(method: str) -> None:
-    """Raises UserError for an unknown method."""
+    """Raise UserError for an unknown method."""
     if method not in METHODS:
         raise UserError(f"init.resample={method!r} is unknown; {nearest(method, METHODS)}")
 
@@ -70,7 +70,7 @@ def check_method(method: str) -> None:
 def resample(
     pe: Float[Array, "h w d"], grid: tuple[int, int], method: str = "cubic"
 ) -> Float[Array, "H W d"]:
-    """The same position embeddings on another patch grid, up or down, per channel.
+    """Resample position embeddings to another patch grid, up or down, per channel.
 
     `cubic` is antialiased bicubic: timm's `resample_abs_pos_embed`, torch's
     `interpolate(mode="bicubic", antialias=True)`. `corners` is bilinear with aligned corners: the
@@ -90,7 +90,7 @@ def resample(
     """
     check_method(method)
     if pe.ndim != 3:
-        raise UserError(f"position embeddings of shape {pe.shape}: resample needs (h, w, d)")
+        raise UserError(f"position embeddings must have shape (h, w, d), not {pe.shape}")
     pe = jnp.asarray(pe, jnp.float32)
     rows, columns = grid
     return pe if pe.shape[:2] == (rows, columns) else METHODS[method](pe, (rows, columns))

@@ -1,6 +1,6 @@
-"""What a `model` block comes to for images of one size: widths, depth, the grid, the tokens.
+"""Resolve a config's `model` block for one image size: widths, depth, patch grid, tokens.
 
-Whatever makes no model is refused here, before there is one, with the arithmetic (law 8).
+Invalid blocks are refused here, before anything is built.
 """
 
 import dataclasses
@@ -30,26 +30,26 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a `model` block and an image size (height, width in pixels) come to."""
+    """A ViT's sizes, resolved from a `model` block and an image size."""
 
     size: Size
     patch: int
     grid: tuple[int, int]
     pool: str
     stem: convnets.Stem | None = None  # of a hybrid
-    distilled: bool = False  # whether there is a distillation token
+    distilled: bool = False  # has a distillation token
     representation: int = 0  # width of the layer before the head; 0: none
-    class_token: bool = False  # whether there is a [CLS]; with pool=gap the head does not read it
-    fc_norm: bool = False  # whether the last norm comes after pooling
+    class_token: bool = False  # has a [CLS], which the head does not read with pool=gap
+    fc_norm: bool = False  # the last norm comes after pooling
 
     @property
     def before(self) -> int:
-        """How many tokens come before the patches."""
+        """Number of tokens before the patches."""
         return self.class_token + self.distilled
 
     @property
     def read(self) -> int | None:
-        """How many of the first tokens of the last block are all that the heads read; None: all."""
+        """Number of leading tokens of the last block that the heads read; None: all."""
         return 1 + self.distilled if self.pool == "cls" else None
 
     @property
@@ -66,28 +66,26 @@ def resolve(cfg: ConfigDict, image: tuple[int, int]) -> Shape | convnets.Shape:
 
 
 def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
-    """Resolve the `cfg.variant` of a ViT and its overrides for images of (height, width) pixels.
+    """Resolve `cfg.variant` of a ViT and its overrides for images of (height, width) pixels.
 
-    Raises UserError for an unknown size, and with the arithmetic where the numbers don't fit.
+    Raises UserError for an unknown size, and for numbers that do not fit together.
     """
     check_choices(cfg)
-    name, size, patch = parse(cfg)
+    stem_name, size, patch = parse(cfg)
     if min(*dataclasses.astuple(size), patch, cfg.classes) < 1:
         raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
     if size.width % size.heads:
         raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
     for axis, pixels in zip(("height", "width"), image, strict=True):
         if pixels % patch:
-            raise UserError(
-                f"image {axis} {pixels} is not divisible by the patch of {patch} pixels"
-            )
+            raise UserError(f"image {axis} {pixels} is not divisible by the patch size {patch}")
     grid = (image[0] // patch, image[1] // patch)
     if min(grid) < 2:
         raise UserError(
-            f"{image[0]} x {image[1]} pixels / patch {patch} is a grid of {grid[0]} x {grid[1]} "
-            "tokens; at least 2 x 2 are needed: raise data.resolution or take a smaller patch"
+            f"{image[0]} x {image[1]} pixels with patch size {patch} give a grid of {grid[0]} x "
+            f"{grid[1]} patches, not at least 2 x 2: raise data.resolution or use smaller patches"
         )
-    stem = convnets.stem(name, patch, size.width, image) if name else None
+    stem = convnets.stem(stem_name, patch, size.width) if stem_name else None
     return Shape(
         *(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation),
         class_token=cfg.pool == "cls" or cfg.class_token,
@@ -96,7 +94,7 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
 
 
 def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
-    """(stem or "", size, patch) of STEM+SIZE/PATCH or SIZE/PATCH and the overrides."""
+    """Parse STEM+SIZE/PATCH or SIZE/PATCH and the overrides into (stem or "", size, patch)."""
     match = re.fullmatch(r"(?:(\w+)\+)?(\w+)/(\d+)", cfg.variant)
     if not match or match[2] not in SIZES:
         name = cfg.variant.split("/")[0].rpartition("+")[2]
@@ -104,12 +102,13 @@ def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
         raise UserError(f"model.variant={cfg.variant!r} is not SIZE/PATCH such as S/16; {hint}")
     if match[1] and match[1] not in convnets.STEMS:
         hint = nearest(match[1], convnets.STEMS)
-        raise UserError(f"model.variant={cfg.variant!r}: no stem is named {match[1]!r}; {hint}")
-    given = {f: cfg[f] for f in ("width", "depth", "heads", "mlp") if cfg[f] is not None}
-    return match[1] or "", dataclasses.replace(SIZES[match[2]], **given), int(match[3])
+        raise UserError(f"model.variant={cfg.variant!r}: unknown stem {match[1]!r}; {hint}")
+    overrides = {f: cfg[f] for f in ("width", "depth", "heads", "mlp") if cfg[f] is not None}
+    return match[1] or "", dataclasses.replace(SIZES[match[2]], **overrides), int(match[3])
 
 
 def check_choices(cfg: ConfigDict) -> None:
+    """Raise UserError for fields with unknown values, or values that exclude each other."""
     for field, valid in CHOICES.items():
         if cfg[field] not in valid:
             raise UserError(

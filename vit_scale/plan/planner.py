@@ -98,7 +98,7 @@ def fit(result: dict, where: Topology, price: float | None, report: Callable[[st
         if attempt["fits"]:
             return attempt | {"flags": [f"--config.{change}" for change in changes]}
         report(f"does not fit: {' '.join(changes)} ({memory(attempt)})")
-    raise UserError(f"nothing fits {where.name}, not even a batch of one image per device")
+    raise UserError(f"no configuration fits {where.name}, not even a batch of one image per device")
 
 
 def cheapest_changes(result: dict, cfg) -> Iterator[list[str]]:
@@ -137,7 +137,7 @@ def _fsdp_sizes(result: dict) -> list[int]:
 
 
 def _powers(base: int, limit: int) -> list[int]:
-    """Return base, base^2, ... that divide `limit`; for base 4, end with `limit` itself."""
+    """Return base, base^2, ... that divide `limit`; for a base above 2, `limit` is the last."""
     sizes, size = [], base
     while size <= limit and limit % size == 0:
         sizes.append(size)

@@ -22,10 +22,11 @@ from vit_scale import config
 from vit_scale.data import delivered_size
 from vit_scale.distributed.sharding import batch_sharding, device_bytes
 from vit_scale.errors import UserError
+from vit_scale.models.flops import training_flops
 from vit_scale.plan import topology
 from vit_scale.plan.estimate import by_kind, parts
 from vit_scale.plan.hlo import Program as Hlo
-from vit_scale.training.setup import Setup, make_setup, training_flops
+from vit_scale.training.setup import Setup, make_setup
 from vit_scale.training.train_step import jit_train_step
 
 
@@ -72,7 +73,7 @@ def describe(setup: Setup, where: topology.Topology) -> dict:
         "mesh": dict(setup.mesh.shape),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
-        "flops_per_step": cfg.data.batch * training_flops(setup.model, cfg.model.classes),
+        "flops_per_step": cfg.data.batch * training_flops(setup.model.macs),
         "hbm_bytes": int(where.tpu.hbm_gib * topology.GIB),
         "parameter_bytes": device_bytes(state.params),
         "optimizer_bytes": device_bytes(state.opt_state),

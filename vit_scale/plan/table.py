@@ -11,7 +11,7 @@ NOTE = (
 )
 
 
-def text(plan: dict) -> str:
+def format_plan(plan: dict) -> str:
     """Format one plan: whether it fits, its memory, its speed, and its collectives."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     where = f"{plan['slices']} x {plan['topology']}" if plan["slices"] > 1 else plan["topology"]
@@ -75,7 +75,7 @@ def collective_rows(plan: dict) -> list[dict]:
     ]
 
 
-def comparison(results: Sequence[dict], markdown: bool = False) -> str:
+def format_comparison(results: Sequence[dict], markdown: bool = False) -> str:
     """Format a row per variant, in the order of `results`."""
     fitting = next((speed_row(row) for row in results if row["fits"]), {})
     rows = []

@@ -10,7 +10,7 @@ import numpy as np
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
-from vit_scale.models.vit import Model, build
+from vit_scale.models.build import Model, build
 from vit_scale.pretrained.adapt import Adaptation, adapt, match_head
 from vit_scale.pretrained.external import numbered
 from vit_scale.pretrained.infer_config import hints_from_config

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.errors import UserError
+from vit_scale.models.build import Model, build
 from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.models.position_embeddings import sincos2d
-from vit_scale.models.vit import Model, build
 from vit_scale.pretrained import metadata, param_trees, weight_files
 from vit_scale.pretrained.infer_config import (
     NO_HINTS,

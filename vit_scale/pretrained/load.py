@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vit_scale import checkpoint, config
 from vit_scale.distributed.mesh import have_cudnn
 from vit_scale.errors import UserError, printable
-from vit_scale.models.vit import Model, build
+from vit_scale.models.build import Model, build
 from vit_scale.pretrained import external, fetch, weight_files
 from vit_scale.pretrained.infer_config import NO_HINTS, Hints
 from vit_scale.storage import paths

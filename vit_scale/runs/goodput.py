@@ -103,7 +103,7 @@ def summarise(attempts: Sequence[dict]) -> dict:
     }
 
 
-def text(summary: dict) -> str:
+def format_summary(summary: dict) -> str:
     """Format a summary as two lines for people."""
     lost = sorted(summary["lost"].items(), key=lambda pair: -pair[1])
     parts = ", ".join(f"{what} {duration(seconds)}" for what, seconds in lost)

@@ -31,7 +31,7 @@ PATHS = ("init.source", "distill.teacher")
 
 
 def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
-    """Return `cfg` for resuming in `workdir`: fields newer than the run compute what it began with.
+    """Return `cfg` as it resumes the run in `workdir`: newer fields keep the run's old behaviour.
 
     Relative paths of other runs that were typed in another folder are made valid from here.
     """
@@ -54,7 +54,7 @@ def _recorded_path(field: str, run: pathlib.Path, stored: dict) -> str:
 
 
 def check_same_config(run: pathlib.Path, stored: dict, description: dict) -> None:
-    """Raise UserError, with the differences, where a run would compute something else than before.
+    """Raise UserError, with the differences, where a run would compute something different.
 
     `stored` is the run's run.json, `description` that of the config that is to continue it.
     """

@@ -11,7 +11,7 @@
     rollbacks.json   where training diverged and went back (rollbacks.py)
     heartbeats/      PROCESS.json: step, phase and final status of each process (watchdog.py)
     goodput.json     the seconds of each attempt by phase (goodput.py)
-    programs/        compiled programs, on accelerators (compiled_programs.py)
+    programs/        compiled programs, on accelerators (compilation_cache.py)
     .lock            held by the process that writes here (lock.py)
 
 The folder alone is enough to load, evaluate, predict and export. If it is in a bucket (`gs://`),

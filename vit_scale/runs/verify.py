@@ -15,7 +15,7 @@ from vit_scale.storage import paths
 
 
 def verify(run: str | os.PathLike) -> list[dict[str, str]]:
-    """Check every file of a run that can be checked.
+    """Verify every checkpoint and every file of a run.
 
     Returns [{"file": "checkpoints/400", "state": "whole", "what": "213 arrays"}, ...], where the
     state is whole or damaged. Raises UserError where `run` is not the folder of a run.

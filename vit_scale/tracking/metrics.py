@@ -1,11 +1,11 @@
-"""What is measured in a step, as `clu.metrics` collections that are computed inside `jax.jit`.
+"""Metrics of a step, as `clu.metrics` collections that are computed inside `jax.jit`.
 
-Guarantees: a masked example (corrupt, or padding of the last batch) counts nowhere, whatever its
+Guaranteed: a masked example (corrupt, or padding of the last batch) counts nowhere, whatever its
 logits are. Counts are int32, so `n` and accuracy are exact up to 2**31 examples, in any order. Sums
-are float32 whatever the model computes in: over the hundreds of batches of an evaluation, good to
-1e-6; `reduce`, which merges in float64 on the host, is as good over any number.
+are float32 whatever the model computes in: accurate to 1e-6 over the hundreds of batches of an
+evaluation, and over any number with `reduce`, which merges in float64 on the host.
 
-Over global arrays a metric is global: no gathering between hosts.
+Metrics of global arrays are global: hosts gather nothing.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def _pytree(cls):
-    """What `flax.struct.dataclass` is to clu, from jax itself."""
+    """Register `cls` as a frozen pytree dataclass, as `flax.struct.dataclass` would."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 @_pytree
 class Count(metrics.Metric):
-    """How many of a boolean array are true."""
+    """The number of true elements of a boolean array."""
 
     total: Int[Array, ""]
 
@@ -48,7 +48,7 @@ class Count(metrics.Metric):
 
 @_pytree
 class Share(metrics.Metric):
-    """The share of unmasked examples that are true; unlike clu's Average, of two integers."""
+    """The share of true values among unmasked examples, exact: a ratio of two integers."""
 
     hits: Int[Array, ""]
     count: Int[Array, ""]
@@ -70,10 +70,11 @@ class Share(metrics.Metric):
 
 @_pytree
 class TrainMetrics(metrics.Collection):
-    """One training step, or several merged.
+    """The metrics of one train step, or of several merged.
 
-    Loss and accuracy are means over unmasked examples; the norms of the gradient and of the update
-    (the learning rate is in it) are means over steps; the other two are the last step's.
+    Loss and accuracy are means over unmasked examples; the norms of the gradient and of the update,
+    which includes the learning rate, are means over steps; the parameters' norm and the learning
+    rate are those of the last step.
     """
 
     loss: metrics.Average
@@ -95,15 +96,15 @@ class TrainMetrics(metrics.Collection):
         learning_rate: float | Float[Array, ""],
         finite: Bool[Array, ""],
     ) -> "TrainMetrics":
-        """The metrics of one step.
+        """Compute the metrics of one step.
 
         Args:
           outputs: per-example "loss" (float), "correct" (bool) and "mask" (bool), each [b].
           grads: of the mean loss, before clipping.
-          change: what was added to the parameters.
+          change: the update that was added to the parameters.
           params: the parameters before the step.
           learning_rate: of this step.
-          finite: whether its loss and gradient were.
+          finite: whether its loss and gradient are finite.
         """
         loss, correct, mask = outputs["loss"], outputs["correct"], outputs["mask"]
         _check_shapes(loss=loss, correct=correct, mask=mask)
@@ -124,7 +125,7 @@ class TrainMetrics(metrics.Collection):
 
 @_pytree
 class EvalMetrics(metrics.Collection):
-    """Mean cross-entropy, top-1 accuracy, and `n`, the number of examples that they are over."""
+    """Mean cross-entropy, top-1 accuracy, and `n`, the number of examples they average over."""
 
     loss: metrics.Average
     accuracy: Share
@@ -134,7 +135,7 @@ class EvalMetrics(metrics.Collection):
     def single_from_model_output(
         cls, *, logits: Float[Array, "b c"], labels: Int[Array, "b"], mask: Bool[Array, "b"]
     ) -> "EvalMetrics":
-        """The metrics of one batch, of its examples whose mask is set."""
+        """Compute the metrics of one batch, over the examples whose mask is set."""
         _check_shapes(logits=logits[:, 0], labels=labels, mask=mask)
         log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
         loss = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
@@ -147,20 +148,16 @@ class EvalMetrics(metrics.Collection):
 
 
 def norm(tree: PyTree) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves together, float32."""
+    """Return the Euclidean norm of all leaves together, in float32."""
     squares = [jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def reduce(collections: Sequence[Any]) -> dict[str, float]:
-    """The metrics of several steps as one: fetched at once, merged in order, in float64.
+    """Merge the metrics of several steps on the host, in order, in float64.
 
-    Args:
-      collections: of one class, on the device or fetched; at least one.
-
-    Returns:
-      {"loss": 0.5, "n": 10000, ...}: Python floats, and ints where something is counted. A mean
-      over no example is nan.
+    `collections` are one or more of the same class, on the device or fetched. Returns {"loss": 0.5,
+    "n": 10000, ...}: floats, and ints for counts. A mean over no examples is nan.
     """
     fetched = jax.tree.map(_widen, jax.device_get(list(collections)))
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan, without a warning
@@ -169,7 +166,7 @@ def reduce(collections: Sequence[Any]) -> dict[str, float]:
 
 
 def to_floats(collection: Any) -> dict[str, float]:
-    """The values of one collection as Python numbers; see `reduce`."""
+    """Return the values of one collection as Python numbers, as `reduce` does."""
     return reduce([collection])
 
 
@@ -179,9 +176,11 @@ def _widen(leaf: Any) -> np.ndarray:
 
 
 def _check_shapes(**arrays: Array) -> None:
-    """clu logs a warning and ignores a mask that does not fit: here that is an error."""
+    """Raise ValueError for a mask of the wrong shape, which clu would ignore with a warning."""
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or arrays["mask"].ndim != 1:
-        raise ValueError(f"metrics need per-example arrays [b], one mask each, not {shapes}")
+        raise ValueError(
+            f"metrics need per-example arrays and a mask, all of shape [b], not {shapes}"
+        )
     if arrays["mask"].dtype != bool:
         raise ValueError(f"metrics need a boolean mask, not {arrays['mask'].dtype}")

@@ -1,4 +1,4 @@
-"""What a run is made of: its commit, the versions of its packages, its parameters."""
+"""Provenance of a run: its commit, the versions of its packages, its parameters."""
 
 import importlib.metadata
 import os
@@ -10,17 +10,17 @@ from typing import Any
 
 from clu import parameter_overview
 
-# Variables of a git hook, which name the repository that it is of.
-ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
+# Variables that git sets for hooks, which would select the hook's repository.
+HOOK_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "clu", "vit_scale")
 
 
 def git_state(folder: Path) -> dict[str, str | bool] | None:
-    """{"commit": hash, "dirty": whether tracked files differ}, of the repository of `folder`.
+    """Return {"commit": hash, "dirty": whether tracked files differ} of the repository of `folder`.
 
-    None where `folder` is neither the top of a repository nor right below it, or is not tracked: a
-    package that is installed inside somebody's repository is no part of it. None without git, too.
-    Never raises.
+    None if `folder` is neither the top of a repository nor directly below it, or is not tracked: a
+    package installed inside somebody's repository is not part of it. None without git. Never
+    raises.
     """
     top = _git(folder, "rev-parse", "--show-toplevel")
     here = folder.resolve()
@@ -42,7 +42,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
             capture_output=True,
             text=True,
             timeout=30,
-            env={k: v for k, v in os.environ.items() if k not in ELSEWHERE},
+            env={k: v for k, v in os.environ.items() if k not in HOOK_VARIABLES},
         )
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
@@ -50,16 +50,16 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides a run's numbers; packages not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that decide a run's numbers."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def parameter_table(parameters: Mapping[str, Any]) -> str:
-    """The name, shape, type and size of each leaf of a nested dict of arrays, and the total."""
+    """Format the name, shape, type and size of each leaf of a nested dict, and the total size."""
     return parameter_overview.get_parameter_overview(parameters, include_stats=False)

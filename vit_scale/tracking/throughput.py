@@ -1,16 +1,14 @@
-"""How fast training is: what a run reports as its speed holds neither compilation nor pauses."""
+"""Throughput: the speed of training without compilation and pauses."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
 
 class Speed:
-    """A stopwatch over steps, read once per log interval, and good to one step of it.
+    """A stopwatch over steps, read once per log interval, accurate to one step of it.
 
-    Args:
-      batch: images per step, over all devices and hosts.
-      mfu: from images per second to model FLOPs utilisation, or None.
-      clock: the time in seconds.
+    `batch` is the number of images per step over all hosts, `mfu` maps images per second to model
+    FLOPs utilisation or None, `clock` is the time in seconds.
     """
 
     def __init__(
@@ -24,26 +22,27 @@ class Speed:
 
     @property
     def running(self) -> bool:
+        """Whether a first step has been timed."""
         return self._step is not None
 
     @property
     def seconds(self) -> float:
-        """Since the stopwatch was made, everything included."""
+        """Wall time since the stopwatch was made."""
         return self._clock() - self._opened
 
     @property
     def images_per_second(self) -> float | None:
-        """Over all laps; None before the first full one."""
+        """Mean over all laps; None before the first."""
         return self._batch * self._all_steps / self._all_seconds if self._all_seconds > 0 else None
 
     def start(self, step: int) -> None:
-        """The device has just finished `step`: count from here."""
+        """Start timing now, when the device has just finished `step`."""
         self._step, self._began = step, self._clock()
         self._waited = self._paused = 0.0
 
     @contextlib.contextmanager
     def timing(self, wait: bool) -> Iterator[None]:
-        """Count what happens inside as waiting for data, or as a pause."""
+        """Count the time inside as waiting for data (`wait`), or else as a pause."""
         began = self._clock()
         try:
             yield
@@ -55,9 +54,9 @@ class Speed:
                 self._paused += seconds
 
     def lap(self, step: int) -> dict[str, float]:
-        """The device has just finished `step`: the figures since the last lap; a new one begins.
+        """End a lap now, when the device has just finished `step`; return its figures.
 
-        Only `seconds` where no step was timed.
+        Without a timed step that is `seconds` only.
         """
         figures = {"seconds": self.seconds}
         if self._step is None or step == self._step:

@@ -1,7 +1,7 @@
-"""Weights & Biases as a writer: online where it can be, offline where it can't, never in the way.
+"""Weights & Biases as a writer: online if possible, offline otherwise, never ending the run.
 
-What it refuses or fails at, at the start, in the middle or at the end, makes the run go on offline
-with the same id; one line says so, and another how to upload it.
+Whenever Weights & Biases fails, at the start, during the run or at its end, the writer continues
+offline with the same run id; one line says so, and another gives the command that uploads the run.
 """
 
 import contextlib
@@ -22,22 +22,23 @@ import numpy as np
 
 from vit_scale.errors import DONE, UserError
 from vit_scale.storage import cache, files
-from vit_scale.tracking.writers import Writer, number, one_line, say
+from vit_scale.tracking.writers import Writer, failure, number, print_line
 
-# Seconds: for a connection, for the server to begin a run, and to take the rest of it at its end.
+NAME = "Weights & Biases"
+# Seconds for connecting, for the server to create a run, and for the last uploads at its end.
 CONNECT, BEGIN, FINISH = 5, 30, 120
 
 
 class WandbWriter(Writer):
-    """Weights & Biases: online where a key is found, else offline, with the line that syncs it.
+    """Weights & Biases: online if there is an API key, else offline.
 
-    The run's id is kept in its folder, so a resumed run continues the same page. Offline, each
-    start leaves a folder of its own; the line names them all, and their common id makes them one
-    page. WANDB_MODE (online, offline, disabled) decides where it is set. Of a run in a bucket, only
-    the id is there; W&B's own folder is on this machine (cache.local).
+    The run's id is stored in its folder, so a resumed run continues the same W&B run. Offline, each
+    start leaves a folder of its own; `wandb sync` of all of them makes one W&B run, by their common
+    id. WANDB_MODE (online, offline, disabled) takes precedence. For a run in a bucket only the id
+    is there; W&B's own folder is on this machine (cache.local).
 
-    Where the server can't be reached, refuses, or W&B's process ends, the writer says so once and
-    goes on offline. `strict`: it raises UserError instead.
+    If the server is unreachable or rejects the run, or W&B's process dies, the writer says so once
+    and continues offline; with `strict` it raises UserError instead.
     """
 
     def __init__(
@@ -50,17 +51,17 @@ class WandbWriter(Writer):
         self._options["id"] = _run_id(workdir / "wandb_id.txt")
         self._run: Any = None
         self._strict, self._fell_back = strict, False
-        self._partial: list[Path] = []  # folders of runs that were online, and not to their end
+        self._partial: list[Path] = []  # folders of runs that went offline before their end
         self.exit_code = DONE
         self._attempt(self._begin)
 
     def _begin(self, offline: bool = False) -> None:
         wandb = self._wandb
-        # wandb reads the variable only once in a process; an argument is always heard.
-        # silent: also because login would ask the server for the name of the key's owner.
+        # wandb reads the variable once per process, but respects every argument.
+        # silent: otherwise login asks the server for the name of the key's owner.
         try:
             session = wandb.setup(wandb.Settings(silent=True, console="off", disable_git=True))
-        except ValueError as error:  # a variable's value, which holds offline too
+        except ValueError as error:  # an invalid WANDB_ variable, which would fail offline too
             raise refused(error) from error
         mode: Any = "offline" if offline else os.environ.get("WANDB_MODE")
         if not mode:
@@ -73,7 +74,7 @@ class WandbWriter(Writer):
         self._run = wandb.init(**self._options, mode=mode, resume="allow", settings=settings)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
-        """Do it; where that fails, offline, and from then on. Raises where that fails as well."""
+        """Run `action`; if it fails, go offline and repeat it. Raises if it fails again."""
         try:
             action()
         except UserError:
@@ -89,13 +90,15 @@ class WandbWriter(Writer):
 
     def _go_offline(self, error: Exception) -> None:
         self._fell_back = True
-        said = f"Weights & Biases: {one_line(error)}"
+        reason = failure(NAME, error)
         self._leave_online()
         with contextlib.suppress(Exception):
-            self._wandb.teardown()  # its process has the run still, or is gone
+            self._wandb.teardown()  # its process still holds the run, or has died
         self._begin(offline=True)
         run = self._options["id"]
-        say(f"{said}; run {run} goes on offline, and its end prints the line that uploads it")
+        print_line(
+            f"{reason}; run {run} continues offline, and its end prints the command to upload it"
+        )
 
     def _leave_online(self) -> None:
         if self._run is not None and not self._run.offline and not self._run.disabled:
@@ -123,7 +126,7 @@ class WandbWriter(Writer):
         self._attempt(lambda: self._run.config.update(dict(hparams), allow_val_change=True))
 
     def append(self, pictures: Mapping[str, np.ndarray], values: Mapping[str, float]) -> None:
-        """One row after the last: Weights & Biases drops rows of a step that it has already."""
+        """Write one row after the last one: W&B drops rows of a step that it has already."""
         shown = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
         self._log(shown | dict(values))
 
@@ -132,11 +135,11 @@ class WandbWriter(Writer):
             self._run.finish(exit_code=self.exit_code)
         except Exception as error:
             if self._strict:
-                raise UserError(f"Weights & Biases: {one_line(error)}") from error
+                raise UserError(failure(NAME, error)) from error
             self._leave_online()
             if not self._partial:
                 raise
-            say(f"Weights & Biases: {one_line(error)}; the rest of the run is on this machine")
+            print_line(f"{failure(NAME, error)}; the rest of the run is on this machine")
             self._fell_back = True
         if self._run.disabled or (self._quiet and not self._fell_back):
             return
@@ -150,13 +153,12 @@ class WandbWriter(Writer):
 
 
 def refused(error: Exception) -> UserError:
-    return UserError(
-        f"Weights & Biases: {one_line(error)}; set WANDB_MODE=offline, or --config.log.wandb=false"
-    )
+    """Return the error for settings or a server that reject the run."""
+    return UserError(f"{failure(NAME, error)}; set WANDB_MODE=offline, or --config.log.wandb=false")
 
 
 def check_reachable(url: str) -> None:
-    """Raises OSError where nothing answers at `url`; through a proxy it is not tried."""
+    """Raise OSError if nothing answers at `url`; behind a proxy don't try."""
     if {"http", "https", "all"} & set(urllib.request.getproxies()):
         return
     parts = urllib.parse.urlsplit(url)
@@ -168,7 +170,7 @@ def check_reachable(url: str) -> None:
 
 
 def _has_key(wandb: Any) -> bool:
-    """Whether the environment, a netrc file or wandb's settings hold a key. Asks nobody."""
+    """Tell whether the environment, a netrc file or wandb's settings hold an API key."""
     return wandb.login(prompt=False, verify=False)
 
 

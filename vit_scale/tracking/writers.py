@@ -1,8 +1,8 @@
-"""The four CLU MetricWriters. Each takes what it can show and ignores the rest.
+"""CLU MetricWriters for JSON lines, TensorBoard and the terminal; each ignores what it can't show.
 
-Files hold a row when the call returns, so a killed run loses nothing that was reported, and an
-error surfaces where it happens; in a bucket they hold it when `flush` returns. Hence no
-AsyncWriter: writing takes milliseconds every `log.every` steps.
+A row is on disk when the call returns, so a killed run loses none, and errors surface where they
+happen; in a bucket it is there when `flush` returns. Hence no AsyncWriter: writing takes
+milliseconds every `log.every` steps.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from vit_scale.errors import UserError
 from vit_scale.storage import cache, files
+from vit_scale.storage.errors import one_line
 
-# `clu.metric_writers` imports TensorFlow (1.3 GB) for one of its writers, which is not used here. A
-# stand-in for that one module, placed before the first import, is all that the others need.
+# `clu.metric_writers` imports TensorFlow (1.3 GB) for one writer, which is not used here. An empty
+# module in its place, before the first import, is all that the others need.
 _unused = types.ModuleType("clu.metric_writers.summary_writer")
 _unused.SummaryWriter = type("SummaryWriter", (), {})  # type: ignore[attr-defined]
 sys.modules.setdefault(_unused.__name__, _unused)
@@ -42,12 +43,12 @@ __all__ = [
 
 
 def number(value: Any) -> int | float:
-    """A Python number from one on the host or the device."""
+    """Convert a scalar on the host or the device to a Python number."""
     return np.asarray(value).item()
 
 
 class Writer(MetricWriter):
-    """A MetricWriter that ignores what it is not made for."""
+    """A MetricWriter whose methods do nothing; subclasses override what they support."""
 
     def write_summaries(self, step, values, metadata=None): ...
     def write_scalars(self, step, scalars): ...
@@ -62,18 +63,18 @@ class Writer(MetricWriter):
 
 
 class JsonLinesWriter(Writer):
-    """One JSON object a line: {"step": 20, "time": Unix seconds, "train/loss": 2.3, ...}.
+    """One JSON object per line: {"step": 20, "time": Unix seconds, "train/loss": 2.3, ...}.
 
-    JSON has no NaN and no infinity: they are written as null. Opening the file at step `start`
-    drops a torn last line and the rows of later steps, which a killed run wrote and this one writes
-    again, and what was measured of step `start`, which is reported again; at step 0 it drops all.
+    NaN and infinity, which JSON lacks, become null. Opening the file at step `start` removes what
+    the resumed run writes again: a torn last line, rows of later steps, and evaluations of step
+    `start`; at step 0 everything.
     """
 
     def __init__(self, path: Path, start: int):
-        there = path.read_bytes().splitlines() if path.exists() else []
-        kept = [line for line in there if _is_kept(line, start)]
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        valid = [line for line in lines if _is_valid(line, start)]
         self._rows = files.AppendedFile(path)
-        files.write(self._rows.local, b"".join(line + b"\n" for line in kept))
+        files.write(self._rows.local, b"".join(line + b"\n" for line in valid))
         self._file = open(self._rows.local, "a", encoding="utf-8")  # noqa: SIM115
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -91,20 +92,21 @@ class JsonLinesWriter(Writer):
         self._rows.finish()
 
 
-def _is_kept(line: bytes, start: int) -> bool:
+def _is_valid(line: bytes, start: int) -> bool:
+    """Tell whether a run that resumes at `start` keeps a row."""
     try:
         row = json.loads(line)
-        measured = any(name.startswith(("eval/", "final/")) for name in row)
-        return 0 < row["step"] < start or (0 < row["step"] == start and not measured)
+        evaluated = any(name.startswith(("eval/", "final/")) for name in row)
+        return 0 < row["step"] < start or (0 < row["step"] == start and not evaluated)
     except (ValueError, KeyError, TypeError):
         return False
 
 
 class TensorBoardWriter(Writer):
-    """Event files, written through tensorboardX's record layer.
+    """TensorBoard event files, written through tensorboardX's record layer.
 
-    Its SummaryWriter hands events to a thread, which dies of a full disk; the eleventh event after
-    that hangs the run.
+    tensorboardX's SummaryWriter writes in a thread, which dies on a full disk; the eleventh event
+    after that blocks the run for ever.
     """
 
     def __init__(self, folder: Path, start: int):
@@ -115,10 +117,10 @@ class TensorBoardWriter(Writer):
         self._summary, self._event = summary, Event
         local = cache.local(folder)
         local.mkdir(parents=True, exist_ok=True)
-        # The library names a file by the second: a run resumed within it would overwrite the first.
+        # tensorboardX names files by the second: one that resumes sooner would overwrite the first.
         self._events = EventsWriter(str(local / "events"), f".{os.getpid()}.{start}")
         self._file = files.AppendedFile(folder / Path(self._events._file_name).name)
-        # A session's start makes TensorBoard forget the later steps of the run that was killed.
+        # SessionLog.START makes TensorBoard discard the later steps of the run that was killed.
         session = SessionLog(status=SessionLog.START)
         self._add(start + 1, session_log=session)
 
@@ -155,26 +157,26 @@ class TensorBoardWriter(Writer):
 
 
 class BestEffortWriter(Writer):
-    """A writer that a training does without, if need be: its failure is one line, and its end.
+    """A writer that is dropped when it fails, with one line, without ending the run.
 
-    `name` is what the line says of it; with none nothing is said. An upload that fails is tried
-    again with the next. Raises UserError where `make` does, for a setting that can't be.
+    `name` is for the line; "" prints none. A failed upload is retried with the next one. Raises
+    UserError where `make` does, for an invalid setting.
     """
 
     def __init__(self, name: str, make: Callable[[], MetricWriter]):
-        self._name, self._told = name, False
+        self._name, self._reported = name, False
         self._writer: MetricWriter | None = None
         try:
             self._writer = make()
-        except UserError:  # a mistake in a setting, before anything is trained
+        except UserError:  # an invalid setting, before training begins
             raise
-        except Exception as error:  # noqa: BLE001, whatever a package of others may raise
+        except Exception as error:  # noqa: BLE001, third-party packages raise anything
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        if self._name and not self._told:
-            say(f"{self._name}: {one_line(error)}; training goes on without it")
-        self._told, self._writer = True, None
+        if self._name and not self._reported:
+            print_line(f"{failure(self._name, error)}; training continues without it")
+        self._reported, self._writer = True, None
 
     def _do(self, method: str, *arguments: Any) -> None:
         if self._writer:
@@ -203,35 +205,35 @@ class BestEffortWriter(Writer):
             if self._writer:
                 self._writer.flush()
         except Exception as error:  # noqa: BLE001
-            if not self._told:
-                say(f"{self._name}: {one_line(error)}; it will be tried again")
-            self._told = True
+            if not self._reported:
+                print_line(f"{failure(self._name, error)}; it will be retried")
+            self._reported = True
 
     def close(self) -> None:
         self._do("close")
 
 
-def say(line: str) -> None:
-    """One line on standard error, above a progress bar; nothing where nobody hears any more."""
+def print_line(line: str) -> None:
+    """Print one line on standard error, above a progress bar; ignore a closed stream."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(f"vit-scale: {line}", file=sys.stderr)
         sys.stderr.flush()
 
 
-def one_line(error: Exception) -> str:
-    """What an exception says, in one line without a full stop."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+def failure(name: str, error: Exception) -> str:
+    """Return "NAME: what the exception says", on one line without a full stop."""
+    return f"{name}: {one_line(error).rstrip('.')}"
 
 
-# What a person wants to see of a train row; the other writers have it all.
+# The values of a train row that the terminal shows.
 ON_BAR = ("train/loss", "train/accuracy", "images_per_second")
 ON_LINE = (*ON_BAR, "train/learning_rate", "data_wait_fraction", "mfu", "seconds_left")
 
 
 class TerminalWriter(Writer):
-    """A progress bar on a terminal, plain lines otherwise, on standard error.
+    """A progress bar if standard error is a terminal, else plain lines.
 
-    Rows with "train/" names move the bar; others, such as "eval/accuracy", get a line of their own.
+    Rows of "train/" values update the bar; others, such as "eval/accuracy", are printed as lines.
     """
 
     def __init__(self, name: str, steps: int, start: int):
@@ -243,7 +245,7 @@ class TerminalWriter(Writer):
             unit="step",
             file=self._stream,
             dynamic_ncols=True,
-            disable=None,  # where the stream is no terminal
+            disable=None,  # if the stream is not a terminal
         )
 
     def advance(self, step: int) -> None:
@@ -254,21 +256,21 @@ class TerminalWriter(Writer):
         values = {name: number(value) for name, value in scalars.items()}
         train = any(name.startswith("train/") for name in values)
         if train and not self._bar.disable:
-            self._bar.set_postfix_str(_words({k: values[k] for k in ON_BAR if k in values}))
+            self._bar.set_postfix_str(_format({k: values[k] for k in ON_BAR if k in values}))
             return
         if train:
             if "step_seconds" in values:
                 values["seconds_left"] = round((self._steps - step) * values["step_seconds"])
             values = {k: values[k] for k in ON_LINE if k in values}
-        tqdm.write(f"{self._name} {step}/{self._steps}  {_words(values)}", file=self._stream)
+        tqdm.write(f"{self._name} {step}/{self._steps}  {_format(values)}", file=self._stream)
         self._stream.flush()
 
     def close(self) -> None:
         self._bar.close()
 
 
-def _words(values: Mapping[str, float]) -> str:
-    """`loss 2.303  accuracy 0.1  images_per_second 812.4`; "train/" goes without saying."""
+def _format(values: Mapping[str, float]) -> str:
+    """Format values as `loss 2.303  accuracy 0.1  images_per_second 812.4`, without "train/"."""
     return "  ".join(
         f"{name.removeprefix('train/')} {value}"
         if isinstance(value, int)

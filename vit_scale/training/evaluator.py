@@ -11,7 +11,7 @@ from vit_scale.data import Source, are_files, eval_batches, views
 from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.sharding import batch_rows, batch_sharding, shard_batch, shardings
 from vit_scale.errors import UserError
-from vit_scale.models.vit import Model
+from vit_scale.models.build import Model
 from vit_scale.runs import watchdog
 from vit_scale.tracking.metrics import EvalMetrics, to_floats
 from vit_scale.training.validation import check_classes

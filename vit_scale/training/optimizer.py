@@ -16,8 +16,7 @@ Weight decay is decoupled from the gradient and times the learning rate (AdamW, 
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.parameters import measured
+from vit_scale.models.parameters import is_statistic, map_named
 from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
 
 # The hidden matrices that Muon orthogonalises: which axes go in and which come out, counted from
@@ -37,15 +36,6 @@ MATRICES = {
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
     r"mlp/(up|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
-
-
-def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """`function(name, leaf)` over a tree; names are joined by "/"."""
-
-    def apply(path, leaf):
-        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-
-    return jax.tree_util.tree_map_with_path(apply, tree)
 
 
 # Direction
@@ -138,7 +128,7 @@ def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
     patterns = [*cfg.freeze, *([r"^(?!head(_dist)?/)"] if cfg.train == "head" else [])]
 
     def is_trained(name: str, leaf) -> bool:
-        return not measured(name) and not any(re.search(p, name) for p in patterns)
+        return not is_statistic(name) and not any(re.search(p, name) for p in patterns)
 
     return map_named(is_trained, params)
 

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from vit_scale.config import image_size, to_json
 from vit_scale.distributed.mesh import AnyMesh, abstract_mesh, make_mesh
 from vit_scale.distributed.sharding import batch_sharding, device_bytes, shardings
-from vit_scale.models import convnets, flops
+from vit_scale.models import flops
+from vit_scale.models.build import Model, build
 from vit_scale.models.parameters import count, named
-from vit_scale.models.vit import Model, build
 from vit_scale.training.objectives import Objective, make_objective
 from vit_scale.training.objectives.teacher import Teacher, open_teacher
 from vit_scale.training.optimizer import make_optimizer
@@ -75,24 +75,6 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
     return Setup(cfg, mesh, model, objective, optimizer, schedule, state, teacher)
 
 
-def training_flops(model: Model, classes: int) -> int:
-    """FLOPs of training on one image, forward and backward; without a teacher's."""
-    shape = model.shape
-    if isinstance(shape, convnets.Shape):
-        return flops.training_flops(shape.macs(classes))
-    size, stem = shape.size, shape.stem
-    patch = stem.patch if stem else shape.patch
-    macs = flops.forward_macs(
-        *(shape.grid, patch, size.width, size.depth, size.mlp, classes, shape.pool),
-        channels=stem.channels if stem else 3,
-        distilled=shape.distilled,
-        class_token=shape.class_token,
-        representation=shape.representation,
-        read=shape.read,
-    )
-    return flops.training_flops(macs + (stem.macs if stem else 0))
-
-
 def parameter_layout(setup: Setup) -> dict:
     """The sharding of each parameter, and the bytes of the train state on one device."""
     rows = [
@@ -120,7 +102,7 @@ def summary(cfg: ConfigDict) -> dict:
     return {
         "parameters": count(params),
         "tokens": model.shape.tokens,
-        "flops_per_image": training_flops(model, cfg.model.classes),
+        "flops_per_image": flops.training_flops(model.macs),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "config": to_json(cfg),

@@ -23,7 +23,8 @@ from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.accelerators import mfu
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
-from vit_scale.runs import compiled_programs, rollbacks
+from vit_scale.models.flops import training_flops
+from vit_scale.runs import compilation_cache, rollbacks
 from vit_scale.runs.resume import resumed_config
 from vit_scale.runs.rollbacks import Rollback
 from vit_scale.runs.run_folder import Run
@@ -36,7 +37,7 @@ from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.guard import Diverged, Guard, diverged_for_good
 from vit_scale.training.init_state import check_source, init_state, recover, restore
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
-from vit_scale.training.setup import Setup, make_setup, training_flops
+from vit_scale.training.setup import Setup, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import jit_train_step
@@ -75,7 +76,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         if run.report:
             return run.report
         with (
-            compiled_programs.cached(run.path, cfg.checkpoint.programs),
+            compilation_cache.cached(run.path, cfg.checkpoint.programs),
             Watchdog(run.path, cfg.watchdog) as watchdog,
             Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
             watchdog.report_failure(),
@@ -247,7 +248,7 @@ def sample_images(setup: Setup, batch: dict) -> np.ndarray:
 
 def utilisation(setup: Setup, images_per_second: float) -> float | None:
     """Model FLOPs utilisation; None where the device's peak is unknown."""
-    per_image = training_flops(setup.model, setup.cfg.model.classes)
+    per_image = training_flops(setup.model.macs)
     kind = jax.devices()[0].device_kind
     return mfu(images_per_second, per_image, jax.device_count(), kind)
 

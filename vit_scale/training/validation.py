@@ -22,9 +22,10 @@ from vit_scale.distributed.mesh import (
 from vit_scale.distributed.sharding import batch_rows, check_batch
 from vit_scale.errors import UserError
 from vit_scale.models import convnets
+from vit_scale.models.build import build
 from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
-from vit_scale.models.vit import build, remat_policy
+from vit_scale.models.vit import remat_policy
 from vit_scale.training import objectives, optimizer
 from vit_scale.training.objectives.teacher import Teacher, check_teacher_classes
 from vit_scale.training.splits import Splits

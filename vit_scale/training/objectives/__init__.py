@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.vit import Model
+from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
 from vit_scale.training.objectives.distillation import check_distill, distillation
 from vit_scale.training.objectives.objective import Objective

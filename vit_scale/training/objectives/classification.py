@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
 from vit_scale.config import image_size
-from vit_scale.models.vit import Model
+from vit_scale.models.build import Model
 from vit_scale.training.objectives.objective import Objective, reduce_losses
 
 

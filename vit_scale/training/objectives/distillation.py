@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.vit import Model
+from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
 from vit_scale.training.objectives.objective import Objective, reduce_losses
 

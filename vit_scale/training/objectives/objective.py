@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from vit_scale.models.vit import Outputs
+from vit_scale.models.build import Outputs
 
 
 class Objective(NamedTuple):

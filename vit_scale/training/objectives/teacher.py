@@ -21,7 +21,7 @@ from vit_scale.checkpoint.integrity import with_checksum as signed
 from vit_scale.distributed.mesh import devices_of
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import UserError
-from vit_scale.models.vit import Model, build
+from vit_scale.models.build import Model, build
 from vit_scale.pretrained import load
 from vit_scale.storage import paths
 

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 FOLDER = "programs"
 
@@ -26,10 +26,10 @@ def cached(run: pathlib.Path, enabled: bool) -> Iterator[None]:
     if user_folder or not enabled or jax.default_backend() == "cpu":
         yield
         return
-    compilation_cache.set_cache_dir(os.fspath(run / FOLDER))
-    compilation_cache.reset_cache()  # jax looks for a cache only once, at its first program
+    jax_cache.set_cache_dir(os.fspath(run / FOLDER))
+    jax_cache.reset_cache()  # jax looks for a cache only once, at its first program
     try:
         yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
+        jax_cache.reset_cache()

@@ -1,0 +1,107 @@
+"""Build a model from a config's `model` block, as pure functions over its parameters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vit_scale.models import convnets, flops, spec
+from vit_scale.models.layers import Block
+from vit_scale.models.vit import ViT, identity
+
+
+class Outputs(NamedTuple):
+    """The result of a forward pass in training."""
+
+    logits: Float[Array, "b c"]  # of the head that learns from labels
+    distilled: Float[Array, "b c"]  # of the distillation token's head; `logits` without one
+    statistics: dict  # batch normalisation's running statistics, updated; {} without any
+
+    @property
+    def prediction(self) -> Float[Array, "b c"]:
+        """The mean of both heads' logits, as in DeiT's code and timm."""
+        if self.distilled is self.logits:
+            return self.logits
+        return (self.logits + self.distilled) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Pure functions over a nested dict of float32 parameters and running statistics."""
+
+    init: Callable  # (key) -> params
+    apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
+    train: Callable  # (params, images [b, H, W, 3], key, mask [b]) -> Outputs
+    shape: Any  # spec.Shape or convnets.Shape
+    # (params, images, reduce) -> as `ViT.attention`; None for a model without attention.
+    attention: Callable | None
+    count_macs: Callable[[], int]
+
+    @functools.cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image's forward pass; traced at the first use."""
+        return self.count_macs()
+
+
+def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identity) -> Model:
+    """Build the model of a `model` block for images of (height, width) pixels.
+
+    `constrain` is applied to the activations between blocks, for a sharding constraint. Nothing is
+    allocated. Raises UserError if the block is invalid or does not fit the image.
+    """
+    shape = spec.resolve(cfg, image)
+    network: Callable = ViT if isinstance(shape, spec.Shape) else convnets.network
+
+    def make(key):
+        return network(cfg, image, nnx.Rngs(params=key), constrain)
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
+
+    def init(key):
+        return nnx.to_pure_dict(nnx.state(make(key), nnx.Any(nnx.Param, nnx.BatchStat)))
+
+    def apply(params, images, key=None):
+        return nnx.merge(graph, params)(images, key)
+
+    def train(params, images, key, mask):
+        merged = nnx.merge(graph, params)
+        logits, distilled = merged.heads(images, key, mask)
+        return Outputs(logits, distilled, nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat)))
+
+    def attention(params, images, reduce):
+        return nnx.merge(graph, params).attention(images, reduce)
+
+    if isinstance(shape, spec.Shape):
+        return Model(init, apply, train, shape, attention, lambda: _vit_macs(cfg, image, shape))
+    return Model(init, apply, train, shape, None, lambda: _forward_macs(build(cfg, image), image))
+
+
+def _forward_macs(model: Model, image: tuple[int, int]) -> int:
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return flops.count_macs(model.apply, params, jax.ShapeDtypeStruct((1, *image, 3), jnp.float32))
+
+
+def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape) -> int:
+    """Count what the heads need, however the blocks are laid out, rematerialised or implemented.
+
+    That is an unrolled model, whose last block computes only the tokens that the heads read. To be
+    fast, a model of that block alone is traced, and one of the other blocks, which are all alike.
+    """
+    cfg = cfg.copy_and_resolve_references()
+    cfg.update({"depth": 1, "scan": False, "remat": "none", "attention": "xla"})
+    shallow = build(cfg, image)
+    macs = _forward_macs(shallow, image)
+    # The embedding multiplies a patch of zeros for each token before the patches: only to be fast.
+    embedding = jax.eval_shape(shallow.init, jax.random.key(0))["embed"]["kernel"]
+    macs -= shape.before * embedding.size
+    tokens = jax.ShapeDtypeStruct((1, shape.tokens, shape.size.width), jnp.float32)
+    block = nnx.eval_shape(lambda: Block(cfg, shape.size, nnx.Rngs(0)))
+    graph, params = nnx.split(block)
+    per_block = flops.count_macs(lambda p, x: nnx.merge(graph, p)(x), params, tokens)
+    return macs + (shape.size.depth - 1) * per_block
