@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from launch.tpu import gcloud
+from launch.tpu import gcloud, secret
 from launch.tpu.exit_codes import USAGE, Stop
 
 VERBS = {
@@ -169,7 +169,7 @@ def _add_policy_flags(add: Callable) -> None:
         "--orphan",
         **TIME,
         default="1h",
-        help="worker 0 deletes a machine idle for so long; 0: never",
+        help="worker 0 deletes an idle machine (0: never)",
     )
     add("--detach", action="store_true", help="watch in the background; follow with `logs -f`")
     add("--dry-run", action="store_true", help="print every command without running any")
@@ -209,7 +209,8 @@ class Values:
     def __init__(self, args: argparse.Namespace, root: pathlib.Path):
         self.args = args
         self.sources: dict[str, str] = {}
-        self.stored = read_env_file(root / "launch" / "tpu.env")
+        file = root / "launch" / "tpu.env"
+        self.stored = secret.parse_env(file.read_text()) if file.exists() else {}
 
     def get(self, name: str, default: str = "", source: str = "default") -> str:
         variable = SETTINGS[name]
@@ -233,13 +234,3 @@ class Values:
         result = gcloud.run(["gcloud", "config", "get-value", setting, "--quiet"], timeout=60)
         value = result.out.decode().strip() if result.code == 0 else ""
         return self.get(name, "" if value == "(unset)" else value, "gcloud config")
-
-
-def read_env_file(file: pathlib.Path) -> dict[str, str]:
-    """Read NAME=VALUE lines; empty if there is no file."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
-    return {name.strip(): value.strip().strip("\"'") for name, equals, value in pairs if equals}
