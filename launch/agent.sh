@@ -1,61 +1,61 @@
 #!/usr/bin/env bash
-# The worker's side of a run: launch/tpu copies it to every host, and calls it there for each thing it wants.
+# The worker's side of a run: launch/tpu copies this script to every host and calls its verbs there.
 #
-#   agent.sh install                     make the folders
-#   agent.sh prepare SHA EXTRA [SETUP]   unpack the code, make the environment, run SETUP; prints a fingerprint
-#   agent.sh secrets RUN                 NAME=VALUE lines from standard input, which end with #END
-#   agent.sh start RUN ATTEMPT SHA PORT ARGUMENT...    vit-scale ARGUMENT..., detached
-#   agent.sh show SHA ARGUMENT...        vit-scale ARGUMENT... on the CPU: what the config comes to
-#   agent.sh status RUN ATTEMPT|last [OFFSET [SITTER]] how the attempt is, and its log from OFFSET on
-#   agent.sh lease RUN SITTER            SITTER watches this run
-#   agent.sh stop RUN ATTEMPT GRACE      SIGTERM to the trainer, and SIGKILL to all of it after GRACE seconds
-#   agent.sh stacks RUN ATTEMPT          SIGUSR1 to the trainer, which prints the stacks of its threads
-#   agent.sh reap RUN PATIENCE COMMAND...  runs COMMAND once nothing runs and nobody has asked for PATIENCE s, till it works
-#   agent.sh disarm RUN                  ... and no more: the machine is to be kept
-#   agent.sh env | gc [COPIES]          the newest code's fingerprint; remove old code and logs
+#   agent.sh install                     create the folders
+#   agent.sh prepare SHA EXTRA [SETUP]   unpack the code, create the environment, run SETUP, print a fingerprint
+#   agent.sh secrets RUN                 read NAME=VALUE lines from standard input, ended by #END
+#   agent.sh start RUN ATTEMPT SHA PORT ARGUMENT...    run vit-scale ARGUMENT..., detached
+#   agent.sh show SHA ARGUMENT...        run vit-scale ARGUMENT... on the CPU, to resolve a config
+#   agent.sh status RUN ATTEMPT|last [OFFSET [WATCHER]]    print the attempt's state, and its log from OFFSET
+#   agent.sh lease RUN WATCHER           record that WATCHER watches this run
+#   agent.sh stop RUN ATTEMPT GRACE      send SIGTERM to the trainer, and SIGKILL to its group after GRACE seconds
+#   agent.sh stacks RUN ATTEMPT          send SIGUSR1 to the trainer, which prints its threads' stacks
+#   agent.sh reap RUN PATIENCE COMMAND...  run COMMAND once nothing runs and no launcher has called for PATIENCE s, until it succeeds
+#   agent.sh disarm RUN                  cancel reap: keep the machine
+#   agent.sh env | gc [COPIES]          print the newest code's fingerprint; remove old code and logs
 #
-# Guaranteed: the same call twice does what one does, so that a connection that drops may be tried again; one
-# attempt starts at most once, and never when a later one has, or after its stop; a secret is on the disk only until the
-# trainer has it; the exit code is never 255, which ssh keeps for itself.
+# Guarantees: every verb is idempotent, so a call may be repeated after a dropped connection; an attempt starts at most
+# once, and not after a later one or its own stop; a secret is on disk only until the trainer has read it; the exit code
+# is never 255, which ssh uses for its own errors.
 #
-# Exit codes: 0; 64 usage; 65 what arrived is not what was sent; 70 the environment; 71 the disk is full;
-# 75 too late, or busy: ask again; 79 another program holds the TPU.
+# Exit codes: 0; 64 usage; 65 upload damaged; 70 environment; 71 disk full; 75 too late, or busy (retry); 79 TPU held by
+# another program.
 #
-# A machine may differ by these variables: VIT_SCALE_HOME (where all this lies), VIT_SCALE_VENV (an environment that is
-# there and is not to be touched), VIT_SCALE_DEVICES (the folder of the device files).
+# Environment: VIT_SCALE_HOME (folder for all of this), VIT_SCALE_VENV (an existing environment, used as it is),
+# VIT_SCALE_DEVICES (folder of the device files).
 set -uo pipefail
 umask 077
-export LC_ALL=C  # numbers have points here; the trainer does not inherit it
+export LC_ALL=C  # decimal points; not passed on to the trainer
 
 home=${VIT_SCALE_HOME:-$HOME/.vit_scale}
 venv=${VIT_SCALE_VENV:-$home/venv}
 devices=${VIT_SCALE_DEVICES:-/dev}
 temporary=${TMPDIR:-/tmp}
 self=$home/agent.sh
-need=10  # GB that must be free before an environment is made
+need=10  # GB that must be free before creating an environment
 
 say() { echo "agent: $*" >&2; }
 fail() { local code=$1; shift; say "$@"; exit "$code"; }
 
-# A file appears whole, or not at all.
+# Writes a file atomically.
 put() { cat >"$1.$$" && mv -f "$1.$$" "$1"; }
 
 lock() {  # FILE SECONDS
   mkdir -p "${1%/*}"
   exec 9>"$1"
-  flock -w "$2" 9 || fail 75 "busy: ${1##*/} is held for $2 s"
+  flock -w "$2" 9 || fail 75 "busy: ${1##*/} was locked for $2 s"
 }
 
 # --- processes --------------------------------------------------------------------------------------------------
 
-started() {  # PID: when it started, in clock ticks since boot; with the pid, that is one process only
+started() {  # PID: its start time in clock ticks since boot, which with the PID identifies a process
   local stat fields
   { read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
   read -ra fields <<<"${stat##*) }"
   [[ ${fields[0]} != Z ]] && echo "${fields[19]}"
 }
 
-alive() {  # ATTEMPT_FOLDER: whether any process of the attempt lives
+alive() {  # ATTEMPT_FOLDER: succeed if any process of the attempt is running
   local group ticks now stat fields
   { read -r group ticks <"$1/group"; } 2>/dev/null || return 1
   if now=$(started "$group"); then [[ $now == "$ticks" ]]; return; fi
@@ -67,7 +67,7 @@ alive() {  # ATTEMPT_FOLDER: whether any process of the attempt lives
   return 1
 }
 
-record() {  # ATTEMPT_FOLDER CODE: the first that says so decides
+record() {  # ATTEMPT_FOLDER CODE: record the exit code; the first one counts
   [[ -e $1/rc ]] || echo "$2 $(date +%s.%N)" | put "$1/rc"
 }
 
@@ -82,14 +82,14 @@ kill_all() {  # ATTEMPT_FOLDER
   record "$1" 137
 }
 
-holders() {  # the processes that have a TPU's device file open
+holders() {  # print the PIDs that have a TPU device file open
   local sudo=()
   if sudo -n true 2>/dev/null; then sudo=(sudo -n); fi
   "${sudo[@]}" find /proc/[0-9]*/fd -maxdepth 1 \( -lname "$devices/accel*" -o -lname "$devices/vfio/[0-9]*" \) \
     -printf '%h\n' 2>/dev/null | cut -d/ -f3 | sort -un
 }
 
-newest() {  # RUN_FOLDER: the number of its last attempt, or 0
+newest() {  # RUN_FOLDER: print the number of its latest attempt, or 0
   local folder last=0
   for folder in "$1"/a*/; do
     folder=${folder%/}; folder=${folder##*/a}
@@ -109,33 +109,33 @@ free_gb() { df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }'; }
 
 room() {
   (($(free_gb) >= need)) && return
-  say "less than $need GB are free: old code, logs and package caches go"
+  say "less than $need GB free: removing old code, logs and package caches"
   gc 1
   rm -rf "$HOME/.cache/uv" "$HOME/.cache/pip" "$temporary/tpu_logs"
-  (($(free_gb) >= need)) || fail 71 "the disk is full: $(free_gb) GB are free in $home, $need are needed"
+  (($(free_gb) >= need)) || fail 71 "the disk is full: $(free_gb) GB free in $home, $need needed"
 }
 
 unpack() {  # SHA
   local code=$home/code/$1 sum
   if [[ -d $code ]]; then touch "$code"; return; fi
   sum=$(sha256sum 2>/dev/null <"$home/incoming/$1.tgz") || fail 65 "the code did not arrive"
-  [[ ${sum:0:16} == "$1" ]] || fail 65 "the code arrived damaged: its sum is ${sum:0:16}, not $1"
+  [[ ${sum:0:16} == "$1" ]] || fail 65 "the code arrived damaged: SHA-256 ${sum:0:16}, expected $1"
   rm -rf "$code.new"
   mkdir -p "$code.new"
-  tar -xzf "$home/incoming/$1.tgz" -C "$code.new" || fail 71 "the code could not be unpacked (see above)"
+  tar -xzf "$home/incoming/$1.tgz" -C "$code.new" || fail 71 "cannot unpack the code (see above)"
   ln -sfn "$home/data" "$code.new/.data"
   mv -T "$code.new" "$code"
   rm -f "$home/incoming/"*.tgz
 }
 
-# TPU VMs come with Python 3.10, and uv brings a later one.
+# TPU VMs come with Python 3.10; uv installs a newer one.
 find_uv() {
   PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null && return
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -c "import ensurepip" 2>/dev/null && return
   say "installing uv"
   python3 -m pip install --quiet --user uv >&2 ||
-    python3 -m pip install --quiet --user --break-system-packages uv >&2 || fail 70 "uv could not be installed"
+    python3 -m pip install --quiet --user --break-system-packages uv >&2 || fail 70 "cannot install uv"
 }
 
 environment() {  # SHA EXTRA
@@ -143,27 +143,27 @@ environment() {  # SHA EXTRA
   [[ -z ${VIT_SCALE_VENV:-} ]] || return 0
   find_uv
   for try in 1 2 3; do
-    # shellcheck disable=SC2086  # no extra is no argument
+    # shellcheck disable=SC2086  # an empty extra must not become an argument
     VENV=$venv "$home/code/$1/launch/environment.sh" $2 && return
-    say "attempt $try to install failed"
+    say "installation failed (try $try of 3)"
     sleep $((RANDOM % 15))
   done
-  fail 70 "the environment could not be made (see above)"
+  fail 70 "cannot create the environment (see above)"
 }
 
-fingerprint() {  # SHA: what must be the same on every host
+fingerprint() {  # SHA: print what must be equal on every host
   "$venv/bin/python" - "$1" "$home/code/$1/constraints.txt" "$devices" <<'END' || fail 70 "no Python in $venv"
 import glob, hashlib, importlib.metadata as metadata, json, platform, sys
 code, constraints, devices = sys.argv[1:]
-found = {"python": platform.python_version(), "code": code[:12]}
-found["constraints"] = hashlib.sha256(open(constraints, "rb").read()).hexdigest()[:12]
+versions = {"python": platform.python_version(), "code": code[:12]}
+versions["constraints"] = hashlib.sha256(open(constraints, "rb").read()).hexdigest()[:12]
 for name in "jax jaxlib libtpu flax optax orbax-checkpoint grain numpy".split():
     try:
-        found[name] = metadata.version(name)
+        versions[name] = metadata.version(name)
     except metadata.PackageNotFoundError:
-        found[name] = "-"
-found["chips"] = len(glob.glob(devices + "/accel[0-9]*") + glob.glob(devices + "/vfio/[0-9]*"))
-print("#FINGERPRINT " + json.dumps(found))
+        versions[name] = "-"
+versions["chips"] = len(glob.glob(devices + "/accel[0-9]*") + glob.glob(devices + "/vfio/[0-9]*"))
+print("#FINGERPRINT " + json.dumps(versions))
 END
 }
 
@@ -183,11 +183,11 @@ prepare() {  # SHA EXTRA [SETUP]
 show() {  # SHA ARGUMENT...
   local code=$home/code/$1
   shift
-  cd "$code" || fail 70 "the code is not there"
+  cd "$code" || fail 70 "code $code does not exist"
   JAX_PLATFORMS=cpu PYTHONPATH=$code "$venv/bin/vit-scale" "$@"
 }
 
-gc() {  # COPIES: of the code that are kept; of each run, the logs of five attempts
+gc() {  # COPIES: keep so many copies of the code, and the logs of five attempts of each run
   local folder
   find "$home/code" -mindepth 1 -maxdepth 1 -printf '%T@ %p\n' 2>/dev/null | sort -rn | tail -n "+$((${1:-2} + 1))" |
     while read -r _ folder; do rm -rf "$folder"; done
@@ -204,9 +204,9 @@ secrets() {  # RUN
   local run=$home/runs/$1
   mkdir -p "$run"
   cat >"$run/secrets.$$"
-  if [[ $(tail -n 1 "$run/secrets.$$") != "#END" ]]; then  # gcloud's second try sends nothing
+  if [[ $(tail -n 1 "$run/secrets.$$") != "#END" ]]; then  # a retry by gcloud sends nothing
     rm -f "$run/secrets.$$"
-    fail 65 "the secrets did not arrive whole"
+    fail 65 "the secrets arrived incomplete"
   fi
   mv -f "$run/secrets.$$" "$run/secrets"
 }
@@ -216,7 +216,7 @@ free_the_tpu() {
   for ((tries = 0; tries < 60; tries++)); do
     pid=$(holders | head -n 1)
     if [[ -z $pid ]]; then rm -f "$temporary"/libtpu_lockfile* 2>/dev/null; return; fi
-    # Ours are dead by now, and their devices take a moment; what another started stays.
+    # Our own processes are dead by now, but their devices take a moment to be released.
     ((tries < ${VIT_SCALE_RELEASE:-20})) || break
     sleep 1
   done
@@ -226,15 +226,15 @@ free_the_tpu() {
 start() {  # RUN ATTEMPT SHA PORT ARGUMENT...
   local run=$home/runs/$1 attempt=$home/runs/$1/a$2 number tries
   lock "$run/lock" 60
-  if [[ -e $attempt/stopped ]]; then fail 75 "attempt $2 has been stopped"; fi
-  if (($(newest "$run") > $2)); then fail 75 "attempt $(newest "$run") has begun: $2 is over"; fi
-  if [[ -e $attempt/group ]]; then echo "attempt $2 has started before"; return; fi
+  if [[ -e $attempt/stopped ]]; then fail 75 "attempt $2 was stopped"; fi
+  if (($(newest "$run") > $2)); then fail 75 "attempt $(newest "$run") has started: attempt $2 is over"; fi
+  if [[ -e $attempt/group ]]; then echo "attempt $2 has already started"; return; fi
   for ((number = 1; number < $2; number++)); do
     if [[ -e $run/a$number/group ]]; then kill_all "$run/a$number"; fi
   done
   free_the_tpu
   mkdir -p "$attempt"
-  # It holds the lock as well, until it has written who it is: also if this process is killed here.
+  # The child inherits the lock until it has written its PID, even if this process is killed.
   setsid bash "$self" wrap "$@" </dev/null >"$attempt/train.log" 2>&1 &
   for ((tries = 0; tries < 200; tries++)); do
     if [[ -e $attempt/group ]]; then echo "attempt $2 started"; return; fi
@@ -243,7 +243,7 @@ start() {  # RUN ATTEMPT SHA PORT ARGUMENT...
   fail 70 "attempt $2 did not start"
 }
 
-wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: the attempt itself, leader of its process group
+wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of its process group
   local run=$home/runs/$1 attempt=$home/runs/$1/a$2 code=$home/code/$3 line
   echo "$$ $(started $$)" | put "$attempt/group"
   exec 9>&-
@@ -262,13 +262,13 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: the attempt itself, leader of its 
     umask 022
     "$venv/bin/vit-scale" "$@" &
     echo $! | put "$attempt/pid"
-    exec 2>/dev/null  # the log is the trainer's: not for bash to say there what it died of
+    exec 2>/dev/null  # keeps bash's job messages out of the trainer's log
     wait $!
     record "$attempt" $?
   else
     record "$attempt" 70
   fi
-  kill -KILL -- -$$  # what it has left behind, and this process
+  kill -KILL -- -$$  # surviving children, and this process
 }
 
 ask_to_stop() {  # ATTEMPT_FOLDER SIGNAL
@@ -283,7 +283,7 @@ stop() {  # RUN ATTEMPT GRACE
   mkdir -p "$attempt"
   if ! alive "$attempt"; then touch "$attempt/stopped"; echo "nothing runs"; return; fi
   if (($3 == 0)); then touch "$attempt/stopped"; kill_all "$attempt"; echo "killed"; return; fi
-  if [[ ! -e $attempt/stopped ]]; then  # a second SIGTERM ends the trainer without saving
+  if [[ ! -e $attempt/stopped ]]; then  # a second SIGTERM would end the trainer without saving
     touch "$attempt/stopped"
     ask_to_stop "$attempt" TERM
     setsid bash "$self" kill_later "$attempt" "$3" </dev/null >/dev/null 2>&1 9>&- &
@@ -295,18 +295,18 @@ kill_later() { sleep "$2"; kill_all "$1"; }
 
 stacks() { if alive "$home/runs/$1/a$2"; then ask_to_stop "$home/runs/$1/a$2" USR1 || true; fi; }
 
-lease() {  # RUN SITTER
+lease() {  # RUN WATCHER
   mkdir -p "$home/runs/$1"
   echo "$2 $(date +%s)" | put "$home/runs/$1/sitter"
 }
 
-status() {  # RUN ATTEMPT|last [OFFSET [SITTER]]
+status() {  # RUN ATTEMPT|last [OFFSET [WATCHER]]
   local run=$home/runs/$1 number=$2 offset=${3:-0} attempt state=absent rc="" ended="" size=0
   if [[ $number == last ]]; then number=$(newest "$run"); fi
   attempt=$run/a$number
   if [[ -n ${4:-} ]]; then lease "$1" "$4"; fi
   if [[ -e $attempt/group ]]; then
-    # In this order: it may end between the two questions, and is not lost then.
+    # In this order: an attempt that ends in between is not lost.
     if alive "$attempt"; then state=running; else state=lost; fi
     if read -r rc ended 2>/dev/null <"$attempt/rc"; then state=ended; fi
     size=$(stat -c %s "$attempt/train.log" 2>/dev/null || echo 0)
@@ -316,32 +316,32 @@ status() {  # RUN ATTEMPT|last [OFFSET [SITTER]]
   echo "#HEARTBEAT $(cat "$attempt/heartbeat.json" 2>/dev/null | tr -d '\n')"
   echo "#LOG $offset $size"
   if ((size > offset)); then tail -c "+$((offset + 1))" "$attempt/train.log" | head -c 262144; fi
-  return 0  # where there is more, tail is cut short
+  return 0  # whatever tail's status once head closes the pipe
 }
 
-reap() {  # RUN PATIENCE COMMAND...: returns at once
+reap() {  # RUN PATIENCE COMMAND...: start the reaper, and return at once
   local run=$home/runs/$1
   lock "$run/lock" 60
-  if alive "$run/reaper"; then echo "watched already"; return; fi
+  if alive "$run/reaper"; then echo "already armed"; return; fi
   mkdir -p "$run/reaper"
   rm -f "$run/reaper/group"
   setsid bash "$self" reaper "$@" </dev/null >"$run/reaper/log" 2>&1 9>&- &
-  echo "watched"
+  echo "armed"
 }
 
 disarm() {  # RUN
   local run=$home/runs/$1
   lock "$run/lock" 60
   if alive "$run/reaper"; then kill_all "$run/reaper"; fi
-  echo "nobody deletes it"
+  echo "disarmed"
 }
 
-preparing() {  # whether an environment is being made; a command of the user's that hangs is none
+preparing() {  # succeed while an environment is being created, for at most two hours: a setup command may hang
   (($(date +%s) < $(stat -c %Y "$home/prepare.lock" 2>/dev/null || echo 0) + 7200)) || return 1
   ! flock -n "$home/prepare.lock" true
 }
 
-# The last resort against a machine that nobody remembers: its launcher is gone, and nothing trains.
+# The last resort against a forgotten machine, whose launcher is gone and on which nothing trains.
 reaper() {
   local run=$home/runs/$1 patience=$2 began asked ended number
   echo "$$ $(started $$)" | put "$run/reaper/group"
@@ -355,15 +355,15 @@ reaper() {
     ended=$(stat -c %Y "$run/a$number" 2>/dev/null || echo 0)
     asked=$((asked > ended ? asked : ended))
     if (($(date +%s) > (asked > began ? asked : began) + patience)); then
-      echo "ended, and nobody has asked for $patience s: $*"
-      "$@" && return  # else later: the cloud may not have answered
+      echo "idle, and no launcher has called for $patience s: $*"
+      "$@" && return  # retry later: the API may not have answered
     fi
   done
 }
 
 # --- the command line -------------------------------------------------------------------------------------------
 
-arguments() {  # LEAST GIVEN USAGE
+arguments() {  # MINIMUM COUNT USAGE
   (($2 >= $1)) || fail 64 "usage: agent.sh $3"
 }
 
@@ -379,13 +379,13 @@ case $verb in
   secrets) arguments 1 $# "secrets RUN"; secrets "$@" ;;
   start) arguments 5 $# "start RUN ATTEMPT SHA PORT ARGUMENT..."; start "$@" ;;
   wrap) wrap "$@" ;;
-  status) arguments 2 $# "status RUN ATTEMPT|last [OFFSET [SITTER]]"; status "$@" ;;
+  status) arguments 2 $# "status RUN ATTEMPT|last [OFFSET [WATCHER]]"; status "$@" ;;
   stop) arguments 3 $# "stop RUN ATTEMPT GRACE"; stop "$@" ;;
   kill_later) kill_later "$@" ;;
   stacks) arguments 2 $# "stacks RUN ATTEMPT"; stacks "$@" ;;
-  lease) arguments 2 $# "lease RUN SITTER"; lease "$@" ;;
+  lease) arguments 2 $# "lease RUN WATCHER"; lease "$@" ;;
   disarm) arguments 1 $# "disarm RUN"; disarm "$@" ;;
   reap) arguments 3 $# "reap RUN PATIENCE COMMAND..."; reap "$@" ;;
   reaper) reaper "$@" ;;
-  *) fail 64 "no verb is named '$verb'" ;;
+  *) fail 64 "unknown verb '$verb'" ;;
 esac

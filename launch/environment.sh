@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv at the top of the repository: Python, the pinned dependencies, vit_scale itself (editable).
+# Creates .venv at the top of the repository: Python, the pinned dependencies, vit_scale itself (editable).
 #
 #   launch/environment.sh [EXTRA...]     extras of pyproject.toml: docs, gpu, gs, inspect, peers, tpu, test
 #
-# Safe to run at every start. It does nothing when .venv already holds what is asked for, takes turns with
-# another start, and rebuilds an environment whose installation was interrupted. Everything it prints goes
-# to standard error. PYTHON=/path/to/python chooses the interpreter, VENV=/path another place than .venv.
+# Safe to run at every start: it does nothing if .venv is up to date, waits for a concurrent start, and rebuilds an
+# environment whose installation was interrupted. Everything it prints goes to standard error.
+#   PYTHON=/path/to/python   the interpreter (default: Python 3.12 if there is one, else python3)
+#   VENV=/path               the environment's folder, instead of .venv
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
-stamp=$venv/vit_scale.stamp            # what a finished installation holds
-unfinished=$venv/vit_scale.unfinished  # present while an installation runs, so left by an interrupted one
+stamp=$venv/vit_scale.stamp            # extras and inputs of a finished installation
+unfinished=$venv/vit_scale.unfinished  # exists during an installation, and after an interrupted one
 
 say() { echo "environment: $*" >&2; }
 die() { say "$@"; exit 1; }
@@ -34,7 +35,7 @@ find_python() {
   done
 }
 
-# Which inputs the installation depends on. A moved repository needs new console scripts, hence $root.
+# Prints what the installation depends on; a moved repository needs new console scripts, hence $root.
 inputs() {
   printf '%s\n' "$root" "$(version "$venv/bin/python")"
   cat "$root/pyproject.toml" "$root/constraints.txt"
@@ -56,7 +57,7 @@ up_to_date() {
   [[ $(sed -n 2p "$stamp") == "$(inputs | cksum)" ]]
 }
 
-# An environment that can be added to: finished, or made by hand, and of the Python asked for.
+# Succeeds if extras can be added to the environment: it is complete, or made by hand, with the right Python.
 usable() {
   [[ ! -f $unfinished ]] || return 1
   modern "$venv/bin/python" || return 1
@@ -75,7 +76,7 @@ create() {
   [[ -n $python ]] || die "no Python 3.11 or later found: install one, or uv, or set PYTHON=/path/to/python"
   say "creating .venv (Python $(version "$python"))"
   "$python" -m venv --clear "$venv" >&2 ||
-    die "$python cannot make environments: install its venv package (python3-venv), or uv"
+    die "$python cannot create environments: install its venv package (python3-venv), or uv"
 }
 
 install() {
@@ -86,12 +87,12 @@ install() {
     uv pip install --python "$venv/bin/python" -c "$root/constraints.txt" -e "$target" >&2
   else
     "$venv/bin/python" -m pip install -c "$root/constraints.txt" -e "$target" >&2
-  fi || die "the installation failed (its messages are above); run the same command to try again"
+  fi || die "the installation failed (see above); rerun the same command to retry"
 }
 
 update() {
   local extras
-  # Another start may have finished the work while this one waited for its turn.
+  # A concurrent start may have finished the work meanwhile.
   if up_to_date "$@"; then return; fi
   extras=$(echo "$* $(installed_extras)" | xargs -n 1 | sort -u | xargs)
   usable || create
@@ -107,7 +108,7 @@ if up_to_date "$@"; then exit; fi
 mkdir -p "$root/.cache"
 exec 9>"$root/.cache/environment.lock"
 if command -v flock >/dev/null && ! flock -n 9; then
-  say "another start is installing; waiting for it"
+  say "waiting for a concurrent installation"
   flock 9
 fi
 update "$@"

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Prints what trains on GKE: a JobSet for kubectl, or with --xpk the command that has xpk make one.
+"""Print a GKE JobSet that trains a config, for kubectl; or with --xpk, the equivalent xpk command.
 
     launch/gke.py --config vit_base_imagenet --name vit --type v5e-256 --image IMAGE \\
         --workdir gs://BUCKET/vit --secret wandb --spot | kubectl apply -f -
 
-IMAGE has vit_scale installed with its extra tpu. The exit codes mean what they mean everywhere: 42
-and those of lost machines (127 and above) start all slices again, at most --max-restarts times;
-others end it.
+IMAGE must have vit_scale installed with its extra tpu. Exit codes of resumable runs (42) and lost
+machines (127 and above) restart all slices, at most --max-restarts times; others fail the JobSet.
 """
 
 import argparse
@@ -26,43 +25,47 @@ from launch.tpu.plan import NAME, ROOT
 def parser() -> argparse.ArgumentParser:
     top = flags.Parser(prog="launch/gke.py", description=__doc__.partition("\n")[0])
     add = top.add_argument
-    add("--config", required=True, help="a config's name, NAME:ARGUMENT, or a path in this tree")
-    add("--name", required=True, help="of the JobSet")
+    add(
+        "--config",
+        required=True,
+        help="a config of configs/, NAME:ARGUMENT, or a path in this repository",
+    )
+    add("--name", required=True, help="name of the JobSet")
     add("--type", required=True, help="accelerator type, such as v5e-256")
     add("--image", required=True, help="container image with vit_scale and its extra tpu")
-    add("--workdir", required=True, help="the run's folder, gs://BUCKET/RUN")
-    add("--num-slices", type=int, default=1)
-    add("--spot", action="store_true")
-    add("--secret", default="", help="name of a Kubernetes Secret: its keys become variables")
-    add("--service-account", default="", help="Kubernetes service account that may use the bucket")
-    add("--max-restarts", type=int, default=100)
-    add("--grace", type=flags.seconds, default="2m", help="to save a checkpoint before SIGKILL")
-    add("--xpk", metavar="CLUSTER", help="print xpk's command instead")
+    add("--workdir", required=True, help="run folder, gs://BUCKET/RUN")
+    add("--num-slices", type=int, metavar="N", default=1, help="number of slices (multislice)")
+    add("--spot", action="store_true", help="Spot VMs")
+    add("--secret", default="", help="Kubernetes Secret whose keys become environment variables")
+    add(
+        "--service-account", default="", help="Kubernetes service account with access to the bucket"
+    )
+    add("--max-restarts", type=int, metavar="N", default=100, help="restarts of all slices")
+    add(
+        "--grace",
+        type=flags.seconds,
+        metavar="TIME",
+        default="2m",
+        help="time to save a checkpoint",
+    )
+    add("--xpk", metavar="CLUSTER", help="print the xpk command for CLUSTER instead")
     return top
 
 
 def render(args: argparse.Namespace, train: list[str]) -> dict:
-    """The JobSet: one job a slice, one pod a host, each with all of the host's chips."""
+    """Render the JobSet: one job per slice, one pod per host with all of the host's chips."""
     slice_ = accelerators.parse(args.type)
     if not slice_.gke or not slice_.topology:
-        raise Stop(REFUSED, f"type {slice_.type}: GKE's name of it is not known here")
+        raise Stop(
+            REFUSED, f"type {slice_.type} is not supported on GKE: no GKE name or topology is known"
+        )
+    final = {"containerName": "train", "operator": "NotIn", "values": [*RESTARTABLE]}
     job = {
         "parallelism": slice_.hosts,
         "completions": slice_.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {
-                        "containerName": "train",
-                        "operator": "NotIn",
-                        "values": [*RESTARTABLE],
-                    },
-                }
-            ]
-        },
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
         "template": {"spec": pod(args, train, slice_)},
     }
     return {
@@ -109,7 +112,7 @@ def pod(args: argparse.Namespace, train: list[str], slice_: Accelerator) -> dict
     if args.secret:
         container["envFrom"] = [{"secretRef": {"name": args.secret}}]
     spec = {
-        "restartPolicy": "Never",  # a podFailurePolicy needs it
+        "restartPolicy": "Never",  # required by podFailurePolicy
         "terminationGracePeriodSeconds": int(args.grace) + 30,
         "hostNetwork": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
@@ -124,7 +127,7 @@ def pod(args: argparse.Namespace, train: list[str], slice_: Accelerator) -> dict
 
 
 def yaml(value, indent: int = 0) -> str:
-    """Dictionaries as blocks; plain values and lists of them as JSON, which YAML reads."""
+    """Dump as YAML: dictionaries as blocks, scalars and lists of them as JSON, a subset."""
     pad = "  " * indent
     if isinstance(value, dict) and value:
         lines = []
@@ -144,7 +147,7 @@ def nested(value) -> bool:
 
 
 def xpk(args: argparse.Namespace, train: list[str]) -> str:
-    """The same with xpk, which restarts after the same exit codes by default."""
+    """Return the xpk command, whose default restart policy uses the same exit codes."""
     words = ["xpk", "workload", "create", "--cluster", args.xpk, "--workload", args.name]
     words += [
         "--tpu-type",
@@ -163,18 +166,18 @@ def main(argv: list[str] | None = None) -> int:
         words, overrides, _ = flags.split(sys.argv[1:] if argv is None else argv)
         args = parser().parse_args(words)
         if args.xpk and (args.secret or args.service_account):
-            given = "--secret" if args.secret else "--service-account"
-            raise Stop(USAGE, f"xpk has nothing like {given}: leave it out, or print the JobSet")
+            flag = "--secret" if args.secret else "--service-account"
+            raise Stop(USAGE, f"xpk does not support {flag}: remove it, or print the JobSet")
         if not NAME.fullmatch(args.name):
             raise Stop(
-                REFUSED, f"--name {args.name!r}: at most 40 of a-z, 0-9 and -, a letter first"
+                REFUSED, f"--name {args.name!r}: use at most 40 of a-z, 0-9 and -, a letter first"
             )
         config = preflight.check_name(ROOT, args.config)
         slice_ = accelerators.parse(args.type)
         preflight.check_workdir(args.workdir, slice_.hosts, kept=False, mounted=False)
-        shown = preflight.resolve(ROOT, config, overrides, slice_.chips * args.num_slices)
-        if shown and preflight.check_data(shown, local=False):
-            print("gke: the data is downloaded by no one: it must be in IMAGE", file=sys.stderr)
+        resolved = preflight.resolve(ROOT, config, overrides, slice_.chips * args.num_slices)
+        if resolved and preflight.check_data(resolved, local=False):
+            print("gke: the data must be in IMAGE: pods do not download it", file=sys.stderr)
         train = ["train", "--config", config, "--workdir", args.workdir, *overrides]
         print(xpk(args, train) if args.xpk else yaml(render(args, train)))
     except Stop as stop:

@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Trains on this machine, with whatever it has: CPU, GPUs or a TPU VM. The whole path from a fresh clone.
+# Trains on this machine, from a fresh clone: on the CPU, its GPUs, or the TPU of this VM.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 launch/local.sh --config NAME [FLAG...]
 
-Makes or updates .venv, then runs `vit-scale train` with every flag given here. Run the same command again
-to resume. The exit code is the trainer's: 0 done, 1 failed, 2 usage, 42 stopped but resumable, 43 diverged.
+Create or update .venv, then run `vit-scale train` with these flags. Rerun the same command to
+resume. The exit code is the trainer's: 0 done, 1 failed, 2 usage, 42 stopped but resumable, 43 diverged.
 
-  --config quickstart             a configuration of configs/, a path, or NAME:ARGUMENT
-  --workdir runs/quickstart       where the run is kept
-  --config.optim.lr=3e-4          overrides any field of configs/base.py
-  --hosts 4 --devices 2           a pod on this machine: 4 processes with 2 virtual CPU devices each
+  --config quickstart             a config of configs/, a path, or NAME:ARGUMENT
+  --workdir runs/quickstart       the run folder
+  --config.optim.lr=3e-4          override any field of configs/base.py
+  --hosts 4 --devices 2           simulate a pod: 4 processes with 2 virtual CPU devices each
 
-  ACCELERATOR=cpu|gpu|tpu         what to install JAX for, where the guess is wrong
-  PYTHON=/path/to/python          the interpreter of a new .venv
+  ACCELERATOR=cpu|gpu|tpu         install JAX for this accelerator (default: detected)
+  PYTHON=/path/to/python          the interpreter of .venv (default: Python 3.12, else python3)
 END
 }
 
-# Prints the extra of pyproject.toml that this machine's accelerator needs, or nothing.
+# Prints the extra of pyproject.toml for this machine's accelerator, or nothing.
 accelerator() {
   if [[ -n ${ACCELERATOR:-} ]]; then
     case $ACCELERATOR in
       cpu) ;;
       gpu | tpu) echo "$ACCELERATOR" ;;
-      *) echo "local: ACCELERATOR=$ACCELERATOR is none of cpu, gpu, tpu" >&2; return 2 ;;
+      *) echo "local: ACCELERATOR=$ACCELERATOR is not cpu, gpu or tpu" >&2; return 2 ;;
     esac
   elif [[ -e /dev/accel0 || -e /dev/vfio/0 ]]; then
     echo tpu

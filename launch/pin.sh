@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes constraints.txt anew: the newest versions that pyproject.toml allows, for every Python it allows.
-# Needs uv, which resolves all of them at once. Afterwards run launch/test.sh with each Python.
+# Regenerates constraints.txt: the newest versions that pyproject.toml allows, for every Python it allows.
+# Needs uv, which resolves them together. Afterwards run launch/test.sh with each Python.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,12 +1,11 @@
-"""A pod on one machine: real processes with virtual CPU devices, which train as so many hosts do.
+"""Simulate a pod on one machine: one process per host, with virtual CPU devices.
 
     python launch/pod.py --hosts 4 --devices 2 COMMAND...
 
-COMMAND runs once for each host, with the flags by which they find each other. What host 0 prints is
-printed here. When a host fails, all are stopped, and the last lines of the one that failed first
-are shown before anything that its end made others say. The exit code is that host's: 42 means
-stopped but resumable. Ctrl-C and SIGTERM are passed on to all hosts; a second one ends them at
-once, and so does the end of this process.
+COMMAND runs once per host, with flags for the coordinator, the number of processes and its own
+number. Only host 0's output is shown. If a host fails, all are stopped, the last lines of the first
+to fail are printed, and its exit code is returned: 42 means stopped but resumable. Ctrl-C and
+SIGTERM are forwarded to all hosts; a second one, or the end of this process, kills them.
 """
 
 import argparse
@@ -24,18 +23,18 @@ from typing import IO, TextIO
 
 Ended = queue.Queue  # of (host number, exit code)
 RESUMABLE = 42  # as in tpu/exit_codes.py
-LAST_LINES = 40  # of each host, kept to be shown
-PATIENCE = 30  # seconds that hosts have to end by themselves, after a signal or with another
-NOISE = "peer ranks"  # in each line by which Gloo, which connects CPUs, says that it did
+LAST_LINES = 40  # of each host, to print if it fails
+PATIENCE = 30  # seconds hosts have to exit after a signal or another host's exit
+NOISE = "peer ranks"  # in every line that Gloo prints about its connections
 
 
 class Host:
-    """One process of the pod; `ended` receives (number, exit code) when it is over."""
+    """One process of the pod; its (number, exit code) is put on `ended` when it exits."""
 
     def __init__(self, number: int, command: list[str], environment: dict[str, str], ended: Ended):
         self.number = number
         self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
-        self.heard = number == 0
+        self.printed = number == 0
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -44,7 +43,7 @@ class Host:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
+            start_new_session=True,  # the terminal's Ctrl-C reaches only this process
             preexec_fn=_end_with_parent,
         )
         streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
@@ -58,7 +57,7 @@ class Host:
             if NOISE in line:
                 continue
             self.lines.append(line)
-            if self.heard:
+            if self.printed:
                 terminal.write(line)
                 terminal.flush()
 
@@ -67,18 +66,18 @@ class Host:
         ended.put((self.number, code if code >= 0 else 128 - code))
 
     def signal(self, number: int) -> None:
-        """Send a signal to the host and to the processes that it started."""
+        """Send a signal to the host's process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def last_lines(self) -> str:
         for reader in self.readers:
-            reader.join(timeout=1)  # a worker of the host may hold its output open
+            reader.join(timeout=1)  # a child of the host may hold its output open
         return "".join(self.lines)
 
 
 def _end_with_parent() -> None:
-    """Linux ends a host whose parent is gone; elsewhere it stays."""
+    """On Linux, have the kernel kill this process when its parent exits."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -92,9 +91,9 @@ def free_port() -> int:
 
 def start(hosts: int, devices: int, command: list[str], ended: Ended) -> list[Host]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    where = ["--coordinator", f"localhost:{free_port()}", "--processes", str(hosts)]
+    cluster = ["--coordinator", f"localhost:{free_port()}", "--processes", str(hosts)]
     return [
-        Host(number, [*command, *where, "--process", str(number)], environment, ended)
+        Host(number, [*command, *cluster, "--process", str(number)], environment, ended)
         for number in range(hosts)
     ]
 
@@ -114,7 +113,7 @@ def forward_signals(pod: list[Host]) -> list[int]:
 
 
 def follow(pod: list[Host], ended: Ended) -> int:
-    """Wait for all hosts; the exit code of the first that failed, or 0."""
+    """Wait for all hosts; return the exit code of the first that failed, or 0."""
     running, result = {host.number for host in pod}, 0
     received = forward_signals(pod)
     while running:
@@ -133,7 +132,7 @@ def follow(pod: list[Host], ended: Ended) -> int:
 
 
 def report_failure(pod: list[Host], number: int, code: int) -> None:
-    pod[0].heard = number == 0  # what it says from now on, the end of another made it say
+    pod[0].printed = number == 0  # its later output is only a consequence
     lines = pod[number].last_lines()
     print(
         f"{lines if number else ''}pod: host {number} of {len(pod)} ended with exit code {code}",
@@ -148,14 +147,14 @@ def stop(pod: list[Host]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--hosts", type=int, required=True, help="how many processes")
+    parser.add_argument("--hosts", type=int, required=True, help="number of processes")
     parser.add_argument(
-        "--devices", type=int, default=1, help="virtual devices of each (default: 1)"
+        "--devices", type=int, default=1, help="virtual devices per process (default: 1)"
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what each host runs")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="command of each host")
     args = parser.parse_args(argv)
     if args.hosts < 1 or args.devices < 1 or not args.command:
-        parser.error("--hosts and --devices are at least 1, and a command follows them")
+        parser.error("--hosts and --devices must be at least 1, followed by a command")
     ended: Ended = queue.Queue()
     pod = start(args.hosts, args.devices, args.command, ended)
     try:

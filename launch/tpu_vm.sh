@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice, from this machine: creates it or adopts it, starts every worker, watches, recovers, deletes.
+# Trains on a Cloud TPU slice: creates or adopts it, starts every worker, watches the run, recovers, deletes the slice.
 #
 #   launch/tpu_vm.sh --config vit_small_cifar --name vit --type v4-32 --zone us-central2-b --spot
 #   launch/tpu_vm.sh --help
 #
-# Needs Python 3.10 or later, and gcloud. It is the same command that takes a run up again; all it does is in launch/tpu.
+# Needs Python 3.10 or later, and gcloud. Rerun the same command to resume. The implementation is in launch/tpu.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

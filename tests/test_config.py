@@ -82,9 +82,9 @@ def test_load_reads_a_file_with_its_argument(own):
 )
 def test_overrides(item, key, value):
     default = config.fields(config.base())[key]
-    found = config.fields(config.override(config.base(), [item]))[key]
-    assert found == value != default or (key, value) == ("model.scan", True)
-    assert type(found) is type(value)
+    result = config.fields(config.override(config.base(), [item]))[key]
+    assert result == value != default or (key, value) == ("model.scan", True)
+    assert type(result) is type(value)
 
 
 def test_the_last_override_wins():

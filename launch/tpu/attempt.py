@@ -3,12 +3,12 @@
 Each call goes to one worker and may fail: an unreachable worker is not a dead one.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from launch.tpu import secret, worker_commands
+from launch.tpu import agent_status, secret, worker_commands
+from launch.tpu.agent_status import AgentStatus
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit, diagnose, last_line
 from launch.tpu.exit_codes import AGENT_BUSY, DONE, RESUMABLE, TPU_HELD
@@ -42,9 +42,6 @@ class View:
     stopped: bool = False
     error: str = ""
     missed: int = 0  # consecutive status calls without an answer
-    watcher: str = ""
-    attempt: int = 0
-    free_gb: str = ""
 
     @property
     def over(self) -> bool:
@@ -155,41 +152,31 @@ class Attempt:
         view, now = self.views[worker], self.clock.now()
         words = ("status", self.plan.run, self.number, view.offset, self.watcher)
         result = self.workers.agent(worker, *words)
-        _, marker, answer = result.out.partition(b"#STATUS ")
-        if result.code or not marker:
+        reply = agent_status.parse(result)
+        if reply is None:
             view.error, view.missed = last_error(result.err), view.missed + 1
             return []
-        head, _, log = answer.partition(b"\n#LOG ")
-        sizes, _, log = log.partition(b"\n")
-        self._read_head(view, head.decode(errors="replace"), now)
-        return self._read_log(view, [int(word) for word in sizes.split()], log)
+        self._update(view, reply, now)
+        return self._read_log(view, reply)
 
-    def _read_head(self, view: View, head: str, now: float) -> None:
-        status, *rest = head.split("\n")
-        values = dict(word.partition("=")[::2] for word in status.split())
-        lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in rest}
-        view.missed = 0
-        view.seen, view.error, view.watcher = now, "", lines.get("#SITTER", "")
-        view.state, view.attempt = values["state"], int(values["attempt"])
-        view.stopped, view.free_gb = values["stopped"] == "1", values["free_gb"]
-        if view.state == "ended" and values["rc"]:
-            view.code = int(values["rc"])
+    def _update(self, view: View, reply: AgentStatus, now: float) -> None:
+        view.seen, view.error, view.missed = now, "", 0
+        view.state, view.stopped = reply.state, reply.stopped
+        if view.state == "ended" and reply.code is not None:
+            view.code = reply.code
         if view.over:
-            end, there = values["ended"] or values["now"], values["now"]
-            view.ended = now - (float(there) - float(end)) / self.clock.scale
-        try:
-            heartbeat = json.loads(lines.get("#HEARTBEAT") or "{}")
-        except ValueError:
-            return  # half written
-        old = view.heartbeat
-        if heartbeat != old:
+            ended = reply.now if reply.ended is None else reply.ended
+            view.ended = now - (reply.now - ended) / self.clock.scale
+        if reply.heartbeat is None:
+            return
+        old, view.heartbeat = view.heartbeat, reply.heartbeat
+        if view.heartbeat != old:
             view.beat = now
-        if (heartbeat.get("step"), heartbeat.get("phase")) != (old.get("step"), old.get("phase")):
+        if any(view.heartbeat.get(key) != old.get(key) for key in ("step", "phase")):
             view.moved = now
-        view.heartbeat = heartbeat
 
-    def _read_log(self, view: View, sizes: list[int], log: bytes) -> list[str]:
-        offset, view.size = sizes
+    def _read_log(self, view: View, reply: AgentStatus) -> list[str]:
+        offset, log, view.size = reply.log_offset, reply.log, reply.log_size
         if view.size < offset:  # a new machine's log
             view.offset = 0
             self.journal.log_file(self.number, view.worker).unlink(missing_ok=True)

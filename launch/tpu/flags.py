@@ -5,10 +5,10 @@ import difflib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from launch.tpu import gcloud
+from launch.tpu import gcloud, secret
 from launch.tpu.exit_codes import USAGE, Stop
 
 VERBS = {
@@ -22,6 +22,11 @@ VERBS = {
     "ssh": "open a shell on a worker, or run -- COMMAND on all",
     "doctor": "check gcloud, account, project, zone and SSH keys",
 }
+PROVISIONING = {
+    "spot": "Spot VMs: cheaper, preempted at any time",
+    "reserved": "capacity from a reservation",
+    "on-demand": "on-demand capacity (default)",
+}
 SETTINGS = {  # flag: variable in the environment and in launch/tpu.env
     "name": "TPU_NAME",
     "type": "TPU_TYPE",
@@ -30,6 +35,15 @@ SETTINGS = {  # flag: variable in the environment and in launch/tpu.env
     "bucket": "BUCKET",
     "service_account": "SERVICE_ACCOUNT",
 }
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = not action.default or action.nargs == 0 or "default" in text
+        return text if shown else f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +88,12 @@ def machine_policy(text: str) -> str:
     return text
 
 
+NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
+USD: dict[str, Any] = {"type": float, "metavar": "USD"}
+TIME: dict[str, Any] = {"type": seconds, "metavar": "TIME"}
+POLICY: dict[str, Any] = {"type": machine_policy, "metavar": "delete|keep|keep:TIME"}
+
+
 def parser() -> Parser:
     verbs = "\n".join(f"  {verb:8} {text}" for verb, text in VERBS.items())
     top = Parser(
@@ -83,146 +103,88 @@ def parser() -> Parser:
         f"\n\n{verbs}",
         epilog="--config.FIELD=VALUE overrides a field of the config. Defaults come from the "
         f"environment and launch/tpu.env: {', '.join(SETTINGS.values())}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     top.add_argument("verb", nargs="?", default="run", choices=VERBS, metavar="VERB")
-    _add_run_flags(top)
-    _add_machine_flags(top)
-    _add_policy_flags(top)
-    _add_verb_flags(top)
+    _add_run_flags(top.add_argument_group("run").add_argument)
+    _add_machine_flags(top.add_argument_group("machine"))
+    _add_policy_flags(top.add_argument_group("limits and recovery").add_argument)
+    _add_verb_flags(top.add_argument_group("other verbs").add_argument)
     return top
 
 
-def _add_run_flags(top: Parser) -> None:
-    add = top.add_argument_group("run").add_argument
+def _add_run_flags(add: Callable) -> None:
     add("--config", help="a config of configs/, NAME:ARGUMENT, or a path in this repository")
     add("--name", help="name of the run and its machine (default: the config's name)")
     add("--workdir", help="run folder, gs://BUCKET/RUN (default: BUCKET/NAME)")
-    add(
-        "--workdir-is-mounted",
-        action="store_true",
-        help="the workdir is a mounted path that outlives the machine",
-    )
+    add("--workdir-is-mounted", action="store_true", help="the workdir outlives the machine")
     add("--bucket", help="gs://BUCKET[/FOLDER] of the default workdir")
-    add("--setup", default="", help="command to run on each worker before training, such as mount")
-    add(
-        "--secret",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="environment variable to send to the workers, over stdin",
-    )
-    add(
-        "--env-file",
-        default="",
-        metavar="FILE",
-        help="file of NAME=VALUE lines to send (chmod 600)",
-    )
+    add("--setup", default="", help="command that each worker runs before training, such as mount")
+    add("--secret", action="append", default=[], metavar="NAME", help="variable to send, by stdin")
+    add("--env-file", default="", metavar="FILE", help="NAME=VALUE lines to send (chmod 600)")
 
 
-def _add_machine_flags(top: Parser) -> None:
-    add = top.add_argument_group("machine").add_argument
+def _add_machine_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--type", help="accelerator type, such as v4-32, v5e-16, v5p-64, v6e-8")
     add("--zone", "--zones", dest="zone", help="zone, or zones to try in order: a,b")
     add("--project", help="Google Cloud project (default: gcloud's)")
     add("--runtime", default="", help="TPU software version (default: by type)")
-    model = top.add_mutually_exclusive_group()
-    for name in ("spot", "reserved", "on-demand"):
-        model.add_argument(f"--{name}", dest="model", action="store_const", const=name)
-    add(
-        "--no-queue",
-        action="store_true",
-        help="create the TPU VM directly, without a queued resource",
-    )
-    add(
-        "--valid-until",
-        type=duration,
-        metavar="6h",
-        help="give up if still queued after this time",
-    )
-    add("--num-slices", type=int, default=1, metavar="N", help="number of slices (multislice)")
-    add(
-        "--existing",
-        action="store_true",
-        help="use the existing TPU VM NAME; never create or delete it",
-    )
-    add("--target", default="auto", metavar="auto|vm|here|local:N", help="where to train")
-    add("--devices", type=int, default=2, help="virtual devices per worker, with --target local:N")
-    add(
-        "--internal-ip",
-        action="store_true",
-        help="create and reach the VMs without external IP addresses",
-    )
+    model = group.add_mutually_exclusive_group()
+    for name, text in PROVISIONING.items():
+        model.add_argument(f"--{name}", dest="model", action="store_const", const=name, help=text)
+    add("--no-queue", action="store_true", help="create the VM without a queued resource")
+    add("--valid-until", type=duration, metavar="TIME", help="give up if still queued after this")
+    add("--num-slices", **NUMBER, default=1, help="slices of this type (multislice)")
+    add("--existing", action="store_true", help="use TPU VM NAME; never create or delete it")
+    targets = "auto|vm|here|local:N"
+    add("--target", default="auto", metavar=targets, help="TPU VM, this host, or N processes on it")
+    add("--devices", **NUMBER, default=2, help="virtual devices per process of local:N")
+    add("--internal-ip", action="store_true", help="no external IP addresses")
     add("--iap", action="store_true", help="SSH through Identity-Aware Proxy (gcloud alpha)")
     for name in ("network", "subnetwork", "service-account", "data-disk"):
         add(f"--{name}", default="", help=f"passed to gcloud as --{name}")
 
 
-def _add_policy_flags(top: Parser) -> None:
-    add = top.add_argument_group("limits and recovery").add_argument
+def _add_policy_flags(add: Callable) -> None:
+    add("--max-failures", **NUMBER, default=3, help="limit of failures in a row without progress")
+    add("--max-restarts", **NUMBER, default=100, help="limit of restarts after preemptions")
+    add("--max-hours", type=float, metavar="H", default=0, help="limit of machine hours (0: none)")
+    add("--max-cost", **USD, default=0, help="limit of cost (0: none)")
+    add("--price", **USD, help="price of a chip-hour (default: list price)")
+    add("--stall-timeout", **TIME, default="10m", help="restart without a heartbeat or step")
+    add("--first-step-timeout", **TIME, default="45m", help="restart without a first step")
+    add("--grace", **TIME, default="2m", help="time to save, from SIGTERM to SIGKILL")
+    add("--on-success", **POLICY, default="delete", help="the machine after success")
+    add("--on-failure", **POLICY, default="keep:30m", help="the machine after a failure")
+    interrupts: dict[str, Any] = {"choices": ["", "detach", "stop"], "metavar": "detach|stop"}
     add(
-        "--max-failures",
-        type=int,
-        default=3,
-        help="give up after N failures in a row without progress",
+        "--on-interrupt",
+        **interrupts,
+        default="",
+        help="what Ctrl-C does (default: detach if training)",
     )
-    add(
-        "--max-restarts",
-        type=int,
-        default=100,
-        help="limit of restarts after preemptions and lost machines",
-    )
-    add("--max-hours", type=float, default=0, help="limit of machine hours (0: none)")
-    add("--max-cost", type=float, default=0, help="limit of cost in USD (0: none)")
-    add("--price", type=float, help="USD per chip-hour (default: list price)")
-    add(
-        "--stall-timeout",
-        type=seconds,
-        default="10m",
-        help="restart after this time without a heartbeat or a step",
-    )
-    add(
-        "--first-step-timeout",
-        type=seconds,
-        default="45m",
-        help="restart if there is no first step after this time",
-    )
-    add(
-        "--grace",
-        type=seconds,
-        default="2m",
-        help="time to save a checkpoint, from SIGTERM to SIGKILL",
-    )
-    add("--on-success", type=machine_policy, default="delete", metavar="delete|keep")
-    add("--on-failure", type=machine_policy, default="keep:30m", metavar="delete|keep|keep:30m")
-    add("--on-interrupt", default="", choices=["", "detach", "stop"], metavar="detach|stop")
     add(
         "--orphan",
-        type=seconds,
+        **TIME,
         default="1h",
-        help="worker 0 deletes a machine that is idle and unwatched this long (0: never)",
+        help="worker 0 deletes an idle machine (0: never)",
     )
     add("--detach", action="store_true", help="watch in the background; follow with `logs -f`")
     add("--dry-run", action="store_true", help="print every command without running any")
     add("--again", action="store_true", help="run again although the run is done")
 
 
-def _add_verb_flags(top: Parser) -> None:
-    add = top.add_argument_group("other verbs").add_argument
+def _add_verb_flags(add: Callable) -> None:
     add("--keep", action="store_true", help="stop: keep the machine")
     add("-f", "--follow", action="store_true", help="logs: follow")
     add("--worker", default="all", metavar="I|all", help="logs, ssh: this worker only")
-    add("--attempt", type=int, help="logs: of this attempt (default: the latest)")
+    add("--attempt", **NUMBER, help="logs: of this attempt (default: the latest)")
     add("--json", action="store_true", help="status, list: print one JSON object")
     add("--expired", action="store_true", help="gc: expired machines only")
     add("--yes", action="store_true", help="gc, delete: do not ask")
-    add(
-        "--owner",
-        default="",
-        metavar="NAME|all",
-        help="list, gc, delete: machines of this user",
-    )
+    add("--owner", default="", metavar="NAME|all", help="list, gc, delete: this user's machines")
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -247,7 +209,8 @@ class Values:
     def __init__(self, args: argparse.Namespace, root: pathlib.Path):
         self.args = args
         self.sources: dict[str, str] = {}
-        self.stored = read_env_file(root / "launch" / "tpu.env")
+        file = root / "launch" / "tpu.env"
+        self.stored = secret.parse_env(file.read_text()) if file.exists() else {}
 
     def get(self, name: str, default: str = "", source: str = "default") -> str:
         variable = SETTINGS[name]
@@ -271,13 +234,3 @@ class Values:
         result = gcloud.run(["gcloud", "config", "get-value", setting, "--quiet"], timeout=60)
         value = result.out.decode().strip() if result.code == 0 else ""
         return self.get(name, "" if value == "(unset)" else value, "gcloud config")
-
-
-def read_env_file(file: pathlib.Path) -> dict[str, str]:
-    """Read NAME=VALUE lines; empty if there is no file."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
-    return {name.strip(): value.strip().strip("\"'") for name, equals, value in pairs if equals}

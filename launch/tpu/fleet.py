@@ -6,7 +6,8 @@ import json
 import sys
 import time
 
-from launch.tpu import accelerators, billing, cloud_tpu, flags, gcloud
+from launch.tpu import accelerators, agent_status, billing, cloud_tpu, flags, gcloud
+from launch.tpu.agent_status import AgentStatus
 from launch.tpu.clock import Clock
 from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, USAGE, Stop
 from launch.tpu.gcloud import ApiError, Tpu
@@ -207,18 +208,19 @@ def in_use(machine: Machine) -> str:
         return ""
     workers = GcloudWorkers(machine.tpu, status.hosts, clock, lambda argv: None)
     ask = agent_command("status", machine.labels.get("run", ""), "last")
-    line = f"if test -e {HOME}/agent.sh; then {ask}; else echo '#STATUS state=absent'; fi"
+    line = f"if test -e {HOME}/agent.sh; then {ask}; else echo no agent; fi"
     answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
-    texts = [result.out.decode(errors="replace") for result in answers.values()]
-    if any("state=running" in text or watched(text, clock) for text in texts):
+    replies = [agent_status.parse(result) for result in answers.values()]
+    if any(reply and in_use_now(reply, clock) for reply in replies):
         return "in use"
-    reached = all(result.code == 0 for result in answers.values())
-    idle = reached and texts and all("#STATUS" in text for text in texts)
-    return "" if idle else NOT_REACHED
+    idle = [
+        reply or result.out == b"no agent\n"
+        for reply, result in zip(replies, answers.values(), strict=True)
+    ]
+    return "" if idle and all(idle) else NOT_REACHED
 
 
-def watched(status: str, clock: Clock) -> bool:
-    """Return whether a launcher has asked this worker recently."""
-    asked = status.partition("#SITTER ")[2].split("\n")[0].split()[1:]
-    now = status.partition("now=")[2].split()[:1]
-    return bool(asked and now) and (float(now[0]) - float(asked[0])) / clock.scale < RECENT
+def in_use_now(reply: AgentStatus, clock: Clock) -> bool:
+    """Return whether an attempt runs, or a launcher has called recently."""
+    watched = reply.watched_at and (reply.now - reply.watched_at) / clock.scale < RECENT
+    return reply.state == "running" or bool(watched)

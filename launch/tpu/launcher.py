@@ -12,7 +12,8 @@ import threading
 import traceback
 from collections.abc import Iterator
 
-from launch.tpu import retry_policy, worker_commands
+from launch.tpu import agent_status, retry_policy, worker_commands
+from launch.tpu.agent_status import AgentStatus
 from launch.tpu.allocation import POLL, Allocation, Gone
 from launch.tpu.attempt import Attempt, last_error
 from launch.tpu.billing import Billing
@@ -207,12 +208,12 @@ class Launcher:
             range(self.workers.count),
             lambda i: self.workers.agent(i, "status", self.plan.run, "last"),
         )
-        heads = [result.out.decode(errors="replace") for result in results.values()]
-        numbers = [int(head.partition("attempt=")[2].split()[0]) for head in heads]
-        self.check_watcher(heads[0])
-        number, state = max(numbers), self.journal.state
+        replies = [reply for result in results.values() if (reply := agent_status.parse(result))]
+        assert len(replies) == len(results), results
+        self.check_watcher(replies[0])
+        number, state = max(reply.attempt for reply in replies), self.journal.state
         state["attempt"] = max(state["attempt"], number)
-        running = any("state=running" in head for head in heads)
+        running = any(reply.state == "running" for reply in replies)
         if number == 0 or (number <= state.get("settled", 0) and not running):
             return None
         attempt = self.new_attempt(number)
@@ -235,19 +236,12 @@ class Launcher:
             self.check()
             self.pause(5 * (number + 1))
 
-    def check_watcher(self, head: str) -> None:
+    def check_watcher(self, reply: AgentStatus) -> None:
         """Raise Stop if a launcher on another machine watches this run."""
-        words = head.partition("#SITTER ")[2].splitlines()[:1]
-        if not words or not words[0].strip():
-            return
-        who, asked = words[0].split()
-        now = float(head.partition("now=")[2].split()[0])
-        mine = who.split(":")[0] == socket.gethostname()
-        if not mine and (now - float(asked)) / self.clock.scale < LEASE:
-            raise Stop(
-                USAGE,
-                f"{who} watches this run: stop it there and wait {LEASE // 60} minutes",
-            )
+        other = reply.watcher and reply.watcher.split(":")[0] != socket.gethostname()
+        if other and (reply.now - reply.watched_at) / self.clock.scale < LEASE:
+            wait = f"stop it there and wait {LEASE // 60} minutes"
+            raise Stop(USAGE, f"{reply.watcher} watches this run: {wait}")
 
     def arm_reaper(self) -> None:
         """Arm worker 0 to delete the machine if it is forgotten. A failure is only recorded."""

@@ -39,6 +39,11 @@ def read(file: str) -> dict[str, str]:
         raise Stop(BAD_INPUT, f"--env-file {file}: {error.strerror}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise Stop(BAD_INPUT, f"--env-file {file} is readable by others: run: chmod 600 {file}")
+    return parse_env(text)
+
+
+def parse_env(text: str) -> dict[str, str]:
+    """Parse NAME=VALUE lines, as a shell would; `export`, quotes and comments are allowed."""
     pairs = (line.removeprefix("export ").partition("=") for line in text.splitlines())
     lines = ((name.strip(), value.strip()) for name, equals, value in pairs if equals)
     return {name: _unquoted(value) for name, value in lines if not name.startswith("#")}

@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 
-from launch.tpu import attempt, cloud_tpu, gcloud
+from launch.tpu import agent_status, cloud_tpu, gcloud
+from launch.tpu.attempt import last_error
 from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, REFUSED, USAGE, Stop
 from launch.tpu.run_registry import RegisteredRun
 from launch.tpu.transport import on_all
@@ -48,30 +49,19 @@ def status(args: argparse.Namespace) -> int:
 
 def worker_row(worker: int, result: gcloud.Result) -> dict:
     """Parse a worker's answer to `status` into a row of the table."""
-    text = result.out.decode(errors="replace")
-    if result.code or "#STATUS" not in text:
-        return {
-            "worker": worker,
-            "state": "not reached",
-            "why": attempt.last_error(result.err),
-        }
-    values = dict(
-        word.partition("=")[::2] for word in text.partition("#STATUS ")[2].split("\n")[0].split()
-    )
-    try:
-        beat = json.loads(text.partition("#HEARTBEAT ")[2].split("\n")[0] or "{}")
-    except ValueError:
-        beat = {}
-    age = float(values["now"]) - beat["time"] if "time" in beat else None
+    reply = agent_status.parse(result)
+    if reply is None:
+        return {"worker": worker, "state": "not reached", "why": last_error(result.err)}
+    beat = reply.heartbeat or {}
     return {
         "worker": worker,
-        "attempt": int(values["attempt"]),
-        "state": values["state"],
-        "code": values["rc"],
+        "attempt": reply.attempt,
+        "state": reply.state,
+        "code": "" if reply.code is None else str(reply.code),
         "step": beat.get("step"),
         "phase": beat.get("phase"),
-        "heartbeat_age_s": None if age is None else round(age),
-        "free_gb": int(values["free_gb"]),
+        "heartbeat_age_s": round(reply.now - beat["time"]) if "time" in beat else None,
+        "free_gb": reply.free_gb,
     }
 
 

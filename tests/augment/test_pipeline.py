@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_scale.augment import pipeline
+from vit_scale.augment import draws, pipeline
 from vit_scale.config import base
 from vit_scale.errors import UserError
 
@@ -47,13 +47,13 @@ def augmented(batch, cfg, size=SOURCE):
 
 
 def drawn(cfg, b=6, key=KEY, source=SOURCE):
-    draw = jax.jit(lambda key: pipeline.draw(key, b, cfg, source, SOURCE))
+    draw = jax.jit(lambda key: draws.draw(key, b, cfg, source, SOURCE))
     return jax.tree.map(np.asarray, draw(key))
 
 
 def drawn_for_batches(cfg, size=SOURCE, n=400):
     """The draws that are one for a batch, of n batches: {"weight": [n], "paste": [n, 4]}."""
-    draw = jax.jit(jax.vmap(lambda key: pipeline.draw(key, 1, cfg, SOURCE, size)))
+    draw = jax.jit(jax.vmap(lambda key: draws.draw(key, 1, cfg, SOURCE, size)))
     chosen = draw(jax.random.split(KEY, n))
     return np.asarray(chosen["weight"]), np.asarray(chosen["paste"])
 

@@ -251,13 +251,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     folder = tmp_path / checkpoint.FOLDER / "2"
     damage(folder)
     left = sorted(file.name for file in folder.rglob("*"))
-    step, found = recovered(tmp_path)
+    step, result = recovered(tmp_path)
     assert step == 1
-    same_bits(found["params"], trees(1)["params"])
+    same_bits(result["params"], trees(1)["params"])
     aside = tmp_path / checkpoint.DAMAGED / "2"
     assert sorted(file.name for file in aside.rglob("*")) == left
-    said = capsys.readouterr().err
-    assert said.startswith(f"vit-scale: checkpoint {folder} ") and f"moved to {aside}" in said
+    output = capsys.readouterr().err
+    assert output.startswith(f"vit-scale: checkpoint {folder} ") and f"moved to {aside}" in output
     # The step is saved again, and damaged again: nothing that was set aside is lost.
     save(tmp_path, {2: None}, keep=2)
     damage(folder)
@@ -324,19 +324,19 @@ def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
     save(tmp_path / "good", {1: None, 2: {"accuracy": 0.5}}, keep=2)
     place = pathlib.Path(checkpoint.FOLDER, "2")
     files = sorted(f for f in (tmp_path / "good" / place).rglob("*") if f.is_file())
-    draw, seen = np.random.RandomState(0), 0
+    draw, detected = np.random.RandomState(0), 0
     for number in range(60):
         run = tmp_path / str(number)
         shutil.copytree(tmp_path / "good", run)
         file = run / files[draw.randint(len(files))].relative_to(tmp_path / "good")
         flip(file, draw.randint(2**31))
         with Checkpoints(run) as checkpoints:
-            step, found = checkpoints.recover(like(trees(0)))
+            step, result = checkpoints.recover(like(trees(0)))
             assert step == 1 or checkpoints.read_metrics(2) == {"accuracy": 0.5}
-        same_bits(found["params"], trees(step)["params"])
-        same_bits(found["opt_state"], trees(step)["opt_state"])
-        seen += step == 1
-    assert 10 < seen < 60
+        same_bits(result["params"], trees(step)["params"])
+        same_bits(result["opt_state"], trees(step)["opt_state"])
+        detected += step == 1
+    assert 10 < detected < 60
 
 
 @unread

@@ -60,7 +60,7 @@ with Checkpoints(folder / "run", keep=3) as checkpoints:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[dict]:
+def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("pod")
     command = [sys.executable, str(ROOT / "launch" / "pod.py"), "--hosts", "2", sys.executable]
     done = subprocess.run(
@@ -70,12 +70,12 @@ def seen(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"seen-{n}.json").read_text()) for n in range(2)]
 
 
-def test_what_one_host_can_t_read_is_set_aside_by_all(seen):
-    for host in seen:
+def test_what_one_host_can_t_read_is_set_aside_by_all(results):
+    for host in results:
         assert (host["step"], host["exact"]) == (1, True)
         assert (host["damaged"], host["left"]) == (["2"], 1)
 
 
-def test_only_the_loop_asks_whether_to_stop(seen):
+def test_only_the_loop_asks_whether_to_stop(results):
     """jax's answer is true at one number: a second one who counts would never let us see it."""
-    assert [host["asked by Orbax"] for host in seen] == [0, 0]
+    assert [host["asked by Orbax"] for host in results] == [0, 0]

@@ -29,13 +29,13 @@ def of(array) -> str:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])
 def test_each_flipped_bit_of_each_element_changes_it(dtype):
     array = an_array(dtype)
-    before, seen = of(array), set()
+    before, results = of(array), set()
     for bit in range(8 * array.nbytes):
         content = bytearray(array.tobytes())
         content[bit // 8] ^= 1 << (bit % 8)
-        seen.add(of(np.frombuffer(content, array.dtype).reshape(SHAPE)))
-    assert before not in seen
-    assert len(seen) == 8 * array.nbytes  # and no two of them alike
+        results.add(of(np.frombuffer(content, array.dtype).reshape(SHAPE)))
+    assert before not in results
+    assert len(results) == 8 * array.nbytes  # and no two of them alike
 
 
 def test_bits_are_compared_and_not_values():

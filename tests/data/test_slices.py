@@ -12,7 +12,8 @@ from tests.data.test_image_folder import block, everything, picture, save
 from vit_scale import config, data
 from vit_scale.data import array_record, image_files, shards
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.sources import InMemory, Slice, cut
+from vit_scale.data.sources import InMemory
+from vit_scale.data.splits import Slice, cut
 from vit_scale.errors import UserError
 
 N = 40

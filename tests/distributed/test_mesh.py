@@ -70,9 +70,9 @@ def test_a_process_is_a_slice_where_devices_do_not_say():
 
 def test_an_abstract_mesh_is_that_of_as_many_devices():
     for block, slices in ((mesh_block(fsdp=2), 1), (mesh_block(tensor=2, slices_fsdp=2), 2)):
-        found, made = abstract_mesh(block, 8), make_mesh(block, pod(slices, 8 // slices))
-        assert dict(found.shape) == dict(made.shape)
-        assert found.axis_types == made.axis_types
+        result, made = abstract_mesh(block, 8), make_mesh(block, pod(slices, 8 // slices))
+        assert dict(result.shape) == dict(made.shape)
+        assert result.axis_types == made.axis_types
     with pytest.raises(UserError, match="9 devices cannot be divided into 2 equal slices"):
         abstract_mesh(mesh_block(slices_data=2), 9)
 

@@ -63,7 +63,7 @@ os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[dict]:
+def results(tmp_path_factory) -> list[dict]:
     """Of three processes, which SLURM's variables tell of each other; the second then fails."""
     folder = tmp_path_factory.mktemp("hosts")
     with socket.socket() as listener:
@@ -88,44 +88,48 @@ def seen(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"seen-{n}.json").read_text()) for n in range(3)]
 
 
-def test_a_cluster_tells_processes_of_each_other(seen):
-    assert [found["several"] for found in seen] == [True] * 3
-    assert [found["first"] for found in seen] == [True, False, False]
+def test_a_cluster_tells_processes_of_each_other(results):
+    assert [result["several"] for result in results] == [True] * 3
+    assert [result["first"] for result in results] == [True, False, False]
 
 
-def test_all_agree_with_process_0(seen):
-    assert [found["agreed"] for found in seen] == [{"from": 0, "long": "x" * 5000 + "é"}] * 3
-    assert [found["nothing"] for found in seen] == [None] * 3
+def test_all_agree_with_process_0(results):
+    assert [result["agreed"] for result in results] == [{"from": 0, "long": "x" * 5000 + "é"}] * 3
+    assert [result["nothing"] for result in results] == [None] * 3
 
 
-def test_what_one_raises_all_raise(seen):
+def test_what_one_raises_all_raise(results):
     own, others = ["UserError", "no such split", 2], ["UserError", "process 1: no such split", 2]
-    assert [found["mistake"] for found in seen] == [others, own, others]
+    assert [result["mistake"] for result in results] == [others, own, others]
     own, others = ["KeyError", "'heads'", None], ["UserError", "process 2: 'heads'", 1]
-    assert [found["defect"] for found in seen] == [others, others, own]
-    assert [found["well"] for found in seen] == ["fine"] * 3
+    assert [result["defect"] for result in results] == [others, others, own]
+    assert [result["well"] for result in results] == ["fine"] * 3
 
 
-def test_a_long_line_is_cut_for_the_others(seen):
-    assert seen[0]["long"][1].startswith("y" * 5000)
-    kind, line, code = seen[1]["long"]
+def test_a_long_line_is_cut_for_the_others(results):
+    assert results[0]["long"][1].startswith("y" * 5000)
+    kind, line, code = results[1]["long"]
     assert (kind, code) == ("UserError", 1)
     assert line.startswith("process 0: yyyy") and 500 < len(line) < 1000 and "\n" not in line
 
 
-def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
-    assert [found["shared"] for found in seen] == [[]] * 3  # nothing is left in it
-    lines = [found["apart"][1] for found in seen]
+def test_a_folder_that_is_not_shared_is_refused_by_all(results):
+    assert [result["shared"] for result in results] == [[]] * 3  # nothing is left in it
+    lines = [result["apart"][1] for result in results]
     assert all("is not the same folder on process 2 and on process 0" in line for line in lines)
     assert all("such as gs://bucket/run or NFS" in line for line in lines)
 
 
-def test_a_host_that_would_train_something_else_is_refused_by_all(seen):
+def test_a_host_that_would_train_something_else_is_refused_by_all(results):
     line = (
         "hosts disagree: process 1 differs from process 0 (lr: 0.001 instead of "
         "0.01): run the same command, code and data on every host"
     )
-    assert [found["unlike"] for found in seen] == [f"process 1: {line}", line, f"process 1: {line}"]
+    assert [result["unlike"] for result in results] == [
+        f"process 1: {line}",
+        line,
+        f"process 1: {line}",
+    ]
 
 
 def test_alone_everything_is_as_it_was():
@@ -139,10 +143,10 @@ def test_alone_everything_is_as_it_was():
     multihost.check_same({"seed": object})
 
 
-@pytest.mark.parametrize("given", [("h:1", None, None), (None, 2, 0), ("h:1", 2, None)])
-def test_the_flags_belong_together(given):
+@pytest.mark.parametrize("options", [("h:1", None, None), (None, 2, 0), ("h:1", 2, None)])
+def test_the_flags_belong_together(options):
     with pytest.raises(UserError, match="must be given together") as caught:
-        multihost.join(*given)
+        multihost.join(*options)
     assert caught.value.code == 2
 
 
@@ -161,6 +165,6 @@ def test_a_missing_process_is_an_error_after_the_stated_time(run_cli, process, c
     where = ("--coordinator", f"localhost:{port}", "--processes", 2, "--process", process)
     done = run_cli("train", "--config", "quickstart", *where, "--wait", 3)
     assert done.returncode == code
-    said = [text for text in done.stderr.splitlines() if text.startswith("vit-scale")]
-    assert len(said) == 1 and said[0].startswith(line)
+    output = [text for text in done.stderr.splitlines() if text.startswith("vit-scale")]
+    assert len(output) == 1 and output[0].startswith(line)
     assert "Traceback" not in done.stderr and "stack trace" not in done.stderr

@@ -69,16 +69,16 @@ def expected(name):
 
 
 def test_every_unrolled_parameter():
-    found = specs(shapes(scan=False, pool="map", representation=8), abstract_of(2, 2, 2))
-    assert found == {name: expected(name) for name in found}
-    used = {end for end in SPLIT for name in found if f"/{name}".endswith(f"/{end}")}
+    result = specs(shapes(scan=False, pool="map", representation=8), abstract_of(2, 2, 2))
+    assert result == {name: expected(name) for name in result}
+    used = {end for end in SPLIT for name in result if f"/{name}".endswith(f"/{end}")}
     assert used == SPLIT.keys()
 
 
 def test_the_layer_axis_of_stacked_blocks_is_never_split():
     for depth in (2, 4):  # which fsdp and tensor would divide
-        found = specs(shapes(scan=True, depth=depth), abstract_of(2, 2, 2))
-        for name, spec in found.items():
+        result = specs(shapes(scan=True, depth=depth), abstract_of(2, 2, 2))
+        for name, spec in result.items():
             whole = expected(name)
             stacked = name.startswith("blocks/") and whole != P()
             assert spec == (P(None, *whole) if stacked else whole), name
@@ -90,9 +90,9 @@ def test_optimizer_state_lies_with_its_parameter(optimizer):
     cfg.update({"name": optimizer, "freeze": ("^norm/",)})
     state = jax.eval_shape(make_optimizer(cfg, 10, params)[0].init, params)
     mesh = abstract_of(2, 2, 2)
-    by_parameter, found = specs(params, mesh), specs(state, mesh)
+    by_parameter, result = specs(params, mesh), specs(state, mesh)
     owned = 0
-    for path, spec in found.items():
+    for path, spec in result.items():
         owner = [name for name in by_parameter if path.endswith(f"/{name}")]
         assert spec == (by_parameter[max(owner, key=len)] if owner else P()), path
         owned += bool(owner)
@@ -101,20 +101,20 @@ def test_optimizer_state_lies_with_its_parameter(optimizer):
 
 def test_a_dimension_that_does_not_divide_is_whole():
     """3 heads over tensor=2: attention is not split over it, the MLP is."""
-    found = specs(shapes(width=12, heads=3, scan=False), abstract_of(1, 2, 2))
-    assert found["blocks/0/attention/key/kernel"] == P("fsdp")
-    assert found["blocks/0/attention/key/bias"] == P()
-    assert found["blocks/0/attention/out/kernel"] == P(None, None, "fsdp")
-    assert found["blocks/0/mlp/up/kernel"] == P("fsdp", "tensor")
+    result = specs(shapes(width=12, heads=3, scan=False), abstract_of(1, 2, 2))
+    assert result["blocks/0/attention/key/kernel"] == P("fsdp")
+    assert result["blocks/0/attention/key/bias"] == P()
+    assert result["blocks/0/attention/out/kernel"] == P(None, None, "fsdp")
+    assert result["blocks/0/mlp/up/kernel"] == P("fsdp", "tensor")
 
 
 def test_fsdp_falls_back_to_the_longest_dimension_that_divides():
     """Width 12 over fsdp=8: the MLP's 16 take it; heads of 6 do not, nor q, k, v, nor 5 classes."""
-    found = specs(shapes(width=12, heads=2, scan=False), abstract_of(1, 8, 1))
-    assert found["blocks/0/mlp/up/kernel"] == P(None, "fsdp")
-    assert found["blocks/0/mlp/down/kernel"] == P("fsdp")
-    assert found["blocks/0/attention/key/kernel"] == P()
-    assert found["head/kernel"] == P()
+    result = specs(shapes(width=12, heads=2, scan=False), abstract_of(1, 8, 1))
+    assert result["blocks/0/mlp/up/kernel"] == P(None, "fsdp")
+    assert result["blocks/0/mlp/down/kernel"] == P("fsdp")
+    assert result["blocks/0/attention/key/kernel"] == P()
+    assert result["head/kernel"] == P()
     stacked = specs(shapes(width=12, heads=2, depth=8), abstract_of(1, 8, 1))
     assert stacked["blocks/mlp/down/kernel"] == P(None, "fsdp")
     with_tensor = specs(shapes(width=12, heads=2, mlp=32, scan=False), abstract_of(1, 8, 2))
@@ -154,9 +154,9 @@ def test_shard_sends_each_device_its_part():
     mesh = make_mesh(base().mesh, jax.devices()[:1])
     sharding = NamedSharding(mesh, P("data"))
     whole = np.arange(6.0).reshape(2, 3)
-    (found,) = shard([whole], [sharding])
-    assert found.sharding == sharding and np.array_equal(found, whole)
-    assert shard([found], [sharding])[0] is found
+    (result,) = shard([whole], [sharding])
+    assert result.sharding == sharding and np.array_equal(result, whole)
+    assert shard([result], [sharding])[0] is result
 
 
 def test_check_batch():

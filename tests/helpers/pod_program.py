@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from vit_scale import cli, config, data
-from vit_scale.augment.pipeline import draw
+from vit_scale.augment import draw
 from vit_scale.distributed import multihost
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.training.init_state import init_state

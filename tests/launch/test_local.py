@@ -169,7 +169,7 @@ def test_interrupted_installation_starts_over(clone, how):
     if how == "fail":
         result = clone.run("environment.sh", FAKE="fail")
         assert result.returncode == 1
-        assert "run the same command to try again" in result.stderr.splitlines()[-1]
+        assert "rerun the same command to retry" in result.stderr.splitlines()[-1]
     else:
         process = clone.start("environment.sh", FAKE="hang")
         deadline = time.monotonic() + 30
@@ -189,7 +189,7 @@ def test_two_starts_install_once(clone):
     errors = [process.communicate(timeout=60)[1] for process in processes]
     calls = clone.calls()
     assert sum("pip install" in line for line in calls) == 1
-    assert sum("another start is installing" in error for error in errors) == 1
+    assert sum("waiting for a concurrent installation" in error for error in errors) == 1
     assert {line for line in calls if line.startswith("vit-scale")} == {
         "vit-scale train --config one",
         "vit-scale train --config two",
@@ -256,7 +256,7 @@ def test_accelerator_chooses_the_extra(clone):
     clone.run("local.sh", "--config", "x", ACCELERATOR="tpu")
     assert installed(clone) == ["[tpu]"]
     result = clone.run("local.sh", "--config", "x", ACCELERATOR="npu")
-    assert result.stderr == "local: ACCELERATOR=npu is none of cpu, gpu, tpu\n"
+    assert result.stderr == "local: ACCELERATOR=npu is not cpu, gpu or tpu\n"
     assert result.returncode == 2
     assert clone.calls() == []
 

@@ -399,10 +399,10 @@ def test_attempts_are_in_order(agent):
     """A late start of an attempt that is over, or has been stopped, starts nothing."""
     assert agent("start", "run", 2, "c0de", 1, "train").returncode == 0
     late = agent("start", "run", 1, "c0de", 1, "train")
-    assert (late.returncode, "attempt 2 has begun" in late.stderr) == (75, True)
+    assert (late.returncode, "attempt 2 has started" in late.stderr) == (75, True)
     assert agent("stop", "run", 3, 5).stdout == "nothing runs\n"
     stopped = agent("start", "run", 3, "c0de", 1, "train")
-    assert (stopped.returncode, "has been stopped" in stopped.stderr) == (75, True)
+    assert (stopped.returncode, "was stopped" in stopped.stderr) == (75, True)
     assert agent("start", "run", 4, "c0de", 1, "train").returncode == 0
     assert [agent.state(2), agent.state(4)] == ["ended", "running"], "the one before has ended"
 
@@ -434,7 +434,7 @@ def test_the_agent_never_ends_with_255(agent):
 
 def test_secrets_of_the_agent(agent):
     cut = agent("secrets", "run", stdin="A=b\n")
-    assert (cut.returncode, "did not arrive whole" in cut.stderr) == (65, True)
+    assert (cut.returncode, "arrived incomplete" in cut.stderr) == (65, True)
     assert agent("secrets", "run", stdin='A=$(touch x) "b"\n#END\n').returncode == 0
     file = agent.home / "runs/run/secrets"
     assert oct(file.stat().st_mode & 0o777) == "0o600"
@@ -519,9 +519,9 @@ def test_the_reaper_waits_for_what_is_being_done(agent):
     finally:
         ended.set()
         watcher.join()
-    assert agent("reap", "run", 9, "true").stdout == "watched already\n"
+    assert agent("reap", "run", 9, "true").stdout == "already armed\n"
     agent("disarm", "run")
-    assert agent("reap", "run", 9, "true").stdout == "watched\n", "the one before has ended"
+    assert agent("reap", "run", 9, "true").stdout == "armed\n", "the one before has ended"
     agent("disarm", "run")
 
 

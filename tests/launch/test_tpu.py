@@ -88,7 +88,7 @@ def test_secrets_that_arrive_cut_off_are_refused(rig):
     """gcloud's second try sends nothing: the agent wants the last line."""
     rig.go_wrong({"match": "agent.sh secrets", "do": "before", "times": 99})
     code, _, err = rig.run("--secret", "WANDB_API_KEY", WANDB_API_KEY=SENTINEL)
-    assert code == 76 and "did not arrive whole" in err, err
+    assert code == 76 and "arrived incomplete" in err, err
     assert rig.starts() == [] and SENTINEL not in err
 
 

@@ -32,10 +32,10 @@ def run(tmp_path_factory):
     (folder / "plain.py").write_text(PLAIN)
 
     def run(capsys, *arguments, fields=()) -> dict:
-        given = ["plan", "--config", str(folder / "plain.py"), "--topology", "v5e:2x2", "--json"]
-        given += [f"--config.{field}" for field in (*FIELDS, *fields)]
+        options = ["plan", "--config", str(folder / "plain.py"), "--topology", "v5e:2x2", "--json"]
+        options += [f"--config.{field}" for field in (*FIELDS, *fields)]
         capsys.readouterr()
-        assert cli.main([*given, *arguments]) == 0, capsys.readouterr().err
+        assert cli.main([*options, *arguments]) == 0, capsys.readouterr().err
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -51,34 +51,34 @@ def test_a_step_and_its_variants(run, capsys):
     rows = {
         row["variant"]: row for row in run(capsys, "--compare", *variants, "--price=2")["variants"]
     }
-    found = rows["as configured"]
-    assert (found["topology"], found["chips"], found["devices"]) == ("v5e:2x2", 4, 4)
-    assert found["device_kind"] == "TPU v5 lite"
-    assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
-    assert found["fits"] is True
-    assert found["hbm_bytes"] == 15.75 * 2**30
-    assert found["parameter_bytes"] == found["ema_bytes"] == 4 * parameters()
+    result = rows["as configured"]
+    assert (result["topology"], result["chips"], result["devices"]) == ("v5e:2x2", 4, 4)
+    assert result["device_kind"] == "TPU v5 lite"
+    assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert result["fits"] is True
+    assert result["hbm_bytes"] == 15.75 * 2**30
+    assert result["parameter_bytes"] == result["ema_bytes"] == 4 * parameters()
     # Adam's two moments, its count, and the schedule's: int32.
-    assert found["optimizer_bytes"] == 8 * parameters() + 8
-    assert found["flops_per_step"] == 64 * summary(tiny_config())["flops_per_image"]
-    state = found["parameter_bytes"] + found["optimizer_bytes"] + found["ema_bytes"]
-    assert state < found["peak_bytes"] < found["hbm_bytes"]
-    assert found["step_ms"] >= found["arithmetic_ms"] > 0
-    assert found["images_per_second"] == pytest.approx(64e3 / found["step_ms"])
-    assert found["chip_hours"] == pytest.approx(4 * 10 * found["step_ms"] / 3.6e6)
-    assert found["cost_usd"] == pytest.approx(2 * found["chip_hours"])
-    assert found["unpriced_kernels"] == 0
-    reduced = {row["kind"]: row for row in found["collectives"]}["all-reduce"]
+    assert result["optimizer_bytes"] == 8 * parameters() + 8
+    assert result["flops_per_step"] == 64 * summary(tiny_config())["flops_per_image"]
+    state = result["parameter_bytes"] + result["optimizer_bytes"] + result["ema_bytes"]
+    assert state < result["peak_bytes"] < result["hbm_bytes"]
+    assert result["step_ms"] >= result["arithmetic_ms"] > 0
+    assert result["images_per_second"] == pytest.approx(64e3 / result["step_ms"])
+    assert result["chip_hours"] == pytest.approx(4 * 10 * result["step_ms"] / 3.6e6)
+    assert result["cost_usd"] == pytest.approx(2 * result["chip_hours"])
+    assert result["unpriced_kernels"] == 0
+    reduced = {row["kind"]: row for row in result["collectives"]}["all-reduce"]
     # The gradients, and metrics; the patches' bias has the sum of the positions' gradients.
     bias = 4 * tiny_config().model.width
-    assert reduced["bytes"] >= found["parameter_bytes"] - bias
+    assert reduced["bytes"] >= result["parameter_bytes"] - bias
     larger, sharded = rows["data.batch=8192"], rows["mesh.fsdp=4"]
-    assert larger["step_ms"] > 2 * found["step_ms"]
-    assert larger["flops_per_step"] == 128 * found["flops_per_step"]
-    assert larger["parameter_bytes"] == found["parameter_bytes"]
+    assert larger["step_ms"] > 2 * result["step_ms"]
+    assert larger["flops_per_step"] == 128 * result["flops_per_step"]
+    assert larger["parameter_bytes"] == result["parameter_bytes"]
     assert sharded["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     # All but positions, norms, [CLS], small biases: what the table of rules does not name.
-    assert sharded["parameter_bytes"] < found["parameter_bytes"] / 2
+    assert sharded["parameter_bytes"] < result["parameter_bytes"] / 2
     assert {"all-gather", "reduce-scatter"} & {row["kind"] for row in sharded["collectives"]}
 
 
@@ -86,9 +86,9 @@ def test_a_step_and_its_variants(run, capsys):
 def test_what_does_not_fit_and_what_would(run, capsys):
     """Residuals of 256 blocks for 65,536 images are too much; recomputing them is not."""
     fields = ("data.batch=65536", "model.depth=256", "model.scan=True")
-    found = run(capsys, fields=fields)
-    assert found["fits"] is False and "step_ms" not in found
-    assert found["peak_bytes"] > found["hbm_bytes"]
+    result = run(capsys, fields=fields)
+    assert result["fits"] is False and "step_ms" not in result
+    assert result["peak_bytes"] > result["hbm_bytes"]
     fixed = run(capsys, "--fit", fields=fields)
     assert fixed["fits"] is True and fixed["peak_bytes"] < fixed["hbm_bytes"]
     assert fixed["flags"][0].startswith("--config.model.remat=")

@@ -179,17 +179,17 @@ def test_the_log_of_the_scheduler():
     ],
 )
 def test_slices_by_name(text, name, chips, devices):
-    found = topology.parse(text)
-    assert (found.name, found.chips, found.devices) == (name, chips, devices)
+    result = topology.parse(text)
+    assert (result.name, result.chips, result.devices) == (name, chips, devices)
     assert topology.parse(text, 3).chips == 3 * chips
 
 
 def test_two_names_of_each_size():
     for kind, tpu in topology.TPUS.items():
         for chips, sides in tpu.topologies.items():
-            found = topology.parse(f"{tpu.accelerator_type}-{chips * tpu.type_counts_per_chip}")
-            assert found == topology.parse(f"{kind}:{sides}")
-            assert found.chips == chips
+            result = topology.parse(f"{tpu.accelerator_type}-{chips * tpu.type_counts_per_chip}")
+            assert result == topology.parse(f"{kind}:{sides}")
+            assert result.chips == chips
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ MOVED = (
 
 
 def test_parts_of_a_step_exactly():
-    found = estimate.parts(Cost(30_000_000, MOVED, 0), V5E)
-    assert found == pytest.approx(
+    result = estimate.parts(Cost(30_000_000, MOVED, 0), V5E)
+    assert result == pytest.approx(
         {
             "arithmetic_ms": 20.0,  # at 1.5 GHz
             "synchronous_ms": 1e3 * (15e6 + 1e6) / 200e9,
@@ -239,7 +239,7 @@ def test_parts_of_a_step_exactly():
             "between_slices_ms": 1e3 * 3 * 6.25e6 / 3.125e9,
         }
     )
-    assert estimate.step_ms(found | {"exposed_ms": 0.5}) == pytest.approx(20 + 0.5 + 0.08)
+    assert estimate.step_ms(result | {"exposed_ms": 0.5}) == pytest.approx(20 + 0.5 + 0.08)
 
 
 def test_a_step_is_no_shorter_than_what_it_moves():
@@ -254,11 +254,11 @@ STEP |= {"flops_per_step": 1024 * 1e10, "device_kind": "TPU v5 lite"}
 
 
 def test_totals_exactly():
-    found = estimate.totals(STEP, 20.0, 1.2)
-    assert found["images_per_second"] == 51_200
-    assert found["mfu"] == pytest.approx(51_200 * 1e10 / (256 * 197e12))
-    assert found["chip_hours"] == pytest.approx(256 * 9000 * 0.02 / 3600)
-    assert found["cost_usd"] == pytest.approx(1.2 * 12.8)
+    result = estimate.totals(STEP, 20.0, 1.2)
+    assert result["images_per_second"] == 51_200
+    assert result["mfu"] == pytest.approx(51_200 * 1e10 / (256 * 197e12))
+    assert result["chip_hours"] == pytest.approx(256 * 9000 * 0.02 / 3600)
+    assert result["cost_usd"] == pytest.approx(1.2 * 12.8)
     assert estimate.totals(STEP, 20.0, None)["cost_usd"] is None
 
 

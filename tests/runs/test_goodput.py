@@ -19,18 +19,18 @@ def test_all_of_the_time_is_accounted_for():
         attempt(100, 160, 0, 50, start=5.0, compile=10.0, train=40.0, checkpoint=5.0),
         attempt(170, 240, 30, 100, restore=10.0, train=56.0, eval=4.0),
     ]
-    found = summarise(attempts)
+    summary = summarise(attempts)
     # 20 of the first attempt's 50 steps were done again: 16 of its 40 seconds.
-    assert found["recomputed_steps"] == 20
-    assert found["productive"] == pytest.approx(24 + 56)
-    assert found["wall"] == 140 and found["goodput"] == pytest.approx(80 / 140)
-    assert found["lost"] == pytest.approx(
+    assert summary["recomputed_steps"] == 20
+    assert summary["productive"] == pytest.approx(24 + 56)
+    assert summary["wall"] == 140 and summary["goodput"] == pytest.approx(80 / 140)
+    assert summary["lost"] == pytest.approx(
         {
             "start": 5, "compile": 10, "checkpoint": 5, "restore": 10, "eval": 4,
             "recomputed steps": 16, "between attempts": 10,
         }
     )  # fmt: skip
-    assert found["productive"] + sum(found["lost"].values()) == pytest.approx(found["wall"])
+    assert summary["productive"] + sum(summary["lost"].values()) == pytest.approx(summary["wall"])
 
 
 def test_an_attempt_whose_steps_were_all_done_again_produced_nothing():
@@ -67,5 +67,5 @@ def test_a_damaged_file_is_no_attempt(tmp_path, content):
 
 
 def test_durations_are_for_people():
-    given = {0.26: "0.3 s", 59: "59.0 s", 61: "1 min 1 s", 7322: "2 h 2 min"}
-    assert {seconds: duration(seconds) for seconds in given} == given
+    texts = {0.26: "0.3 s", 59: "59.0 s", 61: "1 min 1 s", 7322: "2 h 2 min"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts

@@ -66,8 +66,8 @@ def test_where_a_run_started_from_may_change_once_it_is_not_read_any_more(tmp_pa
 
 
 def paths_of(source: str, cwd: str | None = None) -> dict:
-    found = about(f"init.source={source}")
-    return found if cwd is None else {**found, "cwd": cwd}
+    result = about(f"init.source={source}")
+    return result if cwd is None else {**result, "cwd": cwd}
 
 
 @pytest.fixture
@@ -114,15 +114,15 @@ def test_resuming_from_another_folder_is_the_same_run(project, cwd):
 @pytest.mark.parametrize("field", ["init.source", "distill.teacher"])
 def test_a_path_that_was_typed_elsewhere_is_found_again(project, monkeypatch, field):
     """The same command, from another folder."""
-    run, given = project / "runs" / "fine", about(f"{field}=runs/pre")
-    with Run(run, {**given, "cwd": str(project)}):
+    run, options = project / "runs" / "fine", about(f"{field}=runs/pre")
+    with Run(run, {**options, "cwd": str(project)}):
         pass
-    cfg = resumed_config(config.from_json(given["config"]), run)
+    cfg = resumed_config(config.from_json(options["config"]), run)
     assert config.fields(cfg)[field] == str(project / "runs" / "pre")
     other = resumed_config(config.override(config.base(), [f"{field}=runs/else"]), run)
     assert config.fields(other)[field] == "runs/else", "another path is another path"
     monkeypatch.chdir(project)
-    cfg = resumed_config(config.from_json(given["config"]), run)
+    cfg = resumed_config(config.from_json(options["config"]), run)
     assert config.fields(cfg)[field] == "runs/pre"
 
 
@@ -165,7 +165,7 @@ def begin(folder, description: dict):
 
 
 @pytest.mark.parametrize(
-    ("classes", "said"),
+    ("classes", "expected"),
     [
         (("above", "down"), "removed 'up', added 'above', class 0 was 'down', is now 'above'"),
         (("up", "down"), "class 0 was 'down', is now 'up'"),
@@ -173,10 +173,12 @@ def begin(folder, description: dict):
         (("down",), "removed 'up', 2 -> 1 classes"),
     ],
 )
-def test_other_classes_are_refused_whatever_is_accepted(tmp_path, classes, said):
+def test_other_classes_are_refused_whatever_is_accepted(tmp_path, classes, expected):
     begin(tmp_path, of_data(SET))()
     changed = of_data(SET, "data.changed=True", classes=classes)
-    assert f"holds a run with different classes ({said}); use" in refusal(begin(tmp_path, changed))
+    assert f"holds a run with different classes ({expected}); use" in refusal(
+        begin(tmp_path, changed)
+    )
 
 
 CHANGES = {
@@ -188,15 +190,17 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("said", CHANGES)
-def test_images_added_or_removed_are_refused_and_can_be_accepted(tmp_path, said, capsys):
+@pytest.mark.parametrize("expected", CHANGES)
+def test_images_added_or_removed_are_refused_and_can_be_accepted(tmp_path, expected, capsys):
     begin(tmp_path, of_data(SET))()
-    now = SET | CHANGES[said]
+    now = SET | CHANGES[expected]
     message = refusal(begin(tmp_path, of_data(now)))
-    assert f"holds a run that began with different data ({said}); use another --workdir" in message
+    assert (
+        f"holds a run that began with different data ({expected}); use another --workdir" in message
+    )
     assert "--config.data.changed=True" in message and capsys.readouterr().err == ""
     begin(tmp_path, of_data(now, "data.changed=True"))()
-    assert capsys.readouterr().err == f"vit-scale: data.changed: since this run began, {said}\n"
+    assert capsys.readouterr().err == f"vit-scale: data.changed: since this run began, {expected}\n"
     begin(tmp_path, of_data(SET))()
     assert capsys.readouterr().err == "", "what it began with needs no word"
 

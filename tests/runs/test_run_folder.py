@@ -107,8 +107,8 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, locks, capsys, n
     calls = locks(number, number)
     with Run(tmp_path, about()) as run:
         assert run.report is None
-    said = capsys.readouterr().err
-    assert said == (
+    output = capsys.readouterr().err
+    assert output == (
         f"vit-scale: cannot lock {tmp_path} on this file system ({os.strerror(number)}); "
         "training continues: make sure that no other process uses this workdir\n"
     )
@@ -161,21 +161,21 @@ class Objects:
     def __init__(self, lost: BaseException | None):
         self.lost, self.there = lost, {}
 
-    def read(self, place):
-        number, data = self.there.get(str(place), ("0", b"{}"))
+    def read(self, target):
+        number, data = self.there.get(str(target), ("0", b"{}"))
         return number, json.loads(data)
 
-    def write(self, place, data, generation):
-        if self.read(place)[0] != generation:
+    def write(self, target, data, generation):
+        if self.read(target)[0] != generation:
             return None
-        self.there[str(place)] = (str(int(generation) + 1), data)
+        self.there[str(target)] = (str(int(generation) + 1), data)
         if self.lost:
             raise self.lost
         return str(int(generation) + 1)
 
-    def remove(self, place, generation):
-        if self.read(place)[0] == generation:
-            del self.there[str(place)]
+    def remove(self, target, generation):
+        if self.read(target)[0] == generation:
+            del self.there[str(target)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("session is closed")])
@@ -184,8 +184,8 @@ def test_a_buckets_lock_is_released_whatever_ends_its_holder(tmp_path, monkeypat
     objects = Objects(error)
     for name in ("read", "write", "remove"):
         monkeypatch.setattr(compare_and_swap, name, getattr(objects, name))
-    monkeypatch.setattr(paths, "in_bucket", lambda place: True)
-    monkeypatch.setattr(cache, "local", lambda place: tmp_path / "local")
+    monkeypatch.setattr(paths, "in_bucket", lambda target: True)
+    monkeypatch.setattr(cache, "local", lambda target: tmp_path / "local")
     this = Lock(tmp_path)
     with pytest.raises(type(error)):
         this.acquire()
@@ -213,8 +213,8 @@ def test_a_lease_is_renewed_whatever_a_renewal_raises(tmp_path, monkeypatch):
         time.sleep(0.01)
     assert this._thread.is_alive()
     objects.lost = None
-    seen = objects.read(this.object)[0]
-    while objects.read(this.object)[0] == seen:
+    results = objects.read(this.object)[0]
+    while objects.read(this.object)[0] == results:
         time.sleep(0.01)
     this.release()
     assert codes == [] and objects.there == {}

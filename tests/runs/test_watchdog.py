@@ -24,14 +24,14 @@ def limits():
 @pytest.fixture
 def ended(monkeypatch):
     """What a watch ended its process with: [(line, code)]."""
-    said = []
+    exits = []
 
     def end(self, line, code=RESUMABLE):
-        said.append((line, code))
+        exits.append((line, code))
         raise Ended
 
     monkeypatch.setattr(Watchdog, "exit_process", end)
-    return said
+    return exits
 
 
 def heartbeat(run, number=0) -> dict:
@@ -46,12 +46,12 @@ def test_a_heartbeat_says_what_is_done(tmp_path, limits):
             watchdog.beat(7)
             with watchdog.phase("eval"):
                 this.write_heartbeat()
-                said = heartbeat(tmp_path)
-                assert (said["phase"], said["step"], said["code"]) == ("eval", 7, None)
+                content = heartbeat(tmp_path)
+                assert (content["phase"], content["step"], content["code"]) == ("eval", 7, None)
             this.write_heartbeat()
             assert heartbeat(tmp_path)["phase"] == "train"
-    said = heartbeat(tmp_path)
-    assert (said["phase"], said["step"], said["code"]) == ("start", 7, 0)
+    content = heartbeat(tmp_path)
+    assert (content["phase"], content["step"], content["code"]) == ("start", 7, 0)
     (attempt,) = goodput.read(tmp_path)
     assert (attempt["start"], attempt["step"], attempt["code"]) == (4, 7, 0)
     assert attempt["seconds"].keys() == {"start", "train", "eval"}
@@ -94,8 +94,8 @@ def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
     assert checked.wait(30), "what comes after the failure is still done"
     this._ended.set()
     thread.join(10)
-    said = capsys.readouterr().err
-    assert said == (
+    output = capsys.readouterr().err
+    assert output == (
         "vit-scale: error in the watchdog, which keeps running (KeyError: 'nobody expected this')\n"
     )
 

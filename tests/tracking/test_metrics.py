@@ -16,7 +16,7 @@ from vit_scale.tracking.metrics import (
 )
 
 evaluate = jax.jit(EvalMetrics.single_from_model_output)
-of_step = jax.jit(lambda *given: TrainMetrics.of_step(*given[:5], jnp.asarray(given[5])))
+of_step = jax.jit(lambda *options: TrainMetrics.of_step(*options[:5], jnp.asarray(options[5])))
 
 
 def eval_batch(examples, seed=0, classes=7):

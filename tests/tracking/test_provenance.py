@@ -69,10 +69,10 @@ def test_git_state_without_git(tmp_path, monkeypatch):
 
 
 def test_versions_name_what_is_installed():
-    found = versions()
-    assert found["jax"] == jax.__version__
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert {"flax", "optax", "orbax-checkpoint", "grain", "clu"} <= set(found)
+    result = versions()
+    assert result["jax"] == jax.__version__
+    assert result["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"flax", "optax", "orbax-checkpoint", "grain", "clu"} <= set(result)
 
 
 def test_parameter_table():

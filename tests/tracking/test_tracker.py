@@ -166,12 +166,12 @@ def test_waiting_for_batches_is_counted(cfg, tmp_path):
             yield i
 
     with tracker(tmp_path, cfg, clock=clock) as track:
-        seen = []
+        results = []
         for step in track.waiting(slow()):
             clock.now += 1
             track(step, loss(1))
-            seen.append(step)
-    assert seen == [1, 2, 3, 4]
+            results.append(step)
+    assert results == [1, 2, 3, 4]
     assert rows(tmp_path)[1]["data_wait_fraction"] == 0.75
 
 

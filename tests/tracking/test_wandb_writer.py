@@ -32,7 +32,7 @@ def test_without_a_key_wandb_runs_offline_and_says_how_to_sync(cfg, tmp_path, ca
         track(2, loss(2))
         track.scalars(2, {"eval/accuracy": 0.75})
     run = OfflineRun(workdir)
-    row = {k: v for found in run.history if found["_step"] == 2 for k, v in found.items()}
+    row = {k: v for result in run.history if result["_step"] == 2 for k, v in result.items()}
     assert (row["train/loss"], row["eval/accuracy"]) == (1.5, 0.75)
     pictures = next(row["train/images"] for row in run.history if "train/images" in row)
     assert (pictures["count"], pictures["width"]) == (2, 4)
@@ -94,12 +94,12 @@ def test_wandb_mode_decides_where_it_is_set(cfg, tmp_path, monkeypatch, capsys):
     assert "sync" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("place", "mode"), [("", "offline"), ("variable", None), ("netrc", None)])
-def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, forgotten, place, mode):
+@pytest.mark.parametrize(("path", "mode"), [("", "offline"), ("variable", None), ("netrc", None)])
+def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, forgotten, path, mode):
     key, asked = "0" * 40, []
-    if place == "variable":
+    if path == "variable":
         monkeypatch.setenv("WANDB_API_KEY", key)
-    if place == "netrc":
+    if path == "netrc":
         host = urllib.parse.urlsplit(wandb.Settings().base_url).hostname
         (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {key}\n")
 
@@ -131,7 +131,7 @@ def outage(monkeypatch, forgotten):
     wandb.teardown()
 
 
-def told(capsys) -> tuple[list[str], list[str]]:
+def messages(capsys) -> tuple[list[str], list[str]]:
     """The lines about Weights & Biases, and the words of the last one: the command to upload."""
     lines = capsys.readouterr().err.splitlines()
     return [line for line in lines if "Weights & Biases" in line], shlex.split(lines[-1])
@@ -149,8 +149,8 @@ def test_an_outage_is_said_once_and_the_run_goes_on_offline(
     run = OfflineRun(tmp_path)
     first = run.run.run_id
     old = run.folder.rename(tmp_path / "wandb" / f"offline-run-20000101_0-{first}")
-    said, command = told(capsys)
-    assert [line for line in said if "can't be reached" in line] == [
+    printed, command = messages(capsys)
+    assert [line for line in printed if "can't be reached" in line] == [
         f"vit-scale: Weights & Biases: {NOWHERE} can't be reached (Connection refused); run "
         f"{first} continues offline, and its end prints the command to upload it"
     ]
@@ -160,8 +160,8 @@ def test_an_outage_is_said_once_and_the_run_goes_on_offline(
         track(3, loss(3))
         track(4, loss(3))
     second = OfflineRun(tmp_path, f"offline-run-20[!0]*-{first}")
-    said, command = told(capsys)
-    assert len(said) == 2 and "can't be reached" in said[0]
+    printed, command = messages(capsys)
+    assert len(printed) == 2 and "can't be reached" in printed[0]
     assert command == ["wandb", "sync", str(old), str(second.folder)]
     assert asked == ["offline", "offline"]
     assert [row["step"] for row in rows(tmp_path)] == [2, 4]
@@ -225,9 +225,10 @@ def test_a_server_that_is_lost_on_the_way(cfg, tmp_path, online, capsys, lost, r
     assert run.run.run_id == made[0].id and 2 not in made[0].logged
     losses = {row["_step"]: row["train/loss"] for row in run.history if "train/loss" in row}
     assert losses == {2: 1.5, 4: 3.5}
-    said, command = told(capsys)
+    printed, command = messages(capsys)
     assert (
-        len([line for line in said if f": {reason}; run {run.run.run_id} continues" in line]) == 1
+        len([line for line in printed if f": {reason}; run {run.run.run_id} continues" in line])
+        == 1
     )
     assert command == ["wandb", "sync", str(Path(made[0].dir).parent), str(run.folder)]
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
@@ -237,8 +238,8 @@ def test_an_upload_that_does_not_end_is_left_to_its_command(cfg, tmp_path, onlin
     cfg.log.wandb, made = True, online("finish")
     with tracker(tmp_path, cfg) as track:
         track.scalars(1, {"a": 1})
-    said, command = told(capsys)
-    assert len(said) == 2 and "Timed out waiting for the upload; the rest" in said[0]
+    printed, command = messages(capsys)
+    assert len(printed) == 2 and "Timed out waiting for the upload; the rest" in printed[0]
     assert command == ["wandb", "sync", str(Path(made[0].dir).parent)]
     settings = made[0].settings
     assert settings.finish_timeout_raises and (settings.finish_timeout, settings.init_timeout) == (
@@ -262,19 +263,19 @@ def test_wandbs_process_is_killed(cfg, tmp_path, forgotten, capsys):
         track.scalars(3, {"a": 3})
     second = OfflineRun(tmp_path, "offline-run-20[!0]*")
     assert [row["a"] for row in second.history if "a" in row] == [2, 3]
-    said, command = told(capsys)
-    assert len([line for line in said if "continues offline" in line]) == 1
+    printed, command = messages(capsys)
+    assert len([line for line in printed if "continues offline" in line]) == 1
     assert command == ["wandb", "sync", str(first), str(second.folder)]
 
 
 def children(name: str) -> list[int]:
-    found = []
+    result = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             words = stat.read_text().rpartition(")")
             if name in words[0] and int(words[2].split()[1]) == os.getpid():
-                found.append(int(stat.parent.name))
-    return found
+                result.append(int(stat.parent.name))
+    return result
 
 
 def test_a_mode_that_there_is_not_is_refused_at_the_start(cfg, tmp_path, monkeypatch, forgotten):
@@ -290,8 +291,10 @@ def test_a_key_that_wandb_refuses_ends_nothing(cfg, tmp_path, monkeypatch, forgo
     cfg.log.wandb = True
     with tracker(tmp_path, cfg) as track:
         track.scalars(1, {"a": 1})
-    said, command = told(capsys)
-    assert len(said) == 2 and "continues offline" in said[0] and command[:2] == ["wandb", "sync"]
+    printed, command = messages(capsys)
+    assert (
+        len(printed) == 2 and "continues offline" in printed[0] and command[:2] == ["wandb", "sync"]
+    )
     assert rows(tmp_path)[0]["a"] == 1
 
 

@@ -131,10 +131,10 @@ def test_tensorboard_ends_no_training(cfg, tmp_path, monkeypatch, capsys, when):
         track.images("train/images", 0, np.zeros((1, 4, 4, 3), np.uint8))
         for step in (1, 2, 3, 4):
             track(step, loss(step))
-    said = (
+    printed = (
         "vit-scale: TensorBoard: [Errno 28] No space left on device; training continues without it"
     )
-    assert capsys.readouterr().err == f"{said}\n"
+    assert capsys.readouterr().err == f"{printed}\n"
     assert [row["step"] for row in rows(tmp_path)] == [2, 4]
     if when != "start":
         values = {e.step for e in events(tmp_path) if e.HasField("summary")}

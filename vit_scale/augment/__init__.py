@@ -1,5 +1,13 @@
-"""Augmentation: draws keyed by the step, and what the train step does to a batch of images.
+"""Augmentation: what the train step does to a batch of images, and evaluation's view of an image.
 
-Every draw is a pure function of (seed, step, position in the global batch), so a batch is the same
-on any number of hosts. `view` is the deterministic crop that evaluation uses.
+`draws` makes every random decision, `geometry` crops and resizes, `mixing` is mixup and CutMix,
+`pipeline` applies them in order, `view` is evaluation's deterministic crop. Guarantee: every draw
+is a pure function of the step's key and the example's position in the global batch, so a batch is
+augmented identically on any number of hosts.
 """
+
+from vit_scale.augment.draws import draw
+from vit_scale.augment.pipeline import check, eval_images, train_images
+from vit_scale.augment.view import View, view
+
+__all__ = ["View", "check", "draw", "eval_images", "train_images", "view"]

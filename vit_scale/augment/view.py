@@ -1,7 +1,7 @@
-"""What evaluation shows a model of an image: how much of it, and resized how. Arithmetic alone.
+"""Evaluation's view of an image: the sizes of its resize and its centre crop.
 
-Files are resized and cropped where they are decoded (data/images.py), sets in memory on the device
-(augment.py), as wholes, whatever their shape, as for training; both ask here.
+Image files are resized and cropped by data/decode.py when they are decoded, images in memory by
+geometry.py on the device; this module has the arithmetic of both.
 """
 
 import math
@@ -23,14 +23,14 @@ class View(NamedTuple):
     resample: str
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) out of whose centre `size` is cut: timm's `scale_size`."""
+        """Return the (height, width) whose central `size` pixels are used: timm's `scale_size`."""
         return math.floor(size[0] / self.crop), math.floor(size[1] / self.crop)
 
     def whole(self, image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) to which an image of these pixels is resized before the crop of `size`.
+        """Return the (height, width) to which `image` (height, width) is resized before the crop.
 
-        `shorter` rounds as timm does: torchvision's `Resize` for a square size, else its own
-        `ResizeKeepRatio`.
+        `shorter` rounds as timm does, which uses torchvision's `Resize` for a square size, else its
+        own `ResizeKeepRatio`.
         """
         height, width = self.resized(size)
         if self.fit == "stretch":
@@ -43,17 +43,17 @@ class View(NamedTuple):
         return round(image[0] / ratio), round(image[1] / ratio)
 
     def corner(self, whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-        """(top, left) of the centre of `size` pixels.
+        """Return (top, left) of the central `size` pixels of an image of `whole` pixels.
 
-        Half a pixel is rounded to the even one, as torchvision and timm do, or down, as
-        transformers does after resizing the shortest edge.
+        Half pixels round to even, as in torchvision and timm, or down for `shortest_edge`, as in
+        transformers.
         """
         top, left = (whole[0] - size[0]) / 2, (whole[1] - size[1]) / 2
         return (int(top), int(left)) if self.fit == "shortest_edge" else (round(top), round(left))
 
 
 def view(cfg: ConfigDict) -> View:
-    """The view of a config's eval block. Raises UserError for a value that makes no sense."""
+    """Return the view of a config's eval block. Raises UserError for an invalid value."""
     for field, valid in (("fit", FITS), ("resample", RESAMPLES)):
         if cfg[field] not in valid:
             raise UserError(f"eval.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}")
@@ -63,7 +63,7 @@ def view(cfg: ConfigDict) -> View:
 
 
 def crop_of(size: tuple[int, int], resized: tuple[int, int]) -> float | None:
-    """The crop for which `View.resized` of `size` is `resized`; None where there is none."""
+    """Return the crop for which `View.resized(size)` is `resized`, or None if there is none."""
     low = max(s / (r + 1) for s, r in zip(size, resized, strict=True))
     high = min(s / r for s, r in zip(size, resized, strict=True))
     for crop in (high, (low + high) / 2):

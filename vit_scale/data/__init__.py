@@ -7,7 +7,8 @@ is byte-identical for any number of hosts and of decoding workers.
 from vit_scale.data.class_mapping import Match, align, match
 from vit_scale.data.loader import check_shared_memory, eval_batches, train_batches
 from vit_scale.data.registry import are_files, delivered_size, describe, open_split, views
-from vit_scale.data.sources import Batch, InMemory, Slice, Source, checksum
+from vit_scale.data.sources import Batch, InMemory, Source, checksum
+from vit_scale.data.splits import Slice, cut, split_name
 
 __all__ = [
     "Batch",
@@ -19,11 +20,13 @@ __all__ = [
     "are_files",
     "check_shared_memory",
     "checksum",
+    "cut",
     "delivered_size",
     "describe",
     "eval_batches",
     "match",
     "open_split",
+    "split_name",
     "train_batches",
     "views",
 ]

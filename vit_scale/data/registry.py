@@ -14,13 +14,8 @@ from vit_scale.data import array_record, cifar, fractal, image_folder
 from vit_scale.data.decode import EncodedImages, decoded_size
 from vit_scale.data.image_files import say
 from vit_scale.data.loader import in_memory
-from vit_scale.data.sources import (
-    ORDERS,
-    Slice,
-    Source,
-    cut,
-    split_name,
-)
+from vit_scale.data.sources import Source
+from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.errors import UserError, nearest
 
 
