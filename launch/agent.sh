@@ -12,7 +12,7 @@
 #   agent.sh stacks RUN ATTEMPT          send SIGUSR1 to the trainer, which prints its threads' stacks
 #   agent.sh reap RUN PATIENCE COMMAND...  run COMMAND once nothing runs and no launcher has called for PATIENCE s, until it succeeds
 #   agent.sh disarm RUN                  cancel reap: keep the machine
-#   agent.sh env | gc [COPIES]          print the newest code's fingerprint; remove old code and logs
+#   agent.sh gc [COPIES]                 remove old code and logs
 #
 # Guarantees: every verb is idempotent, so a call may be repeated after a dropped connection; an attempt starts at most
 # once, and not after a later one or its own stop; a secret is on disk only until the trainer has read it; the exit code
@@ -373,7 +373,6 @@ shift || true
 case $verb in
   install) install ;;
   prepare) arguments 2 $# "prepare SHA EXTRA [SETUP]"; prepare "$@" ;;
-  env) fingerprint "$(find "$home/code" -mindepth 1 -maxdepth 1 -printf '%T@ %f\n' | sort -rn | sed -n '1s/.* //p')" ;;
   show) arguments 2 $# "show SHA ARGUMENT..."; show "$@" ;;
   gc) gc "$@" ;;
   secrets) arguments 1 $# "secrets RUN"; secrets "$@" ;;

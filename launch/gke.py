@@ -18,18 +18,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from launch.tpu import accelerators, flags, preflight
 from launch.tpu.accelerators import Accelerator
-from launch.tpu.exit_codes import REFUSED, RESTARTABLE, USAGE, Stop
+from launch.tpu.exit_codes import RESTARTABLE, Exit, Stop
 from launch.tpu.plan import NAME, ROOT
 
 
 def parser() -> argparse.ArgumentParser:
     top = flags.Parser(prog="launch/gke.py", description=__doc__.partition("\n")[0])
     add = top.add_argument
-    add(
-        "--config",
-        required=True,
-        help="a config of configs/, NAME:ARGUMENT, or a path in this repository",
-    )
+    add("--config", required=True, help="a config of configs/, NAME:ARGUMENT, or a path below here")
     add("--name", required=True, help="name of the JobSet")
     add("--type", required=True, help="accelerator type, such as v5e-256")
     add("--image", required=True, help="container image with vit_scale and its extra tpu")
@@ -37,16 +33,14 @@ def parser() -> argparse.ArgumentParser:
     add("--num-slices", type=int, metavar="N", default=1, help="number of slices (multislice)")
     add("--spot", action="store_true", help="Spot VMs")
     add("--secret", default="", help="Kubernetes Secret whose keys become environment variables")
-    add(
-        "--service-account", default="", help="Kubernetes service account with access to the bucket"
-    )
+    add("--service-account", default="", help="Kubernetes service account that reads the bucket")
     add("--max-restarts", type=int, metavar="N", default=100, help="restarts of all slices")
     add(
         "--grace",
         type=flags.seconds,
         metavar="TIME",
         default="2m",
-        help="time to save a checkpoint",
+        help="time to save when stopped",
     )
     add("--xpk", metavar="CLUSTER", help="print the xpk command for CLUSTER instead")
     return top
@@ -57,7 +51,8 @@ def render(args: argparse.Namespace, train: list[str]) -> dict:
     slice_ = accelerators.parse(args.type)
     if not slice_.gke or not slice_.topology:
         raise Stop(
-            REFUSED, f"type {slice_.type} is not supported on GKE: no GKE name or topology is known"
+            Exit.REFUSED,
+            f"type {slice_.type} is not supported on GKE: no GKE name or topology is known",
         )
     final = {"containerName": "train", "operator": "NotIn", "values": [*RESTARTABLE]}
     job = {
@@ -81,9 +76,7 @@ def render(args: argparse.Namespace, train: list[str]) -> dict:
         "spec": {
             "failurePolicy": {
                 "maxRestarts": args.max_restarts,
-                "rules": [
-                    {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
-                ],
+                "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [
                 {"name": "slice", "replicas": args.num_slices, "template": {"spec": job}}
@@ -126,35 +119,11 @@ def pod(args: argparse.Namespace, train: list[str], slice_: Accelerator) -> dict
     return spec
 
 
-def yaml(value, indent: int = 0) -> str:
-    """Dump as YAML: dictionaries as blocks, scalars and lists of them as JSON, a subset."""
-    pad = "  " * indent
-    if isinstance(value, dict) and value:
-        lines = []
-        for key, inner in value.items():
-            text = yaml(inner, indent + 1)
-            lines.append(f"{pad}{key}:" + (f"\n{text}" if nested(inner) else f" {text}"))
-        return "\n".join(lines)
-    if nested(value):
-        return "\n".join(f"{pad}- {yaml(inner, indent + 1).lstrip()}" for inner in value)
-    return json.dumps(value)
-
-
-def nested(value) -> bool:
-    if isinstance(value, list):
-        return any(isinstance(inner, (dict, list)) for inner in value)
-    return isinstance(value, dict) and bool(value)
-
-
 def xpk(args: argparse.Namespace, train: list[str]) -> str:
     """Return the xpk command, whose default restart policy uses the same exit codes."""
     words = ["xpk", "workload", "create", "--cluster", args.xpk, "--workload", args.name]
-    words += [
-        "--tpu-type",
-        accelerators.parse(args.type).type,
-        "--num-slices",
-        str(args.num_slices),
-    ]
+    words += ["--tpu-type", accelerators.parse(args.type).type]
+    words += ["--num-slices", str(args.num_slices)]
     words += ["--docker-image", args.image, "--max-restarts", str(args.max_restarts)]
     words += ["--termination-grace-period-seconds", str(int(args.grace) + 30)]
     words += ["--spot"] * args.spot
@@ -167,10 +136,10 @@ def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(words)
         if args.xpk and (args.secret or args.service_account):
             flag = "--secret" if args.secret else "--service-account"
-            raise Stop(USAGE, f"xpk does not support {flag}: remove it, or print the JobSet")
+            raise Stop(Exit.USAGE, f"xpk does not support {flag}: remove it, or print the JobSet")
         if not NAME.fullmatch(args.name):
             raise Stop(
-                REFUSED, f"--name {args.name!r}: use at most 40 of a-z, 0-9 and -, a letter first"
+                Exit.REFUSED, f"--name {args.name!r}: use up to 40 of a-z, 0-9, -; a letter first"
             )
         config = preflight.check_name(ROOT, args.config)
         slice_ = accelerators.parse(args.type)
@@ -179,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         if resolved and preflight.check_data(resolved, local=False):
             print("gke: the data must be in IMAGE: pods do not download it", file=sys.stderr)
         train = ["train", "--config", config, "--workdir", args.workdir, *overrides]
-        print(xpk(args, train) if args.xpk else yaml(render(args, train)))
+        print(xpk(args, train) if args.xpk else json.dumps(render(args, train), indent=2))
     except Stop as stop:
         print(f"gke: {stop}", file=sys.stderr)
         return stop.code

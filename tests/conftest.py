@@ -3,13 +3,12 @@
 The environment is set before anything imports jax, and is inherited by every process a test starts.
 """
 
+import gc
 import os
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,16 +16,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.program_cache import ProgramCache
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Compiled programs are shared in a session, by this process and the trainings that it starts. A new
-# folder per session and xdist worker: jax does not write an entry atomically, so one that a killed
-# training left half-written would stay so.
-COMPILED = tempfile.mkdtemp(prefix="vit_scale-compiled-")
+PROGRAMS = ProgramCache(ROOT / ".cache")
+
+# The files of tests that take longest, the longest first.
+LONGEST = (
+    "laws/test_mesh.py",
+    "laws/test_laws.py",
+    "laws/test_convnets.py",
+    "storage/test_bucket.py",
+    "laws/test_soak.py",
+    "launch/test_real.py",
+    "plan/test_compile.py",
+)
 
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": COMPILED,
+    "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS.session),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "WANDB_MODE": "offline",
@@ -35,12 +44,33 @@ os.environ |= {
     "PYTHONUNBUFFERED": "1",
     "COLUMNS": "120",
 }
+# Tracing allocates so much that a tenth of the time would be the garbage collector's.
+gc.set_threshold(20_000, 20, 20)
+
 for name in ("WANDB_API_KEY", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"):
     os.environ.pop(name, None)
 
 
+def pytest_configure():
+    PROGRAMS.prune()
+
+
 def pytest_unconfigure():
-    shutil.rmtree(COMPILED, ignore_errors=True)
+    PROGRAMS.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, so that no worker is left with one at the end."""
+    rank = {ROOT / "tests" / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs() -> Iterator[None]:
+    """Exchange compiled programs with the other workers and with later runs, file by file."""
+    PROGRAMS.take()
+    yield
+    PROGRAMS.give()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pathlib
 import re
 from typing import NamedTuple
 
-from launch.tpu.exit_codes import REFUSED, Stop
+from launch.tpu.exit_codes import Exit, Stop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TABLE = json.loads((ROOT / "vit_scale" / "distributed" / "accelerators.json").read_text())
@@ -46,14 +46,14 @@ def parse(name: str, price: float | None = None) -> Accelerator:
     generation = {"v5e": "v5litepod"}.get(match[1], match[1]) if match else ""
     if match is None or generation not in GENERATIONS:
         valid = ", ".join(f"{key}-N" for key in GENERATIONS)
-        raise Stop(REFUSED, f"unknown accelerator type {name!r}; valid: {valid}, such as v4-32")
+        raise Stop(Exit.REFUSED, f"unknown accelerator type {name!r}; valid: {valid} (v4-32)")
     row, number = GENERATIONS[generation], int(match[2])
     chips, odd = divmod(number, row["type_counts_per_chip"])
     single = chips in row["single_host_chips"]
     hosts, rest = (1, 0) if single else divmod(chips, row["chips_per_host"])
     power_of_two = chips & (chips - 1) == 0
     if odd or rest or hosts < 1 or not (row["dimensions"] == 3 or power_of_two):
-        raise Stop(REFUSED, f"accelerator type {name}: no {generation} slice has this size")
+        raise Stop(Exit.REFUSED, f"accelerator type {name}: no {generation} slice has this size")
     price = row["usd_per_chip_hour"] if price is None else price
     return Accelerator(
         type=f"{generation}-{number}",

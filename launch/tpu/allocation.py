@@ -8,21 +8,14 @@ from launch.tpu import clock as clocks
 from launch.tpu import gcloud
 from launch.tpu.billing import Billing
 from launch.tpu.cloud_tpu import TRIES, CloudTpu, Status, refuse
-from launch.tpu.exit_codes import INFRASTRUCTURE, NO_CAPACITY, REFUSED, USAGE, Stop
-from launch.tpu.flags import seconds
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError
 from launch.tpu.plan import Plan
 
 POLL = 15  # seconds between status checks while waiting for a machine
 REPAIR = 1200  # seconds a machine may take to recover
 RENEW = 3600  # seconds between renewals of the expiry label
-EXISTS_DELAYS = (
-    5,
-    30,
-    60,
-    120,
-    300,
-)  # seconds to wait when the name exists but cannot be described
+EXISTS_DELAYS = (5, 30, 60, 120, 300)  # seconds to wait while the name exists, but not its status
 ROTATION = (30, 60, 120, 300, 600)  # seconds to wait after a stockout
 
 
@@ -94,7 +87,7 @@ class Allocation:
         """Act on the machine's status, then wait."""
         existing, now = self.plan.args.existing, self.clock.now()
         if existing and status.kind in ("absent", "gone", "failed", "not_ours"):
-            raise Stop(REFUSED, f"TPU VM {self.plan.name} is unusable: {status.detail}")
+            raise Stop(Exit.REFUSED, f"TPU VM {self.plan.name} is unusable: {status.detail}")
         if status.kind == "absent":
             self.billing.end()
             self.claim()
@@ -107,7 +100,7 @@ class Allocation:
             self.remove()
         elif status.kind in ("recovering", "unhealthy") and now - sick > REPAIR:
             if existing:
-                raise Stop(INFRASTRUCTURE, f"{status.detail} for {clocks.text(now - sick)}")
+                raise Stop(Exit.INFRASTRUCTURE, f"{status.detail} for {clocks.text(now - sick)}")
             self.rescue(status)
             self.remove()
         self.renew()
@@ -132,7 +125,7 @@ class Allocation:
         self.refusals = 0 if created else self.refusals + 1
         if self.refusals > len(EXISTS_DELAYS):
             raise Stop(
-                USAGE,
+                Exit.USAGE,
                 f"a TPU named {self.plan.name} exists in {self.cloud.tpu.zone} but cannot be "
                 "described: choose another --name",
             )
@@ -158,13 +151,13 @@ class Allocation:
         run = status.labels.get("run", "")
         if status.labels.get("managed-by") != "vit_scale":
             raise Stop(
-                USAGE,
+                Exit.USAGE,
                 f"TPU {self.plan.name} exists and was not created by this launcher: "
                 "choose another --name, or use it as it is with --existing",
             )
         if run != self.plan.run:
             raise Stop(
-                USAGE,
+                Exit.USAGE,
                 f"TPU {self.plan.name} belongs to run {run}, which has another config or workdir: "
                 "choose another --name, or delete that machine: launch/tpu_vm.sh delete --name "
                 f"{self.plan.name}",
@@ -183,9 +176,7 @@ class Allocation:
             self.zone = (self.zone + 1) % len(zones)
         wait = ROTATION[min(self.shortages // len(zones), len(ROTATION) - 1)]
         self.shortages += 1
-        self.journal.say(
-            "acquire", f"{self.cloud.tpu.zone}: {error}; next zone: {zones[self.zone]}"
-        )
+        self.journal.say("acquire", f"{self.cloud.tpu.zone}: {error}; trying {zones[self.zone]}")
         self.cloud.tpu = dataclasses.replace(self.cloud.tpu, zone=zones[self.zone])
         self.cloud.owned = self.created = False  # until its status is known
         self.fresh = True
@@ -195,8 +186,8 @@ class Allocation:
     def check_queue(self, began: float) -> None:
         limit = self.plan.args.valid_until
         waited = self.clock.now() - began
-        if limit and waited > seconds(limit):
-            raise Stop(NO_CAPACITY, f"no machine in {clocks.text(waited)} (--valid-until {limit})")
+        if limit and waited > limit:
+            raise Stop(Exit.NO_CAPACITY, f"no machine within {clocks.text(waited)}: --valid-until")
 
     def check(self, patience: int = TRIES) -> None:
         """Raise Gone if the machine no longer exists. A 404 must repeat three times to count."""
@@ -218,7 +209,7 @@ class Allocation:
         try:
             self.check(patience=2)
         except Stop as stop:
-            if stop.code != INFRASTRUCTURE:
+            if stop.code != Exit.INFRASTRUCTURE:
                 raise
             self.journal.write("offline", error=str(stop))
             return False

@@ -11,7 +11,7 @@ from launch.tpu import agent_status, secret, worker_commands
 from launch.tpu.agent_status import AgentStatus
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit, diagnose, last_line
-from launch.tpu.exit_codes import AGENT_BUSY, DONE, RESUMABLE, TPU_HELD
+from launch.tpu.exit_codes import Agent, Trainer
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, free_port, on_all
@@ -21,7 +21,6 @@ LOST, MISSED = 180, 3  # seconds, and status calls, without an answer from a wor
 PATIENCE = 60  # seconds the others have to exit once one has exited with 0 or 42
 TAIL = 64_000  # characters of each log kept for the diagnosis
 LONGEST_LINE = 200_000  # bytes
-STEPPING = ("train", "eval", "checkpoint")  # phases of the trainer in which steps advance
 
 
 @dataclass
@@ -107,9 +106,9 @@ class Attempt:
             if result.code == 0:
                 return None
             error = last_error(result.err)
-            if result.code == TPU_HELD:
+            if result.code == Agent.TPU_HELD:
                 return "busy", error
-            if result.code == AGENT_BUSY and "stopped" in error:
+            if result.code == Agent.BUSY and "stopped" in error:
                 break
             self.clock.sleep(3)
         return "infra", error
@@ -128,10 +127,6 @@ class Attempt:
             self.poll()
         if grace and any(view.state in ("running", "unknown") for view in self.views):
             self.stop(0)
-
-    def dump_stacks(self) -> None:
-        words = ("stacks", self.plan.run, self.number)
-        on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
 
     # --- follow
 
@@ -213,7 +208,7 @@ class Attempt:
         now, over = self.clock.now(), [view for view in self.views if view.over]
         if len(over) == len(self.views):
             return self.finish()
-        bad = [view for view in over if view.code not in (DONE, RESUMABLE)]
+        bad = [view for view in over if view.code not in (Trainer.DONE, Trainer.RESUMABLE)]
         if bad:
             self.stop(min(10, self.plan.args.grace))
             return self.finish()
@@ -261,10 +256,9 @@ class Attempt:
 
     def _end_stalled(self, view: View, reason: str) -> Cause:
         phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
-        self.reasons[view.worker] = (
-            f"{reason}, in phase {phase} after step {step}; its log has the stacks"
-        )
-        self.dump_stacks()
+        self.reasons[view.worker] = f"{reason}, in phase {phase} after step {step}; see its log"
+        words = ("stacks", self.plan.run, self.number)
+        on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
         self.clock.sleep(5)
         self.stop(10)
         return self.finish()

@@ -3,8 +3,10 @@
 import datetime
 
 from launch.tpu.clock import Clock
-from launch.tpu.exit_codes import LIMIT, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.journal import Journal
+
+RESUME = "rerun the same command to resume"
 
 
 class Billing:
@@ -45,17 +47,12 @@ class Billing:
     def cost(self) -> float | None:
         return None if self.price is None else round(self.hours * self.price, 2)
 
-    @property
-    def text(self) -> str:
-        cost = self.cost
-        return f"{self.hours:.2f} h" + ("" if cost is None else f", ${cost:.2f}")
-
     def check(self, hours: float, cost: float) -> None:
         """Raise Stop if a limit is reached; 0 means none."""
         if hours and self.hours >= hours:
-            raise Stop(LIMIT, f"--max-hours {hours:g} reached; rerun the same command to resume")
+            raise Stop(Exit.LIMIT_REACHED, f"--max-hours {hours:g} reached; {RESUME}")
         if cost and (self.cost or 0) >= cost:
-            raise Stop(LIMIT, f"--max-cost {cost:g} reached; rerun the same command to resume")
+            raise Stop(Exit.LIMIT_REACHED, f"--max-cost {cost:g} reached; {RESUME}")
 
 
 def age(created: str) -> float:

@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 from typing import NamedTuple
 
-from launch.tpu.exit_codes import BAD_INPUT, Stop
+from launch.tpu.exit_codes import Exit, Stop
 
 LARGEST = 50_000_000  # bytes of all files
 NEVER = (".env", ".git", ".venv", ".data", "tpu.env", "__pycache__", "runs", "wandb")
@@ -57,7 +57,7 @@ def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
         listed = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB" for name in largest)
         total = sum(sizes.values()) / 1e6
         raise Stop(
-            BAD_INPUT,
+            Exit.BAD_INPUT,
             f"code is {total:.0f} MB, the limit is {LARGEST / 1e6:.0f} MB; largest: {listed}",
         )
     packed = io.BytesIO()
@@ -65,7 +65,7 @@ def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
         for name in names:
             content = (root / name).read_bytes()
             if any(value.encode() in content for value in redacted):
-                raise Stop(BAD_INPUT, f"{name} contains the value of a secret: remove it")
+                raise Stop(Exit.BAD_INPUT, f"{name} contains the value of a secret: remove it")
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             entry.mode = 0o755 if (root / name).stat().st_mode & 0o100 else 0o644

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from launch.tpu import bundle, doctor, flags, fleet, verbs, worker_commands
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu
-from launch.tpu.exit_codes import DONE, USAGE, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
 from launch.tpu.plan import ROOT, Plan, make_plan
@@ -36,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb != "run":
             return VERBS[args.verb](args, after) if args.verb == "ssh" else VERBS[args.verb](args)
         if after:
-            raise Stop(
-                USAGE, f"unexpected argument {after[0]!r}: override with --config.FIELD=VALUE"
-            )
+            raise Stop(Exit.USAGE, f"unexpected argument {after[0]!r}; use --config.FIELD=VALUE")
         return run(args, overrides)
     except Stop as stop:
         print(f"tpu_vm: {stop}", file=sys.stderr)
@@ -53,15 +51,15 @@ def run(args, overrides: list[str]) -> int:
         for what, text in plan.summary:
             print(f"{what:8} {text}")
         print("\n".join(worker_commands.dry_run(plan)))
-        return DONE
-    if journal.state["result"] == DONE and not args.again:
+        return Exit.DONE
+    if journal.state["result"] == Exit.DONE and not args.again:
         print(f"tpu_vm: {plan.run} is done, see {plan.workdir}; --again reruns it", file=sys.stderr)
         steps = max(journal.state["progress"].values(), default=0)
-        print(json.dumps({"run": plan.run, "result": "done", "code": DONE, "steps": steps}))
-        return DONE
+        print(json.dumps({"run": plan.run, "result": "done", "code": Exit.DONE, "steps": steps}))
+        return Exit.DONE
     if not journal.acquire_lock():
         raise Stop(
-            USAGE,
+            Exit.USAGE,
             f"process {journal.watcher()} already watches {plan.run}: launch/tpu_vm.sh logs -f "
             f"--name {plan.name}",
         )
@@ -100,7 +98,7 @@ def write_request(plan: Plan, journal: Journal) -> None:
         "resolved": [text for what, text in plan.summary],
     }
     if not journal.put("launch.json", json.dumps(content, indent=1, default=str)):
-        raise Stop(USAGE, f"cannot write to {plan.folder}: is the disk full?")
+        raise Stop(Exit.USAGE, f"cannot write to {plan.folder}: is the disk full?")
     journal.put("changes.diff", bundle.changes(ROOT))
 
 
@@ -128,4 +126,4 @@ def detach(plan: Plan, journal: Journal) -> int:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     print(f"process {process.pid} watches {plan.run}; launch/tpu_vm.sh logs -f --name {plan.name}")
-    return DONE
+    return Exit.DONE

@@ -8,20 +8,21 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import time
 from typing import NamedTuple
 
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud
 from launch.tpu.clock import Clock
-from launch.tpu.exit_codes import AUTH, INFRASTRUCTURE, REFUSED, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 
 TERMINAL = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN")
 RECOVERING = ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNKNOWN")
-CODES = {"quota": REFUSED, "zone": REFUSED, "invalid": REFUSED, "api": REFUSED}
-CODES |= {"auth": AUTH, "permission": AUTH, "agent": AUTH, "key": AUTH}
+CODES = dict.fromkeys(("quota", "zone", "invalid", "api"), Exit.REFUSED)
+CODES |= dict.fromkeys(("auth", "permission", "agent", "key"), Exit.NOT_PERMITTED)
 TRIES, LONGEST = 12, 60  # for an API that does not answer; seconds between the last tries
 DELETION = 1200  # seconds a deletion may take
 EXPIRES = 24 * 3600  # seconds until `gc` may delete a machine, unless its launcher renews the label
@@ -44,7 +45,7 @@ class Status(NamedTuple):
 def refuse(error: ApiError) -> Stop:
     """Return the Stop for an error that waiting cannot mend, with its remedy."""
     remedy = gcloud.REMEDIES.get(error.kind, "")
-    return Stop(CODES.get(error.kind, INFRASTRUCTURE), f"{error}; {remedy}".rstrip("; "))
+    return Stop(CODES.get(error.kind, Exit.INFRASTRUCTURE), f"{error}; {remedy}".rstrip("; "))
 
 
 def count_hosts(node: dict) -> int:
@@ -69,7 +70,7 @@ class CloudTpu:
             if result.code == 0:
                 return result.out
             if result.code == 127:
-                raise Stop(AUTH, "gcloud is not installed: https://cloud.google.com/sdk")
+                raise Stop(Exit.NOT_PERMITTED, "gcloud is missing: https://cloud.google.com/sdk")
             error = gcloud.error(result.err)
             patience -= 1
             if error.kind != "transient" or patience <= 0:
@@ -87,7 +88,10 @@ class CloudTpu:
                 return None
             raise refuse(error) from None
         except ValueError:
-            raise Stop(INFRASTRUCTURE, f"invalid JSON from: {gcloud.line(argv)}") from None
+            raise Stop(Exit.INFRASTRUCTURE, f"invalid JSON from: {shlex.join(argv)}") from None
+
+    def describe_node(self, name: str, patience: int = TRIES) -> dict | None:
+        return self.read_json(gcloud.describe_node(self.tpu, name), patience)
 
     def is_ours(self, labels: dict) -> bool:
         """Return whether these labels are this run's, or any run's if the run is unknown."""
@@ -110,20 +114,16 @@ class CloudTpu:
     def _without_request(self, patience: int) -> Status:
         """Check for nodes without a request: left over, created without a queue, or another's."""
         for name in self.tpu.nodes:
-            node = self.read_json(gcloud.describe_node(self.tpu, name), patience)
+            node = self.describe_node(name, patience)
             if node is None:
                 continue
             status = self._node(name, node)
             if self._is_leftover(node):
-                return status._replace(
-                    kind="gone", detail=f"node {name} outlived its queued resource"
-                )
+                return status._replace(kind="gone", detail=f"node {name} outlived its request")
             if self.is_ours(status.labels) and self.tpu.slices == 1:
                 self.tpu = dataclasses.replace(self.tpu, queue=False)
                 return status
-            return status._replace(
-                kind="not_ours", detail=f"TPU VM {name} does not belong to this run"
-            )
+            return status._replace(kind="not_ours", detail=f"TPU VM {name} is not this run's")
         return Status("absent", f"TPU {self.tpu.name} does not exist")
 
     def _is_leftover(self, node: dict) -> bool:
@@ -135,9 +135,8 @@ class CloudTpu:
     def _request(self, request: dict, patience: int) -> Status:
         state = request.get("state", {}).get("state", "")
         spec, labels = node_specs(request), labels_of(request)
-        names = [
-            entry.get("nodeId") or name for entry, name in zip(spec, self.tpu.nodes, strict=False)
-        ]
+        pairs = zip(spec, self.tpu.nodes, strict=False)
+        names = [entry.get("nodeId") or name for entry, name in pairs]
         if state == "FAILED":
             error = request["state"].get("failedData", {}).get("error", {}).get("message", "")
             return Status("failed", error or "the queued resource FAILED", labels=labels)
@@ -149,15 +148,13 @@ class CloudTpu:
         return status if status.labels else status._replace(labels=labels)
 
     def _nodes(self, names: list[str], patience: int) -> Status:
-        described = {
-            name: self.read_json(gcloud.describe_node(self.tpu, name), patience) for name in names
-        }
+        nodes = {name: self.describe_node(name, patience) for name in names}
         # It may not be listed yet, or be gone although its request is still ACTIVE.
-        self.missing = 0 if all(described.values()) else self.missing + 1
+        self.missing = 0 if all(nodes.values()) else self.missing + 1
         kind = "gone" if self.missing >= 3 else "waiting"
         statuses = [
             self._node(name, node) if node else Status(kind, f"node {name} does not exist")
-            for name, node in described.items()
+            for name, node in nodes.items()
         ]
         hosts = [host for status in statuses for host in status.hosts]
         for kind in ("gone", "recovering", "waiting", "unhealthy"):
@@ -213,9 +210,9 @@ class CloudTpu:
                 requested = self._ask_to_delete() or requested
             self.clock.sleep(10)
         raise Stop(
-            INFRASTRUCTURE,
+            Exit.INFRASTRUCTURE,
             f"{self.tpu.name} still exists {clocks.text(DELETION)} after its deletion began; "
-            f"run: {gcloud.line(gcloud.delete(self.tpu))}",
+            f"run: {shlex.join(gcloud.delete(self.tpu))}",
         )
 
     def _exists(self) -> dict | None:
@@ -223,7 +220,7 @@ class CloudTpu:
         resource = self.read_json(gcloud.describe(self.tpu))
         if resource is None and self.tpu.queue:  # a node may outlive its request
             for name in self.tpu.nodes:
-                node = self.read_json(gcloud.describe_node(self.tpu, name))
+                node = self.describe_node(name)
                 if node and self._is_leftover(node):
                     resource = node
                     self._delete_node(name)

@@ -7,7 +7,7 @@ top; the trainer's own final message, in its heartbeat, outranks its exit code.
 import re
 from typing import NamedTuple
 
-from launch.tpu.exit_codes import DIVERGED, DONE, RESUMABLE, TPU_HELD, TRAINER_USAGE
+from launch.tpu.exit_codes import Agent, Trainer
 
 # (pattern in the end of the log, kind), unless the exit code is 0
 SIGNATURES = (
@@ -71,7 +71,7 @@ def last_line(tail: str) -> str:
 
 def is_mismatch(end: WorkerExit) -> bool:
     """Return whether it exited because code, config, data or folder differ between hosts."""
-    if end.code in (None, DONE, RESUMABLE):
+    if end.code in (None, Trainer.DONE, Trainer.RESUMABLE):
         return False
     return bool(re.search(DISAGREE, f"{end.message}\n{last_line(end.tail)}"))
 
@@ -81,22 +81,22 @@ def is_collateral(end: WorkerExit) -> bool:
         return False  # even if another worker detected it
     if end.stopped or end.code == 134 or end.message.startswith("process "):
         return True
-    if end.code in (None, DONE, RESUMABLE, DIVERGED) and not end.message:
-        return bool(re.search(COLLATERAL, end.tail)) and end.code == RESUMABLE
+    if end.code in (None, Trainer.DONE, Trainer.RESUMABLE, Trainer.DIVERGED) and not end.message:
+        return bool(re.search(COLLATERAL, end.tail)) and end.code == Trainer.RESUMABLE
     return bool(re.search(COLLATERAL, last_line(end.tail)))
 
 
 def classify(end: WorkerExit) -> str:
-    if end.code == TPU_HELD:
+    if end.code == Agent.TPU_HELD:
         return "busy"
-    if end.code in (DIVERGED, TRAINER_USAGE):
+    if end.code in (Trainer.DIVERGED, Trainer.USAGE):
         return "fatal"
     if is_mismatch(end):
         return "input"
     for pattern, kind in SIGNATURES:
         if end.code != 0 and re.search(pattern, end.tail):
             return kind
-    if end.code == RESUMABLE:
+    if end.code == Trainer.RESUMABLE:
         return "resumable"
     if end.code is None or end.code == 0 or end.code >= 127:
         return "infra"
@@ -110,7 +110,7 @@ def diagnose(ends: list[WorkerExit]) -> Cause:
     failed = [end for end in ends if end.code != 0 or end.reason]
     own = [end for end in failed if not is_collateral(end)]
     # A signal to one worker stops all with RESUMABLE: any other exit is the cause.
-    own = [end for end in own if end.code != RESUMABLE] or own
+    own = [end for end in own if end.code != Trainer.RESUMABLE] or own
     first = min(own or failed, key=lambda end: end.at)
     kind = classify(first) if own else "infra"
     message = first.reason or first.message or last_line(first.tail) or "no message"

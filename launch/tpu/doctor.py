@@ -6,21 +6,20 @@ import re
 import sys
 
 from launch.tpu import accelerators, flags, gcloud
-from launch.tpu.exit_codes import AUTH, DONE
+from launch.tpu.exit_codes import Exit
 from launch.tpu.gcloud import Tpu
 from launch.tpu.plan import ROOT
 
 
 def doctor(args: argparse.Namespace) -> int:
     """Print each requirement as ok or FAIL, with its remedy."""
-    values, code = flags.Values(args, ROOT), DONE
+    values, code = flags.Values(args, ROOT), Exit.DONE
 
     def report(good: bool, what: str, remedy: str = "") -> bool:
         nonlocal code
-        print(
-            f"{'ok  ' if good else 'FAIL'} {what}" + (f": {remedy}" if remedy and not good else "")
-        )
-        code = code if good else AUTH
+        suffix = f": {remedy}" if remedy and not good else ""
+        print(f"{'ok  ' if good else 'FAIL'} {what}{suffix}")
+        code = code if good else Exit.NOT_PERMITTED
         return good
 
     report(True, f"Python {sys.version.split()[0]}")
@@ -54,15 +53,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _check_zone(report, zone: str, project: str, kind: str) -> None:
     location = Tpu("", zone, project, "", "").location
-    argv = [
-        "gcloud",
-        "compute",
-        "tpus",
-        "accelerator-types",
-        "list",
-        *location,
-        "--format=value(type)",
-    ]
+    argv = [*gcloud.TPUS, "accelerator-types", "list", *location, "--format=value(type)"]
     result = gcloud.run(argv, timeout=60)
     if result.code:
         error = gcloud.error(result.err)
@@ -72,5 +63,5 @@ def _check_zone(report, zone: str, project: str, kind: str) -> None:
     wanted = accelerators.parse(kind).type if kind else ""
     good = not wanted or wanted in offered
     report(
-        good, f"zone {zone} offers {wanted or len(offered)}", f"it offers {', '.join(offered[:12])}"
+        good, f"zone {zone} offers {wanted or len(offered)}", f"it has {', '.join(offered[:12])}"
     )

@@ -1,50 +1,49 @@
 """The exit codes of the launcher and of what it calls, and the exception that ends the launcher."""
 
-DONE = 0
-FAILED = 1  # the training failed by an error of its own
-USAGE = 64
-BAD_INPUT = 65  # config, secrets or data
-NO_CAPACITY = 69
-SETUP = 70  # the workers' environments could not be made, or differ
-INFRASTRUCTURE = 75  # restarted as often as is allowed
-CRASH_LOOP = 76
-AUTH = 77
-REFUSED = 78  # quota, zone, type or runtime
-TPU_HELD = 79  # by another program
-LIMIT = 124  # of hours or cost; the run can be resumed
-INTERRUPTED = 130  # detached or stopped by the user
+import enum
 
-RESULTS = {
-    DONE: "done",
-    FAILED: "failed",
-    USAGE: "usage",
-    BAD_INPUT: "bad input",
-    NO_CAPACITY: "no capacity",
-    SETUP: "setup failed",
-    INFRASTRUCTURE: "infrastructure",
-    CRASH_LOOP: "crash loop",
-    AUTH: "not permitted",
-    REFUSED: "refused",
-    TPU_HELD: "tpu held",
-    LIMIT: "limit reached",
-    INTERRUPTED: "interrupted",
-}
 
-# The trainer's, as in vit_scale/errors.py, beside DONE and FAILED.
-TRAINER_USAGE, RESUMABLE, DIVERGED = 2, 42, 43
+class Exit(enum.IntEnum):
+    """The launcher's exit codes; `result` names one in the final status."""
+
+    DONE = 0
+    FAILED = 1  # the training failed by an error of its own
+    USAGE = 64
+    BAD_INPUT = 65  # config, secrets or data
+    NO_CAPACITY = 69
+    SETUP_FAILED = 70  # the workers' environments could not be created, or differ
+    INFRASTRUCTURE = 75  # restarted as often as is allowed
+    CRASH_LOOP = 76
+    NOT_PERMITTED = 77
+    REFUSED = 78  # quota, zone, type or runtime
+    TPU_HELD = 79  # by another program
+    LIMIT_REACHED = 124  # of hours or cost; the run can be resumed
+    INTERRUPTED = 130  # detached or stopped by the user
+
+    @property
+    def result(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+class Trainer(enum.IntEnum):
+    """The trainer's exit codes, as in vit_scale/errors.py."""
+
+    DONE, FAILED, USAGE, RESUMABLE, DIVERGED = 0, 1, 2, 42, 43
+
+
+class Agent(enum.IntEnum):
+    """The exit codes of agent.sh: an upload is damaged; the environment; too late, or busy ..."""
+
+    DONE, USAGE, DAMAGED, SETUP_FAILED, DISK_FULL, BUSY, TPU_HELD = 0, 64, 65, 70, 71, 75, 79
+
+
 # Exit codes after which the same command resumes: saved, killed by a signal, or the machine lost.
-RESTARTABLE = (RESUMABLE, *range(127, 256))
-
-# agent.sh's, beside USAGE and TPU_HELD.
-AGENT_DAMAGED = 65  # what arrived is not what was sent
-AGENT_SETUP = 70
-AGENT_DISK_FULL = 71
-AGENT_BUSY = 75  # or too late
+RESTARTABLE = (Trainer.RESUMABLE, *range(127, 256))
 
 
 class Stop(Exception):
     """Ends the launcher with exit code `code`; the message is one line for the user."""
 
-    def __init__(self, code: int, line: str):
+    def __init__(self, code: Exit, line: str):
         super().__init__(line)
         self.code = code

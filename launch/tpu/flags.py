@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from launch.tpu import gcloud, secret
-from launch.tpu.exit_codes import USAGE, Stop
+from launch.tpu.exit_codes import Exit, Stop
 
 VERBS = {
     "run": "train (the default verb); rerun the same command to resume",
@@ -55,13 +55,12 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and name not in options:
                 close = difflib.get_close_matches(name, options, n=1)
-                self.error(
-                    f"unrecognized arguments: {name}" + f" (did you mean {close[0]}?)" * bool(close)
-                )
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                self.error(f"unrecognized arguments: {name}{hint}")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise Stop(USAGE, f"{message}; see launch/tpu_vm.sh --help")
+        raise Stop(Exit.USAGE, f"{message}; see launch/tpu_vm.sh --help")
 
 
 def seconds(text: str) -> float:
@@ -70,12 +69,6 @@ def seconds(text: str) -> float:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 30s, 10m or 6h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[match[2]]
-
-
-def duration(text: str) -> str:
-    """Check that `text` is a duration, and return it."""
-    seconds(text)
-    return text
 
 
 def machine_policy(text: str) -> str:
@@ -135,7 +128,7 @@ def _add_machine_flags(group: argparse._ArgumentGroup) -> None:
     for name, text in PROVISIONING.items():
         model.add_argument(f"--{name}", dest="model", action="store_const", const=name, help=text)
     add("--no-queue", action="store_true", help="create the VM without a queued resource")
-    add("--valid-until", type=duration, metavar="TIME", help="give up if still queued after this")
+    add("--valid-until", **TIME, help="give up if still queued after this")
     add("--num-slices", **NUMBER, default=1, help="slices of this type (multislice)")
     add("--existing", action="store_true", help="use TPU VM NAME; never create or delete it")
     targets = "auto|vm|here|local:N"
@@ -159,18 +152,8 @@ def _add_policy_flags(add: Callable) -> None:
     add("--on-success", **POLICY, default="delete", help="the machine after success")
     add("--on-failure", **POLICY, default="keep:30m", help="the machine after a failure")
     interrupts: dict[str, Any] = {"choices": ["", "detach", "stop"], "metavar": "detach|stop"}
-    add(
-        "--on-interrupt",
-        **interrupts,
-        default="",
-        help="what Ctrl-C does (default: detach if training)",
-    )
-    add(
-        "--orphan",
-        **TIME,
-        default="1h",
-        help="worker 0 deletes an idle machine (0: never)",
-    )
+    add("--on-interrupt", **interrupts, default="", help="on Ctrl-C (default: detach if training)")
+    add("--orphan", **TIME, default="1h", help="worker 0 deletes an idle machine (0: never)")
     add("--detach", action="store_true", help="watch in the background; follow with `logs -f`")
     add("--dry-run", action="store_true", help="print every command without running any")
     add("--again", action="store_true", help="run again although the run is done")

@@ -9,7 +9,7 @@ import time
 from launch.tpu import accelerators, agent_status, billing, cloud_tpu, flags, gcloud
 from launch.tpu.agent_status import AgentStatus
 from launch.tpu.clock import Clock
-from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, USAGE, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
@@ -28,25 +28,25 @@ def delete(args: argparse.Namespace) -> int:
     status = cloud.status()
     if status.kind == "absent":
         print(status.detail, file=sys.stderr)
-        return DONE
+        return Exit.DONE
     labels = status.labels
     if labels.get("managed-by") != "vit_scale":
-        raise Stop(USAGE, f"{cloud.tpu.name} was not created by this launcher: not deleted")
+        raise Stop(Exit.USAGE, f"{cloud.tpu.name} was not created by this launcher: not deleted")
     owner = labels.get("owner", "")
     own = cloud.is_ours(labels) and (registered or owner == cloud_tpu.owner())
     if not own and args.owner not in ("all", owner):
         raise Stop(
-            USAGE,
+            Exit.USAGE,
             f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}; to delete it, give "
             f"--owner {owner}",
         )
     cloud.tpu = dataclasses.replace(cloud.tpu, labels={"run": labels.get("run", "")})
     status = cloud.status()  # with its run known, a node without a request is recognised
     if not confirm(args, f"delete {cloud.tpu.name} ({status.detail}; it {describe_owner(labels)})"):
-        return DONE
+        return Exit.DONE
     cloud.delete()
     print(f"{cloud.tpu.name} deleted", file=sys.stderr)
-    return DONE
+    return Exit.DONE
 
 
 def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
@@ -61,7 +61,7 @@ def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
         journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
         return cloud_tpu.CloudTpu(tpu, Clock(), journal, owned=True), False
     if run.cloud is None or not run.cloud.owned:
-        raise Stop(USAGE, "this run's machine was not created by this launcher: not deleted")
+        raise Stop(Exit.USAGE, "this run's machine was not created by this launcher: not deleted")
     return run.cloud, True
 
 
@@ -69,7 +69,7 @@ def confirm(args: argparse.Namespace, what: str) -> bool:
     if args.yes:
         return True
     if not sys.stdin.isatty():
-        raise Stop(USAGE, f"{what}? give --yes")
+        raise Stop(Exit.USAGE, f"{what}? give --yes")
     return input(f"{what}? [y/N] ").strip().lower() == "y"
 
 
@@ -113,7 +113,7 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
     project = values.get_or_gcloud("project", "project")
     zones = values.get_or_gcloud("zone", "compute/zone").split(",")
     if not zones[0]:
-        raise Stop(USAGE, "--zones a,b is required: machines are listed zone by zone")
+        raise Stop(Exit.USAGE, "--zones a,b is required: machines are listed zone by zone")
     machines: list[Machine] = []
 
     def add(name: str, nodes: list[dict], fallback: dict, **options) -> None:
@@ -121,9 +121,8 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
         tpu = Tpu(name, zone, project, "", "", iap=args.iap, internal_ip=args.internal_ip)
         keys = ("labels", "createTime", "acceleratorType")
         values = [next((node[key] for node in nodes if node.get(key)), None) for key in keys]
-        labels, created, kind = (
-            value or fallback.get(key) for key, value in zip(keys, values, strict=True)
-        )
+        reported = zip(keys, values, strict=True)
+        labels, created, kind = (value or fallback.get(key) for key, value in reported)
         states = [node["state"] for node in nodes if node.get("state") in DEAD_STATES]
         state = next(iter(states), fallback.get("state", ""))
         tpu = dataclasses.replace(tpu, **options)
@@ -132,13 +131,13 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
     for zone in zones:
         requests = read_list(gcloud.listing("queued-resources", zone, project))
         listed = read_list(gcloud.listing("tpu-vm", zone, project))
-        nodes = {base_name(node["name"]): node for node in listed}
+        nodes = {node["name"].rpartition("/")[2]: node for node in listed}
         for request in requests:
             specs = cloud_tpu.node_specs(request)
             own = [nodes.pop(spec.get("nodeId", ""), {}) for spec in specs]
             fallback = {**request, **specs[0].get("node", {})}
             fallback["state"] = request.get("state", {}).get("state", "")
-            add(base_name(request["name"]), own, fallback, slices=len(specs))
+            add(request["name"].rpartition("/")[2], own, fallback, slices=len(specs))
         for name, node in nodes.items():
             add(name, [node], node, queue=False)
     return [machine for machine in machines if machine.labels.get("managed-by") == "vit_scale"]
@@ -153,27 +152,23 @@ def read_list(argv: list[str]) -> list[dict]:
         raise cloud_tpu.refuse(error) from None
 
 
-def base_name(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
 def listing(args: argparse.Namespace) -> int:
     rows = [machine.as_json() for machine in list_machines(args)]
     if args.owner not in ("", "all"):
         rows = [row for row in rows if row["owner"] == args.owner]
     if args.json:
         print(json.dumps({"machines": rows}))
-        return DONE
+        return Exit.DONE
     for entry in rows:
         print("  ".join(f"{key} {value}" for key, value in entry.items() if value is not None))
     if not rows:
         print("no machines found", file=sys.stderr)
-    return DONE
+    return Exit.DONE
 
 
 def collect(args: argparse.Namespace) -> int:
     """Delete forgotten machines, each after confirmation unless --yes is given."""
-    code, mine = DONE, args.owner or cloud_tpu.owner()
+    code, mine = Exit.DONE, args.owner or cloud_tpu.owner()
     for machine in list_machines(args):
         text = json.dumps(machine.as_json())
         if mine not in ("all", machine.labels.get("owner")):
@@ -192,7 +187,7 @@ def collect(args: argparse.Namespace) -> int:
             print(f"deleted: {text}")
         except Stop as stop:
             print(f"NOT deleted: {text}: {stop}")
-            code = INFRASTRUCTURE
+            code = Exit.INFRASTRUCTURE
     return code
 
 

@@ -8,7 +8,6 @@ connection, and does not return while one host hangs.
 import contextlib
 import os
 import re
-import shlex
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -16,12 +15,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 TPUS = ["gcloud", "compute", "tpus"]
-SSH = (
-    "-oConnectTimeout=15",
-    "-oServerAliveInterval=15",
-    "-oServerAliveCountMax=4",
-    "-oBatchMode=yes",
-)
+KEEPALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")
+SSH = ("-oConnectTimeout=15", *KEEPALIVE, "-oBatchMode=yes")
 
 # (pattern, kind): the first match decides.
 ERRORS = (
@@ -181,22 +176,14 @@ def _ssh_route(tpu: Tpu) -> list[str]:
     return ["--internal-ip"] if tpu.internal_ip else []
 
 
-def line(command: list[str]) -> str:
-    """Quote a command for a shell."""
-    return shlex.join(command)
-
-
-def kind_of(text: str) -> str:
-    return next((kind for pattern, kind in ERRORS if re.search(pattern, text, re.I)), "transient")
-
-
 def error(text: str) -> ApiError:
     """Classify what gcloud printed to stderr, ignoring its note about the account."""
     text = ACCOUNT.sub("", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "")
     message = re.sub(r"^ERROR: (\(gcloud[\w.-]*\) )?", "", message)
-    return ApiError(kind_of(text), message[:400] or "gcloud printed no error")
+    kinds = (kind for pattern, kind in ERRORS if re.search(pattern, text, re.I))
+    return ApiError(next(kinds, "transient"), message[:400] or "gcloud printed no error")
 
 
 def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) -> Result:

@@ -20,7 +20,7 @@ from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu, Status
 from launch.tpu.diagnosis import Cause
-from launch.tpu.exit_codes import AUTH, DONE, INTERRUPTED, SETUP, USAGE, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.provision import Provisioner
@@ -64,7 +64,7 @@ class Launcher:
         self.journal.save()
         try:
             self.train()
-            code, line = DONE, "all workers have finished"
+            code, line = Exit.DONE, "all workers have finished"
         except Stop as stop:
             code, line = stop.code, str(stop)
         except Interrupted as interrupted:
@@ -78,11 +78,9 @@ class Launcher:
         self.journal.say("bug", traceback.format_exc())
         may_train = self.training and not (self.machine and self.machine.fresh)
         if may_train:
-            self.journal.say(
-                "detach", "training continues; rerun the same command to resume watching it"
-            )
+            self.journal.say("detach", "training continues; rerun the same command to resume")
         deleted = False if may_train else self.shutdown.release()
-        return self.shutdown.report(SETUP, f"bug in the launcher: {error!r}", deleted)
+        return self.shutdown.report(Exit.SETUP_FAILED, f"bug in the launcher: {error!r}", deleted)
 
     def train(self) -> None:
         """Run attempts until one finishes the training. Raises Stop."""
@@ -241,7 +239,7 @@ class Launcher:
         other = reply.watcher and reply.watcher.split(":")[0] != socket.gethostname()
         if other and (reply.now - reply.watched_at) / self.clock.scale < LEASE:
             wait = f"stop it there and wait {LEASE // 60} minutes"
-            raise Stop(USAGE, f"{reply.watcher} watches this run: {wait}")
+            raise Stop(Exit.USAGE, f"{reply.watcher} watches this run: {wait}")
 
     def arm_reaper(self) -> None:
         """Arm worker 0 to delete the machine if it is forgotten. A failure is only recorded."""
@@ -310,7 +308,7 @@ class Launcher:
 
     def interrupted(self, interrupted: Interrupted) -> int:
         if not interrupted.stop:
-            return self.shutdown.report(INTERRUPTED, "detached", deleted=False)
+            return self.shutdown.report(Exit.INTERRUPTED, "detached", deleted=False)
         self.shutdown.reset_signals()
         if self.attempt:
             self.journal.say("stop", f"attempt {self.attempt.number}: saving, then stopping")
@@ -318,7 +316,7 @@ class Launcher:
         if interrupted.keep and self.shutdown.owned:
             self.workers.agent(0, "disarm", self.plan.run)
         deleted = False if interrupted.keep else self.shutdown.release()
-        return self.shutdown.report(INTERRUPTED, "stopped", deleted)
+        return self.shutdown.report(Exit.INTERRUPTED, "stopped", deleted)
 
     def end_attempt(self, attempt: Attempt) -> None:
         attempt.stop(self.plan.args.grace)
@@ -326,12 +324,12 @@ class Launcher:
         self.journal.state["settled"] = attempt.number
         self.record_progress()
 
-    def conclude(self, code: int, line: str) -> int:
+    def conclude(self, code: Exit, line: str) -> int:
         """Report why it ended, and keep or delete the machine as requested."""
-        if code != DONE:
+        if code != Exit.DONE:
             self.journal.say("cause", line)
         if self.attempt and any(not view.over for view in self.attempt.views):
-            if code == AUTH:  # training continues: only this launcher lost access
+            if code == Exit.NOT_PERMITTED:  # training continues: only this launcher lost access
                 return self.shutdown.report(code, line, deleted=False)
             self.end_attempt(self.attempt)
         return self.shutdown.report(code, line, self.shutdown.apply_policy(code))

@@ -1,6 +1,7 @@
 """Resolve and check everything before anything is done, for a run and a dry run alike."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,15 +12,13 @@ from dataclasses import dataclass, field
 
 from launch.tpu import accelerators, bundle, cloud_tpu, gcloud, preflight, secret
 from launch.tpu.accelerators import Accelerator
-from launch.tpu.exit_codes import BAD_INPUT, USAGE, Stop
-from launch.tpu.flags import Values, seconds
+from launch.tpu.exit_codes import Exit, Stop
+from launch.tpu.flags import Values
 from launch.tpu.gcloud import Tpu
 from launch.tpu.transport import chips_here, on_a_tpu_vm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-NAME = re.compile(
-    r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
-)  # leaves room for suffixes: 63 characters in all
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # leaves room for suffixes, up to 63
 
 
 @dataclass
@@ -55,12 +54,12 @@ class Plan:
 def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = ROOT) -> Plan:
     """Resolve and check the whole request. Raises Stop for anything that cannot work."""
     if not args.config:
-        raise Stop(USAGE, "--config NAME is required; see launch/tpu_vm.sh --help")
+        raise Stop(Exit.USAGE, "--config NAME is required; see launch/tpu_vm.sh --help")
     values = Values(args, root)
     config = preflight.check_name(root, args.config)
     name = values.get("name", re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(config).stem.lower()))
     if not NAME.fullmatch(name):
-        raise Stop(USAGE, f"--name {name!r}: use at most 40 of a-z, 0-9 and -, a letter first")
+        raise Stop(Exit.USAGE, f"--name {name!r}: use at most 40 of a-z, 0-9 and -, a letter first")
     target, count = choose_target(args, values)
     devices: int | None = count * args.devices
     if target == "here":
@@ -101,7 +100,7 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
         overrides=overrides,
         devices=devices,
         unchecked=resolved is None and target == "vm",
-        tpu=labelled(tpu, run),
+        tpu=tpu and dataclasses.replace(tpu, labels=cloud_tpu.labels(run)),
         zones=zones,
         accelerator=accelerator,
     )
@@ -109,19 +108,15 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     return plan
 
 
-def labelled(tpu: Tpu | None, run: str) -> Tpu | None:
-    return None if tpu is None else Tpu(**{**vars(tpu), "labels": cloud_tpu.labels(run)})
-
-
 def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
     """Return vm, here or local, and for local the number of workers."""
     word, _, number = args.target.partition(":")
     if word == "local":
         if number and not (number.isdigit() and int(number) > 0):
-            raise Stop(USAGE, f"invalid --target {args.target}: use local:N, for N workers")
+            raise Stop(Exit.USAGE, f"invalid --target {args.target}: use local:N, for N workers")
         return "local", int(number or 1)
     if args.target not in ("auto", "vm", "here"):
-        raise Stop(USAGE, f"invalid --target {args.target}: use auto, vm, here or local:N")
+        raise Stop(Exit.USAGE, f"invalid --target {args.target}: use auto, vm, here or local:N")
     if args.target != "auto":
         return args.target, 1
     if values.get("type") or args.existing:
@@ -129,7 +124,7 @@ def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
     if on_a_tpu_vm():
         return "here", 1
     raise Stop(
-        USAGE,
+        Exit.USAGE,
         "no TPU was requested, and this machine has none: "
         "pass --type v4-32 --zone ZONE, or --target local:4",
     )
@@ -151,7 +146,7 @@ def here(args: argparse.Namespace) -> tuple[str, int | None]:
     identity = {key: environment.get(variable, "") for key, variable in names.items()}
     if not all(identity.values()):
         raise Stop(
-            USAGE,
+            Exit.USAGE,
             f"this is one host of a {accelerator.type} whose name is unknown: training on one host "
             "hangs; use --existing --name NODE --zone ZONE --type TYPE",
         )
@@ -179,16 +174,16 @@ def resolve_tpu(
 ) -> tuple[Tpu, list[str], Accelerator | None]:
     zones = [zone for zone in values.get_or_gcloud("zone", "compute/zone").split(",") if zone]
     if not zones:
-        raise Stop(USAGE, "--zone is required, such as us-central2-b")
+        raise Stop(Exit.USAGE, "--zone is required, such as us-central2-b")
     project = values.get_or_gcloud("project", "project")
     kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
     if not kind and not (args.existing and args.dry_run):
-        raise Stop(USAGE, "--type is required, such as v4-32")
+        raise Stop(Exit.USAGE, "--type is required, such as v4-32")
     accelerator = accelerators.parse(kind, args.price) if kind else None
     if args.num_slices < 1:
-        raise Stop(USAGE, f"--num-slices {args.num_slices} must be at least 1")
+        raise Stop(Exit.USAGE, f"--num-slices {args.num_slices} must be at least 1")
     if args.num_slices > 1 and args.no_queue:
-        raise Stop(USAGE, "--num-slices needs a queued resource: remove --no-queue")
+        raise Stop(Exit.USAGE, "--num-slices needs a queued resource: remove --no-queue")
     tpu = Tpu(
         name=name,
         zone=zones[0],
@@ -198,7 +193,7 @@ def resolve_tpu(
         model=args.model or "on-demand",
         queue=not args.no_queue and not (args.existing and args.num_slices == 1),
         slices=args.num_slices,
-        valid_until=f"{seconds(args.valid_until):.0f}s" if args.valid_until else "",
+        valid_until=f"{args.valid_until:.0f}s" if args.valid_until else "",
         internal_ip=args.internal_ip,
         iap=args.iap,
         network=args.network,
@@ -226,7 +221,7 @@ def resolve_workdir(args, values: Values, name: str, root: pathlib.Path, target:
         return str(pathlib.Path(args.workdir).resolve()) if local else args.workdir
     if bucket := values.get("bucket"):
         if not bucket.startswith("gs://"):
-            raise Stop(BAD_INPUT, f"BUCKET={bucket} must be gs://NAME")
+            raise Stop(Exit.BAD_INPUT, f"BUCKET={bucket} must be gs://NAME")
         values.sources["workdir"] = values.sources["bucket"]
         return f"{bucket.rstrip('/')}/{name}"
     return "" if target == "vm" else str(root / "runs" / name)
@@ -235,9 +230,8 @@ def resolve_workdir(args, values: Values, name: str, root: pathlib.Path, target:
 def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[str, str]]:
     """Summarize every resolved value with its source."""
     sources = values.sources
-    lines = [
-        ("resolve", f"config {plan.config}" + ("" if resolved else ", to be checked by worker 0"))
-    ]
+    unchecked = "" if resolved else ", to be checked by worker 0"
+    lines = [("resolve", f"config {plan.config}{unchecked}")]
     if resolved:
         batch = f"global batch {resolved['global_batch']}"
         size = f"{resolved['parameters'] / 1e6:.1f} M parameters"
@@ -264,10 +258,8 @@ def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[st
         ]
     else:
         lines.append(("resolve", f"{plan.hosts} workers on this machine"))
-    megabytes = len(plan.code.data) / 1e6
-    lines.append(
-        ("resolve", f"code {plan.code.description}, {plan.code.sha[:12]}, {megabytes:.1f} MB")
-    )
+    code = f"code {plan.code.description}, {plan.code.sha[:12]}"
+    lines.append(("resolve", f"{code}, {len(plan.code.data) / 1e6:.1f} MB"))
     if plan.setup:
         lines.append(("resolve", f"setup on each worker: {plan.setup}"))
     if plan.secrets:
@@ -288,7 +280,7 @@ def cost_line(plan: Plan) -> str:
     limits = [f"{args.max_hours:g} h"] * bool(args.max_hours)
     limits += [f"${args.max_cost:g}"] * bool(args.max_cost)
     if args.max_cost and price is None:
-        raise Stop(USAGE, "--max-cost needs a price: pass --price USD_PER_CHIP_HOUR")
+        raise Stop(Exit.USAGE, "--max-cost needs a price: pass --price USD_PER_CHIP_HOUR")
     policy = (
         "the machine is kept"
         if args.existing

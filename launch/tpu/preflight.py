@@ -12,7 +12,7 @@ import pathlib
 import subprocess
 import sys
 
-from launch.tpu.exit_codes import BAD_INPUT, Stop
+from launch.tpu.exit_codes import Exit, Stop
 
 
 def check_name(root: pathlib.Path, config: str) -> str:
@@ -21,10 +21,10 @@ def check_name(root: pathlib.Path, config: str) -> str:
     if name.endswith(".py") or "/" in name:
         path = pathlib.Path(name).resolve()
         if not path.is_file():
-            raise Stop(BAD_INPUT, f"config file {name} does not exist")
+            raise Stop(Exit.BAD_INPUT, f"config file {name} does not exist")
         if root not in path.parents:
             raise Stop(
-                BAD_INPUT,
+                Exit.BAD_INPUT,
                 f"config {name} is outside {root}, which is all that workers get: move it there",
             )
         return f"./{path.relative_to(root)}{colon}{argument}"
@@ -32,7 +32,7 @@ def check_name(root: pathlib.Path, config: str) -> str:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(names)}"
-        raise Stop(BAD_INPUT, f"unknown config {name!r}; {hint}")
+        raise Stop(Exit.BAD_INPUT, f"unknown config {name!r}; {hint}")
     return config
 
 
@@ -71,7 +71,7 @@ def parse_show(code: int, out: str, err: str) -> dict | None:
     errors = [line for line in err.splitlines() if line.startswith("vit-scale: ")]
     if not errors:
         return None
-    raise Stop(BAD_INPUT, errors[-1].removeprefix("vit-scale: "))
+    raise Stop(Exit.BAD_INPUT, errors[-1].removeprefix("vit-scale: "))
 
 
 def make_environment(root: pathlib.Path) -> bool:
@@ -96,7 +96,7 @@ def check_data(resolved: dict, local: bool) -> list[str]:
             commands.append(f"vit-scale data download cifar10 --out {path}")
         elif not is_reachable(path) and cfg["data"]["name"] != "fractal":
             raise Stop(
-                BAD_INPUT,
+                Exit.BAD_INPUT,
                 f"{prefix}data.path={path} is a folder on this machine: pass "
                 "--config.data.path=gs://BUCKET/NAME, or a path that --setup mounts",
             )
@@ -104,7 +104,7 @@ def check_data(resolved: dict, local: bool) -> list[str]:
         web = source.startswith(("https://", "http://"))
         if source and source not in named and not web and not is_reachable(source):
             raise Stop(
-                BAD_INPUT,
+                Exit.BAD_INPUT,
                 f"{prefix}init.source={source} is a folder on this machine: copy it, and pass "
                 "--config.init.source=gs://BUCKET/RUN",
             )
@@ -124,7 +124,7 @@ def check_workdir(workdir: str, hosts: int, kept: bool, mounted: bool) -> None:
     problem = f"workdir {workdir} is on a worker's disk" if workdir else "no workdir"
     why = "all hosts must share one" if hosts > 1 else "a local one is deleted with the machine"
     raise Stop(
-        BAD_INPUT,
+        Exit.BAD_INPUT,
         f"{problem}, and {why}: pass --workdir gs://BUCKET/RUN, or set BUCKET=gs://BUCKET in "
         "launch/tpu.env (for a mounted path: --workdir-is-mounted)",
     )

@@ -4,18 +4,12 @@ import json
 from collections.abc import Callable
 
 from launch.tpu import clock as clocks
-from launch.tpu import gcloud, preflight, worker_commands
+from launch.tpu import gcloud, preflight
+from launch.tpu import worker_commands as commands
 from launch.tpu.attempt import last_error
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import refuse
-from launch.tpu.exit_codes import (
-    AGENT_DAMAGED,
-    AGENT_DISK_FULL,
-    AGENT_SETUP,
-    INFRASTRUCTURE,
-    SETUP,
-    Stop,
-)
+from launch.tpu.exit_codes import Agent, Exit, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import Workers, on_all
@@ -45,7 +39,7 @@ class Provisioner:
         worker 0 goes first.
         """
         self.plan.folder.mkdir(parents=True, exist_ok=True)
-        file = worker_commands.code_file(self.plan)
+        file = commands.code_file(self.plan)
         if not file.exists():
             for old in self.plan.folder.glob("*.tgz"):
                 old.unlink()
@@ -56,18 +50,14 @@ class Provisioner:
         self.retry_on_all("reach", range(1, self.workers.count), self._upload)
 
     def _upload(self, worker: int) -> gcloud.Result:
-        result = self.workers.shell(worker, worker_commands.probe(self.plan.code.sha), b"", 90)
+        result = self.workers.shell(worker, commands.probe(self.plan.code.sha), b"", 90)
         if result.code:
             return result
-        files = [str(worker_commands.AGENT)]
+        files = [str(commands.AGENT)]
         if b"have" not in result.out:
-            files.append(str(worker_commands.code_file(self.plan)))
-        result = self.workers.copy(worker, files, worker_commands.INCOMING, 600)
-        return (
-            result
-            if result.code
-            else self.workers.shell(worker, worker_commands.install(), b"", 60)
-        )
+            files.append(str(commands.code_file(self.plan)))
+        result = self.workers.copy(worker, files, commands.INCOMING, 600)
+        return result if result.code else self.workers.shell(worker, commands.install(), b"", 60)
 
     def retry_on_all(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
         """Call all workers, retrying on failure. Raises Gone, or Stop with a worker's error."""
@@ -87,19 +77,19 @@ class Provisioner:
                     error=results[worker].err[-4000:],
                 )
             self.check()
-            if codes & {AGENT_SETUP, AGENT_DISK_FULL} and number:
+            if codes & {Agent.SETUP_FAILED, Agent.DISK_FULL} and number:
                 break
             self.pause(10 * (number + 1))
         worker = left[0]
         for printed in results[worker].err.strip().splitlines()[-SHOWN:]:
             self.journal.print_log(worker, printed)
         line = f"{what}: [w{worker:02}] {last_error(results[worker].err)}"
-        if results[worker].code in (AGENT_DAMAGED, AGENT_SETUP, AGENT_DISK_FULL):
-            raise Stop(SETUP, line)
+        if results[worker].code in (Agent.DAMAGED, Agent.SETUP_FAILED, Agent.DISK_FULL):
+            raise Stop(Exit.SETUP_FAILED, line)
         error = gcloud.error(results[worker].err)
         if error.kind in ("agent", "auth", "permission", "key"):
             raise refuse(error)
-        raise Stop(INFRASTRUCTURE, line)
+        raise Stop(Exit.INFRASTRUCTURE, line)
 
     def prepare(self) -> None:
         """Prepare every worker for a start. Raises Stop."""
@@ -115,27 +105,26 @@ class Provisioner:
 
         Raises Stop as `preflight` would have.
         """
-        resolved, line = None, worker_commands.show(self.plan)
+        resolved, line = None, commands.show(self.plan)
         for _ in range(3):
             result = self.workers.shell(0, line, b"", 300)
-            resolved = preflight.parse_show(
-                result.code, result.out.decode(errors="replace"), result.err
-            )
+            out = result.out.decode(errors="replace")
+            resolved = preflight.parse_show(result.code, out, result.err)
             if resolved:
                 break
             self.check()
             self.pause(10)
         if not resolved:
-            raise Stop(SETUP, f"cannot check the config: [w00] {last_error(result.err)}")
-        commands = preflight.check_data(resolved, local=self.plan.target != "vm")
-        self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + commands)
+            raise Stop(Exit.SETUP_FAILED, f"config not checked: [w00] {last_error(result.err)}")
+        downloads = preflight.check_data(resolved, local=self.plan.target != "vm")
+        self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + downloads)
         self.plan.unchecked = False
         self.journal.say("prepare", "worker 0 checked the config")
 
     def prepare_workers(self) -> None:
         """Install one environment on every worker. Raises Stop with the outlier's name."""
         count, began = self.workers.count, self.clock.now()
-        line = worker_commands.prepare(self.plan)
+        line = commands.prepare(self.plan)
 
         def call(worker):
             return self.workers.shell(worker, line, b"", 1800)
@@ -145,10 +134,11 @@ class Provisioner:
             self.journal.say("prepare", f"[w{outlier[0]:02}] differs, retrying: {outlier[1]}")
             prints |= self.fingerprints(self.retry_on_all("prepare", [outlier[0]], call, tries=2))
             if outlier := self.outlier(prints):
-                raise Stop(SETUP, f"[w{outlier[0]:02}] differs from the others: {outlier[1]}")
-        shown = ", ".join(
-            f"{k} {prints[0][k]}" for k in ("python", "jax", "libtpu") if k in prints[0]
-        )
+                raise Stop(
+                    Exit.SETUP_FAILED, f"[w{outlier[0]:02}] differs from others: {outlier[1]}"
+                )
+        names = [name for name in ("python", "jax", "libtpu") if name in prints[0]]
+        shown = ", ".join(f"{name} {prints[0][name]}" for name in names)
         took = clocks.text(self.clock.now() - began)
         self.journal.say("prepare", f"{count}/{count} workers equal: {shown} ({took})")
 
@@ -158,7 +148,8 @@ class Provisioner:
             _, marked, text = result.out.decode(errors="replace").partition("#FINGERPRINT ")
             if not marked:
                 raise Stop(
-                    SETUP, f"prepare: [w{worker:02}] no fingerprint: {last_error(result.err)}"
+                    Exit.SETUP_FAILED,
+                    f"prepare: [w{worker:02}] no fingerprint: {last_error(result.err)}",
                 )
             prints[worker] = json.loads(text.splitlines()[0])
         return prints

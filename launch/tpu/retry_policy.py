@@ -7,7 +7,7 @@ trainer says that it can resume. Preemptions do not count; --max-hours and --max
 from typing import NamedTuple
 
 from launch.tpu.diagnosis import Cause
-from launch.tpu.exit_codes import BAD_INPUT, CRASH_LOOP, FAILED, INFRASTRUCTURE, TPU_HELD, Stop
+from launch.tpu.exit_codes import Exit, Stop
 
 DELAYS = (10, 30, 120, 300)  # seconds before the next attempt, by failures in a row
 USER_KINDS = ("user", "fatal")  # kinds that would recur on another machine
@@ -30,9 +30,9 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
     if progressed:
         state["failures"] = []
     if cause.kind == "fatal":
-        raise Stop(FAILED, cause.text)
+        raise Stop(Exit.FAILED, cause.text)
     if cause.kind == "input":
-        raise Stop(BAD_INPUT, cause.text)
+        raise Stop(Exit.BAD_INPUT, cause.text)
     if cause.kind == "preempted":
         state["restarts"] += 1
         _check_restarts(state, cause, restarts)
@@ -41,10 +41,10 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
     row = state["failures"]
     if len(row) >= failures:
         if cause.kind == "busy":
-            raise Stop(TPU_HELD, cause.text)
+            raise Stop(Exit.TPU_HELD, cause.text)
         if len(set(row[-failures:])) == 1 and failures > 1:
-            raise Stop(CRASH_LOOP, f"{failures} times in a row without progress: {cause.text}")
-        raise Stop(FAILED if cause.kind == "user" else INFRASTRUCTURE, cause.text)
+            raise Stop(Exit.CRASH_LOOP, f"{failures} times in a row without progress: {cause.text}")
+        raise Stop(Exit.FAILED if cause.kind == "user" else Exit.INFRASTRUCTURE, cause.text)
     if cause.kind not in USER_KINDS:
         state["restarts"] += 1
         _check_restarts(state, cause, restarts)
@@ -55,4 +55,4 @@ def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts:
 
 def _check_restarts(state: dict, cause: Cause, restarts: int) -> None:
     if state["restarts"] > restarts:
-        raise Stop(INFRASTRUCTURE, f"restarted {restarts} times (--max-restarts): {cause.text}")
+        raise Stop(Exit.INFRASTRUCTURE, f"--max-restarts {restarts} reached: {cause.text}")

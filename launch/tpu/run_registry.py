@@ -6,7 +6,7 @@ import pathlib
 
 from launch.tpu import cloud_tpu, flags
 from launch.tpu.clock import Clock
-from launch.tpu.exit_codes import REFUSED, USAGE, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
@@ -27,7 +27,7 @@ class RegisteredRun:
         requests = [path for path in FOLDER.glob("*/launch.json") if has_name(path, name)]
         if not requests:
             raise Stop(
-                USAGE,
+                Exit.USAGE,
                 f"no run{name and f' named {name}'} was launched from this clone: "
                 "give --name, or see `list`",
             )
@@ -40,9 +40,8 @@ class RegisteredRun:
             tpu = Tpu(**self.request["tpu"])
             zone = args.zone or self.journal.state["zone"] or tpu.zone
             tpu = Tpu(**{**vars(tpu), "zone": zone})
-            self.cloud = cloud_tpu.CloudTpu(
-                tpu, self.clock, self.journal, not self.request["existing"]
-            )
+            owned = not self.request["existing"]
+            self.cloud = cloud_tpu.CloudTpu(tpu, self.clock, self.journal, owned)
 
     def workers(self) -> Workers:
         """Return its workers. Raises Stop if there are none."""
@@ -51,7 +50,7 @@ class RegisteredRun:
             return LocalWorkers(homes, "", 0, self.clock)
         status = self.status()
         if status.kind not in self.REACHABLE:
-            raise Stop(REFUSED, f"{self.name} has no workers: {status.detail}")
+            raise Stop(Exit.REFUSED, f"{self.name} has no workers: {status.detail}")
         return GcloudWorkers(self.cloud.tpu, status.hosts, self.clock, lambda argv: None)
 
     def status(self) -> cloud_tpu.Status:
@@ -60,7 +59,7 @@ class RegisteredRun:
         status = self.cloud.status()
         if self.cloud.owned and status.kind != "absent" and not self.cloud.is_ours(status.labels):
             raise Stop(
-                USAGE,
+                Exit.USAGE,
                 f"{self.name} no longer belongs to {self.id}: it {describe_owner(status.labels)}",
             )
         return status

@@ -8,7 +8,7 @@ import pathlib
 import stat
 from collections.abc import Iterable
 
-from launch.tpu.exit_codes import BAD_INPUT, Stop
+from launch.tpu.exit_codes import Exit, Stop
 
 USUAL = ("WANDB_API_KEY", "HF_TOKEN")  # sent if set
 
@@ -22,11 +22,11 @@ def collect(names: Iterable[str], file: str = "") -> dict[str, str]:
     values = {name: os.environ.get(name) or stored.get(name, "") for name in (*names, *USUAL)}
     for name in names:
         if not values[name]:
-            raise Stop(BAD_INPUT, f"secret {name} is not set: export it, or pass --env-file")
+            raise Stop(Exit.BAD_INPUT, f"secret {name} is not set: export it, or pass --env-file")
     values = {name: value for name, value in (stored | values).items() if value}
     for name, value in values.items():
         if not name.isidentifier() or "\n" in value:
-            raise Stop(BAD_INPUT, f"secret {name!r} must be an identifier with a value of one line")
+            raise Stop(Exit.BAD_INPUT, f"secret {name!r}: not an identifier, or several lines")
     return values
 
 
@@ -36,9 +36,9 @@ def read(file: str) -> dict[str, str]:
         mode = path.stat().st_mode
         text = path.read_text()
     except OSError as error:
-        raise Stop(BAD_INPUT, f"--env-file {file}: {error.strerror}") from None
+        raise Stop(Exit.BAD_INPUT, f"--env-file {file}: {error.strerror}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise Stop(BAD_INPUT, f"--env-file {file} is readable by others: run: chmod 600 {file}")
+        raise Stop(Exit.BAD_INPUT, f"--env-file {file} is readable by others; run: chmod 600")
     return parse_env(text)
 
 

@@ -13,16 +13,7 @@ from launch.tpu import gcloud
 from launch.tpu.allocation import Allocation
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
-from launch.tpu.exit_codes import (
-    CRASH_LOOP,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    RESULTS,
-    SETUP,
-    TPU_HELD,
-    Stop,
-)
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.flags import seconds
 from launch.tpu.gcloud import ApiError
 from launch.tpu.journal import Journal, print_line
@@ -30,7 +21,7 @@ from launch.tpu.plan import Plan
 
 WINDOW = 3  # seconds in which a second Ctrl-C stops the run
 # Results after which the machine may be worth inspecting: --on-failure applies.
-INSPECTABLE = (FAILED, SETUP, CRASH_LOOP, TPU_HELD)
+INSPECTABLE = (Exit.FAILED, Exit.SETUP_FAILED, Exit.CRASH_LOOP, Exit.TPU_HELD)
 
 
 class Interrupted(Exception):
@@ -114,9 +105,9 @@ class Shutdown:
         waits = self.machine.fresh and (self.owned or self.machine.requested)
         return self.workers_known or self.machine.created or waits
 
-    def apply_policy(self, code: int) -> bool:
+    def apply_policy(self, code: Exit) -> bool:
         """Keep or delete the machine as requested; return whether it was deleted."""
-        policy = self.plan.args.on_success if code == DONE else "delete"
+        policy = self.plan.args.on_success if code == Exit.DONE else "delete"
         if code in INSPECTABLE:
             policy = self.plan.args.on_failure
         word, _, duration = policy.partition(":")
@@ -157,7 +148,7 @@ class Shutdown:
             self.journal.say("delete", f"NOT deleted: {error}")
             return False
 
-    def report(self, code: int, line: str, deleted: bool) -> int:
+    def report(self, code: Exit, line: str, deleted: bool) -> int:
         """Record the result and print it as one JSON line; return `code`."""
         self.billing.end()
         state = self.journal.state
@@ -168,14 +159,14 @@ class Shutdown:
             machine = "deleted" if deleted else self.describe_kept(self.machine.cloud.tpu)
         result = {
             "run": self.plan.run,
-            "result": line if code == INTERRUPTED else RESULTS[code],
+            "result": line if code == Exit.INTERRUPTED else code.result,
             "code": code,
             "steps": max(state["progress"].values(), default=0),
             "attempts": state["attempt"],
             "cost_usd": self.billing.cost,
             "cloud": machine,
         }
-        if code not in (DONE, INTERRUPTED):
+        if code not in (Exit.DONE, Exit.INTERRUPTED):
             result["cause"] = self.journal.redact(line)
         self.journal.write("end", **result)
         self.journal.release_lock()

@@ -9,7 +9,7 @@ import sys
 
 from launch.tpu import agent_status, cloud_tpu, gcloud
 from launch.tpu.attempt import last_error
-from launch.tpu.exit_codes import DONE, INFRASTRUCTURE, REFUSED, USAGE, Stop
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.run_registry import RegisteredRun
 from launch.tpu.transport import on_all
 
@@ -36,15 +36,14 @@ def status(args: argparse.Namespace) -> int:
     }
     if args.json:
         print(json.dumps(content))
-        return DONE
+        return Exit.DONE
     for key, value in content.items():
         if key != "workers" and value is not None:
             print(f"{key:12} {value}")
     for entry in rows:
-        print(
-            "  ".join(f"{key} {value}" for key, value in entry.items() if value not in ("", None))
-        )
-    return DONE
+        cells = [f"{key} {value}" for key, value in entry.items() if value not in ("", None)]
+        print("  ".join(cells))
+    return Exit.DONE
 
 
 def worker_row(worker: int, result: gcloud.Result) -> dict:
@@ -72,7 +71,7 @@ def logs(args: argparse.Namespace) -> int:
     folder = run.folder / f"a{number}"
     offsets: dict[pathlib.Path, int] = {}
     if not folder.is_dir():
-        raise Stop(USAGE, f"no logs of attempt {number} of {run.id} on this machine")
+        raise Stop(Exit.USAGE, f"no logs of attempt {number} of {run.id} on this machine")
     while True:
         for file in sorted(folder.glob("w*.log")):
             if args.worker not in ("all", str(int(file.stem[1:]))):
@@ -87,7 +86,7 @@ def logs(args: argparse.Namespace) -> int:
             number, folder, offsets = newest, run.folder / f"a{newest}", {}
             print(f"--- attempt {number}", file=sys.stderr)
         elif not args.follow or not run.journal.watcher():
-            return DONE
+            return Exit.DONE
         sys.stdout.flush()
         run.clock.sleep(2)
 
@@ -101,16 +100,16 @@ def stop(args: argparse.Namespace) -> int:
         while run.journal.watcher():
             run.clock.sleep(2)
         print((run.folder / "journal.jsonl").read_text().splitlines()[-1])
-        return DONE
+        return Exit.DONE
     status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
     if status.kind == "absent":
-        raise Stop(REFUSED, f"{run.name} has no workers: {status.detail}")
+        raise Stop(Exit.REFUSED, f"{run.name} has no workers: {status.detail}")
     if status.kind in run.REACHABLE:  # nothing trains on a machine in any other status
         stop_workers(run, args)
     if not args.keep and run.cloud and run.cloud.owned:
         run.cloud.delete()
         print(f"{run.name} deleted", file=sys.stderr)
-    return DONE
+    return Exit.DONE
 
 
 def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
@@ -144,13 +143,13 @@ def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
     names = ", ".join(f"[w{entry['worker']:02}] {entry['state']}" for entry in left)
     print(f"{run.id}: attempt {number}, after the grace period: {names}", file=sys.stderr)
     if args.keep:
-        raise Stop(INFRASTRUCTURE, f"{run.id} may still train: {names}")
+        raise Stop(Exit.INFRASTRUCTURE, f"{run.id} may still train: {names}")
 
 
 def ssh(args: argparse.Namespace, words: list[str]) -> int:
     run = RegisteredRun(args)
     if run.cloud is None:
-        raise Stop(USAGE, f"{run.id} runs on this machine: its workers are in {run.folder}")
+        raise Stop(Exit.USAGE, f"{run.id} runs on this machine: its workers are in {run.folder}")
     workers = run.workers()
     if not words:
         node, index = workers.hosts[0 if args.worker == "all" else int(args.worker)]
@@ -160,4 +159,5 @@ def ssh(args: argparse.Namespace, words: list[str]) -> int:
     for worker, result in results.items():
         for line in (result.out.decode(errors="replace") + result.err).splitlines():
             print(f"[w{worker:02}] {line}")
-    return DONE if all(result.code == 0 for result in results.values()) else INFRASTRUCTURE
+    failed = any(result.code for result in results.values())
+    return Exit.INFRASTRUCTURE if failed else Exit.DONE

@@ -40,9 +40,8 @@ def show(plan: Plan) -> str:
 
 def start(plan: Plan, attempt: int, port: int, arguments: list[str]) -> str:
     """Start an attempt; `arguments` identify this worker to the others."""
-    return agent_command(
-        "start", plan.run, attempt, plan.code.sha, port, *plan.arguments, *arguments
-    )
+    own = [*plan.arguments, *arguments]
+    return agent_command("start", plan.run, attempt, plan.code.sha, port, *own)
 
 
 def port(run: str, attempt: int) -> int:
@@ -62,17 +61,17 @@ def dry_run(plan: Plan) -> list[str]:
     node = tpu.nodes[0]
 
     def ssh(text: str) -> str:
-        return gcloud.line(gcloud.ssh(tpu, node, 0, text))
+        return shlex.join(gcloud.ssh(tpu, node, 0, text))
 
     files = [str(AGENT), str(code_file(plan))]
-    lines = [gcloud.line(gcloud.describe(tpu))]
+    lines = [shlex.join(gcloud.describe(tpu))]
     if not plan.args.existing:
-        lines.append(gcloud.line(gcloud.create(tpu)))
+        lines.append(shlex.join(gcloud.create(tpu)))
     if tpu.queue:
-        lines += [gcloud.line(gcloud.describe_node(tpu, name)) for name in tpu.nodes]
+        lines += [shlex.join(gcloud.describe_node(tpu, name)) for name in tpu.nodes]
     lines += [
         ssh(probe(plan.code.sha)),
-        gcloud.line(gcloud.copy(tpu, node, 0, files, INCOMING)),
+        shlex.join(gcloud.copy(tpu, node, 0, files, INCOMING)),
         ssh(install()),
     ]
     if not plan.args.existing and plan.args.orphan:
@@ -85,13 +84,13 @@ def dry_run(plan: Plan) -> list[str]:
         lines.append(f"{ssh(agent_command('secrets', plan.run))} <<< '{names} #END'")
     lines.append(ssh(start(plan, 1, port(plan.run, 1), [])))
     if not plan.args.existing:
-        lines.append(gcloud.line(gcloud.delete(tpu)))
+        lines.append(shlex.join(gcloud.delete(tpu)))
     return lines
 
 
 def reap(plan: Plan, tpu: gcloud.Tpu) -> str:
     """Have worker 0 delete the machine if its launcher never returns, unless it is to be kept."""
-    kept = [ending.partition(":")[::2] for ending in (plan.args.on_success, plan.args.on_failure)]
+    kept = [policy.partition(":")[::2] for policy in (plan.args.on_success, plan.args.on_failure)]
     if ("keep", "") in kept:
         return agent_command("disarm", plan.run)
     longest = max(seconds(duration or "0") for _, duration in kept)

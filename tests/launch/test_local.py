@@ -284,6 +284,20 @@ def test_tests_run_with_their_extra(clone, script):
     assert test.startswith("python -m pytest") and test.endswith("-k a b")
 
 
+def test_quick_runs_tests_that_exist(clone):
+    result = clone.run("test.sh", "--quick", "-k", "a b")
+    assert result.returncode == 0, result.stderr
+    *installs, test = clone.calls()
+    assert not any("libtpu" in call for call in installs)
+    words = test.removesuffix(" -k a b").split()
+    names = [word for word in words if word.startswith("tests/")]
+    assert len(names) > 5 and words[-1] == names[-1]
+    for word in names:
+        file, _, name = word.partition("::")
+        assert (ROOT / file).exists(), file
+        assert not name or f"def {name.partition('[')[0]}(" in (ROOT / file).read_text()
+
+
 def test_the_compiler_has_a_folder_of_its_own(clone):
     """Pinned as everything, installed once, and again when the pins change."""
     folder = clone.root / ".venv" / "libtpu"

@@ -314,7 +314,7 @@ def test_meter(tmp_path):
     billing = Billing(10.0, clock, journal)
     billing.begin()
     clock.time = 1800.0
-    assert (billing.hours, billing.cost, billing.text) == (0.5, 5.0, "0.50 h, $5.00")
+    assert (billing.hours, billing.cost) == (0.5, 5.0)
     billing.end()
     clock.time = 9000.0
     assert billing.cost == 5.0, "nothing is paid for between two machines"
@@ -534,25 +534,15 @@ def test_the_agent_shows_what_a_config_comes_to(agent):
 
 def test_exit_codes_are_the_same_everywhere():
     """launch/ does not import vit_scale, and shell scripts have numbers: they are compared here."""
-    assert (errors.DONE, errors.FAILED) == (exit_codes.DONE, exit_codes.FAILED)
-    trainer = (exit_codes.TRAINER_USAGE, exit_codes.RESUMABLE, exit_codes.DIVERGED)
-    assert trainer == (errors.USAGE, errors.RESUMABLE, errors.DIVERGED)
-    assert pod.RESUMABLE == exit_codes.RESUMABLE
+    trainer = {code.name: code for code in exit_codes.Trainer}
+    assert trainer == {name: getattr(errors, name) for name in trainer}
+    assert pod.RESUMABLE == exit_codes.Trainer.RESUMABLE
     agent = (ROOT / "launch" / "agent.sh").read_text()
-    assert set(re.findall(r"\bfail (\d+) ", agent)) == {
-        str(code)
-        for code in (
-            exit_codes.USAGE,
-            exit_codes.AGENT_DAMAGED,
-            exit_codes.AGENT_SETUP,
-            exit_codes.AGENT_DISK_FULL,
-            exit_codes.AGENT_BUSY,
-            exit_codes.TPU_HELD,
-        )
-    }
+    codes = set(re.findall(r"\bfail (\d+) ", agent))
+    assert codes == {str(int(code)) for code in exit_codes.Agent if code}
     slurm = (ROOT / "launch" / "slurm.sbatch").read_text()
-    assert f"if ((code == {exit_codes.RESUMABLE})); then" in slurm
+    assert f"if ((code == {exit_codes.Trainer.RESUMABLE:d})); then" in slurm
     local = (ROOT / "launch" / "local.sh").read_text()
     usage = "0 done, 1 failed, 2 usage, 42 stopped but resumable, 43 diverged"
     assert usage in local
-    assert tuple(map(int, re.findall(r"\d+", usage))) == (errors.DONE, errors.FAILED, *trainer)
+    assert tuple(map(int, re.findall(r"\d+", usage))) == tuple(exit_codes.Trainer)

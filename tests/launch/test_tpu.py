@@ -413,7 +413,7 @@ def test_doctor(rig):
     good = rig.verb("doctor", "--zone", "us-a", "--type", "v4-16")
     assert "ok   zone us-a offers v4-16" in good.stdout and "ok   account tester" in good.stdout
     wrong = rig.verb("doctor", "--zone", "us-a", "--type", "v5p-8")
-    assert wrong.returncode == 77 and "FAIL zone us-a offers v5p-8: it offers v4-8" in wrong.stdout
+    assert wrong.returncode == 77 and "FAIL zone us-a offers v5p-8: it has v4-8" in wrong.stdout
     rig.set(account="")
     assert "gcloud auth login" in rig.verb("doctor", "--zone", "us-a").stdout
     nothing = rig.verb("doctor", PATH="/usr/bin-none:/bin-none:" + str(only_bash(rig)))

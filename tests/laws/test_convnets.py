@@ -115,7 +115,8 @@ def test_a_cnn_that_is_sigkilled(fields, tmp_path):
     given = fields | {"steps": 40, "checkpoint.every": 2, "log.every": 10, "eval.final": ""}
     run, expected = tmp_path / "run", tmp_path / "undisturbed"
     assert cli.main(command("cnn_cifar", expected, given)) == 0
-    shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "xla")
+    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    shutil.copytree(compiled, tmp_path / "xla", copy_function=os.symlink)
     arguments = command("cnn_cifar", run, given)
     kill_at_random(arguments, lambda: checkpoint.finished_steps(run) != [], 0.05, tmp_path)
     assert 0 < max(checkpoint.finished_steps(run)) < 40

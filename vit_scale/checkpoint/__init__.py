@@ -5,7 +5,7 @@ bit, or is refused with the name of the damaged array; a checkpoint written on a
 and hosts is read on any other. Each one describes itself: config, classes, and its arrays.
 """
 
-from vit_scale.checkpoint.checkpointer import DAMAGED, TREES, Checkpoints, score, unused_path
+from vit_scale.checkpoint.checkpointer import DAMAGED, Checkpoints, score
 from vit_scale.checkpoint.io import (
     COMMITTED,
     FOLDER,
@@ -16,8 +16,6 @@ from vit_scale.checkpoint.io import (
     read,
     read_description,
     read_manifest,
-    read_selection,
-    read_unverified,
     verify,
 )
 
@@ -26,7 +24,6 @@ __all__ = [
     "DAMAGED",
     "FOLDER",
     "SELECTION",
-    "TREES",
     "Checkpoints",
     "all_steps",
     "finished_steps",
@@ -34,9 +31,6 @@ __all__ = [
     "read",
     "read_description",
     "read_manifest",
-    "read_selection",
-    "read_unverified",
     "score",
-    "unused_path",
     "verify",
 ]
