@@ -1,5 +1,5 @@
-"""integrity: every changed bit is seen. That it does not matter where the array lies is part of
-test_laws_mesh.py: a checkpoint of eight devices is verified on four, two and one."""
+"""integrity: every changed bit changes a fingerprint. tests/laws/test_mesh.py verifies a checkpoint
+of eight devices on four, two and one."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What each process of a pod does in test_laws_mesh.py; started by launch/pod.py or on its own.
+"""The processes of a pod in tests/laws/test_mesh.py; started by launch/pod.py or on their own.
 
     python tests/helpers/pod_program.py JOBS.json [--coordinator ... --processes ... --process ...]
 

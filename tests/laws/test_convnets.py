@@ -36,7 +36,7 @@ STEPS, EVERY = 10, 4
 # what a mesh rounds differently stays rounding, until it meets what has a kink or divides. Measured
 # on this CNN with 2 channels, from 1 device to 8, in 10 steps: with Adam, which divides the tiny
 # gradients below a head that begins at zero by their own size, 6e-5 of the loss; with SGD at lr .1,
-# where a maximum or a ReLU falls to the other side, 4e-5. test_laws_mesh.py has Adam.
+# where a maximum or a ReLU falls to the other side, 4e-5. tests/laws/test_mesh.py has Adam.
 SHARED = {
     **{name: value for name, value in TINY.items() if not name.startswith("model.")},
     "augment.mixup": 0.0,

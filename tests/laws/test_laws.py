@@ -1,6 +1,6 @@
 """DESIGN.md's laws on one process: resuming, fine-tuning, exact evaluation, moving a run, switches.
 
-Laws 2 and 3, about several devices and hosts, are test_laws_mesh.py; law 8 is test_bad_input.py.
+Laws 2 and 3, about several devices and hosts, are in test_mesh.py; law 8 is test_bad_input.py.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""launch/pod.py: hosts as processes, each a small script; test_laws_mesh.py trains in it."""
+"""launch/pod.py: hosts as processes, each a small script; tests/laws/test_mesh.py trains in it."""
 
 import os
 import pathlib
