@@ -1,4 +1,4 @@
-"""checkpoint: bit-exact, newest and best kept through restarts, damage is one line."""
+"""checkpointer: bit-exact; newest and best preserved across restarts; damage is one line."""
 
 import errno
 import pathlib
@@ -37,7 +37,7 @@ def like(tree):
 
 
 def save(folder: pathlib.Path, metrics: dict[int, dict | None], keep: int = 1) -> None:
-    """A run that saved these steps, with what was measured at each, and ended."""
+    """A finished run that saved these steps, with the metrics of each."""
     with Checkpoints(folder, keep) as checkpoints:
         for step, measured in metrics.items():
             checkpoints.save(step, trees(step), ABOUT)
@@ -91,7 +91,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore(1, target)["params"]["kernel"], expected)
 
 
-# What is kept
+# Preservation
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert str(caught.value).startswith(f"cannot write or read {tmp_path / checkpoint.FOLDER}: ")
 
 
-# Going on from the newest that is whole
+# Recovery from the newest intact checkpoint
 
 
 def flip(file: pathlib.Path, bit: int) -> None:
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     assert sorted(file.name for file in aside.rglob("*")) == left
     output = capsys.readouterr().err
     assert output.startswith(f"vit-scale: checkpoint {folder} ") and f"moved to {aside}" in output
-    # The step is saved again, and damaged again: nothing that was set aside is lost.
+    # The step is saved again, and damaged again: the first damaged copy stays.
     save(tmp_path, {2: None}, keep=2)
     damage(folder)
     assert recovered(tmp_path)[0] == 1
@@ -320,7 +320,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
 
 @unread
 def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
-    """Of all files of a checkpoint: Orbax alone restores most of them as other values."""
+    """A bit flipped in each file: Orbax alone restores most of them as wrong values."""
     save(tmp_path / "good", {1: None, 2: {"accuracy": 0.5}}, keep=2)
     place = pathlib.Path(checkpoint.FOLDER, "2")
     files = sorted(f for f in (tmp_path / "good" / place).rglob("*") if f.is_file())

@@ -1,4 +1,4 @@
-"""Checkpoints of several hosts: a part that one host alone can't read, and whom a save asks."""
+"""Checkpoints of several hosts: a part that only one can't read, and no question by Orbax."""
 
 import json
 import pathlib
@@ -77,5 +77,5 @@ def test_what_one_host_can_t_read_is_set_aside_by_all(results):
 
 
 def test_only_the_loop_asks_whether_to_stop(results):
-    """jax's answer is true at one number: a second one who counts would never let us see it."""
+    """jax announces a preemption at one number: a second caller would hide it from the loop."""
     assert [host["asked by Orbax"] for host in results] == [0, 0]

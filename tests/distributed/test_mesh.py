@@ -33,7 +33,7 @@ def test_options_are_for_the_compiler_of_tpus():
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """As much of a device as placing it in a mesh needs."""
+    """The attributes of a device that a mesh is built from."""
 
     id: int
     slice_index: int

@@ -1,4 +1,4 @@
-"""hosts: processes that find each other, agree, and raise what one of them raises."""
+"""multihost: processes that connect, share values, and raise what one of them raises."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from vit_scale.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-# What each process saw, as JSON; `number` is its own.
+# Writes the results of each process as JSON; `number` is its index.
 PROGRAM = """
 import json, os, pathlib, sys
 from vit_scale.distributed import multihost
@@ -64,7 +64,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    """Of three processes, which SLURM's variables tell of each other; the second then fails."""
+    """The results of three processes that connect by SLURM's variables; the second then fails."""
     folder = tmp_path_factory.mktemp("hosts")
     with socket.socket() as listener:
         listener.bind(("localhost", 0))

@@ -1,4 +1,4 @@
-"""preemption: SIGTERM as a request, in processes of their own. test_soak.py trains under it."""
+"""preemption: SIGTERM in processes of their own. tests/helpers/soak.py trains under it."""
 
 import signal
 import subprocess
@@ -25,12 +25,12 @@ commands.show = verb
 sys.exit(cli.main(["show"]))
 """
 RERUN = "rerun the same command to resume"
-# Python's handlers run between its own instructions: not in here, for a minute.
+# Python runs signal handlers between bytecode instructions: not in here, for a minute.
 BUSY = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)'
 
 
 def ended(body: str, signals: int, between: float = 0.5) -> tuple[int, str, str]:
-    """Exit code, output and errors of a verb that got so many SIGTERM once it was ready."""
+    """Exit code, output and errors of a verb that received this many SIGTERMs once ready."""
     script = BEGIN + "".join(f"    {line}\n" for line in body.splitlines()) + END
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -24,7 +24,7 @@ from vit_scale.training.optimizer import make_optimizer
 
 
 def abstract_of(data, fsdp, tensor):
-    """Eight devices or any number of them, for placement without devices."""
+    """A mesh of any number of devices, without devices."""
     return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -27,7 +27,7 @@ FIELDS = (*SIZES, "data.batch=64", "optim.ema=0.9", "model.scan=False")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """plan --json of the tiny model, with more arguments: what it prints."""
+    """The output of plan --json for the tiny model, with more arguments."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "plain.py").write_text(PLAIN)
 
@@ -46,7 +46,7 @@ def parameters() -> int:
 
 
 def test_a_step_and_its_variants(run, capsys):
-    """Everything that is known exactly, exactly; what is estimated, in the right direction."""
+    """Exact where the figure is exact; in the right direction where it is estimated."""
     variants = ["data.batch=8192", "mesh.fsdp=4"]
     rows = {
         row["variant"]: row for row in run(capsys, "--compare", *variants, "--price=2")["variants"]
@@ -77,7 +77,7 @@ def test_a_step_and_its_variants(run, capsys):
     assert larger["flops_per_step"] == 128 * result["flops_per_step"]
     assert larger["parameter_bytes"] == result["parameter_bytes"]
     assert sharded["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
-    # All but positions, norms, [CLS], small biases: what the table of rules does not name.
+    # All but positions, norms, [CLS], small biases: what the sharding rules don't list.
     assert sharded["parameter_bytes"] < result["parameter_bytes"] / 2
     assert {"all-gather", "reduce-scatter"} & {row["kind"] for row in sharded["collectives"]}
 
@@ -96,7 +96,7 @@ def test_what_does_not_fit_and_what_would(run, capsys):
 
 
 def test_options_reach_the_compiler(run, capsys):
-    """An unknown one is refused by it, in one line; a CPU's never hears of it (test_mesh)."""
+    """An unknown option is rejected in one line; a CPU ignores them (test_mesh)."""
     with pytest.raises(AssertionError, match="No such compile option: 'xla_no_such_option'"):
         run(capsys, fields=("mesh.compiler=('xla_no_such_option=1',)",))
 
@@ -107,7 +107,7 @@ def test_what_no_tpu_has_is_refused(run, capsys):
 
 
 def test_without_its_compiler_one_line_says_so(run, capsys, monkeypatch, tmp_path):
-    """And a slice that the compiler does not make."""
+    """A slice that the compiler does not support."""
     monkeypatch.setattr("vit_scale.plan.COMPILER", str(tmp_path))
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not _has_libtpu(p)])
     arguments = ["plan", "--config", "vit_tiny_imagenet", "--topology"]

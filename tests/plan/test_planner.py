@@ -17,7 +17,7 @@ CYCLES = 'backend_config={{"estimated_cycles":"{}"}}'
 
 
 def program(entry: str, *computations: str) -> Cost:
-    """The cost of an entry, given as the lines of its body, and of the others, whole."""
+    """The cost of a program: lines of its entry's body, and other computations in full."""
     return Program(
         "HloModule m\n\n"
         + "\n\n".join(computations)
@@ -81,7 +81,7 @@ GATHER = "bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, replica_
 
 
 def test_a_pair_hides_what_is_computed_between():
-    """In the entry, and in a loop, as often as it runs; nothing between: not hidden at all."""
+    """In the entry, and in a loop, as often as it runs. Without work in between: not hidden."""
     start = "(bf16[8,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%p)"
     pair = f"""  %ag = {start}, replica_groups=[4,2]<=[8]
   %work = f32[8]{{0}} copy(%p), {CYCLES.format(50)}
@@ -97,7 +97,7 @@ def test_a_pair_hides_what_is_computed_between():
 
 
 def test_a_fused_pair_is_one_transfer():
-    """A TPU's form of it: a start, arithmetic that carries steps of it along, and a done."""
+    """The TPU's form: a start, fusions that carry out steps of it, and a done."""
     carrying = "\n\n".join(
         f"%{name} (p: bf16[8,128]) -> bf16[16,128] {{\n  ROOT %ag.{name} = {GATHER}\n}}"
         for name in ("start", "async_collective_fusion.3", "done")
@@ -285,7 +285,7 @@ def test_batches_have_the_size_that_is_delivered():
         delivered_size(tiny_config("data.name=cifar").data)
 
 
-# What would fit; what is better
+# Search and comparison
 
 NEEDS = {"fits": False, "peak_bytes": 20 << 30, "hbm_bytes": 16 << 30, "slices": 1}
 NEEDS |= {"parameter_bytes": 1 << 30, "optimizer_bytes": 2 << 30, "ema_bytes": 0}
@@ -312,7 +312,7 @@ def test_the_cheapest_change_is_tried_first():
 
 
 def test_what_cannot_help_is_not_tried():
-    """Sharding saves twice the state at most: 6 GiB of 20, or of 23; full remat is the end."""
+    """Sharding saves at most twice the state, 6 GiB; nothing saves more than full remat."""
     cfg = tiny_config("data.batch=32", "model.remat=full")
     far = NEEDS | {"peak_bytes": 23 << 30}
     assert list(plan.cheapest_changes(far, cfg)) == []
@@ -321,7 +321,7 @@ def test_what_cannot_help_is_not_tried():
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """The answers of a compiler for which a step takes as long as `answer` says."""
+    """A compiler whose results `answer` completes."""
 
     def use(answer):
         def compiled(name, overrides, where):
@@ -338,7 +338,7 @@ def compiler(monkeypatch):
 
 
 def by_sharding(fields: dict) -> dict:
-    """8 of its 20 GiB are shared; a bit slower for each who does."""
+    """Sharding divides 8 of 20 GiB, and costs a little time per device."""
     size = int(fields.get("mesh.fsdp", 1))
     if "error" in fields.get("data.path", ""):
         return {"error": "it cannot work", "code": 1}

@@ -1,4 +1,4 @@
-"""compiled: a run that goes on takes its programs from its own folder."""
+"""compilation_cache: a resumed run takes its programs from its own folder."""
 
 import jax
 import pytest
@@ -24,7 +24,7 @@ def accelerator(monkeypatch):
 
 
 def events(run, wanted=True) -> list[str]:
-    """What jax's cache says while it compiles one program anew."""
+    """The events of jax's cache while it compiles one program."""
     seen: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
     jax.clear_caches()

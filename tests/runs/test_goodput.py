@@ -20,7 +20,7 @@ def test_all_of_the_time_is_accounted_for():
         attempt(170, 240, 30, 100, restore=10.0, train=56.0, eval=4.0),
     ]
     summary = summarise(attempts)
-    # 20 of the first attempt's 50 steps were done again: 16 of its 40 seconds.
+    # 20 of the first attempt's 50 steps were repeated: 16 of its 40 seconds.
     assert summary["recomputed_steps"] == 20
     assert summary["productive"] == pytest.approx(24 + 56)
     assert summary["wall"] == 140 and summary["goodput"] == pytest.approx(80 / 140)

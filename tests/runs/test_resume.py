@@ -81,7 +81,7 @@ def project(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cwd", ["", "project", "gone"])
 def test_a_recorded_path_is_found_from_any_folder(project, monkeypatch, cwd):
-    """Where the run began, or around the run: an older one doesn't say where it began."""
+    """From the folder where the run began, else from those above it: old runs don't record it."""
     run, cwd = project / "runs" / "fine", cwd and str(project.parent / cwd)
     assert paths.resolve("runs/pre", run, cwd) == str(project / "runs/pre")
     assert paths.resolve("runs/none", run, cwd) == "runs/none"
@@ -100,7 +100,7 @@ def test_where_a_run_began_counts_more_than_what_is_here(project, tmp_path):
 
 @pytest.mark.parametrize("cwd", [None, "project"])
 def test_resuming_from_another_folder_is_the_same_run(project, cwd):
-    """Before its first checkpoint, when its source still counts: however that is written."""
+    """Before the first checkpoint, while the source matters, in whatever form it is written."""
     run, began = project / "runs" / "fine", cwd and str(project)
     with Run(run, paths_of("runs/pre", began)):
         pass

@@ -1,4 +1,4 @@
-"""rollbacks: what was left out is on disk, and decides the batch of each step."""
+"""rollbacks: the list on disk decides the batch of each step."""
 
 from vit_scale.runs import rollbacks
 from vit_scale.runs.rollbacks import Rollback, batch_ranges

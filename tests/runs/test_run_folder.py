@@ -1,4 +1,4 @@
-"""run: one live writer, one config, whole files or none."""
+"""run_folder and lock: one live writer, whatever ends it."""
 
 import errno
 import fcntl
@@ -61,7 +61,7 @@ with Run(sys.argv[1], json.loads(sys.argv[2])):
 
 
 def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
-    """By SIGKILL: nothing of its own could clean up."""
+    """By SIGKILL, which leaves it no cleanup."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(about())],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -81,7 +81,7 @@ def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
 
 @pytest.fixture
 def locks(monkeypatch):
-    """Gives a function: both kinds of the kernel's locks fail with these errors; the calls."""
+    """A function that makes flock and lockf fail with these errors, and returns the calls."""
 
     def fail(flock: int, lockf: int) -> list[str]:
         calls: list[str] = []
@@ -103,7 +103,7 @@ def locks(monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, locks, capsys, number):
-    """Lustre, some NFS: nobody else is there."""
+    """As on Lustre and some NFS mounts."""
     calls = locks(number, number)
     with Run(tmp_path, about()) as run:
         assert run.report is None
@@ -156,7 +156,7 @@ def test_whatever_ends_the_opening_releases_the_lock(tmp_path, monkeypatch, wher
 
 
 class Objects:
-    """generations, of one bucket in memory; `lost`: the first write does it, and raises."""
+    """A bucket in memory; with `lost`, the first write succeeds and raises."""
 
     def __init__(self, lost: BaseException | None):
         self.lost, self.there = lost, {}
@@ -180,7 +180,7 @@ class Objects:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("session is closed")])
 def test_a_buckets_lock_is_released_whatever_ends_its_holder(tmp_path, monkeypatch, error):
-    """Also where the object was written, and its answer never came."""
+    """Also where the object was written, and the response was lost."""
     objects = Objects(error)
     for name in ("read", "write", "remove"):
         monkeypatch.setattr(compare_and_swap, name, getattr(objects, name))

@@ -1,4 +1,4 @@
-"""watch: heartbeats say what is done, a hang is ended, and the host that failed is named."""
+"""watchdog: heartbeats, the end of a hang, and the name of the host that failed."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ def limits():
 
 @pytest.fixture
 def ended(monkeypatch):
-    """What a watch ended its process with: [(line, code)]."""
+    """The (message, code) with which a watchdog ended its process."""
     exits = []
 
     def end(self, line, code=RESUMABLE):
@@ -73,7 +73,7 @@ def test_the_final_status_is_written(tmp_path, limits):
 def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
     tmp_path, limits, monkeypatch, capsys, part
 ):
-    """Else what hangs after it would hang for ever."""
+    """Otherwise a later hang would last for ever."""
     this, calls, checked = Watchdog(tmp_path, limits), [], threading.Event()
     this.every = 0.001
 
@@ -101,7 +101,7 @@ def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
 
 
 def test_a_heartbeat_of_another_host_that_is_no_heartbeat(three_hosts, ended, monkeypatch, capsys):
-    """Of another version, or damaged: the limits of this host hold all the same."""
+    """From another version, or damaged: this host's own limits still apply."""
     this, _ = three_hosts
     (this.run / watchdog.FOLDER).mkdir(parents=True, exist_ok=True)
     (this.run / watchdog.FOLDER / "1.json").write_text(json.dumps({"attempt": this.attempt}))
@@ -157,7 +157,7 @@ def test_each_phase_has_its_limit(tmp_path, limits, ended, monkeypatch, phase, l
 
 @pytest.fixture
 def three_hosts(tmp_path, limits, monkeypatch):
-    """The watch of process 0 of three, and a clock: [seconds]."""
+    """The watchdog of process 0 of three, and a clock: [seconds]."""
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(multihost, "has_peers", lambda: True)
@@ -225,7 +225,7 @@ def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
 
 
 def test_a_host_that_stopped_with_all_peers_is_not_blamed(three_hosts, ended):
-    """Process 0 is the last to end: it still writes what all have measured."""
+    """Process 0 ends last: it still writes the metrics of all."""
     this, now = three_hosts
     says(
         this, 1, code=42, words="stopped by SIGTERM after step 7; rerun the same command to resume"

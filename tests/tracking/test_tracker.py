@@ -1,4 +1,4 @@
-"""tracker: rows are averages, the speed is the device's, and the loop waits for what it must."""
+"""tracker: rows are averages, speed is the device's, and the loop waits no more than needed."""
 
 import jax.numpy as jnp
 import numpy as np

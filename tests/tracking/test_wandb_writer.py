@@ -1,4 +1,4 @@
-"""wandb_writer: online where it can be, offline where it can't, and never in the way."""
+"""wandb_writer: online if possible, offline otherwise; it never ends a run."""
 
 import contextlib
 import errno
@@ -65,7 +65,7 @@ def test_a_resumed_wandb_run_keeps_its_id_and_exits_with_the_code(cfg, tmp_path,
 
 
 def test_pictures_are_added_to_the_page_of_a_finished_run(cfg, tmp_path, capsys):
-    """Under the run's own id, and not at its last step, of which Weights & Biases has a row."""
+    """Under the run's id, after its last step, which has a row in Weights & Biases already."""
     cfg.log.wandb = True
     with tracker(tmp_path, cfg, quiet=False) as track:
         track(1, loss(1))
@@ -115,7 +115,7 @@ def test_a_key_makes_wandb_run_online(cfg, tmp_path, monkeypatch, forgotten, pat
     assert asked == [mode, "offline"], "the second is what is left where the first fails"
 
 
-# A server that can't be reached, refuses, or is lost: training goes on
+# A server that is unreachable, refuses, or is lost: training continues
 
 
 NOWHERE = "http://127.0.0.1:9"
@@ -132,7 +132,7 @@ def outage(monkeypatch, forgotten):
 
 
 def messages(capsys) -> tuple[list[str], list[str]]:
-    """The lines about Weights & Biases, and the words of the last one: the command to upload."""
+    """The lines about Weights & Biases, and the last one, the upload command, as arguments."""
     lines = capsys.readouterr().err.splitlines()
     return [line for line in lines if "Weights & Biases" in line], shlex.split(lines[-1])
 
@@ -140,7 +140,7 @@ def messages(capsys) -> tuple[list[str], list[str]]:
 def test_an_outage_is_said_once_and_the_run_goes_on_offline(
     cfg, tmp_path, outage, monkeypatch, capsys
 ):
-    """Also at a resume; it is the same run. wandb's own patience, 90 s, is never asked."""
+    """Also when resuming, with the same run id, and without wandb's own timeout of 90 s."""
     cfg.log.wandb, asked, init = True, [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **o: (asked.append(o["mode"]), init(**o))[1])
     with tracker(tmp_path, cfg, quiet=False) as track:
@@ -194,7 +194,7 @@ class Online:
 
 @pytest.fixture
 def online(tmp_path, monkeypatch, forgotten):
-    """Gives a function: wandb.init gives an `Online` run that is lost at a certain point."""
+    """A function that makes wandb.init return an `Online` run that is lost at a given point."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(wandb_writer, "check_reachable", lambda url: None)
     init, made = wandb.init, []
@@ -249,7 +249,7 @@ def test_an_upload_that_does_not_end_is_left_to_its_command(cfg, tmp_path, onlin
 
 
 def test_wandbs_process_is_killed(cfg, tmp_path, forgotten, capsys):
-    """The real one. What it had is in one folder, what came after it in another."""
+    """The real process. Rows before its death are in one folder, later ones in another."""
     cfg.log.wandb = True
     wandb.teardown()
     with tracker(tmp_path, cfg, quiet=False) as track:

@@ -1,4 +1,4 @@
-"""writers: what each wrote is read back, and a failure ends a run only where it has to."""
+"""writers: the files that each wrote, and failures, which rarely end a run."""
 
 import contextlib
 import errno
