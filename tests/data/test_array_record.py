@@ -124,7 +124,7 @@ def test_an_interrupted_pack_goes_on(folder, tmp_path, inline, monkeypatch):
     monkeypatch.setattr(shards, "write_shard", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         array_record.pack(folder, out, shard=6)
-    with pytest.raises(UserError, match="is not packed to its end; run `vit-scale data pack"):
+    with pytest.raises(UserError, match="is not packed completely; run `vit-scale data pack"):
         data.open_split(packed_block(out), "train")
     first = {file: file.stat().st_mtime_ns for file in out.glob("*.array_record")}
     assert len(first) == 2
@@ -176,7 +176,7 @@ def test_two_sets_never_mix(folder, tmp_path, inline, change):
         save(folder / "train/class_0/new.png", picture(8, 8))
     if change == "foreign":
         (out / "index.json").unlink()
-    with pytest.raises(UserError, match="holds the shards of other images or options"):
+    with pytest.raises(UserError, match="has shards of other images or options"):
         array_record.pack(folder, out, shard=5 if change == "options" else 6)
 
 
@@ -240,10 +240,10 @@ def test_a_label_outside_the_classes_is_refused(packed):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "is no packed set; run `vit-scale data pack FOLDER"),
-        ("{", "is no index of a packed set"),
-        ("[]", "is no index of a packed set"),
-        ('{"version": 9}', "is version 9, this program reads 1 and 2"),
+        (None, "is not a packed set; run `vit-scale data pack FOLDER"),
+        ("{", "is not the index of a packed set"),
+        ("[]", "is not the index of a packed set"),
+        ('{"version": 9}', "has version 9, not 1 or 2"),
     ],
 )
 def test_a_folder_that_is_no_packed_set_is_refused(tmp_path, text, message):

@@ -166,13 +166,13 @@ def test_eval_compares_names(bright, evaluate):
     assert same["accuracy"] == 0.25
     code, out, err = evaluate(bright(TURNED, (3, 2, 1, 0)))
     assert json.loads(out)["loss"] == pytest.approx(same["loss"], abs=1e-6)
-    assert "photos val: the set has the model's classes in another order" in err
+    assert "photos val: mapping the model's classes, in another order" in err
     other = bright(("cat", "dog", "eel", "gnu"))
     code, out, err = evaluate(other)
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "'gnu' are the model's alone, 'fox' the set's" in err
+    assert "'gnu' only in the model, 'fox' only in the set" in err
     code, out, err = evaluate(other, "--config.init.classes=order")
-    assert code == 0 and "in order: init.classes" in err
+    assert code == 0 and "in order: init.classes=order" in err
     _, _, err = evaluate(bright(("0", "1", "2", "3")))
     assert "assuming that output i is class i of the set, cat to fox" in err
 
@@ -182,7 +182,7 @@ def test_inspect_compares_names(bright, capsys):
     batch = subject.open("val").read(np.arange(4))
     assert batch["label"].tolist() == [3, 2, 1, 0]
     assert "another order" in capsys.readouterr().err
-    with pytest.raises(UserError, match="'gnu' are the model's alone"):
+    with pytest.raises(UserError, match="'gnu' only in the model"):
         InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open("val")
 
 

@@ -99,7 +99,7 @@ def test_integers_and_floats_whose_white_is_known_are_scaled():
     [
         ((RAMP * 2**20).astype(np.int32), "mode I, 32-bit integers from 0 to 267386880"),
         ((RAMP - 9).astype(np.int32), "mode I, 32-bit integers from -9 to 246"),
-        (RAMP.astype(np.int32), "mode I, 32-bit integers from 0 to 255: of 8 bits, or of 16"),
+        (RAMP.astype(np.int32), "mode I, 32-bit integers from 0 to 255: either 8 bits, or 16"),
         (RAMP.astype(np.float32), "mode F, floats from 0 to 255"),
         ((RAMP / 255 - 0.5).astype(np.float32), "mode F, floats from -0.5 to 0.5"),
         (np.where(RAMP < 9, np.nan, 0.5).astype(np.float32), "mode F, floats from nan to nan"),

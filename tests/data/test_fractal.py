@@ -91,7 +91,7 @@ def test_the_cache_is_read_and_a_corrupt_one_drawn_again(tmp_path, monkeypatch, 
     for bad in (good[: len(good) // 2], b"", good.replace(good[200:240], bytes(40))):
         cache.write_bytes(bad)
         np.testing.assert_array_equal(images(cfg), drawn)
-        assert "corrupt" in caplog.text
+        assert "damaged" in caplog.text
         assert cache.read_bytes() == good
         caplog.clear()
     assert [f.name for f in tmp_path.iterdir()] == [cache.name]

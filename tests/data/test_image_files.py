@@ -16,7 +16,7 @@ from vit_scale.inspect.samples import from_folder
 @pytest.fixture(autouse=True)
 def forget():
     """What was said once is said again."""
-    image_files.say.cache_clear()
+    image_files.print_once.cache_clear()
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_what_this_pillow_lacks_is_left_out(small, monkeypatch, capsys):
         patch.setattr(image_files.features, "check", lambda library: library != "avif")
         image_files.extensions.cache_clear()
         assert count(small) == 2
-    assert "1 file is no image that Pillow" in capsys.readouterr().err
+    assert "1 file is not an image that Pillow" in capsys.readouterr().err
     image_files.extensions.cache_clear()
     assert count(small) == 3
 
@@ -74,8 +74,8 @@ def test_what_is_left_out_is_counted_and_named(small, capsys):
         data.open_split(block(small), split)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1, "once, though the set is opened twice"
-    assert said[0].startswith(f"vit-scale: {small / 'train'}: 4 files are no images that Pillow ")
-    assert said[0].endswith(": .txt 2, .heic 1, no extension 1 (first: bee/a.txt); left out")
+    assert said[0].startswith(f"vit-scale: {small / 'train'}: 4 files are not images that Pillow ")
+    assert said[0].endswith(": .txt 2, .heic 1, no extension 1 (first: bee/a.txt); skipped")
 
 
 def test_nothing_is_said_of_nothing(small, capsys):
@@ -93,7 +93,7 @@ def test_a_class_of_other_files_says_what_they_are(small):
 def test_images_beside_the_classes_are_counted(small, capsys):
     save(small / "train/3.png", picture(8, 8))
     assert count(small) == 2
-    line = "1 image is in no class folder and left out (first: 3.png)"
+    line = "1 image is in no class folder; skipped (first: 3.png)"
     assert line in capsys.readouterr().err
 
 
@@ -161,7 +161,7 @@ def test_classes_one_level_too_deep_are_explained(small):
     (small / "train").mkdir()
     (small / "classes").rename(small / "train/imagenet")
     assert refusal(small) == (
-        f"{small}/train/imagenet is the only class of {small}/train, and holds 2 folders of images "
+        f"{small}/train/imagenet is the only class of {small}/train and has 2 folders of images "
         f"(ant, bee): the classes are one level too deep; move them up to {small}/train"
     )
     save(small / "val/ant/1.png", picture(8, 8))
@@ -182,7 +182,7 @@ def test_one_class_of_folders_is_mentioned(small, capsys):
     source = data.open_split(block(small), "train")
     assert everything(source)["label"].tolist() == [0, 1, 2, 2]
     said = capsys.readouterr().err
-    assert "train/more holds no images but 2 folders of them (cat, dog): all are one class" in said
+    assert "train/more has images only in 2 subfolders (cat, dog): all are one class" in said
 
 
 def test_a_validation_set_of_one_class_may_have_folders(small):

@@ -29,7 +29,7 @@ GOLDEN_ORDER, GOLDEN_PRINT = [2, 1, 0, 3, 4], "0b79cb34cf5ad9b0"
 
 @pytest.fixture(autouse=True)
 def inline(monkeypatch):
-    image_files.say.cache_clear()
+    image_files.print_once.cache_clear()
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
 
 
@@ -197,12 +197,12 @@ def test_a_pack_of_before_keeps_its_slices_and_says_so(earlier, folder, capsys):
     order = np.random.RandomState(20201022).permutation(N)
     np.testing.assert_array_equal(source._indices, np.sort(order[:36]))
     said = capsys.readouterr().err
-    assert "out train was packed before packs held the names of their images" in said
+    assert "out train was packed without image names, by an earlier version" in said
     assert said.count("\n") == 1 and "fingerprint" not in data.describe(source)
     data.open_split(packed_block(earlier, slices="position"), "train[90%:]")
     data.open_split(packed_block(earlier), "train")
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="was packed by an earlier version, without the names"):
+    with pytest.raises(UserError, match="was packed by an earlier version, without image names"):
         array_record.pack(folder, earlier, shard=6)
 
 

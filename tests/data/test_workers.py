@@ -57,12 +57,15 @@ def no_semaphore():
 
 
 ENDS = {
-    "sigkill": (kill(signal.SIGKILL), ("killed by SIGKILL, as the kernel's OOM", "data.workers=1")),
+    "sigkill": (
+        kill(signal.SIGKILL),
+        ("SIGKILL, as by the kernel's OOM", "data.workers=1"),
+    ),
     "sigbus": (kill(signal.SIGBUS), ("by SIGBUS: /dev/shm (", "batches of 0.0 MB", "shm-size")),
     "sigsegv": (kill(signal.SIGSEGV), ("a data worker was killed by SIGSEGV;",)),
     "exit": (leave, ("a data worker ended with exit code 3;",)),
     "memory": (no_memory, ("a data worker ran out of memory;", "smaller batches")),
-    "room": (no_room, ("is full: 1 workers hand over", "--config.data.workers=0")),
+    "room": (no_room, ("is full: 1 workers pass", "--config.data.workers=0")),
     "semaphore": (no_semaphore, ("/dev/shm (", "is full", "--config.data.workers=0")),
 }
 
@@ -70,7 +73,7 @@ ENDS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """What /dev/shm is said to have: what this machine's has is nothing to test."""
-    monkeypatch.setattr(workers, "room", lambda: (64 * 2**20, 1_500_000))
+    monkeypatch.setattr(workers, "shared_memory", lambda: (64 * 2**20, 1_500_000))
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -135,9 +138,9 @@ def test_too_little_shared_memory_is_refused_by_arithmetic(monkeypatch):
     assert loader.shared_bytes(large(), 4, 3, 2) == 3 * 4 * 30_005, "no more than there are"
     assert loader.shared_bytes(large(), 4, 3, 0) == 0
     exactly = 12 * 4 * 30_005
-    monkeypatch.setattr(workers, "room", lambda: (64 * 2**20, exactly))
+    monkeypatch.setattr(workers, "shared_memory", lambda: (64 * 2**20, exactly))
     data.check_shared_memory([(large(), 4, 10_000)], 2)
-    monkeypatch.setattr(workers, "room", lambda: (64 * 2**20, exactly - 1))
+    monkeypatch.setattr(workers, "shared_memory", lambda: (64 * 2**20, exactly - 1))
     for refused in (
         lambda: data.check_shared_memory([(large(), 4, 10_000)], 2),
         lambda: list(data.eval_batches(large(), 4, workers=2)),
@@ -146,16 +149,16 @@ def test_too_little_shared_memory_is_refused_by_arithmetic(monkeypatch):
             refused()
         assert caught.value.code == RESUMABLE
         assert str(caught.value).startswith(
-            "data.workers=2 hand over batches of up to 0.1 MB through /dev/shm, 1.4 MB at a time; "
-            "it has 67.1 MB, of which 1.4 MB are free: give it more (docker run --shm-size"
+            "data.workers=2 pass batches of up to 0.1 MB through /dev/shm, 1.4 MB at a time; "
+            "it has 67.1 MB, 1.4 MB free: increase it (docker run --shm-size"
         )
 
 
 def test_a_training_and_its_evaluation_share_the_memory(monkeypatch):
     parts = [(large(), 4, 10_000), (large(), 4, 10_000)]
-    monkeypatch.setattr(workers, "room", lambda: (2**30, 24 * 4 * 30_005))
+    monkeypatch.setattr(workers, "shared_memory", lambda: (2**30, 24 * 4 * 30_005))
     data.check_shared_memory(parts, 2)
-    monkeypatch.setattr(workers, "room", lambda: (2**30, 24 * 4 * 30_005 - 1))
+    monkeypatch.setattr(workers, "shared_memory", lambda: (2**30, 24 * 4 * 30_005 - 1))
     with pytest.raises(UserError, match=r"2\.9 MB at a time"):
         data.check_shared_memory(parts, 2)
 
@@ -163,15 +166,15 @@ def test_a_training_and_its_evaluation_share_the_memory(monkeypatch):
 def test_where_nothing_is_said_of_shared_memory_nothing_is_refused(monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setattr(workers, "SHARED", str(tmp_path / "none"))  # macOS
-    assert workers.room() is None
+    assert workers.shared_memory() is None
     data.check_shared_memory([(large(), 10**6, 10_000)], 2)
     monkeypatch.setattr(workers, "SHARED", str(tmp_path))
-    size, free = workers.room()
+    size, free = workers.shared_memory()
     assert size >= free >= 0 and size > 0
 
 
 def test_a_training_is_refused_before_its_first_step(jpegs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(workers, "room", lambda: (2**20, 2**20))
+    monkeypatch.setattr(workers, "shared_memory", lambda: (2**20, 2**20))
     words = (
         "steps=9 data.name=folder data.batch=64 data.resolution=224 data.workers=1 eval.split= "
         "eval.final= model.variant=Ti/16 model.depth=1 model.classes=3 log.wandb=False"
@@ -203,28 +206,28 @@ def fail(number: int) -> int:
 
 
 def test_a_pool_gives_what_its_processes_make():
-    made = dict(workers.run_all(abs, [-1, -2, -3], 2))
+    made = dict(workers.parallel_map(abs, [-1, -2, -3], 2))
     assert made == {-1: 1, -2: 2, -3: 3}
 
 
 @pytest.mark.parametrize(
     "work, items, says",
     [
-        (die, [3], "a process was killed by SIGKILL, as the kernel's OOM killer"),
-        (die, list(range(9)), "a process was killed by SIGKILL, as the kernel's OOM killer"),
+        (die, [3], "a process was killed by SIGKILL, as by the kernel's OOM killer"),
+        (die, list(range(9)), "a process was killed by SIGKILL, as by the kernel's OOM killer"),
         (crash, [1, 2], "a process ended with exit code 4; give"),
     ],
 )
 def test_the_death_of_a_process_of_a_pool_is_one_line(work, items, says):
     with pytest.raises(UserError) as caught:
-        list(workers.run_all(work, items, 2))
+        list(workers.parallel_map(work, items, 2))
     assert caught.value.code == RESUMABLE and str(caught.value).startswith(says)
     assert "--workers" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_a_process_of_a_pool_raises_stays_what_it_is():
     with pytest.raises(UserError, match=r"^7 is wrong$") as caught:
-        list(workers.run_all(fail, [7], 1))
+        list(workers.parallel_map(fail, [7], 1))
     assert caught.value.code == 2
 
 

@@ -341,7 +341,7 @@ def test_a_head_is_kept_where_the_classes_agree():
     others = ("ant", "bee", "cat", "dog", "elk")
     assert pretrained.match_head(NAMES, others, "auto") is None
     message = refusal(pretrained.match_head, NAMES, others, "keep")
-    assert "'eel' are the model's alone, 'elk' the set's" in message
+    assert "'eel' only in the model, 'elk' only in the set" in message
     assert pretrained.match_head(NAMES, others, "keep", "order").outputs is None
     assert "init.head=keep: the source has 5 classes, the model 2" in refusal(
         pretrained.match_head, NAMES, ("cat", "dog"), "keep"

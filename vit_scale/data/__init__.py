@@ -1,7 +1,9 @@
-"""Image sets: random-access sources, splits by name, and batches that depend on the step alone.
+"""Image data sets, their splits, and batches that depend on the step alone.
 
-`open_split` opens a source; `train_batches` and `eval_batches` read it in Grain pipelines. A batch
-is byte-identical for any number of hosts and of decoding workers.
+`open_split` opens a set by name (registry.py has the list); `train_batches` and `eval_batches` read
+it in Grain pipelines. Guarantees: a batch is byte-identical for any number of hosts and of decoding
+workers, an evaluation reads every example once, and a held-out example is held out in every storage
+format of a set.
 """
 
 from vit_scale.data.class_mapping import Match, align, match

@@ -1,13 +1,13 @@
-"""Packed image sets: ArrayRecord shards of the original files' bytes, and `pack`, which makes them.
+"""Packed image sets: ArrayRecord shards of the original files, read by `source`, made by `pack`.
 
-A folder of a million files is slow to list, to copy and to read from a network disk; a few hundred
-shards are not. `pack` shuffles once, so that a shard is a fair sample, and writes a shard under a
-temporary name until it is whole: interrupted, the same command resumes. A record is its label,
-4 bytes little-endian, and the bytes of the file. SPLIT-examples.npz says which file each record
-was, and `index.json` what a finished set holds.
+A folder of a million files is slow to list, to copy, and to read from a network disk; a few hundred
+shards are not. `pack` shuffles once, so that each shard is a random sample, and gives a shard its
+name when it is complete, so that rerunning an interrupted command resumes. A record is the label,
+4 bytes little-endian, then the file's bytes. SPLIT-examples.npz has the records' file names, and
+`index.json` the contents of a finished set.
 
-ArrayRecord reads and writes local files only. Shards in a bucket are copied to this machine once
-(`cache.stage`), and `pack` uploads each shard when it is whole.
+ArrayRecord needs local files: shards in a bucket are copied to this machine once (`cache.stage`),
+and `pack` uploads each shard when it is complete.
 """
 
 import functools
@@ -29,10 +29,10 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.storage import cache, files, paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
-VERSION = 2  # of the layout of a packed set; 1 had no names of images
+VERSION = 2  # of a packed set's layout; 1 had no file names
 INDEX = "index.json"
-SHARD = 2048  # images in each, 230 MB of ImageNet
-ORDER = 20201022  # decides the shuffled order, so that every pack of a folder is the same
+SHARD = 2048  # images per shard, 230 MB of ImageNet
+ORDER = 20201022  # seed of the shuffled order: all packs of a folder are the same
 
 
 class Records(EncodedImages):
@@ -44,14 +44,14 @@ class Records(EncodedImages):
         self._shards = [folder / shard["file"] for shard in shards]
         self._first = np.cumsum([0] + [shard["images"] for shard in shards])
         self._readers: dict[int, ArrayRecordReader] = {}
-        found = paths.sizes(folder)
+        sizes = paths.sizes(folder)
         for file, shard in zip(self._shards, shards, strict=True):
-            _check_size(file, found.get(file.name), shard["bytes"])
+            _check_size(file, sizes.get(file.name), shard["bytes"])
         self._files = cache.stage(self._shards)
         self._names: Path | None = None
         if listed := index.get("examples", {}).get(name):
             self._names = folder / listed["file"]
-            _check_size(self._names, found.get(self._names.name), listed["bytes"])
+            _check_size(self._names, sizes.get(self._names.name), listed["bytes"])
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -61,7 +61,7 @@ class Records(EncodedImages):
         return _read_examples(self._names, len(self)) if self._names else None
 
     def __getstate__(self) -> dict:
-        """An open file does not travel to a worker, and names need not."""
+        """Leave out what a worker cannot receive (open files) or does not need (names)."""
         return {k: v for k, v in self.__dict__.items() if k != "examples"} | {"_readers": {}}
 
     def encoded(self, index: int) -> tuple[bytes, int]:
@@ -71,16 +71,16 @@ class Records(EncodedImages):
                 self._readers[shard] = ArrayRecordReader(str(self._files[shard]), READ)
             (record,) = self._readers[shard].read([position])
             (label,) = LABEL.unpack_from(record)
-        except Exception as error:  # Riegeli's status codes arrive as several exceptions
+        except Exception as error:  # Riegeli raises several types
             raise Corrupt(one_line(error)) from error
         if label >= len(self.classes):
             raise UserError(
-                f"{self.place(index)}: label {label} is outside the {len(self.classes)} classes "
+                f"{self.location(index)}: label {label} is outside the {len(self.classes)} classes "
                 f"0..{len(self.classes) - 1} of its {INDEX}; pack the set again"
             )
         return record[LABEL.size :], label
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         shard, position = self._locate(index)
         return f"{self._shards[shard]} (record {position})"
 
@@ -90,15 +90,15 @@ class Records(EncodedImages):
 
 
 def source(cfg: ConfigDict, name: str) -> Records:
-    """The split `name` (train, val, validation, test) of the packed set at cfg.path.
+    """Open the split `name` (train, val, validation, test) of the packed set at cfg.path.
 
-    Without a labelled test set `test` is the validation set. Raises UserError for a set that is
+    Without a labelled test set, `test` is the validation set. Raises UserError for a set that is
     missing or unfinished, and for a shard that is missing or truncated.
     """
     folder = paths.parse(cfg.path)
     index = _read_index(folder)
     if index is None or not index["finished"]:
-        state = "is no packed set" if index is None else "is not packed to its end"
+        state = "is not a packed set" if index is None else "is not packed completely"
         raise UserError(f"{folder} {state}; run `vit-scale data pack FOLDER {folder}`")
     for candidate in FOLDERS[name]:
         if candidate in index["splits"]:
@@ -114,10 +114,12 @@ def _read_index(folder: Path) -> dict | None:
         index = json.loads(file.read_text())
         version = index["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no index of a packed set ({error!r}); pack it again") from error
+        raise UserError(
+            f"{file} is not the index of a packed set ({error!r}); pack the set again"
+        ) from error
     if version not in (1, VERSION):
         raise UserError(
-            f"{file} is version {version}, this program reads 1 and {VERSION}; pack it again"
+            f"{file} has version {version}, not 1 or {VERSION}; pack the set again, or upgrade"
         )
     return index
 
@@ -129,13 +131,15 @@ def _read_examples(file: Path, n: int) -> Examples:
     ):
         examples = Examples(stored["files"], stored["labels"])
     if not len(examples.files) == len(examples.labels) == n:
-        raise UserError(f"{file} names {len(examples.files)} of {n} images; pack the set again")
+        raise UserError(
+            f"{file} has {len(examples.files)} names for {n} images; pack the set again"
+        )
     return examples
 
 
-def _check_size(file: Path, found: int | None, size: int) -> None:
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes of {size}"
+def _check_size(file: Path, actual: int | None, size: int) -> None:
+    if actual != size:
+        state = "is missing" if actual is None else f"has {actual} bytes of {size}"
         raise UserError(f"{file} {state}; copy it again, or pack the set again into a new folder")
 
 
@@ -146,12 +150,23 @@ def pack(
     on_corrupt: str = "fail",
     shard: int = SHARD,
 ) -> dict[str, int]:
-    """Pack an image folder (see `folder.py`) into ArrayRecord shards of `shard` images in `out`.
+    """Pack an image folder (image_folder.py) into ArrayRecord shards of `shard` images in `out`.
 
-    Every image is decoded once: an unreadable one raises UserError with its name, or, with
-    on_corrupt="skip", is left out. Finished shards are kept, so an interrupted pack goes on.
-    `workers`: processes; none: one a core. Returns the number of images packed of each split, and
-    of those left out as `skipped`. Raises UserError if `out` holds another set.
+    Every image is decoded once, to find corrupt ones. Finished shards are not written again, so
+    rerunning an interrupted pack resumes it.
+
+    Args:
+      folder: the image folder.
+      out: the folder of the packed set.
+      workers: number of processes; None: one per core.
+      on_corrupt: "fail" raises UserError for an unreadable image, "skip" leaves it out.
+      shard: images per shard.
+
+    Returns:
+      The number of packed images of each split, and of skipped ones as "skipped".
+
+    Raises:
+      UserError: an unreadable image, a failed write, or another set in `out`.
     """
     if on_corrupt not in CHOICES:
         raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
@@ -167,25 +182,25 @@ def pack(
         name: _shards(out, name, listing, shard, on_corrupt == "skip")
         for name, listing in listings.items()
     }
-    kept = write_shards([s for shards in plan.values() for s in shards], workers)
-    names = {name: _write_examples(out, name, shards, kept) for name, shards in plan.items()}
+    packed = write_shards([s for shards in plan.values() for s in shards], workers)
+    names = {name: _write_examples(out, name, shards, packed) for name, shards in plan.items()}
     stored = paths.sizes(out)
     splits = {
         name: [
-            {"file": s.file.name, "images": len(kept[s.file]), "bytes": stored[s.file.name]}
+            {"file": s.file.name, "images": len(packed[s.file]), "bytes": stored[s.file.name]}
             for s in shards
         ]
         for name, shards in plan.items()
     }
     examples = {name: {"file": file, "bytes": stored[file]} for name, file in names.items()}
     _write_index(out, index | {"finished": True, "splits": splits, "examples": examples})
-    counts = {name: sum(len(kept[s.file]) for s in shards) for name, shards in plan.items()}
-    found = sum(len(listing.labels) for listing in listings.values())
-    return counts | {"skipped": found - sum(counts.values())}
+    counts = {name: sum(len(packed[s.file]) for s in shards) for name, shards in plan.items()}
+    total = sum(len(listing.labels) for listing in listings.values())
+    return counts | {"skipped": total - sum(counts.values())}
 
 
 def _listings(folder: Path) -> dict[str, Listing]:
-    """The labelled splits there are; `train` has to be one."""
+    """List the labelled splits of an image folder, of which `train` must be one."""
     listings = {"train": list_images(folder, "train")}
     for name in ("val", "test"):
         if not any((folder / candidate).is_dir() for candidate in FOLDERS[name]):
@@ -217,22 +232,20 @@ def _fingerprint(listings: dict[str, Listing], shard: int, on_corrupt: str) -> s
 
 
 def _claim(out: Path, index: dict) -> None:
-    """Mark `out` as the pack of this folder, or refuse: shards of two sets must never mix."""
-    there = _read_index(out)
-    if there is None and not any(out.glob("*.array_record")):
+    """Mark `out` as the pack of this folder, or raise UserError if it is another set's."""
+    existing = _read_index(out)
+    if existing is None and not any(out.glob("*.array_record")):
         out.mkdir(parents=True, exist_ok=True)
         _write_index(out, index | {"finished": False, "splits": {}})
         return
-    earlier = there is not None and there["version"] < VERSION
-    if there is None or there["of"] != index["of"]:
+    earlier = existing is not None and existing["version"] < VERSION
+    if existing is None or existing["of"] != index["of"]:
         why = ", or was begun by an earlier version, which listed other files" if earlier else ""
+        raise UserError(f"{out} has shards of other images or options{why}; pack into a new folder")
+    if earlier and existing["finished"]:  # names would change the slices of existing runs
         raise UserError(
-            f"{out} holds the shards of other images or options{why}; pack into a new folder"
-        )
-    if earlier and there["finished"]:  # with names, its slices would be others: of runs as well
-        raise UserError(
-            f"{out} was packed by an earlier version, without the names of its images, and is read "
-            "as it is; to have them, pack into a new folder"
+            f"{out} was packed by an earlier version, without image names, and can be used as it "
+            "is; to add the names, pack into a new folder"
         )
 
 
@@ -240,11 +253,13 @@ def _write_index(out: Path, index: dict) -> None:
     files.write(out / INDEX, json.dumps(index, indent=1).encode())
 
 
-def _write_examples(out: Path, name: str, shards: list[Shard], kept: dict[Path, np.ndarray]) -> str:
-    """Write which image each record of a split is; the name of the file."""
+def _write_examples(
+    out: Path, name: str, shards: list[Shard], packed: dict[Path, np.ndarray]
+) -> str:
+    """Write the file name and label of each record of a split; return the name of the file."""
     content, file = io.BytesIO(), out / f"{name}-examples.npz"
-    names = np.concatenate([shard.listing.files[kept[shard.file]] for shard in shards])
-    labels = np.concatenate([shard.listing.labels[kept[shard.file]] for shard in shards])
+    names = np.concatenate([shard.listing.files[packed[shard.file]] for shard in shards])
+    labels = np.concatenate([shard.listing.labels[packed[shard.file]] for shard in shards])
     np.savez_compressed(content, files=names, labels=labels)
     with write_errors(file):
         files.write(file, content.getvalue())

@@ -1,7 +1,7 @@
-"""CIFAR-10 (Krizhevsky 2009) from either official layout, all of it in memory.
+"""CIFAR-10 (Krizhevsky 2009): download it, and read either official layout into memory.
 
-The Python layout is pickled, and a pickle is a program: the unpickler here runs nothing but what
-rebuilds an array of bytes, so a file from anywhere is safe to open.
+The Python layout is pickled, and a pickle can run any code: the unpickler here admits only what
+rebuilds an array of bytes, so that files of any origin are safe to open.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MD5 = "c58f30108f718f92721af3d95e74349a"  # as its page gives it
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 CLASSES = tuple(NAMES.split())
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
-LAYOUTS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}  # folder: ending of files
+LAYOUTS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}  # folder: suffix of its files
 IMAGES = 10_000  # in each file
 PIXELS = 3 * 32 * 32  # bytes of an image: its red plane, its green one, its blue one
 
@@ -33,22 +33,22 @@ Batch = tuple[UInt8[np.ndarray, "n 3072"], np.ndarray]
 
 
 def source(cfg: ConfigDict, name: str) -> InMemory:
-    """CIFAR-10's `train` (50,000 images) or `test` (10,000), uint8 [n, 32, 32, 3].
+    """Read CIFAR-10's `train` (50,000 images) or `test` (10,000), uint8 [n, 32, 32, 3].
 
-    cfg.path holds `cifar-10-batches-bin` or `cifar-10-batches-py`, or is one of them. Raises
-    UserError if neither is there (with the way to get it) or a file is cut short, hostile or wrong.
+    cfg.path contains `cifar-10-batches-bin` or `cifar-10-batches-py`, or is one of them. Raises
+    UserError if both are missing, or a file is truncated, unsafe or not CIFAR-10's.
     """
-    folder, ending = _find(paths.parse(cfg.path))
+    folder, suffix = _find(paths.parse(cfg.path))
     stems = BATCHES[name]
     images = np.empty((len(stems) * IMAGES, 32, 32, 3), np.uint8)
     labels = np.empty(len(images), np.int32)
     for number, stem in enumerate(stems):
-        file = folder / f"{stem}{ending}"
+        file = folder / f"{stem}{suffix}"
         with user_errors(f"cannot read {file}", ADVICE):
-            planes, part = _read_binary(file) if ending else _read_pickle(file)
-        here = slice(number * IMAGES, (number + 1) * IMAGES)
-        images[here] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels[here] = check_labels(part, CLASSES, str(file))
+            planes, part = _read_binary(file) if suffix else _read_pickle(file)
+        rows = slice(number * IMAGES, (number + 1) * IMAGES)
+        images[rows] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels[rows] = check_labels(part, CLASSES, str(file))
     return InMemory(f"cifar10 {name}", images, labels, CLASSES)
 
 
@@ -73,12 +73,12 @@ def download(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
 
 
 def _find(path: Path) -> tuple[Path, str]:
-    for layout, ending in LAYOUTS.items():
+    for layout, suffix in LAYOUTS.items():
         for folder in (path / layout, path):
             stems = (*BATCHES["train"], *BATCHES["test"])
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                if not paths.sizes(folder).keys().isdisjoint(f"{stem}{ending}" for stem in stems):
-                    return folder, ending
+                if not paths.sizes(folder).keys().isdisjoint(f"{stem}{suffix}" for stem in stems):
+                    return folder, suffix
     raise UserError(
         f"CIFAR-10 is not in {path}: run `vit-scale data download cifar10 --out {path}`, "
         f"or unpack cifar-10-python.tar.gz there, as {path / 'cifar-10-batches-py'}"
@@ -86,7 +86,7 @@ def _find(path: Path) -> tuple[Path, str]:
 
 
 def _read_binary(file: Path) -> Batch:
-    """Rows of one label byte and PIXELS pixel bytes."""
+    """Read rows of one label byte and PIXELS pixel bytes."""
     rows = np.frombuffer(file.read_bytes(), np.uint8)
     if rows.size != IMAGES * (1 + PIXELS):
         raise UserError(
@@ -98,27 +98,27 @@ def _read_binary(file: Path) -> Batch:
 
 
 def _read_pickle(file: Path) -> Batch:
-    """A dictionary of `data`, uint8 [IMAGES, PIXELS], and `labels`, a list."""
+    """Read a pickled dict of `data`, uint8 [IMAGES, PIXELS], and `labels`, a list."""
     with io.BufferedReader(io.BytesIO(file.read_bytes())) as stream:  # type: ignore[type-var]
         try:
             content = ArrayUnpickler(stream, encoding="bytes").load()
-            found = {k if isinstance(k, str) else k.decode(): v for k, v in content.items()}
-            data, labels = found["data"], np.array(found["labels"], np.int64)
-        except Exception as error:  # broken pickles raise whatever they meet
+            fields = {k if isinstance(k, str) else k.decode(): v for k, v in content.items()}
+            data, labels = fields["data"], np.array(fields["labels"], np.int64)
+        except Exception as error:  # broken pickles raise any type
             raise UserError(
-                f"{file}: byte {stream.tell()}: {error or type(error).__name__}; this is no intact "
+                f"{file}: byte {stream.tell()}: {error or type(error).__name__}; not an intact "
                 "CIFAR-10 batch, replace it"
             ) from error
     if data.shape != (IMAGES, PIXELS) or labels.shape != (IMAGES,) or data.dtype != np.uint8:
         raise UserError(
-            f"{file} has {data.dtype} pixels {data.shape} and labels {labels.shape}; "
-            f"it should have uint8 ({IMAGES}, {PIXELS}) and ({IMAGES},); replace it"
+            f"{file} has {data.dtype} pixels {data.shape} and labels {labels.shape}, not uint8 "
+            f"({IMAGES}, {PIXELS}) and ({IMAGES},); replace it"
         )
     return data, labels
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays of uint8, and containers, text and numbers; nothing else can be named."""
+    """An unpickler of uint8 arrays, containers, text and numbers only."""
 
     def find_class(self, module: str, name: str):
         try:
@@ -134,7 +134,7 @@ def _uint8(name: str | bytes, *_) -> np.dtype:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Python 3 writes bytes as text in protocol 2; any other codec is refused."""
+    """Decode bytes as Python 3 pickles them in protocol 2, as text; refuse other codecs."""
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"asks for codec {encoding!r}, not latin1")
     return text.encode("latin1")

@@ -1,7 +1,7 @@
-"""Whether a model's outputs are a set's classes: by their names, never by their number alone.
+"""Match a model's outputs to a set's classes by name, never by their number alone.
 
-The same names in another order are mapped, other names refused. Where one side has no names, their
-order is believed, and a line says so.
+The same names in another order are mapped, different names refused. If one side has no names, the
+order is assumed to be the same, and a line on stderr says so.
 """
 
 import re
@@ -16,35 +16,35 @@ from vit_scale.data.sources import Batch, Source
 from vit_scale.errors import UserError, nearest
 
 MODES = ("names", "order")  # of init.classes
-SHOWN = 3  # names of each side in a refusal
+SHOWN = 3  # names of each side in an error message
 
 
 class Match(NamedTuple):
-    """Which output stands for each class of a set: all in order where it is None."""
+    """The output for each class of a set."""
 
-    outputs: tuple[int, ...] | None = None
-    line: str = ""  # what was believed or done; empty where there is nothing to say
+    outputs: tuple[int, ...] | None = None  # None: output i is class i
+    line: str = ""  # what was assumed or mapped, if anything
 
 
 def match(
     outputs: Sequence[str], classes: Sequence[str], mode: str = "names", ids: Sequence[str] = ()
 ) -> Match:
-    """How as many `outputs` of a model go with the `classes` of a set.
+    """Match the `outputs` of a model to as many `classes` of a set.
 
-    `mode` is init.classes; `ids` are the names of the set's folders, where its classes have others.
-    Raises UserError for other names.
+    `mode` is init.classes; `ids` are the set's folder names if its classes are shown by other
+    names. Raises UserError if the names differ.
     """
     if mode not in MODES:
         raise UserError(f"init.classes={mode!r} is unknown; {nearest(mode, MODES)}")
     outputs, classes = tuple(outputs), tuple(classes)
     if mode == "order" and outputs != classes:
-        return Match(None, f"{len(outputs)} outputs are the set's classes in order: init.classes")
-    for spell, how in ((_as_it_is, "name"), (_first_synonym, "the first of each one's names")):
+        return Match(None, f"assuming the {len(outputs)} outputs in order: init.classes=order")
+    for spell, how in ((_normalised, "name"), (_first_synonym, "first synonym")):
         for names in (classes, tuple(ids)):
             if list(map(spell, outputs)) == list(map(spell, names)):  # a name may occur twice
                 return Match()
-            if found := _mapped(outputs, names, spell):
-                return Match(found, f"the set has the model's classes in another order: by {how}")
+            if mapping := _mapping(outputs, names, spell):
+                return Match(mapping, f"mapping the model's classes, in another order, by {how}")
     for who, names in (("the model's outputs", outputs), ("the set's classes", classes)):
         if is_numbered(names):
             return Match(
@@ -57,43 +57,46 @@ def match(
         twice = sorted({name for name in outputs if outputs.count(name) > 1})
         raise UserError(
             f"the model has the set's classes in another order, and {_some(twice)} more than once: "
-            "rename them, or give --config.init.classes=order if they are the same in this order"
+            "rename them, or set --config.init.classes=order if the order is the same"
         )
     raise UserError(
-        f"the model's classes are not the set's: {_some(only)} are the model's alone, "
-        f"{_some(others)} the set's; rename them, or give --config.init.classes=order if they "
-        "are the same in this order"
+        f"the model's classes are not the set's: {_some(only)} only in the model, {_some(others)} "
+        "only in the set; rename them, or set --config.init.classes=order if the order is the same"
     )
 
 
 def is_numbered(names: Sequence[str]) -> bool:
-    """Whether nobody named these classes."""
+    """Return whether the classes are named 0, 1, 2, ..."""
     return tuple(names) == tuple(map(str, range(len(names))))
 
 
-def _as_it_is(name: str) -> str:
-    """The name: an accent may be a character of its own, and looks the same."""
+def _normalised(name: str) -> str:
+    """Return the name in NFC: accents may be encoded as separate characters."""
     return unicodedata.normalize("NFC", name)
 
 
 def _first_synonym(name: str) -> str:
-    """`tench` of "tench, Tinca tinca": data sets show the first of WordNet's words, or all.
+    """Return "tench" for "tench, Tinca tinca", and "crane" for "crane (n02012849)".
 
-    Ours adds the id where two have the same: "crane (n02012849)".
+    Data sets use the first of WordNet's words or all; class_names.py appends the id of duplicates.
     """
-    name = re.sub(r" \(n\d{8}\)$", "", _as_it_is(name))
+    name = re.sub(r" \(n\d{8}\)$", "", _normalised(name))
     return name.split(",")[0].strip().lower().replace("_", " ")
 
 
-def _mapped(
+def _mapping(
     outputs: Sequence[str], names: Sequence[str], spell: Callable[[str], str]
 ) -> tuple[int, ...] | None:
-    """The output of each name, where both sides have the same, each once."""
-    places = {spell(name): i for i, name in enumerate(outputs)}
+    """Return the output of each name, or None unless both sides have the same, each once."""
+    positions = {spell(name): i for i, name in enumerate(outputs)}
     spelled = [spell(name) for name in names]
-    if len(places) != len(outputs) or set(places) != set(spelled) or len(spelled) != len(places):
+    if (
+        len(positions) != len(outputs)
+        or set(positions) != set(spelled)
+        or len(spelled) != len(positions)
+    ):
         return None
-    return tuple(places[name] for name in spelled)
+    return tuple(positions[name] for name in spelled)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -102,15 +105,15 @@ def _some(names: Sequence[str]) -> str:
 
 
 def align(source: Source, outputs: Sequence[str], mode: str = "names") -> tuple[Source, str]:
-    """The source with its labels as the `outputs` of a model, and what was believed or done.
+    """Relabel a source as the `outputs` of a model; return it and a line on what was assumed.
 
-    Raises UserError where its classes are others. Another number of them is left as it is.
+    Raises UserError if the classes differ. A source with another number of classes is unchanged.
     """
     if len(outputs) != len(source.classes):
         return source, ""
-    found = match(outputs, source.classes, mode, getattr(source, "ids", ()))
-    line = f"{source.name}: {found.line}" if found.line else ""
-    return (Relabelled(source, outputs, found.outputs) if found.outputs else source), line
+    matched = match(outputs, source.classes, mode, getattr(source, "ids", ()))
+    line = f"{source.name}: {matched.line}" if matched.line else ""
+    return (Relabelled(source, outputs, matched.outputs) if matched.outputs else source), line
 
 
 class Relabelled:

@@ -1,19 +1,18 @@
-"""Classes as words, where a list beside the folders maps them; any other name stays what it is."""
+"""Show class folders named by WordNet ids as words, if a list beside them has the words."""
 
 import collections
 import re
 from pathlib import Path
 
-# WordNet ids to words: Tiny ImageNet's list, and ImageNet's on Kaggle.
+# (file, separator): Tiny ImageNet's list, and ImageNet's on Kaggle.
 LISTS = (("words.txt", "\t"), ("LOC_synset_mapping.txt", " "))
 
 
 def readable(folder: Path, classes: tuple[str, ...], common: bool = False) -> tuple[str, ...]:
-    """The classes, each by the first word that a list in `folder` has for it, if one does.
+    """Return the class names, replaced by their first synonym in a list in `folder`, if any.
 
-    Two ids may share a first word (a crane flies, a crane lifts): the id tells them apart.
-    `common`: as runs have it that are older than `data.listing`, of a name without a list what is
-    before its comma.
+    Two ids may share it (a crane flies, a crane lifts): then the id is appended. `common` is the
+    behaviour of runs older than `data.listing`: names without a list are cut at a comma.
     """
     words = _words(folder, set(classes))
     if common:
@@ -28,26 +27,26 @@ def readable(folder: Path, classes: tuple[str, ...], common: bool = False) -> tu
     return named if len(set(named)) == len(classes) or common else classes
 
 
-def _words(folder: Path, wanted: set[str]) -> dict[str, str]:
+def _words(folder: Path, names: set[str]) -> dict[str, str]:
     words: dict[str, str] = {}
     for file, separator in LISTS:
         if (folder / file).is_file():
             pairs = (line.partition(separator) for line in read_lines(folder / file))
-            words |= {key: _decoded(text) for key, _, text in pairs if key in wanted}
+            words |= {key: _decoded(text) for key, _, text in pairs if key in names}
     return words
 
 
 def _decoded(text: str) -> str:
-    """`text`, of Windows' Western encoding where it is no UTF-8."""
+    """Decode as Windows-1252 what was not UTF-8."""
     if text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text):
         return text
     return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text that any system wrote: with or without a BOM, in UTF-8, UTF-16 or others.
+    """Read the lines of a text in UTF-8 or UTF-16, with or without a BOM, and any line breaks.
 
-    A byte of another encoding becomes what Python has for it in the name of a file.
+    Bytes that are not UTF-8 become surrogates, as in Python's file names.
     """
     data = file.read_bytes()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):

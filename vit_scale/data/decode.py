@@ -1,4 +1,4 @@
-"""Encoded images: from a file's bytes to pixels of one size, or to the line that says why not."""
+"""Decode image files to RGB pixels of one size, or explain why they cannot be decoded."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ RESAMPLES = {
 }
 CHOICES = ("fail", "skip")  # of data.on_corrupt
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
-SIXTEEN_BITS = ("PNG", "PPM")  # formats in which Pillow's mode I holds 16 bits, never more
+SIXTEEN_BITS = ("PNG", "PPM")  # formats whose Pillow mode I always has 16 bits
 TURNS = {  # by the value of EXIF's orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,22 +35,22 @@ TURNS = {  # by the value of EXIF's orientation; 1 is upright
 
 
 class Corrupt(Exception):
-    """These bytes are no image, or not the whole of one."""
+    """The bytes are not an image, or not a complete one."""
 
 
 def decode(
     data: bytes, size: tuple[int, int], view: View = TRAINING, exif: bool = True
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels at `size` (height, width), with antialiasing where they are resized.
+    """Decode to RGB pixels of `size` (height, width), resized with antialiasing as `view` says.
 
-    For training the largest centred box of that shape is resized to it, bicubic; evaluation has a
-    view of its own. An image of that size, all of which is seen, is left as it is. `exif`: turn it
-    first, as a viewer does. Raises Corrupt.
+    For training, the largest centred box of that aspect ratio is resized, bicubic. An image of
+    exactly that size is not resampled. With `exif` it is first rotated as a viewer would. Raises
+    Corrupt.
     """
-    return np.asarray(_seen(_load(data, exif), size, view))
+    return np.asarray(_apply_view(_load(data, exif), size, view))
 
 
-def _seen(image: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
+def _apply_view(image: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
     (height, width), method = size, RESAMPLES[view.resample]
     if view.crop == 1 and image.size == (width, height):
         return image
@@ -64,38 +64,37 @@ def _seen(image: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
 
 
 def verify(data: bytes) -> None:
-    """Raises Corrupt unless the whole image can be decoded."""
+    """Raise Corrupt unless the whole image can be decoded."""
     _load(data, exif=True)
 
 
 def _load(data: bytes, exif: bool) -> Image.Image:
-    """The whole image (of several, the first) in RGB, 8 bits a channel. Raises Corrupt."""
+    """Decode the whole image, or the first of several, to RGB with 8 bits per channel."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()  # orientation may be stored behind the pixels, and TIFF applies it here
+            image.load()  # orientation may be stored after the pixels, and TIFF applies it here
             turn = _orientation(image) if exif else None
             rgb = to_rgb(image)
         return rgb if turn is None else rgb.transpose(turn)
-    except UnidentifiedImageError as error:  # its text is the address of a buffer
+    except UnidentifiedImageError as error:  # its text is a buffer's address
         raise Corrupt("not an image") from error
-    except Exception as error:  # broken bytes make Pillow's readers raise whatever they meet
+    except Exception as error:  # damaged files make Pillow raise any type
         raise Corrupt(str(error) or type(error).__name__) from error
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """How to turn the pixels so that up is up. Metadata that can't be read turns nothing."""
+    """Return the rotation that EXIF asks for, or None, also if the metadata is damaged."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001  # broken metadata raises anything, and is no broken picture
+    except Exception:  # noqa: BLE001  # damaged metadata raises any type
         return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode in RGB, 8 bits a channel.
+    """Convert a loaded image of any mode to RGB with 8 bits per channel.
 
-    Pillow clips deeper grey to 255. Here 16 bits are scaled, 65535 to 255, and floats, 1.0 to 255,
-    whatever the lowest and highest value of this one image are. Raises Corrupt for values of which
-    the file does not say which one is white.
+    Pillow clips deeper gray to 255. Here 16 bits are scaled by 255 / 65535 and floats by 255,
+    independent of the image's own range. Raises Corrupt if the white value is ambiguous.
     """
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})
@@ -106,33 +105,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.asarray(image)
         low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 1):  # nor NaN
-            raise Corrupt(f"mode F, floats from {low:g} to {high:g}: only 0 to 1 have a meaning")
+        if not (low >= 0 and high <= 1):  # also for NaN
+            raise Corrupt(f"mode F, floats from {low:g} to {high:g}: only 0 to 1 are supported")
         return _gray(values, 1, getattr(image, "tag_v2", {}))
-    if image.mode == "La":  # gray, multiplied by its alpha: Pillow goes only this way
+    if image.mode == "La":  # gray times alpha; Pillow converts it only so
         image = image.convert("LA")
     return image.convert("RGB")
 
 
 def _sixteen_bits(image: Image.Image) -> np.ndarray:
-    """The values of an image of 32-bit integers that holds what 16 bits can."""
+    """Return the values of an image of 32-bit integers that fit in 16 bits. Raises Corrupt."""
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise Corrupt(
-            f"mode I, 32-bit integers from {low} to {high}: which of them is white is not said; "
-            "save it with 8 or 16 bits"
+            f"mode I, 32-bit integers from {low} to {high}: the white value is unknown; save it "
+            "with 8 or 16 bits"
         )
     if 0 < high <= 255 and image.format not in SIXTEEN_BITS:
         raise Corrupt(
-            f"mode I, 32-bit integers from {low} to {high}: of 8 bits, or of 16 and nearly black, "
-            "is not said; save it with 8 or 16 bits"
+            f"mode I, 32-bit integers from {low} to {high}: either 8 bits, or 16 and nearly black; "
+            "save it with 8 or 16 bits"
         )
     return values
 
 
 def _gray(values: np.ndarray, white: int, tags: Mapping[int, int]) -> Image.Image:
-    """Gray values from 0 to `white` in RGB, rounded to the nearest of 255."""
+    """Convert gray values in [0, `white`] to RGB, rounded to 8 bits."""
     scaled = np.round(np.asarray(values, np.float64) * (255 / white)).astype(np.uint8)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         scaled = 255 - scaled  # Pillow does it for 8 bits only
@@ -140,7 +139,7 @@ def _gray(values: np.ndarray, white: int, tags: Mapping[int, int]) -> Image.Imag
 
 
 def decoded_size(cfg: ConfigDict) -> tuple[int, int]:
-    """(height, width) at which files are decoded: data.load, else what the model sees."""
+    """Return the (height, width) at which files are decoded: data.load, else the model's input."""
     width = cfg.width or cfg.resolution
     if not cfg.load:
         return cfg.resolution, width
@@ -148,11 +147,11 @@ def decoded_size(cfg: ConfigDict) -> tuple[int, int]:
 
 
 class EncodedImages:
-    """A source of encoded images. A subclass says where they are: `encoded` and `place`."""
+    """A source of image files, which subclasses locate by `encoded` and `location`."""
 
     decodes = True
     view = TRAINING
-    examples: Examples | None = None  # which example is which, where that is known
+    examples: Examples | None = None  # the examples' identity, if known
 
     def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
         if cfg.on_corrupt not in CHOICES:
@@ -172,11 +171,11 @@ class EncodedImages:
         return {"fingerprint": self.examples.fingerprint()} if self.examples else {}
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        """The file's bytes and the label of one example. Raises Corrupt."""
+        """Return the file's bytes and the label of one example. Raises Corrupt."""
         raise NotImplementedError
 
-    def place(self, index: int) -> str:
-        """The file, and the position in it, of one example."""
+    def location(self, index: int) -> str:
+        """Return the file and the position of one example, for error messages."""
         raise NotImplementedError
 
     def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
@@ -191,7 +190,7 @@ class EncodedImages:
                 if self._skip:
                     continue
                 raise UserError(
-                    f"cannot read {self.place(index)}: {error}; replace it, "
+                    f"cannot read {self.location(index)}: {error}; replace it, "
                     "or skip such images with --config.data.on_corrupt=skip"
                 ) from error
             labels[slot], mask[slot] = label, True

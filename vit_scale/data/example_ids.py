@@ -1,11 +1,10 @@
-"""Which example is which, however its set is stored: by its path below the folder of its split.
+"""Identify examples by their path below the split's folder, however the set is stored.
 
-A slice of a set is cut from the order of the paths' hashes. So whether an image is in `train[98%:]`
-does not depend on whether the set is a folder or a pack of it, and hardly on which other images
-there are: one that is added moves at most one other over a bound. The sum of the hashes says
-whether two listings are of the same images.
+Slices are cut from the order of the paths' hashes. So whether an image is in `train[98%:]` does not
+depend on whether the set is a folder or a pack of it, and hardly on the other images: adding one
+moves at most one other across a bound. A sum of the hashes tells whether two sets are the same.
 
-Neither may ever change: a run that is resumed would train on what it held out.
+Never change either: a resumed run would train on images that it had held out.
 """
 
 import functools
@@ -14,26 +13,26 @@ import hashlib
 import numpy as np
 from jaxtyping import Int, UInt64
 
-LABELS = np.uint64(0x9E3779B97F4A7C15)  # odd: another label is another number modulo 2^64
+LABELS = np.uint64(0x9E3779B97F4A7C15)  # odd, so that label * LABELS is injective modulo 2^64
 
 
 class Examples:
-    """The paths, bytes relative to the folder of their split, and the labels of a set."""
+    """The paths of a set's files, as bytes relative to the split's folder, and their labels."""
 
     def __init__(self, files: np.ndarray, labels: Int[np.ndarray, "n"]):
         self.files, self.labels = files, labels
 
     def __getstate__(self) -> dict:
-        return {"files": self.files, "labels": self.labels}  # a worker needs no hashes
+        return {"files": self.files, "labels": self.labels}  # workers need no hashes
 
     @functools.cached_property
     def hashes(self) -> UInt64[np.ndarray, "n"]:
-        """BLAKE2b of each path, its first 64 bits."""
+        """The first 64 bits of BLAKE2b of each path."""
         digests = (hashlib.blake2b(file, digest_size=8).digest() for file in self.files.tolist())
         return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
     def order(self) -> Int[np.ndarray, "n"]:
-        """The positions of the examples by hash; by path where two have the same."""
+        """Return the positions of the examples sorted by hash, then by path."""
         order = np.argsort(self.hashes, kind="stable")
         ranked = self.hashes[order]
         if (ranked[1:] == ranked[:-1]).any():
@@ -41,7 +40,7 @@ class Examples:
         return order
 
     def fingerprint(self, chosen: Int[np.ndarray, "m"] | slice = slice(None)) -> str:
-        """16 hexadecimal digits, the same for the same paths with the same labels in any order."""
+        """Return 16 hexadecimal digits that depend on the set of (path, label), not its order."""
         labels = self.labels[chosen].astype(np.uint64)
         mixed = self.hashes[chosen] ^ (labels * LABELS)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -1,13 +1,13 @@
-"""A generated set to pretrain on, needing no download: each class is one fractal.
+"""A generated set for pretraining without a download: each class is a fractal.
 
-A class is an iterated function system of two to four affine maps, drawn after Anderson & Farrell,
-"Improving Fractal Pre-training" (2022); an image is its attractor, drawn by the chaos game in gray
-3 x 3 patches as in FractalDB (Kataoka et al. 2020). One image a class is OFDB (Nakamura et al.
-2023).
+A class is an iterated function system of two to four affine maps, sampled as in Anderson & Farrell,
+"Improving Fractal Pre-training" (2022); an image is its attractor, rendered by the chaos game with
+gray 3 x 3 patches as in FractalDB (Kataoka et al. 2020). One image per class makes it OFDB
+(Nakamura et al. 2023).
 
-Class k is the same whatever the number of classes or the resolution, so disjoint ranges of classes
-are disjoint sets. Images are bit-identical on every machine: all arithmetic is +, -, *, / and the
-square root of float64, which IEEE 754 rounds exactly, one NumPy operation at a time.
+Class k does not depend on the number of classes or the resolution, so disjoint ranges of classes
+are disjoint sets. Images are bit-identical on every machine: they are computed by +, -, *, / and
+the square root of float64, which IEEE 754 rounds exactly, one NumPy operation at a time.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
-VERSION = 1  # of the pixels: raise it with any change to them, so that no old cache is read
-SPLITS = {"train": 1, "test": 2}  # 0 draws the systems
+VERSION = 1  # of the pixels; increase it with any change to them, to invalidate caches
+SPLITS = {"train": 1, "test": 2}  # part of the random seed; 0 is the systems'
 GRAY = 127  # FractalDB's "patch_gray"
-FILL = 0.1  # least share of a FILL_GRID x FILL_GRID grid that the points of a system reach
+FILL = 0.1  # least share of the cells of a FILL_GRID x FILL_GRID grid that a system reaches
 FILL_GRID, FILL_POINTS = 32, 2000
-BURN_IN, CHAIN = 20, 50  # steps of each of many parallel chains: those dropped, those drawn
-ATTEMPTS = 1000  # at drawing a system; about one in two is kept
+BURN_IN, CHAIN = 20, 50  # steps of each of many parallel chains: dropped, drawn
+ATTEMPTS = 1000  # at sampling a system; about one in two is accepted
 
 
 def source(cfg: ConfigDict, split: str) -> InMemory:
-    """The images of a split, "train" or "test", of a data block; from the cache if they are there.
+    """Return the images of a split, "train" or "test", from the cache or newly generated.
 
-    Ordered by image, then class. Raises UserError for a split or a value that makes no sense, and
-    where the cache can't be written.
+    They are ordered by image, then class. Raises UserError for an invalid split or value, and if
+    the cache cannot be written.
     """
     check(cfg)
     if split not in SPLITS:
@@ -56,7 +56,7 @@ def source(cfg: ConfigDict, split: str) -> InMemory:
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise UserError, in one line, for a value of data.fractal that makes no sense."""
+    """Raise UserError for an invalid value in data.fractal."""
     least = {"classes": 1, "first": 0, "train_per_class": 0, "test_per_class": 0, "resolution": 3}
     least |= {"points": 1, "jitter": 0, "seed": 0}
     for field, bound in least.items():
@@ -65,11 +65,11 @@ def check(cfg: ConfigDict) -> None:
 
 
 def _cached(folder: Path, block: ConfigDict, split: str, per_class: int) -> np.ndarray:
-    """Every image of a split, gray, uint8 [per_class * classes, r, r]: read, or drawn and kept."""
-    decided_by = ("classes", "first", "resolution", "points", "jitter", "seed")
-    described = {field: block[field] for field in decided_by}
-    described |= {"version": VERSION, "split": split, "per_class": per_class}
-    text = json.dumps(described, sort_keys=True)
+    """Return a split's images, gray uint8 [per_class * classes, r, r], read or generated."""
+    fields = ("classes", "first", "resolution", "points", "jitter", "seed")
+    key = {field: block[field] for field in fields}
+    key |= {"version": VERSION, "split": split, "per_class": per_class}
+    text = json.dumps(key, sort_keys=True)
     path = folder / f"fractal-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     shape = (per_class * block.classes, block.resolution, block.resolution)
     images = _load(path, shape)
@@ -80,23 +80,25 @@ def _cached(folder: Path, block: ConfigDict, split: str, per_class: int) -> np.n
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The cached images, or None, with a line, where the file is not what was written."""
+    """Return the cached images, or None if there are none or, with a warning, damaged ones."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
-            images = stored["images"]  # checked against the archive's CRC-32
+            images = stored["images"]  # numpy checks the CRC-32
         if images.shape == shape and images.dtype == np.uint8:
             return images
-        reason = f"{images.dtype} {images.shape} in it"
+        reason = f"{images.dtype} {images.shape}"
     except FileNotFoundError:
         return None
     except (OSError, *DAMAGED) as error:
         reason = one_line(error)
-    logging.getLogger(__name__).warning("%s is corrupt (%s): drawing it again", path, reason)
+    logging.getLogger(__name__).warning(
+        "%s is damaged (%s): generating the images again", path, reason
+    )
     return None
 
 
 def _save(path: Path, images: np.ndarray) -> None:
-    """Write the cache, whole or not at all. Raises UserError where that fails."""
+    """Write the cache. Raises UserError if that fails."""
     content = io.BytesIO()
     np.savez_compressed(content, images=images)
     advice = "set data.path to a writable folder with free space"
@@ -122,14 +124,14 @@ def _draw_all(block: ConfigDict, split: str, per_class: int) -> UInt8[np.ndarray
 
 
 def _generator(*entropy: int) -> np.random.Generator:
-    """Counter-based, so alike everywhere. Only `random` is used: its stream does not change."""
+    """Return a counter-based generator. Use only its `random`, whose stream numpy keeps stable."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def system(seed: int, number: int) -> Float[np.ndarray, "maps 6"]:
-    """The maps (a, b, c, d, e, f): x, y -> a x + b y + e, c x + d y + f of class `number`.
+    """Return the maps (a, b, c, d, e, f) of class `number`: x, y -> a x + b y + e, c x + d y + f.
 
-    Redrawn until its attractor fills enough of its bounding box not to be a few dots or a line.
+    They are resampled until the attractor fills its bounding box better than dots or a line.
     """
     rng = _generator(seed, number, 0, 0)
     for _ in range(ATTEMPTS):
@@ -140,7 +142,7 @@ def system(seed: int, number: int) -> Float[np.ndarray, "maps 6"]:
 
 
 def _draw_system(rng: np.random.Generator) -> Float[np.ndarray, "maps 6"]:
-    """A = U diag(s1, s2) V: random rotations U, V, reflected or not; translations in [-1, 1)."""
+    """Sample maps A = U diag(s1, s2) V, reflected or not, with translations in [-1, 1)."""
     maps = np.empty((2 + int(3 * rng.random()), 6))
     for row, (s1, s2) in zip(maps, _singular_values(len(maps), rng), strict=True):
         (p, q), (u, v) = _unit_vector(rng), _unit_vector(rng)
@@ -154,10 +156,10 @@ def _draw_system(rng: np.random.Generator) -> Float[np.ndarray, "maps 6"]:
 
 
 def _singular_values(n: int, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """n pairs 1 >= s1 >= s2 >= 0 whose sum of s1 + 2 s2 is uniform in [(5 + n) / 2, (6 + n) / 2).
+    """Sample n pairs 1 >= s1 >= s2 >= 0 with sum(s1 + 2 s2) uniform in [(5 + n) / 2, (6 + n) / 2).
 
-    Systems within that band look good (Anderson & Farrell). Each value is uniform between the
-    bounds that leave the rest of the sum within reach: a later pair takes from 0 to 3 of it.
+    Systems in that band look good (Anderson & Farrell). Each value is uniform between the bounds
+    from which the later pairs, which take from 0 to 3 each, can still reach the sum.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -165,7 +167,7 @@ def _singular_values(n: int, rng: np.random.Generator) -> list[tuple[float, floa
 
     left, pairs = uniform((5 + n) / 2, (6 + n) / 2), []
     for later in range(n - 1, 0, -1):
-        least = left - 3 * later  # of this pair, so that the later ones can take what is left
+        least = left - 3 * later  # for this pair, so that the later ones can take the rest
         s1 = uniform(max(0.0, least / 3), min(1.0, left))
         s2 = uniform(max(0.0, (least - s1) / 2), min(s1, (left - s1) / 2))
         left -= s1 + 2 * s2
@@ -175,7 +177,7 @@ def _singular_values(n: int, rng: np.random.Generator) -> list[tuple[float, floa
 
 
 def _unit_vector(rng: np.random.Generator) -> tuple[float, float]:
-    """Of uniform direction. Not by sine and cosine, whose last bit differs between machines."""
+    """Sample a direction, without sine and cosine, whose last bit differs between machines."""
     while True:
         x, y = 2 * rng.random(2) - 1
         square = x * x + y * y
@@ -187,9 +189,9 @@ def _unit_vector(rng: np.random.Generator) -> tuple[float, float]:
 def _jittered(
     maps: Float[np.ndarray, "maps 6"], jitter: float, rng: np.random.Generator
 ) -> Float[np.ndarray, "maps 6"]:
-    """Another instance of a class: each coefficient times a factor in 1 +- `jitter`.
+    """Return another instance of a class: each coefficient times a factor in 1 +- `jitter`.
 
-    Where that destroys the attractor, half the jitter is tried: in the end, the class as it is.
+    If that destroys the attractor, the jitter is halved, down to almost none.
     """
     while True:
         changed = maps * (1 + jitter * (2 * rng.random(maps.shape) - 1))
@@ -199,7 +201,7 @@ def _jittered(
 
 
 def _fill(maps: Float[np.ndarray, "maps 6"], rng: np.random.Generator) -> float:
-    """Share of a grid's cells, over the attractor's bounding box, that the chaos game reaches."""
+    """Return the share of the cells of the attractor's bounding box that the chaos game reaches."""
     rows, columns = _game(maps, FILL_POINTS, FILL_GRID, rng)
     return len(np.unique(rows * FILL_GRID + columns)) / FILL_GRID**2
 
@@ -207,10 +209,10 @@ def _fill(maps: Float[np.ndarray, "maps 6"], rng: np.random.Generator) -> float:
 def _game(
     maps: Float[np.ndarray, "maps 6"], points: int, cells: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The chaos game: int64 rows and columns in [0, cells) of points on the attractor, box filled.
+    """Play the chaos game; return int64 rows and columns in [0, cells) of points on the attractor.
 
-    Many short chains are as good as a long one, and one array operation a step. Each starts on the
-    attractor, at the fixed point of the first map.
+    Many short chains are as good as a long one, and one array operation per step. Each starts on
+    the attractor, at the fixed point of the first map.
     """
     weight = np.abs(maps[:, 0] * maps[:, 3] - maps[:, 1] * maps[:, 2])
     share = np.cumsum(weight) / np.sum(weight)
@@ -233,7 +235,7 @@ def _fixed_point(map_: Float[np.ndarray, "6"]) -> tuple[float, float]:
 
 
 def _cell(at: Float[np.ndarray, "steps chains"], points: int, cells: int) -> np.ndarray:
-    """Which of `cells` equal parts of their range the coordinates drawn are in."""
+    """Quantise the drawn coordinates to `cells` equal parts of their range."""
     at = at[BURN_IN:].reshape(-1)[:points]
     low, extent = np.min(at), np.ptp(at)
     if not 0 < extent < np.inf:
@@ -244,7 +246,7 @@ def _cell(at: Float[np.ndarray, "steps chains"], points: int, cells: int) -> np.
 def _render(
     maps: Float[np.ndarray, "maps 6"], points: int, resolution: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "r r"]:
-    """The attractor, stretched to the image: each point a random 3 x 3 pattern, gray on black."""
+    """Render the attractor, stretched to the image: a random 3 x 3 pattern per point, gray."""
     rows, columns = _game(maps, points, resolution - 2, rng)
     pattern = rng.random((9, points)) < 0.5
     image = np.zeros((resolution, resolution), np.uint8)

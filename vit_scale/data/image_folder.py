@@ -1,9 +1,9 @@
 """Image folders: `train/<class>/*` and `val/<class>/*` or `test/<class>/*`.
 
-ImageNet's and Tiny-ImageNet's layouts are two of them: images may lie deeper (`<class>/images/*`),
-a validation folder may be flat with a `val_annotations.txt`, and WordNet ids are shown as words
-where `words.txt` or `LOC_synset_mapping.txt` is there. A label is the position of its class among
-the sorted names of the training folders, so a set means the same on every machine.
+ImageNet's and Tiny ImageNet's layouts are supported: images may be deeper (`<class>/images/*`), a
+validation folder may be flat with a `val_annotations.txt`, and WordNet ids are shown as words if
+there is a `words.txt` or `LOC_synset_mapping.txt`. A label is the position of its class among the
+sorted names of the training folders, so it is the same on every machine.
 """
 
 import os
@@ -23,7 +23,7 @@ from vit_scale.data.example_ids import Examples
 from vit_scale.errors import UserError, nearest, printable
 from vit_scale.storage import paths
 
-# `test` is the validation set where a data set keeps its test labels to itself, as ImageNet does.
+# `test` is the validation set if the test labels are not public, as in ImageNet.
 FOLDERS = {
     "train": ("train",),
     "val": ("val", "validation"),
@@ -31,25 +31,25 @@ FOLDERS = {
     "test": ("test", "val", "validation"),
 }
 LISTINGS = ("every", "common")  # of data.listing
-LOOKED_AT = 20  # folders in which a misplaced one is looked for
+SEARCHED = 20  # folders in which a misplaced one is searched for
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: file, class, box
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one split, in a fixed order: class by class, each sorted by name."""
+    """The files of a split, class by class, each sorted by name."""
 
     root: Path
-    files: np.ndarray  # bytes, relative to root: a list of a million str is three times as large
+    files: np.ndarray  # bytes, relative to root; a list of str would be three times as large
     labels: Int[np.ndarray, "n"]
-    classes: tuple[str, ...]  # names of the folders
+    classes: tuple[str, ...]  # names of the class folders
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.files[index])
 
 
-class Folder(EncodedImages):
-    """The images of a listing."""
+class ImageFolder(EncodedImages):
+    """A source of the images of a listing."""
 
     def __init__(self, name: str, classes: tuple[str, ...], listing: Listing, cfg: ConfigDict):
         super().__init__(name, classes, cfg)
@@ -67,14 +67,14 @@ class Folder(EncodedImages):
             raise Corrupt(error.strerror) from error
         return data, int(self._listing.labels[index])
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self._listing.path(index)} (image {index} of {self.name})"
 
 
-def source(cfg: ConfigDict, name: str) -> Folder:
-    """The split `name` (train, val, validation, test) of the image folder at cfg.path.
+def source(cfg: ConfigDict, name: str) -> ImageFolder:
+    """Open the split `name` (train, val, validation, test) of the image folder at cfg.path.
 
-    Without a labelled test set `test` is the validation set. Raises UserError for a folder that is
+    Without a labelled test set, `test` is the validation set. Raises UserError for a folder that is
     missing, empty, or has a class that the training set lacks.
     """
     if cfg.listing not in LISTINGS:
@@ -83,39 +83,39 @@ def source(cfg: ConfigDict, name: str) -> Folder:
     folder, common = paths.parse(cfg.path), cfg.listing == "common"
     listing = list_images(folder, name, common)
     classes = readable(folder, listing.classes, common)
-    return Folder(printable(f"{folder.resolve().name} {listing.root.name}"), classes, listing, cfg)
+    return ImageFolder(
+        printable(f"{folder.resolve().name} {listing.root.name}"), classes, listing, cfg
+    )
 
 
 def list_images(folder: Path, name: str, common: bool = False) -> Listing:
-    """The files of split `name` below `folder`, with their labels. Raises UserError.
+    """List the files of split `name` below `folder`, with their labels. Raises UserError.
 
-    What is left out because it is no image, or in no class, is counted in a line on stderr.
-    `common`: see `files.images`.
+    Files that are skipped, because they are not images or in no class, are counted in a line on
+    stderr. `common` is as for `image_files.image_names`.
     """
-    train, left_out = folder / "train", image_files.LeftOut()
+    train, skipped = folder / "train", image_files.SkippedFiles()
     classes = _subfolders(train, common) if train.is_dir() else ()
     root = _split_folder(folder, name, classes, common)
     classes = classes or _subfolders(root, common)
     if (root / ANNOTATIONS).is_file():
-        found = sorted(_annotated(root, classes))
+        examples = sorted(_annotated(root, classes))
     else:
-        found = list(_by_class(root, classes, left_out, common))
-    if not found:
-        raise UserError(f"{root} has no images; expected {root}/CLASS/IMAGE{left_out.instead()}")
+        examples = list(_by_class(root, classes, skipped, common))
+    if not examples:
+        raise UserError(f"{root} has no images; expected {root}/CLASS/IMAGE{skipped.hint()}")
     if root == train:
-        _refuse_empty(root, classes, {label for _, label in found}, left_out)
-    if left_out.counts:
-        image_files.say(f"{root}: {left_out}; left out")
-    names = np.array([os.fsencode(file) for file, _ in found])
-    return Listing(root, names, np.array([label for _, label in found], np.int32), classes)
+        _refuse_empty(root, classes, {label for _, label in examples}, skipped)
+    if skipped.counts:
+        image_files.print_once(f"{root}: {skipped}; skipped")
+    names = np.array([os.fsencode(file) for file, _ in examples])
+    return Listing(root, names, np.array([label for _, label in examples], np.int32), classes)
 
 
-def _refuse_empty(root: Path, classes: tuple[str, ...], labels: set[int], left_out) -> None:
+def _refuse_empty(root: Path, classes: tuple[str, ...], labels: set[int], skipped) -> None:
     for label, name in enumerate(classes):
         if label not in labels:
-            raise UserError(
-                f"{root / name} has no images; remove it, or add some{left_out.instead()}"
-            )
+            raise UserError(f"{root / name} has no images; remove it, or add some{skipped.hint()}")
 
 
 def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: bool) -> Path:
@@ -124,33 +124,33 @@ def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: boo
         root = folder / candidate
         if not root.is_dir():
             continue
-        # A test folder without classes is one whose labels were never published: look further.
-        there = set(_subfolders(root, common))
-        if (root / ANNOTATIONS).is_file() or there & set(classes) or not classes:
+        # A test folder without classes has no public labels: try the next candidate.
+        subfolders = set(_subfolders(root, common))
+        if (root / ANNOTATIONS).is_file() or subfolders & set(classes) or not classes:
             return root
-        hint = _deeper_classes(root, classes) or _deeper_classes(folder / "train", there)
+        hint = _deeper_classes(root, classes) or _deeper_classes(folder / "train", subfolders)
         other = f"{root} has none of the {len(classes)} classes of {folder / 'train'}{hint}"
     if other:
         raise UserError(other)
-    wanted = " or ".join(f"{candidate}/CLASS/IMAGE" for candidate in FOLDERS[name])
+    layouts = " or ".join(f"{candidate}/CLASS/IMAGE" for candidate in FOLDERS[name])
     raise UserError(
-        f"{folder} has no labelled split {name!r}; expected {wanted} in it"
+        f"{folder} has no labelled split {name!r}; expected {layouts} in it"
         f"{_deeper_set(folder, FOLDERS[name])}"
     )
 
 
-def _deeper_classes(root: Path, wanted: Collection[str]) -> str:
-    """Where `wanted` is one level deeper than it should be, or nothing."""
-    for name in _subfolders(root)[:LOOKED_AT]:
-        if not {*_subfolders(root / name)}.isdisjoint(wanted):
+def _deeper_classes(root: Path, classes: Collection[str]) -> str:
+    """Return a hint if `classes` are one level deeper than they should be, else ""."""
+    for name in _subfolders(root)[:SEARCHED]:
+        if not {*_subfolders(root / name)}.isdisjoint(classes):
             return f"; they are one level too deep, in {root / name}: move them up to {root}"
     return ""
 
 
 def _deeper_set(folder: Path, splits: Collection[str]) -> str:
-    """Where the set is that `folder` should be, or nothing."""
-    near = (folder / name for name in _subfolders(folder)[:LOOKED_AT]) if folder.is_dir() else ()
-    for other in (*near, folder.parent):
+    """Return a hint if an adjacent folder is the set that `folder` should be, else ""."""
+    inside = (folder / name for name in _subfolders(folder)[:SEARCHED]) if folder.is_dir() else ()
+    for other in (*inside, folder.parent):
         if any((other / split).is_dir() for split in splits):
             return f"; {other} is such a folder: --config.data.path={other}"
     return ""
@@ -169,11 +169,11 @@ def _shown_folders(entries: list[tuple[str, bool]], common: bool) -> tuple[str, 
 
 
 def _by_class(
-    root: Path, classes: tuple[str, ...], left_out: image_files.LeftOut, common: bool
+    root: Path, classes: tuple[str, ...], skipped: image_files.SkippedFiles, common: bool
 ) -> Iterator[tuple[str, int]]:
     label, deeper = {name: number for number, name in enumerate(classes)}, {}
     entries = paths.entries(root)
-    _say_loose(root, [name for name, is_folder in entries if not is_folder])
+    _report_loose(root, [name for name, is_folder in entries if not is_folder])
     folders = _shown_folders(entries, common)
     for name in tqdm(folders, desc=f"list {root}", unit="class", disable=None, delay=1):
         if name not in label:
@@ -181,41 +181,40 @@ def _by_class(
                 f"{root / name} is a class that the training set lacks; remove it, or add it there"
                 f"{_deeper_classes(root, classes)}"
             )
-        found = list(image_files.images(root / name, left_out, common, f"{name}/"))
-        yield from ((file, label[name]) for file in found)
-        if found and all(file.count("/") > 1 for file in found):
-            deeper[name] = sorted({file.split("/")[1] for file in found})
+        files = list(image_files.image_names(root / name, skipped, common, f"{name}/"))
+        yield from ((file, label[name]) for file in files)
+        if files and all(file.count("/") > 1 for file in files):
+            deeper[name] = sorted({file.split("/")[1] for file in files})
     if not common:
-        _say_deeper(root, deeper, len(classes))
+        _report_deeper(root, deeper, len(classes))
 
 
-def _say_loose(root: Path, names: list[str]) -> None:
-    """Say which images are in no class."""
-    endings = image_files.extensions()
-    loose = [n for n in names if n.lower().endswith(endings) and not image_files.is_hidden(n)]
+def _report_loose(root: Path, names: list[str]) -> None:
+    """Print how many images are in no class folder."""
+    loose = [n for n in names if image_files.is_image(n) and not image_files.is_hidden(n)]
     if loose:
         count = "1 image is" if len(loose) == 1 else f"{len(loose):,} images are"
-        image_files.say(f"{root}: {count} in no class folder and left out (first: {loose[0]})")
+        image_files.print_once(f"{root}: {count} in no class folder; skipped (first: {loose[0]})")
 
 
-def _say_deeper(root: Path, deeper: dict[str, list[str]], classes: int) -> None:
-    """Say of which classes all images lie in folders that may be the classes.
+def _report_deeper(root: Path, deeper: dict[str, list[str]], classes: int) -> None:
+    """Warn of a class whose images are all in subfolders, which may be the real classes.
 
-    Raises UserError where such a class is the only one.
+    Raises UserError if it is the only class.
     """
     several = {name: below for name, below in deeper.items() if len(below) > 1}
     if not several or (len(several) > 1 and len({tuple(x) for x in several.values()}) == 1):
-        return  # the same in each class: sessions, cameras, days
+        return  # the same subfolders in each class: sessions, cameras, days
     name, below = next(iter(several.items()))
-    named = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
+    shown = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
     if classes == 1:
         raise UserError(
-            f"{root / name} is the only class of {root}, and holds {len(below)} folders of images "
-            f"({named}): the classes are one level too deep; move them up to {root}"
+            f"{root / name} is the only class of {root} and has {len(below)} folders of images "
+            f"({shown}): the classes are one level too deep; move them up to {root}"
         )
-    image_files.say(
-        f"{root / name} holds no images but {len(below)} folders of them ({named}): all are one "
-        f"class, {name}; if each is a class, move them up to {root}"
+    image_files.print_once(
+        f"{root / name} has images only in {len(below)} subfolders ({shown}): all are one class, "
+        f"{name}; if each is a class, move them up to {root}"
     )
 
 
@@ -228,6 +227,6 @@ def _annotated(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[str, int]
         if name not in label:
             raise UserError(
                 f"{root / ANNOTATIONS}: line {number}: class {name!r} is none of the "
-                f"{len(classes)} folders of the training set; repair the file"
+                f"{len(classes)} classes of the training set; repair the file"
             )
         yield f"images/{file}", label[name]

@@ -1,10 +1,9 @@
-"""Batches by step: the Grain pipelines between a source and the device.
+"""Read batches by step, in Grain pipelines.
 
 Element i of a training pipeline is the batch of step `start + i`, a pure function of (source, seed,
-step): there is no iterator state to save, and resuming is starting at another step. Position p of
-the endless stream is example p mod n of epoch p div n, shuffled by a permutation of (seed, epoch);
-a process takes its rows of the batch after all that, so every number of processes sees the same
-global batch.
+step): there is no iterator state to save, and resuming is starting at a later step. Position p of
+the endless stream is example p mod n of epoch p div n, permuted by (seed, epoch). Only then does a
+process select its rows of the batch, so the global batch is the same for any number of processes.
 """
 
 import atexit
@@ -17,7 +16,7 @@ from collections.abc import Generator, Iterable
 
 import grain
 import numpy as np
-from absl import flags  # the one place outside config.py and cli.py, for `_workers_allowed`
+from absl import flags
 from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from vit_scale.data import workers as processes
 from vit_scale.data.sources import Batch, InMemory, Source
 from vit_scale.errors import UserError
 
-DECODE_BATCH = 64  # images that go from a worker to `in_memory` at once
+DECODE_BATCH = 64  # images per batch while `in_memory` reads a set
 
 
 def train_batches(
@@ -37,11 +36,18 @@ def train_batches(
     stop: int | None = None,
     rows: Int[np.ndarray, "r"] | None = None,
 ) -> Generator[tuple[int, Batch], None, None]:
-    """(step, batch) for the steps start, start + 1, ... stop - 1, or without end.
+    """Yield (step, batch) for the steps start, start + 1, ..., stop - 1, or without end.
 
-    A batch is this process's part of the global batch of cfg.batch: its `rows`, or all of it. Every
-    epoch visits each example once, in an order of its own; batches run over its end, so none is
-    ever short. `cfg` is the configuration's data block. Close the iterator to end its workers.
+    Each epoch visits every example once, in its own order; a batch may span two epochs, so none is
+    short. Close the iterator to end its workers.
+
+    Args:
+      source: the training set.
+      cfg: the config's data block; cfg.batch is the global batch.
+      seed: of the shuffling.
+      start: the first step.
+      stop: the step after the last one.
+      rows: this process's rows of the global batch; None: all.
     """
     batches = TrainBatches(source, cfg.batch, seed, start, stop, rows)
     with contextlib.closing(_read(batches, cfg.workers)) as reader:
@@ -51,33 +57,33 @@ def train_batches(
 def eval_batches(
     source: Source, batch: int, rows: Int[np.ndarray, "r"] | None = None, workers: int = 0
 ) -> Generator[Batch, None, None]:
-    """Every example once, in order, in global batches of `batch`, the last one padded.
+    """Yield every example once, in order, in global batches of `batch`, the last one padded.
 
     Padding is zeros with mask False. A process gets its `rows` of each batch, and as many batches
-    as every other process. `workers`: processes that decode, for sources that do.
+    as every other process. `workers` is the number of decoding processes.
     """
     return _read(EvalBatches(source, batch, rows), workers)
 
 
 def in_memory(source: Source, workers: int) -> InMemory:
-    """All of `source`, read once. Raises UserError if this machine hasn't the memory."""
+    """Read all of `source` into memory. Raises UserError if this machine has too little."""
     n, (h, w) = len(source), source.size
-    needed, there = n * h * w * 3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    needed, memory = n * h * w * 3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
         raise UserError(
             f"data.memory: {n} images x {h} x {w} x 3 = {needed / 2**30:.1f} GiB do not fit in "
-            f"{there / 2**30:.1f} GiB of memory; set data.memory=False or a smaller data.load"
+            f"{memory / 2**30:.1f} GiB of memory; set data.memory=False or a smaller data.load"
         )
     images, labels = np.empty((n, h, w, 3), np.uint8), np.empty(n, np.int32)
     mask = np.empty(n, bool)
     with tqdm(total=n, desc=f"decode {source.name}", unit="image", disable=None) as bar:
         for number, batch in enumerate(eval_batches(source, DECODE_BATCH, workers=workers)):
             first = number * DECODE_BATCH
-            real = min(DECODE_BATCH, n - first)
-            part = slice(first, first + real)
-            images[part], labels[part] = batch["image"][:real], batch["label"][:real]
-            mask[part] = batch["mask"][:real]
-            bar.update(real)
+            count = min(DECODE_BATCH, n - first)
+            part = slice(first, first + count)
+            images[part], labels[part] = batch["image"][:count], batch["label"][:count]
+            mask[part] = batch["mask"][:count]
+            bar.update(count)
     return InMemory(source.name, images, labels, source.classes, mask)
 
 
@@ -120,43 +126,43 @@ class EvalBatches:
         return -(-len(self.source) // self._batch)
 
     def __getitem__(self, index: int) -> Batch:
-        wanted = index * self._batch + self._rows
-        found = self.source.read(wanted[wanted < len(self.source)])
-        missing = len(wanted) - len(found["mask"])
+        indices = index * self._batch + self._rows
+        batch = self.source.read(indices[indices < len(self.source)])
+        missing = len(indices) - len(batch["mask"])
         return {
-            "image": np.pad(found["image"], [(0, missing), (0, 0), (0, 0), (0, 0)]),
-            "label": np.pad(found["label"], (0, missing)),
-            "mask": np.pad(found["mask"], (0, missing)),
+            "image": np.pad(batch["image"], [(0, missing), (0, 0), (0, 0), (0, 0)]),
+            "label": np.pad(batch["label"], (0, missing)),
+            "mask": np.pad(batch["mask"], (0, missing)),
         }
 
 
 def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarray, "n"]:
-    """The example at each position of the endless stream of shuffled epochs of n examples."""
-    epochs, places = np.divmod(positions, n)
+    """Return the example at each position of the endless stream of shuffled epochs."""
+    epochs, offsets = np.divmod(positions, n)
     examples = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        examples[here] = _order(n, seed, int(epoch))[places[here]]
+        chosen = epochs == epoch
+        examples[chosen] = _order(n, seed, int(epoch))[offsets[chosen]]
     return examples
 
 
-@functools.lru_cache(maxsize=2)  # a batch at the end of an epoch needs the next one's order as well
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
-    # RandomState's stream is frozen (NEP 19): the order survives an upgrade of numpy.
+    # RandomState's stream is frozen (NEP 19), so upgrades of numpy do not change the order.
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     return np.random.RandomState(bits).permutation(n)
 
 
 def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch, None, None]:
-    """The batches in order, read ahead by a thread, or by processes where the source decodes."""
+    """Read batches in order, ahead of time in a thread, or in processes if the source decodes."""
     dataset = grain.MapDataset.source(batches).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=processes.READ_AHEAD)
     )
     size = shared_bytes(batches.source, batches.rows, 1, workers)
     if size:
         needed = shared_bytes(batches.source, batches.rows, len(batches), workers)
-        processes.check_room(needed, workers, size)
-        _workers_allowed()
+        processes.check_shared_memory(needed, workers, size)
+        _prepare_for_workers()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=processes.READ_AHEAD)
         dataset = dataset.mp_prefetch(options, worker_init_fn=processes.attach_to_parent).map(_own)
     reader = _closing(dataset, workers, size)
@@ -165,32 +171,32 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch,
 
 
 def shared_bytes(source: Source, rows: int, batches: int, workers: int) -> int:
-    """The shared memory that reading so many batches of `rows` images takes at a time; 0: none."""
+    """Return the shared memory that reading `batches` of `rows` images needs at a time."""
     if not workers or not source.decodes:
         return 0
     h, w = source.size
-    return processes.held(workers, batches) * rows * (h * w * 3 + 4 + 1)  # image, label, mask
+    return processes.in_flight(workers, batches) * rows * (h * w * 3 + 4 + 1)  # image, label, mask
 
 
 def check_shared_memory(parts: Iterable[tuple[Source, int, int]], workers: int) -> None:
-    """Raises UserError where shared memory can't hold what is read at the same time.
+    """Raise UserError if shared memory is too small for sets that are read at the same time.
 
-    `parts` are (source, images in a batch of this process, batches).
+    `parts` are (source, images per batch in this process, number of batches).
     """
     parts = list(parts)
     needed = sum(shared_bytes(*part, workers) for part in parts)
     largest = max(shared_bytes(source, rows, 1, workers) for source, rows, _ in parts)
-    processes.check_room(needed, workers, largest)
+    processes.check_shared_memory(needed, workers, largest)
 
 
 def _closing(dataset: grain.IterDataset, workers: int, size: int) -> Generator[Batch, None, None]:
-    reasons = processes.one_line(workers, size) if size else contextlib.nullcontext()
-    with reasons, contextlib.closing(iter(dataset)) as iterator:
+    errors = processes.user_errors(workers, size) if size else contextlib.nullcontext()
+    with errors, contextlib.closing(iter(dataset)) as iterator:
         yield from iterator
 
 
 def _own(batch: Batch) -> Batch:
-    """A copy, because a worker's arrays lie in memory that it shares and takes with it."""
+    """Copy a batch out of shared memory, which goes away with its worker."""
     return {
         "image": np.array(batch["image"]),
         "label": np.array(batch["label"]),
@@ -203,17 +209,17 @@ _open: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Workers end, and shared memory is given back, before the interpreter takes itself apart."""
+    """End workers and free shared memory before the interpreter shuts down."""
     for reader in list(_open):
         with contextlib.suppress(ValueError):  # it is running, in a thread that is about to end
             reader.close()
 
 
-def _workers_allowed() -> None:
-    """Grain reads absl's flags when it starts workers, and a notebook never parses any.
+def _prepare_for_workers() -> None:
+    """Parse absl's flags, which Grain needs and a notebook never does, and silence a warning.
 
-    Batches on their way when a run stops lie in shared memory that Python's resource tracker gives
-    back. It warns of each time it is of use; its process takes its filters from this list.
+    Python's resource tracker frees the shared memory of batches that are in flight when a run
+    stops, and warns of each; its process inherits the filters in sys.warnoptions.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()

@@ -1,7 +1,7 @@
-"""Where images come from: sets of them, parts of sets by name, and batches by step.
+"""The data sets by name, and `open_split`, which opens one.
 
-`open_split` gives a source, a random-access set; `train_batches` and `eval_batches` read it in
-Grain pipelines. A new kind of set is one module with a `source(cfg.data, name)` and one entry here.
+To add a data set, write a module with a function `source(cfg.data, split)` that returns a `Source`,
+and add an entry to SETS.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,19 @@ from ml_collections import ConfigDict
 from vit_scale.augment.view import View, view
 from vit_scale.data import array_record, cifar, fractal, image_folder
 from vit_scale.data.decode import EncodedImages, decoded_size
-from vit_scale.data.image_files import say
+from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.errors import UserError, nearest
 
 
-class Set(NamedTuple):
-    splits: tuple[str, ...]  # the whole sets that it has
-    source: Callable[[ConfigDict, str], Source]  # opens one
-    size: Callable[[ConfigDict], tuple[int, int]]  # (height, width) of its images, unopened
+class DataSet(NamedTuple):
+    """How to open one kind of data set; all functions take the config's data block."""
+
+    splits: tuple[str, ...]
+    source: Callable[[ConfigDict, str], Source]  # opens a split
+    size: Callable[[ConfigDict], tuple[int, int]]  # (height, width) of the images
 
 
 def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
@@ -30,74 +32,78 @@ def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
 
 
 SETS = {  # by data.name
-    "cifar10": Set(("train", "test"), cifar.source, lambda cfg: (32, 32)),
-    "fractal": Set(("train", "test"), fractal.source, _fractal_size),
-    "folder": Set(("train", "test", "val", "validation"), image_folder.source, decoded_size),
-    "array_record": Set(("train", "test", "val", "validation"), array_record.source, decoded_size),
+    "cifar10": DataSet(("train", "test"), cifar.source, lambda cfg: (32, 32)),
+    "fractal": DataSet(("train", "test"), fractal.source, _fractal_size),
+    "folder": DataSet(("train", "test", "val", "validation"), image_folder.source, decoded_size),
+    "array_record": DataSet(
+        ("train", "test", "val", "validation"), array_record.source, decoded_size
+    ),
 }
 
 
-def find(cfg: ConfigDict) -> Set:
-    """The set that a data block names. Raises UserError for an unknown one."""
+def data_set(cfg: ConfigDict) -> DataSet:
+    """Return the entry that a data block names. Raises UserError for an unknown name."""
     if cfg.name not in SETS:
         raise UserError(f"data.name={cfg.name!r} is unknown; {nearest(cfg.name, SETS)}")
     return SETS[cfg.name]
 
 
 def delivered_size(cfg: ConfigDict) -> tuple[int, int]:
-    """(height, width) in pixels of the images in a batch, known without opening the set."""
-    return find(cfg).size(cfg)
+    """Return the (height, width) of a set's images without opening it."""
+    return data_set(cfg).size(cfg)
 
 
 def are_files(cfg: ConfigDict) -> bool:
-    """Whether the set that a data block names is of encoded images, which are decoded to a size."""
-    return find(cfg).size is decoded_size
+    """Return whether a data block names a set of image files, which are decoded to a given size."""
+    return data_set(cfg).size is decoded_size
 
 
 def views(cfg: ConfigDict, files: bool) -> tuple[View, View]:
-    """Evaluation's view in two parts, of which one crops: of a file that is decoded, on the device.
+    """Split evaluation's view into (decoding's, the device's), of which only one crops.
 
-    `cfg` is the whole configuration. `files`: the set is one of files, which are cropped where they
-    are decoded; images in memory are cropped on the device.
+    `cfg` is the whole config. Image files are cropped when they are decoded, images in memory on
+    the device.
     """
-    seen = view(cfg.eval)
-    whole = seen._replace(crop=1.0)
-    return (seen, whole) if files else (whole, seen)
+    cropped = view(cfg.eval)
+    whole = cropped._replace(crop=1.0)
+    return (cropped, whole) if files else (whole, cropped)
 
 
-def open_split(cfg: ConfigDict, split: str, seen: View | None = None) -> Source:
-    """The set, or the part of one, that `split` names: `test`, `train[:45000]`, `train[98%:]`.
+def open_split(cfg: ConfigDict, split: str, file_view: View | None = None) -> Source:
+    """Open a data set, or a part of one: `test`, `train[:45000]`, `train[98%:]` (see splits.py).
 
-    A part is cut from one fixed shuffled order of the set, so that it holds all classes; parts that
-    share a bound are disjoint, also in another storage of the same set. `cfg` is the
-    configuration's data block, `seen` evaluation's view of files; without one they are decoded as
-    for training. Raises UserError naming the valid names, the file that is missing or broken, or
-    the label that is none of the classes.
+    Args:
+      cfg: the config's data block.
+      split: the name.
+      file_view: how image files are cropped when they are decoded; None: as for training.
+
+    Raises:
+      UserError: an unknown name, a missing or damaged file, or a label outside the classes.
     """
-    given = find(cfg)
+    entry = data_set(cfg)
     if cfg.slices not in ORDERS:
         raise UserError(f"data.slices={cfg.slices!r} is unknown; {nearest(cfg.slices, ORDERS)}")
-    whole = given.source(cfg, split_name(split, given.splits))
-    if seen and isinstance(whole, EncodedImages):
-        whole.view = seen
+    whole = entry.source(cfg, split_name(split, entry.splits))
+    if file_view and isinstance(whole, EncodedImages):
+        whole.view = file_view
     source = cut(whole, split, cfg.slices)
     if isinstance(source, Slice) and whole.decodes and source.by != cfg.slices:
-        say(
-            f"{whole.name} was packed before packs held the names of their images: its slices are "
-            "by position, of other images than those of its folder; pack it anew for the same ones"
+        print_once(
+            f"{whole.name} was packed without image names, by an earlier version: it is sliced by "
+            "position, so that its slices are not those of the folder; pack it again to change that"
         )
     if not (cfg.memory and source.decodes):
         return source
-    held = in_memory(source, cfg.workers)
-    held.recorded, held.ids = getattr(source, "recorded", {}), getattr(source, "ids", ())
-    return held
+    copy = in_memory(source, cfg.workers)
+    copy.recorded, copy.ids = getattr(source, "recorded", {}), getattr(source, "ids", ())
+    return copy
 
 
 def describe(source: Source) -> dict[str, object]:
-    """What a run says about a source: its name, its size, its classes, its images' size.
+    """Return the metadata of a source that a run saves: name, number of images, classes, size.
 
-    And what tells whether it is still the same, where that is cheap to know: a fingerprint of the
-    names and labels of its images; of a part of a set, how large that is, and how it was cut.
+    To detect changes there are also, if cheap, a fingerprint of the images' names and labels, and
+    for a part of a set the set's size and how it was cut.
     """
     return {
         "name": source.name,

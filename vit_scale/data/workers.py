@@ -1,10 +1,10 @@
-"""Processes that decode: how they end with their parent, and why one of them ended, in one line.
+"""Worker processes: their shared memory, their end with the parent, and errors when one dies.
 
-Grain hands a worker's batches over in shared memory, on Linux in /dev/shm. Where that is small (64
-MiB in Docker and in Kubernetes, if nothing else is said) a worker that writes to it is killed by
-SIGBUS. Guaranteed: what is too small by arithmetic is refused before anything is read; a
-worker that is killed, by that or by the kernel for want of memory, is a UserError which names the
-cause, and an end after which a run can be resumed.
+Grain passes batches from workers in shared memory, on Linux in /dev/shm. If that is small (64 MiB
+is the default in Docker and Kubernetes), a worker that writes to it is killed by SIGBUS.
+Guarantees: shared memory that is too small is refused before anything is read; a worker that is
+killed, for that reason or by the kernel's OOM killer, raises a UserError with the cause and the
+exit code of a resumable run.
 """
 
 import concurrent.futures
@@ -23,23 +23,23 @@ from typing import TypeVar
 from vit_scale.errors import RESUMABLE, UserError
 
 SHARED = "/dev/shm"
-READ_AHEAD = 2  # batches made while the device computes, of each worker or of the one thread
-# A worker has so many waiting, and one in hand; the thread that reads it here has as many again.
-HELD = 2 * (READ_AHEAD + 1)
-LARGER = "give it more (docker run --shm-size=4g; in Kubernetes an emptyDir of medium Memory)"
-FEWER = "--config.data.workers=0, or smaller batches"
+READ_AHEAD = 2  # batches that a worker or thread prepares while the device computes
+# Per worker: those waiting and one in progress, and as many in the thread that reads from it.
+IN_FLIGHT = 2 * (READ_AHEAD + 1)
+LARGER = "increase it (docker run --shm-size=4g; Kubernetes: an emptyDir with medium: Memory)"
+FEWER = "or set --config.data.workers=0, or use smaller batches"
 TERM = signal.SIGTERM.value
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-GRAINS_NAME = "grain-process-prefetch"  # how the names of its processes begin
-GRAINS = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
+GRAIN_NAME = "grain-process-prefetch"  # prefix of its processes' names
+GRAIN_EXIT = re.compile(r"terminated unexpectedly with exit code (-?\d+)")
 
 
 def spawn_without_main() -> None:
-    """Let Grain's workers start without importing the program that trains.
+    """Keep Grain's workers from importing the main module.
 
-    Python would import it in each, where a script without `if __name__ == "__main__"` trains again.
-    Grain sends what a worker needs by cloudpickle, which takes the program's own classes along.
+    A script without `if __name__ == "__main__"` would train again in each of them. Grain sends what
+    a worker needs by cloudpickle, including classes of the main module.
     """
     original = multiprocessing.spawn.get_preparation_data
     if hasattr(original, "without_main"):
@@ -47,7 +47,7 @@ def spawn_without_main() -> None:
 
     def prepare(name: str) -> dict:
         prepared = original(name)
-        if name.startswith(GRAINS_NAME):
+        if name.startswith(GRAIN_NAME):
             prepared.pop("init_main_from_path", None)
             prepared.pop("init_main_from_name", None)
         return prepared
@@ -57,11 +57,10 @@ def spawn_without_main() -> None:
 
 
 def attach_to_parent(*_: int) -> None:
-    """Tie a worker process to its parent: it works while a stopped run saves, and ends with it.
+    """Make a worker process ignore signals and end with its parent.
 
-    Ctrl-C and a cluster's SIGTERM reach the whole group of processes, but only the training process
-    may act on them: it still needs batches until it has saved. Its SIGKILL reaches nobody else, and
-    would leave workers behind.
+    Ctrl-C and a cluster's SIGTERM reach the whole process group, but the training process needs
+    batches until it has saved. If it is killed by SIGKILL, its workers must not stay behind.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -75,38 +74,38 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def room() -> tuple[int, int] | None:
-    """The bytes of shared memory, in all and free; None where it has no limit of its own."""
+def shared_memory() -> tuple[int, int] | None:
+    """Return the total and free bytes of shared memory; None if it has no limit of its own."""
     try:
-        found = os.statvfs(SHARED)
+        status = os.statvfs(SHARED)
     except OSError:
         return None
-    size = found.f_frsize * found.f_blocks
-    return (size, found.f_frsize * found.f_bavail) if size else None
+    size = status.f_frsize * status.f_blocks
+    return (size, status.f_frsize * status.f_bavail) if size else None
 
 
-def held(workers: int, batches: int) -> int:
-    """How many batches `workers` may have in shared memory at once, of so many in all."""
-    return min(batches, workers * HELD)
+def in_flight(workers: int, batches: int) -> int:
+    """Return how many of `batches` may be in shared memory at once."""
+    return min(batches, workers * IN_FLIGHT)
 
 
-def check_room(needed: int, workers: int, largest: int) -> None:
-    """Raises UserError where `needed` bytes of batches, each up to `largest`, don't fit."""
-    there = room()
-    if there and needed > there[1]:
+def check_shared_memory(needed: int, workers: int, largest: int) -> None:
+    """Raise UserError unless `needed` bytes of batches, each up to `largest`, fit."""
+    memory = shared_memory()
+    if memory and needed > memory[1]:
         raise UserError(
-            f"data.workers={workers} hand over batches of up to {_mb(largest)} through {SHARED}, "
-            f"{_mb(needed)} at a time; it has {_mb(there[0])}, of which {_mb(there[1])} are free: "
+            f"data.workers={workers} pass batches of up to {_mb(largest)} through {SHARED}, "
+            f"{_mb(needed)} at a time; it has {_mb(memory[0])}, {_mb(memory[1])} free: "
             f"{LARGER}, {FEWER}",
             RESUMABLE,
         )
 
 
 @contextlib.contextmanager
-def one_line(workers: int, batch: int) -> Iterator[None]:
-    """Turns the end of one of `workers`, each with batches of `batch` bytes, into a UserError.
+def user_errors(workers: int, batch: int) -> Iterator[None]:
+    """Turn the death of one of `workers`, which pass batches of `batch` bytes, into a UserError.
 
-    What a worker raises by itself stays what it is.
+    Exceptions that are raised in a worker pass unchanged.
     """
     try:
         yield
@@ -117,30 +116,30 @@ def one_line(workers: int, batch: int) -> Iterator[None]:
 
 
 def _reason(error: Exception, workers: int, batch: int) -> str | None:
-    """What ended a worker, and what to do; None where the error says nothing of that."""
+    """Return why a worker died, and what to do; None if the error does not say that one did."""
     if isinstance(error, MemoryError):
-        return f"a data worker ran out of memory; {_less(workers)}"
+        return f"a data worker ran out of memory; {_advice(workers)}"
     if isinstance(error, OSError):
-        return _full(workers, batch) if is_of_shared_memory(error) else None
-    found = GRAINS.search(str(error))
-    if not found:
+        return _full(workers, batch) if is_shared_memory_full(error) else None
+    match = GRAIN_EXIT.search(str(error))
+    if not match:
         return None
-    code = int(found[1])
+    code = int(match[1])
     if code == -signal.SIGBUS:
         return f"a data worker was killed by SIGBUS: {_full(workers, batch)}"
-    return f"a data worker {ended(code)}; {_less(workers)}"
+    return f"a data worker {describe_exit(code)}; {_advice(workers)}"
 
 
-def is_of_shared_memory(error: OSError) -> bool:
-    """Whether this is of shared memory, or of a semaphore in it, and not of a file on a disk."""
+def is_shared_memory_full(error: OSError) -> bool:
+    """Return whether shared memory or a semaphore failed for lack of space, not a file on disk."""
     full = error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
     return full and (error.filename is None or str(error.filename).startswith("/psm_"))
 
 
-def ended(code: int | None) -> str:
-    """How a process with this exit code ended: what was done to it, by whom where that is known."""
+def describe_exit(code: int | None) -> str:
+    """Describe how a process with this exit code ended."""
     if code is None:
-        return "ended without a word"
+        return "ended without an exit code"
     if code >= 0:
         return f"ended with exit code {code}"
     try:
@@ -148,16 +147,16 @@ def ended(code: int | None) -> str:
     except ValueError:
         name = f"signal {-code}"
     if -code == signal.SIGKILL:
-        name += ", as the kernel's OOM killer does where memory runs out"
+        name += ", as by the kernel's OOM killer when memory runs out"
     return f"was killed by {name}"
 
 
-def run_all(
+def parallel_map(
     work: Callable[[Item], Result], items: Sequence[Item], processes: int | None
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, work(item)) as they get ready, from processes; one a core if no number is given.
+    """Yield (item, work(item)) in order of completion, computed by `processes` or one per core.
 
-    The first failure stops the rest. Raises UserError where a process is killed.
+    The first failure cancels the rest. Raises UserError if a process is killed.
     """
     spawn = multiprocessing.get_context("spawn")
     children: list[multiprocessing.process.BaseProcess] = []
@@ -175,40 +174,41 @@ def run_all(
                 raise
     except BrokenProcessPool as error:
         codes = [child.exitcode for child in children if child.exitcode not in (0, None, -TERM)]
+        exit_ = describe_exit(codes[0] if codes else None)
         raise UserError(
-            f"a process {ended(codes[0] if codes else None)}; give the machine or container more "
-            f"memory, or fewer than {len(children)} --workers, and run the same command again",
+            f"a process {exit_}; give the machine or container more "
+            f"memory, or use fewer --workers than {len(children)}, and rerun the same command",
             RESUMABLE,
         ) from error
     except OSError as error:
-        if is_of_shared_memory(error):
+        if is_shared_memory_full(error):
             raise UserError(
-                f"{SHARED}{_size()} is full, and processes need a little of it: {LARGER}", RESUMABLE
+                f"{SHARED}{_size()} is full, and processes need some of it: {LARGER}", RESUMABLE
             ) from error
         raise
 
 
 def _end_pool_with_parent() -> None:
-    """Leave Ctrl-C to the parent; the pool itself ends its processes by SIGTERM."""
+    """Ignore Ctrl-C, and end with the parent; the pool ends its processes by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _full(workers: int, batch: int) -> str:
     return (
-        f"{SHARED}{_size()} is full: {workers} workers hand over batches of {_mb(batch)} through "
-        f"it, up to {workers * HELD} at a time; {LARGER}, {FEWER}"
+        f"{SHARED}{_size()} is full: {workers} workers pass batches of {_mb(batch)} through "
+        f"it, up to {workers * IN_FLIGHT} at a time; {LARGER}, {FEWER}"
     )
 
 
 def _size() -> str:
-    there = room()
-    return f" ({_mb(there[0])}, {_mb(there[1])} free now)" if there else ""
+    memory = shared_memory()
+    return f" ({_mb(memory[0])}, {_mb(memory[1])} free now)" if memory else ""
 
 
-def _less(workers: int) -> str:
-    fewer = f"fewer than --config.data.workers={workers} (0: none)"
-    return f"give the machine or container more memory, {fewer}, or smaller batches"
+def _advice(workers: int) -> str:
+    fewer = f"use fewer workers than --config.data.workers={workers}"
+    return f"give the machine or container more memory, {fewer}, or use smaller batches"
 
 
 def _mb(size: int) -> str:

@@ -54,13 +54,13 @@ def from_folder(
 
     Raises UserError where there is none, and for one that can't be decoded.
     """
-    top, left_out = paths.parse(folder), image_files.LeftOut()
+    top, skipped = paths.parse(folder), image_files.SkippedFiles()
     with user_errors(f"cannot read --images {folder}"):
-        found = spread(list(image_files.images(top, left_out)), count)
+        found = spread(list(image_files.image_names(top, skipped)), count)
     if not found:
-        raise UserError(f"--images {folder} has no image{left_out.instead()}")
-    if left_out.counts:
-        image_files.say(f"{folder}: {left_out}; left out")
+        raise UserError(f"--images {folder} has no image{skipped.hint()}")
+    if skipped.counts:
+        image_files.print_once(f"{folder}: {skipped}; skipped")
     images = np.stack([read_image(top / file, size, view, exif) for file in found])
     names = tuple(printable(pathlib.PurePath(file).stem) for file in found)
     return Samples(images, names, printable(folder))
