@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line(folder, tmp_path, inline, monkeypatch):
     monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
     with pytest.raises(UserError) as caught:
         array_record.pack(folder, tmp_path / "out")
-    assert ".array_record: write failed; free space" in str(caught.value)
+    assert ".array_record: write failed No space left on device; free space" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["index.json"]
 

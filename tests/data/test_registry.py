@@ -113,9 +113,9 @@ SLICED = [1, 5, 7, 14, 19]
         ("train[", "valid: train, test"),
         ("train[-5:]", "valid: train, test"),
         ("train[1:2:3]", "valid: train, test"),
-        ("train[30:20]", "positions 30..20 of 40 images"),
-        ("train[:41]", "positions 0..41 of 40 images"),
-        ("train[101%:]", "positions 40..40 of 40 images"),
+        ("train[30:20]", "[30, 20) of 40 images"),
+        ("train[:41]", "[0, 41) of 40 images"),
+        ("train[101%:]", "[40, 40) of 40 images"),
     ],
 )
 def test_bad_splits_are_refused_in_one_line(split, message):

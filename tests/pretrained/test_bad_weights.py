@@ -310,13 +310,13 @@ def test_a_checksum_is_compared(server):
 
     content = (GOLDEN / "google.npz").read_bytes()
     server.checksum = base64.b64encode(bytes(16)).decode()
-    refused(f"{server.url}/google.npz", "has MD5", f"not {'0' * 32}", "damaged or another file")
+    refused(f"{server.url}/google.npz", "has MD5", f"not {'0' * 32}", "damaged or a different file")
     good = hashlib.sha256(content).hexdigest()
     pretrained.load_model(f"{server.url}/google.npz#sha256={good}")
     server.checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
     refused(f"{server.url}/google-gap.npz", "has MD5")
     refused(f"{server.url}/google.npz#sha256={'0' * 64}", "has SHA256")
-    refused(f"{server.url}/google.npz#crc=1", "a checksum is md5=HEX or sha256=HEX")
+    refused(f"{server.url}/google.npz#crc=1", "neither md5=HEX nor sha256=HEX")
 
 
 def test_an_address_of_no_file(server):
