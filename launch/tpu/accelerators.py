@@ -1,4 +1,4 @@
-"""Accelerator types: chips, hosts, runtime version, GKE's names and prices, by accelerators.json.
+"""Look up accelerator types in accelerators.json: chips, hosts, software, GKE's name, price.
 
 The number in a type counts TensorCores for v2 to v4, v5p and tpu7x, and chips for v5e and v6e.
 """

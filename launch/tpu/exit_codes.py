@@ -32,7 +32,7 @@ class Trainer(enum.IntEnum):
 
 
 class Agent(enum.IntEnum):
-    """The exit codes of agent.sh: an upload is damaged; the environment; too late, or busy ..."""
+    """The exit codes of agent.sh, whose header explains them."""
 
     DONE, USAGE, DAMAGED, SETUP_FAILED, DISK_FULL, BUSY, TPU_HELD = 0, 64, 65, 70, 71, 75, 79
 

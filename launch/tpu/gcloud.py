@@ -147,7 +147,7 @@ def renew(tpu: Tpu, node: str, expires: str) -> list[str]:
 
 
 def listing(kind: str, zone: str, project: str) -> list[str]:
-    """`kind` is queued-resources or tpu-vm."""
+    """List resources of `kind`, queued-resources or tpu-vm."""
     location = Tpu("", zone, project, "", "").location
     return [*TPUS, kind, "list", *location, "--format=json"]
 

@@ -115,7 +115,7 @@ class Provisioner:
             self.check()
             self.pause(10)
         if not resolved:
-            raise Stop(Exit.SETUP_FAILED, f"config not checked: [w00] {last_error(result.err)}")
+            raise Stop(Exit.SETUP_FAILED, f"cannot check config: [w00] {last_error(result.err)}")
         downloads = preflight.check_data(resolved, local=self.plan.target != "vm")
         self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + downloads)
         self.plan.unchecked = False
