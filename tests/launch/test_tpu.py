@@ -143,7 +143,7 @@ def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
         (path / tool).symlink_to(shutil.which(tool))
     dry = rig.verb(*rig.flags(), "--dry-run", PATH=str(path))
     assert dry.returncode == 0, dry.stderr
-    assert "config tiny, which worker 0 checks" in dry.stdout
+    assert "config tiny, to be checked by worker 0" in dry.stdout
     wrong = rig.verb(*rig.flags(), "--dry-run", "--config", "tinny", PATH=str(path))
     assert wrong.returncode == 65 and "did you mean tiny?" in wrong.stderr
 
@@ -195,7 +195,7 @@ def test_data_that_is_only_here_is_refused_or_downloaded(rig):
     ended = rig.run(FAKE_DATA="folder")
     assert ended.code == 65 and "data.path=.data is a folder on this machine" in ended.err
     dry = rig.verb(*rig.flags(), "--dry-run", FAKE_DATA="cifar10")
-    assert "each worker runs first: vit-scale data download cifar10 --out .data" in dry.stdout
+    assert "setup on each worker: vit-scale data download cifar10 --out .data" in dry.stdout
 
 
 def test_values_come_from_a_file_and_say_so(rig):
@@ -212,7 +212,7 @@ def test_a_type_is_needed_unless_there_is_a_machine(rig):
     assert missing.returncode == 64 and "--type is required" in missing.stderr
     dry = rig.verb(*words, "--existing", "--dry-run", PATH=machine())
     assert dry.returncode == 0, dry.stderr
-    assert "type: the one of TPU VM vit" in dry.stdout and " create " not in dry.stdout
+    assert "type: that of TPU VM vit" in dry.stdout and " create " not in dry.stdout
 
 
 def test_here_the_hosts_own_chips_count(rig):
