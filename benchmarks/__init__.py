@@ -1,1 +1,4 @@
-"""Measurements, a module each; what came out is in results/. `python -m benchmarks` lists them."""
+"""Measurements, one module each; results are in results/benchmarks/.
+
+`python -m benchmarks` lists them.
+"""

@@ -25,7 +25,7 @@ from vit_scale.models import convnets
 from vit_scale.runs.json_files import read_json, write_json
 
 HERE = pathlib.Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+RESULTS = HERE.parent / "results" / "benchmarks"
 
 # How a benchmark is watched; none of it changes what is computed.
 WATCHED = ("log.wandb=False", "log.tensorboard=False", "log.images=0", "log.every=200")
@@ -185,7 +185,7 @@ def parser(measurement: Measurement) -> argparse.ArgumentParser:
     top.add_argument("--data", default=".data", help="folder with the image sets (default: .data)")
     top.add_argument("--data-note", default="CIFAR-10", help="what CIFAR-10's files hold")
     top.add_argument("--workdir", help="of its runs (default: runs/benchmarks/NAME)")
-    top.add_argument("--out", help="its result (default: in benchmarks/results; a toy's: WORKDIR)")
+    top.add_argument("--out", help="its result (default: in results/benchmarks; a toy's: WORKDIR)")
     return top
 
 

@@ -59,7 +59,7 @@ vit-scale show --config vit_small_cifar --config.optim.lr=3e-3
 def cli() -> str:
     """The page on the commands, from their parsers."""
     from launch.tpu import flags
-    from vit_scale.cli.entry import parser
+    from vit_scale.cli.parser import parser
 
     lines = [CLI]
     for name, sub in verbs(parser()):

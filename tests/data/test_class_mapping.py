@@ -17,7 +17,7 @@ from tests.helpers.tiny import (
     write_run,
 )
 from vit_scale import cli, config
-from vit_scale.cli.commands import keyed
+from vit_scale.cli.commands import by_class
 from vit_scale.data import InMemory, Match, align, match, open_split
 from vit_scale.errors import UserError
 from vit_scale.inference.export import export
@@ -94,7 +94,7 @@ def test_an_accent_may_be_a_character_of_its_own():
 
 def test_json_has_every_class():
     top = [("crane", 0.5), ("tench", 0.3), ("crane", 0.1), ("crane", 0.05)]
-    assert keyed(top) == {"crane": 0.5, "tench": 0.3, "crane (2)": 0.1, "crane (3)": 0.05}
+    assert by_class(top) == {"crane": 0.5, "tench": 0.3, "crane (2)": 0.1, "crane (3)": 0.05}
 
 
 def test_where_nobody_named_them_their_order_is_believed_aloud():

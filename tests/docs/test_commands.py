@@ -12,7 +12,7 @@ import pytest
 from launch.tpu import flags
 from tests.helpers.documents import ROOT, blocks, commands, documents, inline
 from vit_scale import config
-from vit_scale.cli.entry import parser, split_overrides
+from vit_scale.cli.parser import parser, split_overrides
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS = [

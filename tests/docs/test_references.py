@@ -10,7 +10,7 @@ from tests.repository.test_architecture import LAYERS
 
 DOCUMENTS = documents()
 # Made by a command, or by the reader.
-MADE = {"benchmarks/results/", "launch/tpu.env"}
+MADE = {"results/benchmarks/", "launch/tpu.env"}
 TOP = ("benchmarks", "configs", "docs", "examples", "launch", "results", "tests", "vit_scale")
 
 

@@ -1,5 +1,7 @@
 """distill: DeiT's losses against numpy, the token, what a teacher sees, and which one it is."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,12 +147,7 @@ def seen_by(teacher, student, images):
     """The images that a teacher of this config is given of a student's."""
     given = []
     model = build(teacher.model, config.image_size(teacher))
-    keep = model.__class__(
-        init=model.init,
-        apply=lambda params, images, key=None: given.append(images),
-        train=model.train,
-        shape=model.shape,
-    )
+    keep = dataclasses.replace(model, apply=lambda params, images, key=None: given.append(images))
     teachers.make_logits(keep, teacher, student)(None, images)
     return given[0]
 

@@ -29,7 +29,7 @@ from vit_scale.training.validation import check_attention
         (["init.resample=corner"], "init.resample='corner' is unknown; did you mean corners"),
         (["objective=clasification"], "did you mean classification"),
         (["optim.warmup=10"], "optim.warmup=10 must be fewer than the run's steps=10"),
-        (["data.resolution=20"], "image height 20 is not divisible by the patch of 8 pixels"),
+        (["data.resolution=20"], "image height 20 is not divisible by the patch size 8"),
         (["augment.crop=rezised"], "did you mean resized"),
         (["optim.freeze=('posembed',)"], "matches no parameter; did you mean posemb"),
         (["mesh.compiler=('fast',)"], "mesh.compiler: 'fast' is not FLAG=VALUE"),

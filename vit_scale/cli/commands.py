@@ -1,8 +1,7 @@
-"""What the verbs of the command line do, which is to call the rest of the package and print.
+"""The verbs of the command line: call the rest of the package and print.
 
-A verb gets the parsed arguments and each --config.FIELD=VALUE as "FIELD=VALUE", and refuses what it
-has no use for. What it needs is imported when it runs: help, and a mistake in what is typed, don't
-wait for jax.
+A verb gets the parsed arguments and the overrides as "FIELD=VALUE", and refuses overrides that it
+would ignore. Imports are inside the verbs, so that --help and typing errors don't wait for jax.
 """
 
 import json
@@ -64,23 +63,23 @@ def predict(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "predict")
     predictor = load(args.run)
-    found = {image: predictor.top(image) for image in args.images}
+    predictions = {image: predictor.top(image) for image in args.images}
     if args.json:
-        print(json.dumps({image: keyed(top) for image, top in found.items()}))
+        print(json.dumps({image: by_class(top) for image, top in predictions.items()}))
         return
-    for image, top in found.items():
+    for image, top in predictions.items():
         print(printable(image))
         for name, probability in top:
             print(f"  {100 * probability:6.2f} %  {printable(name)}")
 
 
-def keyed(top: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """The likeliest classes by name; where several have one, each but the first is numbered."""
-    found: dict[str, float] = {}
+def by_class(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return probabilities by class name; the second of two classes of one name is "NAME (2)"."""
+    probabilities: dict[str, float] = {}
     for name, probability in top:
-        count = sum(other == name for other, _ in top[: len(found)])
-        found[f"{name} ({count + 1})" if count else name] = probability
-    return found
+        count = sum(other == name for other, _ in top[: len(probabilities)])
+        probabilities[f"{name} ({count + 1})" if count else name] = probability
+    return probabilities
 
 
 def inspect(args, overrides: Sequence[str]) -> None:
@@ -88,45 +87,54 @@ def inspect(args, overrides: Sequence[str]) -> None:
     from vit_scale.runs import report
 
     refuse_unused(overrides, "inspect", INSPECT, args.split)
-    found = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
+    result = inspect(args.runs, args.images, args.split, args.out, overrides, args.wandb)
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    print(report.table(format_rows(found["runs"])))
-    for note in found["notes"]:
+    print(report.table(format_rows(result["runs"])))
+    for note in result["notes"]:
         print(note)
-    print(found["page"])
+    print(result["page"])
 
 
 def show(args, overrides: Sequence[str]) -> None:
-    from vit_scale import api, config
-    from vit_scale.runs import goodput, report
-    from vit_scale.training.setup import make_setup, parameter_layout
-
     if bool(args.runs) == bool(args.config):
         raise UserError("show takes RUN folders or --config NAME; see vit-scale show --help", USAGE)
     if args.json:
         refuse_flags(args, "show --json", "markdown")
-    if args.runs:
-        refuse(overrides, "show RUN")
-        refuse_flags(args, "show RUN", "sharding", "devices")
-        rows = report.rows(args.runs)
-        spent = {str(run): used for run in args.runs if (used := report.goodput(run))}
-        if args.json:
-            print(json.dumps({"runs": rows, "goodput": spent}))
-            return
-        print(report.table(rows, args.markdown))
-        for run, used in spent.items() if not args.markdown else ():
-            print(f"\n{run}: {goodput.format_summary(used)}")
+    (show_runs if args.runs else show_config)(args, overrides)
+
+
+def show_runs(args, overrides: Sequence[str]) -> None:
+    """Print a table of the results of runs, and what their time was spent on."""
+    from vit_scale.runs import goodput, report
+
+    refuse(overrides, "show RUN")
+    refuse_flags(args, "show RUN", "sharding", "devices")
+    rows = report.rows(args.runs)
+    spent = {str(run): used for run in args.runs if (used := report.goodput(run))}
+    if args.json:
+        print(json.dumps({"runs": rows, "goodput": spent}))
         return
+    print(report.table(rows, args.markdown))
+    for run, used in spent.items() if not args.markdown else ():
+        print(f"\n{run}: {goodput.format_summary(used)}")
+
+
+def show_config(args, overrides: Sequence[str]) -> None:
+    """Print the sizes, costs, and fields of a config, or the sharding of its parameters."""
+    from vit_scale import api, config
+    from vit_scale.runs import report
+    from vit_scale.training.setup import make_setup, parameter_layout
+
     refuse_flags(args, "show --config", "markdown")
     cfg = config.load(args.config, overrides)
     if args.sharding:
-        found = parameter_layout(make_setup(cfg, args.devices))
-        print(json.dumps(found) if args.json else report.layout_table(found))
+        layout = parameter_layout(make_setup(cfg, args.devices))
+        print(json.dumps(layout) if args.json else report.layout_table(layout))
         return
     content = api.show_named(args.config, list(overrides))
-    if args.devices:  # raises UserError where the config can't be split over so many
+    if args.devices:  # raises UserError where the config can't train on that many
         for stage in cfg.stages or ("",):
             name = f"{args.config}:{stage}" if stage else args.config
             make_setup(config.load(name, overrides), args.devices)
@@ -147,10 +155,10 @@ def plan(args, overrides: Sequence[str]) -> None:
         rows = plan.compare(args.config, overrides, args.compare, where, args.price)
         print(json.dumps({"variants": rows}) if args.json else table.format_comparison(rows))
         return
-    found = plan.plan(args.config, overrides, where, args.price)
-    if args.fit and not found["fits"]:
-        found = plan.fit(found, where, args.price, lambda line: print(line, file=sys.stderr))
-    print(json.dumps(found) if args.json else table.format_plan(found))
+    result = plan.plan(args.config, overrides, where, args.price)
+    if args.fit and not result["fits"]:
+        result = plan.fit(result, where, args.price, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(result) if args.json else table.format_plan(result))
 
 
 def verify(args, overrides: Sequence[str]) -> None:
@@ -172,10 +180,10 @@ def verify(args, overrides: Sequence[str]) -> None:
 def convert(args, overrides: Sequence[str]) -> None:
     from vit_scale import pretrained
 
-    made, rows = pretrained.convert(args.source, args.out, overrides)
-    shape, classes = made.model.shape, len(made.classes)
+    run, rows = pretrained.convert(args.source, args.out, overrides)
+    shape, classes = run.model.shape, len(run.classes)
     text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
-    print("\n".join([*made.notes, pretrained.adaptation_table(rows), f"{args.out}: {text}"]))
+    print("\n".join([*run.notes, pretrained.adaptation_table(rows), f"{args.out}: {text}"]))
 
 
 def export(args, overrides: Sequence[str]) -> None:
@@ -191,7 +199,7 @@ def download_data(args, overrides: Sequence[str]) -> None:
     refuse(overrides, "data download")
     sets = {"cifar10": cifar.download}
     if args.set not in sets:
-        raise UserError(f"no set is named {args.set!r}; {nearest(args.set, sets)}", USAGE)
+        raise UserError(f"unknown data set {args.set!r}; {nearest(args.set, sets)}", USAGE)
     print(sets[args.set](args.out))
 
 
@@ -204,12 +212,13 @@ def pack_data(args, overrides: Sequence[str]) -> None:
 
 
 def refuse(overrides: Sequence[str], verb: str) -> None:
+    """Raise UserError if there are overrides."""
     if overrides:
         raise UserError(f"vit-scale {verb} takes no --config.{overrides[0]}", USAGE)
 
 
-# Overrides of a run's config that a verb reads, but for those that it does not: names of fields and
-# of blocks. The run's model, optimizer and augmentation are what they were.
+# (blocks and fields of a run's config that a verb reads, those in them that it ignores). A run's
+# model, optimizer, and augmentation can't be overridden.
 EVAL = (("data", "eval", "mesh", "init.classes", "augment.mean", "augment.std"), UNUSED)
 INSPECT = (
     ("data", "eval", "log.project", "init.classes", "augment.mean", "augment.std"),
@@ -218,14 +227,14 @@ INSPECT = (
 
 
 def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str | None) -> None:
-    """Raises UserError for an override that `verb` would ignore."""
+    """Raise UserError for an override that `verb` would ignore."""
     from vit_scale import config
 
     (read, unused), known = fields, config.fields(config.base())
     for override in overrides:
         name = override.partition("=")[0]
         if name not in known:
-            continue  # a mistake that is another, and is said where overrides are read
+            continue  # refused where overrides are applied
         within = any(name == one or name.startswith(f"{one}.") for one in read)
         if not within or name in unused:
             instead = "; give --split" if name == "eval.split" else ""
@@ -235,13 +244,14 @@ def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str
 
 
 def refuse_flags(args, verb: str, *names: str) -> None:
-    """Raises UserError for a flag that `verb` would ignore."""
+    """Raise UserError for a flag that `verb` would ignore."""
     for name in names:
         if getattr(args, name):
             raise UserError(f"vit-scale {verb} has no use for --{name}", USAGE)
 
 
 def join_hosts(args) -> None:
+    """Connect the processes of several hosts; all but the first are quiet."""
     from vit_scale.distributed import multihost
 
     multihost.join(args.coordinator, args.processes, args.process, args.wait)

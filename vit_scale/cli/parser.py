@@ -1,0 +1,187 @@
+"""The grammar of the command line: verbs, their arguments, and `--config.FIELD=VALUE` overrides."""
+
+import argparse
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
+
+from vit_scale.cli import commands
+from vit_scale.errors import USAGE, UserError
+
+RUN = "folder of a run, or RUN/checkpoints/STEP"
+CONFIG = "name of a config, NAME:ARGUMENT, or a path"
+SPLIT = "split such as test or train[98%%:] (default: eval.final of the run)"
+JSON = "print one JSON object"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a UserError of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help", USAGE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    text = "Train Vision Transformers on one CPU or GPU, or on TPU pods."
+    top = Parser(prog="vit-scale", description=text, allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"vit-scale {version('vit_scale')}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name, run, text):
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(do=run)
+        return sub
+
+    text = "train or fine-tune a config; rerun the same command to resume"
+    add_train_flags(verb("train", commands.train, text))
+    text = "evaluate a run on every image of a split"
+    add_eval_flags(verb("eval", commands.evaluate, text))
+    text = "print the most likely classes of images"
+    add_predict_flags(verb("predict", commands.predict, text))
+    text = "print the sizes, costs, and fields of a config, or a table of the results of runs"
+    add_show_flags(verb("show", commands.show, text))
+    text = "predict memory, speed, and cost on a TPU slice"
+    add_plan_flags(verb("plan", commands.plan, text))
+    text = "check every checkpoint of a run against its manifest"
+    add_verify_flags(verb("verify", commands.verify, text))
+    text = "write a report on runs: attention, errors, calibration, comparison"
+    add_inspect_flags(verb("inspect", commands.inspect, text))
+    text = "convert pretrained weights of other libraries to a run"
+    add_convert_flags(verb("convert", commands.convert, text))
+    text = "export a run to timm, transformers, Google's ViT, or jax.export"
+    add_export_flags(verb("export", commands.export, text))
+    add_data_verbs(verb("data", None, "download or pack data sets"))
+    return top
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def add_train_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help=CONFIG)
+    sub.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    add_host_flags(sub)
+    sub.epilog = "--config.FIELD=VALUE overrides a field, such as --config.optim.lr=3e-4."
+
+
+def add_host_flags(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group(
+        "several hosts", "Detected on TPU VMs, SLURM, Open MPI, and GKE; needed elsewhere."
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=positive, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    text = "how long to wait for all processes (default: 300)"
+    group.add_argument("--wait", type=positive, default=300, metavar="SECONDS", help=text)
+
+
+def add_eval_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", metavar="RUN", help=RUN)
+    sub.add_argument("--split", help=SPLIT)
+    sub.add_argument("--json", action="store_true", help=JSON)
+    add_host_flags(sub)
+    sub.epilog = "--config.data.name=folder --config.data.path=DIR evaluates on another data set."
+
+
+def add_predict_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", metavar="RUN", help=RUN)
+    sub.add_argument("images", metavar="IMAGE", nargs="+", help="file of an image")
+    sub.add_argument("--json", action="store_true", help=JSON)
+
+
+def add_show_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("runs", metavar="RUN", nargs="*", help="folders of finished runs")
+    sub.add_argument("--config", help=CONFIG)
+    sub.add_argument("--json", action="store_true", help=JSON)
+    sub.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    sub.add_argument("--sharding", action="store_true", help="print each parameter's sharding")
+    text = "check that the config can train on N devices"
+    sub.add_argument("--devices", type=positive, metavar="N", help=text)
+
+
+def add_plan_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help=CONFIG)
+    text = "TPU slice, such as v5e:16x16 or v5litepod-256"
+    sub.add_argument("--topology", required=True, help=text)
+    sub.add_argument("--slices", type=int, default=1, help="number of slices (default: 1)")
+    text = "search for the smallest changes with which it fits"
+    sub.add_argument("--fit", action="store_true", help=text)
+    text = "compare variants, fastest first"
+    sub.add_argument("--compare", nargs="+", metavar="FIELD=VALUE,...", help=text)
+    sub.add_argument("--price", type=float, help="USD per chip and hour")
+    sub.add_argument("--json", action="store_true", help=JSON)
+    sub.epilog = (
+        "Needs the TPU compiler, libtpu (launch/compiler.sh), but no TPU. All numbers are "
+        "predictions."
+    )
+
+
+def add_verify_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--json", action="store_true", help=JSON)
+
+
+def add_inspect_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
+    text = "show attention on these images instead of the split's"
+    sub.add_argument("--images", metavar="DIR", help=text)
+    sub.add_argument("--split", help=SPLIT)
+    text = "folder of the report (default: RUN/inspect; for several runs, FIRST_RUN/compare)"
+    sub.add_argument("--out", metavar="DIR", help=text)
+    text = "add the pictures to the runs' pages in Weights & Biases"
+    sub.add_argument("--wandb", action="store_true", help=text)
+    sub.add_argument("--json", action="store_true", help=JSON)
+    sub.epilog = "--config.data.path=DIR is where the runs' images are now."
+
+
+def add_convert_flags(sub: argparse.ArgumentParser) -> None:
+    text = ".npz, .safetensors, .pth, or a Hugging Face folder; a path, gs://, or https://"
+    sub.add_argument("source", metavar="SOURCE", help=text)
+    sub.add_argument("out", metavar="OUT", help="folder of the new run")
+    sub.epilog = (
+        "--config.data.resolution=384 resamples position embeddings; --config.init.dialect=timm "
+        "names the format where it can't be recognised."
+    )
+
+
+def add_export_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", metavar="RUN", help=RUN)
+    sub.add_argument("--format", required=True, help="safetensors-timm, safetensors-hf, npz or jax")
+    text = "folder to write; for npz and jax, a file"
+    sub.add_argument("--out", required=True, metavar="PATH", help=text)
+
+
+def add_data_verbs(sub: argparse.ArgumentParser) -> None:
+    verbs = sub.add_subparsers(dest="data_verb", metavar="VERB", required=True)
+    text = "download a data set; resumable, verified by checksum"
+    download = verbs.add_parser("download", help=text, description=text, allow_abbrev=False)
+    download.add_argument("set", metavar="SET", help="cifar10")
+    download.add_argument("--out", default=".data", help="folder to unpack into (default: .data)")
+    download.set_defaults(do=commands.download_data)
+    text = "pack an image folder into ArrayRecord files; resumable"
+    pack = verbs.add_parser("pack", help=text, description=text, allow_abbrev=False)
+    pack.add_argument("folder", metavar="FOLDER", help="folder with train/CLASS/*, and val or test")
+    pack.add_argument("out", metavar="OUT", help="folder to write")
+    pack.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    text = "what to do with corrupt images: fail or skip (default: fail)"
+    pack.add_argument("--on-corrupt", default="fail", help=text)
+    pack.set_defaults(do=commands.pack_data)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `argv` into the plain arguments and the "FIELD=VALUE" of each --config.FIELD=VALUE."""
+    rest, overrides, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        override = argument.removeprefix("--config.")
+        value = None if "=" in override else next(arguments, None)
+        overrides.append(override if value is None else f"{override}={value}")
+    return rest, overrides
