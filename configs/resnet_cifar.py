@@ -3,10 +3,10 @@
     vit-scale train --config resnet_cifar
     vit-scale train --config resnet_cifar --config.model.variant=resnet20       # or resnet56
 
-It is what papers on small ViTs compare with (CCT, arXiv 2104.05704, table 3, among many); resnet20
-and resnet56 are He et al.'s own for CIFAR-10, of .27M and .85M parameters: 91.25 % and 93.03 %.
-Their SGD and its decay, at 50 % and 75 % of the steps; data, augmentation, epochs and batch are
-vit_tutorial_cifar's. Result: not measured yet.
+The baseline of papers on small ViTs (CCT, arXiv 2104.05704, table 3, among many). resnet20 and
+resnet56 are those of He et al. for CIFAR-10, with .27M and .85M parameters: 91.25 % and 93.03 %.
+SGD and its decay at 50 % and 75 % of the steps are theirs; data, augmentation, epochs, and batch
+size are as in vit_tutorial_cifar. Result: not measured yet.
 """
 
 from vit_scale.config import base, load

@@ -1,10 +1,10 @@
-"""ViT/8 on Tiny-ImageNet-200 at 64 px, 100 epochs from scratch: something to fine-tune from.
+"""ViT/8 on Tiny-ImageNet-200 at 64 px, 100 epochs from scratch: a checkpoint to fine-tune.
 
     vit-scale train --config tiny_imagenet          # S/8, 22M parameters
     vit-scale train --config tiny_imagenet:Ti       # Ti/8, 5.5M parameters
 
-.data/tiny-imagenet-200 holds the set as it is distributed (train/<wnid>/images/*, val/images/* with
-val_annotations.txt). It is decoded once and kept in 1.2 GB of memory. On an accelerator add
+.data/tiny-imagenet-200 holds the set as distributed (train/<wnid>/images/*, val/images/* with
+val_annotations.txt). It is decoded once and kept in memory (1.2 GB). On an accelerator add
 --config.model.dtype=bfloat16. Result: not measured yet.
 """
 

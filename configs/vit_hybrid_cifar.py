@@ -1,11 +1,11 @@
-"""A hybrid on CIFAR-10, from scratch: the features of a ResNet-20 as patches of one pixel.
+"""A hybrid on CIFAR-10, from scratch: the pixels of ResNet-20 features are the patches.
 
     vit-scale train --config vit_hybrid_cifar
     vit-scale train --config vit_hybrid_cifar --config.model.variant=C+Ti/4     # two convolutions
 
-ViT paper, section 3.1. All else is vit_tutorial_cifar's, its 64 tokens too: the difference is what
-a patch is. R20 is a ResNet-20 up to its last feature map, 8 x 8 of 64 channels; C are convolutions
-of stride 2 (Xiao et al. 2021). Both have batch normalisation. Result: not measured yet.
+ViT paper, section 3.1. Everything else, including the 64 tokens, is as in vit_tutorial_cifar.
+R20 is a ResNet-20 up to its last feature map, 8 x 8 with 64 channels; C is convolutions of stride 2
+(Xiao et al. 2021). Both use batch normalisation. Result: not measured yet.
 """
 
 from vit_scale.config import load

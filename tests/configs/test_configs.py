@@ -1,10 +1,14 @@
 """configs/: each one loads, each model builds at full size (shapes only), each claim adds up."""
 
+import json
+import pathlib
+
 import jax
 import pytest
 
 from vit_scale import config
 from vit_scale.distributed.mesh import make_mesh
+from vit_scale.errors import UserError
 from vit_scale.models.build import build
 from vit_scale.models.parameters import count
 from vit_scale.training.setup import summary
@@ -17,16 +21,46 @@ def runs(name: str) -> list[str]:
 
 
 RUNS = [run for name in config.names() for run in runs(name)]
+# What `show --json` printed before presets, fields and formulas moved (golden/make_show.py).
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "show.json").read_text())
+
+
+def flat(shown: dict) -> dict:
+    return config.dotted(json.loads(json.dumps(shown)))
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_everything_but_the_data_is_accepted(run):
+def test_everything_but_the_data_is_accepted_and_shown_as_ever(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # quickstart looks for .data
     cfg = config.load(run)
     if cfg.objective == "distillation":
         cfg.distill.teacher = "RUN"
     validate(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
-    assert summary(cfg)["parameters"] > 100_000
+    shown = summary(config.load(run))
+    assert shown["parameters"] > 100_000
     assert cfg.steps >= 50
+    shown = flat(shown["config"] if ":" in run else shown)
+    golden = flat(GOLDEN.get(run, {}))
+    assert {name: shown.get(name) for name in golden} == golden
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "cifar"])
+@pytest.mark.parametrize(
+    ("old", "variant"), [("tiny", "Ti"), ("small", "S"), ("base", "B"), ("large", "L")]
+)
+def test_a_preset_has_an_alias_under_its_former_name(kind, old, variant):
+    preset, alias = config.load(f"vit_{kind}:{variant}/16"), config.load(f"vit_{old}_{kind}")
+    assert preset.model.variant == f"{variant}/16"
+    differences = config.differences(config.to_json(alias), config.to_json(preset))
+    instead = f"init.instead: vit_{old}_imagenet -> vit_imagenet:{variant}/16"
+    assert differences == ([instead] if kind == "cifar" else [])
+    assert config.title(f"vit_{kind}:{variant}/16") == f"vit_{kind}-{variant}-16"
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "cifar"])
+def test_a_preset_of_another_size_is_refused(kind):
+    with pytest.raises(UserError, match="no recipe for 'M/16': give one of Ti/16, S/16, B/16"):
+        config.load(f"vit_{kind}:M/16")
 
 
 @pytest.fixture
