@@ -27,7 +27,7 @@ from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
-from vit_scale.training import program, trainer
+from vit_scale.training import trainer
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.setup import make_setup
 from vit_scale.training.train_step import jit_train_step
