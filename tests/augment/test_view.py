@@ -193,8 +193,8 @@ def test_inspect_crops_once_wherever_images_are(tmp_path):
     """Also of converted weights, which were trained on no set that is known."""
     run = write_run(tmp_path / "run", tiny_config("eval.crop=0.5"), random_params(tiny_model()))
     memory, files = InspectedRun(run), InspectedRun(run, ["data.name=folder"])
-    assert (memory.view.crop, memory.seen.crop) == (1.0, 0.5)
-    assert (files.view.crop, files.seen.crop) == (0.5, 1.0)
+    assert (memory.decode_view.crop, memory.device_view.crop) == (1.0, 0.5)
+    assert (files.decode_view.crop, files.device_view.crop) == (0.5, 1.0)
 
 
 def test_training_does_not_see_evaluations_view(photos):

@@ -179,11 +179,11 @@ def test_eval_compares_names(bright, evaluate):
 
 def test_inspect_compares_names(bright, capsys):
     subject = InspectedRun(bright(TURNED))
-    batch = subject.open("val").read(np.arange(4))
+    batch = subject.open_split("val").read(np.arange(4))
     assert batch["label"].tolist() == [3, 2, 1, 0]
     assert "another order" in capsys.readouterr().err
     with pytest.raises(UserError, match="'gnu' only in the model"):
-        InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open("val")
+        InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open_split("val")
 
 
 def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
@@ -195,7 +195,7 @@ def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
         state = init_state(program, TURNED, quiet=False)
         np.testing.assert_array_equal(state.params["head"]["kernel"], given["kernel"][:, ::-1])
         np.testing.assert_array_equal(state.params["head"]["bias"], given["bias"][::-1])
-        assert "kept, in the order of the set's classes" in capsys.readouterr().out
+        assert "kept, reordered to the data set's classes" in capsys.readouterr().out
     others = ("cat", "dog", "eel", "gnu")
     with pytest.raises(UserError, match=r"init\.head=keep: the model's classes are not the set's"):
         check_source(program, others)

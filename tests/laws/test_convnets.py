@@ -209,7 +209,7 @@ def test_a_student_is_a_model_without_its_teacher(student, whole, jpegs, capsys)
         assert cli.main(["eval", str(run), "--split", "test[:100]"]) == 0
         assert cli.main(["predict", str(run), image]) == 0
         assert cli.main(command("distill_cifar", run.with_name("next"), fields)) == 1
-        assert "neither the folder of a run" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
         # It may lie elsewhere: what identifies it is the same.
         assert cli.main(command("distill_cifar", run, fields | {"distill.teacher": hidden})) == 0
     finally:

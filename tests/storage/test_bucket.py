@@ -519,7 +519,7 @@ def refusal(capsys, *arguments) -> str:
         ),
         (
             "gs://bucket/no-run",
-            "gs://bucket/no-run is neither the folder of a run nor a step in it",
+            "gs://bucket/no-run is not a run folder, a checkpoint",
         ),
         ("gs:///run", "gs:///run names no bucket"),
         ("s3://bucket/run", "s3://bucket/run: s3:// is not supported; give a path, or gs://"),
