@@ -320,7 +320,7 @@ def test_checksums_are_verified(server):
     server.checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
     refused(f"{server.url}/google-gap.npz", "has MD5")
     refused(f"{server.url}/google.npz#sha256={'0' * 64}", "has SHA256")
-    refused(f"{server.url}/google.npz#crc=1", "neither md5=HEX nor sha256=HEX")
+    refused(f"{server.url}/google.npz#crc=1", "is neither md5=HEX nor sha256=HEX")
 
 
 def test_an_address_without_a_weight_file(server):

@@ -142,20 +142,18 @@ def test_arrays_that_are_not_floating_point(tmp_path):
 
 def test_a_git_lfs_pointer(tmp_path):
     (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
-    with pytest.raises(UserError, match="pointer of Git LFS, not weights: get them with `git lfs"):
+    with pytest.raises(UserError, match="Git LFS pointer, not weights: run `git lfs"):
         pretrained.load_model(tmp_path / "x.safetensors", HEADS)
 
 
 def test_several_models_of_equal_rank_are_ambiguous(tmp_path):
     arrays = {**under("left."), **under("right.", OTHER)}
     with pytest.raises(
-        UserError, match=r"holds several models: left, right; give --config\.init\.tr"
+        UserError, match=r"holds several models: left, right; choose one with --config\.init\.tr"
     ):
         loaded(tmp_path, arrays)
     same(loaded(tmp_path, arrays, HEADS._replace(tree="right")), loaded(tmp_path, OTHER))
-    with pytest.raises(
-        UserError, match=r"holds no model named init\.tree=mid; there are left, righ"
-    ):
+    with pytest.raises(UserError, match=r"has no model named init\.tree=mid; it has left, righ"):
         loaded(tmp_path, arrays, HEADS._replace(tree="mid"))
     with pytest.raises(UserError, match=r"no model named init\.tree=state_dict; it has \."):
         loaded(tmp_path, PLAIN, HEADS._replace(tree="state_dict"))
