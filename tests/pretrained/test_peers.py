@@ -1,8 +1,7 @@
 """Against timm and transformers themselves, where they are installed (the extra `peers`).
 
-Random weights of every dialect: what they compute and what is computed here, of the same pixels, in
-both directions. Google's files are read by timm as well, which has its own reader of them. The real
-sizes are slow.
+Random weights of every format give the same logits there and here, imported and exported. Google's
+files are also read by timm, which has its own reader for them. The real sizes are slow.
 """
 
 import pathlib

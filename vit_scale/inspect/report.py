@@ -52,12 +52,7 @@ def report(
     content = {
         "page": str(folder / PAGE),
         "runs": [measurements(inspection) for inspection in inspections],
-        "notes": [
-            f"{section.title}: {part.title}: {part.text}"
-            for section in all_sections
-            for part in section.parts
-            if isinstance(part, Note)
-        ],
+        "notes": list_notes(all_sections),
     }
     title = f"Inspection of {', '.join(run.name for run in runs)}"
     write_report(folder, title, all_sections, pixels, content)
@@ -120,6 +115,16 @@ def make_names_unique(runs: Sequence[InspectedRun]) -> None:
         for run in runs:
             if times[run.name] > 1:
                 run.name = name(run).replace("/", "-")
+
+
+def list_notes(all_sections: Sequence[Section]) -> list[str]:
+    """The notes of all sections, each on one line with the titles above it."""
+    return [
+        f"{section.title}: {part.title}: {part.text}"
+        for section in all_sections
+        for part in section.parts
+        if isinstance(part, Note)
+    ]
 
 
 def default_folder(runs: Sequence[InspectedRun]) -> pathlib.Path:
