@@ -1,4 +1,4 @@
-"""predict: a run's folder is a function of images, with the preprocessing of its evaluation."""
+"""Predictor: a run as a function of images, preprocessed as in its evaluation."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""inspect: from run folders to a page that needs nothing else, and what it says of them."""
+"""inspect: the report is complete and self-contained, and its figures show the right numbers."""
 
 import base64
 import dataclasses
@@ -122,12 +122,12 @@ def made(images, tmp_path_factory, quick_compile) -> Iterator[Made]:
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures are made, and stay blank: drawing them takes most of a report's time."""
+    """Figures are made but not rendered, which takes most of a report's time."""
     monkeypatch.setattr(plots, "rasterize", lambda figure: np.zeros((2, 2, 3), np.uint8))
 
 
 class Page(html.parser.HTMLParser):
-    """What an HTML file refers to, and its text."""
+    """The links, tags and text of an HTML file."""
 
     def __init__(self, file: pathlib.Path):
         super().__init__()
@@ -504,7 +504,7 @@ def test_names_of_runs_are_made_unique(made, tmp_path):
 
 
 def test_the_train_step_is_unchanged_by_inspection(made, monkeypatch):
-    """The step is the same program after a look inside, and never asks for weights to show."""
+    """The compiled step is the same after an inspection, and never computes attention weights."""
     program = make_setup(tiny_config())
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
 

@@ -1,4 +1,4 @@
-"""pretrained: every leaf is kept, resampled, new or refused; what `read` finds in a folder."""
+"""adapt and load_model: every parameter is kept, resampled, replaced or refused."""
 
 import shutil
 
@@ -36,7 +36,7 @@ def test_a_model_of_the_same_shape_is_copied():
 
 @pytest.mark.parametrize("classes", [4, 7])
 def test_the_head_is_replaced_if_the_classes_differ(classes):
-    """Also where there are as many: the fourth class was something else."""
+    """Also if there are as many classes: the fourth was another one."""
     source = random_params(tiny_model())
     target = random_params(tiny_model(f"model.classes={classes}"), seed=1)
     adapted, rows = adapt(source, target, "cubic", same_classes=False)

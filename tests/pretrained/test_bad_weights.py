@@ -1,4 +1,4 @@
-"""Files of weights that are none, not whole, or not what they say: one line each, nothing run."""
+"""Broken and unsupported weight files: each is a one-line error, and no code is executed."""
 
 import http.server
 import importlib.util
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def refused(source, *says: str, hints: Hints = HEADS) -> str:
-    """The one line that reading `source` ends in, which holds `says` in this order."""
+    """The one-line error of loading `source`, which contains `says` in this order."""
     with pytest.raises(UserError) as caught:
         pretrained.load_model(source, hints)
     line = str(caught.value)
@@ -89,7 +89,7 @@ def test_other_files(tmp_path):
 
 
 class Evil:
-    """Pickled, it makes a file when it is read as pickles are."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: pathlib.Path):
         self.marker = marker
@@ -159,7 +159,7 @@ def test_an_extra_array(tmp_path):
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
     says = "unexpected arrays: blocks.0.q_norm.bias, reg_token (register tokens, normalized queries"
     refused(file, says)
-    # Also where these are not what is found to be wrong first.
+    # Also if other checks would fail as well.
     extra |= {"pos_embed": np.ones((1, 14, 12), "f"), "norm.bias": None}
     refused(changed("timm.safetensors", tmp_path / "x.safetensors", **extra), says)
     norm = {"fc_norm.weight": np.ones(12, "f"), "fc_norm.bias": np.ones(12, "f")}
@@ -181,7 +181,7 @@ def test_an_unknown_format_and_a_wrong_one(tmp_path):
     refused(GOLDEN / "google.npz", "patch_embed.proj.weight is missing", "Transf", hints=wrong)
 
 
-# What stands beside them
+# Metadata
 
 
 def test_a_config_json_that_contradicts_the_arrays(tmp_path):
@@ -233,7 +233,7 @@ def test_a_timm_model_that_is_not_a_plain_vit(tmp_path):
     assert pretrained.load_model(tmp_path).model.shape.size.heads == 3
 
 
-# As typed
+# The command line
 
 
 def test_commands_report_errors_in_one_line(tmp_path, capsys):
@@ -274,7 +274,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Serves the golden files; what is fetched is cached in `tmp_path`."""
+    """Serves the golden files; downloads are cached in `tmp_path`."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -355,7 +355,7 @@ def test_fine_tuning_starts_from_public_weights(size):
 
 
 def test_training_starts_from_external_weights(capsys):
-    """At another resolution, with another head; and what was said of it."""
+    """At another resolution and with another head; the notes are printed."""
     fields = ("width=12", "depth=2", "heads=3", "mlp=20", "variant=Ti/4", "gelu=tanh")
     overrides = [f"model.{field}" for field in fields] + ["data.resolution=20"]
     source = f"init.source={GOLDEN / 'google-pre_logits.npz'}"

@@ -114,7 +114,7 @@ def test_assumptions_are_returned():
 
 @pytest.mark.parametrize("case", ["timm.safetensors", "google.npz", "huggingface"])
 def test_formats_with_a_row_for_cls(case, tmp_path):
-    """3 x 5 patches and [CLS] are sixteen rows: no square of 4 x 4, of whatever format."""
+    """3 x 5 patches and [CLS] are sixteen rows, not 4 x 4 patches, in every format."""
     arrays = weight_files.read_arrays(weight_files.find_weight_file(GOLDEN / case))
     name = next(name for name in arrays if "pos" in name and "embed" in name)
     rows = np.random.RandomState(0).randn(1, 16, 12).astype(np.float32)

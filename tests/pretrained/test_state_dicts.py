@@ -122,7 +122,7 @@ def test_a_model_within_another(tmp_path):
 
 
 def test_arrays_that_are_not_floating_point(tmp_path):
-    """Counters are ignored; a quantized parameter is refused, whatever its type."""
+    """Counters are ignored; quantized parameters are refused, whatever their type."""
     result = loaded(tmp_path, {**PLAIN, "num_updates": np.int64([7])})
     assert "ignored, not floating-point: num_updates" in result.notes
     for kind in (np.int8, np.uint8, np.bool_):
@@ -160,7 +160,7 @@ def test_several_models_of_equal_rank_are_ambiguous(tmp_path):
 
 
 def test_only_whole_words_mark_an_average():
-    """`schema` is no `ema`."""
+    """`schema` is not `ema`."""
     assert choose_prefix("f", ("schema.", "model."), "")[0] == "model."
     assert choose_prefix("f", ("ema_model.", "model."), "")[0] == "ema_model."
 
@@ -182,7 +182,7 @@ def test_dinov2s_chunks_of_blocks(tmp_path):
 
 
 def test_nested_dictionaries_are_flattened():
-    """As torch gives them: under any key, in any depth; what is no tensor is nothing here."""
+    """As torch loads them: under any key, at any depth."""
     content = {"epoch": 3, "a": {"b": [1, {"c": 2}], 7: "x"}, "empty": {}}
     assert dict(weight_files._flatten(content)) == {
         "epoch": 3,
@@ -215,7 +215,7 @@ def test_pytorch_files(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_reported_first(value, tmp_path):
-    """Also where an array is missing, and where the head does not fit."""
+    """Even if an array is missing or the head doesn't fit."""
     broken = {name: x.copy() for name, x in PLAIN.items() if name != "norm.bias"}
     broken["blocks.1.mlp.fc1.weight"][3, 2] = value
     with pytest.raises(UserError) as caught:

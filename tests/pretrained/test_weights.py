@@ -97,7 +97,7 @@ def refusal(call, *arguments) -> str:
 
 @pytest.fixture
 def run_plain(tmp_path):
-    """run_plain(PROGRAM) is its output, in a process in which this package can't be imported."""
+    """run_plain(PROGRAM): its output, in a process in which vit_scale can't be imported."""
 
     def run(program: str) -> str:
         without = "import sys; sys.modules['vit_scale'] = None\n"  # importing it raises
@@ -113,7 +113,7 @@ def run_plain(tmp_path):
     return run
 
 
-# In
+# Import
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,7 +130,7 @@ def test_logits_equal_those_of_the_original_library(case):
 
 
 def test_mean_pooling_beside_a_class_token(tmp_path):
-    """timm's global_pool=avg: nothing in the arrays says it, config.json does."""
+    """timm's global_pool=avg: config.json states it, the arrays don't."""
     shutil.copy(GOLDEN / "timm-avg.safetensors", tmp_path / weight_files.SAFETENSORS)
     content = {"architecture": "vit_tiny_patch16_224", "model_args": {"global_pool": "avg"}}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -156,7 +156,7 @@ def test_another_resolution_equals_timm(case):
 
 @pytest.mark.parametrize("case", ["timm.safetensors", "timm-gap.safetensors"])
 def test_positions_are_resampled_to_another_shape_of_as_many_patches(case, tmp_path):
-    """Sixteen are those of 4 x 4 patches, where nothing says that they are of 2 x 8."""
+    """Sixteen rows are taken for 4 x 4 patches, unless 2 x 8 is stated."""
     arrays = weight_files.read_arrays(GOLDEN / case)
     first = arrays["pos_embed"].shape[1] - 9  # [CLS]'s row, where there is one
     width = arrays["pos_embed"].shape[2]
@@ -186,7 +186,7 @@ def test_positions_are_resampled_to_another_shape_of_as_many_patches(case, tmp_p
 
 
 def test_a_stored_size_takes_precedence_over_a_square(tmp_path):
-    """Ours says it: 2 x 8 patches come back as such, whatever is wanted of them."""
+    """Exports state the size: 2 x 8 patches are imported as such, whatever the hints."""
     overrides = ("data.resolution=16", "data.width=64")
     run = a_run(tmp_path / "run", *overrides)
     export(run, "npz", tmp_path / "x.npz")
@@ -223,7 +223,7 @@ def test_arrays_that_are_no_parameters_are_listed():
 
 
 def test_heads_and_grids_that_nothing_determines_are_refused(tmp_path):
-    """And positions that are no square need a word."""
+    """And a grid that is not square needs init.image."""
     arrays = weight_files.read_arrays(GOLDEN / "timm.safetensors")
     assert "set --config.model.heads" in refusal(golden, "timm.safetensors", Hints())
     arrays["pos_embed"] = arrays["pos_embed"][:, :7]
@@ -256,7 +256,7 @@ def test_positions_without_a_row_for_cls(tmp_path):
 
 
 def test_layer_scale_is_folded_into_the_layers_before_it(tmp_path):
-    """And by DeiT III's own names of it."""
+    """Also under the keys of DeiT III's repository."""
     line = "LayerScale is folded into the layers before it: 4 arrays"
     loaded = golden("timm-deit3.safetensors")
     assert loaded.notes[1] == line and golden("timm.safetensors").notes[1] != line
@@ -331,7 +331,7 @@ def test_each_table_names_each_parameter_once():
     assert "pool/probe" not in {name for mapping in HUGGINGFACE.mappings for name in mapping.params}
 
 
-# As the start of a training, and as a run
+# Fine-tuning and conversion
 
 
 def test_the_head_is_kept_if_the_classes_match():
@@ -416,7 +416,7 @@ def test_external_weights_are_used_without_conversion(tmp_path):
 
 
 def test_external_weights_decode_files_at_their_input_size(tmp_path):
-    """The config they come with says cifar10, whose images have 32 px: that is a default."""
+    """Their config names cifar10, with 32 px images, only because that is the default."""
     assert vit_scale.load(GOLDEN / "huggingface").decode_size == (12, 12)
     pretrained.convert(GOLDEN / "huggingface", tmp_path / "theirs", ["data.resolution=20"])
     assert vit_scale.load(tmp_path / "theirs").decode_size == (20, 20)
@@ -439,7 +439,7 @@ def test_converting_takes_overrides(tmp_path):
     np.testing.assert_allclose(jax.jit(run.model.apply)(run.params, images), logits, atol=1e-5)
 
 
-# Out
+# Export
 
 MODELS = {
     "cls": ["augment.mean=(0.4, 0.5, 0.6)", "model.gelu=tanh"],
@@ -495,7 +495,7 @@ def test_a_run_trained_with_cudnn_is_exported_for_every_device(gpu, tmp_path, mo
 
 @pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf"])
 def test_exports_equal_the_files_of_the_library(kind, tmp_path):
-    """The very arrays of the library's own file, but for [CLS], which has its position in it."""
+    """Array by array, except [CLS], which includes its position."""
     case = {"safetensors-timm": "timm.safetensors", "safetensors-hf": "huggingface"}[kind]
     theirs = weight_files.read_arrays(weight_files.find_weight_file(GOLDEN / case))
     pretrained.convert(GOLDEN / case, tmp_path / "run", ["model.heads=3"])
