@@ -429,7 +429,7 @@ def test_what_a_cnn_cannot_do_is_refused(override, message):
 
 def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
     for cfg, message in (
-        (convnet_config("resnet20", "model.depth=9"), "model.depth=9 is not 6 n + 2"),
+        (convnet_config("resnet20", "model.depth=9"), "model.depth=9 must be 6 n + 2"),
         (convnet_config("resnet20", "model.mlp=9"), "model.mlp=9 means nothing to resnet20"),
         (tiny_config("model.variant=R20+Ti/2"), "shrinks images by 4, which does not divide 2"),
         (tiny_config("model.variant=C+Ti/8", "model.width=18"), "width 18 as often but once"),

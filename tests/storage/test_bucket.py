@@ -521,7 +521,7 @@ def refusal(capsys, *arguments) -> str:
             "gs://bucket/no-run",
             "gs://bucket/no-run is not a run folder, a checkpoint",
         ),
-        ("gs:///run", "gs:///run names no bucket"),
+        ("gs:///run", "gs:///run has no bucket name"),
         ("s3://bucket/run", "s3://bucket/run: s3:// is not supported; give a path, or gs://"),
     ],
 )
