@@ -13,10 +13,10 @@ HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code"
 Anonymous = type("Anonymous", (OSError,), {"__module__": "gcsfs.retry", "code": 401})
 
 
-def translated(error: Exception, **options) -> str:
+def translated(error: Exception, **opts) -> str:
     with (
         pytest.raises(UserError) as caught,
-        user_errors("cannot write /a", "free space", **options),
+        user_errors("cannot write /a", "free space", **opts),
     ):
         raise error
     assert caught.value.__cause__ is error
