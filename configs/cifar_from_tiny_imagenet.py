@@ -5,7 +5,8 @@
     vit-scale train --config cifar_from_tiny_imagenet:Ti --config.data.resolution=128 ...
 
 Both starts are trained alike, so that their difference is the pretraining. CIFAR-10's 32 px are
-enlarged on the device. On an accelerator add --config.model.dtype=bfloat16. Result: the README's.
+enlarged on the device. On an accelerator add --config.model.dtype=bfloat16.
+Result: docs/results.md.
 """
 
 from vit_scale.config import base
