@@ -257,7 +257,7 @@ def test_config_loads(name):
     for argument in cfg.stages:
         assert not config.load(f"{name}:{argument}").stages
     header = ast.get_docstring(ast.parse((config.FOLDER / f"{name}.py").read_text()))
-    assert re.search(rf"--config {name}(\s|$)", header), "the header gives the command"
+    assert re.search(rf"--config {name}(:\S+)?(\s|$)", header), "the header gives the command"
     assert re.search("Result|Expected", header), "the header says what comes out, or not measured"
 
 
