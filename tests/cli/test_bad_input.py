@@ -1,4 +1,4 @@
-"""Every mistake of a user, as typed: one line that names it, and nothing half-written (law 8)."""
+"""Every mistake of a user, as typed: one line that names it, and nothing half-written."""
 
 import errno
 import os

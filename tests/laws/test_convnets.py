@@ -1,7 +1,7 @@
-"""DESIGN.md's laws where there is more than a ViT: batch normalisation's statistics, a teacher.
+"""The guarantees of docs/design.md with batch normalisation and with a teacher.
 
-A CNN, and a ViT that it teaches: killed is never killed (law 4), the same curve on any mesh and on
-two processes (law 3), every example counts once (law 6), a student needs no teacher (law 7).
+A CNN, and a ViT that it teaches: a killed run ends like an uninterrupted one, losses agree on any
+mesh and on two processes, every example counts once, a student needs no teacher.
 """
 
 import json

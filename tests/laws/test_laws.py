@@ -1,6 +1,6 @@
-"""DESIGN.md's laws on one process: resuming, fine-tuning, exact evaluation, moving a run, switches.
+"""The guarantees of docs/design.md on one process: resuming, fine-tuning, evaluation, options.
 
-Laws 2 and 3, about several devices and hosts, are in test_mesh.py; law 8 is test_bad_input.py.
+Those on several devices and hosts are in test_mesh.py.
 """
 
 import contextlib
