@@ -1,7 +1,7 @@
 """What the measurements share: how one describes itself, works in pieces, and leaves one JSON file.
 
 A piece ends after --minutes, by SIGKILL: the same command then resumes from the last checkpoint,
-and what comes out is what an undisturbed run gives, bit for bit (law 4). A result carries a
+and what comes out is what an undisturbed run gives, bit for bit. A result carries a
 fingerprint of the script and the configs that it came from, so that the listing knows an outdated
 one, and a work folder of theirs is not continued with others.
 """

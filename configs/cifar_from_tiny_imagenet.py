@@ -4,8 +4,9 @@
     vit-scale train --config cifar_from_tiny_imagenet --workdir runs/cifar_from_scratch
     vit-scale train --config cifar_from_tiny_imagenet:Ti --config.data.resolution=128 ...
 
-Both are trained alike, so that they differ only in the pretraining. CIFAR-10's 32 px are enlarged
-on the device. On an accelerator add --config.model.dtype=bfloat16. Result: see docs/results.md.
+Both starts are trained alike, so that their difference is the pretraining. CIFAR-10's 32 px are
+enlarged on the device. On an accelerator add --config.model.dtype=bfloat16.
+Result: docs/results.md.
 """
 
 from vit_scale.config import base

@@ -1,11 +1,11 @@
-"""The whole workflow in minutes on two CPU cores: pretrain on fractals, fine-tune on CIFAR-10.
+"""The whole path in minutes on two CPU cores: pretrain on generated images, fine-tune on others.
 
     launch/local.sh --config quickstart
 
-A small ViT learns to classify generated fractals at 32 px (nothing is downloaded), then CIFAR-10 at
-32 px and at 64 px, each from pretrained and from random parameters. Without CIFAR-10 in data.path
-(.data) it learns held-out fractal classes instead; a run resumes with the set it began with.
-Result: the table in the README.
+A small ViT learns to tell fractals apart at 32 px (nothing is downloaded), then CIFAR-10 at 32 px
+and at 64 px, each from the pretrained and from random parameters. Without CIFAR-10 in data.path,
+.data, it learns the generated set's held-out classes instead; what was begun on one of the two goes
+on with it. Result: docs/results.md.
 """
 
 from vit_scale.config import base
@@ -24,7 +24,7 @@ def get_config(stage: str = ""):
     cfg.model.mlp = 512
     cfg.model.pool = "gap"
     cfg.model.scan = False  # so few blocks compile in seconds, and run a sixth faster
-    cfg.optim.name = "muon"  # learns most in so few steps
+    cfg.optim.name = "muon"  # learns the most in so few steps
     cfg.optim.lr = 2e-3
     cfg.optim.weight_decay = 0.05
     cfg.augment.crop = "resized"

@@ -41,7 +41,7 @@ another type, is refused with the nearest valid one.
 
 ```bash
 # every field, as the run has it
-vit-scale show --config vit_small_cifar --config.optim.lr=3e-3
+vit-scale show --config vit_cifar:S/16 --config.optim.lr=3e-3
 ```
 
 ## Configs
@@ -192,10 +192,16 @@ def configuration() -> str:
     source = (ROOT / "configs" / "base.py").read_text()
     comments, tree = comments_of(source), ast.parse(source)
     blocks = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
-    lines = []
+    lines, former = [], []
     for name in config.names():
         header = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text())) or ""
-        lines.append(f"| `{name}` | {cell(' '.join(header.partition(chr(10) * 2)[0].split()))} |")
+        title = " ".join(header.partition("\n\n")[0].split())
+        if alias := re.fullmatch(r"(`[^`]+`) under its former name\.", title):
+            former.append(f"`{name}` ({alias[1]})")
+        else:
+            lines.append(f"| `{name}` | {cell(title)} |")
+    if former:
+        lines += ["", f"Former names that still work: {', '.join(former)}."]
     fields = config.fields(config.base())
     lines += ["", *table("", blocks["get_config"], blocks, comments, fields, "The run")]
     for key, value in entries(blocks["get_config"]):

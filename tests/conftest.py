@@ -30,7 +30,12 @@ LONGEST = (
     "storage/test_bucket.py",
     "laws/test_soak.py",
     "launch/test_real.py",
+    "cli/test_bad_input.py",
+    "training/test_stages.py",
+    "data/test_changed.py",
     "plan/test_compile.py",
+    "cli/test_cli.py",
+    "repository/test_style.py",
 )
 
 os.environ |= {

@@ -71,12 +71,12 @@ def default_workdir(name: str) -> str:
 def evaluate(
     run: str | os.PathLike, split: str | None = None, *, quiet: bool = False, **overrides: Any
 ) -> dict:
-    """Evaluate a run's model, or foreign weights, on every example of a split.
+    """Evaluate a run's model, or external weights, on every example of a split.
 
     Args:
       run: a run's folder, RUN/checkpoints/STEP, or a file of weights.
       split: such as "test" or "train[98%:]"; default: the run's eval.final.
-      quiet: don't print what had to be assumed about foreign weights.
+      quiet: don't print what had to be assumed about external weights.
       **overrides: config fields by their dotted names: `**{"data.path": "DIR"}`.
 
     Returns:

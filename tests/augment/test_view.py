@@ -99,11 +99,11 @@ def test_on_the_device_as_in_a_file(resample):
     photos = random_images(2, (40, 40)) // 2 + 64
     cfg = tiny_config("augment.mean=(0.0, 0.0, 0.0)", "augment.std=(1.0, 1.0, 1.0)").augment
     what = View("shorter", 0.8, resample)
-    found = 255 * np.asarray(eval_images(photos, cfg, (16, 16), what))
-    for photo, image in zip(photos, found, strict=True):
+    actual = 255 * np.asarray(eval_images(photos, cfg, (16, 16), what))
+    for photo, image in zip(photos, actual, strict=True):
         assert np.abs(image - decode(png(photo), (16, 16), what)).max() <= 1.001
     whole = 255 * np.asarray(eval_images(photos, cfg, (16, 16), what._replace(crop=1.0)))
-    assert np.abs(whole - found).max() > 10
+    assert np.abs(whole - actual).max() > 10
 
 
 def test_crop_of_is_what_gives_that_size():
@@ -158,11 +158,11 @@ def test_predict_sees_what_evaluation_sees(memory, load, photos, tmp_path):
     run = write_run(tmp_path / "run", cfg, params, data=describe(source))
     predictor = vit_scale.load(run)
     measured = Evaluate(cfg, predictor.model, make_mesh(cfg.mesh))(params, source)
-    said = [
+    probabilities = [
         dict(predictor.top(file, 4))[file.parent.name] for file in sorted(photos.glob("val/*/*"))
     ]
-    assert measured["n"] == len(said) == 8
-    np.testing.assert_allclose(measured["loss"], -np.mean(np.log(said)), rtol=1e-5)
+    assert measured["n"] == len(probabilities) == 8
+    np.testing.assert_allclose(measured["loss"], -np.mean(np.log(probabilities)), rtol=1e-5)
     other = config.override(cfg, ["eval.crop=1.0"])
     whole = Evaluate(other, predictor.model, make_mesh(cfg.mesh))(
         params, open_split(cfg.data, "val", view(other.eval))
@@ -182,9 +182,9 @@ def test_a_set_in_memory_is_cropped_on_the_device_once(tmp_path):
     centre = (images[:, 8:24, 8:24] / 255 - 0.5) / 0.5
     logits = predictor.model.apply(params, centre.astype(np.float32))
     np.testing.assert_allclose(predictor(images), jax.nn.softmax(logits), atol=1e-5)
-    said = dict(predictor.top(tmp_path / "2.png", 4))
+    probabilities = dict(predictor.top(tmp_path / "2.png", 4))
     np.testing.assert_allclose(
-        [said[name] for name in CLASSES], jax.nn.softmax(logits)[2], atol=1e-5
+        [probabilities[name] for name in CLASSES], jax.nn.softmax(logits)[2], atol=1e-5
     )
 
 
@@ -193,8 +193,8 @@ def test_inspect_crops_once_wherever_images_are(tmp_path):
     """Also of converted weights, which were trained on no set that is known."""
     run = write_run(tmp_path / "run", tiny_config("eval.crop=0.5"), random_params(tiny_model()))
     memory, files = InspectedRun(run), InspectedRun(run, ["data.name=folder"])
-    assert (memory.view.crop, memory.seen.crop) == (1.0, 0.5)
-    assert (files.view.crop, files.seen.crop) == (0.5, 1.0)
+    assert (memory.decode_view.crop, memory.device_view.crop) == (1.0, 0.5)
+    assert (files.decode_view.crop, files.device_view.crop) == (0.5, 1.0)
 
 
 def test_training_does_not_see_evaluations_view(photos):

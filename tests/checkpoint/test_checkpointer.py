@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vit_scale import checkpoint
-from vit_scale.checkpoint import Checkpoints, checkpointer, finished_steps, score
+from vit_scale.checkpoint import Checkpoints, checkpointer, finished_steps, io, score
+from vit_scale.checkpoint.integrity import MANIFEST
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.runs.verify import verify
 
@@ -194,7 +195,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
 def test_a_damaged_description_is_one_line(tmp_path, content):
     save(tmp_path, {1: None})
     folder = tmp_path / checkpoint.FOLDER / "1"
-    (folder / checkpoint.MANIFEST / "metadata").write_text(content)
+    (folder / MANIFEST / "metadata").write_text(content)
     with pytest.raises(UserError, match="is damaged or of a different model"):
         checkpoint.read_description(folder)
 
@@ -312,7 +313,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.folder, "_restore", fail)
+    monkeypatch.setattr(io, "_restore", fail)
     with pytest.raises(UserError, match=r"cannot read .*Input/output error") as caught:
         recovered(tmp_path)
     assert caught.value.code == RESUMABLE and checkpoint.all_steps(tmp_path) == [1, 2]

@@ -1,4 +1,4 @@
-"""Every mistake of a user, as typed: one line that names it, and nothing half-written (law 8)."""
+"""Every mistake of a user, as typed: one line that names it, and nothing half-written."""
 
 import errno
 import os
@@ -397,8 +397,8 @@ def test_an_init_source_that_is_none(user, trained):
         assert checkpoint.finished_steps(user.run) == []
         assert not (user.run / "report.json").exists()
 
-    refused(user.folder / "nowhere", "neither the folder of a run", "RUN/checkpoints/STEP")
-    refused(trained / "checkpoints" / "99", "neither")
+    refused(user.folder / "nowhere", "is not a run folder", "RUN/checkpoints/STEP")
+    refused(trained / "checkpoints" / "99", "is not a run folder")
     begun = user.folder / "begun"
     begun.mkdir()
     shutil.copy(trained / "run.json", begun)
@@ -409,7 +409,7 @@ def test_an_init_source_that_is_none(user, trained):
     ("override", "says"),
     [
         ("model.width=32", ["blocks/mlp/up/kernel", "(1, 16, 16)", "(1, 32, 16)"]),
-        ("model.pool=gap", ["cls (16,)", "no place in the model"]),
+        ("model.pool=gap", ["cls (16,)", "is not in the model"]),
         ("model.depth=2", ["blocks/mlp/up/kernel", "(1, 16, 16)", "(2, 16, 16)"]),
         ("model.variant=Ti/8", ["embed/kernel", "(16, 16, 3, 16)", "(8, 8, 3, 16)"]),
     ],
@@ -463,8 +463,8 @@ def test_resuming_from_a_damaged_checkpoint(user, trained):
 def test_a_run_that_is_none(user, trained, jpegs, monkeypatch):
     monkeypatch.chdir(user.folder)
     image = next((jpegs / "val" / "class_0").iterdir())
-    user.refused(["eval", "runs/none"], "runs/none", "neither the folder of a run")
-    user.refused(["predict", "runs/none", image], "runs/none", "neither the folder of a run")
+    user.refused(["eval", "runs/none"], "runs/none", "is not a run folder")
+    user.refused(["predict", "runs/none", image], "runs/none", "is not a run folder")
     user.refused(["show", "runs/none"], "runs/none", "not the folder of a run")
     begun = user.folder / "begun"
     begun.mkdir()

@@ -50,10 +50,10 @@ def packed_block(out, **changes):
     return block(out, name="array_record", **changes)
 
 
-def as_set(found) -> set:
+def as_set(actual) -> set:
     return {
         (int(label), image.tobytes())
-        for image, label in zip(found["image"], found["label"], strict=True)
+        for image, label in zip(actual["image"], actual["label"], strict=True)
     }
 
 
@@ -80,8 +80,8 @@ def test_packed_equals_the_folder_in_another_order(folder, tmp_path):
 def test_files_are_kept_byte_for_byte(folder, tmp_path, inline):
     array_record.pack(folder, tmp_path / "out", shard=6)
     source = data.open_split(packed_block(tmp_path / "out"), "train")
-    found = {source.encoded(index)[0] for index in range(N)}
-    assert found == {file.read_bytes() for file in (folder / "train").rglob("*.png")}
+    actual = {source.encoded(index)[0] for index in range(N)}
+    assert actual == {file.read_bytes() for file in (folder / "train").rglob("*.png")}
 
 
 def test_packing_again_gives_the_same_bytes(folder, tmp_path, inline):
@@ -148,8 +148,8 @@ def test_unreadable_images_are_left_out_and_counted(folder, tmp_path, inline):
     (folder / "train/class_1/5.png").write_bytes(b"no image")
     counts = array_record.pack(folder, tmp_path / "out", on_corrupt="skip", shard=6)
     assert counts == {"train": N - 1, "val": 2, "skipped": 1}
-    found = everything(data.open_split(packed_block(tmp_path / "out"), "train"))
-    assert len(found["mask"]) == N - 1 and found["mask"].all()
+    actual = everything(data.open_split(packed_block(tmp_path / "out"), "train"))
+    assert len(actual["mask"]) == N - 1 and actual["mask"].all()
 
 
 def test_a_full_disk_is_one_line(folder, tmp_path, inline, monkeypatch):

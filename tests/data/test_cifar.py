@@ -82,10 +82,10 @@ def test_every_layout_gives_the_same_pixels(tmp_path, layout, encode, ending):
         train, test = (data.open_split(block(path), name) for name in ("train", "test"))
         assert (len(train), len(test)) == (5 * N, N)
         assert train.classes[3] == "cat" and train.size == (32, 32) and not train.decodes
-        found = train.read(np.array([2 * N + 7]))
+        actual = train.read(np.array([2 * N + 7]))
         planes, labels = content(2)
-        assert found["label"].tolist() == [labels[7]]
-        assert found["image"][0, 5, 9].tolist() == planes[7].reshape(3, 32, 32)[:, 5, 9].tolist()
+        assert actual["label"].tolist() == [labels[7]]
+        assert actual["image"][0, 5, 9].tolist() == planes[7].reshape(3, 32, 32)[:, 5, 9].tolist()
         assert test.read(np.arange(N))["label"].tolist() == content(5)[1]
 
 
@@ -122,8 +122,8 @@ def replaced(tmp_path, layout, encode, ending, stem, change):
     ],
 )
 def test_broken_binary_names_the_file_and_position(tmp_path, change, message):
-    found = replaced(tmp_path, "cifar-10-batches-bin", binary, ".bin", "data_batch_3", change)
-    assert message in found
+    actual = replaced(tmp_path, "cifar-10-batches-bin", binary, ".bin", "data_batch_3", change)
+    assert message in actual
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -38,16 +38,16 @@ def test_the_same_names_in_another_order_are_mapped():
 
 def test_folders_may_have_other_names_than_classes():
     """WordNet ids, shown as words: timm's label_names are the ids."""
-    found = match(("n02", "n01"), ("tench", "goldfish"), ids=("n01", "n02"))
-    assert found.outputs == (1, 0)
+    actual = match(("n02", "n01"), ("tench", "goldfish"), ids=("n01", "n02"))
+    assert actual.outputs == (1, 0)
     assert match(("n01", "n02"), ("tench", "goldfish"), ids=("n01", "n02")) == Match()
 
 
 def test_the_first_of_several_names_is_enough():
     """Hugging Face's ImageNet has all of WordNet's words for a class."""
     theirs = ("goldfish, Carassius auratus", "tench, Tinca tinca", "Great_White_Shark, white shark")
-    found = match(theirs, ("tench", "great white shark", "goldfish"))
-    assert found.outputs == (1, 2, 0) and "the first of each one's names" in found.line
+    actual = match(theirs, ("tench", "great white shark", "goldfish"))
+    assert actual.outputs == (1, 2, 0) and "by first synonym" in actual.line
     with pytest.raises(UserError):  # two cranes: which is which is not known
         match(("crane, bird", "crane, machine"), ("crane", "derrick"))
 
@@ -99,8 +99,8 @@ def test_json_has_every_class():
 
 def test_where_nobody_named_them_their_order_is_believed_aloud():
     for outputs, classes in ((("0", "1", "2", "3"), CLASSES), (CLASSES, ("0", "1", "2", "3"))):
-        found = match(outputs, classes)
-        assert found.outputs is None and "assuming that output i is class i" in found.line
+        actual = match(outputs, classes)
+        assert actual.outputs is None and "assuming that output i is class i" in actual.line
     tens = tuple(sorted(map(str, range(12))))  # folders "0", "1", "10", "11", "2"...
     assert match(tuple(map(str, range(12))), tens).outputs == tuple(map(int, tens))
 
@@ -179,23 +179,25 @@ def test_eval_compares_names(bright, evaluate):
 
 def test_inspect_compares_names(bright, capsys):
     subject = InspectedRun(bright(TURNED))
-    batch = subject.open("val").read(np.arange(4))
+    batch = subject.open_split("val").read(np.arange(4))
     assert batch["label"].tolist() == [3, 2, 1, 0]
     assert "another order" in capsys.readouterr().err
     with pytest.raises(UserError, match="'gnu' only in the model"):
-        InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open("val")
+        InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open_split("val")
 
 
 def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
     run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
-    given = random_params(tiny_model())["head"]
+    pretrained_head = random_params(tiny_model())["head"]
     for head in ("auto", "keep"):
         program = make_setup(tiny_config(f"init.source={run}", f"init.head={head}"))
         check_source(program, TURNED)
         state = init_state(program, TURNED, quiet=False)
-        np.testing.assert_array_equal(state.params["head"]["kernel"], given["kernel"][:, ::-1])
-        np.testing.assert_array_equal(state.params["head"]["bias"], given["bias"][::-1])
-        assert "kept, in the order of the set's classes" in capsys.readouterr().out
+        np.testing.assert_array_equal(
+            state.params["head"]["kernel"], pretrained_head["kernel"][:, ::-1]
+        )
+        np.testing.assert_array_equal(state.params["head"]["bias"], pretrained_head["bias"][::-1])
+        assert "kept, reordered to the data set's classes" in capsys.readouterr().out
     others = ("cat", "dog", "eel", "gnu")
     with pytest.raises(UserError, match=r"init\.head=keep: the model's classes are not the set's"):
         check_source(program, others)
@@ -205,7 +207,7 @@ def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
     assert "new: the classes differ" in capsys.readouterr().out
     program.cfg.init.head, program.cfg.init.classes = "keep", "order"
     state = init_state(program, others, quiet=False)
-    np.testing.assert_array_equal(state.params["head"]["kernel"], given["kernel"])
+    np.testing.assert_array_equal(state.params["head"]["kernel"], pretrained_head["kernel"])
 
 
 def test_a_head_that_nobody_named_is_kept_aloud(tmp_path, capsys):

@@ -74,9 +74,9 @@ def test_a_run_keeps_them(odd, tmp_path, run_cli, quick_compile):
     ascii_only = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
     done = run_cli("predict", run, odd / "val/猫/猫.png", env=ascii_only)
     assert done.returncode == 0, done.stderr
-    found = inspect([str(run)], None, None, None, (), False)
+    actual = inspect([str(run)], None, None, None, (), False)
     page = (run / "inspect/index.html").read_text()
-    assert r"caf\xe9" in page and found["page"]
+    assert r"caf\xe9" in page and actual["page"]
     assert trainer.train(cfg, run, "odd", quiet=True)["step"] == 2
 
 
@@ -154,6 +154,6 @@ def test_annotations_from_windows_and_of_odd_files(tmp_path):
     (tmp_path / "val/images/1.png").rename(tmp_path / "val/images" / name)
     text = b"\xef\xbb\xbfcaf\xe9.png\tn02\t0\t0\t1\t1\r\n\r\n"
     (tmp_path / "val/val_annotations.txt").write_bytes(text)
-    found = everything(data.open_split(block(tmp_path), "val"))
-    assert found["label"].tolist() == [1]
-    np.testing.assert_array_equal(found["image"][0], picture(8, 8, 1))
+    actual = everything(data.open_split(block(tmp_path), "val"))
+    assert actual["label"].tolist() == [1]
+    np.testing.assert_array_equal(actual["image"][0], picture(8, 8, 1))

@@ -16,9 +16,9 @@ RAMP = np.linspace(0, 255, 32).round()[:, None].repeat(32, 1)  # gray, black abo
 
 
 def gray(data: bytes) -> np.ndarray:
-    found = decode(data, (32, 32)).astype(int)
-    np.testing.assert_array_equal(found[..., 0], found[..., 2])
-    return found[..., 0]
+    actual = decode(data, (32, 32)).astype(int)
+    np.testing.assert_array_equal(actual[..., 0], actual[..., 2])
+    return actual[..., 0]
 
 
 def tiff(values: np.ndarray, bits: int, photometric: int = 1, kind: int = 1) -> bytes:
@@ -145,12 +145,12 @@ def lying(orientation: int, form: str) -> bytes:
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff"])
 def test_a_photo_is_turned_as_exif_says(orientation, form):
     content = lying(orientation, form)
-    found = decode(content, (24, 16)).astype(int)
-    assert np.abs(found - MARKED).mean() < (3 if form == "jpeg" else 0.5)
+    actual = decode(content, (24, 16)).astype(int)
+    assert np.abs(actual - MARKED).mean() < (3 if form == "jpeg" else 0.5)
     with Image.open(io.BytesIO(content)) as image:
         if form != "tiff":  # Pillow turns those itself
             upright = ImageOps.exif_transpose(image.convert("RGB"))
-            np.testing.assert_array_equal(found, np.asarray(upright))
+            np.testing.assert_array_equal(actual, np.asarray(upright))
             stored = decode(content, image.size[::-1], exif=False)
             np.testing.assert_array_equal(stored, np.asarray(image.convert("RGB")))
 

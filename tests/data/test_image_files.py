@@ -41,8 +41,8 @@ def test_every_format_that_pillow_decodes_is_read(small, extension, capsys):
     image = image.convert("L") if extension == "pgm" else image
     image.save(small / f"train/bee/2.{extension.upper()}", FORMATS[extension])
     source = data.open_split(block(small, resolution=16), "train")
-    found = everything(source)
-    assert found["label"].tolist() == [0, 1, 1] and found["mask"].all()
+    actual = everything(source)
+    assert actual["label"].tolist() == [0, 1, 1] and actual["mask"].all()
     assert count(small, listing="common") == 2
     assert (small / "train" / "bee" / f"2.{extension.upper()}").is_file()
 
@@ -72,10 +72,12 @@ def test_what_is_left_out_is_counted_and_named(small, capsys):
         (small / "train/bee" / name).write_bytes(b"no image")
     for split in ("train[:50%]", "train[50%:]"):
         data.open_split(block(small), split)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1, "once, though the set is opened twice"
-    assert said[0].startswith(f"vit-scale: {small / 'train'}: 4 files are not images that Pillow ")
-    assert said[0].endswith(": .txt 2, .heic 1, no extension 1 (first: bee/a.txt); skipped")
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1, "once, though the set is opened twice"
+    assert printed[0].startswith(
+        f"vit-scale: {small / 'train'}: 4 files are not images that Pillow "
+    )
+    assert printed[0].endswith(": .txt 2, .heic 1, no extension 1 (first: bee/a.txt); skipped")
 
 
 def test_nothing_is_said_of_nothing(small, capsys):
@@ -181,8 +183,8 @@ def test_one_class_of_folders_is_mentioned(small, capsys):
         save(small / "train/more" / name / "1.png", picture(8, 8))
     source = data.open_split(block(small), "train")
     assert everything(source)["label"].tolist() == [0, 1, 2, 2]
-    said = capsys.readouterr().err
-    assert "train/more has images only in 2 subfolders (cat, dog): all are one class" in said
+    printed = capsys.readouterr().err
+    assert "train/more has images only in 2 subfolders (cat, dog): all are one class" in printed
 
 
 def test_a_validation_set_of_one_class_may_have_folders(small):

@@ -49,10 +49,10 @@ def plain(tmp_path):
 def test_classes_are_the_sorted_folders_and_files_are_sorted(plain):
     train = data.open_split(block(plain), "train")
     assert train.classes == ("ant", "bee") and train.decodes and train.size == (8, 8)
-    found = everything(train)
-    assert found["label"].tolist() == [0, 0, 1] and found["mask"].all()
+    actual = everything(train)
+    assert actual["label"].tolist() == [0, 0, 1] and actual["mask"].all()
     expected = np.stack([picture(8, 8, seed) for seed in (3, 2, 1)])
-    np.testing.assert_array_equal(found["image"], expected)
+    np.testing.assert_array_equal(actual["image"], expected)
 
 
 def test_labels_of_the_test_set_are_those_of_the_training_set(plain):
@@ -144,16 +144,16 @@ def encoded(image: Image.Image, form: str = "png") -> bytes:
 def test_other_sizes_are_resized_to_cover_and_cut_at_the_centre(shape, covering, cut):
     image = Image.fromarray(picture(*shape))
     expected = np.asarray(image.resize(covering, Image.Resampling.BICUBIC))[cut]
-    found = decode(encoded(image), (8, 8))
-    assert found.shape == (8, 8, 3)
-    np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=1)
+    actual = decode(encoded(image), (8, 8))
+    assert actual.shape == (8, 8, 3)
+    np.testing.assert_allclose(actual.astype(int), expected.astype(int), atol=1)
 
 
 def test_shrinking_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    found = decode(encoded(Image.fromarray(stripes)), (8, 8)).astype(int)
-    assert abs(found[:, 1:-1] - 127.5).max() < 4
+    actual = decode(encoded(Image.fromarray(stripes)), (8, 8)).astype(int)
+    assert abs(actual[:, 1:-1] - 127.5).max() < 4
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -205,9 +205,9 @@ def test_skip_masks_exactly_the_corrupt_image(plain):
     (plain / "train/ant/10.bmp").rename(plain / "train/ant/11.bmp")  # after it was listed
     assert everything(source)["mask"].tolist() == [False, False, True]
     (plain / "train/ant/11.bmp").rename(plain / "train/ant/10.bmp")
-    found = everything(source)
-    assert found["mask"].tolist() == [True, False, True]
-    assert not found["image"][1].any() and found["image"][0].any()
+    actual = everything(source)
+    assert actual["mask"].tolist() == [True, False, True]
+    assert not actual["image"][1].any() and actual["image"][0].any()
 
 
 def test_on_corrupt_has_two_values(plain):

@@ -67,10 +67,10 @@ def test_the_order_never_changes():
 @pytest.mark.parametrize("shard", [6, 100])
 def test_a_pack_has_the_slices_of_its_folder(folder, tmp_path, split, shard):
     array_record.pack(folder, tmp_path / "out", shard=shard)
-    found = members(block(folder), split)
-    assert members(packed_block(tmp_path / "out"), split) == found
-    assert members(packed_block(tmp_path / "out", memory=True), split) == found
-    assert found != members(block(folder, slices="position"), split)
+    actual = members(block(folder), split)
+    assert members(packed_block(tmp_path / "out"), split) == actual
+    assert members(packed_block(tmp_path / "out", memory=True), split) == actual
+    assert actual != members(block(folder, slices="position"), split)
 
 
 def test_counts_are_exact_and_parts_are_disjoint(folder):
@@ -196,9 +196,9 @@ def test_a_pack_of_before_keeps_its_slices_and_says_so(earlier, folder, capsys):
     source = data.open_split(packed_block(earlier), "train[:90%]")
     order = np.random.RandomState(20201022).permutation(N)
     np.testing.assert_array_equal(source._indices, np.sort(order[:36]))
-    said = capsys.readouterr().err
-    assert "out train was packed without image names, by an earlier version" in said
-    assert said.count("\n") == 1 and "fingerprint" not in data.describe(source)
+    printed = capsys.readouterr().err
+    assert "out train was packed without image names, by an earlier version" in printed
+    assert printed.count("\n") == 1 and "fingerprint" not in data.describe(source)
     data.open_split(packed_block(earlier, slices="position"), "train[90%:]")
     data.open_split(packed_block(earlier), "train")
     assert capsys.readouterr().err == ""
@@ -211,8 +211,8 @@ def test_an_interrupted_pack_of_before_is_finished_or_refused(earlier, folder):
     text = json.dumps(index | {"finished": False, "splits": {}})
     (earlier / "index.json").write_text(text)
     assert array_record.pack(folder, earlier, shard=6)["train"] == N
-    found = members(packed_block(earlier), "train[:90%]")
-    assert found == members(block(folder), "train[:90%]")
+    actual = members(packed_block(earlier), "train[:90%]")
+    assert actual == members(block(folder), "train[:90%]")
     (earlier / "index.json").write_text(text)
     save(folder / "train/class_0/new.jfif.png", picture(8, 8))
     with pytest.raises(UserError, match="was begun by an earlier version, which listed other"):

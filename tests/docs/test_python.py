@@ -1,5 +1,6 @@
 """The Python in the documents runs: each page's blocks, one after the other, in one folder."""
 
+import inspect
 import pathlib
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 
 from tests.helpers.documents import ROOT, blocks, documents
 from tests.helpers.tiny import random_params, tiny_config, write_run
-from vit_scale import config
+from vit_scale import api, config
 from vit_scale.config import image_size
 from vit_scale.data import open_split, registry
 from vit_scale.inference.export import export
@@ -22,7 +23,7 @@ PINNED = ROOT / "tests" / "golden" / "pinned"
 def folder(tmp_path, monkeypatch) -> pathlib.Path:
     """What the blocks name: a trained run and a photo."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(PINNED / "run", tmp_path / "runs" / "vit_small_cifar")
+    shutil.copytree(PINNED / "run", tmp_path / "runs" / "vit_cifar-S-16")
     shutil.copy(PINNED / "data/val/eel/0.png", tmp_path / "cat.jpg")
     return tmp_path
 
@@ -46,8 +47,35 @@ def test_readme(folder):
     assert run("README.md")["model"].classes == ("crane", "derrick", "eel")
 
 
-def test_python(folder):
+@pytest.fixture
+def untrained(monkeypatch):
+    """`train` and `evaluate` check what they are given, and take no time: they are tested apart."""
+
+    def train(name, workdir=None, **overrides):
+        cfg = config.load(name, api.as_items(overrides))
+        return {"eval": {"step": cfg.steps}}
+
+    def evaluate(run, split=None, **overrides):
+        config.override(config.base(), api.as_items(overrides))
+        return {"accuracy": 0.5, "n": 2}
+
+    for double in (train, evaluate):
+        real = inspect.signature(getattr(api, double.__name__)).parameters
+        assert list(real)[:2] == list(inspect.signature(double).parameters)[:2]
+        monkeypatch.setattr(api, double.__name__, double)
+
+
+def test_the_page_on_python_has_the_signatures():
+    page = documents()["docs/python.md"]
+    for name in ("train", "evaluate", "show"):
+        parameters = inspect.signature(getattr(api, name)).parameters.values()
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+        assert f"`{name}{inspect.Signature(plain)}`" in page
+
+
+def test_python(folder, untrained):
     names = run("docs/python.md")
+    assert names["report"]["eval"]["step"] == 1000 and names["size"]["tokens"] == 197
     assert names["probabilities"].shape == (8, 3)
     assert names["logits"].shape == (8, 3)
     assert names["model"].shape.tokens == 577

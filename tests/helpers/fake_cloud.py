@@ -1,4 +1,4 @@
-"""A cloud in a folder, for tests of the launcher: fakes/gcloud on PATH, workers as processes.
+"""A fake cloud for tests of the launcher: fakes/gcloud.py on PATH, workers as local processes.
 
 Time runs thirty times faster for the launcher (LAUNCH_TIME_SCALE). The clone that it is started
 in has a space in its name, and the trainer is fakes/trainer.py if nothing else is said.
@@ -49,7 +49,7 @@ def script(file: pathlib.Path, text: str) -> None:
 
 @functools.cache
 def machine() -> str:
-    """A folder with what this machine has in /usr/bin and /bin, but for any real cloud's commands.
+    """Link /usr/bin and /bin into a folder, without the commands of any real cloud.
 
     Where the fake one can't be run, exec goes on along PATH: a test must not reach another one.
     """
@@ -70,7 +70,7 @@ class Ended(NamedTuple):
 
 
 class Rig:
-    """A clone, a cloud with `hosts` workers in each slice, and the ways to look at both."""
+    """A clone and a fake cloud with `hosts` workers per slice, and ways to inspect both."""
 
     def __init__(self, folder: pathlib.Path, hosts: int = 2, **settings: Any):
         self.folder, self.hosts = folder, hosts
@@ -108,7 +108,7 @@ class Rig:
         self.cloud = Cloud(self.cloud_folder, self.settings)
 
     def _clone(self) -> None:
-        """What the launcher needs of the project; its configs are played by the fake trainer."""
+        """Copy what the launcher needs of the project; the fake trainer plays its configs."""
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "launch", self.root / "launch", ignore=ignore)
         (self.root / "configs").mkdir()
@@ -124,12 +124,12 @@ class Rig:
     def set(self, **settings: Any) -> None:
         self.settings.update(settings)
 
-    def go_wrong(self, *faults: dict) -> None:
-        """The nth call of gcloud that matches does what it is to do: see fakes/gcloud.py."""
+    def inject(self, *faults: dict) -> None:
+        """Inject faults into matching calls of gcloud, as fakes/gcloud.py describes."""
         self.cloud.faults = list(faults)
 
     def profile(self, **variables: str) -> None:
-        """Variables of every worker's environment."""
+        """Set variables in every worker's environment."""
         self.settings["profile"].update(variables)
 
     def trainer_faults(self, *faults: dict) -> None:
@@ -171,7 +171,7 @@ class Rig:
         return Ended(process.returncode, json.loads(lines[-1]) if lines else {}, err)
 
     def run(self, *more: str, timeout: float = 120, **variables: str) -> Ended:
-        """`launch/tpu_vm.sh run` with the usual flags and these."""
+        """Run `launch/tpu_vm.sh run` with the usual flags and these."""
         return self.end(self.start(*self.flags(), *more, **variables), timeout)
 
     def verb(self, *words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -179,49 +179,49 @@ class Rig:
         out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
-    # --- what there is
+    # --- the state of the cloud
 
     def is_empty(self) -> bool:
         return not self.cloud.nodes and not self.cloud.requests
 
     def calls(self, verb: str = "") -> list[list[str]]:
-        """What gcloud was asked, of commands with these words in their line."""
+        """Return the calls of gcloud whose command line contains `verb`."""
         return [argv for argv in self.cloud.calls if verb in " ".join(argv)]
 
     def starts(self) -> list[dict]:
-        """The trainers that have started: worker, attempt, step."""
+        """Return one entry per started trainer: worker, attempt, step."""
         file = self.workdir / "starts.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         return [json.loads(line) for line in lines]
 
     def attempts(self) -> dict[int, list[int]]:
-        """{attempt: the workers that have started in it}."""
+        """Return {attempt: workers that started in it}."""
         found: dict[int, list[int]] = {}
         for entry in self.starts():
             found.setdefault(entry["attempt"], []).append(entry["worker"])
         return {attempt: sorted(workers) for attempt, workers in found.items()}
 
-    def notes(self) -> pathlib.Path:
-        """The folder of the one run that the clone knows."""
+    def run_folder(self) -> pathlib.Path:
+        """Return the folder of the clone's one run."""
         (found,) = (self.root / "runs" / "tpu").glob("vit-*")
         return found
 
     def check(self) -> None:
-        """What holds whatever has happened."""
+        """Check the invariants that hold after any sequence of faults."""
         assert not (self.workdir / "DOUBLE").exists(), "two trainers of one worker at a time"
         for workers in self.attempts().values():
             assert len(workers) == len(set(workers)), "a worker has started twice in an attempt"
         steps = [entry["step"] for entry in self.starts()]
         attempts = [entry["attempt"] for entry in self.starts()]
         assert attempts == sorted(attempts)
-        assert steps == sorted(steps), "it has gone back behind a checkpoint"
+        assert steps == sorted(steps), "an attempt started before an earlier checkpoint"
 
     def wait_for(self, condition, seconds: float = 60) -> None:
         until = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < until, "it did not come to that"
+            assert time.monotonic() < until, "timed out"
             time.sleep(0.02)
 
     def close(self) -> None:
-        """End what may still run on the workers."""
+        """Kill what still runs on the workers."""
         self.cloud.close()

@@ -1,4 +1,4 @@
-"""predict: a run's folder is a function of images, with the preprocessing of its evaluation."""
+"""Predictor: a run as a function of images, preprocessed as in its evaluation."""
 
 import jax
 import numpy as np
@@ -43,13 +43,13 @@ def test_probabilities_are_the_softmax_of_the_normalised_image(predictor):
     images = random_images(3)
     pixels = (images / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
     logits = jax.jit(tiny_model().apply)(random_params(tiny_model()), pixels.astype(np.float32))
-    found = predictor(images)
-    np.testing.assert_allclose(found, softmax(logits, -1), atol=1e-5)
-    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
-    assert np.ptp(found) > 0.05
+    result = predictor(images)
+    np.testing.assert_allclose(result, softmax(logits, -1), atol=1e-5)
+    np.testing.assert_allclose(result.sum(-1), 1, atol=1e-6)
+    assert np.ptp(result) > 0.05
 
 
-def test_it_says_what_it_is(predictor):
+def test_attributes(predictor):
     assert (predictor.classes, predictor.step, predictor.size) == (CLASSES, 5, (16, 16))
     assert predictor.cfg.augment.mean == (0.4, 0.5, 0.6)
     np.testing.assert_array_equal(predictor.params["cls"], random_params(tiny_model())["cls"])
@@ -67,22 +67,22 @@ def test_top_is_ordered_and_named(predictor, tmp_path):
     file = tmp_path / "image.png"
     Image.fromarray(random_images(1)[0]).save(file)
     probabilities = dict(zip(CLASSES, predictor(random_images(1))[0], strict=True))
-    found = predictor.top(file, 3)
-    assert [name for name, _ in found] == sorted(CLASSES, key=probabilities.get, reverse=True)[:3]
+    result = predictor.top(file, 3)
+    assert [name for name, _ in result] == sorted(CLASSES, key=probabilities.get, reverse=True)[:3]
     np.testing.assert_allclose(
-        [p for _, p in found], sorted(probabilities.values())[:0:-1], atol=1e-6
+        [p for _, p in result], sorted(probabilities.values())[:0:-1], atol=1e-6
     )
     assert len(predictor.top(str(file))) == len(CLASSES), "5 of 4 classes are 4"
 
 
-def test_a_file_is_cut_to_the_centre(tmp_path):
+def test_a_file_is_cropped_to_the_centre(tmp_path):
     """32 x 64 px to 16 x 16: halved, then 8 of the columns go on each side."""
     image = np.zeros((32, 64, 3), np.uint8)
     image[:, 16:48] = 200
     Image.fromarray(image).save(tmp_path / "wide.png")
     for fit in ("shorter", "cover"):
-        found = read_image(tmp_path / "wide.png", (16, 16), View(fit, 1.0, "train"))
-        assert found.shape == (16, 16, 3) and (found[:, 2:-2] == 200).all()
+        result = read_image(tmp_path / "wide.png", (16, 16), View(fit, 1.0, "train"))
+        assert result.shape == (16, 16, 3) and (result[:, 2:-2] == 200).all()
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_file_gets_the_probabilities_of_its_evaluation(stored, overrides, tmp_
         measured = evaluate(predictor.params, InMemory("one", image[None], [label], CLASSES))
         said = dict(predictor.top(tmp_path / "images" / f"{label}.png"))[CLASSES[label]]
         np.testing.assert_allclose(said, np.exp(-measured["loss"]), rtol=1e-5)
-    subject = InspectedRun(run)
-    looked = from_folder(str(tmp_path / "images"), subject.stored, subject.view)
+    inspected = InspectedRun(run)
+    looked = from_folder(str(tmp_path / "images"), inspected.decode_size, inspected.decode_view)
     np.testing.assert_array_equal(looked.images, images, "inspect --images")
 
 
@@ -127,18 +127,18 @@ def test_a_run_that_was_trained_with_cudnn_is_a_model_without_a_gpu(tmp_path):
     source = InMemory("three", images, np.array([0, 1, 3]), CLASSES)
     evaluate = Evaluate(predictor.cfg, predictor.model, make_mesh(predictor.cfg.mesh))
     assert evaluate(predictor.params, source)["n"] == 3
-    looked = InspectedRun(cudnn).maps(images)["heads"]
-    np.testing.assert_array_equal(looked, InspectedRun(xla).maps(images)["heads"])
+    looked = InspectedRun(cudnn).attention_maps(images)["heads"]
+    np.testing.assert_array_equal(looked, InspectedRun(xla).attention_maps(images)["heads"])
     assert read_json(cudnn / "run.json")["config"]["model"]["attention"] == "cudnn"
 
 
-def test_a_run_of_before_a_field_was_removed_is_a_model(predictor, tmp_path, monkeypatch):
+def test_a_run_with_a_removed_config_field_is_loaded(predictor, tmp_path, monkeypatch):
     monkeypatch.setitem(config.REMOVED, "model.fused", "all kernels are apart")
     old = config.to_json(tiny_config(*NORMALISED))
     old["model"]["fused"] = True
     run = write_run(tmp_path, predictor.cfg, predictor.params, config=old)
-    found = vit_scale.load(run)(random_images(2))
-    np.testing.assert_array_equal(found, predictor(random_images(2)))
+    result = vit_scale.load(run)(random_images(2))
+    np.testing.assert_array_equal(result, predictor(random_images(2)))
 
 
 def test_unreadable_images_are_one_line(predictor, tmp_path):
@@ -149,6 +149,6 @@ def test_unreadable_images_are_one_line(predictor, tmp_path):
         predictor.top(tmp_path / "text.png")
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is neither the folder of a run"):
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
         vit_scale.load(tmp_path)

@@ -1,4 +1,4 @@
-"""inspect: from run folders to a page that needs nothing else, and what it says of them."""
+"""inspect: the report is complete and self-contained, and its figures show the right numbers."""
 
 import base64
 import dataclasses
@@ -33,14 +33,21 @@ from vit_scale import cli, pretrained
 from vit_scale.errors import UserError
 from vit_scale.inspect import inspect
 from vit_scale.inspect.attention import mean_distance, patch_distances
-from vit_scale.models import layers, position_embeddings
+from vit_scale.models import layers, position_embeddings, vit
 from vit_scale.training.setup import make_setup
 from vit_scale.training.train_step import jit_train_step
 
 pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-from vit_scale.inspect import embeddings, plots, report, samples, sections  # noqa: E402
+from vit_scale.inspect import (  # noqa: E402
+    embeddings,
+    plots,
+    prediction_sections,
+    report,
+    samples,
+    sections,
+)
 from vit_scale.inspect.inspected_run import InspectedRun  # noqa: E402
 
 N = 20  # images to evaluate on
@@ -94,7 +101,7 @@ def made(images, tmp_path_factory, quick_compile) -> Iterator[Made]:
                    "data.width=32", "model.scan=False", "model.pool=gap", seed=1)  # fmt: skip
     figures, published = {}, []
 
-    def draw(shown, plain=report.draw):
+    def draw(shown, plain=report.rasterize):
         for section in shown:
             for picture in section.pictures():
                 figures[report.file_name(section, picture)] = picture.figure
@@ -103,24 +110,24 @@ def made(images, tmp_path_factory, quick_compile) -> Iterator[Made]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name, count in (
             (sections, "ROWS", 2),
-            (sections, "WORST", 6),
+            (prediction_sections, "WORST", 6),
             (samples, "SHOWN", 4),
         ):
             patch.setattr(module, name, count)  # tiles are what takes the time to draw
-        patch.setattr(report, "draw", draw)
-        patch.setattr(report, "publish", lambda *given: published.append(given))
+        patch.setattr(report, "rasterize", draw)
+        patch.setattr(report, "publish", lambda *loaded: published.append(loaded))
         content = inspect([str(small), str(large)], out=str(top / "out"), wandb=True)
         yield Made(small, large, top / "out", content, figures, published)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures are made, and stay blank: drawing them takes most of a report's time."""
-    monkeypatch.setattr(plots, "draw", lambda figure: np.zeros((2, 2, 3), np.uint8))
+    """Figures are made but not rendered, which takes most of a report's time."""
+    monkeypatch.setattr(plots, "rasterize", lambda figure: np.zeros((2, 2, 3), np.uint8))
 
 
 class Page(html.parser.HTMLParser):
-    """What an HTML file refers to, and its text."""
+    """The links, tags and text of an HTML file."""
 
     def __init__(self, file: pathlib.Path):
         super().__init__()
@@ -165,7 +172,7 @@ def test_the_page_needs_nothing_beside_it(made):
 
 def browser() -> str | None:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next((result for name in names if (result := shutil.which(name))), None)
 
 
 @pytest.mark.skipif(not browser(), reason="no Chromium here; the page is parsed above")
@@ -184,19 +191,19 @@ def test_a_browser_shows_every_picture(made, tmp_path):
     assert f'data-shown="{2 * len(PICTURES) + 2}"' in done.stdout, done.stderr[-2000:]
 
 
-def test_there_is_every_picture_of_every_run(made):
+def test_every_figure_of_every_run_is_written(made):
     names = {file.stem for file in made.folder.glob("*.png")}
     expected = {f"{run}-{picture}" for run in ("small", "large") for picture in PICTURES}
     assert names == expected | {"comparison-curves", "comparison-measures"}
 
 
-def test_every_picture_says_its_step_and_its_n(made):
+def test_every_figure_names_its_step_and_n(made):
     alone = ("curves", "positions", "measures")  # where nothing is averaged
     for name, figure in made.figures.items():
         title = figure.get_suptitle()
         assert "step 5" in title, name
         if not name.endswith(alone):
-            assert re.search(r"n = \d+ (images of \S+ val|filters|of \S+ val)$", title), title
+            assert re.search(r"n = \d+ (images of \S+ val|filters|image of \S+ val)$", title), title
     assert "n = 20 images" in made.figures["small-confusion"].get_suptitle()
     assert "n = 16 filters" in made.figures["small-filters"].get_suptitle()
 
@@ -213,11 +220,17 @@ def test_the_numbers_are_those_of_eval(made, capsys):
 
 def test_runs_are_compared_image_by_image(made):
     small, large = (InspectedRun(str(run)) for run in (made.small, made.large))
-    right = [subject.predict(subject.open("test")).right for subject in (small, large)]
+    correct = [
+        inspected.predict(inspected.open_split("test")).correct for inspected in (small, large)
+    ]
     text = " ".join(Page(made.folder / "index.html").text.split())
-    both, only, other = (right[0] & right[1]), (right[0] & ~right[1]), (right[1] & ~right[0])
+    both, only, other = (
+        (correct[0] & correct[1]),
+        (correct[0] & ~correct[1]),
+        (correct[1] & ~correct[0]),
+    )
     cells = "".join(str(hits.sum()) for hits in (both, only, other))
-    assert f"large5{cells}{N - (right[0] | right[1]).sum()}{N}" in text
+    assert f"large5{cells}{N - (correct[0] | correct[1]).sum()}{N}" in text
     assert [row["images_per_second"] for row in made.content["runs"]] == [43, 43], "the median"
     widths = [bar.get_width() for bar in made.figures["comparison-measures"].axes[0].patches]
     assert widths == [100 * row["accuracy"] for row in made.content["runs"]]
@@ -225,7 +238,7 @@ def test_runs_are_compared_image_by_image(made):
 
 
 def test_the_same_pictures_go_to_weights_and_biases(made):
-    assert [given[0] for given in made.published] == [made.small, made.large]
+    assert [loaded[0] for loaded in made.published] == [made.small, made.large]
     for name, (_, project, title, shown, values) in zip(
         ("small", "large"), made.published, strict=True
     ):
@@ -247,21 +260,21 @@ def arrays(figure) -> list[np.ndarray]:
     return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
-def weights_of(subject: InspectedRun, images) -> jax.Array:
+def weights_of(inspected: InspectedRun, images) -> jax.Array:
     """Every weight of every block, [l, b, k, n, n]."""
-    pixels = 2 * jnp.asarray(subject.see(images)) - 1
-    return jax.jit(lambda x: subject.model.attention(subject.params, x, lambda w: w)[0])(pixels)
+    pixels = 2 * jnp.asarray(inspected.display_pixels(images)) - 1
+    return jax.jit(lambda x: inspected.model.attention(inspected.params, x, lambda w: w)[0])(pixels)
 
 
 @pytest.mark.parametrize(("run", "blocks", "heads"), [("small", 2, 2), ("large", 2, 2)])
 def test_maps_are_the_model_s_weights(made, run, blocks, heads):
     """Of [CLS], or the mean over tokens; as multiples of uniform attention, on the patch grid."""
-    subject = InspectedRun(str(getattr(made, run)))
-    shown = report.choose(subject, subject.open("test"), None).shown()
+    inspected = InspectedRun(str(getattr(made, run)))
+    shown = report.choose_samples(inspected, inspected.open_split("test"), None).to_show()
     assert sorted(shown.names) == sorted(CLASSES), "one of each"
-    weights = weights_of(subject, shown.images)
+    weights = weights_of(inspected, shown.images)
     rows = weights[:, :, :, 0, 1:] if run == "small" else weights.mean(axis=3)
-    expected = np.asarray(rows * weights.shape[-1]).reshape(blocks, -1, heads, *subject.grid)
+    expected = np.asarray(rows * weights.shape[-1]).reshape(blocks, -1, heads, *inspected.grid)
     tiles = arrays(made.figures[f"{run}-attention-heads"])
     for image in range(sections.ROWS):
         for head in range(heads):
@@ -274,9 +287,11 @@ def test_maps_are_the_model_s_weights(made, run, blocks, heads):
 
 
 def test_rollout_sums_to_one_share_for_each_token(made):
-    subject = InspectedRun(str(made.large))
-    maps = subject.maps(report.choose(subject, subject.open("test"), None).images)["rollout"]
-    assert maps.shape == (N, *subject.grid)
+    inspected = InspectedRun(str(made.large))
+    maps = inspected.attention_maps(
+        report.choose_samples(inspected, inspected.open_split("test"), None).images
+    )["rollout"]
+    assert maps.shape == (N, *inspected.grid)
     np.testing.assert_allclose(maps.mean(axis=(1, 2)), 1, atol=1e-5)  # without [CLS]
     tiles = arrays(made.figures["large-rollout"])
     assert tiles[0].shape == (24, 32, 3) and tiles[4].shape == (3, 4)
@@ -284,16 +299,16 @@ def test_rollout_sums_to_one_share_for_each_token(made):
 
 def test_distances_are_averaged_over_every_image(made):
     """20 images in batches of 8: padding counts nowhere."""
-    subject = InspectedRun(str(made.small))
-    images = report.choose(subject, subject.open("test"), None).images
-    found = subject.distances(images)
+    inspected = InspectedRun(str(made.small))
+    images = report.choose_samples(inspected, inspected.open_split("test"), None).images
+    result = inspected.attention_distances(images)
     between = patch_distances((2, 2), (8, 8))
-    expected = mean_distance(weights_of(subject, images), between).mean(axis=1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    expected = mean_distance(weights_of(inspected, images), between).mean(axis=1)
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
     (axes,) = made.figures["small-attention-distance"].axes
     heads, mean, _ = axes.get_lines()
-    np.testing.assert_allclose(np.sort(heads.get_ydata()), np.sort(found.ravel()), rtol=1e-5)
-    np.testing.assert_allclose(mean.get_ydata(), found.mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(np.sort(heads.get_ydata()), np.sort(result.ravel()), rtol=1e-5)
+    np.testing.assert_allclose(mean.get_ydata(), result.mean(axis=1), rtol=1e-5)
     assert heads.get_ydata().max() < 16 * np.sqrt(2)
 
 
@@ -313,12 +328,14 @@ def test_positions_before_and_after_resampling(made):
 
 
 def test_an_image_is_cut_into_the_patches_that_the_model_sees(made):
-    subject = InspectedRun(str(made.large))
+    inspected = InspectedRun(str(made.large))
     stored, seen, cut = arrays(made.figures["large-patches"])
     assert stored.shape[:2] == (24, 32), "decoded at the model's size"
     assert cut.shape == (3 * 9 - 1, 4 * 9 - 1, 3)
     np.testing.assert_allclose(cut[9:17, 18:26], seen[8:16, 16:24])
-    np.testing.assert_allclose(seen, subject.see(stored[None].astype(np.uint8))[0], atol=1e-6)
+    np.testing.assert_allclose(
+        seen, inspected.display_pixels(stored[None].astype(np.uint8))[0], atol=1e-6
+    )
 
 
 def test_curves_are_drawn_as_written(made):
@@ -329,14 +346,14 @@ def test_curves_are_drawn_as_written(made):
     assert (list(evaluation.get_xdata()), list(evaluation.get_ydata())) == ([5], [2.5])
 
 
-def test_mistakes_are_shown_with_what_was_said(made):
-    subject = InspectedRun(str(made.small))
-    found = subject.predict(subject.open("test"))
+def test_mistakes_are_shown_with_both_classes(made):
+    inspected = InspectedRun(str(made.small))
+    result = inspected.predict(inspected.open_split("test"))
     shown = [axes for axes in made.figures["small-mistakes"].axes if axes.images]
-    assert len(shown) == 6 < (~found.right).sum()
-    first = np.flatnonzero(~found.right)[found.losses[~found.right].argmax()]
-    said, true = found.said[first], found.labels[first]
-    assert shown[0].get_title().startswith(f"said {CLASSES[said]} ")
+    assert len(shown) == 6 < (~result.correct).sum()
+    first = np.flatnonzero(~result.correct)[result.losses[~result.correct].argmax()]
+    predicted, true = result.predicted[first], result.labels[first]
+    assert shown[0].get_title().startswith(f"pred. {CLASSES[predicted]} ")
     assert f"true {CLASSES[true]} " in shown[0].get_title()
     matrix = np.asarray(made.figures["small-confusion"].axes[0].images[0].get_array())
     np.testing.assert_allclose(matrix.sum(axis=1), 1)
@@ -347,11 +364,11 @@ def test_many_heads_blocks_classes_and_odd_names_are_drawn():
     maps = np.random.RandomState(0).rand(1, 13, 24, 24)
     image = np.zeros((384, 384, 3))
     names = [f"head {i}" for i in range(13)]
-    drawn = plots.draw(plots.attention([image], ["<b>&"], names, maps, "a title"))
+    drawn = plots.rasterize(plots.plot_attention([image], ["<b>&"], names, maps, "a title"))
     assert drawn.dtype == np.uint8 and np.ptp(drawn) > 100
     classes = [f"class {i}" for i in range(300)]
-    figure = plots.confusion(np.eye(300, dtype=int), classes, "a title")
-    assert plots.draw(figure).shape[2] == 3
+    figure = plots.plot_confusion(np.eye(300, dtype=int), classes, "a title")
+    assert plots.rasterize(figure).shape[2] == 3
 
 
 # Where something is missing
@@ -359,18 +376,18 @@ def test_many_heads_blocks_classes_and_odd_names_are_drawn():
 
 def test_a_model_without_attention_gets_the_rest(made, undrawn, tmp_path, monkeypatch):
     def without(source, read=pretrained.load_model):
-        given = read(source)
-        return given._replace(model=dataclasses.replace(given.model, attention=None))
+        loaded = read(source)
+        return loaded._replace(model=dataclasses.replace(loaded.model, attention=None))
 
     monkeypatch.setattr(pretrained, "load_model", without)
     content = inspect([str(made.small)], out=str(tmp_path))
-    assert any("This model has no attention" in note for note in content["notes"])
+    assert any("this model has no attention" in note for note in content["notes"])
     names = {file.stem for file in tmp_path.glob("*.png")}
     assert names == {"curves", "filters", "confusion", "mistakes", "calibration"}
-    assert "This model has no attention" in Page(tmp_path / "index.html").text
+    assert "this model has no attention" in Page(tmp_path / "index.html").text
 
 
-def test_without_data_and_source_a_run_is_still_looked_at(made, undrawn, images, tmp_path):
+def test_a_run_without_its_data_and_source_is_inspected(made, undrawn, images, tmp_path):
     run = shutil.copytree(made.large, tmp_path / "moved <i>&amp;")
     text = (run / "run.json").read_text()
     assert str(images) in text
@@ -379,14 +396,14 @@ def test_without_data_and_source_a_run_is_still_looked_at(made, undrawn, images,
     with pytest.raises(UserError, match="gone"):
         inspect([str(step)], overrides=gone)  # what was asked for is not there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InspectedRun, "open", lambda self, split: refuse())
+        patch.setattr(InspectedRun, "open_split", lambda self, split: refuse())
         patch.setattr(
             sections.pretrained, "load_model", _without_source(pretrained.load_model, run)
         )
         content = inspect([str(step)], images=str(images / "val" / "cat"))
     notes = " ".join(content["notes"])
     assert "split test can't be opened: no such set" in notes
-    assert "What the run was fine-tuned from can't be read: it is gone" in notes
+    assert "the run's init.source can't be loaded: it is gone" in notes
     folder = run / "inspect"
     assert content["page"] == str(folder / "index.html")
     assert {file.stem for file in folder.glob("*.png")} == PICTURES - {
@@ -409,17 +426,17 @@ def _without_source(read, run):
     return reading
 
 
-def test_images_of_a_folder_are_looked_at(made, images, tmp_path):
-    subject = InspectedRun(str(made.small))
-    found = report.choose(subject, None, str(images))
-    assert found.images.shape == (2 * N, 16, 16, 3) and found.source == str(images)
-    assert "00" in found.names
+def test_attention_on_images_of_a_folder(made, images, tmp_path):
+    inspected = InspectedRun(str(made.small))
+    result = report.choose_samples(inspected, None, str(images))
+    assert result.images.shape == (2 * N, 16, 16, 3) and result.source == str(images)
+    assert "00" in result.names
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "note.txt").write_text("no image")
     with pytest.raises(UserError, match=r"--images .*empty has no image; .*\.txt 1"):
-        report.choose(subject, None, str(tmp_path / "empty"))
+        report.choose_samples(inspected, None, str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"cannot read .*: No such file"):
-        report.choose(subject, None, str(tmp_path / "none"))
+        report.choose_samples(inspected, None, str(tmp_path / "none"))
 
 
 def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, capsys):
@@ -432,8 +449,8 @@ def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, cap
     assert cli.main(["inspect", str(made.small)]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err == (
-        "vit-scale: inspect draws with matplotlib, which is not here: "
-        "launch/environment.sh inspect in a clone, or pip install matplotlib\n"
+        "vit-scale: inspect needs matplotlib, which is not installed: "
+        "run launch/environment.sh inspect in a clone, or pip install matplotlib\n"
     )
 
 
@@ -442,14 +459,14 @@ def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, cap
     [
         (["RUN", "--split", "tset"], "split 'tset' is unknown; valid: train, test"),
         (["RUN", "--config.data.path=nowhere"], "nowhere"),
-        (["RUN", "nowhere"], "nowhere is neither the folder of a run"),
+        (["RUN", "nowhere"], "nowhere is not a run folder"),
         (["RUN", "--images", "nowhere"], "cannot read --images nowhere: No such file"),
         (["RUN", "--config.data.patch=1"], "no config field is named 'data.patch'"),
-        (["OPEN", "--wandb"], "finished run, and .* has not ended"),
+        (["OPEN", "--wandb"], "finished run, and .* has no report.json yet"),
         ([], "the following arguments are required: RUN"),
     ],
 )
-def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys, arguments, message):
+def test_user_errors_are_one_line(made, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     opened = shutil.copytree(made.small, tmp_path / "opened")
     (opened / "report.json").unlink()
@@ -462,7 +479,7 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch, capsys, arguments, m
 
 
 def test_the_command_prints_a_table_and_the_page(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "report", lambda *given: made.content | {"given": given})
+    monkeypatch.setattr(report, "report", lambda *loaded: made.content | {"given": loaded})
     arguments = ["inspect", "a", "b", "--images", "c", "--split", "test", "--out", "d", "--wandb"]
     assert cli.main([*arguments, "--config.data.workers=0", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -474,11 +491,11 @@ def test_the_command_prints_a_table_and_the_page(made, tmp_path, monkeypatch, ca
     assert f"{100 * made.content['runs'][0]['accuracy']:.2f} %" in rows[0]
 
 
-def test_two_runs_of_one_name_are_told_apart(made, tmp_path):
+def test_names_of_runs_are_made_unique(made, tmp_path):
     other = shutil.copytree(made.small, tmp_path / "small")
     subjects = [InspectedRun(str(run)) for run in (made.small, other, made.large)]
-    report.name_apart(subjects)
-    names = [subject.name for subject in subjects]
+    report.make_names_unique(subjects)
+    names = [inspected.name for inspected in subjects]
     assert len(set(names)) == 3 and names[2] == "large"
     assert all("/" not in name and name.endswith("small-5") for name in names[:2])
 
@@ -486,20 +503,20 @@ def test_two_runs_of_one_name_are_told_apart(made, tmp_path):
 # Training
 
 
-def test_training_knows_nothing_of_it(made, monkeypatch):
-    """The step is the same program after a look inside, and never asks for weights to show."""
+def test_the_train_step_is_unchanged_by_inspection(made, monkeypatch):
+    """The compiled step is the same after an inspection, and never computes attention weights."""
     program = make_setup(tiny_config())
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
 
     def lowered() -> str:
         return jit_train_step(program).lower(program.state, batch).as_text()
 
-    InspectedRun(str(made.small)).distances(np.zeros((1, 16, 16, 3), np.uint8))
+    InspectedRun(str(made.small)).attention_distances(np.zeros((1, 16, 16, 3), np.uint8))
     before = lowered()
     for module in (layers.Attention, layers.AttentionPool):
         monkeypatch.setattr(module, "weights", None)
     monkeypatch.setattr(layers, "weights", None)
-    monkeypatch.setattr(type(program.model), "attention", None)
+    monkeypatch.setattr(vit.ViT, "attention", None)
     assert lowered() == before
     n = program.model.shape.tokens
     exponentials = re.findall(rf"stablehlo.exponential .*tensor<8x2x{n}x{n}xf32>", before)

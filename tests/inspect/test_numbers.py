@@ -8,7 +8,7 @@ import pytest
 from vit_scale.inspect import curves, embeddings, predictions
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
-from vit_scale.inspect.samples import spread
+from vit_scale.inspect.samples import evenly_spaced
 
 
 def rows_of_attention(*shape: int, seed: int = 0) -> np.ndarray:
@@ -22,18 +22,18 @@ def rows_of_attention(*shape: int, seed: int = 0) -> np.ndarray:
 
 def test_patch_distances_are_pixels_between_centres():
     """A 2 x 3 grid of patches 3 pixels high and 4 wide: one down and one right is 5 pixels."""
-    found = patch_distances((2, 3), (3, 4))
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found[0], [0, 4, 8, 3, 5, np.sqrt(9 + 64)], rtol=1e-6)
-    np.testing.assert_array_equal(found, found.T)
+    result = patch_distances((2, 3), (3, 4))
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[0], [0, 4, 8, 3, 5, np.sqrt(9 + 64)], rtol=1e-6)
+    np.testing.assert_array_equal(result, result.T)
 
 
 def test_mean_distance_by_hand():
     """Two patches 8 pixels apart, after [CLS]: a quarter of what they take is the other's."""
     weights = np.float32([[[[0.2, 0.4, 0.4], [0.5, 0.375, 0.125], [0.0, 0.25, 0.75]]]])
-    found = mean_distance(weights, patch_distances((1, 2), (8, 8)))
-    assert found.shape == (1, 1)
-    np.testing.assert_allclose(found, (0.125 + 0.25) / 1.5 * 8, rtol=1e-6)
+    result = mean_distance(weights, patch_distances((1, 2), (8, 8)))
+    assert result.shape == (1, 1)
+    np.testing.assert_allclose(result, (0.125 + 0.25) / 1.5 * 8, rtol=1e-6)
 
 
 def test_mean_distance_without_cls_is_the_paper_s_sum():
@@ -51,14 +51,14 @@ def test_mean_distance_without_cls_is_the_paper_s_sum():
 
 def test_rollout_multiplies_later_blocks_from_the_left():
     layers = rows_of_attention(3, 2, 5, 5)
-    found = np.asarray(rollout(layers))
+    result = np.asarray(rollout(layers))
     for b in range(2):
         expected = np.eye(5)
         for layer in layers[:, b].astype(np.float64):
             expected = (layer / 2 + np.eye(5) / 2) @ expected
-        np.testing.assert_allclose(found[b], expected, atol=1e-6)
-    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
-    assert np.abs(found - np.asarray(rollout(layers[::-1]))).max() > 0.01, "the order matters"
+        np.testing.assert_allclose(result[b], expected, atol=1e-6)
+    np.testing.assert_allclose(result.sum(-1), 1, atol=1e-6)
+    assert np.abs(result - np.asarray(rollout(layers[::-1]))).max() > 0.01, "the order matters"
 
 
 def test_rollout_by_hand():
@@ -79,36 +79,36 @@ def test_tokens_are_laid_out_row_by_row_without_those_of_no_patch():
 
 def test_similarity_is_the_cosine():
     table = np.float32([[[1, 0], [3, 4]], [[-2, 0], [0, 0]]])
-    found = embeddings.similarity(table)
-    np.testing.assert_allclose(found[0, 0], [[1, 0.6], [-1, 0]], atol=1e-7)
-    np.testing.assert_allclose(found[0, 1], [[0.6, 1], [-0.6, 0]], atol=1e-7)
+    result = embeddings.similarity(table)
+    np.testing.assert_allclose(result[0, 0], [[1, 0.6], [-1, 0]], atol=1e-7)
+    np.testing.assert_allclose(result[0, 1], [[0.6, 1], [-0.6, 0]], atol=1e-7)
 
 
 def test_principal_components_are_those_of_the_covariance():
     filters = np.random.RandomState(0).randn(2, 2, 3, 40).astype(np.float32)
     filters[0, 1, 2] *= 5  # one pixel's blue varies most
-    found, shares = embeddings.principal_components(filters, 4)
-    assert found.shape == (4, 2, 2, 3)
+    result, shares = embeddings.principal_components(filters, 4)
+    assert result.shape == (4, 2, 2, 3)
     values, vectors = np.linalg.eigh(np.cov(filters.reshape(12, 40)))
     np.testing.assert_allclose(shares, values[:-5:-1] / values.sum(), rtol=1e-4)
-    for component, vector in zip(found, vectors.T[::-1], strict=False):
+    for component, vector in zip(result, vectors.T[::-1], strict=False):
         assert abs(component.ravel() @ vector) == pytest.approx(1, abs=1e-4)
-    assert found[0, 0, 1, 2] == np.abs(found[0]).max() > 0.9, "the largest entry, and positive"
+    assert result[0, 0, 1, 2] == np.abs(result[0]).max() > 0.9, "the largest entry, and positive"
 
 
 def test_there_are_no_more_components_than_pixels_or_filters():
-    found, shares = embeddings.principal_components(np.random.randn(4, 4, 3, 10).astype("f"), 28)
-    assert found.shape == (10, 4, 4, 3) and shares[-1] == pytest.approx(0, abs=1e-6)
+    result, shares = embeddings.principal_components(np.random.randn(4, 4, 3, 10).astype("f"), 28)
+    assert result.shape == (10, 4, 4, 3) and shares[-1] == pytest.approx(0, abs=1e-6)
     assert embeddings.principal_components(np.random.randn(1, 2, 3, 90))[0].shape == (6, 1, 2, 3)
 
 
 def test_mosaic_puts_a_patch_s_map_at_its_place():
     maps = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
-    found = embeddings.mosaic(maps, gap=2)
-    assert found.shape == (3, 10)
-    np.testing.assert_array_equal(found[:, :4], maps[0, 0])
-    np.testing.assert_array_equal(found[:, 6:], maps[0, 1])
-    assert np.isnan(found[:, 4:6]).all()
+    result = embeddings.mosaic(maps, gap=2)
+    assert result.shape == (3, 10)
+    np.testing.assert_array_equal(result[:, :4], maps[0, 0])
+    np.testing.assert_array_equal(result[:, 6:], maps[0, 1])
+    assert np.isnan(result[:, 4:6]).all()
 
 
 # Predictions
@@ -123,19 +123,19 @@ def of(probabilities=SURE, labels=LABELS) -> Predictions:
 
 
 def test_predictions_by_hand():
-    found = of()
-    assert (found.n, found.accuracy) == (4, 0.5)
-    np.testing.assert_array_equal(found.said, [0, 1, 0, 2])
-    np.testing.assert_allclose(found.losses, -np.log([0.9, 0.1, 0.6, 0.05]), rtol=1e-6)
+    result = of()
+    assert (result.n, result.accuracy) == (4, 0.5)
+    np.testing.assert_array_equal(result.predicted, [0, 1, 0, 2])
+    np.testing.assert_allclose(result.losses, -np.log([0.9, 0.1, 0.6, 0.05]), rtol=1e-6)
     assert np.isfinite(of(np.float32([[1, 0]]), np.array([1])).losses).all()
 
 
-def test_confusion_counts_true_by_said():
-    matrix = predictions.confusion(LABELS, of().said, 3)
+def test_confusion_counts_true_by_predicted():
+    matrix = predictions.confusion(LABELS, of().predicted, 3)
     np.testing.assert_array_equal(matrix, [[2, 0, 0], [0, 0, 1], [0, 1, 0]])
     matrix[2, 0] = 7
-    assert predictions.confused(matrix, 2) == [(2, 0, 7), (1, 2, 1)]
-    assert predictions.confused(np.diag([3, 4, 5]), 2) == []
+    assert predictions.most_confused(matrix, 2) == [(2, 0, 7), (1, 2, 1)]
+    assert predictions.most_confused(np.diag([3, 4, 5]), 2) == []
 
 
 def test_the_worst_mistakes_are_wrong_and_have_the_highest_loss():
@@ -145,37 +145,37 @@ def test_the_worst_mistakes_are_wrong_and_have_the_highest_loss():
 
 def test_calibration_by_hand():
     """Confidences .9, .7, .6, .9 in bins of a fifth: right are 1 of 2 above .8, 1 of 2 below."""
-    found = predictions.calibration(SURE, LABELS, bins=5)
-    np.testing.assert_array_equal(found.counts, [0, 0, 1, 1, 2])
-    np.testing.assert_allclose(found.accuracy[2:], [1, 0, 0.5])
-    np.testing.assert_allclose(found.confidence[2:], [0.6, 0.7, 0.9], rtol=1e-6)
-    assert np.isnan(found.accuracy[:2]).all()
-    assert found.ece == pytest.approx((0.4 + 0.7 + 2 * 0.4) / 4, rel=1e-6)
-    assert found.n == 4
+    result = predictions.calibration(SURE, LABELS, bins=5)
+    np.testing.assert_array_equal(result.counts, [0, 0, 1, 1, 2])
+    np.testing.assert_allclose(result.accuracy[2:], [1, 0, 0.5])
+    np.testing.assert_allclose(result.confidence[2:], [0.6, 0.7, 0.9], rtol=1e-6)
+    assert np.isnan(result.accuracy[:2]).all()
+    assert result.ece == pytest.approx((0.4 + 0.7 + 2 * 0.4) / 4, rel=1e-6)
+    assert result.n == 4
 
 
 def test_calibration_equals_a_plain_loop():
     draw = np.random.RandomState(0)
     probabilities = draw.dirichlet(np.full(4, 0.3), 500).astype(np.float32)
     labels = draw.randint(0, 4, 500)
-    found = predictions.calibration(probabilities, labels, bins=10)
+    result = predictions.calibration(probabilities, labels, bins=10)
     sure, right = probabilities.max(1), probabilities.argmax(1) == labels
     expected = 0.0
     for b in range(10):
         here = (sure > np.float32(b / 10)) & (sure <= np.float32((b + 1) / 10))
-        assert here.sum() == found.counts[b]
+        assert here.sum() == result.counts[b]
         if here.any():
             expected += here.mean() * abs(sure[here].mean() - right[here].mean())
-    assert found.ece == pytest.approx(expected, rel=1e-5)
-    assert found.counts.sum() == 500
+    assert result.ece == pytest.approx(expected, rel=1e-5)
+    assert result.counts.sum() == 500
     perfect = predictions.calibration(np.eye(4, dtype=np.float32), np.arange(4))
     assert (perfect.ece, perfect.counts[-1]) == (0, 4)
 
 
 def test_interval_is_wilson_s():
     """Wilson 1927; the values are those of Newcombe 1998, table I, for 81 of 263 and 0 of 20."""
-    assert predictions.interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert predictions.interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert predictions.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert predictions.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
 # Curves and samples
@@ -189,20 +189,20 @@ def test_a_curve_of_one_point_is_seen(name, points):
     from vit_scale.inspect import plots
 
     curve = ([40, 80][:points], [0.5, 0.25][:points])
-    drawn = plots.draw(plots.curves({"run": {name: curve}}, "title"))
-    empty = plots.curves({"run": {name: ([40], [0.5])}}, "title")
+    drawn = plots.rasterize(plots.plot_curves({"run": {name: curve}}, "title"))
+    empty = plots.plot_curves({"run": {name: ([40], [0.5])}}, "title")
     (line,) = [line for axes in empty.axes for line in axes.get_lines()]
     assert line.get_marker() == "o"
     line.set_marker("None")
     if points == 1:
-        assert (drawn != plots.draw(empty)).sum() > 10
+        assert (drawn != plots.rasterize(empty)).sum() > 10
     else:
-        figure = plots.curves({"run": {name: curve}}, "title")
+        figure = plots.plot_curves({"run": {name: curve}}, "title")
         (line,) = [line for axes in figure.axes for line in axes.get_lines()]
         assert (line.get_marker() == "o") == name.startswith("eval")
 
 
-def test_curves_leave_out_what_is_not_finite_or_torn(tmp_path):
+def test_curves_skip_null_and_truncated_lines(tmp_path):
     rows = [
         {"step": 10, "time": 5.0, "train/loss": 2.0, "images_per_second": 30.0},
         {"step": 20, "time": 6.0, "train/loss": None, "images_per_second": 50.0},
@@ -211,15 +211,15 @@ def test_curves_leave_out_what_is_not_finite_or_torn(tmp_path):
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "tr'
     (tmp_path / "metrics.jsonl").write_text(text)
-    found = curves.read(tmp_path)
-    assert found["train/loss"] == ([10, 30], [2.0, 1.0])
-    assert found["eval/loss"] == ([20], [1.5])
-    assert "time" not in found and "step" not in found
-    assert curves.speed(found) == 31.0, "the median"
-    assert curves.read(tmp_path / "none") == {} and curves.speed({}) is None
+    result = curves.read_curves(tmp_path)
+    assert result["train/loss"] == ([10, 30], [2.0, 1.0])
+    assert result["eval/loss"] == ([20], [1.5])
+    assert "time" not in result and "step" not in result
+    assert curves.median_speed(result) == 31.0, "the median"
+    assert curves.read_curves(tmp_path / "none") == {} and curves.median_speed({}) is None
 
 
-def test_spread_takes_the_first_the_last_and_between():
-    assert spread(range(10), 4) == [0, 3, 6, 9]
-    assert spread("abc", 9) == ["a", "b", "c"]
-    assert spread([], 3) == []
+def test_evenly_spaced_takes_the_first_the_last_and_between():
+    assert evenly_spaced(range(10), 4) == [0, 3, 6, 9]
+    assert evenly_spaced("abc", 9) == ["a", "b", "c"]
+    assert evenly_spaced([], 3) == []

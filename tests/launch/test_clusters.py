@@ -89,7 +89,7 @@ def test_slurm_runs_one_task_per_node(slurm):
 
 @pytest.mark.parametrize("given, used", [("4", "0,1,2,3"), ("1", "0"), ("0", "none")])
 def test_slurm_gives_all_gpus_of_a_node_to_its_process(slurm, given, used):
-    """JAX would take the one whose number is that of the process."""
+    """By default JAX would use the one with the process's number."""
     assert slurm.run(SLURM_GPUS_ON_NODE=given)[0] == 0
     assert slurm.lines()[-1] == f"key none devices {used}"
     assert slurm.run(SLURM_GPUS_ON_NODE=given, JAX_LOCAL_DEVICE_IDS="7")[0] == 0
@@ -109,7 +109,7 @@ def test_slurm_does_so_a_hundred_times(slurm):
 
 
 def signalled(slurm: Slurm, process: subprocess.Popen) -> int:
-    """The process that SLURM signals: --signal=B: is the batch shell, else those of the steps."""
+    """Return the PID that SLURM signals: with --signal=B: the batch shell, else the step's."""
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
     (given,) = re.findall(r"^#SBATCH --signal=(\S+)$", text, re.M)
     assert given.endswith("TERM@120")
@@ -118,7 +118,7 @@ def signalled(slurm: Slurm, process: subprocess.Popen) -> int:
 
 @pytest.mark.parametrize("shell_too", [False, True])
 def test_slurm_saves_before_its_time_is_over(slurm, shell_too):
-    """SIGTERM to whom --signal says; the shell gets one as well at the end of the time."""
+    """SIGTERM goes where --signal says; at the time limit the shell gets one too."""
     ready = slurm.folder / "ready"
     process = slurm.start("--config", "x", WAIT=str(ready))
     until = time.monotonic() + 30

@@ -1,5 +1,5 @@
-"""launch/tpu_vm.sh in a cloud of fakes: whatever goes wrong, one trainer a worker, the true cause,
-the documented exit code, and no machine left."""
+"""launch/tpu_vm.sh on a fake cloud: after any fault, one trainer per worker, the true cause, the
+documented exit code, and no machine left."""
 
 import json
 import os
@@ -29,16 +29,16 @@ def breaks(worker: int, step: int, do: str, **more) -> dict:
 
 
 def slow(*values):
-    """One of several that show the same: with -m slow."""
+    """Mark a case that shows the same as others: run with -m slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def cause(rig: Rig, attempt: int = 1) -> str:
-    return (rig.notes() / f"a{attempt}" / "cause.txt").read_text().splitlines()[0]
+    return (rig.run_folder() / f"a{attempt}" / "cause.txt").read_text().splitlines()[0]
 
 
 def test_happy_path(rig):
-    """One start per worker, all logs here, the machine deleted, one JSON line at the end."""
+    """One start per worker, all logs collected, the machine deleted, one JSON line at the end."""
     rig.set(timelines=[["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]])
     code, result, err = rig.run()
     assert code == 0, err
@@ -46,7 +46,7 @@ def test_happy_path(rig):
     assert result["cloud"] == "deleted" and rig.is_empty()
     assert rig.attempts() == {1: [0, 1]}
     for worker in (0, 1):
-        log = (rig.notes() / "a1" / f"w{worker:02}.log").read_text().splitlines()
+        log = (rig.run_folder() / "a1" / f"w{worker:02}.log").read_text().splitlines()
         assert log == [f"worker {worker} step {step}" for step in range(1, 13)]
         assert f"[w{worker:02}] worker {worker} step 12" in err
     again = rig.run()
@@ -81,7 +81,7 @@ def test_hosts_that_disagree_end_it_at_once_on_the_same_machine(rig):
     ids=lambda value: value.get("do") if isinstance(value, dict) else None,
 )
 def test_a_worker_that_fails_is_named_and_the_run_goes_on(rig, broken, kind, said):
-    """The others are stopped, and the next attempt goes on from the last checkpoint."""
+    """The others are stopped, and the next attempt resumes from the last checkpoint."""
     if broken["do"] in ("freeze", "hang", "exit0"):
         rig.profile(FAKE_PATIENCE="60")
     rig.trainer_faults(broken)
@@ -93,14 +93,14 @@ def test_a_worker_that_fails_is_named_and_the_run_goes_on(rig, broken, kind, sai
     assert {entry["step"] for entry in rig.starts() if entry["attempt"] == 2} == {4}
     assert result["steps"] == 12 and rig.is_empty()
     if broken["do"] == "hang":
-        assert "stack of thread 1" in (rig.notes() / "a1" / "w01.log").read_text()
+        assert "stack of thread 1" in (rig.run_folder() / "a1" / "w01.log").read_text()
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", slow("UNKNOWN"), slow("GONE"), slow("SUSPENDED")])
 def test_preemption(rig, state):
-    """What is left of the machine is deleted before the next one is made; the run goes on."""
+    """The remains of the machine are deleted before the next is created; the run resumes."""
     rig.profile(FAKE_SECONDS="0.2")
-    rig.go_wrong(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", f"preempt:{state}"))
+    rig.inject(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", f"preempt:{state}"))
     code, result, err = rig.run()
     assert code == 0, err
     assert "event    attempt 1: " in err
@@ -113,7 +113,7 @@ def test_preemption(rig, state):
 @pytest.mark.slow
 def test_a_machine_in_repair_is_waited_for(rig):
     rig.profile(FAKE_SECONDS="0.2")
-    rig.go_wrong(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "repair"))
+    rig.inject(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "repair"))
     code, _, err = rig.run()
     assert code == 0, err
     assert len(rig.calls("create")) == 1 and len(rig.attempts()) == 2
@@ -123,7 +123,7 @@ def test_a_machine_in_repair_is_waited_for(rig):
 @pytest.mark.slow
 def test_a_rebooted_worker_is_lost_and_the_run_goes_on(rig):
     rig.profile(FAKE_SECONDS="0.2")
-    rig.go_wrong(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "reboot:1"))
+    rig.inject(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "reboot:1"))
     code, _, err = rig.run()
     assert code == 0, err
     assert cause(rig).startswith("infra: [w01] lost: its processes vanished")
@@ -163,7 +163,7 @@ def test_a_stockout_moves_to_the_next_zone(rig, how):
     more = []
     if how == "node":
         more = ["--no-queue"]
-        rig.go_wrong(fault("create", f"error:{STOCKOUT}"))
+        rig.inject(fault("create", f"error:{STOCKOUT}"))
     code, _, err = rig.run("--zones", "us-a,us-b", *more)
     assert code == 0, err
     assert [argv[argv.index("--zone") + 1] for argv in rig.calls("create")] == ["us-a", "us-b"]
@@ -193,7 +193,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", ["quota", "permission", slow("zone"), slow("type")])
 def test_refusals_say_what_to_do(rig, name):
     do, code, remedy = REFUSALS[name]
-    rig.go_wrong(fault("create", do))
+    rig.inject(fault("create", do))
     ended = rig.run()
     assert (ended.code, rig.is_empty()) == (code, True)
     assert remedy in ended.result["cause"]
@@ -207,7 +207,7 @@ def test_no_account(rig):
 
 
 def test_an_agent_without_the_key(rig):
-    rig.go_wrong(fault("tpu-vm ssh", "agent", times=99))
+    rig.inject(fault("tpu-vm ssh", "agent", times=99))
     ended = rig.run()
     assert ended.code == 77 and "ssh-add" in ended.result["cause"]
     assert rig.is_empty()
@@ -222,16 +222,16 @@ def test_the_queue_may_last_too_long(rig):
 
 @pytest.mark.parametrize("how", [slow("before"), "after"])
 def test_a_connection_that_drops_at_the_start(rig, how):
-    """gcloud runs the command once more, and the trainer starts once."""
-    rig.go_wrong(fault("agent.sh start", how, times=2))
+    """gcloud reruns the command, but the trainer starts once."""
+    rig.inject(fault("agent.sh start", how, times=2))
     assert rig.run().code == 0
     assert rig.attempts() == {1: [0, 1]}
 
 
 @pytest.mark.slow
 def test_a_start_that_fails_on_one_worker_starts_nowhere(rig):
-    """All or none; the machine is good, and the next attempt starts."""
-    rig.go_wrong(fault("--worker 1 .*agent.sh start", "error:connection reset", times=3))
+    """All workers start or none; the next attempt starts on the same machine."""
+    rig.inject(fault("--worker 1 .*agent.sh start", "error:connection reset", times=3))
     code, result, err = rig.run()
     assert code == 0, err
     assert "did not start" in err
@@ -239,17 +239,17 @@ def test_a_start_that_fails_on_one_worker_starts_nowhere(rig):
 
 
 def test_a_hanging_connection(rig):
-    rig.go_wrong(fault("--worker 1 .*agent.sh status vit-[0-9a-f]* 1", "hang", nth=2))
+    rig.inject(fault("--worker 1 .*agent.sh status vit-[0-9a-f]* 1", "hang", nth=2))
     assert rig.run(LAUNCH_LEAST="3").code == 0
     assert rig.attempts() == {1: [0, 1]}
 
 
 @pytest.mark.slow
 def test_an_unreachable_worker_is_lost(rig):
-    """Its node is READY, and it does not answer: the attempt ends, and the next one answers."""
+    """The node is READY but a worker does not answer: the attempt ends, the next one runs."""
     rig.profile(FAKE_SECONDS="0.3")
     match = "--worker 1 .*agent.sh (status|stop) vit-[0-9a-f]* 1"
-    rig.go_wrong(fault(match, "error:ssh: connect: timed out", nth=2, times=999))
+    rig.inject(fault(match, "error:ssh: connect: timed out", nth=2, times=999))
     code, _, err = rig.run()
     assert code == 0, err
     assert cause(rig).startswith("infra: [w01] lost: unreachable for")
@@ -258,7 +258,7 @@ def test_an_unreachable_worker_is_lost(rig):
 
 @pytest.mark.slow
 def test_an_api_that_fails_for_a_while(rig):
-    rig.go_wrong(fault("describe", "error:HTTP 503: backend error", nth=2, times=3))
+    rig.inject(fault("describe", "error:HTTP 503: backend error", nth=2, times=3))
     code, _, err = rig.run()
     assert code == 0, err
     assert rig.attempts() == {1: [0, 1]}
@@ -266,7 +266,7 @@ def test_an_api_that_fails_for_a_while(rig):
 
 @pytest.mark.slow
 def test_a_creation_whose_answer_is_lost(rig):
-    rig.go_wrong(fault("create", "lost", times=5))
+    rig.inject(fault("create", "lost", times=5))
     code, _, err = rig.run()
     assert code == 0, err
     assert rig.is_empty() and rig.attempts() == {1: [0, 1]}
@@ -274,13 +274,13 @@ def test_a_creation_whose_answer_is_lost(rig):
 
 @pytest.mark.parametrize("do", ["truncate", slow("fail")])
 def test_code_that_arrives_damaged(rig, do):
-    rig.go_wrong(fault("scp .*--worker 1", do))
+    rig.inject(fault("scp .*--worker 1", do))
     code, _, err = rig.run()
     assert code == 0, err
 
 
 def test_skew(rig, tmp_path):
-    """Worker 1 has another jax: tried once more, and refused by name."""
+    """Worker 1 has another jax: retried once, then refused by name."""
     other = tmp_path / "other" / "jax-9.9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Name: jax\nVersion: 9.9.9\n")
@@ -300,7 +300,7 @@ def test_a_full_disk(rig):
 
 
 def test_another_program_holds_the_tpu(rig):
-    """It is named and left alone; another machine is tried, and then it is given up."""
+    """It is named and left alone; another machine is tried before giving up."""
     holder = "sleep 300 >>$VIT_SCALE_DEVICES/accel0 2>/dev/null </dev/null & true"
     ended = rig.run("--setup", holder, "--max-failures", "2", timeout=100)
     assert (ended.code, rig.is_empty()) == (79, True), ended.err
@@ -335,7 +335,7 @@ def test_somebody_elses_machine_is_left_alone(rig):
 
 
 def test_multislice(tmp_path):
-    """One request, a node a slice, and every host of both trains."""
+    """One request, one node per slice, and every host of both trains."""
     rig = Rig(tmp_path, **QUICK)
     code, _, err = rig.run("--num-slices", "2")
     assert code == 0, err
@@ -362,7 +362,7 @@ def test_ctrl_c_detaches_and_the_same_command_takes_it_up(rig):
     train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
-    rig.wait_for(lambda: list(rig.notes().glob("a1/w00.log")))
+    rig.wait_for(lambda: list(rig.run_folder().glob("a1/w00.log")))
     process.send_signal(signal.SIGINT)
     code, result, err = rig.end(process)
     assert (code, result["result"]) == (130, "detached")
@@ -377,7 +377,7 @@ def test_a_second_ctrl_c_stops_and_deletes(rig):
     train_slowly(rig)
     process = rig.start(*rig.flags(), "--grace", "20m")
     rig.wait_for(lambda: len(rig.starts()) == 2)
-    rig.wait_for(lambda: list(rig.notes().glob("a1/w00.log")))
+    rig.wait_for(lambda: list(rig.run_folder().glob("a1/w00.log")))
     process.send_signal(signal.SIGINT)
     os.kill(process.pid, signal.SIGTERM)
     code, result, err = rig.end(process)
@@ -387,7 +387,7 @@ def test_a_second_ctrl_c_stops_and_deletes(rig):
 
 @pytest.mark.slow
 def test_a_terminal_that_goes_away_ends_nothing(rig):
-    """As of a `tee` that is killed: what is printed afterwards is lost, and nothing else."""
+    """As with a killed `tee`: later output is lost, and nothing else."""
     train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
@@ -408,7 +408,7 @@ def test_ctrl_c_in_the_queue_leaves_no_request(rig):
 
 
 def test_a_kept_machine_is_used_by_the_next_try(rig):
-    """A failure keeps it for a while: the mistake is mended, and the queue is not waited for."""
+    """A failure keeps the machine for a while, so that a retry need not queue."""
     rig.trainer_faults(breaks(0, 0, "exit2"))
     first = rig.start(*rig.flags(), "--on-failure", "keep:60m")
     rig.wait_for(lambda: (rig.root / "runs").exists() and "machine kept until" in journal(rig))
@@ -420,7 +420,7 @@ def test_a_kept_machine_is_used_by_the_next_try(rig):
 
 
 def journal(rig: Rig) -> str:
-    file = rig.notes() / "journal.jsonl"
+    file = rig.run_folder() / "journal.jsonl"
     return file.read_text() if file.exists() else ""
 
 
@@ -437,14 +437,14 @@ WHEN += map(slow, ["create", "describe", "scp", "agent.sh prepare", "agent.sh st
 
 @pytest.mark.parametrize("when", WHEN)
 def test_a_killed_launcher_is_taken_up(rig, when):
-    """SIGKILL at any moment; the same command goes on, and nothing starts twice."""
+    """SIGKILL at any moment: the same command resumes, and nothing starts twice."""
     rig.profile(FAKE_SECONDS="0.1")
-    rig.go_wrong(fault(when, "hang", nth=2 if when == "describe" else 1))
+    rig.inject(fault(when, "hang", nth=2 if when == "describe" else 1))
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: any(entry.get("seen") for entry in rig.cloud.faults))
     process.kill()
     process.communicate()
-    rig.go_wrong()
+    rig.inject()
     code, result, err = rig.run()
     assert code == 0, err
     assert len(rig.calls("create")) <= 2 and rig.is_empty()

@@ -1,4 +1,4 @@
-"""The launcher's parts alone: types, causes, budgets, commands, bundles, costs; and the agent."""
+"""Unit tests of the launcher: types, diagnosis, retries, commands, bundles, billing; the agent."""
 
 import json
 import pathlib
@@ -97,7 +97,7 @@ COLLATERAL = [
 @pytest.mark.parametrize("line", COLLATERAL)
 @pytest.mark.parametrize("code", [1, 134])
 def test_who_ends_because_of_another_is_not_the_cause(line, code):
-    """Also where it ended first."""
+    """Even if it ended first."""
     ends = [
         WorkerExit(0, code, 1.0, f"step 5\n{line}"),
         WorkerExit(1, 1, 2.0, "OSError: disk is gone"),
@@ -114,7 +114,7 @@ APART = "workdir /x is not the same folder on process 2 and on process 0: give a
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("told", ["log", "heartbeat"])
 def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told):
-    """Whoever of them is heard: the one that differs may have been stopped before it said so."""
+    """Whichever reports it: the one that differs may have been stopped before it could."""
     lines = [f"process 2: {line}", f"process 2: {line}", line]
     ends = [
         WorkerExit(
@@ -171,7 +171,7 @@ def fresh() -> dict:
 
 
 def outcomes(causes, progressed=False, failures=3, restarts=100):
-    """What is decided after each cause: (delay, recreate), or the exit code at the end."""
+    """Decide after each cause: (delay, recreate), or the exit code at the end."""
     state, found = fresh(), []
     for cause in causes:
         try:
@@ -214,7 +214,7 @@ def test_budget():
     ],
 )
 def test_errors_of_gcloud(text, kind):
-    """Also with what gcloud 528 adds to 401, 403 and 404: it is not about the account."""
+    """Also with the note on the account that gcloud 528 adds to 401, 403 and 404."""
     assert gcloud.error(text).kind == kind
     who = "This command is authenticated as a@b.c which is the active account specified by the "
     error = gcloud.error(f"{text}. {who}[core/account] property\n- '@type': x")
@@ -222,7 +222,7 @@ def test_errors_of_gcloud(text, kind):
 
 
 def test_a_process_that_hangs_is_ended_with_what_it_started():
-    """Also where a child of a child holds the output open."""
+    """Even if a grandchild holds the output open."""
     result = gcloud.run(["bash", "-c", "setsid sleep 30 & sleep 30"], timeout=0.3)
     assert result.code == 124
     assert gcloud.run(["no-such-program-here"]).code == 127
@@ -264,7 +264,7 @@ def tree(tmp_path) -> pathlib.Path:
 
 
 def test_bundle(tree, tmp_path):
-    """What is tracked or new, as it is now; the same tree has the same name."""
+    """Tracked and new files as they are now; equal trees have equal names."""
     made = bundle.make(tree, [])
     assert made.sha == bundle.make(tree, []).sha
     (tmp_path / "x.tgz").write_bytes(made.data)
@@ -297,7 +297,7 @@ def test_secrets_of_a_file(tmp_path, monkeypatch):
         secret.collect([], str(file))
 
 
-class Still(Clock):
+class FakeClock(Clock):
     def __init__(self):
         super().__init__()
         self.time = 0.0
@@ -310,7 +310,7 @@ class Still(Clock):
 
 
 def test_meter(tmp_path):
-    clock, journal = Still(), Journal(tmp_path)
+    clock, journal = FakeClock(), Journal(tmp_path)
     billing = Billing(10.0, clock, journal)
     billing.begin()
     clock.time = 1800.0
@@ -382,7 +382,7 @@ def agent(tmp_path):
 
 
 def test_five_starts_are_one(agent):
-    """At the same time, and once more; each returns at once and says that it runs."""
+    """Concurrently and again: each call returns at once and reports a start."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(5) as pool:
@@ -396,7 +396,7 @@ def test_five_starts_are_one(agent):
 
 
 def test_attempts_are_in_order(agent):
-    """A late start of an attempt that is over, or has been stopped, starts nothing."""
+    """A late start of an attempt that is over or was stopped starts nothing."""
     assert agent("start", "run", 2, "c0de", 1, "train").returncode == 0
     late = agent("start", "run", 1, "c0de", 1, "train")
     assert (late.returncode, "attempt 2 has started" in late.stderr) == (75, True)
@@ -472,7 +472,7 @@ def test_the_log_goes_on_at_an_offset(agent):
 
 
 def forgotten(agent, *command: str, patience: int = 1, seconds: float = 6) -> bool:
-    """Whether the reaper runs its command within so many seconds."""
+    """Return whether the reaper runs its command within so many seconds."""
     import time
 
     done = agent.home / "done"
@@ -487,7 +487,7 @@ def forgotten(agent, *command: str, patience: int = 1, seconds: float = 6) -> bo
 
 
 def test_the_reaper_goes_on_until_its_command_works(agent):
-    """It does so once; the cloud may not answer the first time."""
+    """It does so once, retrying if the API does not answer."""
     home = agent.home
     command = f"cd '{home}'; echo x >>tries; [ $(wc -l <tries) -ge 2 ] && touch done"
     assert forgotten(agent, command)
@@ -495,7 +495,7 @@ def test_the_reaper_goes_on_until_its_command_works(agent):
 
 
 def test_the_reaper_waits_for_what_is_being_done(agent):
-    """From its own beginning, while a launcher watches, and while an environment is made."""
+    """After its own start, while a launcher watches, and while an environment is created."""
     import threading
     import time
 
@@ -533,7 +533,7 @@ def test_the_agent_shows_what_a_config_comes_to(agent):
 
 
 def test_exit_codes_are_the_same_everywhere():
-    """launch/ does not import vit_scale, and shell scripts have numbers: they are compared here."""
+    """In launch/, which must not import vit_scale, in vit_scale and in shell scripts."""
     trainer = {code.name: code for code in exit_codes.Trainer}
     assert trainer == {name: getattr(errors, name) for name in trainer}
     assert pod.RESUMABLE == exit_codes.Trainer.RESUMABLE

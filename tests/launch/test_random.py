@@ -70,7 +70,7 @@ def test_schedule(tmp_path, number):
     rig = Rig(tmp_path, timelines=[timeline(draw) for _ in range(6)] + [["ACTIVE"]])
     rig.profile(FAKE_SECONDS=draw.choice(["0.02", "0.1"]))
     rig.trainer_faults(*(trainer_fault(draw) for _ in range(draw.randint(0, 3))))
-    rig.go_wrong(*(gcloud_fault(draw) for _ in range(draw.randint(0, 4))))
+    rig.inject(*(gcloud_fault(draw) for _ in range(draw.randint(0, 4))))
     zones = draw.choice([[], ["--zones", "us-a,us-b"]])
     flags = [*rig.flags(), "--stall-timeout", "100", "--first-step-timeout", "400", *zones]
     try:

@@ -32,7 +32,7 @@ WHO = "This command is authenticated as a which is the active account specified 
 
 
 class Table:
-    """gcloud, whose machines are in two tables; `on` are answers of one verb before its own."""
+    """A fake gcloud with nodes and requests; `on` overrides the next answers of a verb."""
 
     def __init__(self):
         self.requests, self.nodes, self.calls = {}, {}, []
@@ -92,8 +92,8 @@ class Table:
         return [line for line in self.calls if all(word in line for word in words)]
 
 
-class Still(Clock):
-    """Sleeping takes no time."""
+class FakeClock(Clock):
+    """A clock on which sleeping takes no time."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ DEAD = Result(124, b"", "no answer in 60 s")
 
 
 class Two(Workers):
-    """Two workers, whose agents answer from lists; the last answer stays."""
+    """Two workers that answer `status` from lists; the last answer repeats."""
 
     count = 2
 
@@ -169,7 +169,7 @@ def plan(folder: pathlib.Path, *words: str, **more) -> Plan:
 
 
 def launcher(folder: pathlib.Path, *words: str, **more) -> Launcher:
-    clock, journal = Still(), Journal(folder, quiet=True)
+    clock, journal = FakeClock(), Journal(folder, quiet=True)
     made = plan(folder, *words, **more)
     return Launcher(made, CloudTpu(made.tpu, clock, journal), None, clock, journal)
 
@@ -178,7 +178,7 @@ def launcher(folder: pathlib.Path, *words: str, **more) -> Launcher:
 
 
 def test_anothers_tpu_vm_of_the_name_is_refused_and_left(table, tmp_path):
-    """A plain TPU VM, where a queued resource is asked for by default: 64, and nothing is made."""
+    """A plain TPU VM has the name of the queued resource: exit code 64, nothing created."""
     table.node(request="", labels={})
     made = launcher(tmp_path)
     assert made.run() == 64
@@ -187,7 +187,7 @@ def test_anothers_tpu_vm_of_the_name_is_refused_and_left(table, tmp_path):
 
 
 def test_what_exists_is_looked_at_before_it_is_ours(table, tmp_path):
-    """A request that came between the look and the creation is another's."""
+    """A request that appears between the status check and the creation is another's."""
 
     def between(argv, **_):
         if "create" in argv:
@@ -209,7 +209,7 @@ def test_what_exists_and_is_never_seen_is_given_up(table, tmp_path):
 
 
 def test_a_node_is_deleted_if_it_is_left_of_our_request(table, tmp_path):
-    journal, clock = Journal(tmp_path, quiet=True), Still()
+    journal, clock = Journal(tmp_path, quiet=True), FakeClock()
     table.node()
     assert CloudTpu(tpu(), clock, journal, owned=True).status().kind == "gone"
     CloudTpu(tpu(), clock, journal, owned=True).delete()
@@ -223,31 +223,31 @@ def test_a_node_is_deleted_if_it_is_left_of_our_request(table, tmp_path):
 
 def test_a_request_that_is_anothers_by_now_is_not_deleted(table, tmp_path):
     table.request(labels={**OURS, "run": "vit-2"})
-    CloudTpu(tpu(), Still(), Journal(tmp_path, quiet=True), owned=True).delete()
+    CloudTpu(tpu(), FakeClock(), Journal(tmp_path, quiet=True), owned=True).delete()
     assert table.did("delete") == []
 
 
 def test_a_machine_made_in_the_other_way_is_found(table, tmp_path):
-    """--no-queue at one time, a request at another: it is the same run's machine."""
+    """Created with --no-queue or by a request: it is the same run's machine."""
     table.node(request="")
-    found = CloudTpu(tpu(), Still(), Journal(tmp_path, quiet=True), owned=True)
+    found = CloudTpu(tpu(), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
     assert (found.status().kind, found.tpu.queue) == ("ready", False)
     table.request()
     table.node()
-    found = CloudTpu(tpu(queue=False), Still(), Journal(tmp_path, quiet=True), owned=True)
+    found = CloudTpu(tpu(queue=False), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
     assert (found.status().kind, found.tpu.queue) == ("ready", True)
 
 
 @pytest.fixture
 def notes(table, tmp_path, monkeypatch) -> pathlib.Path:
-    """What this machine knows of the run: as a launcher has written it."""
+    """The run's folder, as a launcher writes it."""
     folder = tmp_path / "runs" / RUN
     folder.mkdir(parents=True)
     for module in (run_registry, fleet):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "runs")
     for module in (run_registry, verbs, fleet, cloud_tpu):
         if hasattr(module, "Clock"):
-            monkeypatch.setattr(module, "Clock", Still)
+            monkeypatch.setattr(module, "Clock", FakeClock)
     request = {"run": RUN, "name": "vit", "tpu": vars(tpu()), "existing": False, "price": None}
     (folder / "launch.json").write_text(json.dumps(request))
     return folder
@@ -271,7 +271,7 @@ def test_another_runs_machine_is_neither_stopped_nor_deleted(table, notes, words
 
 
 def test_stop_waits_for_who_is_not_reached(table, notes):
-    """Not reached is not stopped; it is asked again, and deleted when it has said so."""
+    """An unreachable worker is not a stopped one: it is asked again before the deletion."""
     table.request()
     table.node()
     asked = []
@@ -304,7 +304,7 @@ def test_stop_takes_a_waiting_request_out_of_the_queue(table, notes):
 
 
 def test_a_plain_node_is_deleted_by_its_name(table, notes):
-    """The verb does not know that it was made with --no-queue; nor a machine without notes."""
+    """The verb need not know that it was created with --no-queue, nor its run."""
     table.node(request="")
     assert verb("delete", "--yes") == 0 and table.nodes == {}
     (notes / "launch.json").unlink()
@@ -330,7 +330,7 @@ def taken_up(folder, *answers, number=1) -> tuple[Launcher, Attempt | None]:
 
 
 def test_an_attempt_is_taken_up_where_a_worker_does_not_answer(table, tmp_path):
-    """It was killed for one status call that failed."""
+    """One failed status call does not end a training."""
     running = status("running")
     made, attempt = taken_up(tmp_path, [running], [running, DEAD, DEAD, running])
     assert attempt and [view.state for view in attempt.views] == ["running", "running"]
@@ -340,7 +340,7 @@ def test_an_attempt_is_taken_up_where_a_worker_does_not_answer(table, tmp_path):
 
 
 def test_an_attempt_that_began_in_part_is_ended(table, tmp_path):
-    """All say so, and nobody has made a step."""
+    """All workers say so, and no step was made."""
     begun = Result(0, status("running").out.replace(b'"step": 7', b'"step": 0'), "")
     made, attempt = taken_up(tmp_path, [begun], [status("absent", 0), status("absent", 0)])
     assert attempt is None and made.workers.did("agent.sh stop vit-1 1 0") == [0, 1]
@@ -350,7 +350,7 @@ def test_an_attempt_that_began_in_part_is_ended(table, tmp_path):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, capsys, training):
-    """It was followed by the machine's deletion."""
+    """Nor delete its machine."""
     table.request()
     table.node()
     made = launcher(tmp_path)
@@ -378,7 +378,7 @@ def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, caps
 
 
 class Broken:
-    """A terminal that is gone."""
+    """A closed terminal."""
 
     def __init__(self, number: int):
         self.number, self.told = number, 0
@@ -442,7 +442,7 @@ def test_a_sick_machine_is_asked_to_save_before_it_is_removed(table, tmp_path):
 
 def test_one_look_that_misses_three_slices_is_not_the_end(table, tmp_path):
     table.request(nodes=["vit-0", "vit-1", "vit-2"])
-    found = CloudTpu(tpu(slices=3), Still(), Journal(tmp_path, quiet=True), owned=True)
+    found = CloudTpu(tpu(slices=3), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
     assert [found.status().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
 
 
@@ -450,7 +450,7 @@ def test_one_look_that_misses_three_slices_is_not_the_end(table, tmp_path):
 
 
 def test_a_request_that_is_taken_up_and_never_ready_is_withdrawn(table, tmp_path):
-    """By --valid-until; it would be granted with nobody there."""
+    """After --valid-until: else it could be granted with no launcher left."""
     table.request(state="WAITING_FOR_RESOURCES")
     made = launcher(tmp_path, "--valid-until", "10m")
     assert made.run() == 69
@@ -458,7 +458,7 @@ def test_a_request_that_is_taken_up_and_never_ready_is_withdrawn(table, tmp_path
 
 
 def test_what_was_made_without_an_answer_is_withdrawn_too(table, tmp_path):
-    """Ctrl-C after a creation whose answer was lost: a look says what there is."""
+    """Ctrl-C after a creation whose answer was lost: a status check finds the machine."""
     made = launcher(tmp_path)
     lost = Result(1, b"", "HTTP 503: the service is unavailable")
     table.on["create"] = [lost] * 5
@@ -483,9 +483,9 @@ def test_a_machine_that_was_ready_is_left_where_its_training_is_not_known(table,
 
 
 def test_labels_are_renewed(table, tmp_path):
-    """At creation, of what is taken over, and every hour of waiting."""
+    """At creation, at adoption, and every hour of waiting."""
     old = tpu()
-    made = CloudTpu(dataclasses.replace(old, labels={**OURS, "expires": "5"}), Still(), None)
+    made = CloudTpu(dataclasses.replace(old, labels={**OURS, "expires": "5"}), FakeClock(), None)
     made.journal = Journal(tmp_path, quiet=True)
     made.create()
     assert "expires=5," not in table.did("create")[0]
@@ -495,7 +495,7 @@ def test_labels_are_renewed(table, tmp_path):
 
 
 def test_what_waited_long_says_at_once_that_it_is_wanted(table, tmp_path):
-    """Its label is of the creation, and gc goes by that until a worker has the agent."""
+    """Its label dates from the creation, and decides until a worker has the agent."""
     made = launcher(tmp_path)
 
     def pause(delay):
@@ -556,7 +556,7 @@ def test_gc_leaves_what_waits_and_what_is_anothers(table, notes, capsys):
 
 
 def test_hours_count_while_the_laptop_sleeps(table, tmp_path):
-    clock = Still()
+    clock = FakeClock()
     billing = Billing(1.0, clock, Journal(tmp_path, quiet=True))
     billing.begin()
     clock.asleep = 7200.0
@@ -610,7 +610,7 @@ class Shows(Two):
 
 
 def prepared(folder: pathlib.Path, shown: Result) -> Shows:
-    workers, clock = Shows(shown), Still()
+    workers, clock = Shows(shown), FakeClock()
     made = plan(folder, unchecked=True, devices=8, overrides=["--config.seed=1"])
     journal = Journal(folder, quiet=True)
     Provisioner(made, workers, clock, journal, lambda: None, clock.sleep).prepare()
@@ -618,7 +618,7 @@ def prepared(folder: pathlib.Path, shown: Result) -> Shows:
 
 
 def test_worker_0_checks_the_config_and_says_what_it_needs(tmp_path):
-    """Without Python 3.11 here nothing was checked, and the set was never downloaded."""
+    """Without Python 3.11 here, worker 0 checks the config and downloads the data."""
     cifar = {"data": {"name": "cifar10", "path": ".data"}, "init": {"source": ""}}
     out = json.dumps({"config": cifar}).encode()
     workers = prepared(tmp_path, Result(0, out, ""))
@@ -651,9 +651,9 @@ def test_bad_input_releases_the_machine(table, tmp_path):
 
 
 def test_what_a_worker_said_is_shown_where_the_message_is_above(tmp_path, capsys):
-    """The line said "see above", and there was nothing."""
+    """Not only "see above"."""
     failed = Result(70, b"", "pip: no such wheel\nagent: the environment could not be made")
-    clock, workers = Still(), Two([], [])
+    clock, workers = FakeClock(), Two([], [])
     workers.shell = lambda *words: failed
     made = Provisioner(plan(tmp_path), workers, clock, Journal(tmp_path), lambda: None, clock.sleep)
     with pytest.raises(Stop):

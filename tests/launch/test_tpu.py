@@ -27,7 +27,7 @@ def rig(tmp_path):
 
 
 class Spy:
-    """Whether a text is ever seen in a process's command line, looked for all the time."""
+    """Watch the command lines of all processes for a text."""
 
     def __init__(self, text: str):
         self.text, self.seen, self.looks = text.encode(), [], 0
@@ -60,7 +60,7 @@ def holding(folder: pathlib.Path, text: str) -> list[pathlib.Path]:
 
 @pytest.mark.parametrize("source", ["file", pytest.param("environment", marks=pytest.mark.slow)])
 def test_a_secret_reaches_the_trainer_and_nothing_else(rig, source):
-    """Not a command line, log, journal, bundle, nor call; and it is on no disk when all is over."""
+    """It appears in no command line, log, journal, bundle or call, and on no disk at the end."""
     rig.trainer_faults({"worker": 0, "step": 2, "do": "leak"})
     more, variables = ["--secret", "WANDB_API_KEY"], {"WANDB_API_KEY": SENTINEL}
     if source == "file":
@@ -69,7 +69,7 @@ def test_a_secret_reaches_the_trainer_and_nothing_else(rig, source):
         assert rig.run("--env-file", str(file)).code == 65, "it is readable by others"
         file.chmod(0o600)
         more, variables = ["--env-file", str(file)], {}
-    rig.go_wrong({"match": "agent.sh secrets", "do": "after", "times": 1})
+    rig.inject({"match": "agent.sh secrets", "do": "after", "times": 1})
     with Spy(SENTINEL) as spy:
         code, result, err = rig.run(*more, **variables)
     if source == "file":
@@ -85,8 +85,8 @@ def test_a_secret_reaches_the_trainer_and_nothing_else(rig, source):
 
 @pytest.mark.slow
 def test_secrets_that_arrive_cut_off_are_refused(rig):
-    """gcloud's second try sends nothing: the agent wants the last line."""
-    rig.go_wrong({"match": "agent.sh secrets", "do": "before", "times": 99})
+    """A retry by gcloud sends nothing: the agent requires the last line."""
+    rig.inject({"match": "agent.sh secrets", "do": "before", "times": 99})
     code, _, err = rig.run("--secret", "WANDB_API_KEY", WANDB_API_KEY=SENTINEL)
     assert code == 76 and "arrived incomplete" in err, err
     assert rig.starts() == [] and SENTINEL not in err
@@ -101,7 +101,7 @@ def test_secrets_are_refused_early(rig):
 
 
 def test_the_dry_run_prints_the_real_runs_commands(rig):
-    """The same builders: each command of a run with one worker is a line of the dry run."""
+    """Each command of a run with one worker is a line of the dry run."""
     rig.hosts = 1
     rig.set(hosts=1)
     flags = [*rig.flags(), "--project", "p", "--orphan", "1h"]
@@ -123,19 +123,19 @@ def test_the_dry_run_prints_the_real_runs_commands(rig):
 
 
 def asks(argv) -> bool:
-    """Whether it is repeated all the time, by a launcher with a name of its own."""
+    """Return whether it is a periodic call, which contains the launcher's ID."""
     return "status vit" in " ".join(argv) or "lease vit" in " ".join(argv)
 
 
 def steady(argv) -> tuple:
-    """The command without the time at which it was made."""
+    """Return the command without its expiry time."""
     import re
 
     return tuple(re.sub(r"expires=\d+", "expires=T", word) for word in argv)
 
 
 def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
-    """What can't be checked here, worker 0 checks; names are checked all the same."""
+    """Names are checked here; worker 0 checks what cannot be checked here."""
     shutil.rmtree(rig.root / ".venv")
     path = rig.folder / "path"
     path.mkdir()
@@ -216,7 +216,7 @@ def test_a_type_is_needed_unless_there_is_a_machine(rig):
 
 
 def test_here_the_hosts_own_chips_count(rig):
-    """--devices is of local:N, and was what a config here was checked with."""
+    """Not with --devices, which is for local:N."""
     words = ["--config", "tiny", "--target", "here", "--workdir", str(rig.workdir), "--dry-run"]
     file = rig.folder / "asked"
     with tpu_metadata(ACCELERATOR_TYPE="v5e-8", NODE_ID="x") as address:
@@ -255,7 +255,7 @@ def test_logs_follow_a_run(rig):
     rig.profile(FAKE_SECONDS="0.2")
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
-    rig.wait_for(lambda: list(rig.notes().glob("a1/w01.log")))
+    rig.wait_for(lambda: list(rig.run_folder().glob("a1/w01.log")))
     logs = rig.verb("logs", "-f", "--name", "vit", "--worker", "1")
     assert rig.end(process).code == 0
     lines = [f"[w01] worker 1 step {step}" for step in range(1, 13)]
@@ -264,7 +264,7 @@ def test_logs_follow_a_run(rig):
 
 
 def test_gc_finds_what_is_forgotten(rig):
-    """A launcher that is killed leaves a machine: it expires, and gc deletes that and no other."""
+    """A killed launcher leaves a machine, which expires; gc deletes it and no other."""
     rig.run("--on-success", "keep")
     marks = rig.cloud.nodes["us-a/vit"]["labels"]
     assert marks["managed-by"] == "vit_scale" and marks["owner"] == "unknown"
@@ -309,7 +309,7 @@ def test_a_command_on_all_workers(rig):
 
 
 def test_a_machine_whose_launcher_is_gone_deletes_itself(rig):
-    """Training ends, nobody asks any more: worker 0 deletes the machine."""
+    """After training, with no launcher calling, worker 0 deletes the machine."""
     process = rig.start(*rig.flags(), "--orphan", "1s")
     rig.wait_for(lambda: len(rig.starts()) == 2 and len(rig.calls("agent.sh reap")) == 1)
     process.kill()
@@ -323,13 +323,13 @@ def test_a_run_in_the_background(rig):
     begun = rig.verb(*rig.flags(), "--detach")
     assert begun.returncode == 0 and "logs -f --name vit" in begun.stdout
     rig.wait_for(lambda: list((rig.root / "runs" / "tpu").glob("*/launcher.log")))
-    file = rig.notes() / "launcher.log"
+    file = rig.run_folder() / "launcher.log"
     rig.wait_for(lambda: '"result": "done"' in file.read_text())
     assert rig.is_empty()
 
 
 def test_this_machine_as_a_pod(rig):
-    """No gcloud: the same agent, each worker with a home of its own."""
+    """Without gcloud: the same agent, and a home folder per worker."""
     words = [
         "--config",
         "tiny",
@@ -351,7 +351,7 @@ def test_this_machine_as_a_pod(rig):
 
 @pytest.mark.slow
 def test_gc_leaves_alone_what_trains(rig):
-    """A label that could not be renewed is no reason to end a training."""
+    """A label that could not be renewed does not end a training."""
     rig.profile(FAKE_SECONDS="0.4")
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
@@ -362,7 +362,7 @@ def test_gc_leaves_alone_what_trains(rig):
 
 @contextlib.contextmanager
 def tpu_metadata(**values: str):
-    """The metadata server of a TPU VM; yields its address."""
+    """Serve a TPU VM's metadata; yield the address."""
     text = "".join(f"{key}: '{value}'\n" for key, value in values.items()).encode()
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -444,7 +444,7 @@ REAL = shutil.which("gcloud")
     ],
 )
 def test_the_real_gcloud_knows_every_flag(rig, tmp_path, more):
-    """Without an account each command ends with 1, for that; a flag that it lacks would be a 2."""
+    """Without an account each command exits with 1; an unknown flag would be a 2."""
     import shlex
 
     dry = rig.verb(*rig.flags(), "--project", "p", "--dry-run", *more)

@@ -1,7 +1,7 @@
-"""DESIGN.md's laws where there is more than a ViT: batch normalisation's statistics, a teacher.
+"""The guarantees of docs/design.md with batch normalisation and with a teacher.
 
-A CNN, and a ViT that it teaches: killed is never killed (law 4), the same curve on any mesh and on
-two processes (law 3), every example counts once (law 6), a student needs no teacher (law 7).
+A CNN, and a ViT that it teaches: a killed run ends like an uninterrupted one, losses agree on any
+mesh and on two processes, every example counts once, a student needs no teacher.
 """
 
 import json
@@ -209,7 +209,7 @@ def test_a_student_is_a_model_without_its_teacher(student, whole, jpegs, capsys)
         assert cli.main(["eval", str(run), "--split", "test[:100]"]) == 0
         assert cli.main(["predict", str(run), image]) == 0
         assert cli.main(command("distill_cifar", run.with_name("next"), fields)) == 1
-        assert "neither the folder of a run" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
         # It may lie elsewhere: what identifies it is the same.
         assert cli.main(command("distill_cifar", run, fields | {"distill.teacher": hidden})) == 0
     finally:

@@ -1,6 +1,6 @@
-"""DESIGN.md's laws on one process: resuming, fine-tuning, exact evaluation, moving a run, switches.
+"""The guarantees of docs/design.md on one process: resuming, fine-tuning, evaluation, options.
 
-Laws 2 and 3, about several devices and hosts, are in test_mesh.py; law 8 is test_bad_input.py.
+Those on several devices and hosts are in test_mesh.py.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
-from vit_scale.training import program, trainer
+from vit_scale.training import trainer, validation
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.setup import make_setup
 from vit_scale.training.train_step import jit_train_step
@@ -580,7 +580,7 @@ def test_cudnn_is_another_attention_and_refused_off_a_gpu(monkeypatch):
         asked.append((implementation, str(q.dtype)))
         return attend(q, k, v, implementation="xla")
 
-    monkeypatch.setattr(program, "have_cudnn", lambda devices: True)
+    monkeypatch.setattr(validation, "have_cudnn", lambda devices: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     unrolled = ("model.scan=false", *eight)
     assert differ(compute(*unrolled), compute("model.attention=cudnn", *unrolled))

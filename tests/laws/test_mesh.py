@@ -1,4 +1,4 @@
-"""DESIGN.md's laws over devices and processes: same batch, same curve, a checkpoint that moves.
+"""The guarantees of docs/design.md on several devices and processes: batch, curve, checkpoint.
 
 8 virtual devices, as 1, 2 and 4 real processes. Each of these pods starts once and does all its
 work in one go, because starting is most of the time.

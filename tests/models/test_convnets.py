@@ -154,18 +154,18 @@ def test_logits_are_those_of_numpy(variant, mask):
     model = model_of(convnet_config(variant, *VARIANTS[variant]))
     params = random_params(model)
     images = random_images(8).astype(np.float64) / 128 - 1
-    given = jnp.asarray(images, jnp.float32)
+    inputs = jnp.asarray(images, jnp.float32)
     if mask is None:
-        found = jax.jit(model.apply)(params, given)
+        actual = jax.jit(model.apply)(params, inputs)
     else:
-        found = jax.jit(model.train)(params, given, KEY, mask).prediction
+        actual = jax.jit(model.train)(params, inputs, KEY, mask).prediction
     if variant == "cnn":
         expected = plain_cnn(params, images, mask)
     else:
         expected = plain_resnet(params, images, mask, 3 if variant == "resnet20" else 4)
     chosen = slice(None) if mask is None else mask
     assert np.abs(expected[chosen]).max() > 0.05
-    np.testing.assert_allclose(found[chosen], expected[chosen], rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(actual[chosen], expected[chosen], rtol=2e-4, atol=2e-4)
 
 
 def test_running_statistics_move_towards_the_unmasked_batch():
@@ -303,13 +303,13 @@ def test_it_learns_and_evaluates_by_the_running_statistics(program, step):
 
 def test_fine_tuning_takes_the_statistics_along():
     model = model_of(convnet_config("cnn"))
-    given, target = random_params(model), random_params(model, seed=1)
-    placed, rows = adapt(given, target, "cubic", same_classes=False)
-    jax.tree.map(np.testing.assert_array_equal, placed["stages"], given["stages"])
+    pretrained, target = random_params(model), random_params(model, seed=1)
+    placed, rows = adapt(pretrained, target, "cubic", same_classes=False)
+    jax.tree.map(np.testing.assert_array_equal, placed["stages"], pretrained["stages"])
     jax.tree.map(np.testing.assert_array_equal, placed["head"], target["head"])
     assert ("stages/0/norm/variance", "kept") in [(row.name, row.action) for row in rows]
     vit = random_params(model_of(tiny_config()))
-    for source, other in ((given, vit), (vit, given)):
+    for source, other in ((pretrained, vit), (vit, pretrained)):
         with pytest.raises(UserError, match="the pretrained parameters don't fit"):
             adapt(source, other, "cubic", same_classes=True)
 
@@ -358,9 +358,9 @@ def test_a_hybrid_is_a_vit_on_a_stem(hybrid):
     pixels[..., :16] = patches
     pixels = pixels.reshape(4, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 16, 16, 3)
     expected = jax.jit(vit.apply)(plain, jnp.asarray(pixels, jnp.float32))
-    found = jax.jit(hybrid.apply)(params, jnp.asarray(images, jnp.float32))
+    actual = jax.jit(hybrid.apply)(params, jnp.asarray(images, jnp.float32))
     assert np.abs(expected).max() > 0.05
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
 def test_a_hybrid_measures_in_training_only(hybrid):
@@ -429,7 +429,7 @@ def test_what_a_cnn_cannot_do_is_refused(override, message):
 
 def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
     for cfg, message in (
-        (convnet_config("resnet20", "model.depth=9"), "model.depth=9 is not 6 n + 2"),
+        (convnet_config("resnet20", "model.depth=9"), "model.depth=9 must be 6 n + 2"),
         (convnet_config("resnet20", "model.mlp=9"), "model.mlp=9 means nothing to resnet20"),
         (tiny_config("model.variant=R20+Ti/2"), "shrinks images by 4, which does not divide 2"),
         (tiny_config("model.variant=C+Ti/8", "model.width=18"), "width 18 as often but once"),

@@ -54,8 +54,8 @@ def test_parameter_counts(variant, parameters):
 
 
 def test_parameter_names_and_shapes():
-    found = {name: leaf.shape for name, leaf in shapes(tiny_model("model.heads=4")).items()}
-    assert found == {
+    actual = {name: leaf.shape for name, leaf in shapes(tiny_model("model.heads=4")).items()}
+    assert actual == {
         "blocks/attention/out/bias": (2, 16),
         "blocks/attention/out/kernel": (2, 4, 4, 16),
         **{f"blocks/attention/{part}/bias": (2, 4, 4) for part in ("query", "key", "value")},
@@ -266,8 +266,8 @@ def test_the_epsilon_of_the_norms_is_a_switch():
 def test_a_representation_is_a_tanh_layer_before_the_head():
     """ViT paper, section 3.2: pretraining's head has one hidden layer."""
     vit = tiny_model("model.representation=12")
-    found = {name: leaf.shape for name, leaf in shapes(vit).items()}
-    assert found["representation/kernel"] == (16, 12) and found["head/kernel"] == (12, 4)
+    actual = {name: leaf.shape for name, leaf in shapes(vit).items()}
+    assert actual["representation/kernel"] == (16, 12) and actual["head/kernel"] == (12, 4)
     params, images = random_params(vit), pixels(2)
     expected = plain_vit(params, images, "cls", 8)
     np.testing.assert_allclose(jax.jit(vit.apply)(params, images), expected, atol=1e-5)
@@ -486,9 +486,9 @@ def test_attention_and_its_gradients_equal_the_plain_one(dtype, logits, atol):
     half = [jnp.asarray(x, dtype) for x in (2 * q, k, v, out)]
     q, k, v, out = (np.asarray(x, np.float32) for x in half)  # the same values, whatever the type
     expected, pull = jax.vjp(plain_attention, q, k, v)
-    found, pull_found = jax.vjp(lambda *x: attention.attend(*x, logits, "xla"), *half[:3])
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=atol)
+    actual, pull_found = jax.vjp(lambda *x: attention.attend(*x, logits, "xla"), *half[:3])
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, atol=atol)
     errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), pull_found(half[3]), pull(out))
     assert max(errors) < 3 * atol
     assert dtype == "float32" or min(errors) > 1e-4, "bfloat16 changes something"

@@ -107,8 +107,8 @@ def test_what_no_tpu_has_is_refused(run, capsys):
 
 
 def test_without_its_compiler_one_line_says_so(run, capsys, monkeypatch, tmp_path):
-    """A slice that the compiler does not support."""
-    monkeypatch.setattr("vit_scale.plan.COMPILER", str(tmp_path))
+    """Nor is a slice compiled that the compiler does not support."""
+    monkeypatch.setattr("vit_scale.plan.planner.COMPILER", str(tmp_path))
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not _has_libtpu(p)])
     arguments = ["plan", "--config", "vit_tiny_imagenet", "--topology"]
     assert cli.main([*arguments, "v5e:2x2"]) == 1
@@ -117,7 +117,7 @@ def test_without_its_compiler_one_line_says_so(run, capsys, monkeypatch, tmp_pat
     monkeypatch.undo()
     assert cli.main([*arguments, "v5p:3x3x3"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("vit-scale: topology v5p:3x3x3: libtpu refuses it: INVALID_ARGUMENT")
+    assert line.startswith("vit-scale: topology v5p:3x3x3 is not supported by libtpu: INVALID")
 
 
 def _has_libtpu(folder: str) -> bool:

@@ -8,7 +8,7 @@ from tests.helpers.tiny import tiny_config
 from vit_scale import cli, plan
 from vit_scale.data import delivered_size
 from vit_scale.errors import UserError
-from vit_scale.plan import estimate, table, topology
+from vit_scale.plan import estimate, planner, table, topology
 from vit_scale.plan.hlo import Collective, Cost, Program, exposed_cycles, shape_bytes
 
 # A program
@@ -332,7 +332,7 @@ def compiler(monkeypatch):
             step |= {"ema_bytes": 0, "synchronous_ms": 0.0, "hidden_ms": 0, "between_slices_ms": 0}
             return step | answer(dict(item.split("=") for item in overrides)), ""
 
-        monkeypatch.setattr(plan, "_compile", compiled)
+        monkeypatch.setattr(planner, "_compile", compiled)
 
     return use
 

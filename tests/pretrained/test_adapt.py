@@ -1,4 +1,4 @@
-"""pretrained: every leaf is kept, resampled, new or refused; what `read` finds in a folder."""
+"""adapt and load_model: every parameter is kept, resampled, replaced or refused."""
 
 import shutil
 
@@ -25,23 +25,23 @@ def refusal(call, *arguments) -> str:
     return str(caught.value)
 
 
-def test_a_model_of_the_same_shape_is_taken_whole():
+def test_a_model_of_the_same_shape_is_copied():
     source, target = random_params(tiny_model()), random_params(tiny_model(), seed=1)
-    placed, rows = adapt(source, target, "cubic", same_classes=True)
-    jax.tree.map(np.testing.assert_array_equal, placed, source)
+    adapted, rows = adapt(source, target, "cubic", same_classes=True)
+    jax.tree.map(np.testing.assert_array_equal, adapted, source)
     assert set(actions(rows).values()) == {"kept"}
     assert actions(rows).keys() == named(target).keys()
-    assert jax.tree.structure(placed) == jax.tree.structure(target)
+    assert jax.tree.structure(adapted) == jax.tree.structure(target)
 
 
 @pytest.mark.parametrize("classes", [4, 7])
-def test_the_head_is_new_where_the_classes_differ(classes):
-    """Also where there are as many: the fourth class was something else."""
+def test_the_head_is_replaced_if_the_classes_differ(classes):
+    """Also if there are as many classes: the fourth was another one."""
     source = random_params(tiny_model())
     target = random_params(tiny_model(f"model.classes={classes}"), seed=1)
-    placed, rows = adapt(source, target, "cubic", same_classes=False)
-    jax.tree.map(np.testing.assert_array_equal, placed["head"], target["head"])
-    jax.tree.map(np.testing.assert_array_equal, placed["blocks"], source["blocks"])
+    adapted, rows = adapt(source, target, "cubic", same_classes=False)
+    jax.tree.map(np.testing.assert_array_equal, adapted["head"], target["head"])
+    jax.tree.map(np.testing.assert_array_equal, adapted["blocks"], source["blocks"])
     new = {name for name, action in actions(rows).items() if action == "new: the classes differ"}
     assert new == {"head/kernel", "head/bias"}
 
@@ -50,9 +50,9 @@ def test_the_head_is_new_where_the_classes_differ(classes):
 def test_positions_are_resampled(method):
     source = random_params(tiny_model())
     target = random_params(tiny_model("data.resolution=32", "data.width=24"), seed=1)
-    placed, rows = adapt(source, target, method, same_classes=True)
+    adapted, rows = adapt(source, target, method, same_classes=True)
     expected = resample(source["posemb"], (4, 3), method)
-    np.testing.assert_array_equal(placed["posemb"], expected)
+    np.testing.assert_array_equal(adapted["posemb"], expected)
     assert actions(rows)["posemb"] == f"resampled 2 x 2 -> 4 x 3, {method}"
     assert set(actions(rows).values()) == {"kept", actions(rows)["posemb"]}
 
@@ -60,20 +60,20 @@ def test_positions_are_resampled(method):
 def test_blocks_are_stacked_and_unstacked():
     stacked = random_params(tiny_model())
     unstacked = unstack(random_params(tiny_model(), seed=1))
-    placed, _ = adapt(stacked, unstacked, "cubic", same_classes=True)
-    jax.tree.map(np.testing.assert_array_equal, placed, unstack(stacked))
-    placed, rows = adapt(unstacked, stacked, "cubic", same_classes=True)
-    jax.tree.map(np.testing.assert_array_equal, placed, stack(unstacked))
+    adapted, _ = adapt(stacked, unstacked, "cubic", same_classes=True)
+    jax.tree.map(np.testing.assert_array_equal, adapted, unstack(stacked))
+    adapted, rows = adapt(unstacked, stacked, "cubic", same_classes=True)
+    jax.tree.map(np.testing.assert_array_equal, adapted, stack(unstacked))
     assert set(actions(rows).values()) == {"kept"}
 
 
-def test_what_cannot_be_placed_is_refused_with_both_sides():
+def test_mismatches_are_listed_for_both_sides():
     source = random_params(tiny_model("model.pool=map"))
     target = random_params(tiny_model("model.mlp=32"))
     message = refusal(adapt, source, target, "cubic", True)
     assert "blocks/mlp/up/kernel: source (2, 16, 24), model (2, 16, 32)" in message
     assert "cls (16,) is not in the source" in message
-    assert "pool/probe (1, 16) has no place in the model" in message
+    assert "pool/probe (1, 16) is not in the model" in message
     assert "norm/scale" not in message.replace("pool/norm/scale", ""), "what fits is not listed"
 
 
@@ -98,39 +98,37 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"), tiny_config(), random_params(tiny_model()))
 
 
-def test_read_gives_a_model_that_can_be_used(run):
-    given = pretrained.load_model(run)
-    assert (given.classes, given.step) == (CLASSES, 5)
-    assert given.path == run / "checkpoints" / "5"
-    assert given.cfg.model.width == 16 and given.model.shape.grid == (2, 2)
-    jax.tree.map(np.testing.assert_array_equal, given.params, random_params(tiny_model()))
+def test_load_model_returns_a_usable_model(run):
+    loaded = pretrained.load_model(run)
+    assert (loaded.classes, loaded.step) == (CLASSES, 5)
+    assert loaded.path == run / "checkpoints" / "5"
+    assert loaded.cfg.model.width == 16 and loaded.model.shape.grid == (2, 2)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, random_params(tiny_model()))
 
 
-def test_read_takes_the_average_where_there_is_one(tmp_path):
+def test_load_model_prefers_the_moving_average(tmp_path):
     params, ema = random_params(tiny_model()), random_params(tiny_model(), seed=1)
     run = write_run(tmp_path / "averaged", tiny_config("optim.ema=0.9"), params, ema=ema)
-    given = pretrained.load_model(str(run))
-    np.testing.assert_array_equal(given.params["cls"], ema["cls"])
+    loaded = pretrained.load_model(str(run))
+    np.testing.assert_array_equal(loaded.params["cls"], ema["cls"])
     assert np.abs(ema["cls"] - params["cls"]).max() > 0.01
 
 
-def test_read_takes_the_newest_step_or_the_given_one(tmp_path):
+def test_load_model_takes_the_newest_checkpoint_or_the_named_one(tmp_path):
     old, new = random_params(tiny_model()), random_params(tiny_model(), seed=1)
     run = write_run(tmp_path / "run", tiny_config(), new, step=12)
     other = write_run(tmp_path / "other", tiny_config(), old, step=9)
     shutil.move(other / checkpoint.FOLDER / "9", run / checkpoint.FOLDER / "9")
     assert pretrained.load_model(run).step == 12
-    given = pretrained.load_model(run / checkpoint.FOLDER / "9")
-    assert given.step == 9
-    np.testing.assert_array_equal(given.params["cls"], old["cls"])
+    loaded = pretrained.load_model(run / checkpoint.FOLDER / "9")
+    assert loaded.step == 9
+    np.testing.assert_array_equal(loaded.params["cls"], old["cls"])
 
 
-def test_what_is_no_run_is_refused(tmp_path, run):
-    assert "is neither the folder of a run nor a step in it" in refusal(
-        pretrained.load_model, tmp_path
-    )
+def test_other_folders_are_refused(tmp_path, run):
+    assert "is not a run folder, a checkpoint" in refusal(pretrained.load_model, tmp_path)
     missing = run / checkpoint.FOLDER / "77"
-    assert f"{missing} is neither" in refusal(pretrained.load_model, missing)
+    assert f"{missing} is not a run folder" in refusal(pretrained.load_model, missing)
     shutil.copy(run / "run.json", tmp_path)
     assert "has no finished checkpoint yet" in refusal(pretrained.load_model, tmp_path)
 
@@ -143,9 +141,9 @@ def test_what_is_no_run_is_refused(tmp_path, run):
         ("image", {"trained_size": (16, 16)}),
     ],
 )
-def test_what_only_weights_of_others_need_is_refused_of_a_run(run, field, hint):
+def test_hints_for_external_weights_are_refused_for_a_run(run, field, hint):
     message = refusal(pretrained.load_model, run, pretrained.Hints(**hint))
-    assert f"init.{field} is of weights of others" in message
+    assert f"init.{field} only applies to external weights" in message
     assert (
         pretrained.load_model(run, pretrained.Hints(heads=7, target_size=(32, 32))).classes
         == CLASSES

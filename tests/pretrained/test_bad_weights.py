@@ -1,4 +1,4 @@
-"""Files of weights that are none, not whole, or not what they say: one line each, nothing run."""
+"""Broken and unsupported weight files: each is a one-line error, and no code is executed."""
 
 import http.server
 import importlib.util
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def refused(source, *says: str, hints: Hints = HEADS) -> str:
-    """The one line that reading `source` ends in, which holds `says` in this order."""
+    """The one-line error of loading `source`, which contains `says` in this order."""
     with pytest.raises(UserError) as caught:
         pretrained.load_model(source, hints)
     line = str(caught.value)
@@ -39,7 +39,7 @@ def refused(source, *says: str, hints: Hints = HEADS) -> str:
 
 def changed(case: str, file: pathlib.Path, **changes) -> pathlib.Path:
     """A golden model's file with other arrays; an array of None is left out."""
-    arrays = weight_files.read(weight_files.file_in(GOLDEN / case)) | changes
+    arrays = weight_files.read_arrays(weight_files.find_weight_file(GOLDEN / case)) | changes
     arrays = {name: array for name, array in arrays.items() if array is not None}
     write = weight_files.write_npz if file.suffix == ".npz" else weight_files.write_safetensors
     write(file, arrays)
@@ -50,44 +50,46 @@ def changed(case: str, file: pathlib.Path, **changes) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("case", ["google.npz", "timm.safetensors"])
-def test_a_file_that_is_cut_short(case, tmp_path):
+def test_a_truncated_file(case, tmp_path):
     whole = (GOLDEN / case).read_bytes()
     file = tmp_path / case
     for length in (len(whole) // 2, len(whole) - 1, 200):
         file.write_bytes(whole[:length])
-        refused(file, file, "is damaged or cut short", "download or copy it again")
+        refused(file, file, "is damaged or truncated", "get a new copy")
     for length in (0, 3):
         file.write_bytes(whole[:length])
-        refused(file, file, "is neither .npz nor .safetensors nor PyTorch's", "cut short")
+        refused(file, file, "is not a .npz, .safetensors or PyTorch file", "truncated")
 
 
 def test_a_file_with_a_flipped_bit(tmp_path):
     content = bytearray((GOLDEN / "google.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "x.npz").write_bytes(content)
-    refused(tmp_path / "x.npz", "x.npz is damaged or cut short")
+    refused(tmp_path / "x.npz", "x.npz is damaged or truncated")
 
 
-def test_a_page_of_html(tmp_path):
+def test_an_html_page(tmp_path):
     for name in ("x.npz", "x.safetensors", "x.pth"):
         (tmp_path / name).write_text("\n<!DOCTYPE html><html>Sign in</html>")
-        refused(tmp_path / name, name, "is a page of HTML, not weights")
+        refused(tmp_path / name, name, "is an HTML page, not weights")
 
 
 def test_other_files(tmp_path):
     (tmp_path / "text.npz").write_text("name,accuracy\nB/16,0.98\n")
-    refused(tmp_path / "text.npz", "is neither .npz nor", "b'name,acc'")
+    refused(tmp_path / "text.npz", "is not a .npz", "b'name,acc'")
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    refused(tmp_path / "other.npz", "is a zip archive of readme.txt and the like")
+    refused(
+        tmp_path / "other.npz", "is a zip archive without weights; its first file is readme.txt"
+    )
     np.savez(tmp_path / "empty.npz")
     refused(tmp_path / "empty.npz", "empty.npz")
-    refused(tmp_path / "none.npz", "none.npz is neither the folder of a run", "nor weights")
-    refused(tmp_path, "is neither the folder of a run", "nor weights (.npz, .safetensors")
+    refused(tmp_path / "none.npz", "none.npz is not a run folder", "or weights")
+    refused(tmp_path, "is not a run folder", "or weights (.npz, .safetensors")
 
 
 class Evil:
-    """Pickled, it makes a file when it is read as pickles are."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: pathlib.Path):
         self.marker = marker
@@ -96,9 +98,9 @@ class Evil:
         return pathlib.Path.touch, (self.marker,)
 
 
-def test_a_pickle_is_never_run(tmp_path):
+def test_a_pickle_is_never_executed(tmp_path):
     marker = tmp_path / "ran"
-    says = "holds more than weights" if importlib.util.find_spec("torch") else "pip install torch"
+    says = "contains pickled code" if importlib.util.find_spec("torch") else "pip install torch"
     for name in ("x.pth", "x.npz", "x.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(pickle.dumps({"model": Evil(marker)}, protocol=2))
         refused(tmp_path / name, name, says, "safetensors.torch.save_file")
@@ -109,7 +111,7 @@ def test_a_pickle_is_never_run(tmp_path):
         archive.writestr("new/byteorder", "little")
     refused(tmp_path / "new.pth", "new.pth", says)
     np.savez(tmp_path / "objects.npz", head=np.array([Evil(marker)], object))
-    refused(tmp_path / "objects.npz", "holds Python objects", "were not")
+    refused(tmp_path / "objects.npz", "contains pickled Python objects", "not executed")
     assert not marker.exists()
     pickle.loads(pickle.dumps(Evil(marker)))
     assert marker.exists(), "it would have been seen"
@@ -118,12 +120,14 @@ def test_a_pickle_is_never_run(tmp_path):
 # The arrays
 
 
-def test_wrong_shapes_are_in_the_names_of_the_file(tmp_path):
+def test_wrong_shapes_are_reported_by_the_keys_of_the_file(tmp_path):
     file = changed("google.npz", tmp_path / "x.npz", **{"head/kernel": np.zeros((7, 5), "f")})
-    refused(file, file, "no whole google ViT", "wrong shape: head/kernel (7, 5), not (12, 5)")
+    refused(
+        file, file, "not a complete google ViT", "wrong shape: head/kernel (7, 5), expected (12, 5)"
+    )
     mlp = "vit.encoder.layer.1.intermediate.dense.weight"
     file = changed("huggingface", tmp_path / "x.safetensors", **{mlp: np.zeros((3, 12), "f")})
-    refused(file, "wrong shape", f"{mlp} (3, 12), not (20, 12)")
+    refused(file, "wrong shape", f"{mlp} (3, 12), expected (20, 12)")
     for shape in ((35, 12), (36,), ()):
         qkv = {"blocks.0.attn.qkv.weight": np.zeros(shape, "f")}
         file = changed("timm.safetensors", tmp_path / "x.safetensors", **qkv)
@@ -137,13 +141,15 @@ def test_a_missing_array(tmp_path):
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **{"norm.bias": None})
     refused(file, file, "missing: norm.bias")
     gone = {
-        name: None for name in weight_files.read(GOLDEN / "google.npz") if "encoderblock_1" in name
+        name: None
+        for name in weight_files.read_arrays(GOLDEN / "google.npz")
+        if "encoderblock_1" in name
     }
     gone.popitem()
     file = changed("google.npz", tmp_path / "x.npz", **gone)
     refused(file, "missing: Transformer/encoderblock_1/", "and 9 more")
     file = changed("big_vision-map.npz", tmp_path / "x.npz", pos_embedding=None)
-    assert "no positions are stored" in pretrained.load_model(file).lines[1]
+    assert "no position embeddings are stored" in pretrained.load_model(file).notes[1]
     file = changed("timm.safetensors", tmp_path / "x.safetensors", pos_embed=None)
     refused(file, "missing: pos_embed")
 
@@ -151,11 +157,9 @@ def test_a_missing_array(tmp_path):
 def test_an_extra_array(tmp_path):
     extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "reg_token": np.ones((1, 4, 12), "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
-    says = (
-        "no place for: blocks.0.q_norm.bias, reg_token (register tokens, norms of queries and keys"
-    )
+    says = "unexpected arrays: blocks.0.q_norm.bias, reg_token (register tokens, normalized queries"
     refused(file, says)
-    # Also where these are not what is found to be wrong first.
+    # Also if other checks would fail as well.
     extra |= {"pos_embed": np.ones((1, 14, 12), "f"), "norm.bias": None}
     refused(changed("timm.safetensors", tmp_path / "x.safetensors", **extra), says)
     norm = {"fc_norm.weight": np.ones(12, "f"), "fc_norm.bias": np.ones(12, "f")}
@@ -163,24 +167,24 @@ def test_an_extra_array(tmp_path):
     refused(file, "it has norm before pooling and fc_norm after it")
     token = {"dist_token": np.ones((1, 1, 12), "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **token)
-    refused(file, "10 positions are of 8 patches", hints=HEADS)
+    refused(file, "10 position embeddings are for 8 patches", hints=HEADS)
     file = changed(
         "timm-distilled.safetensors", tmp_path / "x.safetensors", **{"head_dist.bias": None}
     )
     refused(file, "missing: head_dist.bias")
 
 
-def test_a_dialect_that_is_not_known_and_a_wrong_one(tmp_path):
+def test_an_unknown_format_and_a_wrong_one(tmp_path):
     np.savez(tmp_path / "x.npz", **{f"conv{i}": np.ones(3) for i in range(9)})
-    refused(tmp_path / "x.npz", "of no dialect that is known", "conv0", "and 3 more")
-    wrong = HEADS._replace(dialect="timm")
+    refused(tmp_path / "x.npz", "unknown weight format", "conv0", "and 3 more")
+    wrong = HEADS._replace(format="timm")
     refused(GOLDEN / "google.npz", "patch_embed.proj.weight is missing", "Transf", hints=wrong)
 
 
-# What stands beside them
+# Metadata
 
 
-def test_config_json_that_says_otherwise(tmp_path):
+def test_a_config_json_that_contradicts_the_arrays(tmp_path):
     folder = tmp_path / "hf"
     shutil.copytree(GOLDEN / "huggingface", folder)
 
@@ -189,11 +193,11 @@ def test_config_json_that_says_otherwise(tmp_path):
         (folder / "config.json").write_text(json.dumps(content | fields))
 
     says(hidden_act="relu")
-    refused(folder, "its activation is relu")
+    refused(folder, "has the activation relu")
     says(num_attention_heads=5)
     refused(folder, "model.safetensors", "12 is not divisible by 5 heads")
     says(id2label={"0": "ant", "1": "bee"})
-    refused(folder, "2 classes are named beside a head of 5")
+    refused(folder, "names 2 classes, but the head has 5 outputs")
     says(image_size=20)
     assert pretrained.load_model(folder).model.shape.grid == (3, 3), "the arrays decide"
     says(num_attention_heads="many")
@@ -201,38 +205,38 @@ def test_config_json_that_says_otherwise(tmp_path):
     (folder / "config.json").write_text('{"model_type": "vit"}')
     refused(folder, "is not as Hugging Face transformers writes it", "num_attention_heads")
     (folder / "config.json").write_text("{")
-    refused(folder, "config.json can't be read")
+    refused(folder, "config.json: ")
     (folder / "config.json").write_text("[]")
-    refused(folder, "config.json", "no JSON object")
+    refused(folder, "config.json is not a JSON object")
     (folder / "config.json").write_text("{}")
-    refused(folder, "give --config.model.heads", hints=Hints())
+    refused(folder, "set --config.model.heads", hints=Hints())
 
 
-def test_a_timm_model_that_is_no_plain_vit(tmp_path):
-    shutil.copy(GOLDEN / "timm.safetensors", tmp_path / weight_files.MODEL)
+def test_a_timm_model_that_is_not_a_plain_vit(tmp_path):
+    shutil.copy(GOLDEN / "timm.safetensors", tmp_path / weight_files.SAFETENSORS)
 
     def says(**arguments):
         content = {"architecture": "vit_tiny_patch16_224", "model_args": arguments}
         (tmp_path / "config.json").write_text(json.dumps(content))
 
     says(num_heads=3, global_pool="map")
-    refused(tmp_path, "it is pooled by map", "pooling by cls")
+    refused(tmp_path, "the metadata says pool=map", "those of pool=cls")
     says(num_heads=3, global_pool="avgmax")
-    refused(tmp_path, "global_pool=avgmax; a ViT here has token, avg, map")
+    refused(tmp_path, "global_pool=avgmax, which is not supported; supported: token, avg, map")
     says(num_heads=3, attn_layer="differential")
-    refused(tmp_path, "attn_layer=differential makes it another model")
+    refused(tmp_path, "attn_layer=differential, not a plain ViT")
     says(num_heads=3, norm_layer="rmsnorm")
-    refused(tmp_path, "norm_layer=rmsnorm is none of a plain ViT's")
+    refused(tmp_path, "norm_layer=rmsnorm, which is not supported")
     says(num_heads=3, act_layer="silu")
-    refused(tmp_path, "its activation is silu")
+    refused(tmp_path, "has the activation silu")
     says(num_heads=3)
     assert pretrained.load_model(tmp_path).model.shape.size.heads == 3
 
 
-# As typed
+# The command line
 
 
-def test_commands_end_in_one_line(tmp_path, capsys):
+def test_commands_report_errors_in_one_line(tmp_path, capsys):
     (tmp_path / "x.npz").write_text("<html>")
 
     def line(*arguments) -> str:
@@ -241,16 +245,16 @@ def test_commands_end_in_one_line(tmp_path, capsys):
         assert out == "" and err.count("\n") == 1 and err.startswith("vit-scale: ")
         return err
 
-    assert "page of HTML" in line("convert", tmp_path / "x.npz", tmp_path / "out")
+    assert "an HTML page" in line("convert", tmp_path / "x.npz", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert "neither the folder" in line("convert", tmp_path / "y", tmp_path / "out")
+    assert "is not a run folder" in line("convert", tmp_path / "y", tmp_path / "out")
     assert "init.dialect" in line(
         "convert", GOLDEN / "google.npz", tmp_path / "out", "--config.init.dialect=goggle"
     )
     assert "init.head='kep'" in line(
         "convert", GOLDEN / "google.npz", tmp_path / "out", "--config.init.head=kep"
     )
-    assert "neither the folder" in line("export", tmp_path, "--format", "npz", "--out", "x.npz")
+    assert "is not a run folder" in line("export", tmp_path, "--format", "npz", "--out", "x.npz")
     assert "did you mean jax" in line("export", tmp_path, "--format", "jx", "--out", "x")
     assert not (tmp_path / "out").exists()
 
@@ -270,7 +274,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Serves the golden files; what is fetched is cached in `tmp_path`."""
+    """Serves the golden files; downloads are cached in `tmp_path`."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -285,26 +289,26 @@ def server(monkeypatch, tmp_path):
         server.shutdown()
 
 
-def test_weights_from_a_server_are_kept(server, tmp_path):
+def test_weights_from_a_server_are_cached(server, tmp_path):
     url = f"{server.url}/google.npz"
-    given = pretrained.load_model(url)
+    loaded = pretrained.load_model(url)
     here = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}" / "google.npz"
-    assert given.path == here and here.read_bytes() == (GOLDEN / "google.npz").read_bytes()
+    assert loaded.path == here and here.read_bytes() == (GOLDEN / "google.npz").read_bytes()
     pretrained.load_model(url)
     assert server.asked == ["/google.npz"]
 
 
-def test_what_stands_beside_weights_is_fetched_too(server):
-    given = pretrained.load_model(f"{server.url}/huggingface/model.safetensors")
-    assert given.classes == ("ant", "bee", "cat", "dog", "eel")
-    assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
-    given = pretrained.load_model(
+def test_metadata_beside_weights_is_downloaded_too(server):
+    loaded = pretrained.load_model(f"{server.url}/huggingface/model.safetensors")
+    assert loaded.classes == ("ant", "bee", "cat", "dog", "eel")
+    assert loaded.cfg.augment.mean == (0.4, 0.5, 0.6)
+    loaded = pretrained.load_model(
         f"{server.url}/timm.safetensors", HEADS
     )  # there is no config.json
-    assert given.cfg.model.classes == 5
+    assert loaded.cfg.model.classes == 5
 
 
-def test_a_checksum_is_compared(server):
+def test_checksums_are_verified(server):
     import base64
     import hashlib
 
@@ -316,15 +320,15 @@ def test_a_checksum_is_compared(server):
     server.checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
     refused(f"{server.url}/google-gap.npz", "has MD5")
     refused(f"{server.url}/google.npz#sha256={'0' * 64}", "has SHA256")
-    refused(f"{server.url}/google.npz#crc=1", "neither md5=HEX nor sha256=HEX")
+    refused(f"{server.url}/google.npz#crc=1", "is neither md5=HEX nor sha256=HEX")
 
 
-def test_an_address_of_no_file(server):
-    refused(f"{server.url}/huggingface", "names no file of weights", "give its model.safetensors")
-    refused(f"{server.url}/none.npz", "could not be downloaded", "put that file there as")
+def test_an_address_without_a_weight_file(server):
+    refused(f"{server.url}/huggingface", "is not a weight file", "its model.safetensors")
+    refused(f"{server.url}/none.npz", "cannot download", "by other means to")
 
 
-def test_without_a_network_the_way_round_is_named(server, tmp_path):
+def test_without_a_network_the_alternatives_are_named(server, tmp_path):
     server.shutdown()
     server.server_close()
     url = f"{server.url}/google.npz"
@@ -336,7 +340,7 @@ def test_without_a_network_the_way_round_is_named(server, tmp_path):
     line = str(caught.value)
     assert "\n" not in line
     cache = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}"
-    assert f"{url} could not be downloaded" in line and f"put that file there as {cache}" in line
+    assert f"cannot download {url}" in line and f"by other means to {cache}" in line
     assert "vit-scale train --config vit_small_imagenet" in line
     assert "--config.init.source=runs/vit_small_imagenet" in line
 
@@ -350,24 +354,24 @@ def test_fine_tuning_starts_from_public_weights(size):
     assert config.load(cfg.init.instead).model.variant == cfg.model.variant
 
 
-def test_a_training_begins_with_them(capsys):
-    """At another resolution, with another head; and what was said of it."""
+def test_training_starts_from_external_weights(capsys):
+    """At another resolution and with another head; the notes are printed."""
     fields = ("width=12", "depth=2", "heads=3", "mlp=20", "variant=Ti/4", "gelu=tanh")
     overrides = [f"model.{field}" for field in fields] + ["data.resolution=20"]
     source = f"init.source={GOLDEN / 'google-pre_logits.npz'}"
     program = make_setup(tiny_config(*overrides, source))
     check_source(program, ("cat", "dog", "eel", "fox"))
     state = init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)
-    given = pretrained.load_model(GOLDEN / "google-pre_logits.npz")
-    np.testing.assert_array_equal(state.params["cls"], given.params["cls"])
+    loaded = pretrained.load_model(GOLDEN / "google-pre_logits.npz")
+    np.testing.assert_array_equal(state.params["cls"], loaded.params["cls"])
     assert not np.any(state.params["head"]["kernel"])
     printed = capsys.readouterr().out
-    assert "of google-research/vision_transformer (init.dialect=google)" in printed
+    assert "format google-research/vision_transformer (init.dialect=google)" in printed
     assert "resampled 3 x 3 -> 5 x 5, cubic" in printed
-    assert "left: it belongs to the old head" in printed
+    assert "dropped: part of the old head" in printed
     assert "was trained with" not in printed
     program.cfg.init.dialect = "timm"
-    with pytest.raises(UserError, match="of another dialect than timm"):
+    with pytest.raises(UserError, match="its format is not timm"):
         check_source(program, ("cat", "dog", "eel", "fox"))
     program.cfg.init.dialect, program.cfg.model.gelu = "", "exact"
     init_state(program, ("cat", "dog", "eel", "fox"), quiet=False)

@@ -1,8 +1,7 @@
 """Against timm and transformers themselves, where they are installed (the extra `peers`).
 
-Random weights of every dialect: what they compute and what is computed here, of the same pixels, in
-both directions. Google's files are read by timm as well, which has its own reader of them. The real
-sizes are slow.
+Random weights of every format give the same logits there and here, imported and exported. Google's
+files are also read by timm, which has its own reader for them. The real sizes are slow.
 """
 
 import pathlib
@@ -74,13 +73,13 @@ def random_images(side: int, seed: int = 0) -> np.ndarray:
 
 def theirs(model, images: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        found = model(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return getattr(found, "logits", found).numpy()
+        result = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return getattr(result, "logits", result).numpy()
 
 
 def close(given: pretrained.Pretrained, images: np.ndarray, expected: np.ndarray, what: str):
-    found = np.asarray(jax.jit(given.model.apply)(given.params, images))
-    difference = np.abs(found - expected).max()
+    result = np.asarray(jax.jit(given.model.apply)(given.params, images))
+    difference = np.abs(result - expected).max()
     print(f"{what}: max |difference| {difference:.1e} of logits up to {np.abs(expected).max():.2f}")
     assert difference < 1e-4
     assert np.ptp(expected) > 0.1
@@ -163,7 +162,7 @@ def test_huggingface(size, tmp_path):
 
 @SIZE
 @pytest.mark.parametrize("kind", ["google", "big_vision-gap", "big_vision-map"])
-def test_google_as_timm_reads_it(size, kind, tmp_path):
+def test_google_equals_timm_reading_the_same_file(size, kind, tmp_path):
     """timm's own reader of .npz, of both of Google's layouts."""
     width, depth, heads, mlp = numbers(size)
     side, patch = pixels(size)
@@ -175,8 +174,8 @@ def test_google_as_timm_reads_it(size, kind, tmp_path):
     cfg.model.update({"classes": CLASSES, "pool": pool, "gelu": "tanh"})
     model = build(cfg.model, (side, side))
     params = jax.tree.map(np.asarray, unstack(trained_like(random_params(model))))
-    dialect, root = (GOOGLE, "") if kind == "google" else (BIG_VISION, "params/")
-    arrays = key_mapping.write(dialect, named(params), depth)
+    fmt, root = (GOOGLE, "") if kind == "google" else (BIG_VISION, "params/")
+    arrays = key_mapping.to_arrays(fmt, named(params), depth)
     if kind == "google":  # ours has no position of its own for [CLS]
         stored = "Transformer/posembed_input/pos_embedding"
         arrays[stored][:, :1] = 0.1 * np.random.RandomState(1).randn(1, 1, width)
@@ -206,7 +205,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("overrides", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("shape", [(40, 61), (57, 33), (24, 24)])
-def test_they_see_the_pixels_that_we_see(overrides, shape, tmp_path):
+def test_other_libraries_preprocess_to_the_same_pixels(overrides, shape, tmp_path):
     """Of photos that are not square: timm each of them, transformers within torch's rounding."""
     photo(*shape).save(tmp_path / "photo.png")
 
@@ -225,8 +224,8 @@ def test_they_see_the_pixels_that_we_see(overrides, shape, tmp_path):
     ours = seen_here("hf", "eval.fit=shortest_edge")
     for processor in (transformers.ViTImageProcessor, transformers.AutoImageProcessor):
         see = processor.from_pretrained(tmp_path / "hf")
-        found = see(photo(*shape), return_tensors="pt")["pixel_values"][0]
-        difference = np.abs(255 * (found.permute(1, 2, 0).numpy() / 2 + 0.5) - ours)
+        result = see(photo(*shape), return_tensors="pt")["pixel_values"][0]
+        difference = np.abs(255 * (result.permute(1, 2, 0).numpy() / 2 + 0.5) - ours)
         assert difference.max() <= 1.01, "grey levels: torch resizes, Pillow does here"
 
 
@@ -240,7 +239,7 @@ def trained_like(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(scaled, params)
 
 
-def test_a_pickle_with_more_than_weights_is_not_run(tmp_path):
+def test_a_pickle_with_code_is_not_executed(tmp_path):
     marker = tmp_path / "ran"
 
     class Evil:
@@ -249,7 +248,7 @@ def test_a_pickle_with_more_than_weights_is_not_run(tmp_path):
 
     for name, protocol in (("new.pth", {}), ("old.pth", {"_use_new_zipfile_serialization": False})):
         torch.save({"model": {"head.bias": Evil()}}, tmp_path / name, **protocol)
-        with pytest.raises(UserError, match="holds more than weights") as caught:
-            weight_files.read(tmp_path / name)
+        with pytest.raises(UserError, match="contains pickled code") as caught:
+            weight_files.read_arrays(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not marker.exists()

@@ -1,7 +1,7 @@
-"""Weights of others in, ours out: the logits are theirs, every array is placed, and back again.
+"""External weights in, ours out: logits are equal, every array is used, and the way back is exact.
 
 The tiny models in golden/weights are from others' code (golden/make_weights.py), so that every
-dialect is tested where that code is absent; test_peers.py asks it itself.
+format is tested where that code is absent; test_peers.py runs it.
 """
 
 import functools
@@ -50,7 +50,7 @@ LARGER = [
     "timm-fc_norm",
     "timm-distilled",
 ]
-CASES = {  # file: (dialect, fields of the model block that it must come to)
+CASES = {  # file: (format, fields of the model block that it must come to)
     "google.npz": ("google", {"pool": "cls", "gelu": "tanh", "norm_epsilon": 1e-6}),
     "google-pre_logits.npz": ("google", {"pool": "cls", "representation": 8}),
     "google-gap.npz": ("google", {"pool": "gap", "representation": 0}),
@@ -97,7 +97,7 @@ def refusal(call, *arguments) -> str:
 
 @pytest.fixture
 def run_plain(tmp_path):
-    """run_plain(PROGRAM) is its output, in a process in which this package can't be imported."""
+    """run_plain(PROGRAM): its output, in a process in which vit_scale can't be imported."""
 
     def run(program: str) -> str:
         without = "import sys; sys.modules['vit_scale'] = None\n"  # importing it raises
@@ -113,57 +113,59 @@ def run_plain(tmp_path):
     return run
 
 
-# In
+# Import
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_logits_are_those_of_the_code_it_comes_from(case):
-    dialect, fields = CASES[case]
-    given = golden(case)
+def test_logits_equal_those_of_the_original_library(case):
+    fmt, fields = CASES[case]
+    loaded = golden(case)
     images, logits = expected(case.partition(".")[0])
-    found = jax.jit(given.model.apply)(given.params, images)
-    np.testing.assert_allclose(found, logits, atol=1e-5)
+    result = jax.jit(loaded.model.apply)(loaded.params, images)
+    np.testing.assert_allclose(result, logits, atol=1e-5)
     assert np.ptp(logits) > 0.3
-    assert f"init.dialect={dialect})" in given.notes[0]
-    assert {name: given.cfg.model[name] for name in fields} == fields
-    assert given.model.shape.size.heads == 3 and given.model.shape.grid == (3, 3)
+    assert f"init.dialect={fmt})" in loaded.notes[0]
+    assert {name: loaded.cfg.model[name] for name in fields} == fields
+    assert loaded.model.shape.size.heads == 3 and loaded.model.shape.grid == (3, 3)
 
 
-def test_the_mean_of_the_patches_beside_a_class_token(tmp_path):
-    """timm's global_pool=avg: nothing in the arrays says it, config.json does."""
-    shutil.copy(GOLDEN / "timm-avg.safetensors", tmp_path / weight_files.MODEL)
+def test_mean_pooling_beside_a_class_token(tmp_path):
+    """timm's global_pool=avg: config.json states it, the arrays don't."""
+    shutil.copy(GOLDEN / "timm-avg.safetensors", tmp_path / weight_files.SAFETENSORS)
     content = {"architecture": "vit_tiny_patch16_224", "model_args": {"global_pool": "avg"}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     images, logits = expected("timm-avg")
-    given = pretrained.load_model(tmp_path, HEADS)
-    assert given.cfg.model.class_token and given.cfg.model.pool == "gap"
-    np.testing.assert_allclose(jax.jit(given.model.apply)(given.params, images), logits, atol=1e-5)
+    loaded = pretrained.load_model(tmp_path, HEADS)
+    assert loaded.cfg.model.class_token and loaded.cfg.model.pool == "gap"
+    np.testing.assert_allclose(
+        jax.jit(loaded.model.apply)(loaded.params, images), logits, atol=1e-5
+    )
     bare = golden("timm-avg.safetensors")
     assert "the head reads [CLS] (model.pool=cls)" in bare.notes[-1]
     assert np.abs(jax.jit(bare.model.apply)(bare.params, images) - logits).max() > 0.1
 
 
 @pytest.mark.parametrize("case", [case for case in LARGER if case != "timm-avg"])
-def test_at_another_resolution_as_timm_resamples(case):
-    given = golden(f"{case}.safetensors")
-    model = build(given.cfg.model, (20, 20))
-    params, _ = adapt(given.params, random_params(model), "cubic", same_classes=True)
+def test_another_resolution_equals_timm(case):
+    loaded = golden(f"{case}.safetensors")
+    model = build(loaded.cfg.model, (20, 20))
+    params, _ = adapt(loaded.params, random_params(model), "cubic", same_classes=True)
     images, logits = expected(f"{case}-larger")
     np.testing.assert_allclose(jax.jit(model.apply)(params, images), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["timm.safetensors", "timm-gap.safetensors"])
-def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_path):
-    """Sixteen are those of 4 x 4 patches, where nothing says that they are of 2 x 8."""
-    arrays = weight_files.read(GOLDEN / case)
+def test_positions_are_resampled_to_another_shape_of_as_many_patches(case, tmp_path):
+    """Sixteen rows are taken for 4 x 4 patches, unless 2 x 8 is stated."""
+    arrays = weight_files.read_arrays(GOLDEN / case)
     first = arrays["pos_embed"].shape[1] - 9  # [CLS]'s row, where there is one
     width = arrays["pos_embed"].shape[2]
     arrays["pos_embed"] = np.random.RandomState(0).randn(1, first + 16, width).astype(np.float32)
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
     file = tmp_path / "x.safetensors"
-    given = pretrained.load_model(file, Hints(heads=3, trained_size=(16, 16), target_size=(8, 32)))
+    loaded = pretrained.load_model(file, Hints(heads=3, trained_size=(16, 16), target_size=(8, 32)))
     stored = arrays["pos_embed"][0, first:].reshape(4, 4, width)
-    np.testing.assert_array_equal(given.params["posemb"], stored)
+    np.testing.assert_array_equal(loaded.params["posemb"], stored)
     overrides = ["data.resolution=8", "data.width=32", "model.heads=3", "init.resample=corners"]
     made, rows = pretrained.convert(file, tmp_path / "given", overrides)
     assert {row.name: row.action for row in rows}["posemb"] == "kept", "the size given is theirs"
@@ -173,18 +175,18 @@ def test_positions_are_resampled_for_as_many_patches_in_another_shape(case, tmp_
         pretrained.load_model, tmp_path / "four.safetensors"
     )
     message = refusal(pretrained.load_model, file, Hints(heads=3, target_size=(8, 32)))
-    assert "two ways" in message and "4 x 4 patches" in message and "2 x 8 patches" in message
+    assert "ambiguous" in message and "4 x 4 patches" in message and "2 x 8 patches" in message
     made, rows = pretrained.convert(file, tmp_path / "run", [*overrides, "init.image=16x16"])
     assert {row.name: row.action for row in rows}["posemb"] == "resampled 4 x 4 -> 2 x 8, corners"
-    found = np.asarray(made.params["posemb"])
+    result = np.asarray(made.params["posemb"])
     # With aligned corners: the first and the last row, the second column at 3/7 of the first step.
-    np.testing.assert_allclose(found[:, ::7], stored[::3, ::3], atol=1e-6)
+    np.testing.assert_allclose(result[:, ::7], stored[::3, ::3], atol=1e-6)
     between = (4 * stored[::3, 0] + 3 * stored[::3, 1]) / 7
-    np.testing.assert_allclose(found[:, 1], between, atol=1e-6)
+    np.testing.assert_allclose(result[:, 1], between, atol=1e-6)
 
 
-def test_what_is_said_of_the_shape_goes_before_the_square(tmp_path):
-    """Ours says it: 2 x 8 patches come back as such, whatever is wanted of them."""
+def test_a_stored_size_takes_precedence_over_a_square(tmp_path):
+    """Exports state the size: 2 x 8 patches are imported as such, whatever the hints."""
     overrides = ("data.resolution=16", "data.width=64")
     run = a_run(tmp_path / "run", *overrides)
     export(run, "npz", tmp_path / "x.npz")
@@ -195,72 +197,74 @@ def test_what_is_said_of_the_shape_goes_before_the_square(tmp_path):
         same_bits(back.params, pretrained.load_model(run).params)
 
 
-def test_what_stands_beside_the_weights_is_believed():
-    given = golden("huggingface", Hints())  # the number of heads is in config.json
-    assert given.classes == NAMES
-    assert given.cfg.augment.mean == (0.4, 0.5, 0.6) and given.cfg.augment.std == (0.2, 0.25, 0.3)
-    assert given.notes[1:] == (
+def test_metadata_beside_the_weights_is_used():
+    loaded = golden("huggingface", Hints())  # the number of heads is in config.json
+    assert loaded.classes == NAMES
+    assert loaded.cfg.augment.mean == (0.4, 0.5, 0.6) and loaded.cfg.augment.std == (0.2, 0.25, 0.3)
+    assert loaded.notes[1:] == (
         "assuming, as the file does not say: eval.fit=stretch, eval.crop=1.0, "
         "eval.resample=bilinear",
     )
     bare = golden("timm.safetensors")
     assert bare.classes == ("0", "1", "2", "3", "4")
     assert bare.notes[1] == (
-        "assuming, as the file does not say: 3 heads, as given, the head reads [CLS] "
+        "assuming, as the file does not say: 3 heads, as configured, the head reads [CLS] "
         "(model.pool=cls), model.gelu=exact, model.norm_epsilon=1e-06, "
         "augment.mean=(0.5,0.5,0.5), augment.std=(0.5,0.5,0.5), eval.fit=shorter, eval.crop=0.9, "
         "eval.resample=bicubic, classes are numbered 0 to 4"
     )
 
 
-def test_what_is_no_parameter_is_named():
-    line = "left aside, no parameters of it: opt/state/step"
+def test_arrays_that_are_no_parameters_are_listed():
+    line = "ignored, not part of the model: opt/state/step"
     assert golden("big_vision-tok.npz").notes[1] == line
     line = golden("big_vision-gap.npz").notes[2]
-    assert line == "no positions are stored: they are the fixed table, of 3 x 3 patches"
+    assert line == "no position embeddings are stored: using fixed sin-cos ones, 3 x 3 patches"
 
 
-def test_a_usual_size_tells_its_heads(tmp_path):
-    """And positions that are no square need a word."""
-    arrays = weight_files.read(GOLDEN / "timm.safetensors")
-    assert "give --config.model.heads" in refusal(golden, "timm.safetensors", Hints())
+def test_heads_and_grids_that_nothing_determines_are_refused(tmp_path):
+    """And a grid that is not square needs init.image."""
+    arrays = weight_files.read_arrays(GOLDEN / "timm.safetensors")
+    assert "set --config.model.heads" in refusal(golden, "timm.safetensors", Hints())
     arrays["pos_embed"] = arrays["pos_embed"][:, :7]
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
     wide = pretrained.load_model(tmp_path / "x.safetensors", Hints(heads=3, trained_size=(8, 12)))
     assert wide.model.shape.grid == (2, 3) and config.image_size(wide.cfg) == (8, 12)
     message = refusal(pretrained.load_model, tmp_path / "x.safetensors", Hints(heads=3))
-    assert "7 positions are of 6 patches, which is no square grid" in message
+    assert "7 position embeddings are for 6 patches, which is not a square grid" in message
     assert "--config.init.image=HEIGHTxWIDTH" in message
 
 
 def test_positions_without_a_row_for_cls(tmp_path):
     """timm's no_embed_class, as DeiT III."""
-    arrays = weight_files.read(GOLDEN / "timm.safetensors")
+    arrays = weight_files.read_arrays(GOLDEN / "timm.safetensors")
     first, arrays["pos_embed"] = arrays["pos_embed"][:, :1], arrays["pos_embed"][:, 1:]
     arrays["cls_token"] = arrays["cls_token"] + first
-    weight_files.write_safetensors(tmp_path / weight_files.MODEL, arrays)
+    weight_files.write_safetensors(tmp_path / weight_files.SAFETENSORS, arrays)
     content = {"architecture": "vit_tiny_patch16_224", "model_args": {"no_embed_class": True}}
     bare = HEADS._replace(trained_size=None)
-    assert "9 positions are of 8 patches" in refusal(pretrained.load_model, tmp_path, bare)
+    assert "9 position embeddings are for 8 patches" in refusal(
+        pretrained.load_model, tmp_path, bare
+    )
     assert "8 patches" in refusal(
         pretrained.load_model, tmp_path, bare._replace(requested_size=(12, 12))
     )
-    given = pretrained.load_model(tmp_path, HEADS)
-    same_bits(given.params, golden("timm.safetensors").params)
+    loaded = pretrained.load_model(tmp_path, HEADS)
+    same_bits(loaded.params, golden("timm.safetensors").params)
     (tmp_path / "config.json").write_text(json.dumps(content))
-    same_bits(pretrained.load_model(tmp_path, bare).params, given.params)
+    same_bits(pretrained.load_model(tmp_path, bare).params, loaded.params)
 
 
-def test_layer_scale_is_multiplied_into_the_layers_before_it(tmp_path):
-    """And by DeiT III's own names of it."""
-    line = "LayerScale is multiplied into the layers before it: 4 arrays"
-    given = golden("timm-deit3.safetensors")
-    assert given.notes[1] == line and golden("timm.safetensors").notes[1] != line
-    arrays = weight_files.read(GOLDEN / "timm-deit3.safetensors")
+def test_layer_scale_is_folded_into_the_layers_before_it(tmp_path):
+    """Also under the keys of DeiT III's repository."""
+    line = "LayerScale is folded into the layers before it: 4 arrays"
+    loaded = golden("timm-deit3.safetensors")
+    assert loaded.notes[1] == line and golden("timm.safetensors").notes[1] != line
+    arrays = weight_files.read_arrays(GOLDEN / "timm-deit3.safetensors")
     renamed = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): x for name, x in arrays.items()}
     assert "blocks.1.gamma_2" in renamed
     weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
-    same_bits(pretrained.load_model(tmp_path / "x.safetensors", HEADS).params, given.params)
+    same_bits(pretrained.load_model(tmp_path / "x.safetensors", HEADS).params, loaded.params)
     renamed["blocks.1.gamma_2"] = np.ones(3, np.float32)
     weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
     message = refusal(pretrained.load_model, tmp_path / "x.safetensors", HEADS)
@@ -269,19 +273,19 @@ def test_layer_scale_is_multiplied_into_the_layers_before_it(tmp_path):
 
 def test_half_precision_is_read(tmp_path):
     """.npz has no bfloat16: numpy writes two bytes of nothing in particular."""
-    arrays = weight_files.read(GOLDEN / "google.npz")
+    arrays = weight_files.read_arrays(GOLDEN / "google.npz")
     half = {name: np.asarray(jax.numpy.bfloat16(x)) for name, x in arrays.items()}
     np.savez(tmp_path / "half.npz", **half)
     weight_files.write_safetensors(tmp_path / "half.safetensors", half)
     for name in ("half.npz", "half.safetensors"):
-        found = weight_files.read(tmp_path / name)
+        result = weight_files.read_arrays(tmp_path / name)
         for key, array in half.items():
-            np.testing.assert_array_equal(found[key], array.astype(np.float32))
+            np.testing.assert_array_equal(result[key], array.astype(np.float32))
 
 
-def test_other_spellings_are_the_same_model(tmp_path):
+def test_other_spellings_of_keys_are_the_same_model(tmp_path):
     """transformers 5 has other names in memory; ViTModel has no prefix; DataParallel has one."""
-    arrays = weight_files.read(GOLDEN / "huggingface" / weight_files.MODEL)
+    arrays = weight_files.read_arrays(GOLDEN / "huggingface" / weight_files.SAFETENSORS)
     shorter = {
         "encoder.layer.": "layers.",
         "attention.attention.query": "attention.q_proj",
@@ -300,37 +304,37 @@ def test_other_spellings_are_the_same_model(tmp_path):
     respelt = {respelled(name): array for name, array in arrays.items()}
     assert "module.layers.1.mlp.fc2.bias" in respelt
     weight_files.write_safetensors(tmp_path / "x.safetensors", respelt)
-    given = pretrained.load_model(tmp_path / "x.safetensors", HEADS)
-    same_bits(given.params, golden("huggingface").params)
-    assert given.cfg.model.norm_epsilon == 1e-12, "with no config.json beside it"
+    loaded = pretrained.load_model(tmp_path / "x.safetensors", HEADS)
+    same_bits(loaded.params, golden("huggingface").params)
+    assert loaded.cfg.model.norm_epsilon == 1e-12, "with no config.json beside it"
 
 
-def test_the_dialect_can_be_forced():
-    assert "of timm" in golden("timm.safetensors", HEADS._replace(format="timm")).notes[0]
+def test_the_format_can_be_forced():
+    assert "format timm" in golden("timm.safetensors", HEADS._replace(format="timm")).notes[0]
     wrong = HEADS._replace(format="huggingface")
     message = refusal(golden, "timm.safetensors", wrong)
     assert "vit.embeddings.patch_embeddings.projection.weight is missing" in message
-    assert "of another dialect than huggingface" in message
+    assert "its format is not huggingface" in message
     unknown = HEADS._replace(format="tim")
     assert "did you mean timm" in refusal(golden, "timm.safetensors", unknown)
 
 
 def test_each_table_names_each_parameter_once():
-    for dialect in FORMATS.values():
-        ours = [name for rule in dialect.rules for name in rule.parts]
-        theirs = [rule.theirs for rule in dialect.rules]
-        assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs), dialect.name
+    for fmt in FORMATS.values():
+        ours = [name for mapping in fmt.mappings for name in mapping.params]
+        theirs = [mapping.key for mapping in fmt.mappings]
+        assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs), fmt.name
     for pool in ("cls", "gap", "map"):
-        wanted = named(unstack(random_params(tiny_model(f"model.pool={pool}", "model.depth=1"))))
-        placed = {name.replace("{i}", "0") for rule in TIMM.rules for name in rule.parts}
-        assert wanted.keys() <= placed
-    assert "pool/probe" not in {name for rule in HUGGINGFACE.rules for name in rule.parts}
+        required = named(unstack(random_params(tiny_model(f"model.pool={pool}", "model.depth=1"))))
+        adapted = {name.replace("{i}", "0") for mapping in TIMM.mappings for name in mapping.params}
+        assert required.keys() <= adapted
+    assert "pool/probe" not in {name for mapping in HUGGINGFACE.mappings for name in mapping.params}
 
 
-# As the start of a training, and as a run
+# Fine-tuning and conversion
 
 
-def test_a_head_is_kept_where_the_classes_agree():
+def test_the_head_is_kept_if_the_classes_match():
     assert pretrained.match_head(NAMES, NAMES, "auto") == Match()
     assert pretrained.match_head(NAMES, NAMES[::-1], "auto").outputs == (4, 3, 2, 1, 0)
     assert pretrained.match_head(NAMES, NAMES[::-1], "keep").outputs == (4, 3, 2, 1, 0)
@@ -349,31 +353,31 @@ def test_a_head_is_kept_where_the_classes_agree():
     assert "init.head='old' is unknown" in refusal(pretrained.match_head, NAMES, NAMES, "old")
 
 
-def test_a_new_head_leaves_the_representation_of_the_old_one():
+def test_a_new_head_drops_the_representation_of_the_old_one():
     """ViT paper, section 3.2: it is removed for fine-tuning."""
-    given = golden("google-pre_logits.npz")
-    cfg = given.cfg.copy_and_resolve_references()
+    loaded = golden("google-pre_logits.npz")
+    cfg = loaded.cfg.copy_and_resolve_references()
     cfg.model.representation, cfg.model.classes = 0, 4
     target = random_params(build(cfg.model, (12, 12)))
-    params, rows = adapt(given.params, target, "cubic", same_classes=False)
-    same_bits(params["blocks"], given.params["blocks"])
+    params, rows = adapt(loaded.params, target, "cubic", same_classes=False)
+    same_bits(params["blocks"], loaded.params["blocks"])
     actions = {row.name: row.action for row in rows}
-    assert actions["representation/kernel"] == "left: it belongs to the old head"
+    assert actions["representation/kernel"] == "dropped: part of the old head"
     assert actions["head/kernel"] == "new: the classes differ"
-    message = refusal(adapt, given.params, target, "cubic", True)
-    assert "representation/bias (8,) has no place in the model" in message
+    message = refusal(adapt, loaded.params, target, "cubic", True)
+    assert "representation/bias (8,) is not in the model" in message
 
 
-def test_what_the_source_was_trained_with_is_compared():
-    given = golden("huggingface")
-    cfg = given.cfg.copy_and_resolve_references()
-    assert pretrained.mismatched_settings(given.cfg, cfg) == []
+def test_mismatched_settings_are_listed():
+    loaded = golden("huggingface")
+    cfg = loaded.cfg.copy_and_resolve_references()
+    assert pretrained.mismatched_settings(loaded.cfg, cfg) == []
     cfg.model.fc_norm = True
-    (line,) = pretrained.mismatched_settings(given.cfg, cfg)
+    (line,) = pretrained.mismatched_settings(loaded.cfg, cfg)
     assert line == "the source was trained with model.fc_norm=False; this config has True"
     cfg.model.fc_norm = False
     cfg.model.gelu, cfg.augment.mean = "tanh", (0.5, 0.5, 0.5)
-    assert pretrained.mismatched_settings(given.cfg, cfg) == [
+    assert pretrained.mismatched_settings(loaded.cfg, cfg) == [
         "the source was trained with model.gelu=exact; this config has tanh",
         "the source was trained with augment.mean=(0.4, 0.5, 0.6); this config has (0.5, 0.5, 0.5)",
     ]
@@ -383,44 +387,44 @@ def test_converted_weights_are_a_run(tmp_path, capsys):
     out, images = tmp_path / "run", random_images(3, (12, 12))
     assert cli.main(["convert", str(GOLDEN / "huggingface"), str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "40 arrays of Hugging Face transformers (init.dialect=huggingface)" in printed
+    assert "40 arrays, format Hugging Face transformers (init.dialect=huggingface)" in printed
     assert "blocks/mlp/up/kernel" in printed and f"{out}: " in printed
     model = vit_scale.load(out)
     assert (model.classes, model.size, model.step) == (NAMES, (12, 12), 0)
     assert model.cfg.model.norm_epsilon == 1e-12
-    given = golden("huggingface")
-    same_bits(model.params, given.params)
+    loaded = golden("huggingface")
+    same_bits(model.params, loaded.params)
     pixels = (images / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
-    logits = jax.jit(given.model.apply)(given.params, pixels.astype(np.float32))
+    logits = jax.jit(loaded.model.apply)(loaded.params, pixels.astype(np.float32))
     np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
     assert "is not empty" in refusal(pretrained.convert, GOLDEN / "huggingface", out)
 
 
-def test_weights_are_used_without_converting_them(tmp_path):
+def test_external_weights_are_used_without_conversion(tmp_path):
     model = vit_scale.load(GOLDEN / "huggingface")
     assert model(random_images(2, (12, 12))).shape == (2, 5)
-    arrays = weight_files.read(GOLDEN / "huggingface" / weight_files.MODEL)
+    arrays = weight_files.read_arrays(GOLDEN / "huggingface" / weight_files.SAFETENSORS)
     shutil.copytree(GOLDEN / "huggingface", tmp_path / "bare")
     headless = {name: x for name, x in arrays.items() if not name.startswith("classifier")}
-    weight_files.write_safetensors(tmp_path / "bare" / weight_files.MODEL, headless)
-    assert "has no head: train one" in refusal(vit_scale.load, tmp_path / "bare")
+    weight_files.write_safetensors(tmp_path / "bare" / weight_files.SAFETENSORS, headless)
+    assert "has no classification head: train one" in refusal(vit_scale.load, tmp_path / "bare")
     message = refusal(pretrained.convert, tmp_path / "bare", tmp_path / "out")
-    assert "has no head: give --config.model.classes=N" in message
+    assert "has no head: set --config.model.classes=N" in message
     made, rows = pretrained.convert(tmp_path / "bare", tmp_path / "out", ["model.classes=3"])
     assert made.classes == ("0", "1", "2") and not np.any(made.params["head"]["kernel"])
     assert {row.action for row in rows if "head/" in row.name} == {"new: the classes differ"}
 
 
-def test_weights_of_others_get_images_as_large_as_the_model_sees(tmp_path):
-    """The config they come with says cifar10, whose images have 32 px: that is a default."""
-    assert vit_scale.load(GOLDEN / "huggingface").stored == (12, 12)
+def test_external_weights_decode_files_at_their_input_size(tmp_path):
+    """Their config names cifar10, with 32 px images, only because that is the default."""
+    assert vit_scale.load(GOLDEN / "huggingface").decode_size == (12, 12)
     pretrained.convert(GOLDEN / "huggingface", tmp_path / "theirs", ["data.resolution=20"])
-    assert vit_scale.load(tmp_path / "theirs").stored == (20, 20)
+    assert vit_scale.load(tmp_path / "theirs").decode_size == (20, 20)
     ours = write_run(
         tmp_path / "ours", tiny_config(), random_params(tiny_model()), data={"height": 32}
     )
     pretrained.convert(ours, tmp_path / "larger", ["data.resolution=48"])
-    assert vit_scale.load(tmp_path / "larger").stored == (32, 32)
+    assert vit_scale.load(tmp_path / "larger").decode_size == (32, 32)
 
 
 def test_converting_takes_overrides(tmp_path):
@@ -435,7 +439,7 @@ def test_converting_takes_overrides(tmp_path):
     np.testing.assert_allclose(jax.jit(run.model.apply)(run.params, images), logits, atol=1e-5)
 
 
-# Out
+# Export
 
 MODELS = {
     "cls": ["augment.mean=(0.4, 0.5, 0.6)", "model.gelu=tanh"],
@@ -454,29 +458,29 @@ def a_run(folder: pathlib.Path, *overrides: str) -> pathlib.Path:
 
 @pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf", "npz"])
 @pytest.mark.parametrize("model", MODELS)
-def test_what_goes_out_comes_back_bit_for_bit(kind, model, tmp_path):
+def test_export_and_import_are_bit_exact(kind, model, tmp_path):
     run = a_run(tmp_path / "run", *MODELS[model])
     out = tmp_path / f"out{'.npz' if kind == 'npz' else ''}"
     if kind == "safetensors-hf" and model in ("gap", "map"):
         message = refusal(export, run, kind, out)
-        assert f"transformers' ViT has pool=cls only, this is {model}" in message
+        assert f"has pool={model}, but transformers' ViT only supports pool=cls" in message
         return
     lines = export(run, kind, out)
-    given, back = pretrained.load_model(run), pretrained.load_model(out)
-    same_bits(pretrained.adapt(back.params, given.params, "cubic", True)[0], given.params)
+    loaded, back = pretrained.load_model(run), pretrained.load_model(out)
+    same_bits(pretrained.adapt(back.params, loaded.params, "cubic", True)[0], loaded.params)
     assert np.signbit(np.asarray(back.params["head"]["bias"])[:2]).tolist() == [True, False]
     assert back.classes == CLASSES
-    fields = config.differences(config.to_json(given.cfg), config.to_json(back.cfg))
+    fields = config.differences(config.to_json(loaded.cfg), config.to_json(back.cfg))
     changed = [line for line in fields if line.startswith(("model.", "augment.m", "augment.s"))]
     if kind == "safetensors-timm" and model == "unrolled":
         assert changed.pop(0) == "model.norm_epsilon: 1e-12 -> 1e-06"
-        assert "its norms add 1e-12" in lines[1]
+        assert "norm_epsilon=1e-12" in lines[1]
     assert changed == (["model.scan: False -> True"] if model == "unrolled" else [])
-    assert config.image_size(back.cfg) == config.image_size(given.cfg)
+    assert config.image_size(back.cfg) == config.image_size(loaded.cfg)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_was_trained_with_cudnn_goes_out_for_every_device(gpu, tmp_path, monkeypatch):
+def test_a_run_trained_with_cudnn_is_exported_for_every_device(gpu, tmp_path, monkeypatch):
     overrides = ("model.dtype=bfloat16", "model.attention=cudnn")
     run = a_run(tmp_path / "run", *overrides)
     plain = vit_scale.load(a_run(tmp_path / "plain", *overrides[:1]))
@@ -490,13 +494,13 @@ def test_what_was_trained_with_cudnn_goes_out_for_every_device(gpu, tmp_path, mo
 
 
 @pytest.mark.parametrize("kind", ["safetensors-timm", "safetensors-hf"])
-def test_what_goes_out_is_what_the_library_writes(kind, tmp_path):
-    """The very arrays of the library's own file, but for [CLS], which has its position in it."""
+def test_exports_equal_the_files_of_the_library(kind, tmp_path):
+    """Array by array, except [CLS], which includes its position."""
     case = {"safetensors-timm": "timm.safetensors", "safetensors-hf": "huggingface"}[kind]
-    theirs = weight_files.read(weight_files.file_in(GOLDEN / case))
+    theirs = weight_files.read_arrays(weight_files.find_weight_file(GOLDEN / case))
     pretrained.convert(GOLDEN / case, tmp_path / "run", ["model.heads=3"])
     export(tmp_path / "run", kind, tmp_path / "out")
-    ours = weight_files.read(tmp_path / "out" / weight_files.MODEL)
+    ours = weight_files.read_arrays(tmp_path / "out" / weight_files.SAFETENSORS)
     assert ours.keys() == theirs.keys()
     cls, positions = (next(name for name in theirs if end in name) for end in ("cls_token", "pos"))
     assert not np.any(ours[positions][:, 0])
@@ -506,17 +510,17 @@ def test_what_goes_out_is_what_the_library_writes(kind, tmp_path):
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_fixed_positions_go_out_as_stored_ones(tmp_path):
+def test_fixed_positions_are_exported_as_learned(tmp_path):
     run = a_run(tmp_path / "run", "model.posemb=sincos2d")
-    given, images = pretrained.load_model(run), np.float32(random_images(2)) / 255
-    logits = jax.jit(given.model.apply)(given.params, images)
+    loaded, images = pretrained.load_model(run), np.float32(random_images(2)) / 255
+    logits = jax.jit(loaded.model.apply)(loaded.params, images)
     export(run, "npz", tmp_path / "x.npz")
     back = pretrained.load_model(tmp_path / "x.npz")
     assert back.cfg.model.posemb == "learned"
     np.testing.assert_allclose(jax.jit(back.model.apply)(back.params, images), logits, atol=1e-6)
 
 
-def test_what_the_other_code_computes_otherwise_is_said(tmp_path):
+def test_differences_in_computation_are_reported(tmp_path):
     run = a_run(tmp_path / "run", "model.norm_epsilon=1e-5")
     lines = export(run, "npz", tmp_path / "x.npz")
     assert any("model.gelu=exact" in line and "computes with tanh" in line for line in lines)
@@ -529,11 +533,11 @@ def test_what_the_other_code_computes_otherwise_is_said(tmp_path):
 def test_exports_that_are_refused(tmp_path):
     run = a_run(tmp_path / "run", "model.representation=8")
     message = refusal(export, run, "safetensors-timm", tmp_path / "x")
-    assert "has no layer between pooling and head" in message
+    assert "has a layer between pooling and head" in message
     assert "did you mean safetensors-hf or safetensors-timm" in refusal(
         export, run, "timm-safetensors", "x"
     )
-    assert "a .npz file ends so" in refusal(export, run, "npz", tmp_path / "x")
+    assert "must end in .npz" in refusal(export, run, "npz", tmp_path / "x")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refusal(export, run, "npz", tmp_path / "file" / "x.npz")
     assert not (tmp_path / "x").exists()

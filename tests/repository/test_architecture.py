@@ -67,7 +67,7 @@ HOMES = {
 }
 
 NAMES_THAT_SAY_NOTHING = {"base_utils", "common", "helpers", "manager", "misc", "util", "utils"}
-LONGEST_FUNCTION = 60  # lines; DESIGN.md asks for about 40
+LONGEST_FUNCTION = 60  # lines; CONTRIBUTING.md asks for about 40
 # A package registry, or a folder of one person's machine. (Written so as not to match itself.)
 LOCAL = re.compile(
     r"(pypi|npmjs)[.]org|python[h]osted|deb[.]debian|(^|[^\w.])/(home|Users|root|work|farm)/\w"

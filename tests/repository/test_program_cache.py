@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 
+from tests.conftest import LONGEST, ROOT
 from tests.helpers.program_cache import LIFETIME, ProgramCache
 
 
@@ -45,3 +46,7 @@ def test_what_is_old_is_removed(tmp_path, program):
     os.utime(cache.store / "old-cache", (then, then))
     cache.prune()
     assert sorted(os.listdir(cache.store)) == ["new-cache", cache.session.name]
+
+
+def test_the_longest_files_exist():
+    assert [file for file in LONGEST if not (ROOT / "tests" / file).is_file()] == []

@@ -189,7 +189,7 @@ def test_a_silent_host_is_named(three_hosts, ended):
         this._peers.check(30.0)
     ((line, code),) = ended
     assert line.startswith("process 2 (worker-2) has sent no heartbeat for 60 s (last: phase train")
-    assert "after step 30: it was killed, is frozen, or is cut off" in line and code == RESUMABLE
+    assert "step 30): it was killed, hangs, or lost its network" in line and code == RESUMABLE
 
 
 def test_a_host_that_never_came_and_one_of_an_earlier_attempt_are_silent(three_hosts, ended):

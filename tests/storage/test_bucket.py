@@ -159,11 +159,11 @@ def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(buc
     for file in golden.iterdir():
         files.write(paths.parse(f"{bucket}/weights/{file.name}"), file.read_bytes())
     for source in (f"{bucket}/weights", f"{bucket}/weights/model.safetensors"):
-        given = pretrained.load_model(source)
-        assert given.classes == ("ant", "bee", "cat", "dog", "eel")
-        assert given.cfg.augment.mean == (0.4, 0.5, 0.6)
+        loaded = pretrained.load_model(source)
+        assert loaded.classes == ("ant", "bee", "cat", "dog", "eel")
+        assert loaded.cfg.augment.mean == (0.4, 0.5, 0.6)
         here = pretrained.load_model(golden)
-        jax.tree.map(np.testing.assert_array_equal, given.params, here.params)
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, here.params)
 
 
 def test_stages_begin_with_each_other_in_a_bucket(bucket, monkeypatch):
@@ -308,9 +308,9 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
         file.write_bytes(bytes(content))
         spoilt[file.name] = bytes(content)
     with checkpoint.Checkpoints(run) as checkpoints:
-        step, found = checkpoints.recover(like(trees(0)))
+        step, actual = checkpoints.recover(like(trees(0)))
     assert step == 1 and checkpoint.all_steps(run) == [1]
-    same_trees(found["params"], trees(1)["params"])
+    same_trees(actual["params"], trees(1)["params"])
     aside = run / checkpoint.DAMAGED / "2"
     assert f"moved to {aside}" in capsys.readouterr().err
     moved = {f.name: f.read_bytes() for f in walk(aside / "params") if f.name in spoilt}
@@ -404,8 +404,8 @@ def test_weights_and_biases_writes_to_this_machine(bucket, watched):
 
 
 def block(name: str, path, **more):
-    given = {"name": name, "path": path, "resolution": 32, "batch": 8, "workers": 1, **more}
-    return config.override(config.base(), [f"data.{k}={v}" for k, v in given.items()]).data
+    fields = {"name": name, "path": path, "resolution": 32, "batch": 8, "workers": 1, **more}
+    return config.override(config.base(), [f"data.{k}={v}" for k, v in fields.items()]).data
 
 
 def same_batches(here, there, split="train") -> None:
@@ -519,9 +519,9 @@ def refusal(capsys, *arguments) -> str:
         ),
         (
             "gs://bucket/no-run",
-            "gs://bucket/no-run is neither the folder of a run nor a step in it",
+            "gs://bucket/no-run is not a run folder, a checkpoint",
         ),
-        ("gs:///run", "gs:///run names no bucket"),
+        ("gs:///run", "gs:///run has no bucket name"),
         ("s3://bucket/run", "s3://bucket/run: s3:// is not supported; give a path, or gs://"),
     ],
 )

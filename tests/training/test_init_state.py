@@ -83,10 +83,10 @@ def test_a_source_that_does_not_fit_is_refused_before_the_run_begins(tmp_path):
     fitting = make_setup(tiny_config("data.resolution=32", f"init.source={run}"))
     check_source(fitting, CLASSES)
     wider = make_setup(tiny_config("model.mlp=32", f"init.source={run}"))
-    with pytest.raises(UserError, match="the pretrained parameters don't fit: blocks/mlp/down"):
+    with pytest.raises(UserError, match="parameters don't fit the model: blocks/mlp/down"):
         check_source(wider, CLASSES)
     missing = make_setup(tiny_config("init.source=none"))
-    with pytest.raises(UserError, match="none is neither the folder of a run"):
+    with pytest.raises(UserError, match="none is not a run folder"):
         check_source(missing, CLASSES)
 
 

@@ -96,10 +96,10 @@ def test_what_a_run_names_by_relative_paths_is_found_from_anywhere(
     monkeypatch.chdir(elsewhere)
     subject = InspectedRun(project / "runs" / "second")
     assert subject.cfg.init.source == "runs/first", "as it was typed"
-    tables, missing = sections._history(subject)
+    tables, missing = sections._positions_before(subject)
     assert missing is None and [table.shape for table in tables.values()] == [(2, 2, 8), (4, 4, 8)]
     assert subject.cfg.data.path == str(project / "images")
-    assert len(subject.open("test")) == 12
+    assert len(subject.open_split("test")) == 12
     given = pretrained.load_model(project / "runs" / "second")
     assert given.cfg.data.path == str(project / "images")
 

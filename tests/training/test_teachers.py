@@ -264,7 +264,7 @@ def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
     [
         (["objective=distillation"], "objective=distillation needs --config.distill.teacher=RUN"),
         (["distill.teacher=x"], "distill.teacher=x has nothing to teach"),
-        (["objective=distillation", "distill.teacher=none"], "none is neither the folder of a run"),
+        (["objective=distillation", "distill.teacher=none"], "none is not a run folder"),
         (["distill.kind=softly"], "distill.kind='softly' is unknown; did you mean soft"),
         (["distill.weight=0.0"], "distill.weight=0.0 must be above 0 and at most 1"),
         (["distill.weight=1.5"], "distill.weight=1.5 must be above 0 and at most 1"),

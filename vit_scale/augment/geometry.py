@@ -55,7 +55,7 @@ def _triangles(
 def apply_view(
     images: UInt8[Array, "b h w 3"], size: tuple[int, int], view: View
 ) -> Float[Array, "b H W 3"]:
-    """Resize (antialiased) as `view` says, ignoring the aspect ratio, and cut out its centre."""
+    """Resize to `view`'s size, antialiased and ignoring the aspect ratio, and crop the centre."""
     height, width = view.resized(size)
     shape = (images.shape[0], height, width, 3)
     method = RESAMPLES[view.resample]

@@ -87,13 +87,13 @@ def _find(path: Path) -> tuple[Path, str]:
 
 def _read_binary(file: Path) -> Batch:
     """Read rows of one label byte and PIXELS pixel bytes."""
-    rows = np.frombuffer(file.read_bytes(), np.uint8)
-    if rows.size != IMAGES * (1 + PIXELS):
+    data = np.frombuffer(file.read_bytes(), np.uint8)
+    if data.size != IMAGES * (1 + PIXELS):
         raise UserError(
-            f"{file} ends at byte {rows.size}, in image {rows.size // (1 + PIXELS)}, not after "
+            f"{file} ends at byte {data.size}, in image {data.size // (1 + PIXELS)}, not after "
             f"{IMAGES} images x {1 + PIXELS} = {IMAGES * (1 + PIXELS)} bytes; replace it"
         )
-    rows = rows.reshape(IMAGES, 1 + PIXELS)
+    rows = data.reshape(IMAGES, 1 + PIXELS)
     return rows[:, 1:], rows[:, 0]
 
 

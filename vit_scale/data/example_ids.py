@@ -40,7 +40,7 @@ class Examples:
         return order
 
     def fingerprint(self, chosen: Int[np.ndarray, "m"] | slice = slice(None)) -> str:
-        """Return 16 hexadecimal digits that depend on the set of (path, label), not its order."""
+        """Return 16 hexadecimal digits that identify the set of (path, label), in any order."""
         labels = self.labels[chosen].astype(np.uint64)
         mixed = self.hashes[chosen] ^ (labels * LABELS)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

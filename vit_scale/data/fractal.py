@@ -131,7 +131,7 @@ def _generator(*entropy: int) -> np.random.Generator:
 def system(seed: int, number: int) -> Float[np.ndarray, "maps 6"]:
     """Return the maps (a, b, c, d, e, f) of class `number`: x, y -> a x + b y + e, c x + d y + f.
 
-    They are resampled until the attractor fills its bounding box better than dots or a line.
+    They are resampled until the attractor is more than a few dots or a line in its bounding box.
     """
     rng = _generator(seed, number, 0, 0)
     for _ in range(ATTEMPTS):

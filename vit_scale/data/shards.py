@@ -42,8 +42,8 @@ def _count(shard: Shard) -> int:
 def write_shards(shards: list[Shard], workers: int | None) -> dict[Path, np.ndarray]:
     """Write the shards that do not exist; return the positions in its listing that each holds.
 
-    A shard without some of its images is written again, as it does not say which. The first failure
-    stops the rest.
+    A shard that lacks images is written again, as it does not record which. The first failure
+    cancels the rest.
     """
     existing, packed, missing = paths.sizes(shards[0].file.parent), {}, []
     for shard in shards:

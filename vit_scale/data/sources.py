@@ -73,7 +73,10 @@ class InMemory:
         self._labels = check_labels(labels, self.classes, name)
         self._mask = np.ones(len(images), bool) if mask is None else mask
         if not len(self._images) == len(self._labels) == len(self._mask):
-            raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(self._mask)} masks")
+            raise ValueError(
+                f"different numbers of images ({len(images)}), labels ({len(labels)}) and masks "
+                f"({len(self._mask)})"
+            )
 
     def __len__(self) -> int:
         return len(self._images)

@@ -1,7 +1,7 @@
-"""A trained model for others: files that timm, transformers and Google's code load, or a function.
+"""Export a trained model: weight files for timm, transformers and Google's code, or a JAX function.
 
-What comes out computes the same logits there. Where the other code computes something else than
-was trained (another epsilon, another GELU), a line says so. What it has no place for is refused.
+The exported model computes the same logits. If the other library would compute anything else, such
+as another epsilon or GELU, a returned line says so; a model that it can't express is refused.
 """
 
 import copy
@@ -24,16 +24,17 @@ from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
-from vit_scale.pretrained import (
-    Pretrained,
-    formats,
-    key_mapping,
-    load_model,
-    preprocessing,
-    sidecar_files,
-    weight_files,
+from vit_scale.pretrained import Pretrained, load_model
+from vit_scale.pretrained.formats import BIG_VISION, GOOGLE, HUGGINGFACE, TIMM
+from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, WeightFormat, to_arrays
+from vit_scale.pretrained.library_configs import (
+    huggingface_config,
+    huggingface_preprocessor,
+    npz_config,
+    timm_config,
 )
-from vit_scale.pretrained.key_mapping import WeightFormat
+from vit_scale.pretrained.preprocessing import library_view
+from vit_scale.pretrained.weight_files import SAFETENSORS, write_npz, write_safetensors
 from vit_scale.runs.json_files import write_json
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import user_errors
@@ -43,95 +44,103 @@ SNIPPET = """\
 from jax import export
 import numpy as np
 model = export.deserialize(bytearray(open({path!r}, "rb").read()))
-images = np.zeros((8, {height}, {width}, 3), np.uint8)  # any number of them
+images = np.zeros((8, {height}, {width}, 3), np.uint8)  # any batch size
 probabilities = model.call(images)"""
 
 
 def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[str]:
-    """Write the model of `run` to `out` in the format `kind`; lines that say how to use it.
+    """Write the model of `run` to `out`; return lines on how to load it, and on what differs.
 
-    Raises UserError for an unknown format, a model that the format has no place for, and a place
-    that can't be written.
+    `kind` is a key of EXPORTERS; `out` is a folder, or a file for `npz` and `jax`. Raises UserError
+    for an unknown `kind`, a model that the format can't express, and a path that can't be written.
     """
     if kind not in EXPORTERS:
         raise UserError(f"--format {kind!r} is unknown; {nearest(kind, EXPORTERS)}", USAGE)
-    place = paths.parse(out)
-    if paths.in_bucket(place):
-        raise UserError(f"--out {out}: export to a disk, then copy it there")
-    with user_errors(f"cannot write {place}"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return EXPORTERS[kind](run, place)
+    path = paths.parse(out)
+    if paths.in_bucket(path):
+        raise UserError(f"--out {out} is in a bucket: export to a local path, then copy it")
+    with user_errors(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return EXPORTERS[kind](run, path)
 
 
-def _timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
-    given = _vit(run)
-    arrays = _arrays(given, formats.TIMM)
-    seen, notes = _seen(given, "shorter")
-    content = sidecar_files.timm(given.cfg, given.classes, seen)
+def _export_timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
+    loaded = _load_vit(run)
+    arrays = _stored_arrays(loaded, TIMM)
+    timm_view, notes = _library_view(loaded, "shorter")
+    content = timm_config(loaded.cfg, loaded.classes, timm_view)
     _write_folder(folder, arrays, {"config.json": content})
     lines = [f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)']
-    if given.cfg.model.norm_epsilon != 1e-6:
+    if loaded.cfg.model.norm_epsilon != 1e-6:
         lines.append(
-            f"its norms add {given.cfg.model.norm_epsilon:g}, which timm's config can't say: there "
-            "it is 1e-6, and logits differ; set eps of every LayerNorm after loading"
+            f"this model has norm_epsilon={loaded.cfg.model.norm_epsilon:g}, which timm's config "
+            "can't express: set `eps` of every LayerNorm after loading, or logits will differ"
         )
     return lines + notes
 
 
-def _huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
-    given = _vit(run)
-    if given.cfg.model.pool != "cls":
-        raise UserError(f"transformers' ViT has pool=cls only, this is {given.cfg.model.pool}")
-    if given.cfg.model.distilled:
+def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
+    loaded = _load_vit(run)
+    if loaded.cfg.model.pool != "cls":
         raise UserError(
-            "transformers' ViT has no distillation token, this model has: export to timm"
+            f"{run} has pool={loaded.cfg.model.pool}, but transformers' ViT only supports pool=cls:"
+            " export to safetensors-timm"
         )
-    arrays = _arrays(given, formats.HUGGINGFACE)
-    seen, notes = _seen(given, "shortest_edge")
-    height, width = image_size(given.cfg)
-    if seen.fit == "shortest_edge" and height != width:
-        seen = seen._replace(fit="stretch")
+    if loaded.cfg.model.distilled:
+        raise UserError(
+            f"{run} has a distillation token, which transformers' ViT doesn't support: export to "
+            "safetensors-timm"
+        )
+    arrays = _stored_arrays(loaded, HUGGINGFACE)
+    processor_view, notes = _library_view(loaded, "shortest_edge")
+    height, width = image_size(loaded.cfg)
+    if processor_view.fit == "shortest_edge" and height != width:
+        processor_view = processor_view._replace(fit="stretch")
         notes.append(
-            f"transformers stretches images to {height} x {width}; here their shape is kept "
-            "(eval.fit), and it sees other pixels"
+            f"transformers stretches images to {height} x {width}, where this run keeps their "
+            "aspect ratio (eval.fit), so pixels differ"
         )
     contents = {
-        "config.json": sidecar_files.huggingface(given.cfg, given.classes),
-        "preprocessor_config.json": sidecar_files.preprocessor(given.cfg, seen),
+        "config.json": huggingface_config(loaded.cfg, loaded.classes),
+        "preprocessor_config.json": huggingface_preprocessor(loaded.cfg, processor_view),
     }
     _write_folder(folder, arrays, contents)
     name = "transformers.ViTForImageClassification"
     return [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
 
 
-def _seen(given: Pretrained, fit: str) -> tuple[View, list[str]]:
-    """What evaluation sees of an image, as code that cuts as `fit` has it, and what it has not."""
-    whole = decode_size(given, given.cfg) == image_size(given.cfg)
-    files = not given.data or are_files(given.cfg.data)
-    return preprocessing.exported(view(given.cfg.eval), fit, files, whole)
+def _library_view(loaded: Pretrained, fit: str) -> tuple[View, list[str]]:
+    """The view of the model's evaluation in a library that crops as `fit`; lines on differences."""
+    one_resize = decode_size(loaded, loaded.cfg) == image_size(loaded.cfg)
+    files = not loaded.data or are_files(loaded.cfg.data)
+    return library_view(view(loaded.cfg.eval), fit, files, one_resize)
 
 
-def _npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
-    given = _vit(run)
+def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
+    loaded = _load_vit(run)
+    cfg = loaded.cfg
     if file.suffix != ".npz":
-        raise UserError(f"--out {file}: the name of a .npz file ends so")
-    if given.cfg.model.class_token or given.cfg.model.distilled:
-        raise UserError("a .npz has a [CLS] token only as what the head reads: export to timm")
-    dialect = formats.BIG_VISION if given.cfg.model.pool == "map" else formats.GOOGLE
-    weight_files.write_npz(file, _arrays(given, dialect))
-    write_json(file.with_suffix(".json"), sidecar_files.own(given.cfg, given.classes))
-    lines = [f"{file}: in the layout of {dialect.text}; the .json beside it says what that can't"]
-    for name, theirs in dialect.model.items():
-        if given.cfg.model[name] != theirs:
+        raise UserError(f"--out {file} must end in .npz")
+    if cfg.model.class_token or cfg.model.distilled:
+        raise UserError(
+            f"{run} has a [CLS] or distillation token that a .npz can't express: export to "
+            "safetensors-timm"
+        )
+    fmt = BIG_VISION if cfg.model.pool == "map" else GOOGLE
+    write_npz(file, _stored_arrays(loaded, fmt))
+    write_json(file.with_suffix(".json"), npz_config(cfg, loaded.classes))
+    lines = [f"{file}: format {fmt.title}; the .json beside it has the settings that .npz lacks"]
+    for name, value in fmt.model.items():
+        if cfg.model[name] != value:
             lines.append(
-                f"it was trained with model.{name}={given.cfg.model[name]}; {dialect.text} "
-                f"computes with {theirs}, and gets other logits"
+                f"this model has model.{name}={cfg.model[name]}, but {fmt.title} computes with "
+                f"{value}: logits differ there"
             )
     return lines
 
 
-def _jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
-    predictor = portable(load(run))
+def _export_jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
+    predictor = _on_any_platform(load(run))
     (batch,) = jax_export.symbolic_shape("b")
     height, width = predictor.size
     images = jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8)
@@ -141,60 +150,63 @@ def _jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     names = {"classes": list(predictor.classes), "size": [height, width]}
     write_json(file.with_name(file.name + ".json"), names)
     snippet = SNIPPET.format(path=str(file), height=height, width=width)
-    return [f"{file}: for {', '.join(PLATFORMS)}; the classes are in {file.name}.json", snippet]
+    return [f"{file}: for {', '.join(PLATFORMS)}; class names are in {file.name}.json", snippet]
 
 
-def portable(predictor: Predictor) -> Predictor:
-    """The same function, of nothing that only some devices have: the artifact is for all."""
+def _on_any_platform(predictor: Predictor) -> Predictor:
+    """The same predictor with an attention implementation that every platform has."""
     cfg = copy.deepcopy(predictor.cfg)
     cfg.model.attention = "xla"
     return dataclasses.replace(predictor, cfg=cfg, model=build(cfg.model, predictor.size))
 
 
 EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
-    "safetensors-timm": _timm,
-    "safetensors-hf": _huggingface,
-    "npz": _npz,
-    "jax": _jax,
+    "safetensors-timm": _export_timm,
+    "safetensors-hf": _export_huggingface,
+    "npz": _export_npz,
+    "jax": _export_jax,
 }
 
 
-def _vit(run: str | os.PathLike) -> Pretrained:
-    """The model of a run, if it is a ViT with a head."""
-    given = load_model(run)
-    given.print_notes()
-    if not isinstance(given.model.shape, Shape):
-        raise UserError(f"{run} is no ViT but {given.cfg.model.variant}: it goes out as jax only")
-    if not given.classes:
-        raise UserError(f"{run} has no head to export")
-    return given
-
-
-def _arrays(given: Pretrained, dialect: WeightFormat) -> key_mapping.Arrays:
-    """The parameters as the dialect has them; fixed positions become stored ones."""
-    params = jax.tree.map(np.asarray, unstack(given.params))
-    shape = given.model.shape
-    if given.cfg.model.posemb == "sincos2d":
-        params["posemb"] = np.asarray(sincos2d(shape.grid, shape.size.width))
-    representation = given.cfg.model.representation
-    if representation and dialect in (formats.TIMM, formats.HUGGINGFACE):
+def _load_vit(run: str | os.PathLike) -> Pretrained:
+    """Load a model. Raises UserError unless it is a ViT with a head."""
+    loaded = load_model(run)
+    loaded.print_notes()
+    if not isinstance(loaded.model.shape, Shape):
         raise UserError(
-            f"{dialect.text} has no layer between pooling and head; this model has one, "
-            f"model.representation={representation}"
+            f"{run} is a {loaded.cfg.model.variant}, not a ViT: it can only be exported to jax"
         )
-    arrays = key_mapping.write(dialect, named(params), shape.size.depth)
+    if not loaded.classes:
+        raise UserError(f"{run} has no classification head to export")
+    return loaded
+
+
+def _stored_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
+    """The parameters as arrays of the format; fixed position embeddings are stored as learned."""
+    params = jax.tree.map(np.asarray, unstack(loaded.params))
+    shape = loaded.model.shape
+    if loaded.cfg.model.posemb == "sincos2d":
+        params[POSITIONS] = np.asarray(sincos2d(shape.grid, shape.size.width))
+    representation = loaded.cfg.model.representation
+    if representation and fmt in (TIMM, HUGGINGFACE):
+        raise UserError(
+            f"{loaded.path} has a layer between pooling and head (model.representation="
+            f"{representation}), which {fmt.title} doesn't support"
+        )
+    arrays = to_arrays(fmt, named(params), shape.size.depth)
     if not shape.fc_norm:
         return arrays
-    if not dialect.fc_norm:
-        raise UserError(f"{dialect.text} has no norm after pooling (model.fc_norm)")
-    after, before = dialect.fc_norm
-    return {re.sub(rf"^{before}\.", f"{after}.", name): x for name, x in arrays.items()}
+    if not fmt.fc_norm:
+        raise UserError(
+            f"{loaded.path} has a norm after pooling (model.fc_norm), which {fmt.title} doesn't "
+            "support"
+        )
+    after, before = fmt.fc_norm
+    return {re.sub(rf"^{before}\.", f"{after}.", key): x for key, x in arrays.items()}
 
 
-def _write_folder(
-    folder: pathlib.Path, arrays: key_mapping.Arrays, contents: dict[str, dict]
-) -> None:
+def _write_folder(folder: pathlib.Path, arrays: Arrays, contents: dict[str, dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_json(folder / name, content)
-    weight_files.write_safetensors(folder / weight_files.MODEL, arrays)
+    write_safetensors(folder / SAFETENSORS, arrays)

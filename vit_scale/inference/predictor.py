@@ -1,7 +1,8 @@
-"""Use a trained model: images in, class probabilities out, preprocessed as in its evaluation.
+"""Predict class probabilities of images, preprocessed as in the model's evaluation.
 
-An image file is decoded at the size at which the evaluation reads images, and what the model sees
-is made of that on the device: a 32 px image is enlarged as it was in training.
+An image file is decoded at the size at which evaluation decodes images, then resized to the model's
+input on the device. So a model that was trained on enlarged 32 px images gets files reduced to 32
+px and enlarged in the same way.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from vit_scale import pretrained
 from vit_scale.augment.pipeline import eval_images
 from vit_scale.augment.view import View
 from vit_scale.config import image_size
@@ -24,24 +24,25 @@ from vit_scale.data import are_files, delivered_size, views
 from vit_scale.data.decode import Corrupt, decode
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model
+from vit_scale.pretrained import Pretrained, load_model
 from vit_scale.storage import paths
 from vit_scale.storage.errors import user_errors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained model as a function of uint8 images.
+    """A trained model as a function from uint8 images to class probabilities.
 
     Args:
-      model: its two pure functions.
-      params: its parameters; the average, where the run kept one.
-      cfg: the config that it was trained with.
+      model: its pure functions.
+      params: its parameters; the moving average, if the run kept one.
+      cfg: the config it was trained with.
       classes: the names of its outputs.
-      step: where in its training the parameters are from; 0 for weights of others.
-      size: (height, width) in pixels that it sees.
-      stored: (height, width) in pixels at which image files are decoded.
-      view: evaluation's view of an image file, when it is decoded.
-      seen: what the device does after that.
+      step: the training step of the checkpoint; 0 for external weights.
+      size: (height, width) in pixels of the model's input.
+      decode_size: (height, width) in pixels to which image files are decoded.
+      decode_view: how files are resized and cropped when decoded.
+      device_view: how decoded images are resized and cropped to `size` on the device.
     """
 
     model: Model
@@ -50,16 +51,16 @@ class Predictor:
     classes: tuple[str, ...] = dataclasses.field(repr=False)
     step: int
     size: tuple[int, int]
-    stored: tuple[int, int]
-    view: View
-    seen: View
+    decode_size: tuple[int, int]
+    decode_view: View
+    device_view: View
 
     def preprocess(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
-        """What the model sees of images of any one size: resized as in evaluation, normalised."""
-        return eval_images(images, self.cfg.augment, self.size, self.seen)
+        """Resize to the model's input size, as in evaluation, and normalize."""
+        return eval_images(images, self.cfg.augment, self.size, self.device_view)
 
     def probabilities(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b c"]:
-        """The whole function, to be compiled or exported."""
+        """Preprocess and classify images of any single size; a pure function, not compiled."""
         return jax.nn.softmax(self.model.apply(params, self.preprocess(images)))
 
     @functools.cached_property
@@ -67,62 +68,59 @@ class Predictor:
         return jax.jit(self.probabilities)
 
     def __call__(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b c"]:
-        """Probabilities of the classes; images of any size are resized as in evaluation."""
+        """Class probabilities of images of any single size; each new shape is compiled once."""
         return np.asarray(self._compiled(self.params, jnp.asarray(images)))
 
     def top(self, image: str | pathlib.Path, k: int = 5) -> list[tuple[str, float]]:
-        """The k likeliest (class, probability) of an image file, the likeliest first.
+        """The k most likely (class, probability) pairs of an image file, in descending order.
 
-        Raises UserError where the file is missing or no image.
+        Raises UserError if the file is missing or not an image.
         """
-        pixels = read_image(image, self.stored, self.view, self.cfg.data.exif)
+        pixels = read_image(image, self.decode_size, self.decode_view, self.cfg.data.exif)
         (probabilities,) = self(pixels[None])
         order = np.argsort(-probabilities, kind="stable")[:k]
         return [(self.classes[i], float(probabilities[i])) for i in order]
 
 
-def decode_size(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[int, int]:
-    """(height, width) at which image files are decoded for a model: that of its evaluation.
+def decode_size(loaded: Pretrained, cfg: ConfigDict) -> tuple[int, int]:
+    """(height, width) to which image files are decoded: as for the data set in `cfg`.
 
-    `cfg` is its config, which may name another set than the model was trained on. Weights of others
-    come with none, and get images of the size that the model sees.
+    External weights have no data set; for them it is the model's input size.
     """
-    return delivered_size(cfg.data) if given.data else image_size(cfg)
-
-
-def decode_views(given: pretrained.Pretrained, cfg: ConfigDict) -> tuple[View, View]:
-    """What is made of an image file when it is decoded, and on the device: see `data.views`."""
-    return views(cfg, are_files(cfg.data) or not given.data)
+    return delivered_size(cfg.data) if loaded.data else image_size(cfg)
 
 
 def read_image(
-    file: str | pathlib.Path, size: tuple[int, int], seen: View, exif: bool = True
+    file: str | pathlib.Path, size: tuple[int, int], view: View, exif: bool = True
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image file at `size`, as evaluation sees them."""
+    """Decode an image file to `size`. Raises UserError if it is missing or not an image."""
     with user_errors(f"cannot read image {file}", also=(Corrupt,)):
-        return decode(paths.parse(file).read_bytes(), size, seen, exif)
+        return decode(paths.parse(file).read_bytes(), size, view, exif)
 
 
 def load(source: str | os.PathLike) -> Predictor:
-    """`load("runs/vit_small_cifar")`: the model, its preprocessing and its class names.
+    """Load a model for prediction, such as `load("runs/vit_small_cifar")`.
 
-    `source` is a run's folder, a step in it, or other weights (`pretrained.load_model`).
-    What is believed of weights of others is printed to standard error. Raises UserError for what is
-    none of these, or has no head.
+    `source` is a run's folder, RUN/checkpoints/STEP, or external weights (`pretrained.load_model`).
+    What is assumed of external weights is printed to standard error. Raises UserError if `source`
+    can't be loaded, or has no head.
     """
-    given = pretrained.load_model(source)
-    given.print_notes()
-    if not given.classes:
-        raise UserError(f"{source} has no head: train one, --config.init.source={source}")
-    of_file, on_device = decode_views(given, given.cfg)
+    loaded = load_model(source)
+    loaded.print_notes()
+    cfg = loaded.cfg
+    if not loaded.classes:
+        raise UserError(
+            f"{source} has no classification head: train one with --config.init.source={source}"
+        )
+    decode_view, device_view = views(cfg, are_files(cfg.data) or not loaded.data)
     return Predictor(
-        given.model,
-        given.params,
-        given.cfg,
-        given.classes,
-        given.step,
-        size=image_size(given.cfg),
-        stored=decode_size(given, given.cfg),
-        view=of_file,
-        seen=on_device,
+        loaded.model,
+        loaded.params,
+        cfg,
+        loaded.classes,
+        loaded.step,
+        size=image_size(cfg),
+        decode_size=decode_size(loaded, cfg),
+        decode_view=decode_view,
+        device_view=device_view,
     )

@@ -1,7 +1,10 @@
-"""A look inside trained models: `vit-scale inspect`, and the same as a function.
+"""Inspect trained models: the `vit-scale inspect` command, as a function.
 
-What is computed (attention, embeddings, predictions, curves) is apart from how it is drawn
-(pictures) and from where it stands (sections, comparison, page). Nothing here is part of training.
+`inspect` writes one self-contained HTML page per call: training curves, attention, position
+embeddings, patch filters, mistakes and calibration of a run, and a comparison of several. Every
+figure names the run and the checkpoint's step, and the number of images behind it. Computation
+(attention, embeddings, predictions, curves) is separate from drawing (plots) and layout (sections,
+comparison, html). Inspection never changes a run's training program or its checkpoints.
 """
 
 from collections.abc import Sequence
@@ -17,22 +20,25 @@ def inspect(
     overrides: Sequence[str] = (),
     wandb: bool = False,
 ) -> dict:
-    """Write a report on runs, which needs no other file, and its pictures as PNGs beside it.
+    """Write an HTML report on runs, which needs no other file, and its figures as PNGs beside it.
 
     Args:
-      runs: folders of runs, or steps in them; several are compared.
-      images: a folder of any images to look at attention with, instead of the split's.
-      split: measured and looked at, such as `test` or `train[98%:]`; else each run's eval.final.
-      out: folder to write to; else RUN/inspect, or RUN/compare in the first of several.
+      runs: run folders, or RUN/checkpoints/STEP; several are also compared.
+      images: folder of images, without labels, to show attention on; else those of the split.
+      split: the split to evaluate and show, such as `test` or `train[98%:]`; else each run's
+        eval.final.
+      out: folder to write to; else `inspect` in the run's folder, or `compare` in that of the first
+        of several runs.
       overrides: of the runs' configs, such as "data.path=DIR".
-      wandb: add the pictures to the runs' pages of Weights & Biases.
+      wandb: also log the figures to the runs' Weights & Biases pages.
 
     Returns:
       {"page": path, "runs": [{"run": ..., "step": ..., "n": ..., "accuracy": ..., ...}],
-      "notes": [what is missing, and why]}
+      "notes": [what is missing from the report, and why]}
 
     Raises:
-      UserError: matplotlib is not installed, a folder is no run, or what was asked for is missing.
+      UserError: matplotlib is not installed, a folder is not a run, or a split or folder that was
+        asked for can't be read.
     """
     try:
         from vit_scale.inspect.report import report
@@ -40,14 +46,14 @@ def inspect(
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise UserError(
-            "inspect draws with matplotlib, which is not here: launch/environment.sh inspect in a "
-            "clone, or pip install matplotlib"
+            "inspect needs matplotlib, which is not installed: run launch/environment.sh inspect "
+            "in a clone, or pip install matplotlib"
         ) from error
     return report(runs, images, split, out, overrides, wandb)
 
 
 def format_rows(rows: Sequence[dict]) -> list[dict[str, str]]:
-    """What `inspect` gives for "runs" as text, for a table."""
+    """Format the "runs" that `inspect` returns as the text cells of a table."""
     from vit_scale.inspect.comparison import format_row
 
     return [format_row(row) for row in rows]

@@ -1,49 +1,50 @@
-"""Several runs side by side: their curves, accuracy, parameters and speed."""
+"""Compare several runs: curves, accuracy, parameters, speed, and agreement image by image."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from vit_scale.inspect import curves, plots
-from vit_scale.inspect.html import Note, Picture, Table
+from vit_scale.inspect import plots
+from vit_scale.inspect.curves import median_speed
+from vit_scale.inspect.html import Note, Part, Picture, Table
 from vit_scale.inspect.inspected_run import InspectedRun
-from vit_scale.inspect.predictions import Predictions, calibration, interval
+from vit_scale.inspect.predictions import Predictions, calibration, wilson_interval
 
 
-class Looked(NamedTuple):
-    """A run, and what it says of the labelled images; None where there were none."""
+class Inspection(NamedTuple):
+    """A run and its predictions on the labelled images; None if there are no such images."""
 
-    subject: InspectedRun
-    found: Predictions | None
+    run: InspectedRun
+    predictions: Predictions | None
 
 
-def numbers(looked: Looked) -> dict:
-    """What is measured of one run, for JSON. Absent numbers are None."""
-    subject, found = looked
-    kind = (subject.report or subject.about).get("devices", {})
+def measurements(inspection: Inspection) -> dict:
+    """What is measured of one run, for JSON; None where it could not be."""
+    run, predictions = inspection
+    devices = (run.report or run.metadata).get("devices", {})
     measured: dict = {"split": None, "n": 0, "accuracy": None, "loss": None, "ece": None}
-    if found is not None:
+    if predictions is not None:
         measured = {
-            "split": found.source,
-            "n": found.n,
-            "accuracy": found.accuracy,
-            "loss": float(found.losses.mean()),
-            "ece": calibration(found.probabilities, found.labels).ece,
+            "split": predictions.source,
+            "n": predictions.n,
+            "accuracy": predictions.accuracy,
+            "loss": float(predictions.losses.mean()),
+            "ece": calibration(predictions.probabilities, predictions.labels).ece,
         }
     return {
-        "run": str(subject.folder),
-        "step": subject.step,
+        "run": str(run.folder),
+        "step": run.step,
         **measured,
-        "parameters": subject.parameters,
-        "resolution": list(subject.size),
-        "images_per_second": curves.speed(subject.curves),
-        "devices": f"{kind.get('count', '?')} x {kind.get('kind', '?')}",
+        "parameters": run.parameter_count,
+        "resolution": list(run.size),
+        "images_per_second": median_speed(run.curves),
+        "devices": f"{devices.get('count', '?')} x {devices.get('kind', '?')}",
     }
 
 
 def format_row(row: dict) -> dict[str, str]:
-    """The numbers of one run as text, for a table."""
+    """Format the measurements of one run as text cells."""
     speed, loss = row["images_per_second"], row["loss"]
     return {
         "run": row["run"],
@@ -59,37 +60,38 @@ def format_row(row: dict) -> dict[str, str]:
     }
 
 
-def compare(all_looked: Sequence[Looked]) -> list[Picture | Table | Note]:
-    rows = [numbers(looked) for looked in all_looked]
-    names = [looked.subject.name for looked in all_looked]
+def compare(inspections: Sequence[Inspection]) -> list[Part]:
+    """The parts of the report that compare two or more runs."""
+    rows = [measurements(inspection) for inspection in inspections]
+    names = [inspection.run.name for inspection in inspections]
     steps = ", ".join(f"{n} (step {row['step']:,})" for n, row in zip(names, rows, strict=True))
-    recorded = {looked.subject.name: looked.subject.curves for looked in all_looked}
-    parts: list[Picture | Table | Note] = [
+    curves = {inspection.run.name: inspection.run.curves for inspection in inspections}
+    return [
         Table(
-            "In numbers",
+            "Summary",
             [format_row(row) | {"run": name} for name, row in zip(names, rows, strict=True)],
         ),
         Picture("measures", "Accuracy, parameters, speed", _caption(rows),
-                plots.comparison(names, _measures(rows), steps)),
-        Picture("curves", "Training curves", "Training is solid, evaluation dashed.",
-                plots.curves(recorded, f"Training: {steps}")),
+                plots.plot_comparison(names, _measures(rows), steps)),
+        Picture("curves", "Training curves", "Solid lines: training. Dashed lines: evaluation.",
+                plots.plot_curves(curves, f"Training: {steps}")),
+        _agreement(inspections),
     ]  # fmt: skip
-    return parts + _pairs(all_looked)
 
 
 def _caption(rows: Sequence[dict]) -> str:
-    of = {(row["split"], row["n"]) for row in rows if row["n"]}
-    what = "; ".join(f"n = {n:,} images of {split}" for split, n in sorted(of))
+    splits = {(row["split"], row["n"]) for row in rows if row["n"]}
+    text = "; ".join(f"n = {n:,} images of {split}" for split, n in sorted(splits))
     return (
-        f"Accuracy with its 95 % interval (Wilson), {what or 'not measured'}. Images per second "
-        "are of training, the median over the rows of metrics.jsonl, on the devices in the table."
+        f"Accuracy with its 95 % Wilson interval ({text or 'not measured'}). Training throughput "
+        "is the median over the rows of metrics.jsonl, on the devices in the table."
     )
 
 
 def _measures(rows: Sequence[dict]) -> dict[str, dict]:
     shares = [row["accuracy"] for row in rows]
     bounds = [
-        interval(round(row["accuracy"] * row["n"]), row["n"]) if row["n"] else (0, 0)
+        wilson_interval(round(row["accuracy"] * row["n"]), row["n"]) if row["n"] else (0, 0)
         for row in rows
     ]
     speeds = [row["images_per_second"] for row in rows]
@@ -115,27 +117,27 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def _pairs(all_looked: Sequence[Looked]) -> list[Table | Note]:
-    """The first run against each other one, image by image."""
-    (first, one), *others = all_looked
-    rows, title = [], f"On the same images as {first.name}, step {first.step:,}"
-    for other, two in others:
+def _agreement(inspections: Sequence[Inspection]) -> Part:
+    """How often the first run and each other one are right about the same image."""
+    (first, one), *others = inspections
+    rows, title = [], f"Agreement with {first.name}, step {first.step:,}, image by image"
+    for run, two in others:
         if one is None or two is None or not _same_images(one, two):
-            return [Note(title, "The runs were not measured on the same images.")]
-        counts = [(one.right & two.right), (one.right & ~two.right), (two.right & ~one.right)]
-        both, only_one, only_two = (int(np.sum(hits)) for hits in counts)
+            return Note(title, "Not available: the runs were not evaluated on the same images.")
+        hits = [one.correct & two.correct, one.correct & ~two.correct, two.correct & ~one.correct]
+        both, only_one, only_two = (int(np.sum(correct)) for correct in hits)
         rows.append(
             {
-                "run": other.name,
-                "step": f"{other.step:,}",
-                "both right": f"{both:,}",
-                f"only {first.name} right": f"{only_one:,}",
-                "only this run right": f"{only_two:,}",
+                "run": run.name,
+                "step": f"{run.step:,}",
+                "both correct": f"{both:,}",
+                f"only {first.name} correct": f"{only_one:,}",
+                "only this run correct": f"{only_two:,}",
                 "both wrong": f"{one.n - both - only_one - only_two:,}",
                 "n": f"{one.n:,}",
             }
         )
-    return [Table(title, rows)]
+    return Table(title, rows)
 
 
 def _same_images(one: Predictions, two: Predictions) -> bool:

@@ -1,30 +1,30 @@
-"""A run's training curves, from the rows that it wrote while it trained."""
+"""Read a run's training curves from its metrics.jsonl."""
 
 import json
 import pathlib
 import statistics
 from collections.abc import Iterable
 
-Curve = tuple[list[int], list[float]]
+Curve = tuple[list[int], list[float]]  # steps, values
 
 
-def read(run: pathlib.Path) -> dict[str, Curve]:
-    """{"train/loss": (steps, values), ...} of RUN/metrics.jsonl; none where it is missing.
+def read_curves(run: pathlib.Path) -> dict[str, Curve]:
+    """{"train/loss": (steps, values), ...} of RUN/metrics.jsonl; {} if it is missing.
 
-    A value that was not finite was written as null; it is left out, as is a torn line.
+    Values that were not finite (written as null) and truncated lines are skipped.
     """
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
     except OSError:
         return {}
-    found: dict[str, Curve] = {}
+    curves: dict[str, Curve] = {}
     for row in _rows(lines):
         for name, value in row.items():
             if name not in ("step", "time") and isinstance(value, int | float):
-                steps, values = found.setdefault(name, ([], []))
+                steps, values = curves.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(value)
-    return found
+    return curves
 
 
 def _rows(lines: Iterable[str]) -> Iterable[dict]:
@@ -37,7 +37,7 @@ def _rows(lines: Iterable[str]) -> Iterable[dict]:
             yield row
 
 
-def speed(curves: dict[str, Curve]) -> float | None:
-    """Images per second while it trained: the median over the rows. None where none says it."""
+def median_speed(curves: dict[str, Curve]) -> float | None:
+    """Training throughput in images per second: the median over the rows; None if not recorded."""
     values = curves.get("images_per_second", ([], []))[1]
     return statistics.median(values) if values else None

@@ -1,13 +1,13 @@
-"""What was learned before the first block: position embeddings and patch filters."""
+"""Statistics of what is learned before the first block: position embeddings and patch filters."""
 
 import numpy as np
 from jaxtyping import Float
 
 
 def similarity(posemb: Float[np.ndarray, "h w d"]) -> Float[np.ndarray, "h w h w"]:
-    """Cosine similarity of the position embedding of each patch with that of every other.
+    """Cosine similarity of every two position embeddings (ViT paper, figure 7, centre).
 
-    ViT paper, figure 7, centre. Entry (i, j) is the map of patch (i, j).
+    Entry (i, j) is the map of similarities to patch (i, j).
     """
     flat = np.asarray(posemb, np.float32).reshape(-1, posemb.shape[-1])
     units = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
@@ -17,10 +17,10 @@ def similarity(posemb: Float[np.ndarray, "h w d"]) -> Float[np.ndarray, "h w h w
 def principal_components(
     filters: Float[np.ndarray, "p p c d"], count: int = 28
 ) -> tuple[Float[np.ndarray, "count p p c"], Float[np.ndarray, "count"]]:
-    """The first principal components of d patch filters, and the share of variance of each.
+    """Principal components of d patch filters, and their shares of the variance.
 
-    ViT paper, figure 7, left, which shows 28. A component has length 1; its largest entry is
-    positive, as its sign means nothing. There are never more than pixels or filters.
+    As in the ViT paper, figure 7, left, which shows 28. Components have norm 1, and a sign (which
+    is arbitrary) such that their largest entry is positive. At most min(p p c, d) are returned.
     """
     *patch, d = filters.shape
     samples = np.asarray(filters, np.float32).reshape(-1, d).T
@@ -31,12 +31,12 @@ def principal_components(
 
 
 def mosaic(maps: Float[np.ndarray, "h w H W"], gap: int = 1) -> Float[np.ndarray, "M N"]:
-    """A map for each patch, placed where the patch is, `gap` empty (nan) pixels between them."""
+    """Tile the maps of all patches in the patch grid, separated by `gap` pixels of nan."""
     padded = np.pad(
         np.asarray(maps, np.float32),
         ((0, 0), (0, 0), (0, gap), (0, gap)),
         constant_values=np.nan,
     )
     h, w, height, width = padded.shape
-    whole = padded.transpose(0, 2, 1, 3).reshape(h * height, w * width)
-    return whole[: h * height - gap, : w * width - gap]
+    tiled = padded.transpose(0, 2, 1, 3).reshape(h * height, w * width)
+    return tiled[: h * height - gap, : w * width - gap]

@@ -1,4 +1,4 @@
-"""The run that is looked into: its model as functions of uint8 images, a batch at a time."""
+"""A run under inspection: its model as functions of uint8 images, evaluated batch by batch."""
 
 import contextlib
 import functools
@@ -26,62 +26,73 @@ from vit_scale.models.parameters import count
 from vit_scale.runs.json_files import read_json
 from vit_scale.training.validation import check_classes
 
-BATCH = 8  # images whose weights of one block, [b, k, n, n], are in memory at once
+BATCH = 8  # images whose attention weights of one block, [b, k, n, n], are in memory at once
 
 
 class InspectedRun:
-    """The model of a run's folder, or of a step in it.
+    """The model of a run, and what its folder records.
 
-    `overrides` are of its config, such as data.path=DIR. Raises UserError for what is no run.
+    Args:
+      source: a run's folder, or RUN/checkpoints/STEP.
+      overrides: of its config, such as "data.path=DIR".
+
+    Raises:
+      UserError: `source` is not a run.
     """
 
     def __init__(self, source: str | pathlib.Path, overrides: Sequence[str] = ()):
-        given = pretrained.load_model(source)
-        self.cfg = config.override(given.cfg, overrides)
-        self.model, self.params, self.classes = given.model, given.params, given.classes
-        self.step, self.folder = given.step, given.path.parent.parent
+        loaded = pretrained.load_model(source)
+        self.cfg = config.override(loaded.cfg, overrides)
+        self.model, self.params, self.classes = loaded.model, loaded.params, loaded.classes
+        self.step, self.folder = loaded.step, loaded.path.parent.parent
         if not (self.folder / "run.json").is_file():
-            raise UserError(f"{source} is not the folder of a run: inspect looks into runs")
+            raise UserError(
+                f"{source} is not a run folder: `vit-scale convert` makes one of external weights"
+            )
         self.name = printable(self.folder.absolute().name)
         self.size = config.image_size(self.cfg)
-        self.stored = decode_size(given, self.cfg)
-        self.view, self.seen = views(self.cfg, are_files(self.cfg.data))
-        self.parameters = count(self.params)
-        self.curves = curves.read(self.folder)
-
-        def probabilities(params, images):
-            images = eval_images(images, self.cfg.augment, self.size, self.seen)
-            return jax.nn.softmax(self.model.apply(params, images))
-
-        self._probabilities = jax.jit(probabilities)
+        self.decode_size = decode_size(loaded, self.cfg)
+        self.decode_view, self.device_view = views(self.cfg, are_files(self.cfg.data))
+        self.parameter_count = count(self.params)
+        self.curves = curves.read_curves(self.folder)
+        self._probabilities = jax.jit(
+            lambda params, images: jax.nn.softmax(self.model.apply(params, self._pixels(images)))
+        )
 
     @functools.cached_property
-    def about(self) -> dict:
-        """What run.json says beside the config."""
+    def metadata(self) -> dict:
+        """The content of run.json."""
         return read_json(self.folder / "run.json")
 
     @functools.cached_property
     def report(self) -> dict | None:
-        """What the finished run came to; None before its end."""
+        """The content of report.json; None before the run has finished."""
         file = self.folder / "report.json"
         return read_json(file) if file.exists() else None
 
-    def stamp(self, n: int | None = None, what: str = "") -> str:
-        """`cifar-32, step 450, n = 128 images of cifar10 test`: what a number is of."""
+    def title_suffix(self, n: int | None = None, what: str = "") -> str:
+        """What a figure is of, such as `cifar-32, step 450, n = 128 images of cifar10 test`."""
         counted = "" if n is None else f", n = {n:,} {what}"
         return f"{self.name}, step {self.step:,}{counted}"
 
-    def see(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b H W 3"]:
-        """Images at the size that the model sees, in [0, 1]; what is beyond is cut off."""
-        augment = self.cfg.augment
-        seen = np.asarray(eval_images(jnp.asarray(images), augment, self.size, self.seen))
-        return np.clip(seen * np.float32(augment.std) + np.float32(augment.mean), 0, 1)
+    def _pixels(self, images):
+        """The model's input, as in evaluation: resized and normalized."""
+        return eval_images(images, self.cfg.augment, self.size, self.device_view)
+
+    def display_pixels(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b H W 3"]:
+        """Images resized to the model's input, to be shown: not normalized, clipped to [0, 1]."""
+        augment, pixels = self.cfg.augment, np.asarray(self._pixels(jnp.asarray(images)))
+        return np.clip(pixels * np.float32(augment.std) + np.float32(augment.mean), 0, 1)
 
     def probabilities(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b c"]:
+        """Class probabilities of images of any single size."""
         return np.asarray(self._probabilities(self.params, jnp.asarray(images)))
 
-    def open(self, split: str) -> Source:
-        """The set that `split` names. Raises UserError where it is missing, or of other classes."""
+    def open_split(self, split: str) -> Source:
+        """Open a split, with labels in the order of the model's outputs.
+
+        Raises UserError if it is missing, or has other classes.
+        """
         source = open_split(self.cfg.data, split, view(self.cfg.eval))
         check_classes(source, self.cfg)
         source, line = align(source, self.classes, self.cfg.init.classes)
@@ -90,20 +101,20 @@ class InspectedRun:
         return source
 
     def predict(self, source: Source) -> Predictions:
-        """Of every image of `source` that can be read, once. Raises UserError where none can."""
-        batch, found = self.cfg.eval.batch, []
+        """Predict every readable image of `source`, once. Raises UserError if there is none."""
+        batch, parts = self.cfg.eval.batch, []
         reader = eval_batches(source, batch, workers=self.cfg.data.workers)
         with _bar(f"predict {source.name}", len(source)) as bar, contextlib.closing(reader):
             for part in reader:
-                found.append((self.probabilities(part["image"]), part["label"], part["mask"]))
+                parts.append((self.probabilities(part["image"]), part["label"], part["mask"]))
                 bar.update(min(batch, len(source) - bar.n))
-        probabilities, labels, mask = (np.concatenate(part) for part in zip(*found, strict=True))
-        there = np.flatnonzero(mask)
-        if not there.size:
+        probabilities, labels, mask = (np.concatenate(part) for part in zip(*parts, strict=True))
+        readable = np.flatnonzero(mask)
+        if not readable.size:
             raise UserError(f"{source.name}: none of its {len(source)} images could be read")
-        return Predictions(probabilities[there], labels[there], there, source.name)
+        return Predictions(probabilities[readable], labels[readable], readable, source.name)
 
-    # Only of a model with attention:
+    # Only for models with attention:
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,57 +122,59 @@ class InspectedRun:
         return self.model.shape.grid
 
     @property
-    def patch(self) -> tuple[float, float]:
-        """Height and width of a patch, in pixels of what the model sees."""
+    def patch_size(self) -> tuple[float, float]:
+        """(height, width) of a patch in pixels of the model's input."""
         return self.size[0] / self.grid[0], self.size[1] / self.grid[1]
 
-    def distances(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "l k"]:
+    def attention_distances(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "l k"]:
         """Mean attention distance in pixels of each block and head, over all images."""
-        between = patch_distances(self.grid, self.patch)
+        between = patch_distances(self.grid, self.patch_size)
+        by_image = self._map_attention(
+            images,
+            lambda weights: mean_distance(weights, between),
+            lambda distances, pooled: distances.swapaxes(0, 1),
+        )
+        return by_image.mean(axis=0)
 
-        def see(weights):
-            return mean_distance(weights, between)
+    def attention_maps(
+        self, images: UInt8[np.ndarray, "b h w 3"]
+    ) -> dict[str, Float[np.ndarray, "..."]]:
+        """Attention to each patch of each image, as multiples of uniform attention.
 
-        found = self._look(images, see, lambda seen, pooled: seen.swapaxes(0, 1))
-        return found.mean(axis=0)
-
-    def maps(self, images: UInt8[np.ndarray, "b h w 3"]) -> dict[str, Float[np.ndarray, "..."]]:
-        """Where the model looks in each image, as multiples of uniform attention.
-
-        heads: [b, l, k, h, w], of [CLS] where there is one, else the mean over all tokens.
-        rollout: [b, h, w], of what the classifier gets.
+        heads: [b, l, k, h, w], from [CLS] if the model reads it, else the mean over all tokens.
+        rollout: [b, h, w], the share of each patch in the pooled vector.
         """
-        from_first = self.model.shape.pool == "cls"
+        from_cls = self.model.shape.pool == "cls"
 
-        def see(weights):
-            heads = weights[:, :, 0] if from_first else weights.mean(axis=2)
+        def reduce_block(weights):
+            heads = weights[:, :, 0] if from_cls else weights.mean(axis=2)
             return {"heads": heads, "mean": weights.mean(axis=1)}
 
-        def summarise(seen, pooled):
-            rolled = jnp.einsum("bn,bnm->bm", pooled, rollout(seen["mean"]))
+        def reduce_image(blocks, pooled):
+            rolled = jnp.einsum("bn,bnm->bm", pooled, rollout(blocks["mean"]))
             tokens = rolled.shape[-1]
-            found = {"heads": seen["heads"].swapaxes(0, 1), "rollout": rolled}
-            return jax.tree.map(lambda shares: on_grid(shares * tokens, self.grid), found)
+            maps = {"heads": blocks["heads"].swapaxes(0, 1), "rollout": rolled}
+            return jax.tree.map(lambda shares: on_grid(shares * tokens, self.grid), maps)
 
-        return self._look(images, see, summarise)
+        return self._map_attention(images, reduce_block, reduce_image)
 
-    def _look(self, images, see: Callable, summarise: Callable):
-        """`summarise` of what `Model.attention` gives, [b, ...], of all images: BATCH at a time."""
+    def _map_attention(self, images, reduce_block: Callable, reduce_image: Callable):
+        """`reduce_image(*model.attention(..., reduce_block))` of all images, batch by batch."""
 
         @jax.jit
-        def look(params, images):
-            images = eval_images(images, self.cfg.augment, self.size, self.seen)
-            return summarise(*self.model.attention(params, images, see))
+        def compute(params, images):
+            pixels = self._pixels(images)
+            return reduce_image(*self.model.attention(params, pixels, reduce_block))
 
-        found = []
+        parts = []
         with _bar("attention", len(images)) as bar:
             for first in range(0, len(images), BATCH):
-                some = images[first : first + BATCH]
-                padded = some[np.arange(BATCH) % len(some)]
-                seen = jax.device_get(look(self.params, jnp.asarray(padded)))
-                found.append(jax.tree.map(operator.itemgetter(slice(len(some))), seen))
-                bar.update(len(some))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+                batch = images[first : first + BATCH]
+                padded = batch[np.arange(BATCH) % len(batch)]
+                part = jax.device_get(compute(self.params, jnp.asarray(padded)))
+                parts.append(jax.tree.map(operator.itemgetter(slice(len(batch))), part))
+                bar.update(len(batch))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _bar(what: str, total: int) -> tqdm:

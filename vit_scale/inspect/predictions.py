@@ -1,4 +1,4 @@
-"""What a model says of labelled images: confusion, its worst mistakes, and its calibration."""
+"""Statistics of predictions on labelled images: confusion, worst mistakes, calibration."""
 
 import dataclasses
 
@@ -10,61 +10,70 @@ BINS = 15  # as Guo et al. 2017
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The probabilities of n labelled images of `source`, and where in it each one is."""
+    """Class probabilities of n labelled images.
+
+    Args:
+      probabilities: of each class.
+      labels: the true class of each image.
+      positions: the index of each image in its split.
+      source: the name of the split.
+    """
 
     probabilities: Float[np.ndarray, "n c"]
     labels: Int[np.ndarray, "n"]
     positions: Int[np.ndarray, "n"]
-    source: str  # the split's name, for people
+    source: str
 
     @property
     def n(self) -> int:
         return len(self.labels)
 
     @property
-    def said(self) -> Int[np.ndarray, "n"]:
+    def predicted(self) -> Int[np.ndarray, "n"]:
         return self.probabilities.argmax(-1)
 
     @property
-    def right(self) -> np.ndarray:
-        return self.said == self.labels
+    def correct(self) -> np.ndarray:
+        return self.predicted == self.labels
 
     @property
     def accuracy(self) -> float:
-        return float(self.right.mean())
+        return float(self.correct.mean())
 
     @property
     def losses(self) -> Float[np.ndarray, "n"]:
-        """Cross-entropy of each image; a probability of 0 counts as the smallest float32."""
+        """Cross-entropy of each image; probabilities are at least the smallest float32."""
         of_label = self.probabilities[np.arange(self.n), self.labels]
         return -np.log(np.maximum(of_label, np.finfo(np.float32).tiny))
 
 
-def confusion(labels: Int[np.ndarray, "n"], said: Int[np.ndarray, "n"], classes: int) -> np.ndarray:
-    """int [c, c]: how many images of a class (row) were said to be of a class (column)."""
-    return np.bincount(labels * classes + said, minlength=classes**2).reshape(classes, classes)
+def confusion(
+    labels: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"], classes: int
+) -> Int[np.ndarray, "c c"]:
+    """The confusion matrix: images of each true class (row) by predicted class (column)."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-def confused(matrix: Int[np.ndarray, "c c"], count: int) -> list[tuple[int, int, int]]:
-    """(class, what it was taken for, how often): the confusions, most frequent first."""
-    off = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
-    order = np.argsort(-off, axis=None, kind="stable")[:count]
-    pairs = [(int(i // len(off)), int(i % len(off))) for i in order]
-    return [(i, j, int(off[i, j])) for i, j in pairs if off[i, j]]
+def most_confused(matrix: Int[np.ndarray, "c c"], count: int) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, images) of at most `count` confusions, most frequent first."""
+    off_diagonal = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
+    order = np.argsort(-off_diagonal, axis=None, kind="stable")[:count]
+    pairs = [(int(i // len(matrix)), int(i % len(matrix))) for i in order]
+    return [(i, j, int(off_diagonal[i, j])) for i, j in pairs if off_diagonal[i, j]]
 
 
 def worst(predictions: Predictions, count: int) -> Int[np.ndarray, "k"]:
-    """Which of the wrong predictions have the highest loss, the highest first."""
-    wrong = np.flatnonzero(~predictions.right)
+    """Indices of the wrong predictions with the highest loss, in descending order."""
+    wrong = np.flatnonzero(~predictions.correct)
     return wrong[np.argsort(-predictions.losses[wrong], kind="stable")[:count]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Of each bin of confidence: how many images, how sure the model was, how often right.
+    """A reliability diagram: image count, mean confidence and accuracy in bins of confidence.
 
-    `ece` is the expected calibration error (Guo et al. 2017): the mean over n images of the
-    difference between the two in the image's bin. Means of empty bins are nan.
+    `ece` is the expected calibration error (Guo et al. 2017): |accuracy - confidence| of each bin,
+    weighted by its share of the n images. Means of empty bins are nan.
     """
 
     edges: Float[np.ndarray, "bins+1"]
@@ -78,21 +87,21 @@ class Calibration:
 def calibration(
     probabilities: Float[np.ndarray, "n c"], labels: Int[np.ndarray, "n"], bins: int = BINS
 ) -> Calibration:
-    """Confidence is the highest probability; bins are equally wide, (0, 1/bins], ..., up to 1."""
-    sure, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    """Bin images by confidence, the highest probability, in (0, 1/bins], ..., (1 - 1/bins, 1]."""
+    confidence, correct = probabilities.max(-1), probabilities.argmax(-1) == labels
     edges = np.linspace(0, 1, bins + 1, dtype=np.float32)
-    place = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
-    counts = np.bincount(place, minlength=bins)
+    bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
-        confidence = np.bincount(place, weights=sure, minlength=bins) / counts
-        accuracy = np.bincount(place, weights=right, minlength=bins) / counts
-    gaps = np.nan_to_num(np.abs(accuracy - confidence))
+        mean_confidence = np.bincount(bin_of, weights=confidence, minlength=bins) / counts
+        accuracy = np.bincount(bin_of, weights=correct, minlength=bins) / counts
+    gaps = np.nan_to_num(np.abs(accuracy - mean_confidence))
     ece = float((counts * gaps).sum() / len(labels))
-    return Calibration(edges, counts, confidence, accuracy, ece, len(labels))
+    return Calibration(edges, counts, mean_confidence, accuracy, ece, len(labels))
 
 
-def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval (1927) of a share of which `hits` of n were seen."""
+def wilson_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion `hits` / n; 95 % with the default z."""
     share, spread = hits / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5

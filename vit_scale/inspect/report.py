@@ -1,4 +1,4 @@
-"""From run folders to the page and its pictures: what `vit-scale inspect` does, in order."""
+"""Inspect runs and write the report: what `vit-scale inspect` does, step by step."""
 
 import contextlib
 import json
@@ -11,157 +11,171 @@ from tqdm import tqdm
 
 from vit_scale.data import Source
 from vit_scale.errors import UserError
-from vit_scale.inspect import plots, samples, sections
-from vit_scale.inspect.comparison import Looked, compare, numbers
-from vit_scale.inspect.html import Note, Section, file_name, page
+from vit_scale.inspect import plots, prediction_sections, samples, sections
+from vit_scale.inspect.comparison import Inspection, compare, measurements
+from vit_scale.inspect.html import Note, Section, file_name, render_page
 from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.samples import Samples
 from vit_scale.storage import files, paths
 from vit_scale.tracking import publish
 
-Drawn = dict[str, np.ndarray]  # uint8 [h, w, 3], by the name of the file
+Pixels = dict[str, np.ndarray]  # uint8 [h, w, 3] of each figure, by file name
 PAGE, NUMBERS = "index.html", "numbers.json"
 
 
 def report(
-    runs: Sequence[str],
+    sources: Sequence[str],
     images: str | None,
     split: str | None,
     out: str | None,
     overrides: Sequence[str],
     wandb: bool,
 ) -> dict:
-    subjects = [InspectedRun(run, overrides) for run in runs]
-    name_apart(subjects)
+    """Inspect runs and write the report. Arguments and result as of `inspect`."""
+    runs = [InspectedRun(source, overrides) for source in sources]
+    make_names_unique(runs)
     if wandb:
-        check_finished(subjects)
-    folder = paths.parse(out) if out else default_folder(subjects)
-    looked, pages = [], []
-    for subject in subjects:
-        found, section = look(subject, images, split, bool(split or overrides))
-        looked.append(found)
-        pages.append(section)
-    if len(pages) == 1:
-        pages = [pages[0]._replace(name="")]
-    together = [Section("comparison", "Comparison", compare(looked))] if len(looked) > 1 else []
-    drawn = draw([*together, *pages])
+        check_finished(runs)
+    folder = paths.parse(out) if out else default_folder(runs)
+    inspections, run_sections = [], []
+    for run in runs:
+        inspection, section = inspect_run(run, images, split, bool(split or overrides))
+        inspections.append(inspection)
+        run_sections.append(section)
+    if len(run_sections) == 1:
+        run_sections = [run_sections[0]._replace(name="")]
+    comparison = []
+    if len(runs) > 1:
+        comparison = [Section("comparison", "Comparison", compare(inspections))]
+    all_sections = [*comparison, *run_sections]
+    pixels = rasterize(all_sections)
     content = {
         "page": str(folder / PAGE),
-        "runs": [numbers(one) for one in looked],
-        "notes": [
-            f"{section.title}: {part.text}"
-            for section in [*together, *pages]
-            for part in section.parts
-            if isinstance(part, Note)
-        ],
+        "runs": [measurements(inspection) for inspection in inspections],
+        "notes": list_notes(all_sections),
     }
-    write(
-        folder,
-        f"Inside {' and '.join(s.name for s in subjects)}",
-        [*together, *pages],
-        drawn,
-        content,
-    )
+    title = f"Inspection of {', '.join(run.name for run in runs)}"
+    write_report(folder, title, all_sections, pixels, content)
     if wandb:
-        for one, section in zip(looked, pages, strict=True):
-            track(one, section, together, drawn)
+        for inspection, section in zip(inspections, run_sections, strict=True):
+            log_to_wandb(inspection, section, comparison, pixels)
     return content
 
 
-def look(
-    subject: InspectedRun, images: str | None, split: str | None, asked: bool
-) -> tuple[Looked, Section]:
-    """Everything there is to say of one run. `asked`: a split that isn't there is a mistake."""
-    source, missing = open_source(subject, split, asked)
-    shown = choose(subject, source, images)
-    parts = sections.training(subject)
-    if shown is None:
-        parts.append(Note("Attention and patches", "No images to look at: give --images DIR."))
+def inspect_run(
+    run: InspectedRun, images: str | None, split: str | None, required: bool
+) -> tuple[Inspection, Section]:
+    """Inspect one run. With `required`, a split that can't be opened is an error, else a note."""
+    source, missing = open_source(run, split, required)
+    chosen = choose_samples(run, source, images)
+    parts = sections.show_training(run)
+    if chosen is None:
+        parts.append(Note("Attention and patches", "Not available: no images; set --images DIR."))
     else:
-        parts += sections.attention(subject, shown) + sections.patches(subject, shown)
-    parts += sections.positions(subject) + sections.filters(subject)
-    found = subject.predict(source) if source else None
-    if source and found:
-        parts += sections.mistakes(subject, found, source) + sections.calibration(subject, found)
+        parts += sections.show_attention(run, chosen) + sections.show_patches(run, chosen)
+    parts += sections.show_positions(run) + sections.show_filters(run)
+    result = run.predict(source) if source else None
+    if source and result:
+        parts += prediction_sections.show_mistakes(run, result, source)
+        parts += prediction_sections.show_calibration(run, result)
     else:
         parts.append(Note("Predictions", missing))
-    title = f"{subject.name}: step {subject.step:,}"
-    return Looked(subject, found), Section(subject.name, title, parts)
+    title = f"{run.name}, step {run.step:,}"
+    return Inspection(run, result), Section(run.name, title, parts)
 
 
-def open_source(subject: InspectedRun, split: str | None, asked: bool) -> tuple[Source | None, str]:
-    """The labelled images to measure on, or the line that says why there are none."""
-    split = split or subject.cfg.eval.final
+def open_source(run: InspectedRun, split: str | None, required: bool) -> tuple[Source | None, str]:
+    """Open the split to evaluate, or say why there is none. Raises UserError if it is required."""
+    split = split or run.cfg.eval.final
     if not split:
-        return None, "The run evaluates nothing: give --split to measure its predictions."
+        return None, "Not available: the run has no eval.final; set --split."
     try:
-        return subject.open(split), ""
+        return run.open_split(split), ""
     except UserError as error:
-        if asked:
+        if required:
             raise
-        return None, f"The run's split {split} can't be opened: {error}."
+        return None, f"Not available: the run's split {split} can't be opened: {error}."
 
 
-def choose(subject: InspectedRun, source: Source | None, images: str | None) -> Samples | None:
-    """The images to look at: of the folder `images`, else of the split, else of training."""
+def choose_samples(run: InspectedRun, source: Source | None, images: str | None) -> Samples | None:
+    """Images to show: from the folder `images`, else from the split, else from the training set."""
     if images:
-        return samples.from_folder(images, subject.stored, subject.view, exif=subject.cfg.data.exif)
+        return samples.from_folder(images, run.decode_size, run.decode_view, exif=run.cfg.data.exif)
     if source is None:
         with contextlib.suppress(UserError):
-            source = subject.open(subject.cfg.data.train)
-    found = samples.from_source(source) if source else None
-    return found if found and len(found.images) else None
+            source = run.open_split(run.cfg.data.train)
+    chosen = samples.from_source(source) if source else None
+    return chosen if chosen and len(chosen.images) else None
 
 
-def name_apart(subjects: Sequence[InspectedRun]) -> None:
-    """Give runs of one name the step as well, and their folders where that is not enough."""
-    for name in (lambda s: f"{s.name}-{s.step}", lambda s: f"{s.folder}-{s.step}"):
-        times = Counter(subject.name for subject in subjects)
-        for subject in subjects:
-            if times[subject.name] > 1:
-                subject.name = name(subject).replace("/", "-")
+def make_names_unique(runs: Sequence[InspectedRun]) -> None:
+    """Add the step to the names of runs that share one, or the folder where that isn't enough."""
+    for name in (lambda run: f"{run.name}-{run.step}", lambda run: f"{run.folder}-{run.step}"):
+        times = Counter(run.name for run in runs)
+        for run in runs:
+            if times[run.name] > 1:
+                run.name = name(run).replace("/", "-")
 
 
-def default_folder(subjects: Sequence[InspectedRun]) -> pathlib.Path:
-    return subjects[0].folder / ("inspect" if len(subjects) == 1 else "compare")
+def list_notes(all_sections: Sequence[Section]) -> list[str]:
+    """The notes of all sections, each on one line with the titles above it."""
+    return [
+        f"{section.title}: {part.title}: {part.text}"
+        for section in all_sections
+        for part in section.parts
+        if isinstance(part, Note)
+    ]
 
 
-def check_finished(subjects: Sequence[InspectedRun]) -> None:
-    for subject in subjects:
-        if subject.report is None:
+def default_folder(runs: Sequence[InspectedRun]) -> pathlib.Path:
+    return runs[0].folder / ("inspect" if len(runs) == 1 else "compare")
+
+
+def check_finished(runs: Sequence[InspectedRun]) -> None:
+    """Check that no run is still training, and logging to its page. Raises UserError."""
+    for run in runs:
+        if run.report is None:
             raise UserError(
-                f"--wandb adds to the page of a finished run, and {subject.folder} has not ended"
+                f"--wandb needs a finished run, and {run.folder} has no report.json yet: finish "
+                "training first, or leave out --wandb"
             )
 
 
-def draw(shown: Sequence[Section]) -> Drawn:
-    """The pixels of every picture, by the name of its file."""
-    pairs = [(section, picture) for section in shown for picture in section.pictures()]
-    with tqdm(pairs, desc="draw", unit="picture", disable=None, leave=False) as bar:
-        return {file_name(*pair): plots.draw(pair[1].figure) for pair in bar}
+def rasterize(all_sections: Sequence[Section]) -> Pixels:
+    """Render every figure, by the name of its file."""
+    pairs = [(section, picture) for section in all_sections for picture in section.pictures()]
+    with tqdm(pairs, desc="draw", unit="figure", disable=None, leave=False) as bar:
+        return {file_name(*pair): plots.rasterize(pair[1].figure) for pair in bar}
 
 
-def write(
-    folder: pathlib.Path, title: str, shown: Sequence[Section], drawn: Drawn, content: dict
+def write_report(
+    folder: pathlib.Path,
+    title: str,
+    all_sections: Sequence[Section],
+    pixels: Pixels,
+    content: dict,
 ) -> None:
-    """The PNGs, the numbers, and last the page, which holds the PNGs as well. Raises OSError."""
+    """Write the PNGs, numbers.json, and last the page, which embeds the PNGs. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    pngs = {name: plots.encode(pixels) for name, pixels in drawn.items()}
+    pngs = {name: plots.encode_png(image) for name, image in pixels.items()}
     for name, png in pngs.items():
         files.write(folder / f"{name}.png", png)
     files.write(folder / NUMBERS, (json.dumps(content, indent=2) + "\n").encode())
-    files.write(folder / PAGE, page(title, shown, pngs).encode(errors="backslashreplace"))
+    html = render_page(title, all_sections, pngs)
+    files.write(folder / PAGE, html.encode(errors="backslashreplace"))
 
 
-def track(looked: Looked, section: Section, together: Sequence[Section], drawn: Drawn) -> None:
-    """The same pictures and numbers on the run's page of Weights & Biases."""
-    subject, shown = looked.subject, {}
-    for part, prefix in ((section, ""), *((part, f"{part.name}-") for part in together)):
+def log_to_wandb(
+    inspection: Inspection, section: Section, comparison: Sequence[Section], pixels: Pixels
+) -> None:
+    """Log the figures and measurements to the run's Weights & Biases page."""
+    run, figures = inspection.run, {}
+    for part, prefix in ((section, ""), *((part, f"{part.name}-") for part in comparison)):
         for picture in part.pictures():
-            shown[f"inspect/{prefix}{picture.name}"] = drawn[file_name(part, picture)]
+            figures[f"inspect/{prefix}{picture.name}"] = pixels[file_name(part, picture)]
     values = {
         f"inspect/{name}": value
-        for name, value in numbers(looked).items()
+        for name, value in measurements(inspection).items()
         if isinstance(value, int | float)
     }
-    publish(subject.folder, subject.cfg.log.project, subject.about["name"], shown, values)
+    publish(run.folder, run.cfg.log.project, run.metadata["name"], figures, values)

@@ -21,12 +21,12 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
-from vit_scale.models.convolution import BatchNorm, Convolution, Mask, halve, linear
+from vit_scale.models.convolution import BatchNorm, Convolution, Mask, linear, max_pool
 
 
 @dataclasses.dataclass(frozen=True)
 class CNNSize:
-    """`width` is the first convolution's channels, `mlp` the first dense layer's width."""
+    """The CNN's sizes: channels of the first convolution, and width of the first dense layer."""
 
     width: int
     mlp: int
@@ -35,7 +35,7 @@ class CNNSize:
 
 @dataclasses.dataclass(frozen=True)
 class ResNetSize:
-    """`depth` counts layers as the paper does: 2 per block, the first convolution, and the head."""
+    """A ResNet's sizes; `depth` counts layers: 2 per block, the first convolution, and the head."""
 
     width: int
     depth: int
@@ -106,8 +106,8 @@ def _check_depth(size: CNNSize | ResNetSize) -> None:
         size.blocks < 1 or size.depth != 2 * size.stages * size.blocks + 2
     ):
         raise UserError(
-            f"model.depth={size.depth} is not {2 * size.stages} n + 2, as a ResNet with "
-            f"{size.stages} stages of n blocks needs"
+            f"model.depth={size.depth} must be {2 * size.stages} n + 2: {size.stages} stages of "
+            "n blocks"
         )
 
 
@@ -153,7 +153,7 @@ class CNNStage(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"], mask: Mask) -> Float[Array, "b h2 w2 o"]:
         x = jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x))))
-        return self.norm(halve(x), mask)
+        return self.norm(max_pool(x), mask)
 
 
 class CNN(Classifier):

@@ -77,7 +77,7 @@ class BatchNorm(nnx.Module):
         return mean, variance
 
 
-def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Max-pool 2 x 2 pixels. Equal maxima share the gradient; nnx.max_pool gives it to one."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))

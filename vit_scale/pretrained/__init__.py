@@ -1,4 +1,10 @@
-"""Fine-tuning is initialisation: other parameters, adapted to this run's model."""
+"""Load, adapt and convert trained models: runs of this project and external weights.
+
+Fine-tuning is initialization: `load_model` reads the source, `adapt` fits its parameters to the new
+model (new head, resampled positions, stacked blocks), and training starts as usual. Guarantees:
+every array of the source is used, reported as ignored, or refused; settings come from the files
+where they state them, and are printed where they must be assumed; no code in a file is executed.
+"""
 
 from vit_scale.pretrained.adapt import (
     Adaptation,
@@ -8,7 +14,7 @@ from vit_scale.pretrained.adapt import (
     mismatched_settings,
 )
 from vit_scale.pretrained.convert import convert
-from vit_scale.pretrained.infer_config import Hints, hints_from_config
+from vit_scale.pretrained.hints import Hints, hints_from_config
 from vit_scale.pretrained.load import Pretrained, load_model
 
 __all__ = [

@@ -1,12 +1,12 @@
-"""Fit the parameters of one ViT to another: every leaf is accounted for, or nothing is done.
+"""Adapt the parameters of one ViT to another; every leaf is accounted for, or nothing is adapted.
 
-The head is replaced where the classes differ, and then pretraining's representation layer before it
-goes too; position embeddings are resampled to the new grid (ViT paper, section 3.2), blocks are
-stacked or unstacked. What can't be placed is refused, with both sides listed.
+The head is replaced if the classes differ, and the representation layer before it with it. Position
+embeddings are resampled to the new grid (ViT paper, section 3.2); blocks are stacked or unstacked.
+Anything else that differs is an error that lists both sides.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,20 @@ from vit_scale.data.class_mapping import MODES, Match, match
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.models.position_embeddings import resample
+from vit_scale.pretrained.key_mapping import POSITIONS
 
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
-POSITIONS = "posemb"
 REPRESENTATION = ("representation/kernel", "representation/bias")
 HEADS = ("auto", "keep", "new")  # of init.head
-# Fields that no parameter shows, and that change what the parameters compute.
-TRAINED_WITH = (
+# Settings that change what the same parameters compute.
+SETTINGS = (
     *("model.gelu", "model.norm_epsilon", "model.pool", "model.fc_norm"),
     *("augment.mean", "augment.std"),
 )
 
 
 class Adaptation(NamedTuple):
-    """What became of one parameter."""
+    """What `adapt` did with one parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,51 +44,66 @@ def adapt(
     same_classes: bool,
     outputs: Sequence[int] | None = None,
 ) -> tuple[dict, list[Adaptation]]:
-    """`target` with every leaf that `source` can give, and what was done for each.
+    """Return `target` with the values of `source`, and what was done with each parameter.
 
-    `source` and `target` are parameter trees; `target`'s own values stay only in a replaced head.
-    A head that is kept gets its `outputs` in this order, where there is one. Raises UserError,
-    listing both sides, if any other leaf of either has no counterpart.
+    Args:
+      source: parameter tree to take values from.
+      target: parameter tree with the structure, shapes and dtypes to return; its values are used
+        for a replaced head only.
+      method: how position embeddings are resampled, `cubic` or `corners`.
+      same_classes: keep the head; else it is replaced.
+      outputs: for each output of the target, the output of the source's head; None: in order.
+
+    Raises:
+      UserError: a parameter of either side has no counterpart; all of them are listed.
     """
     source = stack(source) if "0" not in target.get("blocks", {}) else unstack(source)
-    given, wanted = named(source), named(target)
-    placed, rows, unplaced = {}, [], []
-    for name, leaf in wanted.items():
-        if name in HEAD and not same_classes:
-            placed[name], action = leaf, "new: the classes differ"
-        elif name in REPRESENTATION and not same_classes and name not in given:
-            placed[name], action = leaf, "new: it belongs to the head"
-        elif name not in given:
-            unplaced.append(f"{name} {leaf.shape} is not in the source")
-            continue
-        elif given[name].shape == leaf.shape and name in HEAD and outputs is not None:
-            placed[name] = given[name][..., np.array(outputs)]
-            action = "kept, in the order of the set's classes"
-        elif given[name].shape == leaf.shape:
-            placed[name], action = given[name], "kept"
-        elif name == POSITIONS and given[name].shape[2] == leaf.shape[2]:
-            grids = [f"{h} x {w}" for h, w in (given[name].shape[:2], leaf.shape[:2])]
-            placed[name] = resample(given[name], leaf.shape[:2], method)
-            action = f"resampled {grids[0]} -> {grids[1]}, {method}"
+    available, required = named(source), named(target)
+    adapted, rows, problems = {}, [], []
+    for name, leaf in required.items():
+        if not same_classes and name in HEAD:
+            value, action = leaf, "new: the classes differ"
+        elif not same_classes and name in REPRESENTATION and name not in available:
+            value, action = leaf, "new: part of the head"
         else:
-            unplaced.append(f"{name}: source {given[name].shape}, model {leaf.shape}")
+            value, action = _adapt_leaf(name, available.get(name), leaf.shape, method, outputs)
+        if value is None:
+            problems.append(action)
             continue
+        adapted[name] = jnp.asarray(value, leaf.dtype)
         rows.append(Adaptation(name, tuple(leaf.shape), action))
-    for name in given.keys() - wanted:
+    for name in available.keys() - required:
+        shape = tuple(available[name].shape)
         if name in REPRESENTATION and not same_classes:
-            rows.append(
-                Adaptation(name, tuple(given[name].shape), "left: it belongs to the old head")
-            )
+            rows.append(Adaptation(name, shape, "dropped: part of the old head"))
         else:
-            unplaced.append(f"{name} {given[name].shape} has no place in the model")
-    if unplaced:
-        raise UserError(f"the pretrained parameters don't fit: {'; '.join(sorted(unplaced))}")
-    leaves = [jnp.asarray(placed[name], leaf.dtype) for name, leaf in wanted.items()]
+            problems.append(f"{name} {shape} is not in the model")
+    if problems:
+        raise UserError(
+            f"the pretrained parameters don't fit the model: {'; '.join(sorted(problems))}"
+        )
+    leaves = [adapted[name] for name in required]
     return jax.tree.unflatten(jax.tree.structure(target), leaves), rows
 
 
+def _adapt_leaf(
+    name: str, value: Any, shape: tuple[int, ...], method: str, outputs: Sequence[int] | None
+) -> tuple[Any, str]:
+    """(a leaf in the target's shape, what was done), or (None, why it doesn't fit)."""
+    if value is None:
+        return None, f"{name} {shape} is not in the source"
+    if value.shape == shape and name in HEAD and outputs is not None:
+        return value[..., np.array(outputs)], "kept, reordered to the data set's classes"
+    if value.shape == shape:
+        return value, "kept"
+    if name == POSITIONS and value.shape[2] == shape[2]:
+        old, new = (f"{h} x {w}" for h, w in (value.shape[:2], shape[:2]))
+        return resample(value, (shape[0], shape[1]), method), f"resampled {old} -> {new}, {method}"
+    return None, f"{name}: source {value.shape}, model {shape}"
+
+
 def adaptation_table(rows: Sequence[Adaptation]) -> str:
-    """The placements as aligned lines."""
+    """Format adaptations as aligned lines: name, shape, action."""
     width = max(len(row.name) for row in rows)
     shapes = [" x ".join(map(str, row.shape)) for row in rows]
     shape_width = max(map(len, shapes))
@@ -99,28 +114,29 @@ def adaptation_table(rows: Sequence[Adaptation]) -> str:
 
 
 def match_head(
-    given: Sequence[str],
-    wanted: Sequence[str],
+    source_classes: Sequence[str],
+    classes: Sequence[str],
     head: str,
     mode: str = "names",
     ids: Sequence[str] = (),
 ) -> Match | None:
-    """How the source's head, of the classes `given`, is kept for the classes `wanted`; None: not.
+    """How the outputs of the source's head map to `classes`; None if the head is replaced.
 
-    `head` is init.head, `mode` init.classes, `ids` other names of the wanted classes. By itself it
-    is kept where the classes are the same, in any order, and where nobody named them and there are
-    as many. Raises UserError where it can't be.
+    `head` is init.head, `mode` init.classes, `ids` alternative names of `classes`. With head=auto,
+    the head is kept if both sides have the same names, in any order, or as many classes of which
+    one side is unnamed. Raises UserError if init.head=keep can't be honoured.
     """
     if head not in HEADS:
         raise UserError(f"init.head={head!r} is unknown; {nearest(head, HEADS)}")
-    if head == "keep" and len(given) != len(wanted):
+    if head == "keep" and len(source_classes) != len(classes):
         raise UserError(
-            f"init.head=keep: the source has {len(given)} classes, the model {len(wanted)}"
+            f"init.head=keep: the source has {len(source_classes)} classes, the model "
+            f"{len(classes)}"
         )
-    if head == "new" or not given or len(given) != len(wanted):
+    if head == "new" or not source_classes or len(source_classes) != len(classes):
         return None
     try:
-        return match(given, wanted, mode, ids)
+        return match(source_classes, classes, mode, ids)
     except UserError as error:
         if head == "keep" or mode not in MODES:
             raise UserError(f"init.head={head}: {error}") from error
@@ -128,11 +144,11 @@ def match_head(
 
 
 def mismatched_settings(source: ConfigDict, cfg: ConfigDict) -> list[str]:
-    """Lines about what the source was trained with and `cfg` has otherwise."""
-    found = []
-    for field in TRAINED_WITH:
+    """A line for each setting of `cfg` that changes what the source's parameters compute."""
+    lines = []
+    for field in SETTINGS:
         block, name = field.split(".")
-        given, wanted = source[block][name], cfg[block][name]
-        if given != wanted:
-            found.append(f"the source was trained with {field}={given}; this config has {wanted}")
-    return found
+        old, new = source[block][name], cfg[block][name]
+        if old != new:
+            lines.append(f"the source was trained with {field}={old}; this config has {new}")
+    return lines

@@ -1,4 +1,4 @@
-"""Make a run's folder of weights of others: from then on they are a run like any other."""
+"""Convert a trained model, such as external weights, to a run folder."""
 
 import copy
 import os
@@ -6,75 +6,78 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model, build
 from vit_scale.pretrained.adapt import Adaptation, adapt, match_head
-from vit_scale.pretrained.external import numbered
-from vit_scale.pretrained.infer_config import hints_from_config
+from vit_scale.pretrained.hints import Hints, hints_from_config
+from vit_scale.pretrained.import_weights import numbered_classes
 from vit_scale.pretrained.load import Pretrained, load_model
 from vit_scale.runs.run_folder import Run
 from vit_scale.storage import paths
 
-SIZE = ("data.resolution", "data.width")
+SIZE_FIELDS = ("data.resolution", "data.width")
 
 
 def convert(
     source: str | os.PathLike, out: str | os.PathLike, overrides: Sequence[str] = ()
 ) -> tuple[Pretrained, list[Adaptation]]:
-    """Write the model that `source` names to the run folder `out`, as its step 0.
+    """Write the model in `source` to the new run folder `out`, as its checkpoint of step 0.
 
-    Its config is what the weights were trained with; `overrides` such as "data.resolution=384"
-    change it, and the parameters with it. Returns the model as it was written, and what became of
-    each parameter. Raises UserError for what can't be read or doesn't fit, and for a folder that
-    holds something already.
+    The run's config is that of the source; `overrides`, such as "data.resolution=384", change it,
+    and the parameters are adapted. Returns the written model and what was done with each parameter.
+    Raises UserError if the source can't be loaded or adapted, or `out` is not empty.
     """
     workdir = paths.parse(out)
     if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-        raise UserError(f"{workdir} is not empty: give a folder that is new")
-    asked = config.override(config.base(), overrides)
-    sized = any(item.partition("=")[0] in SIZE for item in overrides)
-    size = config.image_size(asked) if sized else None
-    hints = hints_from_config(asked, asked.model.heads)._replace(requested_size=size)
-    given = load_model(source, hints)
-    given = given._replace(notes=tuple(_still_assumed(line, overrides) for line in given.notes))
-    cfg = config.override(copy.deepcopy(given.cfg), overrides)
-    if not given.classes and not any(item.startswith("model.classes=") for item in overrides):
-        raise UserError(f"{source} has no head: give --config.model.classes=N for a new one")
-    cfg.init.source = str(source)  # the config of the run says where it came from
+        raise UserError(f"{workdir} is not empty: give a new folder")
+    loaded = load_model(source, _hints(overrides))
+    notes = tuple(_without_overridden(note, overrides) for note in loaded.notes)
+    cfg = config.override(copy.deepcopy(loaded.cfg), overrides)
+    if not loaded.classes and not any(item.startswith("model.classes=") for item in overrides):
+        raise UserError(f"{source} has no head: set --config.model.classes=N to add one")
+    cfg.init.source = str(source)
     count = cfg.model.classes
-    classes = given.classes if len(given.classes) == count else numbered(count)
+    classes = loaded.classes if len(loaded.classes) == count else numbered_classes(count)
     model = build(cfg.model, config.image_size(cfg))
-    target = _fresh(model, cfg.model.representation != given.cfg.model.representation)
-    kept = match_head(given.classes, classes, cfg.init.head) is not None
-    params, rows = adapt(given.params, target, cfg.init.resample, kept)
-    about = {
+    target = _initial_params(model, loaded.cfg, cfg)
+    same_classes = match_head(loaded.classes, classes, cfg.init.head) is not None
+    params, rows = adapt(loaded.params, target, cfg.init.resample, same_classes)
+    description = {
         "name": workdir.name,
         "config": config.to_json(cfg),
         "classes": list(classes),
-        "source": list(given.notes),
-        **({"data": given.data} if given.data else {}),
+        "source": list(notes),
+        **({"data": loaded.data} if loaded.data else {}),
     }
-    with Run(workdir, about), Checkpoints(workdir) as checkpoints:
-        checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, about)
-    made = Pretrained(cfg, model, params, classes, 0, workdir, given.notes, given.data)
-    return made, rows
+    with Run(workdir, description), Checkpoints(workdir) as checkpoints:
+        checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, description)
+    return Pretrained(cfg, model, params, classes, 0, workdir, notes, loaded.data), rows
 
 
-def _still_assumed(line: str, overrides: Sequence[str]) -> str:
-    """A line about what was assumed, without what the overrides say."""
-    start, colon, rest = line.partition(": ")
+def _hints(overrides: Sequence[str]) -> Hints:
+    """Hints from the overrides. An image size is that of the weights, or one to resample to."""
+    cfg = config.override(config.base(), overrides)
+    sized = any(item.partition("=")[0] in SIZE_FIELDS for item in overrides)
+    hints = hints_from_config(cfg, cfg.model.heads)
+    return hints._replace(requested_size=config.image_size(cfg)) if sized else hints
+
+
+def _without_overridden(note: str, overrides: Sequence[str]) -> str:
+    """A note on assumptions, without the fields that the overrides set."""
+    start, colon, rest = note.partition(": ")
     if not start.startswith("assuming"):
-        return line
-    said = tuple(item.partition("=")[0] + "=" for item in overrides)
-    return start + colon + ", ".join(x for x in rest.split(", ") if not x.startswith(said))
+        return note
+    overridden = tuple(item.partition("=")[0] + "=" for item in overrides)
+    return start + colon + ", ".join(x for x in rest.split(", ") if not x.startswith(overridden))
 
 
-def _fresh(model: Model, drawn: bool) -> dict:
-    """Parameters of which only a new head is used, which is zero, unless it has hidden layers."""
-    if drawn:
+def _initial_params(model: Model, source: ConfigDict, cfg: ConfigDict) -> dict:
+    """Parameters for a new head: zero, or random if a new representation layer comes before it."""
+    if cfg.model.representation != source.model.representation:
         return jax.jit(model.init)(jax.random.key(0))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)

@@ -1,7 +1,7 @@
-"""Where weights are, and how they come here: on disk, from a bucket, or from an https:// server.
+"""Fetch weights to the local disk: from a bucket, or from an HTTP server.
 
-A download is resumed where it broke off, compared with the checksum that the server or the address
-gives (https://.../B_16.npz#sha256=HEX), and kept in the cache under its address.
+An interrupted download resumes. It is verified against the checksum in the address
+(https://.../B_16.npz#sha256=HEX) or from the server, and cached by its address.
 """
 
 import os
@@ -13,61 +13,58 @@ from vit_scale.errors import UserError
 from vit_scale.pretrained import weight_files
 from vit_scale.storage import cache, download, files, paths
 
-BESIDE = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)  # may tell what the arrays don't
+METADATA_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 WEB = ("https://", "http://")
 
 
-def weights(source: str | os.PathLike) -> pathlib.Path | None:
-    """The local file or folder of weights that `source` names; None where it names none.
+def fetch_weights(source: str | os.PathLike) -> pathlib.Path | None:
+    """The local weight file or model folder of `source`; None if `source` is a run or nothing.
 
-    Raises UserError for what can't be fetched.
+    Files in a bucket or on a server are copied here first, with the metadata beside them. Raises
+    UserError if that fails.
     """
     if str(source).startswith(WEB):
-        return _from_web(str(source))
-    place = paths.parse(source)
-    if place.is_file():
-        return _from_bucket(place) if paths.in_bucket(place) else place
-    held = [place / name for name in weight_files.NAMES if (place / name).is_file()]
-    if not held or (place / "run.json").is_file():
+        return _download(str(source))
+    path = paths.parse(source)
+    if path.is_file():
+        return _copy_from_bucket(path) if paths.in_bucket(path) else path
+    candidates = [path / name for name in weight_files.FILE_NAMES if (path / name).is_file()]
+    if not candidates or (path / "run.json").is_file():
         return None
-    return _from_bucket(held[0]) if paths.in_bucket(place) else place
+    return _copy_from_bucket(candidates[0]) if paths.in_bucket(path) else path
 
 
-def _from_bucket(place: pathlib.Path) -> pathlib.Path:
-    """A folder with copies of an object and of what stands beside it, under their own names."""
-    beside = [place.with_name(n) for n in (*BESIDE, f"{place.stem}.json")]
-    if place.name.endswith(weight_files.INDEX):
-        beside += [place.with_name(name) for name in weight_files.shards(place)]
-    there = [place, *(file for file in beside if file.is_file())]
-    copies = cache.stage(there)
+def _copy_from_bucket(file: pathlib.Path) -> pathlib.Path:
+    """Copy an object and those beside it to one local folder, under their own names."""
+    beside = [file.with_name(name) for name in (*METADATA_FILES, f"{file.stem}.json")]
+    if file.name.endswith(weight_files.INDEX_SUFFIX):
+        beside += [file.with_name(name) for name in weight_files.shard_names(file)]
+    objects = [file, *(other for other in beside if other.is_file())]
+    copies = cache.stage(objects)
     folder = copies[0].with_name(f"{copies[0].name}.model")
     folder.mkdir(exist_ok=True)
-    for file, copy in zip(there, copies, strict=True):
-        with files.atomic(folder / file.name, f".{uuid.uuid4().hex}") as link:
+    for source, copy in zip(objects, copies, strict=True):
+        with files.atomic(folder / source.name, f".{uuid.uuid4().hex}") as link:
             link.symlink_to(copy)
-    return folder / place.name
+    return folder / file.name
 
 
-def _from_web(address: str) -> pathlib.Path:
-    """The file at an address, in the cache; beside it, what stands beside it on the server."""
+def _download(address: str) -> pathlib.Path:
+    """Download a file and the metadata beside it to the cache."""
     url, _, checksum = address.partition("#")
     parts = urllib.parse.urlsplit(url)
     name = pathlib.PurePosixPath(parts.path).name
-    if not name.endswith((*weight_files.ENDINGS, weight_files.INDEX)):
+    if not name.endswith((*weight_files.SUFFIXES, weight_files.INDEX_SUFFIX)):
         raise UserError(
-            f"{url} names no file of weights ({', '.join(weight_files.ENDINGS)}); of a folder, "
-            f"give its {weight_files.MODEL}"
+            f"{url} is not a weight file ({', '.join(weight_files.SUFFIXES)}); for a folder, give "
+            f"the address of its {weight_files.SAFETENSORS}"
         )
-    place = cache.folder("weights", parts.netloc, *parts.path.strip("/").split("/"))
-    download.fetch(url, place, checksum)
-    if name.endswith(weight_files.INDEX):
-        for shard in weight_files.shards(place):
-            download.fetch(url.removesuffix(name) + shard, place.with_name(shard), "")
-    if name.endswith((".safetensors", ".bin", weight_files.INDEX)):
-        for beside in BESIDE:
-            download.fetch_optional(url.removesuffix(name) + beside, place.with_name(beside))
-    return place
+    file = cache.folder("weights", parts.netloc, *parts.path.strip("/").split("/"))
+    download.fetch(url, file, checksum)
+    if name.endswith(weight_files.INDEX_SUFFIX):
+        for shard in weight_files.shard_names(file):
+            download.fetch(url.removesuffix(name) + shard, file.with_name(shard), "")
+    if name.endswith((".safetensors", ".bin", weight_files.INDEX_SUFFIX)):
+        for beside in METADATA_FILES:
+            download.fetch_optional(url.removesuffix(name) + beside, file.with_name(beside))
+    return file

@@ -1,13 +1,14 @@
-"""How the parameters of a ViT are named and laid out by others: rules that are read both ways.
+"""Map the parameters of a ViT to and from the names and layouts of other libraries.
 
-A dialect is data: one rule for each parameter that it stores, and what its models compute. `write`
-goes from our names to the dialect's, `read` back; what one does the other undoes bit for bit. Both
-work on flat dicts of numpy arrays, ours with unrolled blocks ("blocks/3/norm1/scale").
+A `WeightFormat` is data: one `KeyMapping` for each stored array, and the settings its models were
+trained with. `to_arrays` converts our parameters to the format's arrays, and `to_params` reverses
+that bit for bit. Both work on flat dicts of numpy arrays; on our side, blocks are unrolled
+("blocks/3/norm1/scale").
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,33 +16,40 @@ import numpy as np
 from vit_scale.errors import UserError
 
 Arrays = dict[str, np.ndarray]
-BLOCK = "{i}"  # stands for the number of a block, in the names of both sides
+BLOCK_INDEX = "{i}"  # placeholder for the number of a block, in parameter names and keys
+POSITIONS = "posemb"
+LISTED = 6  # keys that a message lists; a file may have hundreds
 
 
-class Rule(NamedTuple):
-    """One stored array. Several of `ours` are fused in it, one after the other on its axis 0."""
+class KeyMapping(NamedTuple):
+    """One stored array. It may hold several parameters, concatenated along its axis 0."""
 
-    ours: str | tuple[str, ...]
-    theirs: str
+    param: str | tuple[str, ...]
+    key: str
     layout: str = "same"
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.ours,) if isinstance(self.ours, str) else self.ours
+    def params(self) -> tuple[str, ...]:
+        return (self.param,) if isinstance(self.param, str) else self.param
+
+    def for_block(self, block: int) -> "KeyMapping":
+        """The mapping of one block, with its number filled in."""
+        params = tuple(name.replace(BLOCK_INDEX, str(block)) for name in self.params)
+        return KeyMapping(params, self.key.replace(BLOCK_INDEX, str(block)), self.layout)
 
 
 class Layout(NamedTuple):
-    """`read` takes (their array, heads), `write` takes ours."""
+    """How a stored array is reshaped and transposed to a parameter, and back."""
 
-    read: Callable[[np.ndarray, int], np.ndarray]
-    write: Callable[[np.ndarray], np.ndarray]
+    to_param: Callable[[np.ndarray, int], np.ndarray]  # (array, number of heads) -> parameter
+    to_array: Callable[[np.ndarray], np.ndarray]
 
 
-def _split_rows(x: np.ndarray, heads: int) -> np.ndarray:
+def _split_heads(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, -1, *x.shape[1:])
 
 
-LAYOUTS = {
+LAYOUTS = {  # comments: stored array <-> parameter
     "same": Layout(lambda x, k: x, lambda x: x),
     "first": Layout(lambda x, k: x[0], lambda x: x[None]),  # 1 ... <-> ...
     "token": Layout(lambda x, k: x[0, 0], lambda x: x[None, None]),  # 1 1 d <-> d
@@ -50,151 +58,137 @@ LAYOUTS = {
         lambda x, k: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
     ),
     "to_heads": Layout(  # (k e) d <-> d k e
-        lambda x, k: _split_rows(x, k).transpose(2, 0, 1),
+        lambda x, k: _split_heads(x, k).transpose(2, 0, 1),
         lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
     ),
-    "heads": Layout(_split_rows, lambda x: x.reshape(-1)),  # (k e) <-> k e
+    "heads": Layout(_split_heads, lambda x: x.reshape(-1)),  # (k e) <-> k e
     "from_heads": Layout(  # d (k e) <-> k e d
-        lambda x, k: _split_rows(x.T, k), lambda x: x.reshape(-1, x.shape[-1]).T
+        lambda x, k: _split_heads(x.T, k), lambda x: x.reshape(-1, x.shape[-1]).T
     ),
 }
-# Positions are rows, of which the first may be [CLS]'s: `read` and `write` say more.
-POSITIONS = "posemb"
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
-    """A way to store a ViT. `model` and `augment` are what its models were trained with.
+    """The way a library stores a ViT, and the settings its models were trained with.
 
     Args:
-      name: as in `init.dialect`.
-      text: what it is, for people.
-      mark: regular expression of a name that no other dialect has, without what wraps it.
-      rules: one for each array.
-      model: fields of the config's model block that no array tells.
-      augment: fields of the augment block; empty where the dialect has no convention.
-      view: fields of the eval block: how its models' images are resized and cropped.
-      fused: the first rows of the positions are those of [CLS] and of the distillation token.
-      apart: regular expressions of names: of models whose positions are the patches' alone although
-        the dialect is `fused`, and of models of which some are so; empty where there are none.
-      unused: regular expression of names that no prediction needs.
-      fc_norm: (the norm after pooling, the one before it), of which a model has one; or empty.
-      reads_both: models with a [CLS] token may be pooled otherwise.
-      aliases: (regular expression, replacement) that make other spellings the rules' names.
-      scales: (array of factors, prefix of the layer that they multiply the outputs of): LayerScale
-        (Touvron et al. 2021, arXiv 2103.17239), which is multiplied into that layer.
-      stacked: (prefix with the axis of blocks in front, prefix of one block), if it is ever so.
-      table: the temperature of the fixed positions of a model that stores none, as a function of
-        its width; None where positions are always stored.
+      name: value of `init.dialect` that selects the format.
+      title: name of the library, for messages.
+      signature: regular expression of a key that every checkpoint of this format has, under any
+        prefix, and no checkpoint of another format.
+      mappings: one for each stored array.
+      model: fields of the config's model block that the arrays don't determine.
+      augment: fields of its augment block: how pixels are normalized.
+      eval: fields of its eval block: how images are resized and cropped.
+      class_positions: whether position embeddings begin with rows for [CLS] and the distillation
+        token.
+      no_class_positions: for a format with `class_positions`, (regular expression of a key that
+        only models without those rows have, one of a key that some models without them have);
+        empty if every model has the rows.
+      unused: regular expression of keys that inference doesn't need.
+      fc_norm: (prefix of the norm after pooling, prefix of the norm before it); a model has one of
+        them. Empty if the format has no norm after pooling.
+      ambiguous_pool: whether the arrays leave open if the head reads [CLS] or pools patches.
+      aliases: (regular expression, replacement) pairs that rewrite other spellings to `key`s.
+      layer_scales: (key of LayerScale's factors, prefix of the layer whose outputs they multiply);
+        LayerScale: Touvron et al. 2021, arXiv 2103.17239.
+      scanned: (prefix of arrays that stack all blocks on axis 0, prefix of a single block), or None
+        if blocks are never stacked.
+      sincos_temperature: function from the width to the temperature of the fixed position
+        embeddings that a model without stored ones uses; None if they are always stored.
     """
 
     name: str
-    text: str
-    mark: str
-    rules: tuple[Rule, ...]
+    title: str
+    signature: str
+    mappings: tuple[KeyMapping, ...]
     model: Mapping[str, Any]
     augment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fused: bool = True
-    apart: tuple[str, ...] = ()
+    eval: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    class_positions: bool = True
+    no_class_positions: tuple[str, ...] = ()
     unused: str = ""
     fc_norm: tuple[str, ...] = ()
-    reads_both: bool = False
+    ambiguous_pool: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
-    scales: tuple[tuple[str, str], ...] = ()
-    stacked: tuple[str, str] | None = None
-    table: Callable[[int], float] | None = None
+    layer_scales: tuple[tuple[str, str], ...] = ()
+    scanned: tuple[str, str] | None = None
+    sincos_temperature: Callable[[int], float] | None = None
+
+    def expand(self, depth: int) -> list[KeyMapping]:
+        """The mappings of a model of `depth` blocks."""
+        return [
+            mapping.for_block(block)
+            for mapping in self.mappings
+            for block in (range(depth) if BLOCK_INDEX in mapping.key else range(1))
+        ]
+
+    def depth(self, keys: Iterable[str]) -> int:
+        """The number of blocks that these keys belong to; at least 1."""
+        patterns = [
+            re.escape(mapping.key).replace(re.escape(BLOCK_INDEX), r"(\d+)")
+            for mapping in self.mappings
+            if BLOCK_INDEX in mapping.key
+        ]
+        matches = (re.fullmatch(pattern, key) for key in keys for pattern in patterns)
+        return 1 + max((int(match[1]) for match in matches if match), default=0)
+
+    def stored_params(self, keys: Iterable[str]) -> set[str]:
+        """Our names of the parameters behind these keys, outside the blocks and in block 0."""
+        keys = set(keys)
+        return {
+            name for mapping in self.expand(1) if mapping.key in keys for name in mapping.params
+        }
 
 
-def expand(rule: Rule, block: int) -> Rule:
-    """The rule of one block; a rule of no block is returned as it is."""
-    ours = tuple(name.replace(BLOCK, str(block)) for name in rule.parts)
-    return Rule(ours, rule.theirs.replace(BLOCK, str(block)), rule.layout)
+def to_params(
+    fmt: WeightFormat, arrays: Mapping[str, np.ndarray], depth: int, heads: int
+) -> Arrays:
+    """Convert the format's arrays to our parameters; arrays that are missing are skipped.
 
-
-def rules_of(dialect: WeightFormat, depth: int) -> list[Rule]:
-    """The rules of a model of `depth` blocks."""
-    return [
-        expand(rule, block)
-        for rule in dialect.rules
-        for block in (range(depth) if BLOCK in rule.theirs else range(1))
-    ]
-
-
-def spelled(dialect: WeightFormat, arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The arrays by the names of the dialect's rules."""
-    found: Arrays = {}
-    for name, array in arrays.items():
-        for pattern, replacement in dialect.aliases:
-            name = re.sub(pattern, replacement, name)
-        if dialect.stacked and name.startswith(dialect.stacked[0]):
-            rest = name.removeprefix(dialect.stacked[0])
-            prefix = dialect.stacked[1]
-            found |= {prefix.replace(BLOCK, str(i)) + rest: x for i, x in enumerate(array)}
-        else:
-            found[name] = array
-    return found
-
-
-def scaled(dialect: WeightFormat, arrays: Arrays, depth: int) -> tuple[Arrays, int]:
-    """The arrays with LayerScale's factors in the layers before them, and how many there were.
-
-    In float64: the function stays the same to a rounding of each parameter.
+    Position embeddings stay rows (n d), including those of [CLS] and the distillation token.
+    Raises UserError for an array whose shape contradicts its layout.
     """
-    found, count = dict(arrays), 0
-    for scale, layer in dialect.scales:
-        for i in range(depth):
-            factors = found.pop(scale.replace(BLOCK, str(i)), None)
-            names = [f"{layer.replace(BLOCK, str(i))}.{end}" for end in ("weight", "bias")]
-            if factors is None or not all(name in found for name in names):
-                continue
-            count += 1
-            for name in names:
-                column = factors.reshape(-1, *[1] * (found[name].ndim - 1))
-                if column.shape[:1] != found[name].shape[:1]:
-                    raise UserError(f"{scale.replace(BLOCK, str(i))} has the wrong shape")
-                found[name] = (found[name] * column.astype(np.float64)).astype(np.float32)
-    return found, count
-
-
-def read(dialect: WeightFormat, arrays: Mapping[str, np.ndarray], depth: int, heads: int) -> Arrays:
-    """Our parameters. Positions stay rows (n d), with [CLS]'s where they have one.
-
-    Raises UserError for an array that its layout can't be of.
-    """
-    ours: Arrays = {}
-    for rule in rules_of(dialect, depth):
-        if rule.theirs not in arrays:
+    params: Arrays = {}
+    for mapping in fmt.expand(depth):
+        if mapping.key not in arrays:
             continue
-        array, layout = arrays[rule.theirs], LAYOUTS[rule.layout]
+        array, layout = arrays[mapping.key], LAYOUTS[mapping.layout]
         try:
-            found = [layout.read(part, heads) for part in np.split(array, len(rule.parts))]
+            parts = np.split(array, len(mapping.params))
+            params |= zip(mapping.params, [layout.to_param(x, heads) for x in parts], strict=True)
         except (ValueError, IndexError) as error:
-            raise UserError(f"{rule.theirs} has the wrong shape, {array.shape}") from error
-        ours |= zip(rule.parts, found, strict=True)
-    return ours
+            raise UserError(f"{mapping.key} has the wrong shape, {array.shape}") from error
+    return params
 
 
-def write(dialect: WeightFormat, ours: Mapping[str, np.ndarray], depth: int) -> Arrays:
-    """Their arrays. `ours` are unrolled, and their positions a grid (h w d).
+def to_arrays(fmt: WeightFormat, params: Mapping[str, np.ndarray], depth: int) -> Arrays:
+    """Convert our parameters to the format's arrays. Blocks are unrolled, positions (h w d).
 
-    Raises UserError for parameters that the dialect doesn't have.
+    Raises UserError for parameters that the format can't store.
     """
-    theirs: Arrays = {}
-    given = dict(ours)
-    if POSITIONS in given:
-        rows = given[POSITIONS].reshape(-1, given[POSITIONS].shape[-1])
-        if dialect.fused:
-            # Ours are vectors with their positions in them. What is added must change no bit: -0.0.
-            tokens = sum(name in given for name in ("cls", "dist"))
+    arrays: Arrays = {}
+    remaining = dict(params)
+    if POSITIONS in remaining:
+        rows = remaining[POSITIONS].reshape(-1, remaining[POSITIONS].shape[-1])
+        if fmt.class_positions:
+            # Our [CLS] vector includes its position. Adding -0.0 to it changes no bit.
+            tokens = sum(name in remaining for name in ("cls", "dist"))
             rows = np.concatenate([np.full_like(rows[:1], -0.0)] * tokens + [rows])
-        given[POSITIONS] = rows
-    for rule in rules_of(dialect, depth):
-        if all(name in given for name in rule.parts):
-            layout = LAYOUTS[rule.layout]
-            parts = [layout.write(given.pop(name)) for name in rule.parts]
+        remaining[POSITIONS] = rows
+    for mapping in fmt.expand(depth):
+        if all(name in remaining for name in mapping.params):
+            layout = LAYOUTS[mapping.layout]
+            parts = [layout.to_array(remaining.pop(name)) for name in mapping.params]
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            theirs[rule.theirs] = np.ascontiguousarray(array)
-    if given:
-        raise UserError(f"{dialect.text} has no place for {', '.join(sorted(given))}")
-    return theirs
+            arrays[mapping.key] = np.ascontiguousarray(array)
+    if remaining:
+        raise UserError(f"{fmt.title} can't store {', '.join(sorted(remaining))}")
+    return arrays
+
+
+def abbreviate(keys: Sequence[str]) -> str:
+    """Join keys for a message: at most LISTED of them, and the number of the others."""
+    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(keys[:LISTED]) + more

@@ -1,4 +1,4 @@
-"""Read a trained model: a run of this project, or weights that others' code has saved."""
+"""Load a trained model: from a run of this project, or from external weights."""
 
 import os
 import pathlib
@@ -14,18 +14,25 @@ from vit_scale import checkpoint, config
 from vit_scale.distributed.mesh import have_cudnn
 from vit_scale.errors import UserError, printable
 from vit_scale.models.build import Model, build
-from vit_scale.pretrained import external, fetch, weight_files
-from vit_scale.pretrained.infer_config import NO_HINTS, Hints
+from vit_scale.pretrained.fetch import fetch_weights
+from vit_scale.pretrained.hints import NO_HINTS, Hints
+from vit_scale.pretrained.import_weights import import_weights
+from vit_scale.pretrained.weight_files import SAFETENSORS, SUFFIXES
 from vit_scale.storage import paths
 
 
 class Pretrained(NamedTuple):
-    """A trained model and what it needs to be used.
+    """A trained model, and what is needed to use it.
 
-    `classes` are "0", "1" and so on where nobody named them, and none where there is no head.
-    `data` is what it says of the images that it was trained on here, None of weights of others:
-    then their config's data block is nothing but defaults.
-    `notes` say what weights of others were taken for.
+    Attributes:
+      cfg: the config it was trained with. Of external weights, the data block is the default.
+      model: its pure functions.
+      params: its parameters; the moving average, if the run kept one.
+      classes: the names of its outputs: "0", "1", ... if they are unknown, none without a head.
+      step: the training step of the checkpoint; 0 for external weights.
+      path: the checkpoint folder, or the weight file or folder.
+      notes: what was ignored or assumed of external weights.
+      data: the description of the training set in the checkpoint; None for external weights.
     """
 
     cfg: ConfigDict
@@ -38,42 +45,50 @@ class Pretrained(NamedTuple):
     data: dict[str, Any] | None = None
 
     def print_notes(self) -> None:
-        """Print what weights of others were taken for to standard error."""
-        for line in self.notes:
-            print(f"vit-scale: {printable(line)}", file=sys.stderr)
+        """Print the notes to standard error."""
+        for note in self.notes:
+            print(f"vit-scale: {printable(note)}", file=sys.stderr)
 
 
 def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained:
-    """The model that `source` names.
+    """Load a run or external weights.
 
-    That is the newest checkpoint of a run's folder, or RUN/checkpoints/STEP, on disk or in a
-    bucket; or weights of others (dialects/): a .npz, .safetensors or PyTorch file, or a folder with
-    config.json beside it, on disk, gs:// or https://. Raises UserError where there is none, or
-    where it is damaged.
+    `source` is a run's folder, of which the newest checkpoint is loaded, or RUN/checkpoints/STEP,
+    on disk or in a bucket; or external weights in one of the `formats`, on disk, gs:// or https://:
+    a .npz, .safetensors or PyTorch file, or a folder with config.json beside it. Raises UserError
+    if it is missing, damaged or unsupported, or if `hints` are given for a run.
     """
-    if place := fetch.weights(source):
-        found = external.load(place, hints)
+    if path := fetch_weights(source):
+        imported = import_weights(path, hints)
         return Pretrained(
-            found.cfg, found.model, found.params, found.classes, 0, place, found.notes
+            imported.cfg,
+            imported.model,
+            imported.params,
+            imported.classes,
+            step=0,
+            path=path,
+            notes=imported.notes,
         )
-    given = load_run(paths.parse(source))
+    loaded = load_run(paths.parse(source))
     fields = {"dialect": hints.format, "tree": hints.tree, "image": hints.trained_size}
     for field, value in fields.items():
         if value:
             raise UserError(
-                f"init.{field} is of weights of others, and {source} is a run, which says it "
-                "itself: leave it out"
+                f"init.{field} only applies to external weights, and {source} is a run: remove it"
             )
-    return given
+    return loaded
 
 
 def load_run(source: pathlib.Path) -> Pretrained:
-    """The model of a run. Where it averaged its weights, the average is the model."""
+    """Load a checkpoint of a run on one device: the moving average if it has one, else the params.
+
+    Raises UserError if there is no checkpoint, or it is damaged.
+    """
     folder = locate_checkpoint(source)
-    described = checkpoint.read_description(folder)
+    description = checkpoint.read_description(folder)
     (first, *_) = jax.local_devices()
-    cfg = with_supported_attention(config.from_json(described["config"]), [first])
-    cfg.data.path = paths.resolve(cfg.data.path, folder.parent.parent, described.get("cwd", ""))
+    cfg = with_supported_attention(config.from_json(description["config"]), [first])
+    cfg.data.path = paths.resolve(cfg.data.path, folder.parent.parent, description.get("cwd", ""))
     model = build(cfg.model, config.image_size(cfg))
     device = jax.sharding.SingleDeviceSharding(first)
     target = jax.tree.map(
@@ -81,22 +96,21 @@ def load_run(source: pathlib.Path) -> Pretrained:
         jax.eval_shape(model.init, jax.random.key(0)),
     )
     tree = "ema" if checkpoint.has_ema(folder) else "params"
-    params = checkpoint.read(folder, {tree: target})[tree]
     return Pretrained(
         cfg,
         model,
-        params,
-        tuple(described["classes"]),
-        int(folder.name),
-        folder,
-        data=described.get("data"),
+        checkpoint.read(folder, {tree: target})[tree],
+        tuple(description["classes"]),
+        step=int(folder.name),
+        path=folder,
+        data=description.get("data"),
     )
 
 
 def with_supported_attention(cfg: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
-    """The config of a trained model for these devices: the same function, computed as they can.
+    """Set the attention of a trained model's config to `xla`, unless the devices have cuDNN.
 
-    A run that trained with cuDNN's attention is a model without a GPU too (law 7).
+    So a model that was trained with cuDNN runs everywhere. `cfg` is changed and returned.
     """
     if not have_cudnn(devices):
         cfg.model.attention = "xla"
@@ -104,17 +118,19 @@ def with_supported_attention(cfg: ConfigDict, devices: Sequence[jax.Device]) -> 
 
 
 def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
-    """The checkpoint's folder that `source` means. Raises UserError where it means none."""
+    """The checkpoint folder of `source`: itself, or the newest of a run. Raises UserError."""
     if source.parent.name == checkpoint.FOLDER and source.name.isdigit() and source.is_dir():
         return source
     if not (source / "run.json").is_file():
         hub = ""
         if not source.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            hub = f"; a model of Hugging Face's hub: hf download {source} --local-dir DIR, then DIR"
+            hub = (
+                f"; for a model on the Hugging Face Hub, run `hf download {source} --local-dir "
+                "DIR` and give DIR"
+            )
         raise UserError(
-            f"{source} is neither the folder of a run nor a step in it, RUN/checkpoints/STEP, nor "
-            f"weights ({', '.join(weight_files.ENDINGS)}, "
-            f"or a folder with {weight_files.MODEL}){hub}"
+            f"{source} is not a run folder, a checkpoint (RUN/checkpoints/STEP) or weights "
+            f"({', '.join(SUFFIXES)}, or a folder with {SAFETENSORS}){hub}"
         )
     steps = checkpoint.finished_steps(source)
     if not steps:

@@ -12,6 +12,7 @@
     heartbeats/      PROCESS.json: step, phase and final status of each process (watchdog.py)
     goodput.json     the seconds of each attempt by phase (goodput.py)
     programs/        compiled programs, on accelerators (compilation_cache.py)
+    inspect/         the page of `vit-scale inspect`; compare/ for several runs (inspect/)
     .lock            held by the process that writes here (lock.py)
 
 The folder alone is enough to load, evaluate, predict and export. If it is in a bucket (`gs://`),

@@ -1,4 +1,4 @@
-"""Files of this machine that stand for a bucket's: local copies, and what no bucket can hold.
+"""Local files that stand for objects: copies of them, and files that are still being written.
 
 They are below XDG_CACHE_HOME/vit_scale, or ~/.cache/vit_scale.
 """

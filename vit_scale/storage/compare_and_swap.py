@@ -27,9 +27,9 @@ def read(path: pathlib.Path) -> tuple[str, dict]:
 
 
 def write(path: pathlib.Path, data: bytes, generation: str) -> str | None:
-    """Write an object if it still has this generation ("0": does not exist).
+    """Write an object if it still has this generation, or if it does not exist for "0".
 
-    Returns its new generation, or None if another process was faster.
+    Returns its new generation, or None if another process has written it.
     """
     bucket, _, name = str(path).removeprefix(SCHEME).partition("/")
     url = f"{file_system()._location}/upload/storage/v1/b/{bucket}/o"

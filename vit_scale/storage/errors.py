@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from vit_scale.errors import FAILED, RESUMABLE, STORAGE, UserError
 
 LOGIN = "no credentials: run `gcloud auth application-default login`, or use a service account"
-# Packages whose exceptions are object storage's. Some are no OSError; those that are lack
-# `strerror`.
+# Object storage's clients. Some of their exceptions are not OSErrors; the others lack `strerror`.
 CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "fsspec")
 # How Orbax and TensorStore quote the system or the bucket in exceptions of any type.
 QUOTED = ("RESOURCE_EXHAUSTED", "gs://", *map(os.strerror, STORAGE))
@@ -32,11 +31,13 @@ def user_errors(
 ) -> Iterator[None]:
     """Turn storage errors into UserError("FAILURE: REASON; ADVICE", code).
 
-    Converted are OSError (REASON is its strerror, and its filename where FAILURE does not have
-    it), the exceptions of object storage's clients
-    (no credentials, forbidden, unreachable), and the types in `also`, such as DAMAGED for files
-    that are parsed. With `quoted`, also any exception whose text quotes such an error, as Orbax's
-    do. A UserError and every other exception pass unchanged.
+    REASON is one line:
+      OSError: its strerror, and its filename unless FAILURE has it.
+      an exception of object storage's clients: its text, or how to log in.
+      a type in `also`, such as DAMAGED for files that are parsed: its text.
+      with `quoted`, an exception that quotes one of the above, as Orbax's do: the quoted reason.
+
+    A UserError and every other exception pass unchanged.
     """
     try:
         yield

@@ -29,7 +29,7 @@ def parse(text: str | os.PathLike) -> pathlib.Path:
         )
     bucket = rest.partition("/")[0]
     if not bucket:
-        raise UserError(f"{name} names no bucket: {SCHEME}BUCKET/NAME")
+        raise UserError(f"{name} has no bucket name: use {SCHEME}BUCKET/NAME")
     check_bucket(bucket)
     return cast(pathlib.Path, ObjectPath(name))
 

@@ -1,51 +1,51 @@
-"""google-research/vision_transformer: ViT (2020) and AugReg (2021), `B_16.npz` and the like.
+"""google-research/vision_transformer: checkpoints of ViT (2020) and AugReg (2021), as `B_16.npz`.
 
-Flax's layouts are ours. [CLS] has a position of its own, the first. The files number the layers of
-a block as Flax did before 2021 (LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2,
-MlpBlock_3); what was saved later counts each kind from 0.
+Layouts are Flax's, as ours. [CLS] has a position embedding, the first row. Files name the layers of
+a block as Flax did before 2021, with one counter (LayerNorm_0, MultiHeadDotProductAttention_1,
+LayerNorm_2, MlpBlock_3); later Flax counts each type from 0, which `aliases` undoes.
 """
 
-from vit_scale.pretrained.key_mapping import Rule, WeightFormat
+from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat
 
 BLOCK = "Transformer/encoderblock_{i}/"
 ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_1/", BLOCK + "MlpBlock_3/"
-RULES = (
-    Rule("embed/kernel", "embedding/kernel"),
-    Rule("embed/bias", "embedding/bias"),
-    Rule("cls", "cls", "token"),
-    Rule("posemb", "Transformer/posembed_input/pos_embedding", "first"),
-    Rule("blocks/{i}/norm1/scale", BLOCK + "LayerNorm_0/scale"),
-    Rule("blocks/{i}/norm1/bias", BLOCK + "LayerNorm_0/bias"),
-    Rule("blocks/{i}/attention/query/kernel", ATTENTION + "query/kernel"),
-    Rule("blocks/{i}/attention/query/bias", ATTENTION + "query/bias"),
-    Rule("blocks/{i}/attention/key/kernel", ATTENTION + "key/kernel"),
-    Rule("blocks/{i}/attention/key/bias", ATTENTION + "key/bias"),
-    Rule("blocks/{i}/attention/value/kernel", ATTENTION + "value/kernel"),
-    Rule("blocks/{i}/attention/value/bias", ATTENTION + "value/bias"),
-    Rule("blocks/{i}/attention/out/kernel", ATTENTION + "out/kernel"),
-    Rule("blocks/{i}/attention/out/bias", ATTENTION + "out/bias"),
-    Rule("blocks/{i}/norm2/scale", BLOCK + "LayerNorm_2/scale"),
-    Rule("blocks/{i}/norm2/bias", BLOCK + "LayerNorm_2/bias"),
-    Rule("blocks/{i}/mlp/up/kernel", MLP + "Dense_0/kernel"),
-    Rule("blocks/{i}/mlp/up/bias", MLP + "Dense_0/bias"),
-    Rule("blocks/{i}/mlp/down/kernel", MLP + "Dense_1/kernel"),
-    Rule("blocks/{i}/mlp/down/bias", MLP + "Dense_1/bias"),
-    Rule("norm/scale", "Transformer/encoder_norm/scale"),
-    Rule("norm/bias", "Transformer/encoder_norm/bias"),
-    Rule("representation/kernel", "pre_logits/kernel"),
-    Rule("representation/bias", "pre_logits/bias"),
-    Rule("head/kernel", "head/kernel"),
-    Rule("head/bias", "head/bias"),
+MAPPINGS = (
+    KeyMapping("embed/kernel", "embedding/kernel"),
+    KeyMapping("embed/bias", "embedding/bias"),
+    KeyMapping("cls", "cls", "token"),
+    KeyMapping("posemb", "Transformer/posembed_input/pos_embedding", "first"),
+    KeyMapping("blocks/{i}/norm1/scale", BLOCK + "LayerNorm_0/scale"),
+    KeyMapping("blocks/{i}/norm1/bias", BLOCK + "LayerNorm_0/bias"),
+    KeyMapping("blocks/{i}/attention/query/kernel", ATTENTION + "query/kernel"),
+    KeyMapping("blocks/{i}/attention/query/bias", ATTENTION + "query/bias"),
+    KeyMapping("blocks/{i}/attention/key/kernel", ATTENTION + "key/kernel"),
+    KeyMapping("blocks/{i}/attention/key/bias", ATTENTION + "key/bias"),
+    KeyMapping("blocks/{i}/attention/value/kernel", ATTENTION + "value/kernel"),
+    KeyMapping("blocks/{i}/attention/value/bias", ATTENTION + "value/bias"),
+    KeyMapping("blocks/{i}/attention/out/kernel", ATTENTION + "out/kernel"),
+    KeyMapping("blocks/{i}/attention/out/bias", ATTENTION + "out/bias"),
+    KeyMapping("blocks/{i}/norm2/scale", BLOCK + "LayerNorm_2/scale"),
+    KeyMapping("blocks/{i}/norm2/bias", BLOCK + "LayerNorm_2/bias"),
+    KeyMapping("blocks/{i}/mlp/up/kernel", MLP + "Dense_0/kernel"),
+    KeyMapping("blocks/{i}/mlp/up/bias", MLP + "Dense_0/bias"),
+    KeyMapping("blocks/{i}/mlp/down/kernel", MLP + "Dense_1/kernel"),
+    KeyMapping("blocks/{i}/mlp/down/bias", MLP + "Dense_1/bias"),
+    KeyMapping("norm/scale", "Transformer/encoder_norm/scale"),
+    KeyMapping("norm/bias", "Transformer/encoder_norm/bias"),
+    KeyMapping("representation/kernel", "pre_logits/kernel"),
+    KeyMapping("representation/bias", "pre_logits/bias"),
+    KeyMapping("head/kernel", "head/kernel"),
+    KeyMapping("head/bias", "head/bias"),
 )
 
 GOOGLE = WeightFormat(
     name="google",
-    text="google-research/vision_transformer",
-    mark=r"Transformer/posembed_input/pos_embedding",
-    rules=RULES,
+    title="google-research/vision_transformer",
+    signature=r"Transformer/posembed_input/pos_embedding",
+    mappings=MAPPINGS,
     model={"gelu": "tanh", "norm_epsilon": 1e-6},
     augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-    view={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},
+    eval={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},
     aliases=(
         (r"(encoderblock_\d+/)LayerNorm_1/", r"\1LayerNorm_2/"),
         (

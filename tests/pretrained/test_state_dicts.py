@@ -1,4 +1,4 @@
-"""trees: the model in a file, whatever wraps it, and of several the one that is meant."""
+"""state_dicts: the model in a file is selected, under any prefix and among several."""
 
 import json
 import pathlib
@@ -10,15 +10,20 @@ from vit_scale import pretrained
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import named
 from vit_scale.pretrained import Hints, weight_files
-from vit_scale.pretrained.param_trees import choose, prefixes, recognise, select
+from vit_scale.pretrained.state_dicts import (
+    choose_prefix,
+    detect_format,
+    find_prefixes,
+    select_state_dict,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 HEADS = Hints(heads=3, trained_size=(12, 12))
-PLAIN = weight_files.read(GOLDEN / "timm.safetensors")
+PLAIN = weight_files.read_arrays(GOLDEN / "timm.safetensors")
 
 
-def given(tmp_path, arrays, hints: Hints = HEADS) -> pretrained.Pretrained:
+def loaded(tmp_path, arrays, hints: Hints = HEADS) -> pretrained.Pretrained:
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
     return pretrained.load_model(tmp_path / "x.safetensors", hints)
 
@@ -41,14 +46,14 @@ def same(left, right) -> None:
     ],
 )
 def test_any_prefix(prefix, tmp_path):
-    found = given(tmp_path, under(prefix))
-    same(found, given(tmp_path, PLAIN))
-    assert not any("left aside" in line for line in found.notes)
+    result = loaded(tmp_path, under(prefix))
+    same(result, loaded(tmp_path, PLAIN))
+    assert not any("ignored" in line for line in result.notes)
 
 
 @pytest.mark.parametrize("case", ["google.npz", "big_vision-map.npz", "huggingface"])
 def test_any_prefix_of_other_formats(case, tmp_path):
-    arrays = weight_files.read(weight_files.file_in(GOLDEN / case))
+    arrays = weight_files.read_arrays(weight_files.find_weight_file(GOLDEN / case))
     separator = "/" if case.endswith("npz") else "."
     file = tmp_path / ("x.npz" if case.endswith("npz") else "x.safetensors")
     write = weight_files.write_npz if case.endswith("npz") else weight_files.write_safetensors
@@ -57,25 +62,25 @@ def test_any_prefix_of_other_formats(case, tmp_path):
         same(pretrained.load_model(file, HEADS), pretrained.load_model(GOLDEN / case, HEADS))
 
 
-def test_what_lies_beside_the_model_is_named(tmp_path):
+def test_arrays_outside_the_model_are_listed(tmp_path):
     optimizer = {f"optimizer.state.{i}.exp_avg": np.ones(3, np.float32) for i in range(9)}
-    found = given(tmp_path, {**under("model."), **optimizer, "loss": np.float32([0.3])})
-    (line,) = [line for line in found.notes if "left aside" in line]
-    assert "left aside, no parameters of it: " in line and "and 4 more" in line
-    same(found, given(tmp_path, PLAIN))
+    result = loaded(tmp_path, {**under("model."), **optimizer, "loss": np.float32([0.3])})
+    (line,) = [line for line in result.notes if "ignored" in line]
+    assert "ignored, not part of the model: " in line and "and 4 more" in line
+    same(result, loaded(tmp_path, PLAIN))
 
 
-def test_what_no_prediction_needs_is_named(tmp_path):
+def test_arrays_that_inference_does_not_need_are_listed(tmp_path):
     """DINOv2's and MAE's mask token, MAE's decoder, the projector of MoCo and of DINO."""
     without = {name: x for name, x in PLAIN.items() if not name.startswith("head.")}
     ones = np.ones((1, 1, 12), np.float32)
     more = ("mask_token", "decoder_pos_embed", "decoder_blocks.0.attn.qkv.weight", "head.0.weight")
-    found = given(tmp_path, {**without, **dict.fromkeys(more, ones)})
-    assert f"left aside, not used to predict: {', '.join(sorted(more))}" in [
+    result = loaded(tmp_path, {**without, **dict.fromkeys(more, ones)})
+    assert f"ignored, not needed for inference: {', '.join(sorted(more))}" in [
         f"{line.partition(': ')[0]}: {', '.join(sorted(line.partition(': ')[2].split(', ')))}"
-        for line in found.notes
+        for line in result.notes
     ]
-    assert found.classes == ()
+    assert result.classes == ()
 
 
 OTHER = {name: x + 1 for name, x in PLAIN.items()}
@@ -91,80 +96,79 @@ OTHER = {name: x + 1 for name, x in PLAIN.items()}
         ("teacher.backbone", "student.module.backbone", "as DINO, iBOT and DINOv2 do"),
         ("module.base_encoder", "module.momentum_encoder", "as MoCo does"),
         ("model", "something", "as timm does"),
-        ("a", "student", "the others are only for training"),
+        ("a", "student", "the others only serve training"),
     ],
 )
-def test_of_several_the_one_that_the_files_own_library_takes(taken, left, why, tmp_path):
+def test_of_several_models_the_one_that_the_library_would_load(taken, left, why, tmp_path):
     both = {**under(f"{left}."), **under(f"{taken}.", OTHER)}
-    found = given(tmp_path, both)
-    same(found, given(tmp_path, OTHER))
-    line = next(line for line in found.notes if "several models" in line)
-    assert line.startswith(f"it holds several models: {taken} is taken, ")
-    assert line.endswith(f"--config.init.tree takes another: {left}")
+    result = loaded(tmp_path, both)
+    same(result, loaded(tmp_path, OTHER))
+    line = next(line for line in result.notes if "several models" in line)
+    assert line.startswith(f"the file holds several models; loading {taken} (")
+    assert line.endswith(f"--config.init.tree selects another: {left}")
     assert taken == "model_ema.module" or why in line
-    asked = given(tmp_path, both, HEADS._replace(tree=left))
-    same(asked, given(tmp_path, PLAIN))
+    asked = loaded(tmp_path, both, HEADS._replace(tree=left))
+    same(asked, loaded(tmp_path, PLAIN))
     part = left.split(".")[-1] if left.count(".") < 2 else left.split(".")[0]
-    same(given(tmp_path, both, HEADS._replace(tree=part)), asked)
+    same(loaded(tmp_path, both, HEADS._replace(tree=part)), asked)
 
 
 def test_a_model_within_another(tmp_path):
     arrays = {**PLAIN, **under("ema.", OTHER)}
-    same(given(tmp_path, arrays), given(tmp_path, OTHER))
-    same(given(tmp_path, arrays, HEADS._replace(tree=".")), given(tmp_path, PLAIN))
+    same(loaded(tmp_path, arrays), loaded(tmp_path, OTHER))
+    same(loaded(tmp_path, arrays, HEADS._replace(tree=".")), loaded(tmp_path, PLAIN))
     arrays = {**under("model."), **under("model.ema.", OTHER)}
-    same(given(tmp_path, arrays, HEADS._replace(tree="model")), given(tmp_path, PLAIN))
+    same(loaded(tmp_path, arrays, HEADS._replace(tree="model")), loaded(tmp_path, PLAIN))
 
 
-def test_what_is_no_float_is_no_weight(tmp_path):
-    """Counters are left aside; a quantized parameter is refused, whatever its type."""
-    found = given(tmp_path, {**PLAIN, "num_updates": np.int64([7])})
-    assert "left aside, no floats: num_updates" in found.notes
+def test_arrays_that_are_not_floating_point(tmp_path):
+    """Counters are ignored; quantized parameters are refused, whatever their type."""
+    result = loaded(tmp_path, {**PLAIN, "num_updates": np.int64([7])})
+    assert "ignored, not floating-point: num_updates" in result.notes
     for kind in (np.int8, np.uint8, np.bool_):
-        with pytest.raises(UserError, match=r"head\.weight is of .*, not of floats: a quantized"):
-            given(tmp_path, {**PLAIN, "head.weight": PLAIN["head.weight"].astype(kind)})
-    google = weight_files.read(GOLDEN / "google.npz")
+        with pytest.raises(UserError, match=r"head\.weight is .*, not floating-point; quantized"):
+            loaded(tmp_path, {**PLAIN, "head.weight": PLAIN["head.weight"].astype(kind)})
+    google = weight_files.read_arrays(GOLDEN / "google.npz")
     np.savez(tmp_path / "x.npz", **google, classes=np.array(["a", "b"]))
     assert (
-        "left aside, no floats: classes" in pretrained.load_model(tmp_path / "x.npz", HEADS).notes
+        "ignored, not floating-point: classes"
+        in pretrained.load_model(tmp_path / "x.npz", HEADS).notes
     )
     google["head/kernel"] = google["head/kernel"] + 1j
     np.savez(tmp_path / "x.npz", **google)
-    with pytest.raises(UserError, match="head/kernel is of complex"):
+    with pytest.raises(UserError, match="head/kernel is complex"):
         pretrained.load_model(tmp_path / "x.npz", HEADS)
 
 
-def test_a_pointer_of_git_lfs(tmp_path):
+def test_a_git_lfs_pointer(tmp_path):
     (tmp_path / "x.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
-    with pytest.raises(UserError, match="pointer of Git LFS, not weights: get them with `git lfs"):
+    with pytest.raises(UserError, match="Git LFS pointer, not weights: run `git lfs"):
         pretrained.load_model(tmp_path / "x.safetensors", HEADS)
 
 
-def test_several_of_which_none_is_known_to_be_meant(tmp_path):
+def test_several_models_of_equal_rank_are_ambiguous(tmp_path):
     arrays = {**under("left."), **under("right.", OTHER)}
     with pytest.raises(
-        UserError, match=r"holds several models: left, right; give --config\.init\.tr"
+        UserError, match=r"holds several models: left, right; choose one with --config\.init\.tr"
     ):
-        given(tmp_path, arrays)
-    same(given(tmp_path, arrays, HEADS._replace(tree="right")), given(tmp_path, OTHER))
-    with pytest.raises(
-        UserError, match=r"holds no model named init\.tree=mid; there are left, righ"
-    ):
-        given(tmp_path, arrays, HEADS._replace(tree="mid"))
-    with pytest.raises(UserError, match=r"no model named init\.tree=state_dict; there are \."):
-        given(tmp_path, PLAIN, HEADS._replace(tree="state_dict"))
+        loaded(tmp_path, arrays)
+    same(loaded(tmp_path, arrays, HEADS._replace(tree="right")), loaded(tmp_path, OTHER))
+    with pytest.raises(UserError, match=r"has no model named init\.tree=mid; it has left, righ"):
+        loaded(tmp_path, arrays, HEADS._replace(tree="mid"))
+    with pytest.raises(UserError, match=r"no model named init\.tree=state_dict; it has \."):
+        loaded(tmp_path, PLAIN, HEADS._replace(tree="state_dict"))
 
 
-def test_an_average_that_only_looks_like_one():
-    """`schema` is no `ema`."""
-    assert choose("f", ("schema.", "model."), "")[0] == "model."
-    assert choose("f", ("ema_model.", "model."), "")[0] == "ema_model."
+def test_only_whole_words_mark_an_average():
+    """`schema` is not `ema`."""
+    assert choose_prefix("f", ("schema.", "model."), "")[0] == "model."
+    assert choose_prefix("f", ("ema_model.", "model."), "")[0] == "ema_model."
 
 
-def test_names_of_a_vit_in_other_words_are_no_mark():
-    dialect, found = recognise("f", ["x.patch_embed.proj.weight", "my_patch_embed.proj.weight"])
-    assert dialect.name == "timm" and found == ("x.",)
-    assert prefixes(dialect, ["patch_embed.proj.weight.scale"]) == ()
+def test_a_signature_must_be_a_whole_key():
+    fmt, result = detect_format("f", ["x.patch_embed.proj.weight", "my_patch_embed.proj.weight"])
+    assert fmt.name == "timm" and result == ("x.",)
+    assert find_prefixes(fmt, ["patch_embed.proj.weight.scale"]) == ()
 
 
 def test_dinov2s_chunks_of_blocks(tmp_path):
@@ -174,16 +178,21 @@ def test_dinov2s_chunks_of_blocks(tmp_path):
         for name, x in PLAIN.items()
     }  # fmt: skip
     assert "backbone.blocks.1.1.norm1.weight" in chunked
-    same(given(tmp_path, chunked), given(tmp_path, PLAIN))
+    same(loaded(tmp_path, chunked), loaded(tmp_path, PLAIN))
 
 
-def test_nested_dictionaries_become_names():
-    """As torch gives them: under any key, in any depth; what is no tensor is nothing here."""
+def test_nested_dictionaries_are_flattened():
+    """As torch loads them: under any key, at any depth."""
     content = {"epoch": 3, "a": {"b": [1, {"c": 2}], 7: "x"}, "empty": {}}
-    assert dict(weight_files._leaves(content)) == {"epoch": 3, "a.b.0": 1, "a.b.1.c": 2, "a.7": "x"}
+    assert dict(weight_files._flatten(content)) == {
+        "epoch": 3,
+        "a.b.0": 1,
+        "a.b.1.c": 2,
+        "a.7": "x",
+    }
 
 
-def test_pytorchs_files(tmp_path):
+def test_pytorch_files(tmp_path):
     torch = pytest.importorskip("torch")
     state = {name: torch.from_numpy(x) for name, x in PLAIN.items()}
     wraps = {
@@ -198,40 +207,38 @@ def test_pytorchs_files(tmp_path):
     }
     for name, content in wraps.items():
         torch.save(content, tmp_path / f"{name}.pth")
-        same(pretrained.load_model(tmp_path / f"{name}.pth", HEADS), given(tmp_path, PLAIN))
+        same(pretrained.load_model(tmp_path / f"{name}.pth", HEADS), loaded(tmp_path, PLAIN))
 
 
 # Not finite
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_named_before_anything_else(value, tmp_path):
-    """Also where an array is missing, and where the head does not fit."""
+def test_values_that_are_not_finite_are_reported_first(value, tmp_path):
+    """Even if an array is missing or the head doesn't fit."""
     broken = {name: x.copy() for name, x in PLAIN.items() if name != "norm.bias"}
     broken["blocks.1.mlp.fc1.weight"][3, 2] = value
     with pytest.raises(UserError) as caught:
-        given(tmp_path, under("model.", broken), Hints())
+        loaded(tmp_path, under("model.", broken), Hints())
     line = str(caught.value)
     place = 3 * 12 + 2
-    assert f"model.blocks.1.mlp.fc1.weight is not finite: {value} at position {place}" in line
-    assert "1 of its 240 values; it overflowed" in line
+    assert f"model.blocks.1.mlp.fc1.weight is not finite: {value} at index {place}" in line
+    assert "1 of its 240 values; the model diverged" in line
     broken["cls_token"][:] = value
-    with pytest.raises(UserError, match="of its 240 values, and 1 more arrays hold such values"):
-        given(tmp_path, broken)
+    with pytest.raises(UserError, match="of its 240 values, and 1 more arrays have such values"):
+        loaded(tmp_path, broken)
 
 
-def test_what_is_left_aside_may_be_anything(tmp_path):
+def test_ignored_arrays_need_not_be_finite(tmp_path):
     arrays = {**under("model."), "optimizer.exp_avg": np.float32([np.nan])}
-    same(given(tmp_path, arrays), given(tmp_path, PLAIN))
+    same(loaded(tmp_path, arrays), loaded(tmp_path, PLAIN))
 
 
 def test_half_precision_that_overflowed(tmp_path):
     half = {name: x.astype(np.float16) for name, x in PLAIN.items()}
     half["norm.weight"][0] = np.float16(np.inf)  # 70,000
-    with pytest.raises(
-        UserError, match=r"norm\.weight is not finite: inf at position 0, 1 of its 12"
-    ):
-        given(tmp_path, half)
+    with pytest.raises(UserError, match=r"norm\.weight is not finite: inf at index 0, 1 of its 12"):
+        loaded(tmp_path, half)
 
 
 # Shards
@@ -246,20 +253,20 @@ def write_shards(folder: pathlib.Path, arrays, ending: str = "safetensors") -> N
         weight_files.write_safetensors(folder / file, {name: arrays[name] for name in part})
         index |= dict.fromkeys(part, file)
     content = {"metadata": {"total_size": 1}, "weight_map": index}
-    (folder / f"{weight_files.MODEL}.index.json").write_text(json.dumps(content))
+    (folder / f"{weight_files.SAFETENSORS}.index.json").write_text(json.dumps(content))
 
 
 def test_shards_with_an_index(tmp_path):
     write_shards(tmp_path / "s", PLAIN)
-    same(pretrained.load_model(tmp_path / "s", HEADS), given(tmp_path, PLAIN))
+    same(pretrained.load_model(tmp_path / "s", HEADS), loaded(tmp_path, PLAIN))
     same(pretrained.load_model(tmp_path / "s" / "model.safetensors.index.json", HEADS),
-         given(tmp_path, PLAIN))  # fmt: skip
+         loaded(tmp_path, PLAIN))  # fmt: skip
 
 
-def test_shards_that_are_not_whole(tmp_path):
+def test_incomplete_shards(tmp_path):
     write_shards(tmp_path / "s", PLAIN)
     one = tmp_path / "s" / "model-00002-of-00003.safetensors"
-    with pytest.raises(UserError, match="is one of several shards: give the folder"):
+    with pytest.raises(UserError, match="is one shard of several: give the folder"):
         pretrained.load_model(tmp_path / "s" / "model-00003-of-00003.safetensors", HEADS)
     whole = one.read_bytes()
     one.unlink()
@@ -269,23 +276,23 @@ def test_shards_that_are_not_whole(tmp_path):
         pretrained.load_model(tmp_path / "s", HEADS)
     one.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        UserError, match=r"model-00002-of-00003\.safetensors is damaged or cut short"
+        UserError, match=r"model-00002-of-00003\.safetensors is damaged or truncated"
     ):
         pretrained.load_model(tmp_path / "s", HEADS)
     index = tmp_path / "s" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
-    with pytest.raises(UserError, match=r"lists \.\./x\.safetensors, which is not beside it"):
+    with pytest.raises(UserError, match=r"lists \.\./x\.safetensors, which is not in its folder"):
         pretrained.load_model(tmp_path / "s", HEADS)
     index.write_text("{}")
-    with pytest.raises(UserError, match="no index of shards: it has no weight_map"):
+    with pytest.raises(UserError, match="not an index of shards: it has no weight_map"):
         pretrained.load_model(tmp_path / "s", HEADS)
 
 
-def test_a_name_of_the_hub_says_how_to_get_it():
+def test_a_hub_name_says_how_to_download_it():
     with pytest.raises(UserError, match="hf download google/vit-base-patch16-224 --local-dir DIR"):
         pretrained.load_model("google/vit-base-patch16-224")
 
 
-def test_select_says_what_it_is_of():
-    found = select("f", under("model."), "", "")
-    assert found.prefix == "model." and found.arrays.keys() == PLAIN.keys() and not found.notes
+def test_select_state_dict_returns_the_prefix():
+    result = select_state_dict("f", under("model."), "", "")
+    assert result.prefix == "model." and result.arrays.keys() == PLAIN.keys() and not result.notes

@@ -1,4 +1,4 @@
-"""What is written beside weights of ours for others' code: the content of its JSON files."""
+"""Write our configs as other libraries do: the JSON files beside exported weights."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from vit_scale.augment.view import View
 from vit_scale.config import image_size
 from vit_scale.models.spec import shape
 from vit_scale.pretrained.metadata import POOLS
-from vit_scale.pretrained.preprocessing import PIL
+from vit_scale.pretrained.preprocessing import PIL_RESAMPLING
 
 
-def own(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The content of a .npz's .json."""
+def npz_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The content of the .json beside an exported .npz; no other library reads it."""
     model = shape(cfg.model, image_size(cfg))
     fields = ("gelu", "norm_epsilon", "pool")
     return {
@@ -25,7 +25,7 @@ def own(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def timm(cfg: ConfigDict, classes: tuple[str, ...], seen: View) -> dict[str, Any]:
+def timm_config(cfg: ConfigDict, classes: tuple[str, ...], view: View) -> dict[str, Any]:
     """The content of timm's config.json, for `timm.create_model("local-dir:FOLDER")`."""
     model, image = shape(cfg.model, image_size(cfg)), image_size(cfg)
     size, pool = model.size, next(name for name, p in POOLS.items() if p == model.pool)
@@ -53,9 +53,9 @@ def timm(cfg: ConfigDict, classes: tuple[str, ...], seen: View) -> dict[str, Any
         "pretrained_cfg": {
             "input_size": [3, *image],
             "fixed_input_size": True,
-            "interpolation": seen.resample,
-            "crop_pct": seen.crop,
-            "crop_mode": "squash" if seen.fit == "stretch" else "center",
+            "interpolation": view.resample,
+            "crop_pct": view.crop,
+            "crop_mode": "squash" if view.fit == "stretch" else "center",
             "mean": list(cfg.augment.mean),
             "std": list(cfg.augment.std),
             "num_classes": cfg.model.classes,
@@ -66,7 +66,7 @@ def timm(cfg: ConfigDict, classes: tuple[str, ...], seen: View) -> dict[str, Any
     }
 
 
-def huggingface(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
+def huggingface_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
     """The content of Hugging Face's config.json, for `from_pretrained(FOLDER)`."""
     model, image = shape(cfg.model, image_size(cfg)), image_size(cfg)
     size = model.size
@@ -91,22 +91,22 @@ def huggingface(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def preprocessor(cfg: ConfigDict, seen: View) -> dict[str, Any]:
+def huggingface_preprocessor(cfg: ConfigDict, view: View) -> dict[str, Any]:
     """The content of Hugging Face's preprocessor_config.json."""
     height, width = image_size(cfg)
-    resized = seen.resized((height, width))
+    resized = view.resized((height, width))
     size = {"height": resized[0], "width": resized[1]}
-    if seen.fit != "stretch":
+    if view.fit != "stretch":
         size = {"shortest_edge": resized[0]}
-    crops = seen.fit != "stretch" or resized != (height, width)
+    crops = view.fit != "stretch" or resized != (height, width)
     return {
-        # In transformers 4 the first can't crop; in 5 all are alike.
+        # In transformers 4, ViTImageProcessor can't crop; in 5 they are the same.
         "image_processor_type": "BitImageProcessor" if crops else "ViTImageProcessor",
         "do_resize": True,
         "size": size,
         "do_center_crop": crops,
         "crop_size": {"height": height, "width": width},
-        "resample": PIL[seen.resample],
+        "resample": PIL_RESAMPLING[view.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

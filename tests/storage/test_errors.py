@@ -1,0 +1,65 @@
+"""storage.errors: each kind of failure is one line with the path, the reason and what to do."""
+
+import errno
+import os
+
+import pytest
+
+from vit_scale.errors import FAILED, RESUMABLE, UserError
+from vit_scale.storage.errors import DAMAGED, exit_code, os_errors, reason, user_errors
+
+FULL = os.strerror(errno.ENOSPC)
+HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": 503})
+Anonymous = type("Anonymous", (OSError,), {"__module__": "gcsfs.retry", "code": 401})
+
+
+def translated(error: Exception, **opts) -> str:
+    with (
+        pytest.raises(UserError) as caught,
+        user_errors("cannot write /a", "free space", **opts),
+    ):
+        raise error
+    assert caught.value.__cause__ is error
+    return str(caught.value)
+
+
+def test_each_kind_of_failure_has_its_reason():
+    full = OSError(errno.ENOSPC, FULL)
+    assert translated(full) == f"cannot write /a: {FULL}; free space"
+    assert translated(OSError(errno.ENOSPC, FULL, "/a")) == f"cannot write /a: {FULL}; free space"
+    assert translated(OSError(errno.ENOSPC, FULL, "/b")).startswith(
+        f"cannot write /a: {FULL} (/b); "
+    )
+    assert translated(HttpError("backend\nerror")) == "cannot write /a: backend error; free space"
+    assert "gcloud auth" in translated(Anonymous("Anonymous caller"))
+    assert translated(KeyError("x"), also=DAMAGED) == "cannot write /a: 'x'; free space"
+    quoted = ValueError(f'Error writing "/a/b": {FULL} [os_error_code=ENOSPC]')
+    assert translated(quoted, quoted=True) == f"cannot write /a: {FULL}; free space"
+
+
+@pytest.mark.parametrize("error", [UserError("x", 2), ValueError("a bug"), KeyboardInterrupt()])
+def test_everything_else_passes_unchanged(error):
+    with (
+        pytest.raises(type(error)) as caught,
+        user_errors("cannot write /a", also=(KeyError,), quoted=True),
+    ):
+        raise error
+    assert caught.value is error
+
+
+def test_objects_fail_as_files_do(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, os_errors(tmp_path):
+        raise FileNotFoundError("gs://a/b")
+    assert (caught.value.strerror, caught.value.filename) == ("no such object", str(tmp_path))
+    with pytest.raises(OSError, match="backend") as caught, os_errors(tmp_path):
+        raise HttpError("backend error")
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(ValueError, match="a bug"), os_errors(tmp_path):
+        raise ValueError("a bug")
+
+
+def test_only_a_failing_disk_is_worth_another_attempt():
+    assert exit_code(OSError(errno.ENOSPC, FULL)) == RESUMABLE
+    assert exit_code(PermissionError(errno.EACCES, "Permission denied")) == FAILED
+    assert exit_code(HttpError("x")) == FAILED
+    assert reason(ValueError("a bug")) is None

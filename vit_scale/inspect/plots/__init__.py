@@ -1,0 +1,34 @@
+"""Draw the report's figures with matplotlib, from arrays alone; no window is opened.
+
+Every `plot_*` function returns a Figure with its own title, units and colour bars, so that it can
+be understood without its page. Colours suit colour-blind readers: Okabe and Ito's for lines,
+viridis for maps.
+"""
+
+from vit_scale.inspect.plots.attention import (
+    MAX_COLUMNS,
+    plot_attention,
+    plot_distances,
+    plot_rollouts,
+)
+from vit_scale.inspect.plots.canvas import encode_png, rasterize
+from vit_scale.inspect.plots.embeddings import plot_filters, plot_patches, plot_similarities
+from vit_scale.inspect.plots.predictions import plot_confusion, plot_mistakes, plot_reliability
+from vit_scale.inspect.plots.training import plot_comparison, plot_curves
+
+__all__ = [
+    "MAX_COLUMNS",
+    "encode_png",
+    "plot_attention",
+    "plot_comparison",
+    "plot_confusion",
+    "plot_curves",
+    "plot_distances",
+    "plot_filters",
+    "plot_mistakes",
+    "plot_patches",
+    "plot_reliability",
+    "plot_rollouts",
+    "plot_similarities",
+    "rasterize",
+]
