@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 {
   cat <<'END'
-# Every version that an installation gets, by Python version: 3.11 with jax 0.10, later ones with jax 0.11.
+# Every version that an installation gets, by Python version: 3.11 with jax 0.10, later ones with jax 0.12.
 # Made by launch/pin.sh from pyproject.toml; not edited by hand.
 END
   uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
