@@ -172,7 +172,7 @@ def sentence(text: str | None) -> str:
     text = " ".join((text or "").replace("%%", "%").split())
     if not text:
         return ""
-    text = re.sub(r"(?<![\w`/-])(--[\w.-]+(?:=[^\s,;:]+)?)", r"`\1`", text)
+    text = re.sub(r"(?<![\w`/-])(--[\w.-]*\w(?:=[^\s,;]*[^\s,;:.])?)", r"`\1`", text)
     text = text if text.startswith("`") else text[0].upper() + text[1:]
     return text if text.endswith(".") else f"{text}."
 

@@ -35,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--secret", default="", help="Kubernetes Secret whose keys become environment variables")
     add("--service-account", default="", help="Kubernetes service account that reads the bucket")
     add("--max-restarts", type=int, metavar="N", default=100, help="restarts of all slices")
-    add(
-        "--grace",
-        type=flags.seconds,
-        metavar="TIME",
-        default="2m",
-        help="time to save when stopped",
-    )
+    add("--grace", type=flags.seconds, metavar="TIME", default="2m", help="time to save at a stop")
     add("--xpk", metavar="CLUSTER", help="print the xpk command for CLUSTER instead")
     return top
 
@@ -139,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Stop(Exit.USAGE, f"xpk does not support {flag}: remove it, or print the JobSet")
         if not NAME.fullmatch(args.name):
             raise Stop(
-                Exit.REFUSED, f"--name {args.name!r}: use up to 40 of a-z, 0-9, -; a letter first"
+                Exit.REFUSED, f"--name {args.name!r}: up to 40 of a-z, 0-9, -; a letter first"
             )
         config = preflight.check_name(ROOT, args.config)
         slice_ = accelerators.parse(args.type)

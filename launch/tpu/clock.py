@@ -21,7 +21,7 @@ class Clock:
         return time.time() / self.scale
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, at most until `wake` is set."""
+        """Sleep for `seconds`, or until `wake` is set."""
         self.wake.wait(seconds * self.scale)
 
     def limit(self, seconds: float) -> float:
@@ -30,6 +30,6 @@ class Clock:
 
 
 def text(seconds: float) -> str:
-    """Format as 02:04:09."""
+    """Format seconds as 02:04:09."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"

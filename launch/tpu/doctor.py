@@ -62,6 +62,5 @@ def _check_zone(report, zone: str, project: str, kind: str) -> None:
     offered = re.findall(r"[a-z0-9]+-[0-9]+", result.out.decode())
     wanted = accelerators.parse(kind).type if kind else ""
     good = not wanted or wanted in offered
-    report(
-        good, f"zone {zone} offers {wanted or len(offered)}", f"it has {', '.join(offered[:12])}"
-    )
+    remedy = f"it has {', '.join(offered[:12])}"
+    report(good, f"zone {zone} offers {wanted or len(offered)}", remedy)

@@ -37,7 +37,7 @@ def delete(args: argparse.Namespace) -> int:
     if not own and args.owner not in ("all", owner):
         raise Stop(
             Exit.USAGE,
-            f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}; to delete it, give "
+            f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}; to delete it, pass "
             f"--owner {owner}",
         )
     cloud.tpu = dataclasses.replace(cloud.tpu, labels={"run": labels.get("run", "")})
@@ -69,7 +69,7 @@ def confirm(args: argparse.Namespace, what: str) -> bool:
     if args.yes:
         return True
     if not sys.stdin.isatty():
-        raise Stop(Exit.USAGE, f"{what}? give --yes")
+        raise Stop(Exit.USAGE, f"no terminal to ask for confirmation: pass --yes to {what}")
     return input(f"{what}? [y/N] ").strip().lower() == "y"
 
 

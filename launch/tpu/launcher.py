@@ -226,7 +226,7 @@ class Launcher:
         return attempt
 
     def poll_until_known(self, attempt: Attempt) -> None:
-        """Poll until every worker has answered, or a few times: silence proves nothing."""
+        """Poll until every worker has answered, a few times at most; silence proves nothing."""
         for number in range(ANSWER_TRIES):
             attempt.poll()
             if all(view.state != "unknown" for view in attempt.views):
@@ -336,6 +336,6 @@ class Launcher:
 
 
 def started_in_part(attempt: Attempt) -> bool:
-    """Return whether it is known not to have started on every worker: no step was made."""
+    """Return whether some workers have not started it, and no worker has made a step."""
     states = {view.state for view in attempt.views}
     return "absent" in states and "unknown" not in states and not any(attempt.steps.values())

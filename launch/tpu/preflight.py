@@ -25,7 +25,7 @@ def check_name(root: pathlib.Path, config: str) -> str:
         if root not in path.parents:
             raise Stop(
                 Exit.BAD_INPUT,
-                f"config {name} is outside {root}, which is all that workers get: move it there",
+                f"config {name} is outside {root}, and workers get only that: move it there",
             )
         return f"./{path.relative_to(root)}{colon}{argument}"
     names = sorted(file.stem for file in (root / "configs").glob("*.py") if file.stem != "base")

@@ -134,9 +134,7 @@ class Provisioner:
             self.journal.say("prepare", f"[w{outlier[0]:02}] differs, retrying: {outlier[1]}")
             prints |= self.fingerprints(self.retry_on_all("prepare", [outlier[0]], call, tries=2))
             if outlier := self.outlier(prints):
-                raise Stop(
-                    Exit.SETUP_FAILED, f"[w{outlier[0]:02}] differs from others: {outlier[1]}"
-                )
+                raise Stop(Exit.SETUP_FAILED, f"[w{outlier[0]:02}] differs again: {outlier[1]}")
         names = [name for name in ("python", "jax", "libtpu") if name in prints[0]]
         shown = ", ".join(f"{name} {prints[0][name]}" for name in names)
         took = clocks.text(self.clock.now() - began)

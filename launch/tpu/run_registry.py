@@ -29,7 +29,7 @@ class RegisteredRun:
             raise Stop(
                 Exit.USAGE,
                 f"no run{name and f' named {name}'} was launched from this clone: "
-                "give --name, or see `list`",
+                "pass --name, or see `list`",
             )
         self.folder = max(requests, key=lambda path: path.stat().st_mtime).parent
         self.request = json.loads((self.folder / "launch.json").read_text())

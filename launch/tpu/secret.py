@@ -26,7 +26,8 @@ def collect(names: Iterable[str], file: str = "") -> dict[str, str]:
     values = {name: value for name, value in (stored | values).items() if value}
     for name, value in values.items():
         if not name.isidentifier() or "\n" in value:
-            raise Stop(Exit.BAD_INPUT, f"secret {name!r}: not an identifier, or several lines")
+            what = "is not an identifier, or its value has several lines"
+            raise Stop(Exit.BAD_INPUT, f"secret {name!r} {what}")
     return values
 
 
@@ -38,7 +39,7 @@ def read(file: str) -> dict[str, str]:
     except OSError as error:
         raise Stop(Exit.BAD_INPUT, f"--env-file {file}: {error.strerror}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise Stop(Exit.BAD_INPUT, f"--env-file {file} is readable by others; run: chmod 600")
+        raise Stop(Exit.BAD_INPUT, f"--env-file is readable by others; run: chmod 600 {file}")
     return parse_env(text)
 
 

@@ -69,11 +69,8 @@ def dry_run(plan: Plan) -> list[str]:
         lines.append(shlex.join(gcloud.create(tpu)))
     if tpu.queue:
         lines += [shlex.join(gcloud.describe_node(tpu, name)) for name in tpu.nodes]
-    lines += [
-        ssh(probe(plan.code.sha)),
-        shlex.join(gcloud.copy(tpu, node, 0, files, INCOMING)),
-        ssh(install()),
-    ]
+    upload = gcloud.copy(tpu, node, 0, files, INCOMING)
+    lines += [ssh(probe(plan.code.sha)), shlex.join(upload), ssh(install())]
     if not plan.args.existing and plan.args.orphan:
         lines.append(ssh(reap(plan, tpu)))
     lines += [ssh(agent_command("status", plan.run, "last")), ssh(prepare(plan))]

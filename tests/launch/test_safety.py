@@ -311,7 +311,7 @@ def test_a_plain_node_is_deleted_by_its_name(table, notes):
     table.node(request="")
     assert verb("delete", "--yes", "--zone", "z") == 0 and table.nodes == {}
     table.node(request="", labels={**OURS, "owner": "eve"})
-    with pytest.raises(Stop, match="of eve; to delete it, give --owner eve"):
+    with pytest.raises(Stop, match="of eve; to delete it, pass --owner eve"):
         verb("delete", "--yes", "--zone", "z")
     assert "vit" in table.nodes
 
