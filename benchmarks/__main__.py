@@ -26,10 +26,10 @@ def status(measurement: Measurement, results: pathlib.Path) -> str:
         return "no result yet"
     result = read_json(path)
     kind = "toy run" if result["toy"] else "result"
-    found = f"{kind} of {result['date']} on {result['device']['kind']}, {path.name}"
+    summary = f"{kind} of {result['date']} on {result['device']['kind']}, {path.name}"
     if result["fingerprint"] != measurement.fingerprint:
-        return f"outdated (its script or config has changed since): {found}"
-    return found
+        return f"outdated (its script or config has changed since): {summary}"
+    return summary
 
 
 if __name__ == "__main__":

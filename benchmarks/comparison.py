@@ -34,13 +34,13 @@ REFERENCE = {
 
 def measure(session: Session) -> dict:
     precision = "model.dtype=" + ("float32" if session.toy else "bfloat16")
-    found = {}
+    results = {}
     for name, config in CONTENDERS.items():
         fields = [f"data.path={session.data}", precision]
         if session.toy:
             fields += ["eval.final=test[:1000]", "eval.split=", *TOYS.get(name, ())]
-        found[name] = session.train(config, config, *fields)
-    return {"table": [row(name, result) for name, result in found.items()], **found} | {
+        results[name] = session.train(config, config, *fields)
+    return {"table": [row(name, result) for name, result in results.items()], **results} | {
         "reference": REFERENCE
     }
 

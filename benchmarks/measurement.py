@@ -89,8 +89,8 @@ class Session:
         self.data = pathlib.Path(args.data)
         folder = measurement.name + ("-toy" if args.toy else "")
         self.workdir = pathlib.Path(args.workdir or f"runs/benchmarks/{folder}")
-        place = self.workdir if args.toy else RESULTS
-        self.out = pathlib.Path(args.out or place / f"{measurement.name}.json")
+        results = self.workdir if args.toy else RESULTS
+        self.out = pathlib.Path(args.out or results / f"{measurement.name}.json")
         self.machine: dict = {}  # device, versions, git: as the last training described them
         self._began = time.monotonic()
         self._pieces = {"of": measurement.fingerprint, "toy": args.toy, "seconds": []}
@@ -124,11 +124,11 @@ class Session:
             self._train_on(
                 config_name, run, (*WATCHED, *overrides, *(toy(config_name) if self.toy else ()))
             )
-        report, about = read_json(run / "report.json"), read_json(run / "run.json")
+        report, description = read_json(run / "report.json"), read_json(run / "run.json")
         self.machine = {
             "device": report["devices"],
             "versions": report["versions"],
-            "git": about["git"],
+            "git": description["git"],
         }
         shown = ("step", "parameters", "resolution", "eval")
         return {key: report[key] for key in shown if key in report} | speed(run)
@@ -154,8 +154,8 @@ def speed(run: pathlib.Path) -> dict[str, float | None]:
     """Medians over a run's rows, all pieces together; None for what no row has (MFU on a CPU)."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ("images_per_second", "data_wait_fraction", "mfu")
-    found = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    return {name: statistics.median(values) if values else None for name, values in found.items()}
+    columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {name: statistics.median(values) if values else None for name, values in columns.items()}
 
 
 def main(measurement: Measurement, measure: Callable[[Session], dict]) -> int:

@@ -54,13 +54,13 @@ def measure(session: Session) -> dict:
 def measure_case(session: Session, case: str) -> dict:
     """The figures of a case, from an earlier piece if that finished it."""
     name = case.replace("/", "-")
-    kept = session.workdir / f"{name}.json"
+    file = session.workdir / f"{name}.json"
     data = (f"data.path={session.data}", *REAL_DATA)
     trainer = session.train(f"{CONFIG}:{case}", name, *data)
     shutil.rmtree(session.workdir / name / "checkpoints", ignore_errors=True)  # up to 4 GB
-    if not kept.exists():
-        write_json(kept, compete(session, case))
-    contest = read_json(kept)
+    if not file.exists():
+        write_json(file, compete(session, case))
+    contest = read_json(file)
     session.machine["versions"] |= contest.pop("versions")
     return {**contest, "vit-scale train on CIFAR-10": trainer}
 
@@ -69,7 +69,7 @@ def compete(session: Session, case: str) -> dict:
     """Let the contenders take turns; those that can't take part are None, with the reason."""
     names = TOYS if session.toy else tuple(CONTENDERS)
     rates: dict[str, list[float]] = {}
-    found: dict[str, Any] = dict.fromkeys(names)
+    results: dict[str, Any] = dict.fromkeys(names)
     absent: dict[str, str] = {}
     versions: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -83,15 +83,15 @@ def compete(session: Session, case: str) -> dict:
             for name, contender in present.items():
                 rates.setdefault(name, []).append(contender.ask("turn")["images_per_second"])
         for name, contender in present.items():
-            found[name] = standing(contender, rates[name], flops_per_image(case))
-            versions |= contender.about["versions"]
+            results[name] = standing(contender, rates[name], flops_per_image(case))
+            versions |= contender.description["versions"]
     ratios = {}
     if "timm" in rates:
         ours = {name: mine for name, mine in rates.items() if name != "timm"}
         for name, mine in ours.items():
             pairs = zip(mine, rates["timm"], strict=True)
             ratios[name] = spread([left / right for left, right in pairs])
-    return {**found, "absent": absent, "speed over timm's": ratios or None, "versions": versions}
+    return {**results, "absent": absent, "speed over timm's": ratios or None, "versions": versions}
 
 
 def flops_per_image(case: str) -> int:
@@ -106,16 +106,16 @@ def flops_per_image(case: str) -> int:
 
 def standing(contender: "Contender", rates: list[float], flops_each: int) -> dict:
     """What one contender reached."""
-    about = contender.about
+    description = contender.description
     speeds = spread(rates)
     return {
         "images_per_second": speeds,
-        "mfu": mfu(speeds["median"], flops_each, 1, about["device"]),
+        "mfu": mfu(speeds["median"], flops_each, 1, description["device"]),
         "peak_memory_bytes": contender.ask("memory")["peak_memory_bytes"],
-        "parameters": about["parameters"],
-        "batch": about["batch"],
+        "parameters": description["parameters"],
+        "batch": description["batch"],
         "turns": len(rates),
-        "steps_per_turn": about["steps_per_turn"],
+        "steps_per_turn": description["steps_per_turn"],
     }
 
 
@@ -139,7 +139,7 @@ class Contender:
         self._timer = threading.Timer(self._session.seconds_left, self._process.kill)
         self._timer.start()
         try:
-            self.about = self._answer()
+            self.description = self._answer()
         except BaseException:
             self.__exit__()
             raise

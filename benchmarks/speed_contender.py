@@ -3,7 +3,7 @@
     python -m benchmarks.speed_contender S/16@224 vit_scale [--toy] [model.attention=cudnn]
     python -m benchmarks.speed_contender S/16@224 timm [--toy]
 
-It compiles and warms up, then writes a line of JSON about itself, and one for each line that it
+It compiles and warms up, then prints a line of JSON that describes it, then one for each line it
 reads: "turn" trains for a second or two and answers with its speed, "memory" with its peak memory.
 """
 
@@ -30,7 +30,7 @@ class Program(NamedTuple):
 
     train: Callable[[int], None]  # so many steps, and wait for the device
     peak_memory: Callable[[], int | None]  # bytes
-    about: dict[str, Any]
+    description: dict[str, Any]
 
 
 def describe(device: str, parameters: int, packages: Sequence[str]) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def vit_scale(cfg: ConfigDict) -> Program:
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
     packages = ("jax", "jaxlib", "flax", "optax")
-    about = describe(device.device_kind, count(state.params), packages)
-    return Program(train, peak_memory, about)
+    description = describe(device.device_kind, count(state.params), packages)
+    return Program(train, peak_memory, description)
 
 
 def timm(cfg: ConfigDict, backend: str) -> Program:
@@ -85,7 +85,7 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
     from vit_scale.models.spec import shape
 
     cuda = torch.cuda.is_available()
-    place = "cuda" if cuda else "cpu"
+    device_type = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
     resolved = shape(cfg.model, config.image_size(cfg))
     model = VisionTransformer(
@@ -96,17 +96,20 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
         depth=resolved.size.depth,
         num_heads=resolved.size.heads,
         mlp_ratio=resolved.size.mlp / resolved.size.width,
-    ).to(place)
+    ).to(device_type)
     compiled = torch.compile(model, backend=backend)
     options = {"lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay, "fused": cuda}
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     pixels, classes = examples(cfg)
-    images = torch.from_numpy(pixels).to(place).permute(0, 3, 1, 2).contiguous()
-    images, labels = images.float().div(127.5).sub(1), torch.from_numpy(classes).to(place).long()
+    images = torch.from_numpy(pixels).to(device_type).permute(0, 3, 1, 2).contiguous()
+    images, labels = (
+        images.float().div(127.5).sub(1),
+        torch.from_numpy(classes).to(device_type).long(),
+    )
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            with torch.autocast(place, dtype=torch.bfloat16):
+            with torch.autocast(device_type, dtype=torch.bfloat16):
                 loss = torch.nn.functional.cross_entropy(compiled(images), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -117,13 +120,13 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_allocated() if cuda else None
 
-    device = torch.cuda.get_device_name() if cuda else place
+    device = torch.cuda.get_device_name() if cuda else device_type
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Program(train, peak_memory, describe(device, parameters, ("torch", "timm")))
 
 
 def start(case: str, name: str, overrides: Sequence[str], toy: bool) -> Program:
-    """Build, compile and warm up; about["steps_per_turn"] is what fits in a turn."""
+    """Build, compile and warm up; description["steps_per_turn"] is what fits in a turn."""
     cfg = config.load(
         f"{HERE / 'speed_config.py'}:{case}", [*overrides, *((*TOY, *TOY_VIT) if toy else ())]
     )
@@ -134,14 +137,14 @@ def start(case: str, name: str, overrides: Sequence[str], toy: bool) -> Program:
     program.train(3)
     seconds = (time.perf_counter() - began) / 3
     steps = 2 if toy else max(2, round(TURN_SECONDS / seconds))
-    program.about.update(steps_per_turn=steps, batch=cfg.data.batch)
+    program.description.update(steps_per_turn=steps, batch=cfg.data.batch)
     return program
 
 
 def answer(program: Program, question: str) -> dict[str, Any]:
     if question == "memory":
         return {"peak_memory_bytes": program.peak_memory()}
-    steps, batch = program.about["steps_per_turn"], program.about["batch"]
+    steps, batch = program.description["steps_per_turn"], program.description["batch"]
     began = time.perf_counter()
     program.train(steps)
     return {"images_per_second": batch * steps / (time.perf_counter() - began)}
@@ -153,7 +156,7 @@ def main(case: str, name: str, *options: str) -> None:
     overrides = [option for option in options if option != "--toy"]
     try:
         program = start(case, name, overrides, "--toy" in options)
-        print(json.dumps(program.about), file=answers)
+        print(json.dumps(program.description), file=answers)
         for line in sys.stdin:
             print(json.dumps(answer(program, line.strip())), file=answers)
     except Exception as error:  # noqa: BLE001 (not installed, out of memory, no such kernel ...)

@@ -230,10 +230,10 @@ def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str
     """Raise UserError for an override that `verb` would ignore."""
     from vit_scale import config
 
-    (read, unused), known = fields, config.fields(config.base())
+    (read, unused), schema = fields, config.fields(config.base())
     for override in overrides:
         name = override.partition("=")[0]
-        if name not in known:
+        if name not in schema:
             continue  # refused where overrides are applied
         within = any(name == one or name.startswith(f"{one}.") for one in read)
         if not within or name in unused:

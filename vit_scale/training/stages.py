@@ -44,13 +44,13 @@ def _begun(runs: Mapping[str, pathlib.Path]) -> dict[str, ConfigDict]:
 
     What can't be read is left out: it is refused where the run is opened.
     """
-    found = {}
+    read = {}
     if multihost.is_first():
         for argument, folder in runs.items():
             with contextlib.suppress(UserError):
                 if (folder / "run.json").exists():
-                    found[argument] = read_json(folder / "run.json").get("config")
-    stored = {argument: value for argument, value in multihost.broadcast(found).items() if value}
+                    read[argument] = read_json(folder / "run.json").get("config")
+    stored = {argument: value for argument, value in multihost.broadcast(read).items() if value}
     begun = {}
     for argument, value in stored.items():
         with contextlib.suppress(UserError):

@@ -20,7 +20,7 @@ from vit_scale.training.train_state import TrainState
 
 
 def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
-    """(state, batch) -> (state, TrainMetrics); the state that goes in is donated.
+    """Return the jitted step (state, batch) -> (state, TrainMetrics); the old state is donated.
 
     With a teacher, its parameters are the third argument.
     """
@@ -29,7 +29,7 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
     is_trained = trained(cfg.optim, setup.state.params)
 
     def loss(params, examples, key):
-        # Nothing is back-propagated to frozen parameters: a linear probe costs a forward pass.
+        # No gradient flows to frozen parameters: a linear probe costs a forward pass.
         frozen = jax.lax.stop_gradient(params)
         params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
         return objective.loss(params, examples, key)
@@ -47,8 +47,8 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
         new, finite = TrainState(state.step + 1, params, opt_state, ema), is_finite(outputs, grads)
         if cfg.divergence.skip:
             new = keep_finite(finite, new, state)
-        # Of the change as it was made, and of the old parameters: norms of anything else keep a TPU
-        # from updating in place, which is a third of the optimizer's time, and half of compiling.
+        # Norms of the update itself and of the old parameters: any other norm keeps a TPU from
+        # updating in place, which costs a third of the optimizer's time and doubles compilation.
         change = jax.tree.map(jnp.subtract, new.params, state.params)
         rate = setup.schedule(state.step)
         before = parameters(state.params)
@@ -57,10 +57,12 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
 
     replicated = NamedSharding(setup.mesh, PartitionSpec())
     teacher = setup.teacher
-    given = (jax.tree.map(lambda leaf: leaf.sharding, teacher.params),) if teacher else ()
+    teacher_shardings = (
+        (jax.tree.map(lambda leaf: leaf.sharding, teacher.params),) if teacher else ()
+    )
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, batch_sharding(setup.mesh), *given),
+        in_shardings=(state_shardings, batch_sharding(setup.mesh), *taught),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
         compiler_options=compiler_options(cfg.mesh, setup.mesh),
@@ -68,18 +70,18 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
 
 
 def is_finite(outputs: dict, grads) -> jax.Array:
-    """Whether the loss of every example that counts, and every gradient, is finite."""
+    """Return whether every unmasked loss and every gradient is finite."""
     losses = jnp.where(outputs["mask"], outputs["loss"], 0)
     return jnp.isfinite(losses).all() & jnp.isfinite(norm(grads))
 
 
 def keep_finite(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new`, or, where it is not finite, `old` at the new step: counters go on, values stay."""
+    """Return `new` if it is finite, else `old` with the counters of `new`."""
 
     def choose(a, b):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             return a
-        # In float32 also what is bfloat16: else a TPU makes a pass of its own of it.
+        # In float32 even for bfloat16: otherwise a TPU makes a separate pass of it.
         chosen = jnp.where(finite, a.astype(jnp.float32), b.astype(jnp.float32))
         return chosen.astype(a.dtype)
 
@@ -87,9 +89,10 @@ def keep_finite(finite: jax.Array, new: TrainState, old: TrainState) -> TrainSta
 
 
 def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[Any, dict]:
-    """Gradients of the whole batch's loss, in `parts` micro-batches, and the outputs per example.
+    """Return the gradients of the global batch's loss, and the outputs per example.
 
-    Part i holds the examples i, i + parts, ...: each device keeps the examples that it has.
+    The batch is processed in `parts` micro-batches. Part i holds the examples i, i + parts, ..., so
+    that each device keeps its own examples.
     """
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:

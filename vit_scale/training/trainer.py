@@ -203,8 +203,8 @@ class Training:
         cfg, checkpoints = self.cfg, self.checkpoints
 
         def result(state):
-            found = self.evaluate(state.eval_params, final)
-            return {"split": cfg.eval.final, "step": int(state.step), **found}
+            measured = self.evaluate(state.eval_params, final)
+            return {"split": cfg.eval.final, "step": int(state.step), **measured}
 
         last = chosen = result(restore(self.setup, checkpoints, cfg.steps))
         if checkpoints.find_best() is None:
