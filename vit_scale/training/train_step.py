@@ -57,9 +57,7 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
 
     replicated = NamedSharding(setup.mesh, PartitionSpec())
     teacher = setup.teacher
-    teacher_shardings = (
-        (jax.tree.map(lambda leaf: leaf.sharding, teacher.params),) if teacher else ()
-    )
+    taught = (jax.tree.map(lambda leaf: leaf.sharding, teacher.params),) if teacher else ()
     return jax.jit(
         train_step,
         in_shardings=(state_shardings, batch_sharding(setup.mesh), *taught),
