@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.documents import ROOT, blocks, documents
 from tests.helpers.tiny import random_params, tiny_config, write_run
 from vit_scale import api, config
-from vit_scale.config import image_size
+from vit_scale.config import image_size, load
 from vit_scale.data import open_split, registry
 from vit_scale.inference.export import export
 from vit_scale.models.build import build
@@ -51,8 +51,8 @@ def test_readme(folder):
 def untrained(monkeypatch):
     """`train` and `evaluate` check what they are given, and take no time: they are tested apart."""
 
-    def train(name, workdir=None, **overrides):
-        cfg = config.load(name, api.as_items(overrides))
+    def train(config, workdir=None, **overrides):
+        cfg = load(config, api.as_items(overrides))
         return {"eval": {"step": cfg.steps}}
 
     def evaluate(run, split=None, **overrides):
