@@ -43,6 +43,8 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS.session),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # XLA's older code generator for the CPU compiles in two thirds of the time.
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "WANDB_ERROR_REPORTING": "false",
@@ -52,7 +54,7 @@ os.environ |= {
 # Tracing allocates so much that a tenth of the time would be the garbage collector's.
 gc.set_threshold(20_000, 20, 20)
 
-for name in ("WANDB_API_KEY", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"):
+for name in ("WANDB_API_KEY", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_X64"):
     os.environ.pop(name, None)
 
 
@@ -91,6 +93,23 @@ def quick_compile() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def default_compile() -> Iterator[None]:
+    """Let XLA compile as it does for users: for golden numbers."""
+    from jax._src import compiler
+
+    get_options = compiler.get_compile_options
+
+    def default_options(*args, env_options_overrides=None, **named):
+        overrides = {"xla_cpu_use_fusion_emitters": True, **(env_options_overrides or {})}
+        return get_options(*args, env_options_overrides=overrides, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")
+        patch.setattr(compiler, "get_compile_options", default_options)
+        yield
 
 
 Cli = Callable[..., subprocess.CompletedProcess]

@@ -21,6 +21,8 @@ from vit_scale.errors import UserError
 from vit_scale.models.parameters import named
 from vit_scale.training import trainer
 
+pytestmark = pytest.mark.usefixtures("default_compile")
+
 CLOSE = 1e-5  # another processor and another jax round otherwise
 
 

@@ -25,6 +25,14 @@ PLAIN = "from vit_scale.config import base\n\n\ndef get_config():\n    return ba
 FIELDS = (*SIZES, "data.batch=64", "optim.ema=0.9", "model.scan=False")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_options_for_a_cpu():
+    """libtpu reads the same variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS")
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The output of plan --json for the tiny model, with more arguments."""
