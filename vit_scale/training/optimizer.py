@@ -1,13 +1,13 @@
-"""The optimizer of an `optim` block: gradients in, updates to add to the parameters out.
+"""The optimizer of an `optim` block: a chain of optax transformations.
 
 One chain for every optimizer, in this order:
 
     clip the global norm -> direction (Adam, momentum, Lion, Muon) -> + weight decay * parameter
       -> * layer decay -> * -lr
 
-Every choice is made by parameter name ("blocks/mlp/up/kernel"), never by rank: scanned blocks have
-a leading layer axis, and stacked and unrolled blocks are trained alike. Frozen parameters are
-outside the chain: they get no update, keep no state, and don't count in the clipped norm.
+Transformations select parameters by name ("blocks/mlp/up/kernel"), never by rank, so that stacked
+blocks, which have a leading layer axis, train like unrolled ones. Frozen parameters are outside the
+chain: they get no update, have no optimizer state, and don't count in the clipped norm.
 
 Weight decay is decoupled from the gradient and times the learning rate (AdamW, Loshchilov & Hutter
 2019, as optax and torch write it), for SGD as well, as big_vision does.
@@ -28,9 +28,9 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.models.parameters import is_statistic, map_named
 from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
 
-# The hidden matrices that Muon orthogonalises: which axes go in and which come out, counted from
-# the end. A leading axis of layers is as many matrices on their own. Embedding, head, vectors and
-# biases go to Adam (Jordan et al. 2024).
+# The hidden matrices that Muon orthogonalises: their input and output axes, counted from the end. A
+# leading layer axis means one matrix per layer. Adam trains embedding, head, vectors, and biases
+# (Jordan et al. 2024).
 MATRICES = {
     r"(query|key|value)/kernel$": ((-3,), (-2, -1)),  # d k e
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
@@ -85,21 +85,21 @@ def _matrix_axes(name: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def decayed(name: str) -> bool:
-    """Whether weight decay applies: kernels only (no bias, norm, position, [CLS] or probe)."""
+    """Return whether weight decay applies: to kernels only, not bias, norm, position, or token."""
     return name.endswith("kernel")
 
 
 def depth(params: PyTree) -> int:
-    """Number of blocks, stacked or unrolled."""
+    """Return the number of blocks, stacked or unrolled."""
     blocks = params["blocks"]
     return len(blocks) if "0" in blocks else jax.tree.leaves(blocks)[0].shape[0]
 
 
 def layer_scale(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
-    """`rate` to the power of the layers above, as BEiT (Bao et al. 2022) numbers them.
+    """Return `rate` to the power of the number of layers above (BEiT, Bao et al. 2022).
 
-    Embedding, positions and [CLS] are layer 0, block i is layer i + 1, and all that follows is the
-    last, at scale 1. For a stacked leaf (l ...): one scale per block, (l 1 ...).
+    Embedding, positions, and [CLS] are layer 0, block i is layer i + 1, and the rest is the last
+    layer, with scale 1. For a stacked leaf (l ...): one scale per block, (l 1 ...).
     """
     first, _, rest = name.partition("/")
     if first in ("stem", "embed", "posemb", "cls", "dist"):
@@ -139,10 +139,10 @@ def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
 def make_optimizer(
     cfg: ConfigDict, steps: int, params: PyTree
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """The optimizer of an `optim` block for a run of `steps`.
+    """Build the optimizer of an `optim` block for a run of `steps`.
 
-    The learning rate is `schedule(n)` after n updates, which the optimizer's state counts.
-    `accumulate` and `ema` are left to the train step.
+    The learning rate is `schedule(n)` after n updates, counted in the optimizer's state. The train
+    step applies `accumulate` and `ema`.
 
     Args:
       cfg: the `optim` block.
@@ -169,12 +169,12 @@ def make_optimizer(
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """The parameters after a step."""
+    """Return the parameters after a step."""
     return optax.apply_updates(params, updates)
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: float) -> PyTree:
-    """The exponential moving average after one more step: `decay * ema + (1 - decay) * params`."""
+    """Return the updated moving average, `decay * ema + (1 - decay) * params`."""
     return jax.tree.map(lambda mean, new: mean + (1 - decay) * (new - mean), ema, params)
 
 

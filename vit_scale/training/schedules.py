@@ -42,12 +42,12 @@ SCHEDULES = {  # from the end of the warm-up, which is their step 0
 
 
 def milestone_steps(cfg: ConfigDict, steps: int) -> list[int]:
-    """The steps from which `piecewise` multiplies the learning rate once more."""
+    """Return the steps at which `piecewise` multiplies the learning rate."""
     return [round(fraction * steps) for fraction in cfg.milestones]
 
 
 def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
-    """The learning rate as a pure function of the step, 0 up to `steps`, float32.
+    """Build the learning rate as a function of the step, from 0 to `steps`, in float32.
 
     Warm-up rises linearly from 0 at step 0 to `lr` at step `warmup`. Cosine and linear reach
     `lr * end` at `steps`; the cool-down of rsqrt lasts `cooldown` steps and reaches 0 at `steps`.

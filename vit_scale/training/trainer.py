@@ -87,7 +87,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
 
 
 class Training:
-    """One run, from wherever it stands to its end."""
+    """The training of one run, from its newest checkpoint to its end."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Training:
         self.teacher: tuple = ()
 
     def to_the_end(self) -> dict:
-        """Train, back from where it diverges as often as that is allowed; the report."""
+        """Train to the end, rolling back when training diverges; return the report."""
         while True:
             try:
                 return self.attempt()
@@ -114,7 +114,7 @@ class Training:
                 self.roll_back(error)
 
     def attempt(self) -> dict:
-        """Train from the newest checkpoint to the end; the report. Raises Diverged."""
+        """Train from the newest checkpoint to the end; return the report. Raises Diverged."""
         cfg, checkpoints = self.cfg, self.checkpoints
         with phase("restore"):
             state = recover(self.setup, checkpoints) or init_state(
@@ -147,7 +147,7 @@ class Training:
         return report
 
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """(finished steps, this host's part of the batch), with what rollbacks left out."""
+        """Yield (finished steps, this host's part of the batch), skipping what rollbacks skip."""
         cfg, rows = self.cfg, batch_rows(self.cfg.data.batch, self.setup.mesh)
         past = rollbacks.read(self.run.path)
         for first, last, shift in rollbacks.batch_ranges(past, start, cfg.steps):
@@ -158,6 +158,7 @@ class Training:
                     yield position - shift, batch
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+        """Run the train step, compiling it the first time."""
         placed = shard_batch(batch, self.setup.mesh, self.cfg.data.batch)
         if self.train_step is None:
             with phase("compile"):
@@ -167,12 +168,12 @@ class Training:
         return self.train_step(state, placed, *self.teacher)
 
     def after(self, state: TrainState, step: int, guard: Guard, track: Tracker) -> None:
-        """Save and evaluate what is due after `step`, and stop here if that is asked for."""
+        """Save and evaluate what is due after `step`; raise Preempted if a stop is requested."""
         cfg, stop = self.cfg, preemption.requested()
         self.checkpoints.check()
         selected = self.is_selected(step)
         saved = selected or due(step, cfg.checkpoint.every, cfg.steps) or stop
-        # What is not finite is not saved: training goes back past it, or comes through it.
+        # Parameters after a non-finite step are not saved: training recovers or rolls back first.
         if saved and (guard.is_sound() or step == cfg.steps):
             with track.timer("checkpoint"):
                 self.checkpoints.save(step, state._asdict(), self.run.description)
@@ -184,7 +185,7 @@ class Training:
             raise Preempted(f"after step {step}, saved up to {self.checkpoints.find_latest() or 0}")
 
     def is_selected(self, step: int) -> bool:
-        """Whether the parameters after `step` compete for the best."""
+        """Return whether the parameters after `step` compete for the best checkpoint."""
         return bool(self.splits.selection) and due(step, self.cfg.eval.every, self.cfg.steps)
 
     def select(self, state: TrainState, step: int, track: Tracker) -> None:
@@ -199,7 +200,7 @@ class Training:
         track.scalars(step, {f"eval/{key}": x for key, x in measured.items()})
 
     def final_results(self, final: Source) -> dict:
-        """The results on the final split of the last step and, under "best", of the chosen one."""
+        """Evaluate the last step on the final split and, under "best", the selected one."""
         cfg, checkpoints = self.cfg, self.checkpoints
 
         def result(state):
@@ -215,9 +216,9 @@ class Training:
         return {**last, "best": {**chosen, "selected_by": selected}}
 
     def roll_back(self, error: Diverged) -> None:
-        """Write down that training goes on from the newest checkpoint, past what went wrong.
+        """Record a rollback to the newest checkpoint that skips the batches since.
 
-        Raises UserError where it has gone back too often already.
+        Raises UserError after too many rollbacks.
         """
         self.checkpoints.wait()
         past = rollbacks.read(self.run.path)
@@ -232,12 +233,12 @@ class Training:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether to do after `step` of `last` what is done every `every` steps; 0: only at the end."""
+    """Return whether something done every `every` steps (0: at the end) is due after `step`."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def sample_images(setup: Setup, batch: dict) -> np.ndarray:
-    """The first images of the first batch as the model will see them, uint8 [n, H, W, 3]."""
+    """Return the first images of the first batch as the model sees them, uint8 [n, H, W, 3]."""
     cfg = setup.cfg
     key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 0))[0]
     first = {name: jnp.asarray(leaf[: cfg.log.images]) for name, leaf in batch.items()}
@@ -247,7 +248,7 @@ def sample_images(setup: Setup, batch: dict) -> np.ndarray:
 
 
 def utilisation(setup: Setup, images_per_second: float) -> float | None:
-    """Model FLOPs utilisation; None where the device's peak is unknown."""
+    """Return the model FLOPs utilisation; None if the peak of the device is unknown."""
     per_image = training_flops(setup.model.macs)
     kind = jax.devices()[0].device_kind
     return mfu(images_per_second, per_image, jax.device_count(), kind)
