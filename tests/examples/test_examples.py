@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "tutorial.ipynb"
+MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|usr|opt|mnt)/\w")  # begins a path of a machine
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -72,14 +73,47 @@ def cells(kind: str) -> list[dict]:
     return [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == kind]
 
 
+def run_notebook(folder: pathlib.Path, until: str | None = None) -> str:
+    """Run the code cells in order as a script, up to the first that contains `until`."""
+    sources = ["".join(cell["source"]) for cell in cells("code")]
+    if until:
+        sources = sources[: [until in source for source in sources].index(True)]
+    lines = "\n\n".join(sources).splitlines()
+    script = folder / "examples" / "tutorial.py"
+    script.parent.mkdir()
+    script.write_text("\n".join(line for line in lines if not line.startswith("%")))
+    return run_script(script, script.parent, TUTORIAL_TINY="1")
+
+
+def test_the_notebook_runs_up_to_training(tmp_path):
+    output = run_notebook(tmp_path, until="vit_scale.train(")
+    assert "after block 4 (1, 65, 96)" in output and "logits" in output
+
+
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
-    folder = tmp_path / "examples"
-    folder.mkdir()
-    code = "\n\n".join("".join(cell["source"]) for cell in cells("code"))
-    (folder / "tutorial.py").write_text(code)
-    output = run_script(folder / "tutorial.py", folder, TUTORIAL_TINY="1")
+    output = run_notebook(tmp_path)
     for name in ("vit", "cnn", "vit_48"):
         report = json.loads((tmp_path / "runs/tutorial" / name / "report.json").read_text())
         assert f"{name}: " in output or f"{name:7} " in output
         assert report["eval"]["n"] == 20
     assert "(8, 8, 96) -> (12, 12, 96)" in output
+
+
+def test_the_notebook_is_committed_with_its_outputs():
+    code = cells("code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    kinds = {output["output_type"] for output in outputs}
+    assert kinds <= {"stream", "execute_result", "display_data"}
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
+    assert NOTEBOOK.stat().st_size < 1_500_000
+
+
+def test_the_notebook_names_no_path_of_a_machine():
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop("image/png", None)
+        found = MACHINE.search(json.dumps(cell))
+        assert not found, json.dumps(cell)[found.start() :][:80]
