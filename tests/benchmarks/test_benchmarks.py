@@ -146,7 +146,7 @@ class FakeContender:
             raise UserError("no such kernel")
         self.name, self.speed = program[0], 100.0 if program[0] == "timm" else 150.0
         steps = {"steps_per_turn": 4, "batch": 8, "parameters": 9}
-        self.about = {"device": "NVIDIA H200", "versions": {self.name: "1"}, **steps}
+        self.description = {"device": "NVIDIA H200", "versions": {self.name: "1"}, **steps}
 
     def __enter__(self):
         return self
