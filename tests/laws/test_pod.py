@@ -166,4 +166,4 @@ def test_refusals(tmp_path):
     for arguments in (["--hosts=0", "x"], ["--hosts=2"], ["--hosts=2", "--devices=0", "x"]):
         done = subprocess.run([*pod, *arguments], capture_output=True, text=True)
         assert done.returncode == 2
-        assert "at least 1, and a command follows" in done.stderr.splitlines()[-1]
+        assert "at least 1, followed by a command" in done.stderr.splitlines()[-1]

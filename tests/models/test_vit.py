@@ -443,9 +443,12 @@ def test_unknown_remat_names_the_nearest():
         ),
         ("model.variant=S16", "is not SIZE/PATCH"),
         ("model.heads=3", "model width 16 is not divisible by 3 heads"),
-        ("data.resolution=20", "image height 20 is not divisible by the patch of 8 pixels"),
-        ("data.width=30", "image width 30 is not divisible by the patch of 8 pixels"),
-        ("data.resolution=8", "8 x 8 pixels / patch 8 is a grid of 1 x 1 tokens; at least 2 x 2"),
+        ("data.resolution=20", "image height 20 is not divisible by the patch size 8"),
+        ("data.width=30", "image width 30 is not divisible by the patch size 8"),
+        (
+            "data.resolution=8",
+            "a grid of 1 x 1 patches, not at least 2 x 2",
+        ),
         ("model.pool=mean", "model.pool='mean' is unknown; "),
         ("model.posemb=sincos", "did you mean sincos2d"),
         ("model.dtype=float16", "model.dtype='float16' is unknown; "),
@@ -521,13 +524,13 @@ def test_the_form_of_gelu_is_a_switch():
     assert 1e-6 < np.abs(exact - tanh).max() < 1e-2
 
 
-def test_tokens_between_blocks_are_placed():
+def test_tokens_between_blocks_are_constrained():
     """Once where they enter the blocks, and as they leave each; of the last, what is read."""
     seen = []
     for scan, expected in ((True, [5, 5]), (False, [5, 5, 1])):
         cfg = tiny_config(f"model.scan={scan}")
         seen.clear()
-        vit = build(cfg.model, (16, 16), place=lambda x: (seen.append(x.shape), x)[1])
+        vit = build(cfg.model, (16, 16), constrain=lambda x: (seen.append(x.shape), x)[1])
         seen.clear()
         jax.eval_shape(vit.apply, shapes_tree(vit), pixels(2))
         assert seen == [(2, n, 16) for n in expected]

@@ -168,7 +168,7 @@ def test_a_mask_that_does_not_fit_is_an_error():
         with pytest.raises(ValueError, match="mask"):
             EvalMetrics.single_from_model_output(**{**batch, "mask": mask})
     outputs = train_outputs([1.0, 2.0], [1, 1], [1])
-    with pytest.raises(ValueError, match="one mask each"):
+    with pytest.raises(ValueError, match="a mask, all of shape"):
         TrainMetrics.of_step(outputs, TREE, TREE, TREE, 0.1, jnp.bool_(True))
 
 

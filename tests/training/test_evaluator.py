@@ -10,7 +10,7 @@ from vit_scale.data.sources import InMemory
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
 from vit_scale.training.evaluator import Evaluate
-from vit_scale.training.validation import check_classes
+from vit_scale.training.validation import check_classes, validate_evaluation
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -81,4 +81,4 @@ def test_other_classes_are_refused(evaluate, classes):
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
     cfg = tiny_config("eval.batch=0")
     with pytest.raises(UserError, match="global batch 0"):
-        Evaluate(cfg, tiny_model(), make_mesh(cfg.mesh, jax.devices()[:1]))
+        validate_evaluation(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))

@@ -37,7 +37,7 @@ def test_summary():
 
 def test_a_summary_is_of_what_can_be_trained():
     cfg = config.load("cnn_cifar", ["model.drop_path=0.1"])
-    with pytest.raises(UserError, match=r"model\.drop_path=0\.1 is of a ViT"):
+    with pytest.raises(UserError, match=r"model\.drop_path=0\.1 applies to a ViT"):
         summary(cfg)
 
 

@@ -19,11 +19,11 @@ from vit_scale.storage import errors as storage_errors
 
 
 def _report_unraisable(unraisable) -> None:
-    """Ignore what tensorstore's threads raise when writes outlive a checkpoint that failed.
+    """Ignore what Orbax's coroutines raise after a checkpoint failed to be written or read.
 
     The failure itself is raised where the checkpoint is waited for.
     """
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    if not any(text in str(unraisable.exc_value) for text in AFTER_A_FAILURE):
         sys.__unraisablehook__(unraisable)
 
 
@@ -48,6 +48,7 @@ def _is_unread(stream: TextIO) -> bool:
     return False
 
 
+AFTER_A_FAILURE = ("Event loop is closed", "Encountered error while reading array index")
 RESUMABLE_VERBS = ("train", "data")
 
 
