@@ -14,7 +14,8 @@ from typing import NamedTuple
 from launch.tpu.exit_codes import Exit, Stop
 
 LARGEST = 50_000_000  # bytes of all files
-NEVER = (".env", ".git", ".venv", ".data", "tpu.env", "__pycache__", "runs", "wandb")
+NEVER = (".env", ".git", ".venv", ".data", "tpu.env", "__pycache__")
+OUTPUTS = ("runs", "wandb")  # of trainings; the package has a folder of such a name itself
 
 
 class Bundle(NamedTuple):
@@ -44,8 +45,9 @@ def files(root: pathlib.Path) -> list[str]:
 
 def _wanted(root: pathlib.Path, name: str) -> bool:
     parts = pathlib.PurePath(name).parts
-    secret = any(part in NEVER or part.startswith(".env") for part in parts)
-    return not secret and (root / name).is_file()
+    never = any(part in NEVER or part.startswith(".env") for part in parts)
+    output = parts[0] != "vit_scale" and any(part in OUTPUTS for part in parts)
+    return not never and not output and (root / name).is_file()
 
 
 def make(root: pathlib.Path, redacted: list[str]) -> Bundle:

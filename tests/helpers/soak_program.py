@@ -8,6 +8,7 @@ NaN on the device. The training is what everybody runs.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -89,8 +90,9 @@ def spoil_batches() -> None:
     import jax.numpy as jnp
 
     from vit_scale.training import trainer
-    from vit_scale.training.objectives import classification as objective
 
+    # The package exports the function under the same name.
+    objective = importlib.import_module("vit_scale.training.objectives.classification")
     read, augment = trainer.train_batches, objective.train_images
 
     def marked(*given):

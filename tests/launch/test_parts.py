@@ -277,6 +277,14 @@ def test_bundle(tree, tmp_path):
     assert bundle.make(tree, []).sha != made.sha
 
 
+def test_a_bundle_holds_the_whole_package_and_no_results():
+    """Of folders named runs, the package's own is code."""
+    names = bundle.files(ROOT)
+    package = {str(file.relative_to(ROOT)) for file in (ROOT / "vit_scale").rglob("*.py")}
+    assert package <= set(names) and "vit_scale/runs/lock.py" in package
+    assert not [name for name in names if name.startswith("runs/")]
+
+
 def test_bundles_that_are_refused(tree, monkeypatch):
     with pytest.raises(Stop, match=r"new\.py contains the value of a secret"):
         bundle.make(tree, ["new.py"])

@@ -124,6 +124,7 @@ def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jp
 
     there, here = said("eval", resumed), said("eval", on_disk)
     assert there.pop("run") == f"{resumed}/checkpoints/{STEPS}" and here.pop("run")
+    assert there.pop("set") == "jpegs val" and here.pop("set")
     assert there == here and there["n"] == 12
     name = "val/class_1/001.jpg"
     named = {place: said("predict", place, f"{images}/{name}") for place in (resumed, on_disk)}
@@ -172,9 +173,10 @@ def test_stages_begin_with_each_other_in_a_bucket(bucket, monkeypatch):
 
     seen = []
     monkeypatch.setattr(stages, "train", lambda cfg, run, *_: seen.append((run, cfg.init.source)))
-    runs = stages.train_stages("quickstart", [], f"{bucket}/quick", quiet=True)
-    assert list(map(str, runs[:2])) == [f"{bucket}/quick/pretrain", f"{bucket}/quick/scratch-32"]
-    assert (runs[2], f"{bucket}/quick/pretrain") in seen
+    stages.train_stages("quickstart", [], f"{bucket}/quick", quiet=True)
+    folders = [str(run) for run, _ in seen]
+    assert folders[:2] == [f"{bucket}/quick/pretrain", f"{bucket}/quick/scratch-32"]
+    assert seen[2][1] == f"{bucket}/quick/pretrain"
 
 
 def about() -> dict:
@@ -450,7 +452,7 @@ def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
         data.open_split(block("array_record", packed), "train")
         assert not caplog.text
     write_json(packed / "index.json", read_json(packed / "index.json") | {"version": 0})
-    with pytest.raises(UserError, match=r"^gs://bucket/packed/index.json is version 0"):
+    with pytest.raises(UserError, match=r"^gs://bucket/packed/index.json has version 0"):
         data.open_split(block("array_record", packed), "train")
 
 

@@ -129,8 +129,11 @@ def test_what_a_config_decides_by_itself_is_decided_once(jpegs, tmp_path, monkey
     (tmp_path / "two.py").write_text((CONFIG + RESOLVED).replace('"sgd"', '"adamw"'))
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
     for workdir, asked in ((tmp_path / "runs", name), (tmp_path / "alone", f"{name}:first")):
-        for run in train_stages(asked, fields, workdir, quiet=True):
-            begun = json.loads((run / "run.json").read_text())["config"]
+        train_stages(asked, fields, workdir, quiet=True)
+        files = list(workdir.rglob("run.json"))
+        assert files
+        for file in files:
+            begun = json.loads(file.read_text())["config"]
             assert begun["optim"]["name"] == "sgd"
     assert config.load(f"{name}:first", fields).optim.name == "adamw"
 
@@ -144,11 +147,12 @@ def test_a_resolve_that_fails_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_finished_one_is_finished_in_another_place(trained, moved):
-    runs = train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)
-    assert runs == [moved / "runs" / "first", moved / "runs" / "second"]
-    for run in runs:
-        before = trained[1] / "runs" / run.name / "report.json"
-        assert (run / "report.json").read_bytes() == before.read_bytes()
+    reports = train_stages(str(moved / "two.py"), trained[0], moved / "runs", quiet=True)
+    assert list(reports) == ["first", "second"]
+    for stage, report in reports.items():
+        before = (trained[1] / "runs" / stage / "report.json").read_bytes()
+        assert (moved / "runs" / stage / "report.json").read_bytes() == before
+        assert report == json.loads(before)
 
 
 def test_one_that_was_stopped_goes_on_in_another_place(trained, moved):
