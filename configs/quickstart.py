@@ -79,8 +79,8 @@ def resolve(cfg, stage, begun):
 
 
 def has_cifar(folder):
-    found = paths.parse(folder)
-    return any((found / f"cifar-10-batches-{layout}").is_dir() for layout in ("bin", "py"))
+    path = paths.parse(folder)
+    return any((path / f"cifar-10-batches-{layout}").is_dir() for layout in ("bin", "py"))
 
 
 def use_fractals(cfg):

@@ -238,21 +238,21 @@ def table(prefix, node, blocks, comments, fields, title) -> list[str]:
 
 
 def rows(prefix, inner, blocks, comments, fields) -> list[str]:
-    """The rows of a dictionary, those of one inside it after its own comment."""
-    found = []
+    """Return the table rows of a dictionary; a nested one follows its own comment."""
+    table = []
     ends = [k.lineno - 1 for k in inner.keys[1:]] + [inner.end_lineno - 1]
     for key, value, end in zip(inner.keys, inner.values, ends, strict=True):
         name = f"{prefix}{key.value}"
         if isinstance(value, ast.Call) and getattr(value.func, "id", "") in blocks:
             continue
         if isinstance(value, ast.Dict):
-            found.append(f"| `{name}.*` | | {cell(comments.get(key.lineno, ''))} |")
-            found += rows(f"{name}.", value, blocks, comments, fields)
+            table.append(f"| `{name}.*` | | {cell(comments.get(key.lineno, ''))} |")
+            table += rows(f"{name}.", value, blocks, comments, fields)
             continue
         lines = range(key.lineno, max(end, key.lineno) + 1)
         text = " ".join(comments[line] for line in lines if line in comments)
-        found.append(f"| `{name}` | {default(fields[name])} | {cell(text)} |")
-    return found
+        table.append(f"| `{name}` | {default(fields[name])} | {cell(text)} |")
+    return table
 
 
 def default(value: object) -> str:

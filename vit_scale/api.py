@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config, pretrained
 from vit_scale.augment.view import view
+from vit_scale.config import base
 from vit_scale.data import align, open_split
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import shard, shardings
@@ -51,16 +52,13 @@ def train(
       UserError: the config, its data, or its weights can't work.
     """
     if not watchdog:
-        overrides = {f"watchdog.{name}": 0.0 for name in WATCHDOG} | overrides
+        overrides = {f"watchdog.{name}": 0.0 for name in base().watchdog} | overrides
     if isinstance(config, ConfigDict):
         if workdir is None:
             raise UserError("train(ConfigDict) needs a workdir: the run's folder", USAGE)
         cfg = overridden(config, overrides)
         return train_run(cfg, workdir, paths.parse(workdir).name, quiet)
     return train_stages(config, as_items(overrides), workdir or default_workdir(config), quiet)
-
-
-WATCHDOG = ("compile", "step", "storage", "peer")
 
 
 def default_workdir(name: str) -> str:
@@ -88,11 +86,13 @@ def evaluate(
     """
     source = pretrained.load_model(run)
     cfg = copy.deepcopy(source.cfg)
-    cfg.mesh = config.base().mesh  # this machine's devices, not those of the training
+    cfg.mesh = base().mesh  # this machine's devices, not those of the training
     cfg = overridden(cfg, overrides)
     split = split or cfg.eval.final
     if not split:
-        raise UserError(f"{run} has no eval.final split: give --split, such as test", USAGE)
+        raise UserError(
+            f"{run} has no eval.final split: give a split, such as test (--split test)", USAGE
+        )
     mesh = make_mesh(cfg.mesh)
     validate_evaluation(cfg, mesh)
     examples = open_split(cfg.data, split, view(cfg.eval))

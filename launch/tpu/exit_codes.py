@@ -37,7 +37,7 @@ class Agent(enum.IntEnum):
     DONE, USAGE, DAMAGED, SETUP_FAILED, DISK_FULL, BUSY, TPU_HELD = 0, 64, 65, 70, 71, 75, 79
 
 
-# Exit codes after which the same command resumes: saved, killed by a signal, or the machine lost.
+# Exit codes of runs that can be resumed: saved, killed by a signal, or the machine lost.
 RESTARTABLE = (Trainer.RESUMABLE, *range(127, 256))
 
 

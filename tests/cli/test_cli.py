@@ -264,7 +264,7 @@ def test_a_run_that_evaluates_nothing_needs_a_split(learnt, capsys, monkeypatch)
     monkeypatch.setattr(pretrained, "load_model", without_final)
     assert cli.main(["eval", str(learnt)]) == USAGE
     assert capsys.readouterr().err == (
-        f"vit-scale: {learnt} has no eval.final split: give --split, such as test\n"
+        f"vit-scale: {learnt} has no eval.final split: give a split, such as test (--split test)\n"
     )
     assert cli.main(["eval", str(learnt), "--split", "test", "--json"]) == 0
     assert last(capsys.readouterr().out)["split"] == "test"

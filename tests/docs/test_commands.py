@@ -164,25 +164,25 @@ def test_fields_that_are_named_exist(name):
 
 def options() -> set[str]:
     """Every flag of every command."""
-    found = set(flags.parser()._option_string_actions)
-    found |= set(importlib.import_module("launch.gke").parser()._option_string_actions)
+    known_flags = set(flags.parser()._option_string_actions)
+    known_flags |= set(importlib.import_module("launch.gke").parser()._option_string_actions)
     speed = importlib.import_module("benchmarks.speed").MEASUREMENT
     queue = [parser(), importlib.import_module("benchmarks.measurement").parser(speed)]
     while queue:
         this = queue.pop()
-        found |= set(this._option_string_actions)
+        known_flags |= set(this._option_string_actions)
         for action in this._actions:
             if isinstance(action, argparse._SubParsersAction):
                 queue += action.choices.values()
-    return found | {"--hosts", "--strict", "--local-dir"}  # of shells, mkdocs, `hf download`
+    return known_flags | {"--hosts", "--strict", "--local-dir"}  # of shells, mkdocs, `hf download`
 
 
 @pytest.mark.parametrize("name", [name for name in documents() if "results/" not in name])
 def test_flags_that_are_named_exist(name):
     named = {word.strip(",") for code in inline(documents()[name]) for word in code.split()}
-    given = {word.partition("=")[0] for word in named if word.startswith("--")}
-    given = {word for word in given if not word.startswith("--config.") and word != "--"}
-    assert given <= options()
+    flags_used = {word.partition("=")[0] for word in named if word.startswith("--")}
+    flags_used = {word for word in flags_used if not word.startswith("--config.") and word != "--"}
+    assert flags_used <= options()
 
 
 def test_environment_script_lists_the_extras():

@@ -115,5 +115,5 @@ def test_the_notebook_names_no_path_of_a_machine():
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop("image/png", None)
-        found = MACHINE.search(json.dumps(cell))
-        assert not found, json.dumps(cell)[found.start() :][:80]
+        match = MACHINE.search(json.dumps(cell))
+        assert not match, json.dumps(cell)[match.start() :][:80]

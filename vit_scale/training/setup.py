@@ -76,7 +76,7 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
 
 
 def parameter_layout(setup: Setup) -> dict:
-    """The sharding of each parameter, and the bytes of the train state on one device."""
+    """Return the sharding of each parameter, and the bytes of the train state on one device."""
     rows = [
         {
             "parameter": name,
@@ -87,8 +87,8 @@ def parameter_layout(setup: Setup) -> dict:
         for name, leaf in named(setup.state.params).items()
     ]
     state = setup.state._asdict()
-    held = {name: device_bytes(state[name]) for name in ("params", "opt_state", "ema")}
-    return {"mesh": dict(setup.mesh.shape), "parameters": rows, "bytes_per_device": held}
+    sizes = {name: device_bytes(state[name]) for name in ("params", "opt_state", "ema")}
+    return {"mesh": dict(setup.mesh.shape), "parameters": rows, "bytes_per_device": sizes}
 
 
 def summary(cfg: ConfigDict) -> dict:

@@ -1,7 +1,8 @@
 """Check a config before anything is allocated, compiled, or billed.
 
-`validate` makes every check that needs neither data nor weights, `validate_inputs` those that need
-the opened data sets and the source of the weights. Whatever passes is built without further checks.
+`validate` makes every check that needs neither data nor weights, and `validate_inputs` those of the
+opened data sets; `init_state.check_source` checks the source of the weights. Whatever passes is
+built without further checks.
 """
 
 import jax
@@ -96,7 +97,7 @@ def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnet
 
 
 def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: int = 1) -> None:
-    """Raise UserError for a field that this kind of model can't honor, or would ignore.
+    """Raise UserError for a field that this kind of model doesn't support, or would ignore.
 
     `tensor` is the size of the mesh axis of that name.
     """
