@@ -56,6 +56,12 @@ def train(
     if isinstance(config, ConfigDict):
         if workdir is None:
             raise UserError("train(ConfigDict) needs a workdir: the run's folder", USAGE)
+        if config.stages:
+            raise UserError(
+                f"a ConfigDict is one run, and this one has stages={config.stages}: give the "
+                "config's name, or NAME:STAGE",
+                USAGE,
+            )
         cfg = overridden(config, overrides)
         return train_run(cfg, workdir, paths.parse(workdir).name, quiet)
     return train_stages(config, as_items(overrides), workdir or default_workdir(config), quiet)
