@@ -108,7 +108,7 @@ def model() -> dict:
 
 def distill() -> dict:
     return {  # of objective=distillation
-        "teacher": "",  # the teacher: folder of a run, or RUN/checkpoints/STEP
+        "teacher": "",  # the teacher: run folder, or RUN/checkpoints/STEP
         "checksum": "",  # of the teacher's checkpoint; filled in when a run begins
         "kind": "hard",  # hard (the teacher's most likely class) | soft (its probabilities)
         "weight": 0.5,  # weight of the teacher's loss; the labels' loss has the rest

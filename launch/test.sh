@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs, then runs the tests; needs no accelerator. Arguments go to pytest:
 #
-#   launch/test.sh                       everything but the slow tests, on all cores (up to 8)
+#   launch/test.sh                       everything but the slow tests, on all cores
 #   launch/test.sh --quick               what a change needs first: lint, types, the direction of imports, configs,
 #                                        models, optimizers, and a run that is stopped and resumed
 #   launch/test.sh -n 0 tests/models/test_vit.py -k parameters
@@ -20,4 +20,6 @@ else
   launch/compiler.sh  # for plan's tests, which compile for TPUs
 fi
 # The tests of a file run in one process: they share fixtures. tests/conftest.py puts the longest files first.
-exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
+# One process more than there are cores, since the launcher's tests mostly wait.
+processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
+exec .venv/bin/python -m pytest -n $((processes > 8 ? 8 : processes)) --dist loadfile --no-loadscope-reorder "$@"

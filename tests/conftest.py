@@ -46,6 +46,8 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS.session),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # XLA compiles in a quarter of the time. The programs are slower, and the same.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # XLA's older code generator for the CPU compiles in two thirds of the time; jax 0.12 has none.
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false" if OLDER_XLA else "",
     "WANDB_MODE": "offline",
@@ -84,26 +86,9 @@ def shared_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """XLA compiles in a quarter of the time, here and in every process that a test starts.
-
-    The programs are slower, and the same: for tests of what surrounds them.
-    """
-    import jax
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
 def default_compile() -> Iterator[None]:
-    """Let XLA compile as it does for users: for golden numbers."""
-    if not OLDER_XLA:
-        yield
-        return
+    """Let XLA compile as it does for users, also in processes that a test starts: for goldens."""
+    import jax
     from jax._src import compiler
 
     get_options = compiler.get_compile_options
@@ -113,9 +98,13 @@ def default_compile() -> Iterator[None]:
         return get_options(*args, env_options_overrides=overrides, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("XLA_FLAGS")
-        patch.setattr(compiler, "get_compile_options", default_options)
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        jax.config.update("jax_disable_most_optimizations", False)
+        if OLDER_XLA:
+            patch.delenv("XLA_FLAGS")
+            patch.setattr(compiler, "get_compile_options", default_options)
         yield
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 Cli = Callable[..., subprocess.CompletedProcess]

@@ -148,7 +148,6 @@ def photos(tmp_path) -> pathlib.Path:
 
 @pytest.mark.parametrize("memory", ["False", "True"])
 @pytest.mark.parametrize("load", [(), ("data.load=24",)])
-@pytest.mark.usefixtures("quick_compile")
 def test_predict_sees_what_evaluation_sees(memory, load, photos, tmp_path):
     """Of a crop, files in memory and files decoded larger than the model sees them."""
     overrides = ("eval.crop=0.7", "eval.resample=bilinear", f"data.memory={memory}", *load)
@@ -170,7 +169,6 @@ def test_predict_sees_what_evaluation_sees(memory, load, photos, tmp_path):
     assert abs(whole["loss"] - measured["loss"]) > 1e-4
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_set_in_memory_is_cropped_on_the_device_once(tmp_path):
     cfg = tiny_config("eval.crop=0.5")
     params = random_params(tiny_model())
@@ -188,7 +186,6 @@ def test_a_set_in_memory_is_cropped_on_the_device_once(tmp_path):
     )
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_inspect_crops_once_wherever_images_are(tmp_path):
     """Also of converted weights, which were trained on no set that is known."""
     run = write_run(tmp_path / "run", tiny_config("eval.crop=0.5"), random_params(tiny_model()))

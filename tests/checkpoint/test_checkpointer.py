@@ -350,7 +350,7 @@ def test_verify_reads_everything(tmp_path):
         flip(file, 8 * file.stat().st_size // 2)
     rows = {row["file"]: row for row in verify(tmp_path)}
     assert [rows[f"checkpoints/{step}"]["state"] for step in (1, 2)] == ["whole", "damaged"]
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not a run folder"):
         verify(tmp_path / "nothing")
 
 

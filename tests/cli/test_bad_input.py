@@ -21,7 +21,6 @@ from vit_scale.training import trainer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = {
     "data.name": "folder",
@@ -106,7 +105,7 @@ def user(tmp_path, jpegs, capsys) -> User:
 
 
 @pytest.fixture(scope="module")
-def trained(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
+def trained(jpegs, tmp_path_factory) -> pathlib.Path:
     """A finished run, with one checkpoint. Tests copy it before they damage it."""
     folder = tmp_path_factory.mktemp("trained")
     user = User(folder, jpegs, None)
@@ -465,7 +464,7 @@ def test_a_run_that_is_none(user, trained, jpegs, monkeypatch):
     image = next((jpegs / "val" / "class_0").iterdir())
     user.refused(["eval", "runs/none"], "runs/none", "is not a run folder")
     user.refused(["predict", "runs/none", image], "runs/none", "is not a run folder")
-    user.refused(["show", "runs/none"], "runs/none", "not the folder of a run")
+    user.refused(["show", "runs/none"], "runs/none", "is not a run folder")
     begun = user.folder / "begun"
     begun.mkdir()
     shutil.copy(trained / "run.json", begun)

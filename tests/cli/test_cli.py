@@ -19,8 +19,6 @@ from vit_scale.cli import commands
 from vit_scale.data.cifar import CLASSES
 from vit_scale.errors import USAGE, nearest
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 HERE = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2])}
 TINY = (
     "--config.data.workers=0",
@@ -62,7 +60,7 @@ def last(out: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def learnt(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
+def learnt(jpegs, tmp_path_factory) -> pathlib.Path:
     """A run that has learnt to tell the colour-coded classes apart."""
     folder = tmp_path_factory.mktemp("learnt")
     (folder / "plain.py").write_text(PLAIN)

@@ -1,4 +1,4 @@
-"""Packed sets: what goes in comes out, an interrupted pack goes on, damage is named."""
+"""Packed sets: packing is lossless, an interrupted pack resumes, errors name the damaged file."""
 
 import concurrent.futures
 import json
@@ -15,7 +15,7 @@ N = 20
 
 
 class Inline(concurrent.futures.Executor):
-    """Jobs run when they are submitted, in this process, which a test can watch."""
+    """Runs each job in this process as soon as it is submitted, where a test can observe it."""
 
     def __init__(self, *_):
         pass
@@ -57,8 +57,8 @@ def as_set(actual) -> set:
     }
 
 
-def test_packed_equals_the_folder_in_another_order(folder, tmp_path):
-    """Through real processes."""
+def test_packing_shuffles_the_images_and_loses_none(folder, tmp_path):
+    """With real worker processes."""
     assert array_record.pack(folder, tmp_path / "out", workers=2, shard=6) == {
         "train": N,
         "val": 2,
@@ -77,14 +77,14 @@ def test_packed_equals_the_folder_in_another_order(folder, tmp_path):
     assert everything(train)["label"].tolist() != sorted(everything(train)["label"].tolist())
 
 
-def test_files_are_kept_byte_for_byte(folder, tmp_path, inline):
+def test_image_files_are_packed_byte_for_byte(folder, tmp_path, inline):
     array_record.pack(folder, tmp_path / "out", shard=6)
     source = data.open_split(packed_block(tmp_path / "out"), "train")
     actual = {source.encoded(index)[0] for index in range(N)}
     assert actual == {file.read_bytes() for file in (folder / "train").rglob("*.png")}
 
 
-def test_packing_again_gives_the_same_bytes(folder, tmp_path, inline):
+def test_packing_is_deterministic(folder, tmp_path, inline):
     for out in ("a", "b"):
         array_record.pack(folder, tmp_path / out, shard=6)
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
@@ -97,10 +97,10 @@ def test_packing_again_gives_the_same_bytes(folder, tmp_path, inline):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_records_are_read_in_workers(folder, tmp_path, inline):
+def test_workers_read_the_same_records(folder, tmp_path, inline):
     array_record.pack(folder, tmp_path / "out", shard=6)
     source = data.open_split(packed_block(tmp_path / "out"), "train")
-    everything(source)  # opens its readers, which must not travel
+    everything(source)  # opens its readers, which must not be pickled
     alone = list(data.eval_batches(source, 8))
     together = list(data.eval_batches(source, 8, workers=1))
     for one, other in zip(alone, together, strict=True):
@@ -108,7 +108,7 @@ def test_records_are_read_in_workers(folder, tmp_path, inline):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_an_interrupted_pack_goes_on(folder, tmp_path, inline, monkeypatch):
+def test_an_interrupted_pack_resumes(folder, tmp_path, inline, monkeypatch):
     out, write = tmp_path / "out", shards.write_shard
     written = []
 
@@ -136,15 +136,15 @@ def test_an_interrupted_pack_goes_on(folder, tmp_path, inline, monkeypatch):
     assert array_record.pack(folder, out, shard=6)["train"] == N and len(written) == 5
 
 
-def test_a_failed_shard_leaves_nothing(folder, tmp_path, inline):
+def test_a_failed_shard_leaves_no_file(folder, tmp_path, inline):
     (folder / "train/class_1/5.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read .*class_1/5.png: .*on-corrupt skip"):
         array_record.pack(folder, tmp_path / "out", shard=100)
-    left = {file.name for file in (tmp_path / "out").iterdir()}
-    assert left == {"index.json", "val-00000-of-00001.array_record"}
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"index.json", "val-00000-of-00001.array_record"}
 
 
-def test_unreadable_images_are_left_out_and_counted(folder, tmp_path, inline):
+def test_unreadable_images_are_skipped_and_counted(folder, tmp_path, inline):
     (folder / "train/class_1/5.png").write_bytes(b"no image")
     counts = array_record.pack(folder, tmp_path / "out", on_corrupt="skip", shard=6)
     assert counts == {"train": N - 1, "val": 2, "skipped": 1}
@@ -152,7 +152,7 @@ def test_unreadable_images_are_left_out_and_counted(folder, tmp_path, inline):
     assert len(actual["mask"]) == N - 1 and actual["mask"].all()
 
 
-def test_a_full_disk_is_one_line(folder, tmp_path, inline, monkeypatch):
+def test_a_full_disk_is_a_one_line_error(folder, tmp_path, inline, monkeypatch):
     class Full:
         def __init__(self, path, options):
             open(path, "wb").close()
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line(folder, tmp_path, inline, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["images", "options", "foreign"])
-def test_two_sets_never_mix(folder, tmp_path, inline, change):
+def test_packing_into_the_folder_of_another_set_is_refused(folder, tmp_path, inline, change):
     out = tmp_path / "out"
     array_record.pack(folder, out, shard=6)
     if change == "images":
@@ -195,14 +195,14 @@ def flip(file, at):
     file.write_bytes(raw)
 
 
-def test_a_flipped_bit_names_the_file_and_position(packed):
-    """Also where the image would still decode: the label and the pixels are under a checksum."""
+def test_a_flipped_bit_is_reported_with_file_and_position(packed):
+    """Even if the image would still decode: a checksum covers the label and the pixels."""
     source = data.open_split(packed_block(packed), "train")
     image, _ = source.encoded(8)
     file = packed / "train-00001-of-00004.array_record"
-    at = file.read_bytes().index(image[:60])
+    start = file.read_bytes().index(image[:60])
     for offset in (-4, 2, 40):
-        flip(file, at + offset)
+        flip(file, start + offset)
         source = data.open_split(packed_block(packed), "train")
         with pytest.raises(UserError) as caught:
             source.read(np.array([3, 8]))
@@ -210,8 +210,8 @@ def test_a_flipped_bit_names_the_file_and_position(packed):
         assert "\n" not in str(caught.value)
         skipping = data.open_split(packed_block(packed, on_corrupt="skip"), "train")
         assert skipping.read(np.array([3, 8, 9]))["mask"].tolist() == [True, False, True]
-        flip(file, at + offset)
-    assert source.read(np.array([3, 8]))["mask"].all()  # nothing was remembered
+        flip(file, start + offset)
+    assert source.read(np.array([3, 8]))["mask"].all()  # the error is not cached
 
 
 def test_a_truncated_or_missing_shard_is_refused_at_once(packed):
@@ -246,7 +246,7 @@ def test_a_label_outside_the_classes_is_refused(packed):
         ('{"version": 9}', "has version 9, not 1 or 2"),
     ],
 )
-def test_a_folder_that_is_no_packed_set_is_refused(tmp_path, text, message):
+def test_a_folder_that_is_not_a_packed_set_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "index.json").write_text(text)
     with pytest.raises(UserError) as caught:

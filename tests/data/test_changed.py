@@ -1,4 +1,4 @@
-"""A stopped run whose data changed: refused before anything is compiled, unless it is accepted."""
+"""Resuming a run whose data changed: refused before anything is compiled, unless accepted."""
 
 import json
 import shutil
@@ -13,8 +13,6 @@ from vit_scale.distributed import preemption
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.errors import UserError
 from vit_scale.training import trainer
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -55,9 +53,9 @@ def refusal(photos, run, monkeypatch, *more: str) -> str:
     return str(caught.value)
 
 
-def test_a_run_says_what_its_data_is(stopped, photos):
-    about = json.loads((stopped / "run.json").read_text())
-    sets = about["data"]["sets"]
+def test_a_run_records_its_data(stopped, photos):
+    metadata = json.loads((stopped / "run.json").read_text())
+    sets = metadata["data"]["sets"]
     assert list(sets) == ["train", "selection", "final"]
     assert [(part["images"], part.get("of")) for part in sets.values()] == [
         (12, 16),
@@ -66,10 +64,10 @@ def test_a_run_says_what_its_data_is(stopped, photos):
     ]
     assert len({part["fingerprint"] for part in sets.values()}) == 3
     step = stopped / checkpoint.FOLDER / str(checkpoint.finished_steps(stopped)[-1])
-    assert checkpoint.read_description(step)["data"] == about["data"]
+    assert checkpoint.read_description(step)["data"] == metadata["data"]
 
 
-def test_images_that_were_added_are_refused_or_accepted(stopped, photos, monkeypatch, capsys):
+def test_added_images_are_refused_or_accepted(stopped, photos, monkeypatch, capsys):
     save(photos / "train/class_0/new.png", picture(16, 16, 99))
     message = refusal(photos, stopped, monkeypatch)
     assert "went from 16 to 17 images, 1 more; " in message and "data.changed=True" in message
@@ -78,19 +76,19 @@ def test_images_that_were_added_are_refused_or_accepted(stopped, photos, monkeyp
     assert "data.changed: since this run began, " in capsys.readouterr().err
 
 
-def test_an_image_of_the_final_set_that_was_removed_is_refused(stopped, photos, monkeypatch):
+def test_a_removed_image_of_the_final_set_is_refused(stopped, photos, monkeypatch):
     (photos / "val/class_1/3.png").unlink()
     message = refusal(photos, stopped, monkeypatch)
     assert "(final: set val went from 4 to 3 images, 1 fewer)" in message
 
 
-def test_an_image_that_changed_its_class_is_refused(stopped, photos, monkeypatch):
+def test_an_image_moved_to_another_class_is_refused(stopped, photos, monkeypatch):
     (photos / "val/class_1/3.png").rename(photos / "val/class_0/3.png")
     message = refusal(photos, stopped, monkeypatch)
     assert "(final: set val still has 4 images, but their paths or labels changed)" in message
 
 
-def test_a_class_that_was_renamed_is_refused(stopped, photos, monkeypatch):
+def test_a_renamed_class_is_refused(stopped, photos, monkeypatch):
     for split in ("train", "val"):
         (photos / split / "class_0").rename(photos / split / "other")
     for more in ((), ("data.changed=True",)):
@@ -98,8 +96,8 @@ def test_a_class_that_was_renamed_is_refused(stopped, photos, monkeypatch):
         assert "removed 'class_0', added 'other', class 0 was 'class_0', is now" in message
 
 
-def test_a_moved_copy_held_in_memory_is_the_same_data(stopped, photos, tmp_path):
-    """Bit for bit: compared with the run that goes on where it was."""
+def test_moved_data_loaded_into_memory_is_the_same_data(stopped, photos, tmp_path):
+    """Bit for bit, compared with a run that resumes with the original folder."""
     other = shutil.copytree(stopped, tmp_path / "other")
     shutil.copytree(photos, tmp_path / "moved" / "set")
     trainer.train(config_of(photos), stopped, "changed", quiet=True)
@@ -109,8 +107,8 @@ def test_a_moved_copy_held_in_memory_is_the_same_data(stopped, photos, tmp_path)
     np.testing.assert_equal(one, two)
 
 
-def test_a_finished_run_is_left_as_it_is(stopped, photos):
-    """Whatever has become of its images since: nothing is trained any more."""
+def test_a_finished_run_ignores_changed_data(stopped, photos):
+    """It has no steps left to train."""
     done = trainer.train(config_of(photos), stopped, "changed", quiet=True)
     save(photos / "train/class_0/new.png", picture(16, 16, 99))
     assert trainer.train(config_of(photos), stopped, "changed", quiet=True) == done

@@ -1,4 +1,4 @@
-"""CIFAR-10: both layouts give the same pixels, and no file can do harm."""
+"""CIFAR-10: both layouts give the same pixels, and malicious files do no harm."""
 
 import os
 import pickle
@@ -89,7 +89,7 @@ def test_every_layout_gives_the_same_pixels(tmp_path, layout, encode, ending):
         assert test.read(np.arange(N))["label"].tolist() == content(5)[1]
 
 
-def test_absent_says_how_to_get_it_in_one_line(tmp_path):
+def test_a_missing_set_is_a_one_line_error_with_the_download_command(tmp_path):
     with pytest.raises(UserError) as caught:
         data.open_split(block(tmp_path), "train")
     message = str(caught.value)
@@ -97,8 +97,8 @@ def test_absent_says_how_to_get_it_in_one_line(tmp_path):
     assert "cifar-10-python.tar.gz" in message and "\n" not in message
 
 
-def replaced(tmp_path, layout, encode, ending, stem, change):
-    """The error of opening a set whose file `stem` was changed."""
+def refusal(tmp_path, layout, encode, ending, stem, change):
+    """Return the error of opening a set whose file `stem` was changed."""
     folder = write(tmp_path / layout, encode, ending)
     file = folder / f"{stem}{ending}"
     file.write_bytes(change(file.read_bytes()))
@@ -122,7 +122,7 @@ def replaced(tmp_path, layout, encode, ending, stem, change):
     ],
 )
 def test_broken_binary_names_the_file_and_position(tmp_path, change, message):
-    actual = replaced(tmp_path, "cifar-10-batches-bin", binary, ".bin", "data_batch_3", change)
+    actual = refusal(tmp_path, "cifar-10-batches-bin", binary, ".bin", "data_batch_3", change)
     assert message in actual
 
 
@@ -133,7 +133,7 @@ def test_a_missing_file_is_named(tmp_path):
         data.open_split(block(tmp_path), "train")
 
 
-class Hostile:
+class Malicious:
     def __init__(self, call, *arguments):
         self.reduced = (call, arguments)
 
@@ -156,7 +156,7 @@ class Hostile:
     ],
 )
 def test_broken_pickle_names_the_file_and_position(tmp_path, change, message):
-    assert message in replaced(tmp_path, "cifar-10-batches-py", python3, "", "data_batch_1", change)
+    assert message in refusal(tmp_path, "cifar-10-batches-py", python3, "", "data_batch_1", change)
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -169,15 +169,17 @@ def test_broken_pickle_names_the_file_and_position(tmp_path, change, message):
         (np.load, ("harmed",), "numpy"),
     ],
 )
-def test_hostile_pickle_runs_nothing(tmp_path, monkeypatch, protocol, call, arguments, asked):
+def test_a_malicious_pickle_executes_nothing(
+    tmp_path, monkeypatch, protocol, call, arguments, asked
+):
     monkeypatch.chdir(tmp_path)
-    evil = pickle.dumps({"data": Hostile(call, *arguments), "labels": []}, protocol)
-    message = replaced(tmp_path, "cifar-10-batches-py", python3, "", "data_batch_1", lambda _: evil)
+    evil = pickle.dumps({"data": Malicious(call, *arguments), "labels": []}, protocol)
+    message = refusal(tmp_path, "cifar-10-batches-py", python3, "", "data_batch_1", lambda _: evil)
     assert f"asks for {asked}" in message.replace("__builtin__", "builtins")  # Python 2's name
     assert not (tmp_path / "harmed").exists()
 
 
 def test_only_latin1_is_decoded(tmp_path):
-    bomb = pickle.dumps({"data": Hostile(__import__("_codecs").encode, b"aaaa", "zlib")}, 2)
-    message = replaced(tmp_path, "cifar-10-batches-py", python3, "", "data_batch_1", lambda _: bomb)
+    bomb = pickle.dumps({"data": Malicious(__import__("_codecs").encode, b"aaaa", "zlib")}, 2)
+    message = refusal(tmp_path, "cifar-10-batches-py", python3, "", "data_batch_1", lambda _: bomb)
     assert "codec 'zlib'" in message

@@ -1,4 +1,4 @@
-"""classes: a model's outputs go with a set's classes by their names, never by their number."""
+"""classes: a model's outputs are matched to a set's classes by name, not by index."""
 
 import json
 import pathlib
@@ -26,8 +26,7 @@ from vit_scale.pretrained import convert
 from vit_scale.training.init_state import check_source, init_state
 from vit_scale.training.setup import make_setup
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-TURNED = CLASSES[::-1]
+REVERSED = CLASSES[::-1]
 
 
 def test_the_same_names_in_another_order_are_mapped():
@@ -36,19 +35,19 @@ def test_the_same_names_in_another_order_are_mapped():
     assert match(("b", "c", "a"), ("a", "b", "c")).outputs == (2, 0, 1)
 
 
-def test_folders_may_have_other_names_than_classes():
-    """WordNet ids, shown as words: timm's label_names are the ids."""
+def test_folder_names_may_differ_from_class_names():
+    """Folders are named by WordNet ids, shown as words; timm's label_names are the ids."""
     actual = match(("n02", "n01"), ("tench", "goldfish"), ids=("n01", "n02"))
     assert actual.outputs == (1, 0)
     assert match(("n01", "n02"), ("tench", "goldfish"), ids=("n01", "n02")) == Match()
 
 
-def test_the_first_of_several_names_is_enough():
+def test_the_first_synonym_is_enough():
     """Hugging Face's ImageNet has all of WordNet's words for a class."""
     theirs = ("goldfish, Carassius auratus", "tench, Tinca tinca", "Great_White_Shark, white shark")
     actual = match(theirs, ("tench", "great white shark", "goldfish"))
     assert actual.outputs == (1, 2, 0) and "by first synonym" in actual.line
-    with pytest.raises(UserError):  # two cranes: which is which is not known
+    with pytest.raises(UserError):  # two cranes are ambiguous
         match(("crane, bird", "crane, machine"), ("crane", "derrick"))
 
 
@@ -60,7 +59,7 @@ def test_the_first_of_several_names_is_enough():
         (("a", "a"), ("a", "b")),
     ],
 )
-def test_other_names_are_refused_with_the_way_to_say_otherwise(outputs, classes):
+def test_different_names_are_refused_naming_the_override(outputs, classes):
     with pytest.raises(UserError) as caught:
         match(outputs, classes)
     line = str(caught.value)
@@ -70,16 +69,16 @@ def test_other_names_are_refused_with_the_way_to_say_otherwise(outputs, classes)
         match(outputs, classes, "name")
 
 
-def test_names_that_occur_twice():
-    """ImageNet has two cranes: in the same order they are told apart, in another they are not."""
+def test_duplicate_names():
+    """ImageNet has two cranes, which only the order can tell apart."""
     theirs = ("tench, Tinca tinca", "crane", "crane")
     assert match(theirs, ("tench", "crane (n02012849)", "crane (n03126707)")) == Match()
     with pytest.raises(UserError, match=r"in another order, and 'crane' more than once"):
         match(theirs, ("crane", "tench, Tinca tinca", "crane"))
 
 
-def test_whole_names_go_before_the_first_of_several():
-    """Both are a crane: by their places, each would be taken for the other."""
+def test_full_names_take_precedence_over_first_synonyms():
+    """Both are cranes: matched by index, each would be mistaken for the other."""
     cranes = ("crane, bird", "crane, machine")
     assert match(cranes, cranes[::-1]).outputs == (1, 0)
     assert match(("crane", "crane, bird"), ("x", "y"), ids=("crane, bird", "crane")).outputs == (
@@ -88,7 +87,7 @@ def test_whole_names_go_before_the_first_of_several():
     )
 
 
-def test_an_accent_may_be_a_character_of_its_own():
+def test_composed_and_decomposed_accents_are_equal():
     assert match(("caf\u00e9", "bar"), ("bar", "cafe\u0301")).outputs == (1, 0)
 
 
@@ -97,7 +96,7 @@ def test_json_has_every_class():
     assert by_class(top) == {"crane": 0.5, "tench": 0.3, "crane (2)": 0.1, "crane (3)": 0.05}
 
 
-def test_where_nobody_named_them_their_order_is_believed_aloud():
+def test_numbered_classes_are_matched_in_order_with_a_message():
     for outputs, classes in ((("0", "1", "2", "3"), CLASSES), (CLASSES, ("0", "1", "2", "3"))):
         actual = match(outputs, classes)
         assert actual.outputs is None and "assuming that output i is class i" in actual.line
@@ -108,19 +107,19 @@ def test_where_nobody_named_them_their_order_is_believed_aloud():
 def test_a_set_is_read_with_the_models_labels():
     images, labels = random_images(5), np.array([0, 1, 2, 3, 0])
     mask = np.array([True, True, True, False, True])
-    source = InMemory("turned", images, labels, TURNED, mask)
+    source = InMemory("turned", images, labels, REVERSED, mask)
     aligned, line = align(source, CLASSES)
     batch = aligned.read(np.arange(5))
     assert batch["label"].tolist() == [3, 2, 1, 0, 3] and batch["mask"].tolist() == mask.tolist()
     assert aligned.classes == CLASSES and len(aligned) == 5 and "another order" in line
     np.testing.assert_array_equal(batch["image"], images)
-    assert align(source, TURNED) == (source, "")
-    assert align(source, ("a", "b")) == (source, ""), "another number is somebody else's mistake"
+    assert align(source, REVERSED) == (source, "")
+    assert align(source, ("a", "b")) == (source, ""), "the number of classes is checked elsewhere"
 
 
 @pytest.fixture
 def photos(tmp_path) -> pathlib.Path:
-    """Flat grey photos, the brighter the later their class."""
+    """Uniform grey photos, brighter for later classes."""
     for split in ("train", "val"):
         for label, name in enumerate(CLASSES):
             folder = tmp_path / "photos" / split / name
@@ -130,10 +129,10 @@ def photos(tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture
-def bright(tmp_path, photos):
-    """bright(names) is a run whose output i is likeliest for photos of brightness i.
+def biased_run(tmp_path, photos):
+    """biased_run(names, order) writes a run that predicts the same class for every image.
 
-    Its outputs have these names.
+    Its outputs have these names, and output i has the logit order[i].
     """
 
     def make(names, order=(0, 1, 2, 3)) -> pathlib.Path:
@@ -149,7 +148,7 @@ def bright(tmp_path, photos):
 
 @pytest.fixture
 def evaluate(capsys):
-    """evaluate(RUN, ...) is what `vit-scale eval RUN --split val --json` says: code, out, err."""
+    """evaluate(RUN, ...) runs `vit-scale eval RUN --split val --json`; returns (code, out, err)."""
 
     def run(*arguments) -> tuple[int, str, str]:
         code = cli.main(["eval", *map(str, arguments), "--split", "val", "--json"])
@@ -158,41 +157,41 @@ def evaluate(capsys):
     return run
 
 
-def test_eval_compares_names(bright, evaluate):
-    """All photos are taken for the output with the highest bias, the last."""
-    code, out, err = evaluate(bright(CLASSES))
+def test_eval_matches_classes_by_name(biased_run, evaluate):
+    """All photos are classified as the output with the highest bias."""
+    code, out, err = evaluate(biased_run(CLASSES))
     assert code == 0 and "order" not in err
     same = json.loads(out)
     assert same["accuracy"] == 0.25
-    code, out, err = evaluate(bright(TURNED, (3, 2, 1, 0)))
+    code, out, err = evaluate(biased_run(REVERSED, (3, 2, 1, 0)))
     assert json.loads(out)["loss"] == pytest.approx(same["loss"], abs=1e-6)
     assert "photos val: mapping the model's classes, in another order" in err
-    other = bright(("cat", "dog", "eel", "gnu"))
+    other = biased_run(("cat", "dog", "eel", "gnu"))
     code, out, err = evaluate(other)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "'gnu' only in the model, 'fox' only in the set" in err
     code, out, err = evaluate(other, "--config.init.classes=order")
     assert code == 0 and "in order: init.classes=order" in err
-    _, _, err = evaluate(bright(("0", "1", "2", "3")))
+    _, _, err = evaluate(biased_run(("0", "1", "2", "3")))
     assert "assuming that output i is class i of the set, cat to fox" in err
 
 
-def test_inspect_compares_names(bright, capsys):
-    subject = InspectedRun(bright(TURNED))
-    batch = subject.open_split("val").read(np.arange(4))
+def test_inspect_matches_classes_by_name(biased_run, capsys):
+    run = InspectedRun(biased_run(REVERSED))
+    batch = run.open_split("val").read(np.arange(4))
     assert batch["label"].tolist() == [3, 2, 1, 0]
     assert "another order" in capsys.readouterr().err
     with pytest.raises(UserError, match="'gnu' only in the model"):
-        InspectedRun(bright(("cat", "dog", "eel", "gnu"))).open_split("val")
+        InspectedRun(biased_run(("cat", "dog", "eel", "gnu"))).open_split("val")
 
 
-def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
+def test_a_kept_head_is_reordered_to_the_sets_classes(tmp_path, capsys):
     run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
     pretrained_head = random_params(tiny_model())["head"]
     for head in ("auto", "keep"):
         program = make_setup(tiny_config(f"init.source={run}", f"init.head={head}"))
-        check_source(program, TURNED)
-        state = init_state(program, TURNED, quiet=False)
+        check_source(program, REVERSED)
+        state = init_state(program, REVERSED, quiet=False)
         np.testing.assert_array_equal(
             state.params["head"]["kernel"], pretrained_head["kernel"][:, ::-1]
         )
@@ -210,29 +209,29 @@ def test_a_kept_head_is_put_in_the_sets_order(tmp_path, capsys):
     np.testing.assert_array_equal(state.params["head"]["kernel"], pretrained_head["kernel"])
 
 
-def test_a_head_that_nobody_named_is_kept_aloud(tmp_path, capsys):
+def test_a_head_without_class_names_is_kept_with_a_message(tmp_path, capsys):
     run = write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()))
     export(run, "safetensors-timm", tmp_path / "timm")
     (tmp_path / "timm" / "config.json").unlink()
     source = f"init.source={tmp_path / 'timm'}"
     program = make_setup(tiny_config(source))
-    init_state(program, TURNED, quiet=False)
+    init_state(program, REVERSED, quiet=False)
     printed = capsys.readouterr().out
     assert "assuming that output i is class i of the set, fox to cat" in printed
     assert "classes are numbered 0 to 3" in printed
 
 
-def test_classes_of_others_in_another_order(tmp_path, photos):
-    """Through a folder of Hugging Face whose outputs are turned around, and back."""
+def test_hugging_face_classes_in_another_order(tmp_path, photos):
+    """Export to the Hugging Face layout, reverse the names of its outputs, and convert it back."""
     cfg = tiny_config("data.name=folder", f"data.path={photos}")
     run = write_run(tmp_path / "run", cfg, random_params(tiny_model()), data={"images": 4})
     export(run, "safetensors-hf", tmp_path / "hf")
     file = tmp_path / "hf/config.json"
     content = json.loads(file.read_text())
-    content["id2label"] = {str(i): name for i, name in enumerate(TURNED)}
+    content["id2label"] = {str(i): name for i, name in enumerate(REVERSED)}
     file.write_text(json.dumps(content))
-    made, _ = convert(tmp_path / "hf", tmp_path / "back")
-    assert made.classes == TURNED
-    cfg = config.override(made.cfg, ["data.name=folder", f"data.path={photos}"])
-    source, line = align(open_split(cfg.data, "val"), made.classes)
+    converted, _ = convert(tmp_path / "hf", tmp_path / "back")
+    assert converted.classes == REVERSED
+    cfg = config.override(converted.cfg, ["data.name=folder", f"data.path={photos}"])
+    source, line = align(open_split(cfg.data, "val"), converted.classes)
     assert source.read(np.arange(4))["label"].tolist() == [3, 2, 1, 0] and line

@@ -56,8 +56,8 @@ def test_no_class_is_renamed(odd, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_them(odd, tmp_path, run_cli, quick_compile):
-    """Trained, evaluated, predicted, shown, inspected and exported, on a strict stdout."""
+def test_a_run_works_with_odd_class_names(odd, tmp_path, run_cli):
+    """Train, evaluate, load, predict and inspect, with strict output encodings."""
     fields = ("data.name=folder", f"data.path={odd}", "data.resolution=16", "data.batch=2")
     cfg = tiny_config(*fields, f"model.classes={len(ODD)}", "eval.split=val", "eval.final=val")
     cfg.update({"steps": 2})
@@ -90,7 +90,7 @@ def test_an_error_about_an_odd_name_is_one_line(odd, run_cli, tmp_path):
     assert r"caf\xe9" in done.stderr
 
 
-# Words
+# Words that replace WordNet ids
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def classes(folder, **changes):
 
 
 WORDS = "n01\tcrane, bird\nn02\tcrane\nn03\tcafé, coffee house\n"
-READ = ("crane (n01)", "crane (n02)", "café", "other, class")
+EXPECTED = ("crane (n01)", "crane (n02)", "café", "other, class")
 
 
 @pytest.mark.parametrize(
@@ -122,23 +122,23 @@ READ = ("crane (n01)", "crane (n02)", "café", "other, class")
     ],
     ids=["utf-8", "bom", "crlf", "cr", "latin-1", "cp1252", "utf-16", "bom-crlf"],
 )
-def test_words_of_any_encoding(ids, content):
+def test_words_in_any_encoding(ids, content):
     (ids / "words.txt").write_bytes(content)
-    assert classes(ids) == READ
+    assert classes(ids) == EXPECTED
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\xff\xfe\x81\n", b"n01", b"n01\t\n", b"\xff\xfe\x00"])
-def test_words_that_say_nothing(ids, content):
+def test_words_files_without_words_are_ignored(ids, content):
     (ids / "words.txt").write_bytes(content)
     assert classes(ids) == ("n01", "n02", "n03", "other, class")
 
 
-def test_a_comma_is_cut_only_in_words(ids):
+def test_only_words_are_cut_at_a_comma(ids):
     assert classes(ids)[-1] == "other, class"
-    assert classes(ids, listing="common")[-1] == "other", "as a run of before has it"
+    assert classes(ids, listing="common")[-1] == "other", "as in earlier runs"
 
 
-def test_words_that_are_the_name_of_another_class(ids):
+def test_words_that_equal_another_class_name(ids):
     save(ids / "train/crane/1.png", picture(8, 8))
     (ids / "words.txt").write_text("n01\tcrane\nn02\tbee\n")
     assert set(classes(ids)) == {"crane", "crane (n01)", "bee", "n03", "other, class"}
@@ -146,7 +146,7 @@ def test_words_that_are_the_name_of_another_class(ids):
     assert set(classes(ids)) == {"crane", "crane (n01)", "n01", "n02", "n03", "other, class"}
 
 
-def test_annotations_from_windows_and_of_odd_files(tmp_path):
+def test_annotations_with_windows_line_ends_and_odd_file_names(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     save(tmp_path / "train/n01/1.png", picture(8, 8))
     save(tmp_path / "train/n02/1.png", picture(8, 8))

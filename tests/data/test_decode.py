@@ -1,4 +1,4 @@
-"""Pixels: deep grey and floats are scaled or refused, photos are upright, and keep their aspect."""
+"""Pixels: 16-bit and float images are scaled or refused; photos are upright, with their aspect."""
 
 import io
 import struct
@@ -22,8 +22,10 @@ def gray(data: bytes) -> np.ndarray:
 
 
 def tiff(values: np.ndarray, bits: int, photometric: int = 1, kind: int = 1) -> bytes:
-    """A TIFF that Pillow doesn't write. `kind`: 1 unsigned, 2 signed, 3 floats; photometric 0:
-    zero is white."""
+    """Return a TIFF that Pillow cannot write.
+
+    `kind`: 1 unsigned, 2 signed, 3 floats; `photometric` 0: zero is white.
+    """
     raw, (height, width) = values.tobytes(), (32, 32)
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 120 + 4}
     tags |= {277: 1, 278: height, 279: len(raw), 339: kind}
@@ -52,14 +54,14 @@ def test_big_endian_and_signed_tiffs_are_scaled():
     np.testing.assert_array_equal(gray(signed), np.round(RAMP * 128 * 255 / 65535))
 
 
-def test_where_zero_is_white():
+def test_tiffs_where_zero_is_white():
     dark = (RAMP * 257).astype(np.uint16)
     np.testing.assert_array_equal(gray(tiff(dark, 16, photometric=0)), 255 - RAMP)
     half = (RAMP / 255).astype(np.float32)
     np.testing.assert_array_equal(gray(tiff(half, 32, photometric=0, kind=3)), 255 - RAMP)
 
 
-def test_twelve_bits_that_the_file_declares_are_full_range():
+def test_declared_twelve_bits_are_scaled_to_the_full_range():
     values = np.round(RAMP / 255 * 4095).astype(int)
     first, second = values[:, ::2], values[:, 1::2]
     parts = [first >> 4, (first & 15) << 4 | second >> 8, second & 255]
@@ -84,7 +86,7 @@ def test_sixteen_bit_colour_is_scaled_by_pillow(channels):
     np.testing.assert_array_equal(gray(content), RAMP)
 
 
-def test_integers_and_floats_whose_white_is_known_are_scaled():
+def test_integers_and_floats_with_a_known_white_are_scaled():
     np.testing.assert_array_equal(
         gray(encoded(Image.fromarray((RAMP * 257).astype(np.int32)), "tiff")), RAMP
     )
@@ -127,13 +129,13 @@ def test_every_mode_of_pillow_becomes_rgb(mode):
 MARKED = np.zeros((24, 16, 3), np.uint8)  # upright: bright at the top, red on the left
 MARKED[:8] = 200
 MARKED[:, :4, 0] = 255
-BACK = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
-BACK |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+INVERSE = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+INVERSE |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
 
 
-def lying(orientation: int, form: str) -> bytes:
-    """`MARKED` as a camera stores it that was held so."""
-    stored = Image.fromarray(MARKED).transpose(Image.Transpose[BACK[orientation]])
+def photo(orientation: int, form: str) -> bytes:
+    """Return `MARKED` as a camera held in this orientation stores it."""
+    stored = Image.fromarray(MARKED).transpose(Image.Transpose[INVERSE[orientation]])
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     more = {"quality": 100} if form == "jpeg" else {"lossless": True} if form == "webp" else {}
@@ -141,21 +143,21 @@ def lying(orientation: int, form: str) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("orientation", sorted(BACK))
+@pytest.mark.parametrize("orientation", sorted(INVERSE))
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff"])
-def test_a_photo_is_turned_as_exif_says(orientation, form):
-    content = lying(orientation, form)
+def test_exif_orientation_is_applied(orientation, form):
+    content = photo(orientation, form)
     actual = decode(content, (24, 16)).astype(int)
     assert np.abs(actual - MARKED).mean() < (3 if form == "jpeg" else 0.5)
     with Image.open(io.BytesIO(content)) as image:
-        if form != "tiff":  # Pillow turns those itself
+        if form != "tiff":  # Pillow rotates those itself
             upright = ImageOps.exif_transpose(image.convert("RGB"))
             np.testing.assert_array_equal(actual, np.asarray(upright))
             stored = decode(content, image.size[::-1], exif=False)
             np.testing.assert_array_equal(stored, np.asarray(image.convert("RGB")))
 
 
-def test_sixteen_bits_are_turned_too():
+def test_exif_orientation_is_applied_to_sixteen_bits():
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = 3
     Image.fromarray((RAMP[::-1] * 257).astype(np.uint16)).save(stream, "png", exif=exif)
@@ -163,14 +165,14 @@ def test_sixteen_bits_are_turned_too():
 
 
 @pytest.mark.parametrize("value", [0, 1, 9, 77])
-def test_an_orientation_that_means_nothing_turns_nothing(value):
+def test_invalid_exif_orientations_are_ignored(value):
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = value
     Image.fromarray(MARKED).save(stream, "png", exif=exif)
     np.testing.assert_array_equal(decode(stream.getvalue(), (24, 16)), MARKED)
 
 
-def test_broken_exif_is_no_broken_picture():
+def test_broken_exif_is_ignored():
     stream = io.BytesIO()
     Image.fromarray(MARKED).save(stream, "png", exif=b"Exif\0\0MM\0*\0\0\xff\xff\0")
     np.testing.assert_array_equal(decode(stream.getvalue(), (24, 16)), MARKED)
@@ -181,12 +183,12 @@ def photos(tmp_path):
     for name in ("ant", "bee"):
         folder = tmp_path / "set/train" / name
         folder.mkdir(parents=True)
-        (folder / "1.png").write_bytes(lying(6, "png"))
+        (folder / "1.png").write_bytes(photo(6, "png"))
     return tmp_path / "set"
 
 
 @pytest.mark.parametrize("exif", [True, False])
-def test_folders_and_packs_obey_the_field(photos, tmp_path, exif):
+def test_folders_and_packs_respect_the_field_exif(photos, tmp_path, exif):
     array_record.pack(photos, tmp_path / "out", workers=1)
     fields = {"resolution": 24, "width": 16, "exif": exif}
     for source in (
@@ -196,10 +198,10 @@ def test_folders_and_packs_obey_the_field(photos, tmp_path, exif):
         upright = (everything(source)["image"] == MARKED).all()
         assert upright == exif
     packed = data.open_split(block(tmp_path / "out", name="array_record"), "train")
-    assert packed.encoded(0)[0] == lying(6, "png"), "packed as it was"
+    assert packed.encoded(0)[0] == photo(6, "png"), "packed unchanged"
 
 
-def test_a_run_of_before_reads_as_it_did():
+def test_earlier_runs_decode_as_before():
     old = config.from_json({})
     assert (old.data.exif, config.base().data.exif) == (False, True)
     old.data.update({"load": 64, "resolution": 24, "width": 48})
@@ -224,7 +226,7 @@ def test_load_keeps_the_aspect_that_the_model_sees(tmp_path, resolution, width, 
 
 
 def test_a_wide_photo_is_not_squeezed(tmp_path):
-    """A disc stays one: as wide as high, in the pixels that the model sees."""
+    """A disc is as wide as it is high in the pixels that the model sees."""
     y, x = np.mgrid[:64, :128]
     disc = np.where((y - 32) ** 2 + (x - 64) ** 2 < 24**2, 255, 0).astype(np.uint8)
     save(tmp_path / "train/a/1.png", np.repeat(disc[..., None], 3, axis=-1))

@@ -1,4 +1,4 @@
-"""The generated set: systems obey the paper, images are the same everywhere, the cache holds."""
+"""The generated set: systems follow the paper, images are equal everywhere, the cache is safe."""
 
 import zlib
 
@@ -13,7 +13,7 @@ GOLDEN = 1270267897  # CRC-32 of the pixels
 
 
 def settings(tmp_path, **block):
-    """A data block of a small generated set."""
+    """Return the data block of a small generated set."""
     cfg = config.base().data
     cfg.name, cfg.path = "fractal", str(tmp_path)
     cfg.fractal.update({"classes": 4, "resolution": 24, "points": 1000, **block})
@@ -39,21 +39,21 @@ def test_systems_obey_the_constraint_on_singular_values():
     assert sizes == {2, 3, 4}
 
 
-def test_kept_systems_fill_their_image():
+def test_accepted_systems_fill_their_image():
     for number in range(20):
         maps = fractal.system(0, number)
         assert fractal._fill(maps, np.random.default_rng(0)) >= 0.8 * fractal.FILL
 
 
 def test_images_are_the_same_everywhere(tmp_path):
-    """Golden: exact float64 arithmetic. A change of the pixels has to raise fractal.VERSION."""
+    """Golden: exact float64 arithmetic. A change of the pixels must increase fractal.VERSION."""
     drawn = images(settings(tmp_path))
     assert drawn.shape == (4, 24, 24, 3)
     assert set(np.unique(drawn)) == {0, fractal.GRAY}
     assert zlib.crc32(drawn.tobytes()) == GOLDEN
 
 
-def test_a_class_does_not_depend_on_how_many_there_are(tmp_path):
+def test_a_class_does_not_depend_on_the_number_of_classes(tmp_path):
     few, many = images(settings(tmp_path)), images(settings(tmp_path, classes=7))
     np.testing.assert_array_equal(few, many[:4])
     held_out = images(settings(tmp_path, classes=2, first=5))
@@ -67,7 +67,7 @@ def test_classes_and_seeds_differ(tmp_path):
     assert not np.array_equal(drawn, images(settings(tmp_path, seed=1)))
 
 
-def test_images_of_a_class_differ_by_jitter_alone(tmp_path):
+def test_images_of_a_class_differ_by_jitter_and_patches(tmp_path):
     """The first is the class itself; without jitter the others differ only by their patches."""
     two = {"train_per_class": 2, "test_per_class": 1}
     jittered, still = (images(settings(tmp_path, jitter=j, **two)) for j in (0.3, 0.0))
@@ -80,7 +80,7 @@ def test_images_of_a_class_differ_by_jitter_alone(tmp_path):
     assert labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_the_cache_is_read_and_a_corrupt_one_drawn_again(tmp_path, monkeypatch, caplog):
+def test_the_cache_is_read_and_redrawn_if_corrupt(tmp_path, monkeypatch, caplog):
     cfg = settings(tmp_path)
     drawn = images(cfg)
     (cache,) = tmp_path.iterdir()
@@ -105,6 +105,6 @@ def test_the_cache_is_read_and_a_corrupt_one_drawn_again(tmp_path, monkeypatch, 
         ({}, "test", "test_per_class=0"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(tmp_path, block, split, message):
+def test_invalid_values_are_refused(tmp_path, block, split, message):
     with pytest.raises(UserError, match=message):
         open_split(settings(tmp_path, **block), split)

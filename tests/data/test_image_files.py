@@ -1,4 +1,4 @@
-"""Which files count as images, and what is said of the others: formats, tools' folders, depth."""
+"""Which files count as images, and how others are reported: formats, tools' folders, depth."""
 
 import shutil
 
@@ -14,8 +14,8 @@ from vit_scale.inspect.samples import from_folder
 
 
 @pytest.fixture(autouse=True)
-def forget():
-    """What was said once is said again."""
+def print_again():
+    """Print every message again, even if an earlier test has caused it."""
     image_files.print_once.cache_clear()
 
 
@@ -47,7 +47,7 @@ def test_every_format_that_pillow_decodes_is_read(small, extension, capsys):
     assert (small / "train" / "bee" / f"2.{extension.upper()}").is_file()
 
 
-def test_what_pillow_only_opens_is_no_image():
+def test_formats_that_pillow_cannot_decode_are_not_images():
     assert {".jpg", ".jpeg", ".png", ".tif", ".webp", ".bmp", ".gif", ".ppm"} < set(
         image_files.extensions()
     )
@@ -56,7 +56,7 @@ def test_what_pillow_only_opens_is_no_image():
     )
 
 
-def test_what_this_pillow_lacks_is_left_out(small, monkeypatch, capsys):
+def test_formats_that_this_pillow_lacks_are_skipped(small, monkeypatch, capsys):
     Image.fromarray(picture(8, 8)).save(small / "train/bee/2.avif")
     with monkeypatch.context() as patch:
         patch.setattr(image_files.features, "check", lambda library: library != "avif")
@@ -67,7 +67,7 @@ def test_what_this_pillow_lacks_is_left_out(small, monkeypatch, capsys):
     assert count(small) == 3
 
 
-def test_what_is_left_out_is_counted_and_named(small, capsys):
+def test_skipped_files_are_counted_and_named(small, capsys):
     for name in ("a.txt", "b.TXT", "c.heic", "noextension", ".hidden.txt", "Thumbs.db"):
         (small / "train/bee" / name).write_bytes(b"no image")
     for split in ("train[:50%]", "train[50%:]"):
@@ -80,19 +80,19 @@ def test_what_is_left_out_is_counted_and_named(small, capsys):
     assert printed[0].endswith(": .txt 2, .heic 1, no extension 1 (first: bee/a.txt); skipped")
 
 
-def test_nothing_is_said_of_nothing(small, capsys):
+def test_hidden_files_are_skipped_silently(small, capsys):
     (small / "train/bee/.DS_Store").write_bytes(b"")
     assert count(small) == 2 and capsys.readouterr().err == ""
 
 
-def test_a_class_of_other_files_says_what_they_are(small):
+def test_a_class_without_images_names_its_files(small):
     (small / "train/cat").mkdir()
     (small / "train/cat/1.heic").write_bytes(b"")
     with pytest.raises(UserError, match=r"cat has no images; .*\.heic 1 \(first: cat/1.heic"):
         data.open_split(block(small), "train")
 
 
-def test_images_beside_the_classes_are_counted(small, capsys):
+def test_images_outside_class_folders_are_counted(small, capsys):
     save(small / "train/3.png", picture(8, 8))
     assert count(small) == 2
     line = "1 image is in no class folder; skipped (first: 3.png)"
@@ -105,14 +105,14 @@ JUNK += ["lost+found", "System Volume Information", "@Recycle"]
 
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("where", ["train/{}", "train/bee/{}", "train/bee/deep/{}/1.png"])
-def test_folders_of_tools_are_ignored_at_every_depth(small, where, junk):
+def test_tools_folders_are_ignored_at_every_depth(small, where, junk):
     save(small / "train/bee/deep/3.png", picture(8, 8))
     save(small / where.format(junk) / "2.png", picture(8, 8))
     source = data.open_split(block(small), "train")
     assert (source.classes, len(source)) == (("ant", "bee"), 3)
 
 
-def test_they_are_not_packed_and_not_looked_at(small, tmp_path):
+def test_tools_folders_are_not_packed_or_inspected(small, tmp_path):
     save(small / "train/bee/@eaDir/1.png/thumb.jpg", picture(8, 8))
     Image.fromarray(picture(8, 8)).save(small / "train/bee/2.jfif", "JPEG")
     assert array_record.pack(small, tmp_path / "out", workers=1)["train"] == 3
@@ -120,7 +120,7 @@ def test_they_are_not_packed_and_not_looked_at(small, tmp_path):
     assert shown.names == ("1", "1", "2") and shown.images.shape == (3, 8, 8, 3)
 
 
-def test_a_run_of_before_lists_what_it_did(small):
+def test_earlier_runs_list_the_same_files_as_before(small):
     save(small / "train/bee/@eaDir/1.png", picture(8, 8))
     Image.fromarray(picture(8, 8)).save(small / "train/bee/2.jfif", "JPEG")
     old = config.from_json({}).data
@@ -148,7 +148,7 @@ def refusal(folder, split="train") -> str:
     return str(caught.value)
 
 
-def test_a_set_within_a_folder_of_its_own_is_named(small, tmp_path_factory):
+def test_a_set_one_folder_up_or_down_is_suggested(small, tmp_path_factory):
     outer = tmp_path_factory.mktemp("outer")
     shutil.move(small / "train", outer / "set" / "train")
     assert f"; {outer / 'set'} is such a folder: --config.data.path={outer / 'set'}" in refusal(
@@ -171,14 +171,14 @@ def test_classes_one_level_too_deep_are_explained(small):
 
 
 @pytest.mark.parametrize("more", [(), ("ant",)])
-def test_classes_of_the_validation_set_one_level_too_deep(small, more):
+def test_validation_classes_one_level_too_deep_are_explained(small, more):
     save(small / "val/val/ant/1.png", picture(8, 8))
     for name in more:
         save(small / "val" / name / "1.png", picture(8, 8))
     assert f"one level too deep, in {small}/val/val: move them up" in refusal(small, "val")
 
 
-def test_one_class_of_folders_is_mentioned(small, capsys):
+def test_a_class_with_images_only_in_subfolders_is_mentioned(small, capsys):
     for name in ("cat", "dog"):
         save(small / "train/more" / name / "1.png", picture(8, 8))
     source = data.open_split(block(small), "train")
@@ -187,13 +187,13 @@ def test_one_class_of_folders_is_mentioned(small, capsys):
     assert "train/more has images only in 2 subfolders (cat, dog): all are one class" in printed
 
 
-def test_a_validation_set_of_one_class_may_have_folders(small):
+def test_a_validation_set_of_one_class_may_have_subfolders(small):
     for day in ("monday", "tuesday"):
         save(small / "val/bee" / day / "1.png", picture(8, 8))
     assert everything(data.open_split(block(small), "val"))["label"].tolist() == [1, 1]
 
 
-def test_the_same_folders_in_each_class_are_nothing_to_mention(tmp_path, capsys):
+def test_the_same_subfolders_in_every_class_are_not_mentioned(tmp_path, capsys):
     for name in ("ant", "bee"):
         for day in ("monday", "tuesday"):
             save(tmp_path / "train" / name / day / "1.png", picture(8, 8))

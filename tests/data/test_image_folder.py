@@ -1,4 +1,4 @@
-"""Image folders: labels and splits of each layout, pixels at the asked size, corrupt files."""
+"""Image folders: labels and splits of each layout, pixels at the requested size, corrupt files."""
 
 import io
 import pathlib
@@ -46,7 +46,7 @@ def plain(tmp_path):
     return tmp_path
 
 
-def test_classes_are_the_sorted_folders_and_files_are_sorted(plain):
+def test_classes_and_files_are_sorted(plain):
     train = data.open_split(block(plain), "train")
     assert train.classes == ("ant", "bee") and train.decodes and train.size == (8, 8)
     actual = everything(train)
@@ -55,12 +55,12 @@ def test_classes_are_the_sorted_folders_and_files_are_sorted(plain):
     np.testing.assert_array_equal(actual["image"], expected)
 
 
-def test_labels_of_the_test_set_are_those_of_the_training_set(plain):
+def test_the_test_set_uses_the_labels_of_the_training_set(plain):
     test = data.open_split(block(plain), "test")
     assert test.classes == ("ant", "bee") and everything(test)["label"].tolist() == [1]
 
 
-def test_a_class_the_training_set_lacks_is_refused(plain):
+def test_a_class_that_the_training_set_lacks_is_refused(plain):
     save(plain / "test/cat/1.png", picture(8, 8))
     with pytest.raises(UserError, match=r"test/cat is a class that the training set lacks"):
         data.open_split(block(plain), "test")
@@ -68,7 +68,7 @@ def test_a_class_the_training_set_lacks_is_refused(plain):
 
 @pytest.mark.parametrize("split", ["val", "validation", "test"])
 def test_imagenet_test_is_the_validation_set(tmp_path, split):
-    """Its own test folder has images without labels."""
+    """ImageNet's own test folder has images without labels."""
     for wordnet in ("n02", "n01"):
         save(tmp_path / "train" / wordnet / f"{wordnet}_1.JPEG", picture(8, 8))
         save(tmp_path / "val" / wordnet / "v.JPEG", picture(8, 8))
@@ -99,7 +99,7 @@ def test_tiny_imagenet(tiny):
     assert val.classes == ("crane (n01)", "crane (n02)", "bee")
 
 
-def test_an_annotation_of_an_unknown_class_names_the_line(tiny):
+def test_an_annotation_with_an_unknown_class_is_reported_with_its_line(tiny):
     (tiny / "val/val_annotations.txt").write_text("val_0.JPEG\tn01\nval_1.JPEG\tn09\n")
     with pytest.raises(
         UserError, match=r"val_annotations.txt: line 2: class 'n09' is none of the 3"
@@ -116,7 +116,7 @@ def test_an_annotation_of_an_unknown_class_names_the_line(tiny):
         (lambda top: save(top / "train/ant/1.png", picture(8, 8)), "test", "split 'test'"),
     ],
 )
-def test_folders_that_are_no_set_are_refused(tmp_path, make, split, message):
+def test_folders_without_an_image_set_are_refused(tmp_path, make, split, message):
     make(tmp_path)
     with pytest.raises(UserError) as caught:
         data.open_split(block(tmp_path), split)
@@ -133,7 +133,7 @@ def encoded(image: Image.Image, form: str = "png") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("shape", "covering", "cut"),
+    ("shape", "covering", "crop"),
     [
         ((16, 16), (8, 8), (slice(0, 8), slice(0, 8))),
         ((16, 40), (20, 8), (slice(0, 8), slice(6, 14))),
@@ -141,9 +141,9 @@ def encoded(image: Image.Image, form: str = "png") -> bytes:
         ((4, 10), (20, 8), (slice(0, 8), slice(6, 14))),
     ],
 )
-def test_other_sizes_are_resized_to_cover_and_cut_at_the_centre(shape, covering, cut):
+def test_images_are_resized_to_cover_and_cropped_at_the_centre(shape, covering, crop):
     image = Image.fromarray(picture(*shape))
-    expected = np.asarray(image.resize(covering, Image.Resampling.BICUBIC))[cut]
+    expected = np.asarray(image.resize(covering, Image.Resampling.BICUBIC))[crop]
     actual = decode(encoded(image), (8, 8))
     assert actual.shape == (8, 8, 3)
     np.testing.assert_allclose(actual.astype(int), expected.astype(int), atol=1)
@@ -162,7 +162,7 @@ def test_every_kind_of_image_becomes_rgb(mode):
     assert (decode(encoded(image, "tiff"), (8, 8)) == 255).all()
 
 
-def test_load_width_and_resolution_decide_the_size(plain):
+def test_load_width_and_resolution_determine_the_size(plain):
     for changes, size in (
         ({}, (8, 8)),
         ({"resolution": 4, "width": 6}, (4, 6)),
@@ -184,14 +184,14 @@ def test_a_truncated_image_is_corrupt(form):
             decode(part, (8, 8))
 
 
-def break_second(plain):
+def truncate_second(plain):
     file = plain / "train/ant/2.PNG"
     file.write_bytes(file.read_bytes()[:60])
     return file
 
 
-def test_a_corrupt_image_names_the_file_and_position(plain):
-    file = break_second(plain)
+def test_a_corrupt_image_is_reported_with_file_and_position(plain):
+    file = truncate_second(plain)
     with pytest.raises(UserError) as caught:
         everything(data.open_split(block(plain), "train"))
     message = str(caught.value)
@@ -200,7 +200,7 @@ def test_a_corrupt_image_names_the_file_and_position(plain):
 
 
 def test_skip_masks_exactly_the_corrupt_image(plain):
-    break_second(plain)
+    truncate_second(plain)
     source = data.open_split(block(plain, on_corrupt="skip"), "train")
     (plain / "train/ant/10.bmp").rename(plain / "train/ant/11.bmp")  # after it was listed
     assert everything(source)["mask"].tolist() == [False, False, True]
@@ -210,7 +210,7 @@ def test_skip_masks_exactly_the_corrupt_image(plain):
     assert not actual["image"][1].any() and actual["image"][0].any()
 
 
-def test_on_corrupt_has_two_values(plain):
+def test_an_unknown_on_corrupt_is_refused(plain):
     with pytest.raises(UserError, match=r"data.on_corrupt='skp' is unknown; did you mean skip\?"):
         data.open_split(block(plain, on_corrupt="skp"), "train")
 
@@ -226,7 +226,7 @@ def test_memory_decodes_once(plain):
         np.testing.assert_array_equal(values, expected[name])
 
 
-def test_memory_remembers_what_was_skipped(plain):
-    break_second(plain)
+def test_memory_keeps_the_mask_of_skipped_images(plain):
+    truncate_second(plain)
     source = data.open_split(block(plain, memory=True, on_corrupt="skip"), "train")
     assert everything(source)["mask"].tolist() == [True, False, True]

@@ -1,4 +1,4 @@
-"""Which examples a split and a batch hold, for every step, process, worker and restart."""
+"""Which examples a split and a batch contain, for every step, process, worker and restart."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ def numbered(n: int, classes: int = 1000) -> data.InMemory:
 
 
 class Decoding:
-    """Example i is labelled i too, from a source that decodes; its pixels say which process did."""
+    """Example i is labelled i too, from a source that decodes; its pixels hold the reader's PID."""
 
     name, classes, size, decodes = "decoding", tuple(map(str, range(1000))), (1, 3), True
 
@@ -54,8 +54,8 @@ def block(**changes):
 def labels(source, batch, seed=0, start=0, stop=None, rows=None, workers=0) -> list:
     cfg = block(batch=batch, workers=workers)
     return [
-        (step, found["label"].tolist())
-        for step, found in data.train_batches(source, cfg, seed, start, stop, rows)
+        (step, examples["label"].tolist())
+        for step, examples in data.train_batches(source, cfg, seed, start, stop, rows)
     ]
 
 
@@ -70,13 +70,13 @@ def test_complementary_slices_are_disjoint_and_cover(bound):
         try:
             part = data.cut(source, split)
         except UserError:
-            assert split == "train[:0%]"  # nothing is refused, everything else is there
+            assert split == "train[:0%]"  # an empty slice is refused
             continue
         parts.append(part.read(np.arange(len(part)))["label"].tolist())
     assert sorted(itertools.chain(*parts)) == list(range(101))
 
 
-def test_slices_have_the_length_they_say():
+def test_slice_lengths():
     source = numbered(50)
     expected = {
         "[:45]": 45,
@@ -97,13 +97,13 @@ def test_a_slice_of_a_set_in_class_order_has_all_classes():
     assert set(part.read(np.arange(100))["label"]) == set(range(10))
 
 
-def test_the_order_behind_slices_never_changes():
-    """Written down: a different order would leak yesterday's training images into selection."""
+def test_the_order_of_slices_never_changes():
+    """Golden: a different order would leak training images of earlier runs into selection."""
     part = data.cut(numbered(20), "train[75%:]")
-    assert part.read(np.arange(5))["label"].tolist() == SLICED
+    assert part.read(np.arange(5))["label"].tolist() == GOLDEN_SLICE
 
 
-SLICED = [1, 5, 7, 14, 19]
+GOLDEN_SLICE = [1, 5, 7, 14, 19]
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_bad_splits_are_refused_in_one_line(split, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_unknown_set_names_the_nearest():
+def test_an_unknown_set_gets_a_suggestion():
     with pytest.raises(UserError, match=r"data.name='cifar1' is unknown; did you mean cifar10\?"):
         data.open_split(block(name="cifar1"), "train")
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
-def test_label_outside_the_classes_is_refused_with_its_position(wrong):
+def test_a_label_outside_the_classes_is_refused_with_its_position(wrong):
     with pytest.raises(UserError, match=f"label {wrong} at position 2 is outside the 3 classes"):
         data.InMemory("set", np.zeros((4, 1, 1, 3), np.uint8), np.array([0, 1, wrong, 2]), "abc")
 
@@ -139,9 +139,9 @@ def test_label_outside_the_classes_is_refused_with_its_position(wrong):
 # Training batches
 
 
-def test_each_epoch_visits_each_example_once_in_another_order():
+def test_each_epoch_visits_each_example_once_in_a_new_order():
     n, batch = 30, 8
-    batches = (found for _, found in labels(numbered(n), batch, stop=15))
+    batches = (batch_labels for _, batch_labels in labels(numbered(n), batch, stop=15))
     stream = list(itertools.chain.from_iterable(batches))
     epochs = [stream[i : i + n] for i in range(0, len(stream), n)]
     assert len(epochs) == 4
@@ -156,22 +156,22 @@ def test_images_stay_with_their_labels():
         assert batch["label"].dtype == np.int32 and batch["mask"].all()
 
 
-def test_the_seed_decides_the_order():
+def test_the_seed_determines_the_order():
     first, again, other = (labels(numbered(30), 10, seed, stop=3) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_the_order_of_a_seed_never_changes():
-    """Written down: a run that is resumed with another numpy has to see the same batches."""
-    assert shuffled(np.arange(6, 12), 6, seed=7).tolist() == ORDER
+    """Golden: a run resumed with another version of numpy must see the same batches."""
+    assert shuffled(np.arange(6, 12), 6, seed=7).tolist() == GOLDEN_ORDER
 
 
-ORDER = [5, 4, 3, 0, 1, 2]
+GOLDEN_ORDER = [5, 4, 3, 0, 1, 2]
 
 
 @pytest.mark.parametrize("n", [3, 20])  # a batch of several epochs, and less than one
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_processes_together_make_the_same_global_batch(n, count):
+def test_processes_together_read_the_same_global_batch(n, count):
     source, cfg = numbered(n), block(batch=16)
     whole = [batch for _, batch in data.train_batches(source, cfg, 5, 2, 6)]
     parts = zip(
@@ -181,34 +181,34 @@ def test_processes_together_make_the_same_global_batch(n, count):
         ),
         strict=True,
     )
-    for expected, found in zip(whole, parts, strict=True):
+    for expected, pieces in zip(whole, parts, strict=True):
         for name in expected:
-            assert all(len(part[name]) == 16 // count for part in found)
-            joined = np.concatenate([part[name] for part in found])
+            assert all(len(part[name]) == 16 // count for part in pieces)
+            joined = np.concatenate([part[name] for part in pieces])
             assert (
                 joined.tobytes() == expected[name].tobytes()
                 and joined.dtype == expected[name].dtype
             )
 
 
-def test_resuming_anywhere_continues_the_same_batches():
+def test_resuming_at_any_step_continues_with_the_same_batches():
     whole = labels(numbered(30), 7, stop=12)
     assert [step for step, _ in whole] == list(range(12))
     for start in range(13):
         assert labels(numbered(30), 7, start=start, stop=12) == whole[start:]
 
 
-def test_without_a_last_step_there_is_no_end():
+def test_without_a_last_step_batches_never_end():
     stream = data.train_batches(numbered(3), block(batch=2), 0, 10**9)
     assert [step for step, _ in itertools.islice(stream, 50)] == list(range(10**9, 10**9 + 50))
 
 
-def test_workers_give_the_same_batches_and_are_other_processes():
+def test_workers_are_processes_and_give_the_same_batches():
     def run(workers, start):
         cfg = block(batch=6, workers=workers)
-        found = list(data.train_batches(Decoding(20), cfg, 3, start, 9, np.arange(3, 6)))
-        pids = {int.from_bytes(b["image"][0, 0, 0].tobytes(), "little") for _, b in found}
-        return [(step, b["label"].tolist()) for step, b in found], pids
+        batches = list(data.train_batches(Decoding(20), cfg, 3, start, 9, np.arange(3, 6)))
+        pids = {int.from_bytes(b["image"][0, 0, 0].tobytes(), "little") for _, b in batches}
+        return [(step, b["label"].tolist()) for step, b in batches], pids
 
     here = int.from_bytes(np.uint32(os.getpid()).tobytes()[:3], "little")
     alone, pids = run(0, 4)
@@ -217,7 +217,7 @@ def test_workers_give_the_same_batches_and_are_other_processes():
     assert together == alone and len(pids) == 2 and here not in pids
 
 
-def test_a_users_error_in_a_worker_arrives_as_it_is():
+def test_a_user_error_in_a_worker_is_raised_unchanged():
     with pytest.raises(UserError) as caught:
         list(data.eval_batches(Decoding(8, corrupt=3), 4, workers=1))
     assert str(caught.value) == "example 3 is corrupt"
@@ -249,16 +249,16 @@ def test_a_skipped_example_is_not_counted():
 # In memory
 
 
-def test_in_memory_holds_the_same_examples(capsys):
+def test_in_memory_has_the_same_examples(capsys):
     source = Decoding(150, corrupt=70, skip=True)
-    held = in_memory(source, workers=0)
-    assert not held.decodes and held.classes == source.classes and held.size == source.size
+    loaded = in_memory(source, workers=0)
+    assert not loaded.decodes and loaded.classes == source.classes and loaded.size == source.size
     everything = np.arange(150)
     for name, values in source.read(everything).items():
-        np.testing.assert_array_equal(held.read(everything)[name], values)
+        np.testing.assert_array_equal(loaded.read(everything)[name], values)
 
 
-def test_in_memory_is_refused_where_it_cannot_fit():
+def test_in_memory_is_refused_if_it_cannot_fit():
     source = Decoding(150)
     source.size = (10**6, 10**6)
     with pytest.raises(
@@ -267,7 +267,7 @@ def test_in_memory_is_refused_where_it_cannot_fit():
         in_memory(source, workers=0)
 
 
-# Workers and the end of their run
+# Workers when their run ends
 
 PROGRAM = """
 import os, sys
@@ -301,8 +301,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_run_that_just_ends_ends_without_a_word(tmp_path):
-    """Also with a stream left open: no workers, no shared memory, no trace of their end is left."""
+def test_a_run_exits_silently_with_an_open_stream(tmp_path):
+    """It leaves no workers, no shared memory and no message about them."""
     _, errors = start(tmp_path, "end").communicate(timeout=60)
     assert errors == ""
 

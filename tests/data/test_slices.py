@@ -1,5 +1,5 @@
-"""Which images a slice holds: the same in every storage of a set, and nearly the same in a larger
-one; runs of before keep theirs."""
+"""Which images a slice contains: the same in every storage format of a set, nearly the same after
+images were added, and unchanged for earlier runs."""
 
 import concurrent.futures
 import json
@@ -54,8 +54,8 @@ def paths_of(folder, split: str, **changes) -> set[bytes]:
 SPLITS = ["train[:90%]", "train[90%:]", "train[:7]", "train[7:30]", "train[25%:50%]"]
 
 
-def test_the_order_never_changes():
-    """Values of the day on which the order was made: runs hold out what they say."""
+def test_the_order_of_examples_never_changes():
+    """Golden: with another order, earlier runs would hold out other images."""
     names = [b"ant/1.png", b"ant/2.png", b"bee/1.png", b"caf\xe9/\xf0\x9f\x90\x9d.jpg", b""]
     examples = Examples(np.array(names), np.array([0, 0, 1, 2, 3]))
     assert [f"{value:016x}" for value in examples.hashes.tolist()] == GOLDEN_HASHES
@@ -81,7 +81,7 @@ def test_counts_are_exact_and_parts_are_disjoint(folder):
 
 
 @pytest.mark.parametrize("name", ["class_0/new.png", "class_1/a.jpeg", "class_2/00.png"])
-def test_an_image_that_is_added_moves_at_most_one_other(folder, name):
+def test_an_added_image_moves_at_most_one_other(folder, name):
     for bound in ("50%", "75%", "90%", "7"):
         before = [paths_of(folder, f"train[{part}]") for part in (f":{bound}", f"{bound}:")]
         added = save(folder / "train" / name, picture(8, 8))
@@ -92,7 +92,7 @@ def test_an_image_that_is_added_moves_at_most_one_other(folder, name):
         assert len(after[0]) + len(after[1]) == N + 1
 
 
-def test_a_slice_is_of_paths_not_of_their_order():
+def test_slices_do_not_depend_on_the_order_of_paths():
     names = np.array([f"{i % 5}/{i}.png".encode() for i in range(50)])
     labels = np.arange(50) % 5
     other = np.random.RandomState(0).permutation(50)
@@ -101,13 +101,13 @@ def test_a_slice_is_of_paths_not_of_their_order():
     assert one.fingerprint() == two.fingerprint() == one.fingerprint(other)
 
 
-def test_paths_of_the_same_hash_are_ordered_by_path(monkeypatch):
+def test_paths_with_the_same_hash_are_ordered_by_path(monkeypatch):
     monkeypatch.setattr(Examples, "hashes", np.zeros(3, np.uint64))
     assert Examples(np.array([b"b", b"c", b"a"]), np.zeros(3)).order().tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("change", ["path", "label", "fewer", "twice"])
-def test_another_set_has_another_fingerprint(change):
+def test_different_sets_have_different_fingerprints(change):
     names = [b"a/1.png", b"a/2.png", b"b/1.png"]
     labels = [0, 0, 1]
     before = Examples(np.array(names), np.array(labels)).fingerprint()
@@ -120,7 +120,7 @@ def test_another_set_has_another_fingerprint(change):
     assert Examples(np.array(names), np.array(labels)).fingerprint() != before
 
 
-def test_a_folder_and_its_pack_have_one_fingerprint(folder, tmp_path):
+def test_a_folder_and_its_pack_have_the_same_fingerprint(folder, tmp_path):
     array_record.pack(folder, tmp_path / "out", shard=6)
     for split in ("train", "train[:90%]"):
         one = data.describe(data.open_split(block(folder), split))
@@ -129,7 +129,7 @@ def test_a_folder_and_its_pack_have_one_fingerprint(folder, tmp_path):
         assert one.get("of") == two.get("of") == (None if split == "train" else N)
 
 
-def test_official_positions_and_runs_of_before_keep_their_slices(folder):
+def test_official_sets_and_earlier_runs_keep_slices_by_position(folder):
     images = np.arange(50, dtype=np.uint8)[:, None, None, None].repeat(3, axis=-1)
     source = InMemory("official", images, np.zeros(50, int), ["only"])
     part = cut(source, "train[:20%]")
@@ -147,7 +147,7 @@ def test_official_positions_and_runs_of_before_keep_their_slices(folder):
 # Packs
 
 
-def test_skipped_images_are_in_no_list(folder, tmp_path):
+def test_skipped_images_are_not_listed(folder, tmp_path):
     for number in (5, 17, 30):
         (folder / f"train/class_{number % 3}/{number:02}.png").write_bytes(b"no image")
     out = tmp_path / "out"
@@ -160,7 +160,7 @@ def test_skipped_images_are_in_no_list(folder, tmp_path):
         assert content == path.read_bytes() and label == source.examples.labels[index]
 
 
-def test_an_interrupted_pack_that_skips_knows_what_it_left_out(folder, tmp_path, monkeypatch):
+def test_a_resumed_pack_remembers_skipped_images(folder, tmp_path, monkeypatch):
     (folder / "train/class_2/05.png").write_bytes(b"no image")
     write, written = shards.write_shard, []
 
@@ -192,7 +192,7 @@ def earlier(folder, tmp_path):
     return out
 
 
-def test_a_pack_of_before_keeps_its_slices_and_says_so(earlier, folder, capsys):
+def test_an_earlier_pack_keeps_its_slices_with_a_message(earlier, folder, capsys):
     source = data.open_split(packed_block(earlier), "train[:90%]")
     order = np.random.RandomState(20201022).permutation(N)
     np.testing.assert_array_equal(source._indices, np.sort(order[:36]))
@@ -206,7 +206,7 @@ def test_a_pack_of_before_keeps_its_slices_and_says_so(earlier, folder, capsys):
         array_record.pack(folder, earlier, shard=6)
 
 
-def test_an_interrupted_pack_of_before_is_finished_or_refused(earlier, folder):
+def test_an_interrupted_earlier_pack_is_finished_or_refused(earlier, folder):
     index = json.loads((earlier / "index.json").read_text())
     text = json.dumps(index | {"finished": False, "splits": {}})
     (earlier / "index.json").write_text(text)
@@ -220,7 +220,7 @@ def test_an_interrupted_pack_of_before_is_finished_or_refused(earlier, folder):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
-def test_damaged_names_are_refused(folder, tmp_path, damage):
+def test_damaged_image_names_are_refused(folder, tmp_path, damage):
     array_record.pack(folder, tmp_path / "out", shard=6)
     file = tmp_path / "out/train-examples.npz"
     content = file.read_bytes()

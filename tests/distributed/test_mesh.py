@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from vit_scale.config import base
-from vit_scale.distributed.mesh import abstract_mesh, compiler_options, make_mesh
+from vit_scale.distributed.mesh import abstract_mesh, compiler_options, make_mesh, run_once_options
 from vit_scale.errors import UserError
 
 
@@ -19,16 +19,24 @@ def mesh_block(data=-1, fsdp=1, tensor=1, **slices):
     return cfg
 
 
+def mesh_of(platform: str):
+    devices = np.array([types.SimpleNamespace(platform=platform)], object)
+    return types.SimpleNamespace(devices=devices)
+
+
 def test_options_are_for_the_compiler_of_tpus():
     cfg = base().mesh
     cfg.compiler = ("xla_a=1", "xla_b=c=d")
+    assert compiler_options(cfg, mesh_of("tpu")) == {"xla_a": "1", "xla_b": "c=d"}
+    assert compiler_options(cfg, mesh_of("cpu")) is compiler_options(cfg, mesh_of("gpu")) is None
 
-    def options(platform):
-        devices = np.array([types.SimpleNamespace(platform=platform)], object)
-        return compiler_options(cfg, types.SimpleNamespace(devices=devices))
 
-    assert options("tpu") == {"xla_a": "1", "xla_b": "c=d"}
-    assert options("cpu") is None and options("gpu") is None
+def test_a_cpu_optimizes_less_what_runs_once(monkeypatch):
+    abstract = abstract_mesh(base().mesh, 8)
+    assert run_once_options(mesh_of("cpu")) is None  # tests optimize nothing
+    monkeypatch.setattr(jax.config, "read", lambda name: name != "jax_disable_most_optimizations")
+    assert run_once_options(mesh_of("cpu")) == {"xla_backend_optimization_level": 1}
+    assert run_once_options(mesh_of("tpu")) is run_once_options(abstract) is None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,6 @@ from vit_scale.data import open_split, registry
 from vit_scale.inference.export import export
 from vit_scale.models.build import build
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PINNED = ROOT / "tests" / "golden" / "pinned"
 
 

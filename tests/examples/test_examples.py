@@ -15,8 +15,6 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "tutorial.ipynb"
 MACHINE = re.compile(r"/(?:home|Users|root|tmp|work|usr|opt|mnt)/\w")  # begins a path of a machine
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def run_script(file: pathlib.Path, cwd: pathlib.Path, **env: str) -> str:
     """Run a Python file as a user does, in a new process; return what it printed."""
@@ -57,6 +55,7 @@ def test_custom_dataset_decodes_in_workers_that_do_not_run_the_script_again(tmp_
     assert accuracy > 60 and "test/0.png: [('checks'," in output
 
 
+@pytest.mark.slow
 def test_custom_objective_replaces_the_loss(tmp_path):
     output = run_script(EXAMPLES / "custom_objective.py", tmp_path)
     assert re.search(r"test accuracy [\d.]+% \(n = 100\) after 60 steps", output)

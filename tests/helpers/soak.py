@@ -39,7 +39,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from typing import ClassVar
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests/helpers"
@@ -245,7 +247,28 @@ def distance(run: Run, other: Run) -> float:
     return max(float(np.abs(np.asarray(left[n]) - np.asarray(right[n])).max()) for n in right)
 
 
-def schedule(number: int, args, folder: pathlib.Path, whole: Run, others: dict[str, Run]) -> dict:
+class References:
+    """The undisturbed runs that others than the plain one are compared with, made at first use."""
+
+    # NaN once, and skipped; and four in a row: the run goes back past them.
+    NAN: ClassVar = {"once": [9], "often": [13, 14, 15, 16]}
+
+    def __init__(self, folder: pathlib.Path, data, hosts: int):
+        self.arguments = folder, data, hosts
+        self.runs: dict[str, Run] = {}
+        self.lock = threading.Lock()  # of --jobs
+
+    def __getitem__(self, name: str) -> Run:
+        folder, data, hosts = self.arguments
+        with self.lock:
+            if name not in self.runs:
+                optimizer = "sgd" if name == "sgd" else "adamw"
+                nan = self.NAN.get(name, ())
+                self.runs[name] = undisturbed(folder / name, data, hosts, nan, optimizer)
+        return self.runs[name]
+
+
+def schedule(number: int, args, folder: pathlib.Path, whole: Run, others: References) -> dict:
     """One schedule; what it did, and "failed" where it did not hold."""
     draw = random.Random(f"{args.seed}/{number}")
     turn = number if args.in_turn else None
@@ -376,12 +399,7 @@ def main(argv=None) -> int:
     if args.damage:
         rows = (damage_and_restore(n, args.seed, folder, whole) for n in range(args.damage))
         return report(list(rows), args.json)
-    others = {}
-    if "hosts" in args.faults:
-        others["sgd"] = undisturbed(folder / "sgd", data, args.hosts, optimizer="sgd")
-    if "nan" in args.faults:  # once, and skipped; and four in a row: the run goes back past them
-        for name, batches in (("once", [9]), ("often", [13, 14, 15, 16])):
-            others[name] = undisturbed(folder / name, data, args.hosts, batches)
+    others = References(folder, data, args.hosts)
     done = []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         numbers = range(args.first, args.first + args.schedules)

@@ -51,18 +51,13 @@ def tiny_model(*overrides: str) -> Model:
 
 def random_params(model: Model, seed: int = 0) -> dict:
     """Parameters of which none is zero or one, so that each of them matters to the logits."""
-    shapes = _shapes(model)
+    shapes = model.abstract_params
     draw = np.random.RandomState(seed)
     leaves = [
         (name.endswith(("scale", "variance")) + 0.2 * draw.randn(*leaf.shape)).astype(np.float32)
         for name, leaf in named(shapes).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-@functools.cache
-def _shapes(model: Model) -> dict:
-    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def random_images(count: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> np.ndarray:

@@ -26,8 +26,6 @@ from vit_scale.inspect.samples import from_folder
 from vit_scale.runs.json_files import read_json
 from vit_scale.training.evaluator import Evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 NORMALISED = ("augment.mean=(0.4, 0.5, 0.6)", "augment.std=(0.2, 0.25, 0.3)")
 
 

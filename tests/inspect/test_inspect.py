@@ -38,9 +38,8 @@ from vit_scale.training.setup import make_setup
 from vit_scale.training.train_step import jit_train_step
 
 pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
-from vit_scale.inspect import (  # noqa: E402
+from vit_scale.inspect import (
     embeddings,
     plots,
     prediction_sections,
@@ -48,7 +47,7 @@ from vit_scale.inspect import (  # noqa: E402
     samples,
     sections,
 )
-from vit_scale.inspect.inspected_run import InspectedRun  # noqa: E402
+from vit_scale.inspect.inspected_run import InspectedRun
 
 N = 20  # images to evaluate on
 PICTURES = {
@@ -94,7 +93,7 @@ class Made(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def made(images, tmp_path_factory, quick_compile) -> Iterator[Made]:
+def made(images, tmp_path_factory) -> Iterator[Made]:
     top = tmp_path_factory.mktemp("runs")
     small = run_of(top / "small", images, "model.scan=True")
     large = run_of(top / "large", images, f"init.source={small}", "data.resolution=24",

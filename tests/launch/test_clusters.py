@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch with fakes of SLURM, and the manifest of launch/gke.py."""
+"""launch/slurm.sbatch against a fake SLURM, and the manifests that launch/gke.py renders."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ import yaml
 
 from tests.helpers.fake_cloud import ROOT, machine, script
 
-# srun runs the command once; SIGTERM to itself it does not pass on: it ends the step, with SIGKILL.
+# Like srun, run the command once, and on SIGTERM kill the step instead of forwarding the signal.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >>"$LOG"; shift; done
 "$@" &
@@ -75,7 +75,7 @@ def test_slurm_runs_one_task_per_node(slurm):
     file = slurm.folder / ".vit_scale" / "secrets.env"
     file.parent.mkdir()
     file.write_text("KEY='a b'\n")
-    assert slurm.run("--config", "x")[0] == 65, "others can read it"
+    assert slurm.run("--config", "x")[0] == 65, "the secrets file is readable by others"
     file.chmod(0o600)
     assert slurm.run("--config", "x", "--workdir", "a b") == (0, "")
     assert slurm.lines() == [
@@ -87,72 +87,74 @@ def test_slurm_runs_one_task_per_node(slurm):
     ]
 
 
-@pytest.mark.parametrize("given, used", [("4", "0,1,2,3"), ("1", "0"), ("0", "none")])
-def test_slurm_gives_all_gpus_of_a_node_to_its_process(slurm, given, used):
-    """By default JAX would use the one with the process's number."""
-    assert slurm.run(SLURM_GPUS_ON_NODE=given)[0] == 0
-    assert slurm.lines()[-1] == f"key none devices {used}"
-    assert slurm.run(SLURM_GPUS_ON_NODE=given, JAX_LOCAL_DEVICE_IDS="7")[0] == 0
+@pytest.mark.parametrize("gpus, device_ids", [("4", "0,1,2,3"), ("1", "0"), ("0", "none")])
+def test_slurm_uses_all_gpus_of_the_node(slurm, gpus, device_ids):
+    """By default, JAX would use only the GPU whose index is the process's local ID."""
+    assert slurm.run(SLURM_GPUS_ON_NODE=gpus)[0] == 0
+    assert slurm.lines()[-1] == f"key none devices {device_ids}"
+    assert slurm.run(SLURM_GPUS_ON_NODE=gpus, JAX_LOCAL_DEVICE_IDS="7")[0] == 0
     assert slurm.lines()[-1] == "key none devices 7"
 
 
-@pytest.mark.parametrize("code, ends, queued", [(42, 0, True), (1, 1, False), (43, 43, False)])
-def test_slurm_queues_again_what_can_go_on(slurm, code, ends, queued):
-    assert slurm.run("--config", "x", TRAINER=str(code))[0] == ends
-    assert ("scontrol requeue 7" in slurm.lines()) == queued
+@pytest.mark.parametrize(
+    "code, expected, requeued", [(42, 0, True), (1, 1, False), (43, 43, False)]
+)
+def test_slurm_requeues_resumable_runs(slurm, code, expected, requeued):
+    assert slurm.run("--config", "x", TRAINER=str(code))[0] == expected
+    assert ("scontrol requeue 7" in slurm.lines()) == requeued
 
 
-def test_slurm_does_so_a_hundred_times(slurm):
+def test_slurm_gives_up_after_a_hundred_requeues(slurm):
     code, err = slurm.run(TRAINER="42", SLURM_RESTART_COUNT="100")
     assert (code, "giving up" in err) == (42, True)
     assert "scontrol requeue 7" not in slurm.lines()
 
 
-def signalled(slurm: Slurm, process: subprocess.Popen) -> int:
-    """Return the PID that SLURM signals: with --signal=B: the batch shell, else the step's."""
+def signalled_pid(slurm: Slurm, process: subprocess.Popen) -> int:
+    """Return the PID that SLURM signals: the batch shell's with --signal=B:, else the step's."""
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
-    (given,) = re.findall(r"^#SBATCH --signal=(\S+)$", text, re.M)
-    assert given.endswith("TERM@120")
-    return process.pid if given.startswith("B:") else int((slurm.folder / "log.step").read_text())
+    (option,) = re.findall(r"^#SBATCH --signal=(\S+)$", text, re.M)
+    assert option.endswith("TERM@120")
+    return process.pid if option.startswith("B:") else int((slurm.folder / "log.step").read_text())
 
 
 @pytest.mark.parametrize("shell_too", [False, True])
-def test_slurm_saves_before_its_time_is_over(slurm, shell_too):
-    """SIGTERM goes where --signal says; at the time limit the shell gets one too."""
+def test_slurm_saves_before_the_time_limit(slurm, shell_too):
+    """SIGTERM goes where --signal sends it; at the time limit, the shell gets one too."""
     ready = slurm.folder / "ready"
     process = slurm.start("--config", "x", WAIT=str(ready))
-    until = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while not ready.exists():
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     if shell_too:
         os.kill(process.pid, signal.SIGTERM)
-    os.kill(signalled(slurm, process), signal.SIGTERM)
+    os.kill(signalled_pid(slurm, process), signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert slurm.lines()[-2:] == ["saved", "scontrol requeue 7"]
 
 
-def test_slurm_wants_the_repository(slurm):
+def test_slurm_must_be_submitted_from_the_repository(slurm):
     code, err = slurm.run(SLURM_SUBMIT_DIR=str(slurm.folder))
     assert code == 64 and "submit from there" in err
 
 
-def gke(*words: str) -> subprocess.CompletedProcess:
-    usual = ["--config", "quickstart:pretrain", "--name", "vit", "--image", "I:1"]
-    usual += ["--workdir", "gs://b/vit"]
-    command = [sys.executable, str(ROOT / "launch" / "gke.py"), *usual, *words]
+def gke(*more: str) -> subprocess.CompletedProcess:
+    arguments = ["--config", "quickstart:pretrain", "--name", "vit", "--image", "I:1"]
+    arguments += ["--workdir", "gs://b/vit"]
+    command = [sys.executable, str(ROOT / "launch" / "gke.py"), *arguments, *more]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_jobset():
-    done = gke(
+def test_jobset_manifest():
+    result = gke(
         "--type", "v5e-16", "--num-slices", "2", "--spot", "--secret", "wandb", "--config.seed=1"
     )
-    assert done.returncode == 0, done.stderr
-    found = yaml.safe_load(done.stdout)
-    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (job,) = found["spec"]["replicatedJobs"]
+    assert result.returncode == 0, result.stderr
+    manifest = yaml.safe_load(result.stdout)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = manifest["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert (job["replicas"], spec["parallelism"], spec["completions"]) == (2, 4, 4)
     assert spec["backoffLimit"] == 0
@@ -174,7 +176,7 @@ def test_a_jobset():
     )
 
 
-def test_the_command_of_xpk():
+def test_xpk_command():
     words = shlex.split(gke("--type", "v4-32", "--xpk", "mine").stdout)
     assert words[:5] == ["xpk", "workload", "create", "--cluster", "mine"]
     assert words[words.index("--tpu-type") + 1] == "v4-32"
@@ -182,20 +184,20 @@ def test_the_command_of_xpk():
 
 
 @pytest.mark.parametrize("flag", ["--secret", "--service-account"])
-def test_what_xpk_has_no_flag_for_is_refused(flag):
+def test_flags_that_xpk_lacks_are_refused(flag):
     done = gke("--type", "v4-32", "--xpk", "mine", flag, "x")
     assert (done.returncode, done.stdout) == (64, "") and f"does not support {flag}" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "words, code, said",
+    "words, code, message",
     [
         (["--type", "v3-32"], 78, "is not supported on GKE"),
         (["--type", "v4-32", "--workdir", "runs/x"], 65, "is on a worker's disk"),
         (["--type", "v4-32", "--config", "vit_tony"], 65, "did you mean vit_tiny"),
     ],
 )
-def test_mistakes_before_anything_is_rendered(words, code, said):
-    done = gke(*words)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1)
-    assert said in done.stderr
+def test_mistakes_are_reported_before_rendering(words, code, message):
+    result = gke(*words)
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (code, "", 1)
+    assert message in result.stderr

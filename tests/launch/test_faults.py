@@ -1,5 +1,5 @@
-"""launch/tpu_vm.sh on a fake cloud: after any fault, one trainer per worker, the true cause, the
-documented exit code, and no machine left."""
+"""launch/tpu_vm.sh against a fake cloud: after any fault, one trainer per worker, the root cause
+reported, the documented exit code, and no machine left behind."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def fault(match: str, do: str, nth: int = 1, times: int = 1) -> dict:
     return {"match": match, "nth": nth, "times": times, "do": do}
 
 
-def breaks(worker: int, step: int, do: str, **more) -> dict:
+def fault_at(worker: int, step: int, do: str, **more) -> dict:
     return {"worker": worker, "step": step, "do": do, **more}
 
 
 def slow(*values):
-    """Mark a case that shows the same as others: run with -m slow."""
+    """Mark a case that adds little to the others: run it with -m slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -50,12 +50,12 @@ def test_happy_path(rig):
         assert log == [f"worker {worker} step {step}" for step in range(1, 13)]
         assert f"[w{worker:02}] worker {worker} step 12" in err
     again = rig.run()
-    assert (again.code, len(rig.calls("create"))) == (0, 1), "what is done is not billed again"
+    assert (again.code, len(rig.calls("create"))) == (0, 1), "a finished run is not billed again"
     assert "is done" in again.err
 
 
-def test_hosts_that_disagree_end_it_at_once_on_the_same_machine(rig):
-    rig.trainer_faults(*(breaks(worker, 0, "disagree") for worker in (0, 1)))
+def test_disagreeing_hosts_end_the_run_without_a_retry(rig):
+    rig.trainer_faults(*(fault_at(worker, 0, "disagree") for worker in (0, 1)))
     code, result, err = rig.run()
     assert (code, result["result"], result["attempts"]) == (65, "bad input", 1), err
     assert "process 1 differs from process 0" in result["cause"]
@@ -64,41 +64,41 @@ def test_hosts_that_disagree_end_it_at_once_on_the_same_machine(rig):
 
 
 @pytest.mark.parametrize(
-    "broken, kind, said",
+    "failure, kind, message",
     [
-        (breaks(1, 5, "raise", attempt=1), "user", "[w01] exit code 1: image 3 is corrupt"),
-        (breaks(1, 5, "kill", attempt=1), "infra", "[w01] killed by signal 9: worker 1 step 5"),
-        slow(breaks(0, 6, "killall", attempt=1), "infra", "[w00] lost: its processes vanished"),
-        (breaks(1, 5, "freeze", attempt=1), "infra", "[w01] lost: frozen: no heartbeat for"),
-        (breaks(1, 5, "hang", attempt=1), "infra", "[w01] lost: hangs: no step for"),
+        (fault_at(1, 5, "raise", attempt=1), "user", "[w01] exit code 1: image 3 is corrupt"),
+        (fault_at(1, 5, "kill", attempt=1), "infra", "[w01] killed by signal 9: worker 1 step 5"),
+        slow(fault_at(0, 6, "killall", attempt=1), "infra", "[w00] lost: its processes vanished"),
+        (fault_at(1, 5, "freeze", attempt=1), "infra", "[w01] lost: frozen: no heartbeat for"),
+        (fault_at(1, 5, "hang", attempt=1), "infra", "[w01] lost: hangs: no step for"),
         slow(
-            breaks(1, 5, "busy", attempt=1), "busy", "[w01] exit code 1: RuntimeError: The TPU is"
+            fault_at(1, 5, "busy", attempt=1), "busy", "[w01] exit code 1: RuntimeError: The TPU is"
         ),
         slow(
-            breaks(1, 5, "exit0", attempt=1), "infra", "[w01] exit code 0: it exited with 0 while"
+            fault_at(1, 5, "exit0", attempt=1), "infra", "[w01] exit code 0: it exited with 0 while"
         ),
     ],
     ids=lambda value: value.get("do") if isinstance(value, dict) else None,
 )
-def test_a_worker_that_fails_is_named_and_the_run_goes_on(rig, broken, kind, said):
+def test_a_failed_worker_is_named_and_the_run_resumes(rig, failure, kind, message):
     """The others are stopped, and the next attempt resumes from the last checkpoint."""
-    if broken["do"] in ("freeze", "hang", "exit0"):
+    if failure["do"] in ("freeze", "hang", "exit0"):
         rig.profile(FAKE_PATIENCE="60")
-    rig.trainer_faults(broken)
+    rig.trainer_faults(failure)
     code, result, err = rig.run("--stall-timeout", "100")
     assert code == 0, err
-    assert cause(rig).startswith(f"{kind}: {said}")
-    assert said in err
+    assert cause(rig).startswith(f"{kind}: {message}")
+    assert message in err
     assert rig.attempts() == {1: [0, 1], 2: [0, 1]}
     assert {entry["step"] for entry in rig.starts() if entry["attempt"] == 2} == {4}
     assert result["steps"] == 12 and rig.is_empty()
-    if broken["do"] == "hang":
+    if failure["do"] == "hang":
         assert "stack of thread 1" in (rig.run_folder() / "a1" / "w01.log").read_text()
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", slow("UNKNOWN"), slow("GONE"), slow("SUSPENDED")])
 def test_preemption(rig, state):
-    """The remains of the machine are deleted before the next is created; the run resumes."""
+    """What is left of the machine is deleted before the next one is created; the run resumes."""
     rig.profile(FAKE_SECONDS="0.2")
     rig.inject(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", f"preempt:{state}"))
     code, result, err = rig.run()
@@ -111,7 +111,7 @@ def test_preemption(rig, state):
 
 
 @pytest.mark.slow
-def test_a_machine_in_repair_is_waited_for(rig):
+def test_the_launcher_waits_for_a_machine_in_repair(rig):
     rig.profile(FAKE_SECONDS="0.2")
     rig.inject(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "repair"))
     code, _, err = rig.run()
@@ -121,7 +121,7 @@ def test_a_machine_in_repair_is_waited_for(rig):
 
 
 @pytest.mark.slow
-def test_a_rebooted_worker_is_lost_and_the_run_goes_on(rig):
+def test_the_run_resumes_after_a_worker_reboots(rig):
     rig.profile(FAKE_SECONDS="0.2")
     rig.inject(fault("agent.sh status vit-[0-9a-f]* 1 [1-9]", "reboot:1"))
     code, _, err = rig.run()
@@ -130,8 +130,8 @@ def test_a_rebooted_worker_is_lost_and_the_run_goes_on(rig):
     assert len(rig.calls("create")) == 1
 
 
-def test_a_crash_at_the_first_step_is_a_crash_loop(rig):
-    rig.trainer_faults(breaks(0, 0, "raise"))
+def test_repeated_crashes_at_the_first_step_are_a_crash_loop(rig):
+    rig.trainer_faults(fault_at(0, 0, "raise"))
     code, result, err = rig.run()
     assert (code, result["result"], result["attempts"]) == (76, "crash loop", 3)
     assert "3 times in a row without progress: [w00] exit code 1: image 3 is corrupt" in err
@@ -139,16 +139,16 @@ def test_a_crash_at_the_first_step_is_a_crash_loop(rig):
 
 
 @pytest.mark.slow
-def test_crashes_with_progress_are_no_crash_loop(rig):
-    faults = [breaks(0, step, "raise", attempt=n) for n, step in enumerate((5, 6, 7, 9, 10), 1)]
+def test_crashes_after_progress_are_not_a_crash_loop(rig):
+    faults = [fault_at(0, step, "raise", attempt=n) for n, step in enumerate((5, 6, 7, 9, 10), 1)]
     rig.trainer_faults(*faults)
     code, result, err = rig.run()
     assert (code, result["attempts"]) == (0, 6), err
 
 
 @pytest.mark.parametrize("code", [2, slow(43)])
-def test_a_mistake_is_not_repeated(rig, code):
-    rig.trainer_faults(breaks(0, 5, f"exit{code}"))
+def test_usage_errors_and_divergence_are_not_retried(rig, code):
+    rig.trainer_faults(fault_at(0, 5, f"exit{code}"))
     ended = rig.run()
     assert (ended.code, ended.result["attempts"]) == (1, 1)
     assert f"[w00] exit code {code}" in ended.result["cause"] and rig.is_empty()
@@ -191,7 +191,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", ["quota", "permission", slow("zone"), slow("type")])
-def test_refusals_say_what_to_do(rig, name):
+def test_refusals_name_the_remedy(rig, name):
     do, code, remedy = REFUSALS[name]
     rig.inject(fault("create", do))
     ended = rig.run()
@@ -200,13 +200,13 @@ def test_refusals_say_what_to_do(rig, name):
     assert len(rig.calls("create")) == 1
 
 
-def test_no_account(rig):
+def test_a_missing_account_is_reported(rig):
     rig.set(account="")
     ended = rig.run()
     assert ended.code == 77 and "gcloud auth login" in ended.result["cause"]
 
 
-def test_an_agent_without_the_key(rig):
+def test_an_ssh_agent_without_the_key_is_reported(rig):
     rig.inject(fault("tpu-vm ssh", "agent", times=99))
     ended = rig.run()
     assert ended.code == 77 and "ssh-add" in ended.result["cause"]
@@ -214,14 +214,14 @@ def test_an_agent_without_the_key(rig):
 
 
 @pytest.mark.slow
-def test_the_queue_may_last_too_long(rig):
+def test_a_queued_request_expires_after_valid_until(rig):
     rig.set(timelines=[["WAITING_FOR_RESOURCES"]])
     ended = rig.run("--valid-until", "1m")
     assert (ended.code, rig.is_empty()) == (69, True)
 
 
 @pytest.mark.parametrize("how", [slow("before"), "after"])
-def test_a_connection_that_drops_at_the_start(rig, how):
+def test_a_connection_dropped_during_start(rig, how):
     """gcloud reruns the command, but the trainer starts once."""
     rig.inject(fault("agent.sh start", how, times=2))
     assert rig.run().code == 0
@@ -229,8 +229,8 @@ def test_a_connection_that_drops_at_the_start(rig, how):
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_on_one_worker_starts_nowhere(rig):
-    """All workers start or none; the next attempt starts on the same machine."""
+def test_all_workers_start_or_none(rig):
+    """After a start that fails on one worker, the next attempt starts on the same machine."""
     rig.inject(fault("--worker 1 .*agent.sh start", "error:connection reset", times=3))
     code, result, err = rig.run()
     assert code == 0, err
@@ -245,7 +245,7 @@ def test_a_hanging_connection(rig):
 
 
 @pytest.mark.slow
-def test_an_unreachable_worker_is_lost(rig):
+def test_an_unreachable_worker_counts_as_lost(rig):
     """The node is READY but a worker does not answer: the attempt ends, the next one runs."""
     rig.profile(FAKE_SECONDS="0.3")
     match = "--worker 1 .*agent.sh (status|stop) vit-[0-9a-f]* 1"
@@ -257,7 +257,7 @@ def test_an_unreachable_worker_is_lost(rig):
 
 
 @pytest.mark.slow
-def test_an_api_that_fails_for_a_while(rig):
+def test_temporary_api_errors_are_retried(rig):
     rig.inject(fault("describe", "error:HTTP 503: backend error", nth=2, times=3))
     code, _, err = rig.run()
     assert code == 0, err
@@ -265,7 +265,7 @@ def test_an_api_that_fails_for_a_while(rig):
 
 
 @pytest.mark.slow
-def test_a_creation_whose_answer_is_lost(rig):
+def test_a_creation_whose_response_is_lost(rig):
     rig.inject(fault("create", "lost", times=5))
     code, _, err = rig.run()
     assert code == 0, err
@@ -273,14 +273,14 @@ def test_a_creation_whose_answer_is_lost(rig):
 
 
 @pytest.mark.parametrize("do", ["truncate", slow("fail")])
-def test_code_that_arrives_damaged(rig, do):
+def test_a_damaged_code_upload_is_retried(rig, do):
     rig.inject(fault("scp .*--worker 1", do))
     code, _, err = rig.run()
     assert code == 0, err
 
 
-def test_skew(rig, tmp_path):
-    """Worker 1 has another jax: retried once, then refused by name."""
+def test_package_version_skew(rig, tmp_path):
+    """Worker 1 has another version of jax: retried once, then refused, naming jax."""
     other = tmp_path / "other" / "jax-9.9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Name: jax\nVersion: 9.9.9\n")
@@ -300,7 +300,7 @@ def test_a_full_disk(rig):
 
 
 def test_another_program_holds_the_tpu(rig):
-    """It is named and left alone; another machine is tried before giving up."""
+    """The program is named and left alone; another machine is tried before giving up."""
     holder = "sleep 300 >>$VIT_SCALE_DEVICES/accel0 2>/dev/null </dev/null & true"
     ended = rig.run("--setup", holder, "--max-failures", "2", timeout=100)
     assert (ended.code, rig.is_empty()) == (79, True), ended.err
@@ -308,7 +308,7 @@ def test_another_program_holds_the_tpu(rig):
     assert rig.starts() == []
 
 
-def test_an_existing_vm_is_never_created_nor_deleted(rig):
+def test_an_existing_vm_is_used_and_left_alone(rig):
     assert rig.run("--existing").code == 78
     assert rig.calls("create") == [] and rig.calls("delete") == []
     rig.verb(*rig.flags(), "--no-queue", "--on-success", "keep")
@@ -321,7 +321,7 @@ def test_an_existing_vm_is_never_created_nor_deleted(rig):
     assert result["cloud"].startswith("kept (vit, us-a")
 
 
-def test_somebody_elses_machine_is_left_alone(rig):
+def test_a_machine_of_another_run_is_left_alone(rig):
     rig.run("--on-success", "keep")
     other = rig.run("--config.steps=3")
     assert other.code == 64 and "belongs to run vit-" in other.result["cause"]
@@ -335,7 +335,7 @@ def test_somebody_elses_machine_is_left_alone(rig):
 
 
 def test_multislice(tmp_path):
-    """One request, one node per slice, and every host of both trains."""
+    """One request, one node per slice, and a trainer on every host of both."""
     rig = Rig(tmp_path, **QUICK)
     code, _, err = rig.run("--num-slices", "2")
     assert code == 0, err
@@ -344,12 +344,12 @@ def test_multislice(tmp_path):
     assert rig.attempts() == {1: [0, 1, 2, 3]} and rig.is_empty()
 
 
-def test_limits_save_and_delete(rig):
+def test_limits_save_a_checkpoint_and_delete_the_machine(rig):
     rig.profile(FAKE_SECONDS="0.3")
     ended = rig.run("--max-hours", "0.1", "--config.steps=60", "--grace", "20m")
     assert (ended.code, ended.result["result"]) == (124, "limit reached")
     assert rig.is_empty()
-    assert (rig.workdir / "checkpoint").exists(), "SIGTERM has the trainer save"
+    assert (rig.workdir / "checkpoint").exists(), "SIGTERM makes the trainer save"
     rig.profile(FAKE_SECONDS="0.03")
     assert rig.run("--max-hours", "9", "--config.steps=60").code == 0
 
@@ -358,7 +358,7 @@ def train_slowly(rig: Rig) -> None:
     rig.profile(FAKE_SECONDS="0.4")
 
 
-def test_ctrl_c_detaches_and_the_same_command_takes_it_up(rig):
+def test_ctrl_c_detaches_and_a_rerun_adopts_the_attempt(rig):
     train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
@@ -386,8 +386,8 @@ def test_a_second_ctrl_c_stops_and_deletes(rig):
 
 
 @pytest.mark.slow
-def test_a_terminal_that_goes_away_ends_nothing(rig):
-    """As with a killed `tee`: later output is lost, and nothing else."""
+def test_the_run_survives_a_closed_terminal(rig):
+    """As with a killed `tee`: only later output is lost."""
     train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
@@ -398,7 +398,7 @@ def test_a_terminal_that_goes_away_ends_nothing(rig):
     assert '"what": "bug"' not in journal(rig)
 
 
-def test_ctrl_c_in_the_queue_leaves_no_request(rig):
+def test_ctrl_c_while_queued_withdraws_the_request(rig):
     rig.set(timelines=[["WAITING_FOR_RESOURCES"]])
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: rig.cloud.requests)
@@ -407,9 +407,9 @@ def test_ctrl_c_in_the_queue_leaves_no_request(rig):
     assert (code, result["cloud"]) == (130, "deleted") and rig.is_empty()
 
 
-def test_a_kept_machine_is_used_by_the_next_try(rig):
+def test_a_retry_reuses_the_kept_machine(rig):
     """A failure keeps the machine for a while, so that a retry need not queue."""
-    rig.trainer_faults(breaks(0, 0, "exit2"))
+    rig.trainer_faults(fault_at(0, 0, "exit2"))
     first = rig.start(*rig.flags(), "--on-failure", "keep:60m")
     journals = (rig.root / "runs").glob
     rig.wait_for(
@@ -428,8 +428,8 @@ def journal(rig: Rig) -> str:
 
 
 @pytest.mark.slow
-def test_a_kept_machine_is_deleted_in_the_end(rig):
-    rig.trainer_faults(breaks(0, 0, "exit2"))
+def test_a_kept_machine_is_deleted_after_its_time(rig):
+    rig.trainer_faults(fault_at(0, 0, "exit2"))
     ended = rig.run("--on-failure", "keep:2m")
     assert (ended.code, ended.result["cloud"]) == (1, "deleted") and rig.is_empty()
 
@@ -439,8 +439,8 @@ WHEN += map(slow, ["create", "describe", "scp", "agent.sh prepare", "agent.sh st
 
 
 @pytest.mark.parametrize("when", WHEN)
-def test_a_killed_launcher_is_taken_up(rig, when):
-    """SIGKILL at any moment: the same command resumes, and nothing starts twice."""
+def test_a_run_resumes_after_its_launcher_is_killed(rig, when):
+    """SIGKILL at any moment: rerunning the same command resumes, and nothing starts twice."""
     rig.profile(FAKE_SECONDS="0.1")
     rig.inject(fault(when, "hang", nth=2 if when == "describe" else 1))
     process = rig.start(*rig.flags())
@@ -455,7 +455,7 @@ def test_a_killed_launcher_is_taken_up(rig, when):
 
 
 @pytest.mark.slow
-def test_two_launchers_of_one_run(rig):
+def test_a_second_launcher_of_a_run_is_refused(rig):
     train_slowly(rig)
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)

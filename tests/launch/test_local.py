@@ -1,6 +1,6 @@
-"""launch/environment.sh and the scripts on top of it, with uv and Python played by small fakes.
+"""launch/environment.sh and the scripts that build on it, with small fakes of uv and Python.
 
-Nothing is downloaded, but for the slow test, which installs for real.
+Nothing is downloaded, except by the slow test, which really installs.
 """
 
 import os
@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "dirname", "echo", "env", "flock", "mkdir", "mv"]
 TOOLS += ["rm", "sed", "sleep", "sort", "touch", "uname", "xargs"]
 
-# `uv venv FOLDER` makes FOLDER/bin/python, `uv pip install` FOLDER/bin/vit-scale. Each call is a
-# line of the log. FAKE=fail breaks the installation, FAKE=hang never finishes it.
+# `uv venv FOLDER` creates FOLDER/bin/python, `uv pip install` FOLDER/bin/vit-scale. Each call is
+# logged as a line. FAKE=fail breaks the installation, FAKE=hang never finishes it.
 UV = """#!/bin/bash
 echo "uv $*" >>"$LOG"
 if [[ $1 == venv ]]; then
@@ -38,7 +38,8 @@ else
 fi
 """
 
-# `python3 -m venv FOLDER` makes FOLDER/bin/python, again this; with OLD set it is before 3.11.
+# `python3 -m venv FOLDER` copies this script to FOLDER/bin/python; with OLD set, it claims to be
+# older than 3.11.
 PYTHON = """#!/bin/bash
 if [[ -n ${OLD:-} && $1 == -c ]]; then exit 1; fi
 if [[ $1 == -c ]]; then exec "$REAL_PYTHON" "$@"; fi
@@ -97,7 +98,7 @@ class Clone:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self) -> list[str]:
-        """The lines logged since the last look."""
+        """Return the lines logged since the last call."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return lines
@@ -108,8 +109,8 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
-def installed(clone: Clone) -> list[str]:
-    """What the logged installations were of: "", "[test]" ..."""
+def installed_extras(clone: Clone) -> list[str]:
+    """Return the extras of each logged installation: "", "[test]" ..."""
     target = f"-e {clone.root}"
     return [line.split(target)[1] for line in clone.calls() if target in line]
 
@@ -144,24 +145,24 @@ def test_changed_requirements_are_installed(clone, file):
     with (clone.root / file).open("a") as stream:
         stream.write("# changed\n")
     clone.run("environment.sh")
-    assert installed(clone) == [""]
+    assert installed_extras(clone) == [""]
 
 
-def test_moved_repository_is_installed_again(clone):
+def test_moved_repository_is_reinstalled(clone):
     clone.run("environment.sh")
     clone.calls()
     clone.root = clone.root.rename(clone.root.with_name("moved"))
     clone.run("environment.sh")
-    assert installed(clone) == [""]
+    assert installed_extras(clone) == [""]
 
 
-def test_extras_add_up(clone):
+def test_extras_accumulate(clone):
     clone.run("environment.sh")
     clone.run("environment.sh", "test")
     clone.run("environment.sh", "gpu")
     clone.run("environment.sh", "test")
     clone.run("environment.sh")
-    assert installed(clone) == ["", "[test]", "[gpu,test]"]
+    assert installed_extras(clone) == ["", "[test]", "[gpu,test]"]
 
 
 @pytest.mark.parametrize("how", ["fail", "kill"])
@@ -184,7 +185,7 @@ def test_interrupted_installation_starts_over(clone, how):
     assert [line.split()[1] for line in clone.calls()] == ["venv", "pip"]
 
 
-def test_two_starts_install_once(clone):
+def test_concurrent_starts_install_once(clone):
     processes = [clone.start("local.sh", "--config", name, FAKE="slow") for name in ("one", "two")]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     calls = clone.calls()
@@ -196,7 +197,7 @@ def test_two_starts_install_once(clone):
     }
 
 
-def test_without_uv_venv_and_pip_do_it(clone):
+def test_without_uv_venv_and_pip_are_used(clone):
     (clone.bin / "uv").unlink()
     clone.fake("python3", PYTHON)
     result = clone.run("environment.sh", "test")
@@ -211,7 +212,7 @@ def test_without_uv_venv_and_pip_do_it(clone):
 
 @pytest.mark.parametrize("uv", [False, True])
 def test_python_3_12_is_preferred(clone, uv):
-    """PYTHON chooses another one."""
+    """PYTHON selects another version."""
     if not uv:
         (clone.bin / "uv").unlink()
     for name in ("python3", "python3.11", "python3.12", "python3.13"):
@@ -225,7 +226,7 @@ def test_python_3_12_is_preferred(clone, uv):
     assert "python3.11" in clone.calls()[0]
 
 
-def test_without_a_new_enough_python_one_line_says_so(clone):
+def test_an_old_python_is_a_one_line_error(clone):
     (clone.bin / "uv").unlink()
     clone.fake("python3", PYTHON)
     result = clone.run("local.sh", "--config", "quickstart", OLD="1")
@@ -235,7 +236,7 @@ def test_without_a_new_enough_python_one_line_says_so(clone):
     assert not (clone.root / ".venv").exists()
 
 
-def test_a_wrong_python_is_refused_by_name(clone):
+def test_an_old_python_from_the_environment_is_named(clone):
     clone.fake("snake", PYTHON)
     result = clone.run("environment.sh", PYTHON="snake", OLD="1")
     assert result.stderr == "environment: PYTHON=snake is not Python 3.11 or later\n"
@@ -252,9 +253,9 @@ def test_usage(clone, arguments, code, stream):
     assert clone.calls() == [], "nothing is installed to print a help text"
 
 
-def test_accelerator_chooses_the_extra(clone):
+def test_accelerator_selects_the_extra(clone):
     clone.run("local.sh", "--config", "x", ACCELERATOR="tpu")
-    assert installed(clone) == ["[tpu]"]
+    assert installed_extras(clone) == ["[tpu]"]
     result = clone.run("local.sh", "--config", "x", ACCELERATOR="npu")
     assert result.stderr == "local: ACCELERATOR=npu is not cpu, gpu or tpu\n"
     assert result.returncode == 2
@@ -264,13 +265,13 @@ def test_accelerator_chooses_the_extra(clone):
 @pytest.mark.skipif(
     any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0"))), reason="this machine has a TPU"
 )
-def test_accelerator_is_found(clone):
+def test_accelerator_is_detected(clone):
     clone.run("local.sh", "--config", "x", ACCELERATOR="")
     clone.fake("nvidia-smi", "#!/bin/bash\nexit 9\n")
     clone.run("local.sh", "--config", "x", ACCELERATOR="")
     clone.fake("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H200'\n")
     clone.run("local.sh", "--config", "x", ACCELERATOR="")
-    assert installed(clone) == ["", "[gpu]"]
+    assert installed_extras(clone) == ["", "[gpu]"]
 
 
 @pytest.mark.parametrize("script", ["test.sh", "../.ci/run"])
@@ -298,8 +299,8 @@ def test_quick_runs_tests_that_exist(clone):
         assert not name or f"def {name.partition('[')[0]}(" in (ROOT / file).read_text()
 
 
-def test_the_compiler_has_a_folder_of_its_own(clone):
-    """Pinned as everything, installed once, and again when the pins change."""
+def test_the_compiler_is_installed_in_its_own_folder(clone):
+    """Pinned like everything else, installed once, and reinstalled when the pins change."""
     folder = clone.root / ".venv" / "libtpu"
     for _ in range(2):
         assert clone.run("compiler.sh").returncode == 0

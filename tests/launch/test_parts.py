@@ -44,13 +44,13 @@ SLICES = [
 
 
 @pytest.mark.parametrize("name, chips, hosts, runtime", SLICES)
-def test_types(name, chips, hosts, runtime):
-    found = accelerators.parse(name)
-    assert (found.chips, found.hosts, found.runtime) == (chips, hosts, runtime)
+def test_accelerator_types(name, chips, hosts, runtime):
+    accelerator = accelerators.parse(name)
+    assert (accelerator.chips, accelerator.hosts, accelerator.runtime) == (chips, hosts, runtime)
 
 
 @pytest.mark.parametrize("name", ["v4-4", "v4-7", "v5e-2", "v5e-12", "v1-8", "v4", "v4-32x"])
-def test_types_that_there_are_not(name):
+def test_invalid_accelerator_types(name):
     with pytest.raises(Stop):
         accelerators.parse(name)
 
@@ -62,8 +62,8 @@ def test_prices_and_shapes():
     assert shapes == {"v4-32": "2x2x4", "v5e-16": "4x4", "v6e-256": "16x16"}
 
 
-# What the last lines of real trainings say, and what kind of an end that is.
-ENDS = [
+# Exit codes and last log lines of real training runs, and the kind of failure of each.
+EXITS = [
     (1, "RuntimeError: The TPU is already in use by process with pid 4711.", "busy"),
     (1, "Internal error when accessing libtpu multi-process lockfile.", "busy"),
     (1, "open(/dev/vfio/0): Device or resource busy", "busy"),
@@ -80,8 +80,8 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("code, tail, kind", ENDS)
-def test_kinds(code, tail, kind):
+@pytest.mark.parametrize("code, tail, kind", EXITS)
+def test_kinds_of_failure(code, tail, kind):
     assert diagnosis.diagnose([WorkerExit(0, code, 1.0, tail)]).kind == kind
 
 
@@ -96,58 +96,60 @@ COLLATERAL = [
 
 @pytest.mark.parametrize("line", COLLATERAL)
 @pytest.mark.parametrize("code", [1, 134])
-def test_who_ends_because_of_another_is_not_the_cause(line, code):
-    """Even if it ended first."""
-    ends = [
+def test_collateral_exits_are_not_the_cause(line, code):
+    """Even if they are the earliest."""
+    exits = [
         WorkerExit(0, code, 1.0, f"step 5\n{line}"),
         WorkerExit(1, 1, 2.0, "OSError: disk is gone"),
     ]
-    found = diagnosis.diagnose(ends)
-    assert (found.worker, found.line) == (1, "exit code 1: OSError: disk is gone")
+    cause = diagnosis.diagnose(exits)
+    assert (cause.worker, cause.line) == (1, "exit code 1: OSError: disk is gone")
 
 
-UNLIKE = "hosts disagree: process 2 differs from process 0 (a is 1, there 2)"
-APART = "workdir /x is not the same folder on process 2 and on process 0: give a --workdir"
+DIFFERENT_CONFIG = "hosts disagree: process 2 differs from process 0 (a is 1, there 2)"
+DIFFERENT_FOLDER = (
+    "workdir /x is not the same folder on process 2 and on process 0: give a --workdir"
+)
 
 
-@pytest.mark.parametrize("line", [UNLIKE, APART])
+@pytest.mark.parametrize("line", [DIFFERENT_CONFIG, DIFFERENT_FOLDER])
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("told", ["log", "heartbeat"])
-def test_hosts_that_disagree_are_a_mistake_and_no_bad_machine(line, alone, told):
-    """Whichever reports it: the one that differs may have been stopped before it could."""
+@pytest.mark.parametrize("source", ["log", "heartbeat"])
+def test_disagreeing_hosts_are_bad_input_not_a_bad_machine(line, alone, source):
+    """Whichever host reports it: the one that differs may have been stopped before it could."""
     lines = [f"process 2: {line}", f"process 2: {line}", line]
-    ends = [
+    exits = [
         WorkerExit(
             i,
             1,
             2.0 - i / 10,
-            f"step 0\nvit-scale: {said}" if told == "log" else "",
-            said * (told != "log"),
+            f"step 0\nvit-scale: {message}" if source == "log" else "",
+            message * (source != "log"),
         )
-        for i, said in enumerate(lines)
+        for i, message in enumerate(lines)
     ]
     if alone:
-        ends[2] = WorkerExit(2, 137, 1.0, "", stopped=True)
-    found = diagnosis.diagnose(ends)
-    assert found.kind == "input" and line in found.line
-    assert outcomes([found]) == [65], "at once, on no other machine"
+        exits[2] = WorkerExit(2, 137, 1.0, "", stopped=True)
+    cause = diagnosis.diagnose(exits)
+    assert cause.kind == "input" and line in cause.line
+    assert outcomes([cause]) == [65], "without a retry on another machine"
 
 
-def test_what_only_mentions_another_process_is_still_collateral():
-    said = "vit-scale: process 2: image 3 is corrupt"
+def test_errors_of_another_process_remain_collateral():
+    message = "vit-scale: process 2: image 3 is corrupt"
     assert (
-        diagnosis.diagnose([WorkerExit(0, 1, 1.0, said), WorkerExit(1, 1, 1.0, said)]).kind
+        diagnosis.diagnose([WorkerExit(0, 1, 1.0, message), WorkerExit(1, 1, 1.0, message)]).kind
         == "infra"
     )
     stopped = WorkerExit(
-        0, 42, 1.0, f"vit-scale: {UNLIKE}\nvit-scale: stopped by SIGTERM after step 9"
+        0, 42, 1.0, f"vit-scale: {DIFFERENT_CONFIG}\nvit-scale: stopped by SIGTERM after step 9"
     )
     assert diagnosis.diagnose([stopped]).kind == "resumable"
 
 
-def test_the_earliest_of_several_causes():
-    ends = [WorkerExit(0, 1, 3.0, "KeyError: 'b'"), WorkerExit(1, 1, 2.0, "KeyError: 'a'")]
-    assert diagnosis.diagnose(ends).worker == 1
+def test_the_earliest_cause_is_reported():
+    exits = [WorkerExit(0, 1, 3.0, "KeyError: 'b'"), WorkerExit(1, 1, 2.0, "KeyError: 'a'")]
+    assert diagnosis.diagnose(exits).worker == 1
     all_collateral = [WorkerExit(i, 134, float(i), "Barrier timed out") for i in range(3)]
     assert diagnosis.diagnose(all_collateral).kind == "infra"
     stopped = [WorkerExit(0, 1, 2.0, "KeyError: 'b'"), WorkerExit(1, 137, 1.0, "", stopped=True)]
@@ -155,44 +157,44 @@ def test_the_earliest_of_several_causes():
     assert diagnosis.diagnose([WorkerExit(0, 0, 1.0, ""), WorkerExit(1, 0, 2.0, "")]).kind == "done"
 
 
-def test_a_signature_is_of_the_failure_not_of_the_time():
+def test_signatures_ignore_numbers_and_addresses():
     one = diagnosis.signature(1, "no batch 17 at 0x7f1")
     assert (
         one == diagnosis.signature(1, "no batch 18 at 0x8e2") != diagnosis.signature(2, "no batch")
     )
 
 
-def fail(kind: str, line: str = "x") -> Cause:
+def make_cause(kind: str, line: str = "x") -> Cause:
     return Cause(kind, 0, line, f"1: {line}")
 
 
-def fresh() -> dict:
+def new_state() -> dict:
     return {"failures": [], "restarts": 0}
 
 
 def outcomes(causes, progressed=False, failures=3, restarts=100):
-    """Decide after each cause: (delay, recreate), or the exit code at the end."""
-    state, found = fresh(), []
+    """Return the decision after each cause: (delay, recreate), or the exit code of the launcher."""
+    state, results = new_state(), []
     for cause in causes:
         try:
-            found.append(tuple(retry_policy.decide(state, cause, progressed, failures, restarts)))
+            results.append(tuple(retry_policy.decide(state, cause, progressed, failures, restarts)))
         except Stop as stop:
-            found.append(stop.code)
-    return found
+            results.append(stop.code)
+    return results
 
 
-def test_budget():
-    user, lost, busy = fail("user"), fail("infra"), fail("busy")
+def test_retry_budget():
+    user, lost, busy = make_cause("user"), make_cause("infra"), make_cause("busy")
     assert outcomes([user] * 3) == [(10, False), (30, False), 76]
-    assert outcomes([user, fail("user", "y"), fail("user", "z")])[-1] == 1
-    assert outcomes([lost] * 3) == [(10, False), (30, True), 76], "another machine may do better"
-    assert outcomes([lost, fail("infra", "y"), fail("infra", "z")])[-1] == 75
+    assert outcomes([user, make_cause("user", "y"), make_cause("user", "z")])[-1] == 1
+    assert outcomes([lost] * 3) == [(10, False), (30, True), 76], "the last retry recreates it"
+    assert outcomes([lost, make_cause("infra", "y"), make_cause("infra", "z")])[-1] == 75
     assert outcomes([busy] * 3)[-1] == 79
-    assert outcomes([fail("port")])[0] == (0, False)
-    assert outcomes([fail("fatal")]) == [1]
+    assert outcomes([make_cause("port")])[0] == (0, False)
+    assert outcomes([make_cause("fatal")]) == [1]
     assert outcomes([user] * 9, progressed=True) == [(10, False)] * 9
-    assert outcomes([fail("preempted")] * 5, restarts=4) == [(10, False)] * 4 + [75]
-    assert outcomes([fail("resumable")] * 3)[-1] == 76, "exit code 42 alone is no progress"
+    assert outcomes([make_cause("preempted")] * 5, restarts=4) == [(10, False)] * 4 + [75]
+    assert outcomes([make_cause("resumable")] * 3)[-1] == 76, "exit code 42 alone is no progress"
 
 
 @pytest.mark.parametrize(
@@ -213,23 +215,23 @@ def test_budget():
         ("HTTP 503: the service is unavailable", "transient"),
     ],
 )
-def test_errors_of_gcloud(text, kind):
-    """Also with the note on the account that gcloud 528 adds to 401, 403 and 404."""
+def test_gcloud_errors_are_classified(text, kind):
+    """With and without the note on the account that gcloud 528 adds to errors 401, 403 and 404."""
     assert gcloud.error(text).kind == kind
-    who = "This command is authenticated as a@b.c which is the active account specified by the "
-    error = gcloud.error(f"{text}. {who}[core/account] property\n- '@type': x")
+    note = "This command is authenticated as a@b.c which is the active account specified by the "
+    error = gcloud.error(f"{text}. {note}[core/account] property\n- '@type': x")
     assert error.kind == kind and "authenticated as" not in str(error)
 
 
-def test_a_process_that_hangs_is_ended_with_what_it_started():
-    """Even if a grandchild holds the output open."""
+def test_a_hanging_process_is_killed_with_its_children():
+    """Even if a grandchild keeps the output open."""
     result = gcloud.run(["bash", "-c", "setsid sleep 30 & sleep 30"], timeout=0.3)
     assert result.code == 124
     assert gcloud.run(["no-such-program-here"]).code == 127
     assert gcloud.run(["cat"], b"given", timeout=10).out == b"given"
 
 
-def test_the_last_line_that_says_something():
+def test_last_error_skips_noise():
     noise = (
         "Warning: x\n##### Command execution on worker 1 failed with exit status 71. Continuing.\n"
     )
@@ -264,7 +266,7 @@ def tree(tmp_path) -> pathlib.Path:
 
 
 def test_bundle(tree, tmp_path):
-    """Tracked and new files as they are now; equal trees have equal names."""
+    """Tracked and new files in their current state; equal trees have equal hashes."""
     made = bundle.make(tree, [])
     assert made.sha == bundle.make(tree, []).sha
     (tmp_path / "x.tgz").write_bytes(made.data)
@@ -277,15 +279,15 @@ def test_bundle(tree, tmp_path):
     assert bundle.make(tree, []).sha != made.sha
 
 
-def test_a_bundle_holds_the_whole_package_and_no_results():
-    """Of folders named runs, the package's own is code."""
+def test_a_bundle_contains_the_whole_package_and_no_results():
+    """Folders named runs hold results, except for the package's own."""
     names = bundle.files(ROOT)
     package = {str(file.relative_to(ROOT)) for file in (ROOT / "vit_scale").rglob("*.py")}
     assert package <= set(names) and "vit_scale/runs/lock.py" in package
     assert not [name for name in names if name.startswith("runs/")]
 
 
-def test_bundles_that_are_refused(tree, monkeypatch):
+def test_bundles_with_secrets_or_too_large_are_refused(tree, monkeypatch):
     with pytest.raises(Stop, match=r"new\.py contains the value of a secret"):
         bundle.make(tree, ["new.py"])
     monkeypatch.setattr(bundle, "LARGEST", 10)
@@ -293,7 +295,7 @@ def test_bundles_that_are_refused(tree, monkeypatch):
         bundle.make(tree, [])
 
 
-def test_secrets_of_a_file(tmp_path, monkeypatch):
+def test_secrets_from_a_file(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     file = tmp_path / "x.env"
     file.write_text("export A='b c'\n# no=1\nB=d=e\n")
@@ -317,7 +319,7 @@ class FakeClock(Clock):
         return self.time
 
 
-def test_meter(tmp_path):
+def test_billing(tmp_path):
     clock, journal = FakeClock(), Journal(tmp_path)
     billing = Billing(10.0, clock, journal)
     billing.begin()
@@ -325,12 +327,12 @@ def test_meter(tmp_path):
     assert (billing.hours, billing.cost) == (0.5, 5.0)
     billing.end()
     clock.time = 9000.0
-    assert billing.cost == 5.0, "nothing is paid for between two machines"
+    assert billing.cost == 5.0, "the time between two machines is not billed"
     journal.save()
     billing = Billing(10.0, clock, Journal(tmp_path))
     billing.begin()
     clock.time += 3600.0
-    assert billing.cost == 15.0, "another launcher counts on"
+    assert billing.cost == 15.0, "a new launcher continues the count"
     with pytest.raises(Stop, match="--max-cost 14"):
         billing.check(0, 14)
     with pytest.raises(Stop, match="--max-hours 1"):
@@ -348,7 +350,7 @@ def test_flags_and_durations():
     assert vars(flags.parser().parse_args([]))["stall_timeout"] == 600
 
 
-# --- the agent alone
+# --- agent.sh alone
 
 
 class Agent:
@@ -389,8 +391,8 @@ def agent(tmp_path):
         made("stop", "run", attempt, 0)
 
 
-def test_five_starts_are_one(agent):
-    """Concurrently and again: each call returns at once and reports a start."""
+def test_concurrent_and_repeated_starts_run_one_trainer(agent):
+    """Each call returns at once and reports success."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(5) as pool:
@@ -403,8 +405,8 @@ def test_five_starts_are_one(agent):
     assert agent.state() == "running"
 
 
-def test_attempts_are_in_order(agent):
-    """A late start of an attempt that is over or was stopped starts nothing."""
+def test_attempts_start_in_order(agent):
+    """A late call to start an attempt that is over or was stopped starts nothing."""
     assert agent("start", "run", 2, "c0de", 1, "train").returncode == 0
     late = agent("start", "run", 1, "c0de", 1, "train")
     assert (late.returncode, "attempt 2 has started" in late.stderr) == (75, True)
@@ -412,10 +414,10 @@ def test_attempts_are_in_order(agent):
     stopped = agent("start", "run", 3, "c0de", 1, "train")
     assert (stopped.returncode, "was stopped" in stopped.stderr) == (75, True)
     assert agent("start", "run", 4, "c0de", 1, "train").returncode == 0
-    assert [agent.state(2), agent.state(4)] == ["ended", "running"], "the one before has ended"
+    assert [agent.state(2), agent.state(4)] == ["ended", "running"], "the earlier attempt was ended"
 
 
-def test_stop_asks_once_and_then_kills(agent):
+def test_stop_asks_first_and_kills_without_grace(agent):
     agent("start", "run", 1, "c0de", 1, "train")
     while not (agent.home / "code/c0de/starts").exists():
         pass
@@ -429,7 +431,8 @@ def test_stop_asks_once_and_then_kills(agent):
     assert "state=ended rc=137" in agent("status", "run", 2).stdout
 
 
-def test_the_agent_never_ends_with_255(agent):
+def test_the_agent_never_exits_with_255(agent):
+    """ssh uses 255 for its own errors."""
     for words in (["nonsense"], ["start"], ["status"], ["secrets"], []):
         assert agent(*words).returncode == 64
     (agent.home / "venv/bin/vit-scale").write_text("#!/bin/bash\nexit 255\n")
@@ -440,7 +443,7 @@ def test_the_agent_never_ends_with_255(agent):
     assert (status.returncode, "rc=255" in status.stdout) == (0, True)
 
 
-def test_secrets_of_the_agent(agent):
+def test_agent_secrets(agent):
     cut = agent("secrets", "run", stdin="A=b\n")
     assert (cut.returncode, "arrived incomplete" in cut.stderr) == (65, True)
     assert agent("secrets", "run", stdin='A=$(touch x) "b"\n#END\n').returncode == 0
@@ -450,11 +453,11 @@ def test_secrets_of_the_agent(agent):
     agent("start", "run", 1, "c0de", 1, "train")
     while agent.state() == "running":
         pass
-    assert (agent.home / "code/c0de/out").read_text() == '$(touch x) "b"\n', "nothing is run of it"
+    assert (agent.home / "code/c0de/out").read_text() == '$(touch x) "b"\n', "not evaluated"
     assert not file.exists()
 
 
-def test_old_code_and_logs_go(agent):
+def test_gc_removes_old_code_and_logs(agent):
     import os
 
     for number in range(4):
@@ -470,7 +473,7 @@ def test_old_code_and_logs_go(agent):
     ]
 
 
-def test_the_log_goes_on_at_an_offset(agent):
+def test_the_log_is_read_from_an_offset(agent):
     agent("start", "run", 1, "c0de", 1, "train", "one")
     agent("stop", "run", 1, 0)
     whole = agent("status", "run", 1, 0).stdout.partition("#LOG ")[2]
@@ -479,38 +482,38 @@ def test_the_log_goes_on_at_an_offset(agent):
     json.loads(agent("status", "run", 1).stdout.partition("#HEARTBEAT ")[2].split("\n")[0] or "{}")
 
 
-def forgotten(agent, *command: str, patience: int = 1, seconds: float = 6) -> bool:
-    """Return whether the reaper runs its command within so many seconds."""
+def is_reaped(agent, *command: str, patience: int = 1, seconds: float = 6) -> bool:
+    """Return whether the reaper runs its command within `seconds`."""
     import time
 
     done = agent.home / "done"
     words = ["bash", "-c", *command] if command else ["touch", str(done)]
     assert agent("reap", "run", patience, *words).returncode == 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         if done.exists():
             return True
         time.sleep(0.05)
     return False
 
 
-def test_the_reaper_goes_on_until_its_command_works(agent):
-    """It does so once, retrying if the API does not answer."""
+def test_the_reaper_retries_until_its_command_succeeds(agent):
+    """After the command has succeeded, it is not run again."""
     home = agent.home
     command = f"cd '{home}'; echo x >>tries; [ $(wc -l <tries) -ge 2 ] && touch done"
-    assert forgotten(agent, command)
+    assert is_reaped(agent, command)
     assert (home / "tries").read_text() == "x\nx\n"
 
 
-def test_the_reaper_waits_for_what_is_being_done(agent):
-    """After its own start, while a launcher watches, and while an environment is created."""
+def test_the_reaper_waits_while_the_machine_is_in_use(agent):
+    """After it is armed, while a launcher renews its lease, and while an environment is created."""
     import threading
     import time
 
     (agent.home / "prepare.lock").touch()
     holder = subprocess.Popen(["flock", str(agent.home / "prepare.lock"), "sleep", "3"])
     began = time.monotonic()
-    assert forgotten(agent) is True
+    assert is_reaped(agent) is True
     assert time.monotonic() - began > 2.5
     holder.wait()
     (agent.home / "done").unlink()
@@ -523,17 +526,17 @@ def test_the_reaper_waits_for_what_is_being_done(agent):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        assert forgotten(agent, patience=2, seconds=4) is False
+        assert is_reaped(agent, patience=2, seconds=4) is False
     finally:
         ended.set()
         watcher.join()
     assert agent("reap", "run", 9, "true").stdout == "already armed\n"
     agent("disarm", "run")
-    assert agent("reap", "run", 9, "true").stdout == "armed\n", "the one before has ended"
+    assert agent("reap", "run", 9, "true").stdout == "armed\n", "the first reaper has ended"
     agent("disarm", "run")
 
 
-def test_the_agent_shows_what_a_config_comes_to(agent):
+def test_the_agent_shows_a_resolved_config(agent):
     script = '#!/bin/bash\necho "$JAX_PLATFORMS $*"; exit 3\n'
     (agent.home / "venv/bin/vit-scale").write_text(script)
     done = agent("show", "c0de", "show", "--config", "a b")

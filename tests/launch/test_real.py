@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh with the real trainer: the hosts of a fake slice train as one process does."""
+"""launch/tpu_vm.sh with the real trainer: the hosts of a fake slice train as one process."""
 
 import json
 import os
@@ -40,16 +40,16 @@ def real_rig(folder: pathlib.Path, hosts: int, devices: int) -> Rig:
 
 
 def losses(workdir: pathlib.Path) -> dict[str, list[float]]:
-    """Of each run in it; a config with stages has one for each."""
-    found = {}
+    """Return each run's training losses; a config with stages has a run for each."""
+    result = {}
     for file in sorted(workdir.rglob("metrics.jsonl")):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        found[file.parent.name] = [row["train/loss"] for row in rows if "train/loss" in row]
-    return found
+        result[file.parent.name] = [row["train/loss"] for row in rows if "train/loss" in row]
+    return result
 
 
 def results(workdir: pathlib.Path) -> dict[str, tuple[float, int]]:
-    """(accuracy, n) of each run that was evaluated."""
+    """Return (accuracy, n) of each run that was evaluated."""
     reports = {f.parent.name: json.loads(f.read_text()) for f in workdir.rglob("report.json")}
     return {
         run: (report["eval"]["accuracy"], report["eval"]["n"])
@@ -58,7 +58,7 @@ def results(workdir: pathlib.Path) -> dict[str, tuple[float, int]]:
     }
 
 
-def single(rig: Rig, workdir: pathlib.Path, words: list[str], devices: int) -> None:
+def train_in_one_process(rig: Rig, workdir: pathlib.Path, words: list[str], devices: int) -> None:
     command = [sys.executable, "-m", "vit_scale.cli", "train", "--workdir", str(workdir), *words]
     environment = {**os.environ, "PYTHONPATH": str(rig.root)}
     environment["JAX_NUM_CPU_DEVICES"] = str(devices)
@@ -73,8 +73,8 @@ def check_equal(folder: pathlib.Path, hosts: int, words: list[str], **variables:
         assert ended.result["attempts"] == 1 and rig.is_empty()
         assert len(rig.calls("agent.sh start")) == hosts
         one = rig.elsewhere / "one" / rig.workdir.name
-        single(rig, one, words, devices=1)
-        check_learned_alike(rig.workdir, one)
+        train_in_one_process(rig, one, words, devices=1)
+        check_same_results(rig.workdir, one)
         beats = list(
             pathlib.Path(rig.cloud_folder).glob("workers/*/*/home/.vit_scale/runs/*/a1/*.json")
         )
@@ -83,7 +83,7 @@ def check_equal(folder: pathlib.Path, hosts: int, words: list[str], **variables:
         rig.close()
 
 
-def check_learned_alike(workdir: pathlib.Path, one: pathlib.Path) -> None:
+def check_same_results(workdir: pathlib.Path, one: pathlib.Path) -> None:
     mine, alone = losses(workdir), losses(one)
     assert mine.keys() == alone.keys()
     for run, expected in alone.items():
@@ -94,7 +94,7 @@ def check_learned_alike(workdir: pathlib.Path, one: pathlib.Path) -> None:
     assert results(workdir) == results(one)
 
 
-def test_hosts_train_as_one_process(tmp_path, quick_compile):
+def test_hosts_train_as_one_process(tmp_path):
     check_equal(tmp_path, 2, ["--config", "quickstart:pretrain", *SMALL, *QUIET], **TIME)
 
 
@@ -103,7 +103,7 @@ TIME = {"LAUNCH_TIME_SCALE": "0.1"}
 
 @pytest.mark.slow
 def test_the_quickstart_on_a_slice_of_four_hosts(tmp_path):
-    """All five stages, to their ends: a quarter of an hour on two cores."""
+    """All five stages, to the end: takes a quarter of an hour on two cores."""
     check_equal(tmp_path, 4, ["--config", "quickstart", "--config.log.every=5", *QUIET], **TIME)
 
 
@@ -111,11 +111,11 @@ VIT = sorted(file.stem for file in (ROOT / "configs").glob("vit_*.py"))
 
 
 @pytest.mark.parametrize("name", VIT)
-def test_every_config_passes_the_check_before_anything_is_billed(name):
-    """With ImageNet in a bucket. AugReg's weights are at https://, for any machine."""
+def test_every_config_passes_the_preflight_check(name):
+    """ImageNet is in a bucket; AugReg's weights are at https://, which every machine can read."""
     from vit_scale import config
 
-    there = ["data.path=gs://b/imagenet"] if name.endswith("_imagenet") else []
-    shown = {"config": config.to_json(config.load(name, there))}
-    expected = [] if there else ["vit-scale data download cifar10 --out .data"]
-    assert preflight.check_data(shown, local=False) == expected
+    overrides = ["data.path=gs://b/imagenet"] if name.endswith("_imagenet") else []
+    resolved = {"config": config.to_json(config.load(name, overrides))}
+    expected = [] if overrides else ["vit-scale data download cifar10 --out .data"]
+    assert preflight.check_data(resolved, local=False) == expected

@@ -1,5 +1,5 @@
-"""What the launcher may delete, and what it must leave alone: one part at a time, gcloud's answers
-from a table, no process and no waiting."""
+"""What the launcher may delete and what it must leave alone: unit tests with a fake gcloud and a
+fake clock, without processes or waiting."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ from launch.tpu.transport import Workers
 
 RUN = "vit-1"
 OURS = {"managed-by": "vit_scale", "run": RUN, "owner": "ada"}
-WHO = "This command is authenticated as a which is the active account specified by [core/account]"
+NOTE = "This command is authenticated as a which is the active account specified by [core/account]"
 
 
 class Table:
@@ -75,11 +75,11 @@ class Table:
         if verb == "create":
             if name in entries or name in self.nodes:
                 return Result(1, b"", f"ERROR: ALREADY_EXISTS: Resource '{name}' already exists")
-            marks = dict(pair.split("=") for pair in argv[argv.index("--labels") + 1].split(","))
-            self.request(name, "WAITING_FOR_RESOURCES", marks)
+            labels = dict(pair.split("=") for pair in argv[argv.index("--labels") + 1].split(","))
+            self.request(name, "WAITING_FOR_RESOURCES", labels)
             return Result(0, b"", "")
         if name not in entries:
-            return Result(1, b"", f"ERROR: NOT_FOUND: Resource '{name}' was not found. {WHO}")
+            return Result(1, b"", f"ERROR: NOT_FOUND: Resource '{name}' was not found. {NOTE}")
         if verb == "delete":
             del entries[name]
             for node, entry in list(self.nodes.items()):
@@ -123,10 +123,10 @@ def status(state: str, number: int = 1, more: str = "") -> Result:
     return Result(0, f"{text}#SITTER {more}\n#HEARTBEAT {beat}\n#LOG 0 0\n".encode(), "")
 
 
-DEAD = Result(124, b"", "no answer in 60 s")
+NO_ANSWER = Result(124, b"", "no answer in 60 s")
 
 
-class Two(Workers):
+class TwoWorkers(Workers):
     """Two workers that answer `status` from lists; the last answer repeats."""
 
     count = 2
@@ -138,8 +138,8 @@ class Two(Workers):
         self.lines.append((worker, line))
         if "agent.sh status" not in line:
             return Result(0, b"", "")
-        left = self.answers[worker]
-        return left.pop(0) if len(left) > 1 else left[0]
+        remaining = self.answers[worker]
+        return remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
     def did(self, words: str) -> list[int]:
         return [worker for worker, line in self.lines if words in line]
@@ -174,32 +174,32 @@ def launcher(folder: pathlib.Path, *words: str, **more) -> Launcher:
     return Launcher(made, CloudTpu(made.tpu, clock, journal), None, clock, journal)
 
 
-# --- whose machine it is
+# --- ownership of machines
 
 
-def test_anothers_tpu_vm_of_the_name_is_refused_and_left(table, tmp_path):
-    """A plain TPU VM has the name of the queued resource: exit code 64, nothing created."""
+def test_a_tpu_vm_that_is_not_ours_is_refused_and_left_alone(table, tmp_path):
+    """A plain TPU VM may have the queued resource's name: exit code 64, nothing created."""
     table.node(request="", labels={})
     made = launcher(tmp_path)
     assert made.run() == 64
     assert table.did("create") == table.did("delete") == [] and "vit" in table.nodes
-    assert not (tmp_path / "launch.json").exists(), "`stop` must not take it for its own"
+    assert not (tmp_path / "launch.json").exists(), "`stop` must not treat it as its own"
 
 
-def test_what_exists_is_looked_at_before_it_is_ours(table, tmp_path):
-    """A request that appears between the status check and the creation is another's."""
+def test_a_request_made_meanwhile_by_another_run_is_left_alone(table, tmp_path):
+    """A request that appears between the status check and the creation is not ours."""
 
     def between(argv, **_):
         if "create" in argv:
             table.request(labels={**OURS, "run": "vit-2", "owner": "eve"})
         return table(argv)
 
-    gcloud.run = between  # `table` puts it back
+    gcloud.run = between  # restored by the fixture `table`
     assert launcher(tmp_path).run() == 64
     assert table.did("delete") == []
 
 
-def test_what_exists_and_is_never_seen_is_given_up(table, tmp_path):
+def test_creation_gives_up_on_a_name_that_exists_without_a_status(table, tmp_path):
     refused = Result(1, b"", "ERROR: ALREADY_EXISTS: Resource 'vit' already exists")
     table.on["create"] = [refused] * 99
     made = launcher(tmp_path)
@@ -208,7 +208,7 @@ def test_what_exists_and_is_never_seen_is_given_up(table, tmp_path):
     assert len(table.did("create")) == 6 and made.clock.now() - began > 300
 
 
-def test_a_node_is_deleted_if_it_is_left_of_our_request(table, tmp_path):
+def test_a_node_that_outlived_our_request_is_deleted(table, tmp_path):
     journal, clock = Journal(tmp_path, quiet=True), FakeClock()
     table.node()
     assert CloudTpu(tpu(), clock, journal, owned=True).status().kind == "gone"
@@ -221,26 +221,26 @@ def test_a_node_is_deleted_if_it_is_left_of_our_request(table, tmp_path):
         assert "vit" in table.nodes, other
 
 
-def test_a_request_that_is_anothers_by_now_is_not_deleted(table, tmp_path):
+def test_a_request_now_owned_by_another_run_is_not_deleted(table, tmp_path):
     table.request(labels={**OURS, "run": "vit-2"})
     CloudTpu(tpu(), FakeClock(), Journal(tmp_path, quiet=True), owned=True).delete()
     assert table.did("delete") == []
 
 
-def test_a_machine_made_in_the_other_way_is_found(table, tmp_path):
-    """Created with --no-queue or by a request: it is the same run's machine."""
+def test_status_recognises_nodes_with_and_without_a_request(table, tmp_path):
+    """Whether created with --no-queue or by a request, it is the same run's machine."""
     table.node(request="")
-    found = CloudTpu(tpu(), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
-    assert (found.status().kind, found.tpu.queue) == ("ready", False)
+    cloud = CloudTpu(tpu(), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
+    assert (cloud.status().kind, cloud.tpu.queue) == ("ready", False)
     table.request()
     table.node()
-    found = CloudTpu(tpu(queue=False), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
-    assert (found.status().kind, found.tpu.queue) == ("ready", True)
+    cloud = CloudTpu(tpu(queue=False), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
+    assert (cloud.status().kind, cloud.tpu.queue) == ("ready", True)
 
 
 @pytest.fixture
-def notes(table, tmp_path, monkeypatch) -> pathlib.Path:
-    """The run's folder, as a launcher writes it."""
+def run_folder(table, tmp_path, monkeypatch) -> pathlib.Path:
+    """The folder of a run, as a launcher writes it."""
     folder = tmp_path / "runs" / RUN
     folder.mkdir(parents=True)
     for module in (run_registry, fleet):
@@ -259,7 +259,7 @@ def verb(*words: str) -> int:
 
 
 @pytest.mark.parametrize("words", [["stop"], ["delete", "--yes"]])
-def test_another_runs_machine_is_neither_stopped_nor_deleted(table, notes, words):
+def test_another_runs_machine_is_neither_stopped_nor_deleted(table, run_folder, words):
     table.request(labels={**OURS, "run": "vit-2", "owner": "eve"})
     table.node(labels={**OURS, "run": "vit-2", "owner": "eve"})
     with pytest.raises(Stop, match="run vit-2 of eve") as stop:
@@ -270,44 +270,45 @@ def test_another_runs_machine_is_neither_stopped_nor_deleted(table, notes, words
         assert table.requests == {}
 
 
-def test_stop_waits_for_who_is_not_reached(table, notes):
-    """An unreachable worker is not a stopped one: it is asked again before the deletion."""
+def test_stop_retries_unreachable_workers(table, run_folder):
+    """An unreachable worker may still train: it is asked again before the machine is deleted."""
     table.request()
     table.node()
-    asked = []
+    calls = []
 
     def agent(worker, line):
-        asked.append((worker, line))
-        if worker == 1 and len(asked) < 20:
-            return DEAD
-        return status("ended" if len(asked) > 30 else "running")
+        calls.append((worker, line))
+        if worker == 1 and len(calls) < 20:
+            return NO_ANSWER
+        return status("ended" if len(calls) > 30 else "running")
 
     table.agent = agent
     assert verb("stop", "--grace", "10m") == 0
-    assert len(asked) > 30 and table.requests == {}
-    assert sum("agent.sh stop vit-1 1" in line for worker, line in asked if worker == 1) > 3
+    assert len(calls) > 30 and table.requests == {}
+    assert sum("agent.sh stop vit-1 1" in line for worker, line in calls if worker == 1) > 3
 
 
-def test_stop_deletes_after_the_grace_and_keeps_what_may_train(table, notes):
+def test_stop_with_unreachable_workers(table, run_folder):
+    """With --keep an error, as they may still train; else deleted after the grace period."""
     table.request()
     table.node()
-    table.agent = lambda worker, line: DEAD
+    table.agent = lambda worker, line: NO_ANSWER
     with pytest.raises(Stop, match=r"may still train: \[w00\] not reached"):
         verb("stop", "--keep")
     assert table.did("delete") == []
     assert verb("stop", "--grace", "1m") == 0 and table.requests == {}
 
 
-def test_stop_takes_a_waiting_request_out_of_the_queue(table, notes):
+def test_stop_withdraws_a_queued_request(table, run_folder):
     table.request(state="WAITING_FOR_RESOURCES")
     assert verb("stop") == 0 and table.requests == {}
 
 
-def test_a_plain_node_is_deleted_by_its_name(table, notes):
-    """The verb need not know that it was created with --no-queue, nor its run."""
+def test_delete_finds_a_plain_node_by_name(table, run_folder):
+    """Without knowing its run, or that it was created with --no-queue."""
     table.node(request="")
     assert verb("delete", "--yes") == 0 and table.nodes == {}
-    (notes / "launch.json").unlink()
+    (run_folder / "launch.json").unlink()
     table.node(request="")
     assert verb("delete", "--yes", "--zone", "z") == 0 and table.nodes == {}
     table.node(request="", labels={**OURS, "owner": "eve"})
@@ -316,12 +317,12 @@ def test_a_plain_node_is_deleted_by_its_name(table, notes):
     assert "vit" in table.nodes
 
 
-# --- what trains
+# --- running attempts
 
 
-def taken_up(folder, *answers, number=1) -> tuple[Launcher, Attempt | None]:
+def adopt(folder, *answers, number=1) -> tuple[Launcher, Attempt | None]:
     made = launcher(folder)
-    made.workers = Two(*answers)
+    made.workers = TwoWorkers(*answers)
     made.check = lambda: None
     made.provisioner = Provisioner(
         made.plan, made.workers, made.clock, made.journal, made.check, made.pause
@@ -329,37 +330,37 @@ def taken_up(folder, *answers, number=1) -> tuple[Launcher, Attempt | None]:
     return made, made.find_attempt()
 
 
-def test_an_attempt_is_taken_up_where_a_worker_does_not_answer(table, tmp_path):
-    """One failed status call does not end a training."""
+def test_an_attempt_is_adopted_if_a_worker_does_not_answer(table, tmp_path):
+    """One failed status call does not end training."""
     running = status("running")
-    made, attempt = taken_up(tmp_path, [running], [running, DEAD, DEAD, running])
+    made, attempt = adopt(tmp_path, [running], [running, NO_ANSWER, NO_ANSWER, running])
     assert attempt and [view.state for view in attempt.views] == ["running", "running"]
-    made, attempt = taken_up(tmp_path, [running], [running, DEAD])
+    made, attempt = adopt(tmp_path, [running], [running, NO_ANSWER])
     assert attempt and attempt.views[1].state == "unknown"
     assert made.workers.did("agent.sh stop") == []
 
 
-def test_an_attempt_that_began_in_part_is_ended(table, tmp_path):
-    """All workers say so, and no step was made."""
-    begun = Result(0, status("running").out.replace(b'"step": 7', b'"step": 0'), "")
-    made, attempt = taken_up(tmp_path, [begun], [status("absent", 0), status("absent", 0)])
+def test_a_partially_started_attempt_is_stopped(table, tmp_path):
+    """If all workers agree and no step was made."""
+    started = Result(0, status("running").out.replace(b'"step": 7', b'"step": 0'), "")
+    made, attempt = adopt(tmp_path, [started], [status("absent", 0), status("absent", 0)])
     assert attempt is None and made.workers.did("agent.sh stop vit-1 1 0") == [0, 1]
-    made, attempt = taken_up(tmp_path, [status("running")], [status("absent", 0)])
-    assert attempt is not None, "what has made steps is judged"
+    made, attempt = adopt(tmp_path, [status("running")], [status("absent", 0)])
+    assert attempt is not None, "an attempt that made steps is adopted"
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, capsys, training):
-    """Nor delete its machine."""
+def test_a_bug_in_the_launcher_does_not_end_training(table, tmp_path, capsys, training):
+    """Nor does it delete the machine that trains."""
     table.request()
     table.node()
     made = launcher(tmp_path)
     made.machine.cloud.owned = made.machine.created = made.shutdown.workers_known = True
     made.machine.fresh = False
 
-    def spoil():
+    def fail():
         if training:
-            made.workers = Two([status("running")])
+            made.workers = TwoWorkers([status("running")])
             made.arm_reaper = lambda: None
             made.provisioner = SimpleNamespace(
                 upload=lambda: None,
@@ -371,20 +372,20 @@ def test_a_mistake_in_the_launcher_does_not_end_a_training(table, tmp_path, caps
             made.run_attempt()
         raise KeyError("a mistake")
 
-    made.train = spoil
+    made.train = fail
     assert made.run() == 70
     assert bool(table.requests) == training
     assert "bug in the launcher" in json.loads(capsys.readouterr().out)["cause"]
 
 
-class Broken:
+class ClosedTerminal:
     """A closed terminal."""
 
     def __init__(self, number: int):
-        self.number, self.told = number, 0
+        self.number, self.writes = number, 0
 
     def write(self, text):
-        self.told += 1
+        self.writes += 1
         raise OSError(errno.EIO, "gone")
 
     def flush(self):
@@ -394,8 +395,8 @@ class Broken:
         return self.number
 
 
-def test_a_terminal_that_is_gone_and_a_full_disk_are_no_errors(table, tmp_path, monkeypatch):
-    streams = [Broken(os.open(os.devnull, os.O_WRONLY)) for _ in range(2)]
+def test_a_closed_terminal_and_a_full_disk_are_not_errors(table, tmp_path, monkeypatch):
+    streams = [ClosedTerminal(os.open(os.devnull, os.O_WRONLY)) for _ in range(2)]
     journal = Journal(tmp_path / "runs")
     with monkeypatch.context() as patch:
         patch.setattr("sys.stderr", streams[0])
@@ -406,8 +407,8 @@ def test_a_terminal_that_is_gone_and_a_full_disk_are_no_errors(table, tmp_path, 
         made.journal.quiet = False
         made.train = lambda: None
         assert made.run() == 0
-    assert [stream.told > 0 for stream in streams] == [True, True]
-    (tmp_path / "file").write_text("")  # below which no folder can be made
+    assert [stream.writes > 0 for stream in streams] == [True, True]
+    (tmp_path / "file").write_text("")  # no folder can be created below a file
     full = Journal(tmp_path / "file" / "run", quiet=True)
     full.write("event")
     full.save()
@@ -415,18 +416,18 @@ def test_a_terminal_that_is_gone_and_a_full_disk_are_no_errors(table, tmp_path, 
     assert full.read_log(1, 0) == "" and full.put("x", "y") is False
 
 
-def test_health_decides_before_training_and_not_under_it(table, tmp_path):
+def test_an_unhealthy_machine_is_used_until_it_is_in_repair(table, tmp_path):
     table.request()
     table.node(health="UNHEALTHY_MAINTENANCE")
     made = launcher(tmp_path)
     made.machine.check()
-    assert made.machine.acquire().kind == "unhealthy", "it is taken up, for it may train"
+    assert made.machine.acquire().kind == "unhealthy", "it is adopted, as it may be training"
     table.nodes["vit"]["state"] = "REPAIRING"
     with pytest.raises(Gone):
         made.machine.check()
 
 
-def test_a_sick_machine_is_asked_to_save_before_it_is_removed(table, tmp_path):
+def test_a_machine_in_repair_is_asked_to_save_before_it_is_deleted(table, tmp_path):
     table.request()
     table.node(state="REPAIRING")
     made = launcher(tmp_path, "--grace", "1m")
@@ -440,25 +441,25 @@ def test_a_sick_machine_is_asked_to_save_before_it_is_removed(table, tmp_path):
     assert stop < delete
 
 
-def test_one_look_that_misses_three_slices_is_not_the_end(table, tmp_path):
+def test_missing_slices_are_gone_after_three_status_checks(table, tmp_path):
     table.request(nodes=["vit-0", "vit-1", "vit-2"])
-    found = CloudTpu(tpu(slices=3), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
-    assert [found.status().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
+    cloud = CloudTpu(tpu(slices=3), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
+    assert [cloud.status().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
 
 
 # --- the queue
 
 
-def test_a_request_that_is_taken_up_and_never_ready_is_withdrawn(table, tmp_path):
-    """After --valid-until: else it could be granted with no launcher left."""
+def test_an_adopted_request_that_is_never_granted_is_withdrawn(table, tmp_path):
+    """After --valid-until: otherwise it could be granted when no launcher runs any more."""
     table.request(state="WAITING_FOR_RESOURCES")
     made = launcher(tmp_path, "--valid-until", "10m")
     assert made.run() == 69
     assert table.requests == {}
 
 
-def test_what_was_made_without_an_answer_is_withdrawn_too(table, tmp_path):
-    """Ctrl-C after a creation whose answer was lost: a status check finds the machine."""
+def test_ctrl_c_withdraws_a_request_whose_creation_got_no_response(table, tmp_path):
+    """A status check before the launcher exits finds the machine."""
     made = launcher(tmp_path)
     lost = Result(1, b"", "HTTP 503: the service is unavailable")
     table.on["create"] = [lost] * 5
@@ -473,10 +474,10 @@ def test_what_was_made_without_an_answer_is_withdrawn_too(table, tmp_path):
     assert table.requests == {} and len(table.did("create")) == 5
 
 
-def test_a_machine_that_was_ready_is_left_where_its_training_is_not_known(table, tmp_path):
+def test_a_ready_machine_with_unreachable_workers_is_kept(table, tmp_path):
     table.request()
     table.node()
-    table.agent = lambda worker, line: DEAD
+    table.agent = lambda worker, line: NO_ANSWER
     made = launcher(tmp_path)
     assert made.run() == 75
     assert "vit" in table.requests
@@ -494,8 +495,8 @@ def test_labels_are_renewed(table, tmp_path):
     assert len(table.did("update", "--update-labels")) in (3, 4)
 
 
-def test_what_waited_long_says_at_once_that_it_is_wanted(table, tmp_path):
-    """Its label dates from the creation, and decides until a worker has the agent."""
+def test_labels_are_renewed_as_soon_as_a_long_wait_ends(table, tmp_path):
+    """Until a worker runs the agent, only the label shows that the machine is in use."""
     made = launcher(tmp_path)
 
     def pause(delay):
@@ -521,27 +522,29 @@ EXPIRED = {**OURS, "expires": "1000"}
 
 
 @pytest.mark.parametrize(
-    "answers, deleted, said",
+    "answers, deleted, message",
     [
         ([status("running"), status("running")], False, "in use: "),
-        ([DEAD, DEAD], False, "in use, not reached: "),
-        ([status("ended"), DEAD], False, "in use, not reached: "),
+        ([NO_ANSWER, NO_ANSWER], False, "in use, not reached: "),
+        ([status("ended"), NO_ANSWER], False, "in use, not reached: "),
         ([status("ended"), status("running")], False, "in use: "),
         ([status("absent", 0, "me:1:x 1"), status("absent", 0)], False, "in use: "),
         ([status("ended"), status("ended")], True, "deleted: "),
     ],
 )
-def test_gc_deletes_what_all_workers_say_is_idle(table, notes, capsys, answers, deleted, said):
+def test_gc_deletes_a_machine_only_if_all_workers_are_idle(
+    table, run_folder, capsys, answers, deleted, message
+):
     table.request(labels=EXPIRED)
     table.node(labels=EXPIRED)
     table.agent = lambda worker, line: answers[worker]
     assert collect("--iap") == 0
-    assert capsys.readouterr().out.startswith(said)
+    assert capsys.readouterr().out.startswith(message)
     assert (table.requests == {}) == deleted
     assert all("--tunnel-through-iap" in line for line in table.did(" ssh "))
 
 
-def test_gc_leaves_what_waits_and_what_is_anothers(table, notes, capsys):
+def test_gc_keeps_queued_requests_and_machines_of_other_owners(table, run_folder, capsys):
     table.request(state="WAITING_FOR_RESOURCES", labels=EXPIRED)
     table.request("other", "FAILED", labels={**EXPIRED, "owner": "eve"})
     assert collect() == 0
@@ -552,20 +555,20 @@ def test_gc_leaves_what_waits_and_what_is_anothers(table, notes, capsys):
     assert list(table.requests) == ["vit"]
 
 
-# --- money and limits
+# --- billing and limits
 
 
-def test_hours_count_while_the_laptop_sleeps(table, tmp_path):
+def test_hours_are_billed_while_the_laptop_sleeps(table, tmp_path):
     clock = FakeClock()
     billing = Billing(1.0, clock, Journal(tmp_path, quiet=True))
     billing.begin()
     clock.asleep = 7200.0
     assert billing.hours == 2.0
     clock.asleep = 0.0
-    assert billing.hours == 2.0, "a clock that is put back takes nothing back"
+    assert billing.hours == 2.0, "setting the clock back does not reduce the hours"
 
 
-def test_durations_are_checked_when_they_are_given():
+def test_durations_are_checked_when_flags_are_parsed():
     with pytest.raises(Stop, match="'1h30m' is not a duration") as stop:
         flags.parser().parse_args(["--valid-until", "1h30m"])
     assert stop.value.code == 64
@@ -574,54 +577,54 @@ def test_durations_are_checked_when_they_are_given():
 # --- worker 0's reaper
 
 
-def test_the_reaper_is_of_the_zone_and_keeps_what_is_to_be_kept(tmp_path):
-    there = dataclasses.replace(tpu(), zone="elsewhere")
-    assert "--zone elsewhere" in worker_commands.reap(plan(tmp_path), there)
-    assert " reap vit-1 3600 " in worker_commands.reap(plan(tmp_path), there)
+def test_the_reaper_uses_the_machines_zone_and_respects_keep(tmp_path):
+    machine = dataclasses.replace(tpu(), zone="elsewhere")
+    assert "--zone elsewhere" in worker_commands.reap(plan(tmp_path), machine)
+    assert " reap vit-1 3600 " in worker_commands.reap(plan(tmp_path), machine)
     long = plan(tmp_path, "--on-failure", "keep:3h")
-    assert " reap vit-1 11400 " in worker_commands.reap(long, there)
-    for end in ("--on-success", "--on-failure"):
-        kept = worker_commands.reap(plan(tmp_path, end, "keep"), there)
-        assert kept.endswith("disarm vit-1")
+    assert " reap vit-1 11400 " in worker_commands.reap(long, machine)
+    for flag in ("--on-success", "--on-failure"):
+        command = worker_commands.reap(plan(tmp_path, flag, "keep"), machine)
+        assert command.endswith("disarm vit-1")
 
 
 def test_the_lease_is_renewed_while_workers_are_prepared(table, tmp_path):
     made = launcher(tmp_path)
-    made.workers = Two([], [])
+    made.workers = TwoWorkers([], [])
     made.clock.scale = 0.0001
     with made.lease():
         time.sleep(0.2)
     assert len(made.workers.did(f"agent.sh lease {RUN}")) > 2
 
 
-# --- what only a worker can check
+# --- checks that only a worker can do
 
 
-class Shows(Two):
-    def __init__(self, shown: Result):
+class ShowingWorkers(TwoWorkers):
+    def __init__(self, reply: Result):
         super().__init__([], [])
-        self.shown = shown
+        self.reply = reply
 
     def shell(self, worker, line, stdin, limit):
         self.lines.append((worker, line))
         if "agent.sh show" in line:
-            return self.shown
+            return self.reply
         return Result(0, b'#FINGERPRINT {"python": "3.12"}\n', "")
 
 
-def prepared(folder: pathlib.Path, shown: Result) -> Shows:
-    workers, clock = Shows(shown), FakeClock()
+def prepare_workers(folder: pathlib.Path, reply: Result) -> ShowingWorkers:
+    workers, clock = ShowingWorkers(reply), FakeClock()
     made = plan(folder, unchecked=True, devices=8, overrides=["--config.seed=1"])
     journal = Journal(folder, quiet=True)
     Provisioner(made, workers, clock, journal, lambda: None, clock.sleep).prepare()
     return workers
 
 
-def test_worker_0_checks_the_config_and_says_what_it_needs(tmp_path):
-    """Without Python 3.11 here, worker 0 checks the config and downloads the data."""
+def test_worker_0_checks_the_config_and_finds_the_data_it_needs(tmp_path):
+    """Without Python 3.11 here, worker 0 checks the config; every worker downloads the data."""
     cifar = {"data": {"name": "cifar10", "path": ".data"}, "init": {"source": ""}}
     out = json.dumps({"config": cifar}).encode()
-    workers = prepared(tmp_path, Result(0, out, ""))
+    workers = prepare_workers(tmp_path, Result(0, out, ""))
     show = "agent.sh show c0de show --config x --json --devices 8 --config.seed=1"
     assert workers.did(show) == [0]
     download = "'vit-scale data download cifar10 --out .data'"
@@ -630,16 +633,16 @@ def test_worker_0_checks_the_config_and_says_what_it_needs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shown, code",
+    "reply, code",
     [
         (Result(1, b"", "noise\nvit-scale: no config field is named 'x'"), 65),
         (Result(0, b'{"config": {"data": {"name": "x", "path": ".d"}}}', ""), 65),
         (Result(1, b"", "bash: vit-scale: cannot execute"), 70),
     ],
 )
-def test_a_mistake_that_worker_0_finds_ends_it(tmp_path, shown, code):
+def test_an_error_on_worker_0_ends_the_run(tmp_path, reply, code):
     with pytest.raises(Stop) as stop:
-        prepared(tmp_path, shown)
+        prepare_workers(tmp_path, reply)
     assert stop.value.code == code
 
 
@@ -650,10 +653,10 @@ def test_bad_input_releases_the_machine(table, tmp_path):
     assert made.shutdown.apply_policy(65) is True and table.requests == {}
 
 
-def test_what_a_worker_said_is_shown_where_the_message_is_above(tmp_path, capsys):
-    """Not only "see above"."""
+def test_the_output_of_a_failed_worker_is_shown(tmp_path, capsys):
+    """Not only its last line."""
     failed = Result(70, b"", "pip: no such wheel\nagent: the environment could not be made")
-    clock, workers = FakeClock(), Two([], [])
+    clock, workers = FakeClock(), TwoWorkers([], [])
     workers.shell = lambda *words: failed
     made = Provisioner(plan(tmp_path), workers, clock, Journal(tmp_path), lambda: None, clock.sleep)
     with pytest.raises(Stop):
@@ -661,7 +664,7 @@ def test_what_a_worker_said_is_shown_where_the_message_is_above(tmp_path, capsys
     assert "[w00] pip: no such wheel" in capsys.readouterr().err
 
 
-def test_what_a_hanging_command_has_said_is_shown():
+def test_the_output_of_a_hanging_command_is_shown():
     line = "echo 'Permission denied (publickey).' >&2; sleep 30"
     result = gcloud.run(["bash", "-c", line], timeout=0.5)
     assert result.code == 124
@@ -670,12 +673,12 @@ def test_what_a_hanging_command_has_said_is_shown():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["--nmae", "x"], r"unrecognized arguments: --nmae \(did you mean --name\?\)"),
         (["--zoen=x"], r"unrecognized arguments: --zoen \(did you mean --zone\?\)"),
     ],
 )
-def test_a_misspelt_flag_is_named(words, said):
-    with pytest.raises(Stop, match=said):
+def test_misspelt_flags_get_a_suggestion(words, message):
+    with pytest.raises(Stop, match=message):
         flags.parser().parse_args(words)

@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh beside the faults: secrets, the dry run, other verbs, this machine as a pod."""
+"""launch/tpu_vm.sh without faults: secrets, dry runs, other verbs, and this machine as a pod."""
 
 import ast
 import contextlib
@@ -30,13 +30,13 @@ class Spy:
     """Watch the command lines of all processes for a text."""
 
     def __init__(self, text: str):
-        self.text, self.seen, self.looks = text.encode(), [], 0
+        self.text, self.seen, self.polls = text.encode(), [], 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch)
 
     def watch(self) -> None:
         while not self.ended.wait(0.02):
-            self.looks += 1
+            self.polls += 1
             for process in pathlib.Path("/proc").iterdir():
                 try:
                     if process.name.isdigit() and self.text in (process / "cmdline").read_bytes():
@@ -53,7 +53,7 @@ class Spy:
         self.thread.join()
 
 
-def holding(folder: pathlib.Path, text: str) -> list[pathlib.Path]:
+def files_containing(folder: pathlib.Path, text: str) -> list[pathlib.Path]:
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     return [file for file in files if text.encode() in file.read_bytes()]
 
@@ -76,23 +76,23 @@ def test_a_secret_reaches_the_trainer_and_nothing_else(rig, source):
         file.unlink()
     assert code == 0, err
     assert [entry["secret"] for entry in rig.starts()] == [True, True]
-    assert spy.looks > 10 and spy.seen == []
+    assert spy.polls > 10 and spy.seen == []
     assert SENTINEL not in err + json.dumps(result) + json.dumps(rig.calls())
-    assert "should not print ****" in err, "what a trainer prints of it is hidden"
-    logs = [file for file in holding(rig.folder, SENTINEL) if file.name != "train.log"]
-    assert logs == [], "the trainer's own log on the worker is all that may hold what it printed"
+    assert "should not print ****" in err, "secrets that a trainer prints are masked"
+    logs = [file for file in files_containing(rig.folder, SENTINEL) if file.name != "train.log"]
+    assert logs == [], "only the trainer's own log on the worker may contain what it printed"
 
 
 @pytest.mark.slow
-def test_secrets_that_arrive_cut_off_are_refused(rig):
-    """A retry by gcloud sends nothing: the agent requires the last line."""
+def test_truncated_secrets_are_refused(rig):
+    """A retry by gcloud sends no input: the agent requires the line that ends it."""
     rig.inject({"match": "agent.sh secrets", "do": "before", "times": 99})
     code, _, err = rig.run("--secret", "WANDB_API_KEY", WANDB_API_KEY=SENTINEL)
     assert code == 76 and "arrived incomplete" in err, err
     assert rig.starts() == [] and SENTINEL not in err
 
 
-def test_secrets_are_refused_early(rig):
+def test_bad_secrets_are_refused_before_creation(rig):
     assert "NOPE is not set" in rig.run("--secret", "NOPE").err
     (rig.root / "configs" / "tiny.py").write_text(f"key = '{SENTINEL}'\n")
     ended = rig.run("--secret", "WANDB_API_KEY", WANDB_API_KEY=SENTINEL)
@@ -100,14 +100,14 @@ def test_secrets_are_refused_early(rig):
     assert rig.calls("create") == []
 
 
-def test_the_dry_run_prints_the_real_runs_commands(rig):
+def test_a_dry_run_prints_the_commands_of_the_real_run(rig):
     """Each command of a run with one worker is a line of the dry run."""
     rig.hosts = 1
     rig.set(hosts=1)
     flags = [*rig.flags(), "--project", "p", "--orphan", "1h"]
     dry = rig.verb(*flags, "--dry-run", PATH=machine(), WANDB_API_KEY=SENTINEL)
     assert dry.returncode == 0, dry.stderr
-    assert rig.calls() == [], "gcloud is not even asked"
+    assert rig.calls() == [], "gcloud is not even called"
     assert SENTINEL not in dry.stdout and "WANDB_API_KEY=..." in dry.stdout
     import shlex
 
@@ -117,17 +117,17 @@ def test_the_dry_run_prints_the_real_runs_commands(rig):
         if line.startswith("gcloud ")
     }
     assert rig.end(rig.start(*flags, WANDB_API_KEY=SENTINEL)).code == 0
-    real = {steady(argv) for argv in rig.calls() if not asks(argv)}
-    assert real == {steady(argv) for argv in printed if not asks(argv)}
+    real = {without_expiry(argv) for argv in rig.calls() if not is_periodic(argv)}
+    assert real == {without_expiry(argv) for argv in printed if not is_periodic(argv)}
     assert any("status vit" in " ".join(argv) for argv in printed)
 
 
-def asks(argv) -> bool:
+def is_periodic(argv) -> bool:
     """Return whether it is a periodic call, which contains the launcher's ID."""
     return "status vit" in " ".join(argv) or "lease vit" in " ".join(argv)
 
 
-def steady(argv) -> tuple:
+def without_expiry(argv) -> tuple:
     """Return the command without its expiry time."""
     import re
 
@@ -135,7 +135,7 @@ def steady(argv) -> tuple:
 
 
 def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
-    """Names are checked here; worker 0 checks what cannot be checked here."""
+    """Names are checked here; worker 0 checks the rest."""
     shutil.rmtree(rig.root / ".venv")
     path = rig.folder / "path"
     path.mkdir()
@@ -149,23 +149,23 @@ def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
 
 
 def old_python() -> str | None:
-    found = sorted(pathlib.Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10"))
-    return str(found[-1]) if found else shutil.which("python3.10")
+    installed = sorted(pathlib.Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10"))
+    return str(installed[-1]) if installed else shutil.which("python3.10")
 
 
-def test_python_310_can_read_all_of_it():
+def test_the_launcher_parses_on_python_310():
     for file in LAUNCH:
         ast.parse(file.read_text(), feature_version=(3, 10))
 
 
 @pytest.mark.skipif(not old_python(), reason="there is no Python 3.10 here")
-def test_it_runs_on_python_310(rig):
+def test_the_launcher_runs_on_python_310(rig):
     code, _, err = rig.run(PYTHON=old_python())
     assert code == 0, err
 
 
 @pytest.mark.parametrize(
-    "more, code, said",
+    "more, code, message",
     [
         (["--config", "tinny"], 65, "unknown config 'tinny'; did you mean tiny?"),
         (["--config", "/etc/hosts.py"], 65, "config file /etc/hosts.py does not exist"),
@@ -184,21 +184,21 @@ def test_it_runs_on_python_310(rig):
         (["--nope"], 64, "unrecognized arguments: --nope"),
     ],
 )
-def test_mistakes_are_one_line_and_bill_nothing(rig, more, code, said):
+def test_mistakes_are_one_line_and_bill_nothing(rig, more, code, message):
     ended = rig.run(*more)
     assert (ended.code, len(ended.err.splitlines())) == (code, 1), ended.err
-    assert said in ended.err
+    assert message in ended.err
     assert rig.calls("create") == []
 
 
-def test_data_that_is_only_here_is_refused_or_downloaded(rig):
+def test_local_data_is_refused_or_downloaded(rig):
     ended = rig.run(FAKE_DATA="folder")
     assert ended.code == 65 and "data.path=.data is a folder on this machine" in ended.err
     dry = rig.verb(*rig.flags(), "--dry-run", FAKE_DATA="cifar10")
     assert "setup on each worker: vit-scale data download cifar10 --out .data" in dry.stdout
 
 
-def test_values_come_from_a_file_and_say_so(rig):
+def test_values_from_tpu_env_name_their_source(rig):
     (rig.root / "launch" / "tpu.env").write_text("ZONE=us-c\nBUCKET=gs://mine/runs\n# TPU_TYPE=x\n")
     dry = rig.verb("--config", "tiny", "--dry-run", TPU_TYPE="v5e-16")
     assert "zone us-c (launch/tpu.env)" in dry.stdout
@@ -206,7 +206,7 @@ def test_values_come_from_a_file_and_say_so(rig):
     assert "workdir gs://mine/runs/tiny (launch/tpu.env)" in dry.stdout
 
 
-def test_a_type_is_needed_unless_there_is_a_machine(rig):
+def test_type_is_required_unless_the_vm_exists(rig):
     words = [word for word in rig.flags() if not word.startswith("--type")]
     missing = rig.verb(*words, "--target", "vm")
     assert missing.returncode == 64 and "--type is required" in missing.stderr
@@ -215,8 +215,8 @@ def test_a_type_is_needed_unless_there_is_a_machine(rig):
     assert "type: that of TPU VM vit" in dry.stdout and " create " not in dry.stdout
 
 
-def test_here_the_hosts_own_chips_count(rig):
-    """Not with --devices, which is for local:N."""
+def test_target_here_counts_the_hosts_own_chips(rig):
+    """They take precedence over the flag --devices, which is for local:N."""
     words = ["--config", "tiny", "--target", "here", "--workdir", str(rig.workdir), "--dry-run"]
     file = rig.folder / "asked"
     with tpu_metadata(ACCELERATOR_TYPE="v5e-8", NODE_ID="x") as address:
@@ -224,7 +224,7 @@ def test_here_the_hosts_own_chips_count(rig):
     assert "--devices 8" in file.read_text()
 
 
-def test_without_a_target_two_ways_are_named(rig):
+def test_a_missing_target_suggests_two(rig):
     ended = rig.verb("--config", "tiny")
     assert ended.returncode == 64
     assert "--type v4-32 --zone ZONE, or --target local:4" in ended.stderr
@@ -243,7 +243,9 @@ def test_status_logs_list_delete(rig):
         ("vit", "v4-16", "ACTIVE", False)
     ]
     assert rig.verb("gc", "--zone", "us-a", "--yes").stdout.startswith("in use: ")
-    assert rig.verb("delete", "--name", "vit").returncode == 64, "it asks, and nobody is there"
+    assert rig.verb("delete", "--name", "vit").returncode == 64, (
+        "it asks for confirmation, but there is no terminal"
+    )
     deleted = rig.verb("delete", "--name", "vit", "--yes")
     assert "vit deleted" in deleted.stderr and rig.is_empty()
     assert "TPU vit does not exist" in rig.verb("delete", "--name", "vit", "--yes").stderr
@@ -263,12 +265,12 @@ def test_logs_follow_a_run(rig):
     assert len(logs.stdout.splitlines()) > 6
 
 
-def test_gc_finds_what_is_forgotten(rig):
-    """A killed launcher leaves a machine, which expires; gc deletes it and no other."""
+def test_gc_deletes_expired_machines(rig):
+    """A killed launcher leaves a machine behind, which expires; gc deletes it and no other."""
     rig.run("--on-success", "keep")
-    marks = rig.cloud.nodes["us-a/vit"]["labels"]
-    assert marks["managed-by"] == "vit_scale" and marks["owner"] == "unknown"
-    marks["expires"] = "1000"
+    labels = rig.cloud.nodes["us-a/vit"]["labels"]
+    assert labels["managed-by"] == "vit_scale" and labels["owner"] == "unknown"
+    labels["expires"] = "1000"
     other = rig.verb(
         *rig.flags(),
         "--name",
@@ -280,9 +282,9 @@ def test_gc_finds_what_is_forgotten(rig):
         str(rig.elsewhere),
     )
     assert other.returncode == 0, other.stderr
-    for file in rig.folder.rglob("sitter"):  # their launchers have asked long ago
+    for file in rig.folder.rglob("sitter"):  # their launchers' leases ended long ago
         file.write_text("me:1:x 5\n")
-    assert rig.verb("gc", "--zone", "us-a").returncode == 64, "it asks before"
+    assert rig.verb("gc", "--zone", "us-a").returncode == 64, "it asks for confirmation"
     output = rig.verb("gc", "--zone", "us-a", "--expired", "--yes").stdout
     assert output.count("deleted: ") == 1 and output.count("in use: ") == 1
     assert list(rig.cloud.nodes) == ["us-a/other"]
@@ -301,15 +303,15 @@ def test_stop_without_a_launcher(rig):
 
 
 @pytest.mark.slow
-def test_a_command_on_all_workers(rig):
+def test_ssh_runs_a_command_on_all_workers(rig):
     rig.run("--on-success", "keep")
-    found = rig.verb("ssh", "--name", "vit", "--", "echo", "I am", "there")
-    assert found.stdout.splitlines() == ["[w00] I am there", "[w01] I am there"]
+    result = rig.verb("ssh", "--name", "vit", "--", "echo", "I am", "there")
+    assert result.stdout.splitlines() == ["[w00] I am there", "[w01] I am there"]
     assert rig.verb("ssh", "--name", "vit", "--worker", "1", "--", "false").returncode == 75
 
 
-def test_a_machine_whose_launcher_is_gone_deletes_itself(rig):
-    """After training, with no launcher calling, worker 0 deletes the machine."""
+def test_an_orphaned_machine_deletes_itself(rig):
+    """After training, worker 0 deletes the machine if no launcher renews its lease."""
     process = rig.start(*rig.flags(), "--orphan", "1s")
     rig.wait_for(lambda: len(rig.starts()) == 2 and len(rig.calls("agent.sh reap")) == 1)
     process.kill()
@@ -319,9 +321,9 @@ def test_a_machine_whose_launcher_is_gone_deletes_itself(rig):
 
 
 @pytest.mark.slow
-def test_a_run_in_the_background(rig):
-    begun = rig.verb(*rig.flags(), "--detach")
-    assert begun.returncode == 0 and "logs -f --name vit" in begun.stdout
+def test_detach_runs_in_the_background(rig):
+    detached = rig.verb(*rig.flags(), "--detach")
+    assert detached.returncode == 0 and "logs -f --name vit" in detached.stdout
     rig.wait_for(lambda: list((rig.root / "runs" / "tpu").glob("*/launcher.log")))
     file = rig.run_folder() / "launcher.log"
     rig.wait_for(lambda: '"result": "done"' in file.read_text())
@@ -350,8 +352,8 @@ def test_this_machine_as_a_pod(rig):
 
 
 @pytest.mark.slow
-def test_gc_leaves_alone_what_trains(rig):
-    """A label that could not be renewed does not end a training."""
+def test_gc_keeps_a_machine_that_trains(rig):
+    """A label that could not be renewed does not end training."""
     rig.profile(FAKE_SECONDS="0.4")
     process = rig.start(*rig.flags())
     rig.wait_for(lambda: len(rig.starts()) == 2)
@@ -381,7 +383,7 @@ def tpu_metadata(**values: str):
         server.shutdown()
 
 
-def test_on_a_tpu_vm_of_one_host(rig):
+def test_target_here_on_a_tpu_vm_with_one_host(rig):
     """The agent works in the user's own home; no gcloud is needed."""
     words = ["--config", "tiny", "--name", "vit", "--target", "here", "--workdir", str(rig.workdir)]
     variables = {**rig.settings["profile"], "PATH": f"{rig.tools}:{machine()}"}
@@ -394,11 +396,11 @@ def test_on_a_tpu_vm_of_one_host(rig):
 
 
 @pytest.mark.slow
-def test_on_one_host_of_a_slice_all_of_it_is_used(rig):
+def test_target_here_on_one_host_uses_the_whole_slice(rig):
     rig.run("--on-success", "keep")
     words = ["--config", "tiny", "--target", "here", "--workdir", str(rig.elsewhere)]
-    about = {"ACCELERATOR_TYPE": "v4-16", "NODE_ID": "vit", "ZONE": "us-a"}
-    with tpu_metadata(**about, CONSUMER_PROJECT_ID="p") as address:
+    metadata = {"ACCELERATOR_TYPE": "v4-16", "NODE_ID": "vit", "ZONE": "us-a"}
+    with tpu_metadata(**metadata, CONSUMER_PROJECT_ID="p") as address:
         process = rig.start(*words, "--workdir-is-mounted", GCE_METADATA_HOST=address)
         code, _, err = rig.end(process)
     assert code == 0, err
@@ -443,8 +445,8 @@ REAL = shutil.which("gcloud")
         ["--internal-ip", "--valid-until", "6h", "--network", "n"],
     ],
 )
-def test_the_real_gcloud_knows_every_flag(rig, tmp_path, more):
-    """Without an account each command exits with 1; an unknown flag would be a 2."""
+def test_the_real_gcloud_accepts_every_flag(rig, tmp_path, more):
+    """Without an account, each command exits with 1; for an unknown flag it would be 2."""
     import shlex
 
     dry = rig.verb(*rig.flags(), "--project", "p", "--dry-run", *more)

@@ -28,7 +28,6 @@ from vit_scale.models.parameters import is_statistic, named
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 PROGRAM = "tests/helpers/pod_program.py"
 STEPS, EVERY = 10, 4
@@ -64,7 +63,7 @@ def fields(cifar) -> dict:
 
 
 @pytest.fixture(scope="module")
-def whole(quick_compile, fields, tmp_path_factory) -> pathlib.Path:
+def whole(fields, tmp_path_factory) -> pathlib.Path:
     """The folder of a CNN's run that nothing disturbed."""
     run = tmp_path_factory.mktemp("cnn") / "run"
     assert cli.main(command("cnn_cifar", run, fields)) == 0

@@ -34,7 +34,6 @@ from vit_scale.training.train_step import jit_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Everything that draws random numbers or keeps state from step to step is on.
 TINY = {
@@ -106,7 +105,7 @@ def losses(run: pathlib.Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(quick_compile, cifar, tmp_path_factory) -> pathlib.Path:
+def whole(cifar, tmp_path_factory) -> pathlib.Path:
     """The folder of a run that nothing disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert cli.main([*command(run, **settings(cifar)), "--quiet"]) == 0
@@ -141,7 +140,14 @@ def test_the_undisturbed_run_trains_at_every_step(whole):
     assert not np.array_equal(state["['params']['cls']"], state["['ema']['cls']"])
 
 
-@pytest.mark.parametrize("step", [2, 4, 7], ids=["no-checkpoint", "at-checkpoint", "after-it"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(2, id="no-checkpoint", marks=pytest.mark.slow),
+        pytest.param(4, id="at-checkpoint"),
+        pytest.param(7, id="after-it"),
+    ],
+)
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cifar, tmp_path):
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +161,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cif
     assert losses(run) == losses(whole)  # each row once, with the same numbers
 
 
-def test_a_damaged_best_checkpoint_does_not_end_a_run(quick_compile, cifar, tmp_path, capsys):
+def test_a_damaged_best_checkpoint_does_not_end_a_run(cifar, tmp_path, capsys):
     """It is older than the newest, so that training itself never reads it."""
     run = tmp_path / "run"
     fields = settings(cifar, eval__split="test[64:96]", eval__every=EVERY)
@@ -337,7 +343,7 @@ def test_fine_tuning_keeps_resamples_and_replaces(whole, jpegs, tmp_path, capsys
 def test_resample_methods_differ_and_same_classes_keep_the_head(whole, cifar):
     def begin(method):
         source = pretrained.load_model(whole)
-        shapes = jax.eval_shape(build(source.cfg.model, (64, 64)).init, jax.random.key(1))
+        shapes = build(source.cfg.model, (64, 64)).abstract_params
         target = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
         return pretrained.adapt(source.params, target, method, same_classes=True)[0]
 
@@ -359,7 +365,7 @@ def test_evaluation_is_exact_for_every_batch_size(jpegs):
     draw = np.random.RandomState(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 4, jnp.float32),
-        jax.eval_shape(model.init, jax.random.key(0)),
+        model.abstract_params,
     )
     images = draw.randint(0, 256, (37, 32, 32, 3)).astype(np.uint8)
     labels, mask = draw.randint(0, 3, 37), np.arange(37) != 20
@@ -625,7 +631,7 @@ def after(steps: int, *overrides: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def plain(quick_compile):
+def plain():
     return after(2)
 
 

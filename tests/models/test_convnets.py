@@ -25,8 +25,6 @@ from vit_scale.training.setup import make_setup, summary
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import jit_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KEY = jax.random.key(0)
 MASK = np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
 # Option A's shortcuts have no parameters, but three stages; with option B there are four.
@@ -38,7 +36,7 @@ def model_of(cfg, size=None):
 
 
 def shapes_of(model) -> dict:
-    return named(jax.eval_shape(model.init, KEY))
+    return named(model.abstract_params)
 
 
 def full(variant: str, size=(32, 32)):
@@ -60,7 +58,7 @@ def full(variant: str, size=(32, 32)):
 )
 def test_published_sizes(variant, parameters, macs):
     model = full(variant)
-    assert count(jax.eval_shape(model.init, KEY)) == parameters
+    assert count(model.abstract_params) == parameters
     assert model.macs == pytest.approx(macs, rel=2e-3)
 
 
@@ -76,7 +74,7 @@ def test_the_slides_cnn_layer_by_layer():
 
 def test_statistics_are_no_parameters():
     cfg = convnet_config("cnn")
-    params = jax.eval_shape(model_of(cfg).init, KEY)
+    params = model_of(cfg).abstract_params
     statistics = {name for name in named(params) if is_statistic(name)}
     assert len(statistics) == 6
     sizes = [leaf.size for name, leaf in named(params).items() if name not in statistics]
@@ -220,7 +218,7 @@ def test_xla_counts_the_same(variant, size, overrides):
     cfg = config.override(config.base(), fields).model
     model = build(cfg, (size, size))
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-    lowered = jax.jit(model.apply).lower(jax.eval_shape(model.init, KEY), images)
+    lowered = jax.jit(model.apply).lower(model.abstract_params, images)
     counted = lowered.compile().cost_analysis()["flops"]
     assert counted / (2 * 2 * model.macs) == pytest.approx(1.0, abs=0.06)
 

@@ -24,8 +24,6 @@ from vit_scale.training.setup import make_setup
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 HEADS = Hints(heads=3)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def refused(source, *says: str, hints: Hints = HEADS) -> str:
     """The one-line error of loading `source`, which contains `says` in this order."""

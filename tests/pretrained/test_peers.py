@@ -27,7 +27,6 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TINY = (12, 2, 3, 20)  # width, depth, heads, MLP
 CLASSES = 7

@@ -10,7 +10,6 @@ from vit_scale.errors import UserError
 from vit_scale.pretrained import Hints, weight_files
 from vit_scale.pretrained.position_layout import KnownSizes, infer_position_layout
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 PATCH = 8
 CLS, NONE, DIST, EITHER = (1,), (0,), (2,), (1, 0)

@@ -14,7 +14,6 @@ from vit_scale.errors import UserError
 from vit_scale.inference.export import export
 from vit_scale.pretrained import Hints, weight_files
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 HEADS = Hints(heads=3, trained_size=(12, 12))
 SQUARE = {"height": 12, "width": 12}

@@ -17,7 +17,6 @@ from vit_scale.pretrained.state_dicts import (
     select_state_dict,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 HEADS = Hints(heads=3, trained_size=(12, 12))
 PLAIN = weight_files.read_arrays(GOLDEN / "timm.safetensors")

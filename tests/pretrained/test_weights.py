@@ -36,8 +36,6 @@ from vit_scale.pretrained import Hints, load, weight_files
 from vit_scale.pretrained.adapt import adapt
 from vit_scale.pretrained.formats import FORMATS, HUGGINGFACE, TIMM
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 EXPECTED = dict(np.load(GOLDEN / "expected.npz"))
 HEADS = Hints(heads=3, trained_size=(12, 12))

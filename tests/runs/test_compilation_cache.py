@@ -1,4 +1,4 @@
-"""compilation_cache: a resumed run takes its programs from its own folder."""
+"""compilation_cache: a resumed run loads its compiled programs from its own folder."""
 
 import jax
 import pytest
@@ -13,7 +13,7 @@ HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_m
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """A backend that claims not to be a CPU, and no cache of the user's."""
+    """A backend that claims not to be a CPU, and no compilation cache of the user's."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
@@ -23,18 +23,18 @@ def accelerator(monkeypatch):
     jax_cache.reset_cache()
 
 
-def events(run, wanted=True) -> list[str]:
-    """The events of jax's cache while it compiles one program."""
+def events(run, enabled=True) -> list[str]:
+    """Return the events of jax's compilation cache while it compiles one program."""
     seen: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
     jax.clear_caches()
-    with compilation_cache.cached(run, wanted):
+    with compilation_cache.cached(run, enabled):
         assert float(jax.jit(lambda x: 3 * x + 1)(2.0)) == 7.0
     jax.monitoring.clear_event_listeners()
     return [name for name in seen if name in (HIT, MISS)]
 
 
-def test_what_was_compiled_once_is_found_again(accelerator, tmp_path):
+def test_compiled_programs_are_cached_per_run(accelerator, tmp_path):
     assert HIT not in events(tmp_path / "run")
     assert list((tmp_path / "run" / compilation_cache.FOLDER).iterdir())
     assert set(events(tmp_path / "run")) == {HIT}
@@ -42,14 +42,14 @@ def test_what_was_compiled_once_is_found_again(accelerator, tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_run_keeps_its_training_step(accelerator, quick_compile, cifar, tmp_path):
+def test_a_run_caches_its_train_step(accelerator, cifar, tmp_path):
     fields = settings(cifar, steps=3, eval__final="")
     assert cli.main([*command(tmp_path / "run", **fields), "--quiet"]) == 0
     assert list((tmp_path / "run" / compilation_cache.FOLDER).glob("*train_step*"))
 
 
-def test_nothing_is_kept_where_it_is_not_wanted(accelerator, tmp_path, monkeypatch):
-    assert events(tmp_path, wanted=False) == []
+def test_no_cache_if_disabled_or_configured_or_on_a_cpu(accelerator, tmp_path, monkeypatch):
+    assert events(tmp_path, enabled=False) == []
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     jax_cache.reset_cache()
     events(tmp_path)

@@ -33,14 +33,14 @@ def test_all_of_the_time_is_accounted_for():
     assert summary["productive"] + sum(summary["lost"].values()) == pytest.approx(summary["wall"])
 
 
-def test_an_attempt_whose_steps_were_all_done_again_produced_nothing():
+def test_an_attempt_whose_steps_were_all_repeated_is_not_productive():
     attempts = [attempt(0, 10, 0, 8, train=10.0), attempt(10, 30, 0, 16, train=20.0)]
     assert summarise(attempts)["productive"] == 20
     later = [*attempts, attempt(30, 40, 4, 12, train=10.0)]  # twelve of the second's are lost
     assert summarise(later)["recomputed_steps"] == 8 + 12
 
 
-def test_a_ledger_survives_and_a_rollback_is_an_attempt(tmp_path):
+def test_a_ledger_is_stored_and_a_rollback_is_a_new_attempt(tmp_path):
     now = iter(range(100, 1000))
     ledger = Ledger(tmp_path, clock=lambda: next(now))
     ledger.begin_at(4)
@@ -59,13 +59,13 @@ def test_a_ledger_survives_and_a_rollback_is_an_attempt(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"attempts": 3}'])
-def test_a_damaged_file_is_no_attempt(tmp_path, content):
+def test_a_damaged_ledger_is_ignored(tmp_path, content):
     (tmp_path / goodput.FILE).write_text(content)
     assert goodput.read(tmp_path) == []
     Ledger(tmp_path).end(0)
     assert len(json.loads((tmp_path / goodput.FILE).read_text())["attempts"]) == 1
 
 
-def test_durations_are_for_people():
+def test_durations_are_readable():
     texts = {0.26: "0.3 s", 59: "59.0 s", 61: "1 min 1 s", 7322: "2 h 2 min"}
     assert {seconds: duration(seconds) for seconds in texts} == texts

@@ -1,4 +1,4 @@
-"""json_files: whole files or none."""
+"""json_files: files are written completely or not at all."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def refusal(call) -> str:
     return str(caught.value)
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_json_is_written_atomically(tmp_path, monkeypatch):
     file = tmp_path / "report.json"
     write_json(file, {"ä": [1, None]})
     assert json.loads(file.read_text()) == read_json(file) == {"ä": [1, None]}
@@ -31,6 +31,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_missing_file_says_what_the_folder_is_not(tmp_path):
+def test_a_missing_file_means_that_the_folder_is_not_a_run(tmp_path):
     message = refusal(lambda: read_json(tmp_path / "run.json"))
-    assert message == f"{tmp_path}/run.json is missing: {tmp_path} is not the folder of a run"
+    assert message == f"{tmp_path}/run.json is missing: {tmp_path} is not a run folder"

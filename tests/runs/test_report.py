@@ -43,7 +43,7 @@ def runs(tmp_path):
     return folders
 
 
-def test_rows_hold_the_numbers(runs):
+def test_rows_have_the_numbers_of_the_report(runs):
     assert report.rows(runs[:1]) == [
         {
             "run": str(runs[0]),
@@ -72,15 +72,15 @@ def test_markdown(runs):
         "runs/pretrain", "cifar10", "64 x 96", "12,000", "5,717,224", "test", "10,000", "87.65 %",
         "90.00 %", "1,235",
     ]  # fmt: skip
-    assert cells[2][1] == "random" and cells[2][6:] == ["-", "-", "-", "-", "9.9"], "of a CPU"
+    assert cells[2][1] == "random" and cells[2][6:] == ["-", "-", "-", "-", "9.9"], "on a CPU"
     assert set(rule) == set("|- ")
 
 
 @pytest.mark.parametrize(
     "kind, speed, shown", [("cpu", 9.87, "9.9"), ("TPU v4", 1234.56, "1,235"), ("cpu", None, "-")]
 )
-def test_the_speed_is_shown_of_every_device(tmp_path, kind, speed, shown):
-    """A run of one step has none."""
+def test_speed_is_shown_for_every_device(tmp_path, kind, speed, shown):
+    """A run of one step has no speed."""
     content = {**FINE_TUNED, "images_per_second": speed, "devices": {"kind": kind, "count": 1}}
     (tmp_path / "report.json").write_text(json.dumps(content))
     (row,) = report.rows([tmp_path])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.runs.test_run_folder import about, enter, refusal
+from tests.runs.test_run_folder import enter, metadata, refusal
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.errors import UserError
@@ -13,15 +13,15 @@ from vit_scale.runs.run_folder import Run
 from vit_scale.storage import paths
 
 
-def test_another_config_is_refused_with_the_differences(tmp_path):
+def test_a_different_config_is_refused_with_the_differences(tmp_path):
     enter(tmp_path)()
     with pytest.raises(UserError) as caught:
         enter(tmp_path, "optim.lr=0.5", "model.depth=3")()
     message = str(caught.value)
     assert "model.depth: None -> 3; optim.lr: 0.001 -> 0.5" in message
     assert "use another --workdir" in message
-    assert read_json(tmp_path / "run.json") == about(), "it is what it was"
-    enter(tmp_path)()  # free again, though `caught` keeps the refused run alive
+    assert read_json(tmp_path / "run.json") == metadata(), "unchanged"
+    enter(tmp_path)()  # unlocked, though `caught` keeps the refused run alive
 
 
 @pytest.mark.parametrize(
@@ -37,36 +37,38 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
         "mesh.fsdp=2",
     ],
 )
-def test_how_a_run_is_watched_may_change(tmp_path, override):
+def test_fields_that_do_not_affect_the_result_may_change(tmp_path, override):
     enter(tmp_path)()
     enter(tmp_path, override)()
-    assert read_json(tmp_path / "run.json") == about(), "written once"
+    assert read_json(tmp_path / "run.json") == metadata(), "written once"
 
 
 @pytest.mark.parametrize(
     "override", ["seed=1", "steps=2000", "data.batch=64", "eval.split=train[98%:]", "optim.ema=0.9"]
 )
-def test_what_a_run_computes_may_not_change(tmp_path, override):
+def test_fields_that_affect_the_result_may_not_change(tmp_path, override):
     enter(tmp_path)()
     assert override.partition("=")[0] in refusal(enter(tmp_path, override))
 
 
-def test_where_a_run_started_from_may_change_once_it_is_not_read_any_more(tmp_path):
+def test_init_source_may_change_after_the_first_checkpoint(tmp_path):
     enter(tmp_path, "init.source=runs/old")()
     moved = enter(tmp_path, "init.source=gs://bucket/new")
     assert "(init.source: runs/old -> gs://bucket/new); " in refusal(moved)
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)  # one that was never finished
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)  # an unfinished one
     assert "(init.source: runs/old -> gs://bucket/new); " in refusal(moved)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(4, {"params": {"x": np.ones(2)}, "ema": None, "opt_state": None}, about())
+        checkpoints.save(
+            4, {"params": {"x": np.ones(2)}, "ema": None, "opt_state": None}, metadata()
+        )
     moved()
     enter(tmp_path)()
     assert "(init.head: auto -> new); " in refusal(enter(tmp_path, "init.head=new"))
-    assert read_json(tmp_path / "run.json") == about("init.source=runs/old"), "written once"
+    assert read_json(tmp_path / "run.json") == metadata("init.source=runs/old"), "written once"
 
 
-def paths_of(source: str, cwd: str | None = None) -> dict:
-    result = about(f"init.source={source}")
+def metadata_from(source: str, cwd: str | None = None) -> dict:
+    result = metadata(f"init.source={source}")
     return result if cwd is None else {**result, "cwd": cwd}
 
 
@@ -80,55 +82,55 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cwd", ["", "project", "gone"])
-def test_a_recorded_path_is_found_from_any_folder(project, monkeypatch, cwd):
-    """From the folder where the run began, else from those above it: old runs don't record it."""
+def test_a_recorded_path_resolves_from_any_folder(project, monkeypatch, cwd):
+    """From the folder where the run began, which old runs don't record, else from a parent."""
     run, cwd = project / "runs" / "fine", cwd and str(project.parent / cwd)
     assert paths.resolve("runs/pre", run, cwd) == str(project / "runs/pre")
     assert paths.resolve("runs/none", run, cwd) == "runs/none"
     for name in ("", "gs://bucket/pre", "https://a.b/c.npz", str(project / "runs/pre")):
         assert paths.resolve(name, run, cwd) == name
     monkeypatch.chdir(project)
-    assert paths.resolve("runs/pre", run, cwd) == "runs/pre", "as it was typed, where it is right"
+    assert paths.resolve("runs/pre", run, cwd) == "runs/pre", "unchanged if it is right from here"
 
 
-def test_where_a_run_began_counts_more_than_what_is_here(project, tmp_path):
+def test_the_original_folder_takes_precedence_over_the_current_one(project, tmp_path):
     (tmp_path / "elsewhere" / "runs" / "pre").mkdir(parents=True)
     far = tmp_path / "disk" / "fine"
     assert paths.resolve("runs/pre", far, str(project)) == str(project / "runs/pre")
-    assert paths.resolve("runs/pre", far) == "runs/pre", "nothing is known of it: it is here"
+    assert paths.resolve("runs/pre", far) == "runs/pre", "no original folder is known"
 
 
 @pytest.mark.parametrize("cwd", [None, "project"])
-def test_resuming_from_another_folder_is_the_same_run(project, cwd):
-    """Before the first checkpoint, while the source matters, in whatever form it is written."""
+def test_resuming_from_another_folder_continues_the_same_run(project, cwd):
+    """Before the first checkpoint, while init.source matters, with a relative or absolute path."""
     run, began = project / "runs" / "fine", cwd and str(project)
-    with Run(run, paths_of("runs/pre", began)):
+    with Run(run, metadata_from("runs/pre", began)):
         pass
-    with Run(run, paths_of(str(project / "runs" / "pre"))):
+    with Run(run, metadata_from(str(project / "runs" / "pre"))):
         pass
     (project / "runs" / "other").mkdir()
-    line = refusal(lambda: Run(run, paths_of(str(project / "runs" / "other"))).__enter__())
+    line = refusal(lambda: Run(run, metadata_from(str(project / "runs" / "other"))).__enter__())
     assert "different config (init.source: runs/pre -> " in line
 
 
 @pytest.mark.parametrize("field", ["init.source", "distill.teacher"])
-def test_a_path_that_was_typed_elsewhere_is_found_again(project, monkeypatch, field):
-    """The same command, from another folder."""
-    run, options = project / "runs" / "fine", about(f"{field}=runs/pre")
-    with Run(run, {**options, "cwd": str(project)}):
+def test_a_path_given_in_another_folder_resolves_when_resuming(project, monkeypatch, field):
+    """Rerun the same command from another folder."""
+    run, recorded = project / "runs" / "fine", metadata(f"{field}=runs/pre")
+    with Run(run, {**recorded, "cwd": str(project)}):
         pass
-    cfg = resumed_config(config.from_json(options["config"]), run)
+    cfg = resumed_config(config.from_json(recorded["config"]), run)
     assert config.fields(cfg)[field] == str(project / "runs" / "pre")
     other = resumed_config(config.override(config.base(), [f"{field}=runs/else"]), run)
-    assert config.fields(other)[field] == "runs/else", "another path is another path"
+    assert config.fields(other)[field] == "runs/else", "a different path stays different"
     monkeypatch.chdir(project)
-    cfg = resumed_config(config.from_json(options["config"]), run)
+    cfg = resumed_config(config.from_json(recorded["config"]), run)
     assert config.fields(cfg)[field] == "runs/pre"
 
 
-def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path, monkeypatch):
+def test_a_run_with_a_removed_field_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(config.REMOVED, "model.fused", "all kernels are apart")
-    old = about("optim.lr=0.5")
+    old = metadata("optim.lr=0.5")
     old["config"]["model"]["fused"] = True
     write_json(tmp_path / "run.json", old)
     enter(tmp_path, "optim.lr=0.5")()
@@ -142,18 +144,18 @@ def test_a_run_of_before_a_field_was_removed_goes_on(tmp_path, monkeypatch):
 def test_a_damaged_description_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     refusal(enter(tmp_path))
-    assert (tmp_path / "run.json").read_text() == content, "left as it was found"
+    assert (tmp_path / "run.json").read_text() == content, "left unchanged"
 
 
 # Data that changed
 
 SET = {"name": "set train", "images": 16, "classes": 2, "fingerprint": "0f"}
-PART = SET | {"name": "set train[:75%]", "images": 12, "of": 16, "slices": "example"}
+SLICE = SET | {"name": "set train[:75%]", "images": 12, "of": 16, "slices": "example"}
 
 
 def of_data(train: dict, *overrides: str, classes=("down", "up"), **others: dict) -> dict:
     data = {**train, "sets": {"train": train, **others}}
-    return {**about(*overrides), "classes": list(classes), "data": data}
+    return {**metadata(*overrides), "classes": list(classes), "data": data}
 
 
 def begin(folder, description: dict):
@@ -173,7 +175,7 @@ def begin(folder, description: dict):
         (("down",), "removed 'up', 2 -> 1 classes"),
     ],
 )
-def test_other_classes_are_refused_whatever_is_accepted(tmp_path, classes, expected):
+def test_different_classes_are_refused_even_with_data_changed(tmp_path, classes, expected):
     begin(tmp_path, of_data(SET))()
     changed = of_data(SET, "data.changed=True", classes=classes)
     assert f"holds a run with different classes ({expected}); use" in refusal(
@@ -191,7 +193,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("expected", CHANGES)
-def test_images_added_or_removed_are_refused_and_can_be_accepted(tmp_path, expected, capsys):
+def test_changed_images_are_refused_unless_accepted(tmp_path, expected, capsys):
     begin(tmp_path, of_data(SET))()
     now = SET | CHANGES[expected]
     message = refusal(begin(tmp_path, of_data(now)))
@@ -202,33 +204,33 @@ def test_images_added_or_removed_are_refused_and_can_be_accepted(tmp_path, expec
     begin(tmp_path, of_data(now, "data.changed=True"))()
     assert capsys.readouterr().err == f"vit-scale: data.changed: since this run began, {expected}\n"
     begin(tmp_path, of_data(SET))()
-    assert capsys.readouterr().err == "", "what it began with needs no word"
+    assert capsys.readouterr().err == "", "no message about the original data"
 
 
 def test_every_set_of_a_run_is_compared(tmp_path):
     final = SET | {"name": "set val"}
-    begin(tmp_path, of_data(PART, final=final))()
-    now = of_data(PART | {"fingerprint": "2f", "of": 17}, final=final | {"images": 15})
+    begin(tmp_path, of_data(SLICE, final=final))()
+    now = of_data(SLICE | {"fingerprint": "2f", "of": 17}, final=final | {"images": 15})
     message = refusal(begin(tmp_path, now))
     assert (
         "(train: set train[:75%] went from 16 to 17 images, 1 more; final: set val went" in message
     )
-    begin(tmp_path, of_data(PART | {"of": 17}, final=final))(), "added where nothing is read"
+    begin(tmp_path, of_data(SLICE | {"of": 17}, final=final))()  # added outside the slice
 
 
-def test_another_cut_is_refused_whatever_is_accepted(tmp_path):
-    begin(tmp_path, of_data(PART | {"slices": "position", "fingerprint": None}))()
-    message = refusal(begin(tmp_path, of_data(PART, "data.changed=True")))
+def test_different_slicing_is_refused_even_with_data_changed(tmp_path):
+    begin(tmp_path, of_data(SLICE | {"slices": "position", "fingerprint": None}))()
+    message = refusal(begin(tmp_path, of_data(SLICE, "data.changed=True")))
     assert (
         "different split (train: set train[:75%] is sliced by example, was by position)" in message
     )
 
 
-def test_a_run_of_before_is_compared_by_what_it_has(tmp_path):
+def test_an_earlier_run_is_compared_by_what_it_recorded(tmp_path):
     old = {"name": "set train", "images": 12, "classes": 2}
-    before = {**about(), "classes": ["down", "up"], "data": old}
+    before = {**metadata(), "classes": ["down", "up"], "data": old}
     write_json(tmp_path / "run.json", before)
-    begin(tmp_path, of_data(PART))()
-    more = PART | {"images": 13}
+    begin(tmp_path, of_data(SLICE))()
+    more = SLICE | {"images": 13}
     assert "from 12 to 13 images, 1 more" in refusal(begin(tmp_path, of_data(more)))
-    assert "different classes" in refusal(begin(tmp_path, of_data(PART, classes=("a", "b"))))
+    assert "different classes" in refusal(begin(tmp_path, of_data(SLICE, classes=("a", "b"))))

@@ -12,7 +12,7 @@ def test_batches_after_a_rollback():
     assert list(batch_ranges(back, 0, 20)) == [
         (0, 4, 0),
         (4, 20, 6),
-    ]  # from an older one
+    ]  # from an older checkpoint
     assert list(batch_ranges(back, 12, 20)) == [(12, 20, 6)]
     # It diverges again at 9, with batch 14: past that one too, and later once more.
     again = [*back, Rollback(4, 9), Rollback(12, 15)]
@@ -20,7 +20,7 @@ def test_batches_after_a_rollback():
     assert list(batch_ranges(back, 20, 20)) == []
 
 
-def test_rollbacks_are_written_down(tmp_path):
+def test_rollbacks_are_stored(tmp_path):
     assert rollbacks.read(tmp_path) == []
     rollbacks.write(tmp_path, [Rollback(4, 10), Rollback(4, 9)])
     assert rollbacks.read(tmp_path) == [Rollback(4, 10), Rollback(4, 9)]

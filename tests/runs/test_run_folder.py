@@ -1,4 +1,4 @@
-"""run_folder and lock: one live writer, whatever ends it."""
+"""run_folder and lock: one live writer, however the last one ended."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ from vit_scale.runs.run_folder import Run
 from vit_scale.storage import cache, compare_and_swap, paths
 
 
-def about(*overrides: str) -> dict:
+def metadata(*overrides: str) -> dict:
     return {"name": "x", "config": config.to_json(config.override(config.base(), overrides))}
 
 
@@ -34,20 +34,20 @@ def refusal(call) -> str:
 
 def enter(folder, *overrides: str):
     def call():
-        with Run(folder, about(*overrides)):
+        with Run(folder, metadata(*overrides)):
             pass
 
     return call
 
 
-def test_a_run_describes_itself_before_and_after(tmp_path):
+def test_a_run_stores_its_description_and_report(tmp_path):
     folder = tmp_path / "runs" / "x"
-    with Run(folder, about()) as run:
-        assert read_json(folder / "run.json") == about()
+    with Run(folder, metadata()) as run:
+        assert read_json(folder / "run.json") == metadata()
         assert run.report is None
         run.write_report({"step": 3})
         assert run.report == {"step": 3}
-    with Run(str(folder), about()) as again:
+    with Run(str(folder), metadata()) as again:
         assert again.report == {"step": 3}
 
 
@@ -60,10 +60,10 @@ with Run(sys.argv[1], json.loads(sys.argv[2])):
 """
 
 
-def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
-    """By SIGKILL, which leaves it no cleanup."""
+def test_a_live_process_locks_others_out_until_it_dies(tmp_path):
+    """Even by SIGKILL, which allows no cleanup."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(about())],
+        [sys.executable, "-c", HOLDER, str(tmp_path), json.dumps(metadata())],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
@@ -75,7 +75,7 @@ def test_a_live_process_keeps_others_out_until_it_dies(tmp_path):
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with Run(tmp_path, about()):
+    with Run(tmp_path, metadata()):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -102,10 +102,10 @@ def locks(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, locks, capsys, number):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, locks, capsys, number):
     """As on Lustre and some NFS mounts."""
     calls = locks(number, number)
-    with Run(tmp_path, about()) as run:
+    with Run(tmp_path, metadata()) as run:
         assert run.report is None
     output = capsys.readouterr().err
     assert output == (
@@ -115,7 +115,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, locks, capsys, n
     assert calls == ["flock", "lockf"]
 
 
-def test_where_flock_is_missing_posix_locks_keep_others_out(tmp_path, locks, capsys):
+def test_posix_locks_are_used_if_flock_is_missing(tmp_path, locks, capsys):
     locks(errno.ENOSYS, 0)
     program = (
         "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); "
@@ -132,10 +132,10 @@ def test_where_flock_is_missing_posix_locks_keep_others_out(tmp_path, locks, cap
         holder.wait()
         holder.stdout.close()
     enter(tmp_path)()
-    assert capsys.readouterr().err == "", "it is locked: nothing to say"
+    assert capsys.readouterr().err == "", "it is locked, so no warning"
 
 
-def test_a_disk_that_fails_is_not_another_process(tmp_path, locks):
+def test_a_disk_error_is_not_reported_as_in_use(tmp_path, locks):
     locks(errno.EIO, 0)
     line = refusal(enter(tmp_path))
     assert f"cannot lock workdir {tmp_path}: Input/output error" in line and "in use" not in line
@@ -143,44 +143,44 @@ def test_a_disk_that_fails_is_not_another_process(tmp_path, locks):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError, UserError("x")])
 @pytest.mark.parametrize("where", ["_claim", "_read_report", "check_shared", "broadcast"])
-def test_whatever_ends_the_opening_releases_the_lock(tmp_path, monkeypatch, where, error):
+def test_any_error_while_opening_releases_the_lock(tmp_path, monkeypatch, where, error):
     def fail(*arguments):
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(Run if where.startswith("_") else multihost, where, fail)
-        opened = Run(tmp_path, about())
+        opened = Run(tmp_path, metadata())
         with pytest.raises(type(error) if isinstance(error, UserError) else error):
             opened.__enter__()
-    enter(tmp_path)()  # by this process, while what failed is still there
+    enter(tmp_path)()  # in this process, while `opened` is still alive
 
 
 class Objects:
     """A bucket in memory; with `lost`, the first write succeeds and raises."""
 
     def __init__(self, lost: BaseException | None):
-        self.lost, self.there = lost, {}
+        self.lost, self.contents = lost, {}
 
     def read(self, target):
-        number, data = self.there.get(str(target), ("0", b"{}"))
+        number, data = self.contents.get(str(target), ("0", b"{}"))
         return number, json.loads(data)
 
     def write(self, target, data, generation):
         if self.read(target)[0] != generation:
             return None
-        self.there[str(target)] = (str(int(generation) + 1), data)
+        self.contents[str(target)] = (str(int(generation) + 1), data)
         if self.lost:
             raise self.lost
         return str(int(generation) + 1)
 
     def remove(self, target, generation):
         if self.read(target)[0] == generation:
-            del self.there[str(target)]
+            del self.contents[str(target)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("session is closed")])
-def test_a_buckets_lock_is_released_whatever_ends_its_holder(tmp_path, monkeypatch, error):
-    """Also where the object was written, and the response was lost."""
+def test_a_bucket_lock_is_released_on_any_error(tmp_path, monkeypatch, error):
+    """Even if the object was written and only the response was lost."""
     objects = Objects(error)
     for name in ("read", "write", "remove"):
         monkeypatch.setattr(compare_and_swap, name, getattr(objects, name))
@@ -189,18 +189,18 @@ def test_a_buckets_lock_is_released_whatever_ends_its_holder(tmp_path, monkeypat
     this = Lock(tmp_path)
     with pytest.raises(type(error)):
         this.acquire()
-    assert objects.there == {}
+    assert objects.contents == {}
     objects.lost = None
     this.acquire()
-    assert list(objects.there) == [str(tmp_path / ".lock")]
+    assert list(objects.contents) == [str(tmp_path / ".lock")]
     with pytest.raises(UserError, match="in use by process"):
         Lock(tmp_path).acquire()
-    assert list(objects.there) == [str(tmp_path / ".lock")], "it is not the other's to remove"
+    assert list(objects.contents) == [str(tmp_path / ".lock")], "only its holder removes it"
     this.release()
-    assert objects.there == {}
+    assert objects.contents == {}
 
 
-def test_a_lease_is_renewed_whatever_a_renewal_raises(tmp_path, monkeypatch):
+def test_a_lease_is_renewed_after_any_error(tmp_path, monkeypatch):
     objects, codes = Objects(None), []
     for name in ("read", "write", "remove"):
         monkeypatch.setattr(compare_and_swap, name, getattr(objects, name))
@@ -213,14 +213,14 @@ def test_a_lease_is_renewed_whatever_a_renewal_raises(tmp_path, monkeypatch):
         time.sleep(0.01)
     assert this._thread.is_alive()
     objects.lost = None
-    results = objects.read(this.object)[0]
-    while objects.read(this.object)[0] == results:
+    generation = objects.read(this.object)[0]
+    while objects.read(this.object)[0] == generation:
         time.sleep(0.01)
     this.release()
-    assert codes == [] and objects.there == {}
+    assert codes == [] and objects.contents == {}
 
 
-def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     message = refusal(enter(tmp_path / "file" / "run"))
     assert f"cannot write to workdir {tmp_path}/file/run: Not a directory" in message

@@ -1,4 +1,4 @@
-"""watchdog: heartbeats, the end of a hang, and the name of the host that failed."""
+"""watchdog: heartbeats, the exit of a run that hangs, and the name of the host that failed."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def heartbeat(run, number=0) -> dict:
     return json.loads((run / watchdog.FOLDER / f"{number}.json").read_text())
 
 
-def test_a_heartbeat_says_what_is_done(tmp_path, limits):
+def test_a_heartbeat_reports_phase_step_and_exit_code(tmp_path, limits):
     with Watchdog(tmp_path, limits) as this:
         assert heartbeat(tmp_path)["phase"] == "start"
         this.begin_at(4)
@@ -62,7 +62,7 @@ def test_the_final_status_is_written(tmp_path, limits):
         try:
             with this.report_failure():
                 raise ValueError("a mistake")
-        finally:  # at once, and they stay while the run is tidied up
+        finally:  # at once, and it stays while the run is cleaned up
             assert heartbeat(tmp_path)["words"] == "a mistake"
             this.write_heartbeat()
     assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (1, "a mistake")
@@ -70,7 +70,7 @@ def test_the_final_status_is_written(tmp_path, limits):
 
 
 @pytest.mark.parametrize("part", ["record_time", "write_heartbeat", "_ledger", "_peers"])
-def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
+def test_the_watchdogs_thread_survives_any_exception_and_reports_it_once(
     tmp_path, limits, monkeypatch, capsys, part
 ):
     """Otherwise a later hang would last for ever."""
@@ -91,7 +91,7 @@ def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
     monkeypatch.setattr(this, part, Failing() if part.startswith("_") else fail)
     thread = threading.Thread(target=this._loop, daemon=True)
     thread.start()
-    assert checked.wait(30), "what comes after the failure is still done"
+    assert checked.wait(30), "the checks after the failure still run"
     this._ended.set()
     thread.join(10)
     output = capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_the_watchdogs_thread_survives_any_exception_and_says_so_once(
     )
 
 
-def test_a_heartbeat_of_another_host_that_is_no_heartbeat(three_hosts, ended, monkeypatch, capsys):
+def test_an_invalid_heartbeat_of_another_host(three_hosts, ended, monkeypatch, capsys):
     """From another version, or damaged: this host's own limits still apply."""
     this, _ = three_hosts
     (this.run / watchdog.FOLDER).mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def test_a_heartbeat_of_another_host_that_is_no_heartbeat(three_hosts, ended, mo
     )
 
 
-def test_nobody_watches_outside_of_training(tmp_path):
+def test_nothing_is_recorded_outside_of_training(tmp_path):
     with Watchdog(tmp_path, base().watchdog) as this:
         this.enter_phase("train")
     with watchdog.phase("eval"):
@@ -168,7 +168,7 @@ def three_hosts(tmp_path, limits, monkeypatch):
     return this, now
 
 
-def says(this, number, attempt=None, code=None, words="", step=5):
+def write_peer(this, number, attempt=None, code=None, words="", step=5):
     content = {
         "attempt": attempt or this.attempt, "host": f"worker-{number}", "phase": "train",
         "step": step, "code": code, "words": words,
@@ -180,9 +180,9 @@ def test_a_silent_host_is_named(three_hosts, ended):
     this, now = three_hosts
     for second in range(0, 100, 10):
         now[0] = float(second)
-        says(this, 1, step=second)
+        write_peer(this, 1, step=second)
         if second < 40:
-            says(this, 2, step=second)
+            write_peer(this, 2, step=second)
         if second < 70:
             this._peers.check(30.0)
     with pytest.raises(Ended):
@@ -192,12 +192,12 @@ def test_a_silent_host_is_named(three_hosts, ended):
     assert "step 30): it was killed, hangs, or lost its network" in line and code == RESUMABLE
 
 
-def test_a_host_that_never_came_and_one_of_an_earlier_attempt_are_silent(three_hosts, ended):
+def test_a_heartbeat_of_an_earlier_attempt_does_not_count(three_hosts, ended):
     this, now = three_hosts
     for second in range(5):
         now[0] = 10.0 * second
-        says(this, 1, attempt="before", code=1, words="an old mistake", step=second)
-        says(this, 2, step=second)
+        write_peer(this, 1, attempt="before", code=1, words="an old mistake", step=second)
+        write_peer(this, 2, step=second)
         if second < 4:
             this._peers.check(35.0)
     with pytest.raises(Ended):
@@ -205,19 +205,19 @@ def test_a_host_that_never_came_and_one_of_an_earlier_attempt_are_silent(three_h
     assert ended[0][0].startswith("process 1 (worker-1) has sent no heartbeat for 40 s")
 
 
-def test_the_final_status_of_a_host_ends_the_peers_with_its_code(three_hosts, ended):
+def test_a_failed_host_ends_its_peers_with_its_exit_code(three_hosts, ended):
     this, _ = three_hosts
-    says(this, 1, code=42, words="process 2 (worker-2): a mistake")  # it stopped because of 2
-    says(this, 2, code=1, words="a mistake")
+    write_peer(this, 1, code=42, words="process 2 (worker-2): a mistake")  # it stopped because of 2
+    write_peer(this, 2, code=1, words="a mistake")
     with pytest.raises(Ended):
         this._peers.check(30.0)
     assert ended == [("process 2 (worker-2): a mistake", 1)]
 
 
-def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
+def test_a_host_that_finished_is_not_blamed(three_hosts, ended):
     this, now = three_hosts
-    says(this, 1, code=0)
-    says(this, 2, code=0)
+    write_peer(this, 1, code=0)
+    write_peer(this, 2, code=0)
     this._peers.check(30.0)
     now[0] += 100
     this._peers.check(30.0)
@@ -227,32 +227,32 @@ def test_a_host_that_ended_well_is_not_blamed(three_hosts, ended):
 def test_a_host_that_stopped_with_all_peers_is_not_blamed(three_hosts, ended):
     """Process 0 ends last: it still writes the metrics of all."""
     this, now = three_hosts
-    says(
+    write_peer(
         this, 1, code=42, words="stopped by SIGTERM after step 7; rerun the same command to resume"
     )
-    says(this, 2, code=0)
+    write_peer(this, 2, code=0)
     this._peers.check(30.0)
     now[0] += 100
     this._peers.check(30.0)
     assert ended == []
 
 
-def test_a_host_that_ends_itself_blames_no_other(three_hosts, ended):
+def test_a_failed_host_blames_no_other(three_hosts, ended):
     this, _ = three_hosts
-    says(this, 1, code=1, words="a mistake")
+    write_peer(this, 1, code=1, words="a mistake")
     this._code = 1
     this._peers.check(30.0)
     assert ended == []
 
 
-def test_the_cause_is_looked_for_where_another_host_may_be_it(three_hosts, ended, monkeypatch):
+def test_find_cause_names_a_silent_host(three_hosts, ended, monkeypatch):
     this, now = three_hosts
-    says(this, 1)
-    says(this, 2)
+    write_peer(this, 1)
+    write_peer(this, 2)
 
     def beat(seconds):
         now[0] += seconds
-        says(this, 1, step=int(10 * now[0]))
+        write_peer(this, 1, step=int(10 * now[0]))
 
     monkeypatch.setattr(watchdog.time, "sleep", beat)
     with pytest.raises(Ended):

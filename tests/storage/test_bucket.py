@@ -1,4 +1,4 @@
-"""Runs and data in a bucket are what they are on a disk, against an emulator of its storage."""
+"""Runs and data in a bucket behave as on a disk; tested against an emulator of the storage."""
 
 import http.server
 import json
@@ -38,16 +38,14 @@ from vit_scale.storage import cache, compare_and_swap, files, paths
 from vit_scale.storage.bucket import check_bucket, file_system, listing
 from vit_scale.training import trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 STEPS, EVERY = 12, 3
 
 
-def upload(folder: pathlib.Path, place: str) -> pathlib.Path:
-    """Every file below `folder`, to the same name below `place`."""
+def upload(folder: pathlib.Path, address: str) -> pathlib.Path:
+    """Copy every file below `folder` to the same name below `address`, whose path is returned."""
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        paths.parse(f"{place}/{file.relative_to(folder)}").write_bytes(file.read_bytes())
-    return paths.parse(place)
+        paths.parse(f"{address}/{file.relative_to(folder)}").write_bytes(file.read_bytes())
+    return paths.parse(address)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +76,8 @@ def fields(data_path, **more) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on_disk(quick_compile, jpegs, tmp_path_factory) -> pathlib.Path:
-    """A run that nothing disturbed, with its data and its folder on a disk."""
+def on_disk(jpegs, tmp_path_factory) -> pathlib.Path:
+    """An undisturbed run, with its data and its folder on a disk."""
     return undisturbed(tmp_path_factory.mktemp("disk"), fields(jpegs, data__workers=0))
 
 
@@ -89,25 +87,25 @@ def killed(bucket, images, on_disk) -> pathlib.Path:
     run = paths.parse(f"{bucket}/killed")
 
     def saved():
-        time.sleep(0.2)  # the server is one process: to ask it all the time would slow the run down
+        time.sleep(0.2)  # the server is one process: polling all the time would slow the run down
         return checkpoint.finished_steps(run) != []
 
     kill_at_random(command(run, **fields(images)), saved, 0.0, on_disk.parent)
     last = max(checkpoint.finished_steps(run))
     assert 0 < last < STEPS and not (run / "report.json").exists()
-    # No checkpoint precedes what was logged up to its step.
+    # The steps up to a checkpoint are logged before it is saved.
     assert [step for step, _ in losses(run) if step <= last] == list(range(1, last + 1))
     return run
 
 
 @pytest.fixture(scope="module")
 def resumed(killed, images) -> pathlib.Path:
-    """The killed run, after the same command has ended it."""
+    """The killed run, finished by rerunning the same command."""
     assert cli.main([*command(killed, **fields(images)), "--quiet"]) == 0
     return killed
 
 
-def test_killed_and_resumed_in_a_bucket_is_the_undisturbed_run_on_a_disk(resumed, on_disk):
+def test_killed_and_resumed_in_a_bucket_equals_the_undisturbed_run_on_a_disk(resumed, on_disk):
     same_bits(final_state(resumed), final_state(on_disk))
     assert losses(resumed) == losses(on_disk)  # each row once, with the same numbers
     assert (
@@ -117,45 +115,45 @@ def test_killed_and_resumed_in_a_bucket_is_the_undisturbed_run_on_a_disk(resumed
     )
 
 
-def test_a_run_in_a_bucket_is_used_as_one_on_a_disk(resumed, on_disk, images, jpegs, capsys):
-    def said(*arguments):
+def test_commands_treat_a_bucket_like_a_disk(resumed, on_disk, images, jpegs, capsys):
+    def run_json(*arguments):
         assert cli.main([*map(str, arguments), "--json"]) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    there, here = said("eval", resumed), said("eval", on_disk)
+    there, here = run_json("eval", resumed), run_json("eval", on_disk)
     assert there.pop("run") == f"{resumed}/checkpoints/{STEPS}" and here.pop("run")
     assert there.pop("set") == "jpegs val" and here.pop("set")
     assert there == here and there["n"] == 12
     name = "val/class_1/001.jpg"
-    named = {place: said("predict", place, f"{images}/{name}") for place in (resumed, on_disk)}
-    assert list(named[resumed]) == [f"{images}/{name}"] and named[resumed] == named[on_disk]
+    scores = {run: run_json("predict", run, f"{images}/{name}") for run in (resumed, on_disk)}
+    assert list(scores[resumed]) == [f"{images}/{name}"] and scores[resumed] == scores[on_disk]
     assert (
-        said("predict", on_disk, jpegs / name)[str(jpegs / name)]
-        == named[on_disk][f"{images}/{name}"]
+        run_json("predict", on_disk, jpegs / name)[str(jpegs / name)]
+        == scores[on_disk][f"{images}/{name}"]
     )
-    (shown,), (other,) = (said("show", place)["runs"] for place in (resumed, on_disk))
+    (shown,), (other,) = (run_json("show", run)["runs"] for run in (resumed, on_disk))
     changed = ("run", "trained on", "images/s")
     assert shown == other | {name: shown[name] for name in changed}
     assert [shown[name] for name in changed[:2]] == [str(resumed), "jpegs train"]
-    assert said("eval", f"{resumed}/checkpoints/{STEPS}")["n"] == 12
+    assert run_json("eval", f"{resumed}/checkpoints/{STEPS}")["n"] == 12
 
 
-def test_fine_tuning_begins_with_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_path, capsys):
-    begun, init_state = [], trainer.init_state
+def test_fine_tuning_starts_from_a_run_in_a_bucket(resumed, on_disk, jpegs, tmp_path, capsys):
+    initial, init_state = [], trainer.init_state
 
-    def keep(*arguments):
-        begun.append(jax.tree.map(np.asarray, init_state(*arguments).params))
+    def record(*arguments):
+        initial.append(jax.tree.map(np.asarray, init_state(*arguments).params))
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer, "init_state", keep)
+        patch.setattr(trainer, "init_state", record)
         cli.main(command(tmp_path / "run", **fields(jpegs, init__source=resumed)))
     assert f"initialised from {resumed}/checkpoints/{STEPS}\n" in capsys.readouterr().out
     for run in (resumed, on_disk):
-        jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained.load_model(run).params)
+        jax.tree.map(np.testing.assert_array_equal, initial[0], pretrained.load_model(run).params)
 
 
-def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(bucket):
+def test_imported_weights_in_a_bucket_are_read_with_their_metadata(bucket):
     golden = pathlib.Path(__file__).parents[1] / "golden" / "weights" / "huggingface"
     for file in golden.iterdir():
         files.write(paths.parse(f"{bucket}/weights/{file.name}"), file.read_bytes())
@@ -167,28 +165,28 @@ def test_weights_of_others_in_a_bucket_are_read_with_what_stands_beside_them(buc
         jax.tree.map(np.testing.assert_array_equal, loaded.params, here.params)
 
 
-def test_stages_begin_with_each_other_in_a_bucket(bucket, monkeypatch):
-    """Not trained: the folders are handed on whole, with both slashes."""
+def test_stages_in_a_bucket_start_from_each_other(bucket, monkeypatch):
+    """Without training: run folders are passed on complete, with both slashes of gs://."""
     from vit_scale.training import stages
 
-    seen = []
-    monkeypatch.setattr(stages, "train", lambda cfg, run, *_: seen.append((run, cfg.init.source)))
+    calls = []
+    monkeypatch.setattr(stages, "train", lambda cfg, run, *_: calls.append((run, cfg.init.source)))
     stages.train_stages("quickstart", [], f"{bucket}/quick", quiet=True)
-    folders = [str(run) for run, _ in seen]
+    folders = [str(run) for run, _ in calls]
     assert folders[:2] == [f"{bucket}/quick/pretrain", f"{bucket}/quick/scratch-32"]
-    assert seen[2][1] == f"{bucket}/quick/pretrain"
+    assert calls[2][1] == f"{bucket}/quick/pretrain"
 
 
-def about() -> dict:
+def metadata() -> dict:
     return {"name": "x", "config": config.to_json(config.base())}
 
 
-def test_a_second_process_of_this_machine_is_kept_out(bucket):
-    with Run(f"{bucket}/locked", about()) as run:
+def test_a_second_process_on_this_machine_is_locked_out(bucket):
+    with Run(f"{bucket}/locked", metadata()) as run:
         with pytest.raises(UserError, match=f"gs://bucket/locked is in use .* {os.getpid()};"):
-            Run(run.path, about()).__enter__()
-        assert read_json(run.path / "run.json") == about()
-    with Run(f"{bucket}/locked", about()) as run:
+            Run(run.path, metadata()).__enter__()
+        assert read_json(run.path / "run.json") == metadata()
+    with Run(f"{bucket}/locked", metadata()) as run:
         run.write_report({"step": 3})
         assert run.report == {"step": 3}
 
@@ -199,29 +197,29 @@ def quick_lease(monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 2.0)
 
 
-def left_by(place: pathlib.Path, **holder) -> None:
-    here = {
+def write_lock(run: pathlib.Path, **holder) -> None:
+    content = {
         "pid": os.getpid(),
         "host": "another",
         "boot": lock.boot_id(),
         "pids": lock.pid_namespace(),
     }
-    (place / lock.NAME).write_bytes(json.dumps(here | holder).encode())
+    (run / lock.NAME).write_bytes(json.dumps(content | holder).encode())
 
 
-def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lease, monkeypatch):
-    place = paths.parse(f"{bucket}/leased")
-    first = Lease(place)
+def test_another_machine_is_locked_out_while_the_lease_is_renewed(bucket, quick_lease, monkeypatch):
+    run = paths.parse(f"{bucket}/leased")
+    first = Lease(run)
     first.acquire()
-    generation, said = compare_and_swap.read(place / lock.NAME)
-    assert said["pid"] == os.getpid()
+    generation, content = compare_and_swap.read(run / lock.NAME)
+    assert content["pid"] == os.getpid()
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
     with pytest.raises(UserError, match=f"leased is in use by process {os.getpid()} on "):
-        Lease(place).acquire()
-    assert compare_and_swap.read(place / lock.NAME)[0] != generation  # it was renewed
+        Lease(run).acquire()
+    assert compare_and_swap.read(run / lock.NAME)[0] != generation  # it was renewed
     first.release()
-    assert compare_and_swap.read(place / lock.NAME) == ("0", {})
-    second = Lease(place)
+    assert compare_and_swap.read(run / lock.NAME) == ("0", {})
+    second = Lease(run)
     second.acquire()
     second.release()
 
@@ -232,28 +230,28 @@ def test_another_machine_is_kept_out_while_the_lock_is_renewed(bucket, quick_lea
         ({"host": "another"}, True),
         ({"host": "this", "pid": 2**30}, False),
         ({"host": "this", "boot": "the one before"}, False),
-        ({"host": "this"}, True),  # lives, but does not renew: frozen for long
+        ({"host": "this"}, True),  # alive, but frozen too long to renew it
         ({"host": "this", "pid": 2**30, "pids": "of another container"}, True),
     ],
 )
 def test_the_lock_of_a_dead_process_is_taken_over(bucket, quick_lease, monkeypatch, holder, waits):
     monkeypatch.setattr(lock.socket, "gethostname", lambda: "this")
-    place = paths.parse(f"{bucket}/left")
-    left_by(place, **holder)
-    began, this = time.monotonic(), Lease(place)
+    run = paths.parse(f"{bucket}/left")
+    write_lock(run, **holder)
+    began, this = time.monotonic(), Lease(run)
     this.acquire()
     assert (time.monotonic() - began >= lock.LEASE) == waits
     this.release()
 
 
-def test_a_renewal_whose_answer_is_lost_is_our_own(bucket, quick_lease, monkeypatch):
-    """gcsfs makes the request again, which is refused: the object is of the first one by then."""
+def test_a_renewal_whose_response_is_lost_is_recognised_as_ours(bucket, quick_lease, monkeypatch):
+    """gcsfs repeats the request, which is refused because the first one already took effect."""
     this, write, codes = Lease(paths.parse(f"{bucket}/repeated")), compare_and_swap.write, []
     monkeypatch.setattr(lock.os, "_exit", codes.append)
 
-    def twice(place, data, generation):
-        write(place, data, generation)
-        return write(place, data, generation)
+    def twice(target, data, generation):
+        write(target, data, generation)
+        return write(target, data, generation)
 
     monkeypatch.setattr(compare_and_swap, "write", twice)
     this.acquire()
@@ -264,18 +262,18 @@ def test_a_renewal_whose_answer_is_lost_is_our_own(bucket, quick_lease, monkeypa
     assert codes == [] and compare_and_swap.read(this.object) == ("0", {})
 
 
-def test_of_two_that_take_it_over_one_gets_it(bucket, quick_lease):
-    place = paths.parse(f"{bucket}/raced") / lock.NAME
-    assert compare_and_swap.write(place, b"{}", "0")
-    assert compare_and_swap.write(place, b"{}", "0") is None
-    generation, _ = compare_and_swap.read(place)
-    assert compare_and_swap.write(place, b"{}", generation)
-    assert compare_and_swap.write(place, b"{}", generation) is None
-    compare_and_swap.remove(place, generation)  # an old one: nothing happens
-    assert place.exists()
+def test_only_one_of_two_writers_wins_the_compare_and_swap(bucket, quick_lease):
+    target = paths.parse(f"{bucket}/raced") / lock.NAME
+    assert compare_and_swap.write(target, b"{}", "0")
+    assert compare_and_swap.write(target, b"{}", "0") is None
+    generation, _ = compare_and_swap.read(target)
+    assert compare_and_swap.write(target, b"{}", generation)
+    assert compare_and_swap.write(target, b"{}", generation) is None
+    compare_and_swap.remove(target, generation)  # an old generation: nothing happens
+    assert target.exists()
 
 
-def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, capsys):
+def test_a_process_that_lost_its_lock_exits(bucket, quick_lease, monkeypatch, capsys):
     codes: list[int] = []
     this = Lease(paths.parse(f"{bucket}/stolen"))
 
@@ -285,14 +283,14 @@ def test_a_process_whose_lock_was_taken_ends(bucket, quick_lease, monkeypatch, c
 
     monkeypatch.setattr(lock.os, "_exit", leave)
     this.acquire()
-    left_by(this.run)
+    write_lock(this.run)
     this._thread.join(timeout=20)
     assert codes == [RESUMABLE]
     assert "lost the lock of gs://bucket/stolen: another process has" in capsys.readouterr().err
 
 
-def test_a_first_save_that_was_killed_is_begun_anew(bucket):
-    """In a bucket an unfinished checkpoint has its name already; Orbax removes it in its time."""
+def test_an_unfinished_first_checkpoint_is_not_recovered(bucket):
+    """In a bucket, an unfinished checkpoint already has its final name; Orbax removes it later."""
     run = paths.parse(f"{bucket}/first")
     save(run, {1: None})
     (run / checkpoint.FOLDER / "1" / checkpoint.COMMITTED).unlink()
@@ -300,7 +298,7 @@ def test_a_first_save_that_was_killed_is_begun_anew(bucket):
         assert checkpoints.recover(like(trees(0))) is None
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, capsys):
+def test_a_damaged_checkpoint_in_a_bucket_is_moved_aside(bucket, capsys):
     run = paths.parse(f"{bucket}/damaged")
     save(run, {1: None, 2: None}, keep=2)
     spoilt = {}
@@ -343,7 +341,7 @@ def shown(run: pathlib.Path) -> list[int]:
     ]
 
 
-def test_rows_are_in_the_bucket_before_a_checkpoint_begins_and_at_the_end(bucket, watched):
+def test_metrics_are_uploaded_before_each_checkpoint_and_at_the_end(bucket, watched):
     run = paths.parse(f"{bucket}/reported")
     with tracker(run, watched, steps=9) as track:
         track(1, loss(1))
@@ -362,7 +360,7 @@ def test_rows_are_in_the_bucket_before_a_checkpoint_begins_and_at_the_end(bucket
     assert len(list((run / "tensorboard").iterdir())) == 2
 
 
-def test_rows_wait_for_a_minute_at_most(bucket, watched):
+def test_metrics_are_uploaded_at_least_every_minute(bucket, watched):
     run, now = paths.parse(f"{bucket}/slow"), [0.0]
     with tracker(run, watched, steps=9, clock=lambda: now[0]) as track:
         track.scalars(1, {"train/loss": 1})
@@ -374,8 +372,8 @@ def test_rows_wait_for_a_minute_at_most(bucket, watched):
         assert [step for step, _ in losses(run)] == [1, 2, 3]
 
 
-def test_a_machine_without_the_rows_goes_on_with_them(bucket, watched):
-    """What this machine keeps is older, or of nobody: the bucket decides."""
+def test_another_machine_continues_the_metrics_in_the_bucket(bucket, watched):
+    """Metrics from the bucket take precedence over stale ones on this machine's disk."""
     run = paths.parse(f"{bucket}/moved")
     (run / "metrics.jsonl").write_bytes(b'{"step": 1, "train/loss": 4}\n{"step": 2, "train/lo')
     stale = cache.local(run / "metrics.jsonl")
@@ -386,7 +384,7 @@ def test_a_machine_without_the_rows_goes_on_with_them(bucket, watched):
     assert losses(run) == [(1, 4), (3, 7)]
 
 
-def test_weights_and_biases_writes_to_this_machine(bucket, watched):
+def test_weights_and_biases_writes_to_the_local_disk(bucket, watched):
     run, watched.log.wandb = paths.parse(f"{bucket}/wandb"), True
     ids = set()
     for start in (0, 1):
@@ -411,7 +409,7 @@ def block(name: str, path, **more):
 
 
 def same_batches(here, there, split="train") -> None:
-    """The same two batches for training, and the same first one to evaluate."""
+    """Check that both give the same two training batches and the same first evaluation batch."""
     sources = data.open_split(here, split), data.open_split(there, split)
     assert sources[0].classes == sources[1].classes and len(sources[0]) == len(sources[1])
     read = [
@@ -456,7 +454,7 @@ def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
         data.open_split(block("array_record", packed), "train")
 
 
-def test_too_little_room_for_the_copies_is_refused_with_the_numbers(bucket, monkeypatch):
+def test_too_little_disk_space_for_the_copies_is_refused(bucket, monkeypatch):
     file = paths.parse(f"{bucket}/large/a.array_record")
     file.write_bytes(bytes(10))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 0, 9))
@@ -479,7 +477,7 @@ def test_cifar_gives_the_same_batches(bucket, cifar):
         data.open_split(block("cifar10", f"{bucket}/none"), "train")
 
 
-def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
+def test_generated_images_are_cached_in_the_bucket(bucket, tmp_path, monkeypatch):
     from vit_scale.data import fractal
 
     small = {
@@ -492,15 +490,15 @@ def test_generated_images_are_kept_in_the_bucket(bucket, tmp_path, monkeypatch):
     same_batches(block("fractal", tmp_path, **small), there)
     assert len(paths.entries(paths.parse(there.path))) == 1
     monkeypatch.setattr(fractal, "_draw_all", None)
-    assert len(data.open_split(there, "train")) == 16  # read, for nothing can draw it
+    assert len(data.open_split(there, "train")) == 16  # from the cache: drawing would fail
 
 
 # Refusals
 
 
 @pytest.fixture
-def forgotten():
-    """As in a process that has not met a bucket yet."""
+def new_process():
+    """Forget all file systems and buckets, as in a new process."""
     file_system.cache_clear(), check_bucket.cache_clear()
     yield
     file_system.cache_clear(), check_bucket.cache_clear()
@@ -513,7 +511,7 @@ def refusal(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("address", "message"),
     [
         (
             "gs://no-such-bucket/run",
@@ -527,28 +525,28 @@ def refusal(capsys, *arguments) -> str:
         ("s3://bucket/run", "s3://bucket/run: s3:// is not supported; give a path, or gs://"),
     ],
 )
-def test_a_wrong_address_is_one_line(bucket, capsys, place, said):
-    assert said in refusal(capsys, "eval", place)
-    assert said.split("; ")[0].split(" is ")[0] in refusal(capsys, "show", place)
+def test_a_wrong_address_is_a_one_line_error(bucket, capsys, address, message):
+    assert message in refusal(capsys, "eval", address)
+    assert message.split("; ")[0].split(" is ")[0] in refusal(capsys, "show", address)
 
 
-def test_a_missing_object_is_one_line(bucket, resumed, capsys):
+def test_a_missing_object_is_a_one_line_error(bucket, resumed, capsys):
     line = refusal(capsys, "predict", resumed, f"{bucket}/none.jpg")
     assert line == f"vit-scale: cannot read image {bucket}/none.jpg: no such object"
     line = refusal(capsys, "data", "download", "cifar10", "--out", f"{bucket}/data")
     assert "--out gs://bucket/data" in line
 
 
-def test_without_the_package_it_says_what_to_install(bucket, tmp_path, run_cli):
+def test_a_missing_package_is_named_with_the_command_to_install_it(bucket, tmp_path, run_cli):
     (tmp_path / "gcsfs.py").write_text("raise ImportError")
     search = os.pathsep.join([str(tmp_path), *sys.path])
-    done = run_cli("show", f"{bucket}/run", env={"PYTHONPATH": search})
-    told = "vit-scale: gs://bucket needs the package gcsfs: launch/environment.sh gs "
-    told += "in a clone, or pip install gcsfs\n"
-    assert (done.returncode, done.stderr) == (1, told)
+    result = run_cli("show", f"{bucket}/run", env={"PYTHONPATH": search})
+    expected = "vit-scale: gs://bucket needs the package gcsfs: launch/environment.sh gs "
+    expected += "in a clone, or pip install gcsfs\n"
+    assert (result.returncode, result.stderr) == (1, expected)
 
 
-def test_what_the_storage_refuses_in_the_middle_is_one_line(monkeypatch, capsys):
+def test_a_storage_error_midway_is_a_one_line_error(monkeypatch, capsys):
     from gcsfs.retry import HttpError
 
     from vit_scale.runs import report
@@ -561,10 +559,10 @@ def test_what_the_storage_refuses_in_the_middle_is_one_line(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [(401, "no credentials: run `gcloud auth"), (403, "Forb")]
+    ("code", "message"), [(401, "no credentials: run `gcloud auth"), (403, "Forb")]
 )
-def test_what_the_storage_refuses_is_one_line(forgotten, monkeypatch, capsys, code, said):
-    """Asked of a bucket by somebody unknown, or who may not."""
+def test_a_refused_bucket_is_a_one_line_error(new_process, monkeypatch, capsys, code, message):
+    """Without credentials, and without permission."""
     import fsspec
 
     class Refuse(http.server.BaseHTTPRequestHandler):
@@ -583,14 +581,14 @@ def test_what_the_storage_refuses_is_one_line(forgotten, monkeypatch, capsys, co
         monkeypatch.setenv("NO_GCE_CHECK", "true")
         line = refusal(capsys, "eval", "gs://bucket/run")
         server.shutdown()
-    assert line.startswith(f"vit-scale: cannot read gs://bucket: {said}")
+    assert line.startswith(f"vit-scale: cannot read gs://bucket: {message}")
     fsspec.get_filesystem_class("gcs").clear_instance_cache()
 
 
 # Paths
 
 
-def test_a_checkpoint_that_was_not_finished_is_none(bucket):
+def test_an_unfinished_checkpoint_is_not_listed(bucket):
     run = paths.parse(f"{bucket}/unfinished")
     for step in (2, 4):
         (run / "checkpoints" / str(step) / "description" / "metadata").write_bytes(b"{}")
@@ -598,7 +596,7 @@ def test_a_checkpoint_that_was_not_finished_is_none(bucket):
     assert checkpoint.finished_steps(run) == [2]
 
 
-def test_what_others_write_is_seen(bucket):
+def test_writes_of_other_processes_are_visible(bucket):
     import fsspec
 
     other = fsspec.filesystem("gcs", skip_instance_cache=True)
@@ -609,7 +607,7 @@ def test_what_others_write_is_seen(bucket):
         assert (folder / name).is_file() and not (folder / name).is_dir() and folder.is_dir()
 
 
-def test_a_folder_that_the_console_made_is_not_in_itself(bucket):
+def test_a_folder_created_in_the_console_does_not_contain_itself(bucket):
     folder = paths.parse(f"{bucket}/made")
     file_system().pipe_file(f"{folder}/", b"")
     assert folder.is_dir() and paths.entries(folder) == []
@@ -627,14 +625,14 @@ def test_a_changed_object_is_copied_again(bucket):
         assert copy.read_bytes() == content
 
 
-def test_paths_of_a_bucket_are_absolute_and_travel(bucket):
-    place = paths.parse(f"{bucket}/run")
-    assert str(place.absolute() / "a") == f"{bucket}/run/a" == str(place.resolve() / "a")
-    copied = pickle.loads(pickle.dumps(place / "a"))
-    assert paths.in_bucket(copied) and copied == place / "a" and copied.parent == place
+def test_paths_in_a_bucket_are_absolute_and_picklable(bucket):
+    run = paths.parse(f"{bucket}/run")
+    assert str(run.absolute() / "a") == f"{bucket}/run/a" == str(run.resolve() / "a")
+    copied = pickle.loads(pickle.dumps(run / "a"))
+    assert paths.in_bucket(copied) and copied == run / "a" and copied.parent == run
 
 
-def test_a_path_on_a_disk_is_pathlibs(tmp_path):
+def test_a_path_on_a_disk_is_a_pathlib_path(tmp_path):
     assert type(paths.parse("runs/x")) is type(pathlib.Path("runs/x"))
     assert paths.parse(tmp_path) == tmp_path and cache.local(tmp_path) is tmp_path
     assert cache.stage([tmp_path / "a"]) == [tmp_path / "a"]

@@ -1,4 +1,4 @@
-"""Downloads, from a server of the test's own: resumed, checked, unpacked whole or not at all."""
+"""Downloads from a local server: resumed, verified, unpacked completely or not at all."""
 
 import hashlib
 import http.server
@@ -30,9 +30,9 @@ MD5 = hashlib.md5(WHOLE).hexdigest()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
-        asked = self.headers["Range"]
-        server.asked.append(asked)
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and server.resumes else 0
+        header = self.headers["Range"]
+        server.ranges.append(header)
+        start = int(re.fullmatch(r"bytes=(\d+)-", header)[1]) if header and server.resumes else 0
         if start and start >= len(server.content):
             self.send_error(416)
             return
@@ -51,7 +51,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.resumes, server.breaks_after = WHOLE, True, None
-        server.asked, server.status = [], 200
+        server.ranges, server.status = [], 200
         server.url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -85,60 +85,60 @@ def test_downloaded_and_unpacked(tmp_path, server):
     assert names(tmp_path / "new") == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
 
 
-def test_done_once(tmp_path, server):
+def test_a_second_download_does_nothing(tmp_path, server):
     get(tmp_path, server)
     get(tmp_path, server)
-    assert server.asked == [None]
+    assert server.ranges == [None]
 
 
-def test_a_broken_connection_is_resumed_where_it_stopped(tmp_path, server):
+def test_a_broken_download_resumes_where_it_stopped(tmp_path, server):
     server.breaks_after = 30_000
     message = refused(tmp_path, server)
     assert "rerun the same command" in message
     assert names(tmp_path) == ["cifar-10-python.tar.gz.partial"]
     server.breaks_after = None
     get(tmp_path, server)
-    assert server.asked == [None, "bytes=30000-"]
+    assert server.ranges == [None, "bytes=30000-"]
 
 
-def test_a_server_that_cannot_resume_starts_over(tmp_path, server):
+def test_a_download_starts_over_if_the_server_cannot_resume(tmp_path, server):
     (tmp_path / "cifar-10-python.tar.gz.partial").write_bytes(WHOLE[:1000])
     server.resumes = False
     get(tmp_path, server)
-    assert server.asked == ["bytes=1000-"]
+    assert server.ranges == ["bytes=1000-"]
 
 
-def test_a_part_that_is_already_whole(tmp_path, server):
+def test_a_complete_partial_file_is_used(tmp_path, server):
     (tmp_path / "cifar-10-python.tar.gz.partial").write_bytes(WHOLE)
     get(tmp_path, server)
-    assert server.asked == [f"bytes={len(WHOLE)}-"]
+    assert server.ranges == [f"bytes={len(WHOLE)}-"]
 
 
-def test_another_file_is_refused_and_not_resumed(tmp_path, server):
+def test_a_wrong_file_is_refused_and_not_resumed(tmp_path, server):
     message = refused(tmp_path, server, md5="0" * 32)
     assert f"has MD5 {MD5}, not {'0' * 32}" in message
     assert names(tmp_path) == []
 
 
-def test_an_archive_that_was_put_there_is_used(tmp_path, server):
+def test_an_existing_archive_is_used(tmp_path, server):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(WHOLE)
     get(tmp_path, server)
-    assert server.asked == []
+    assert server.ranges == []
 
 
-def test_a_damaged_archive_that_was_put_there_is_refused(tmp_path, server):
+def test_a_damaged_existing_archive_is_refused(tmp_path, server):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(WHOLE[:-1])
     assert "it is damaged or a different file; remove it" in refused(tmp_path, server)
-    assert server.asked == []
+    assert server.ranges == []
 
 
 @pytest.mark.parametrize("status", [404, 503])
-def test_a_server_that_refuses_is_one_line(tmp_path, server, status):
+def test_a_server_error_is_a_one_line_error(tmp_path, server, status):
     server.status = status
     assert server.url in refused(tmp_path, server)
 
 
-def test_without_a_network_one_line_says_what_to_put_where(tmp_path, server):
+def test_without_a_network_the_error_says_where_to_put_the_archive(tmp_path, server):
     server.shutdown()
     server.server_close()
     message = refused(tmp_path, server)
@@ -146,13 +146,13 @@ def test_without_a_network_one_line_says_what_to_put_where(tmp_path, server):
     assert f"by other means to {tmp_path / 'cifar-10-python.tar.gz'}" in message
 
 
-def test_an_archive_reaching_outside_its_folder_is_refused(tmp_path, server):
+def test_an_archive_with_paths_outside_its_folder_is_refused(tmp_path, server):
     server.content = archive("cifar-10-batches-py/a", "../outside")
     message = refused(tmp_path / "in", server, hashlib.md5(server.content).hexdigest())
     assert "cannot unpack" in message
     assert names(tmp_path) == ["in"] and names(tmp_path / "in") == ["cifar-10-python.tar.gz"]
 
 
-def test_the_official_archive_is_asked_for_securely():
+def test_the_official_archive_is_downloaded_securely():
     assert cifar.URL == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
     assert cifar.MD5 == "c58f30108f718f92721af3d95e74349a"

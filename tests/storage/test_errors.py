@@ -47,7 +47,7 @@ def test_everything_else_passes_unchanged(error):
     assert caught.value is error
 
 
-def test_objects_fail_as_files_do(tmp_path):
+def test_errors_of_objects_look_like_errors_of_files(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, os_errors(tmp_path):
         raise FileNotFoundError("gs://a/b")
     assert (caught.value.strerror, caught.value.filename) == ("no such object", str(tmp_path))
@@ -58,7 +58,7 @@ def test_objects_fail_as_files_do(tmp_path):
         raise ValueError("a bug")
 
 
-def test_only_a_failing_disk_is_worth_another_attempt():
+def test_only_errors_of_the_disk_are_resumable():
     assert exit_code(OSError(errno.ENOSPC, FULL)) == RESUMABLE
     assert exit_code(PermissionError(errno.EACCES, "Permission denied")) == FAILED
     assert exit_code(HttpError("x")) == FAILED

@@ -12,8 +12,6 @@ from vit_scale.errors import UserError
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.validation import check_classes, validate_evaluation
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 IMAGES, LABELS = random_images(23), np.random.RandomState(1).randint(0, 4, 23)
 MASK = np.arange(23) % 5 != 2  # 5 are corrupt
 

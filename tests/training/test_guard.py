@@ -13,8 +13,6 @@ from vit_scale.training.guard import Diverged, Guard, diverged_for_good
 from vit_scale.training.setup import make_setup
 from vit_scale.training.train_step import jit_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def guard(patience=2, skip=True) -> Guard:
     cfg = base().divergence

@@ -12,8 +12,6 @@ from vit_scale.models.position_embeddings import resample
 from vit_scale.training.init_state import check_source, init_state, recover, restore
 from vit_scale.training.setup import make_setup
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def program():

@@ -9,8 +9,6 @@ from tests.helpers.tiny import random_batch, random_params, tiny_config, tiny_mo
 from vit_scale.errors import UserError
 from vit_scale.training.objectives import check, classification, make_objective
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KEY = jax.random.key(0)
 MASK = np.array([1, 0, 1, 1, 1, 1, 0, 1], bool)
 

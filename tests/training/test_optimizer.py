@@ -39,7 +39,7 @@ def make_params(pool):
     cfg = base().model
     cfg.update({"variant": "Ti/4", "width": 8, "depth": DEPTH, "heads": 2, "mlp": 16})
     cfg.update({"classes": 5, "pool": pool})
-    return random_like(jax.eval_shape(build(cfg, (8, 8)).init, jax.random.key(0)), 0)
+    return random_like(build(cfg, (8, 8)).abstract_params, 0)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ from vit_scale.models.parameters import named
 from vit_scale.training import trainer
 from vit_scale.training.stages import train_stages
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 STEPS = 3
 CONFIG = """
 from vit_scale.config import base

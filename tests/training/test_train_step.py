@@ -13,8 +13,6 @@ from vit_scale.training.setup import make_setup
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import gradients, jit_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # Everything that the tests below look at is on in the one setup that they share.
 STEP = (
     "optim.lr=0.01",

@@ -8,7 +8,7 @@ from typing import NoReturn
 from vit_scale.cli import commands
 from vit_scale.errors import USAGE, UserError
 
-RUN = "folder of a run, or RUN/checkpoints/STEP"
+RUN = "run folder, or RUN/checkpoints/STEP"
 CONFIG = "name of a config, NAME:ARGUMENT, or a path"
 SPLIT = "split such as test or train[98%%:] (default: eval.final of the run)"
 JSON = "print one JSON object"
@@ -123,7 +123,7 @@ def add_plan_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def add_verify_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("run", metavar="RUN", help="run folder")
     sub.add_argument("--json", action="store_true", help=JSON)
 
 

@@ -127,6 +127,22 @@ def compiler_options(cfg: ConfigDict, mesh: AnyMesh) -> dict[str, str] | None:
     for option in cfg.compiler:
         if not re.fullmatch(r"\w+=\S+", option):
             raise UserError(f"mesh.compiler: {option!r} is not FLAG=VALUE, such as xla_flag=true")
-    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "tpu":
+    if platform(mesh) != "tpu":
         return None
     return dict(option.split("=", 1) for option in cfg.compiler)
+
+
+def run_once_options(mesh: AnyMesh) -> dict[str, int] | None:
+    """Return the compiler's options for a program that runs once, such as initialisation.
+
+    A CPU's compiler optimises such programs for longer than they run. At level 1 it takes half of
+    the time, for the same values.
+    """
+    if platform(mesh) != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+        return None
+    return {"xla_backend_optimization_level": 1}
+
+
+def platform(mesh: AnyMesh) -> str:
+    """Return "cpu", "gpu" or "tpu"; "" for an abstract mesh."""
+    return "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

@@ -36,6 +36,7 @@ class Model:
     """Pure functions over a nested dict of float32 parameters and running statistics."""
 
     init: Callable  # (key) -> params
+    abstract_params: dict  # what `init` returns, as jax.ShapeDtypeStruct
     apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
     train: Callable  # (params, images [b, H, W, 3], key, mask [b]) -> Outputs
     shape: Any  # spec.Shape or convnets.Shape
@@ -61,10 +62,11 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
     def make(key):
         return network(cfg, image, nnx.Rngs(params=key), constrain)
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
+    abstract = nnx.eval_shape(lambda: make(jax.random.key(0)))
+    graph, abstract_params = nnx.graphdef(abstract), arrays(abstract)
 
     def init(key):
-        return nnx.to_pure_dict(nnx.state(make(key), nnx.Any(nnx.Param, nnx.BatchStat)))
+        return arrays(make(key))
 
     def apply(params, images, key=None):
         return nnx.merge(graph, params)(images, key)
@@ -78,13 +80,20 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
         return nnx.merge(graph, params).attention(images, reduce)
 
     if isinstance(shape, spec.Shape):
-        return Model(init, apply, train, shape, attention, lambda: _vit_macs(cfg, image, shape))
-    return Model(init, apply, train, shape, None, lambda: _forward_macs(build(cfg, image), image))
+        functions = init, abstract_params, apply, train, shape, attention
+        return Model(*functions, lambda: _vit_macs(cfg, image, shape))
+    functions = init, abstract_params, apply, train, shape, None
+    return Model(*functions, lambda: _forward_macs(build(cfg, image), image))
+
+
+def arrays(module: nnx.Module) -> dict:
+    """Return a module's parameters and running statistics as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
 
 
 def _forward_macs(model: Model, image: tuple[int, int]) -> int:
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    return flops.count_macs(model.apply, params, jax.ShapeDtypeStruct((1, *image, 3), jnp.float32))
+    pixels = jax.ShapeDtypeStruct((1, *image, 3), jnp.float32)
+    return flops.count_macs(model.apply, model.abstract_params, pixels)
 
 
 def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape) -> int:
@@ -98,8 +107,7 @@ def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape) -> int
     shallow = build(cfg, image)
     macs = _forward_macs(shallow, image)
     # The embedding multiplies a patch of zeros for each token before the patches: only to be fast.
-    embedding = jax.eval_shape(shallow.init, jax.random.key(0))["embed"]["kernel"]
-    macs -= shape.before * embedding.size
+    macs -= shape.before * shallow.abstract_params["embed"]["kernel"].size
     tokens = jax.ShapeDtypeStruct((1, shape.tokens, shape.size.width), jnp.float32)
     block = nnx.eval_shape(lambda: Block(cfg, shape.size, nnx.Rngs(0)))
     graph, params = nnx.split(block)

@@ -56,16 +56,9 @@ class ViT(nnx.Module):
             self.cls = nnx.Param(jnp.zeros((size.width,)))
         if cfg.distilled:
             self.dist = nnx.Param(jnp.zeros((size.width,)))
-        layers = rngs.split(size.depth)
-        if cfg.scan:
-            self.blocks: Any = nnx.vmap(lambda layer: Block(cfg, size, layer))(layers)
-        else:
-            self.blocks = nnx.Dict(
-                {
-                    str(i): Block(cfg, size, jax.tree.map(lambda x, i=i: x[i], layers))
-                    for i in range(size.depth)
-                }
-            )
+        # Traced and compiled once for all blocks, also where they are unrolled.
+        stacked = nnx.vmap(lambda layer: Block(cfg, size, layer))(rngs.split(size.depth))
+        self.blocks: Any = stacked if cfg.scan else nnx.Dict(unstacked(stacked))
         self.norm = layer_norm(cfg, size, rngs)
         if cfg.pool == "map":
             self.pool = AttentionPool(cfg, size, rngs)
@@ -194,12 +187,22 @@ class ViT(nnx.Module):
     def layers(self) -> list[Block]:
         """Return the blocks in order, unstacked if they are scanned."""
         depth = self.shape.size.depth
-        if not self.scan:
-            return [self.blocks[str(i)] for i in range(depth)]
-        graph, stacked = nnx.split(self.blocks)
-        return [
-            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(depth)
-        ]
+        if self.scan:
+            return list(unstacked(self.blocks).values())
+        return [self.blocks[str(i)] for i in range(depth)]
+
+
+def unstacked(blocks: Block) -> dict[str, Block]:
+    """Return the blocks by number, of one whose arrays have a first axis of all blocks."""
+    graph, state = nnx.split(blocks)
+    leaves, structure = jax.tree.flatten(state)
+    # Without the barrier a compiler computes each slice by itself, and may round it differently.
+    leaves = jax.lax.optimization_barrier(leaves)
+    layers = zip(*map(jnp.unstack, leaves), strict=True)
+    return {
+        str(i): nnx.merge(graph, jax.tree.unflatten(structure, layer))
+        for i, layer in enumerate(layers)
+    }
 
 
 def remat_policy(name: str) -> Callable:

@@ -79,5 +79,4 @@ def _initial_params(model: Model, source: ConfigDict, cfg: ConfigDict) -> dict:
     """Parameters for a new head: zero, or random if a new representation layer comes before it."""
     if cfg.model.representation != source.model.representation:
         return jax.jit(model.init)(jax.random.key(0))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract_params)

@@ -65,7 +65,7 @@ def import_weights(source: pathlib.Path, hints: Hints = NO_HINTS) -> ImportedMod
         keys = frozenset(state_dict.arrays)
         cfg, leading, assumptions = infer_config(fmt, arrays, metadata, hints, keys)
         model = build(cfg.model, config.image_size(cfg))
-        shapes = jax.eval_shape(lambda key: unstack(model.init(key)), jax.random.key(0))
+        shapes = jax.eval_shape(unstack, model.abstract_params)
         check_shapes(fmt, arrays, model, shapes, leading)
         params = _build_params(fmt, arrays, model, shapes, leading)
     notes += changes

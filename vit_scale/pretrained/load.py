@@ -93,7 +93,7 @@ def load_run(source: pathlib.Path) -> Pretrained:
     device = jax.sharding.SingleDeviceSharding(first)
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(model.init, jax.random.key(0)),
+        model.abstract_params,
     )
     tree = "ema" if checkpoint.has_ema(folder) else "params"
     return Pretrained(

@@ -20,9 +20,7 @@ def read_json(path: pathlib.Path) -> dict:
         try:
             content = json.loads(path.read_text())
         except FileNotFoundError:
-            raise UserError(
-                f"{path} is missing: {path.parent} is not the folder of a run"
-            ) from None
+            raise UserError(f"{path} is missing: {path.parent} is not a run folder") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it does not hold a JSON object")
     return content

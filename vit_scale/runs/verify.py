@@ -18,11 +18,11 @@ def verify(run: str | os.PathLike) -> list[dict[str, str]]:
     """Verify every checkpoint and every file of a run.
 
     Returns [{"file": "checkpoints/400", "state": "whole", "what": "213 arrays"}, ...], where the
-    state is whole or damaged. Raises UserError where `run` is not the folder of a run.
+    state is whole or damaged. Raises UserError where `run` is not a run folder.
     """
     folder = paths.parse(run)
     if not (folder / "run.json").is_file() and not checkpoint.all_steps(folder):
-        raise UserError(f"{folder} is not the folder of a run: it has no run.json")
+        raise UserError(f"{folder} is not a run folder: it has no run.json")
     rows = []
     with tqdm(list(_checks(folder)), desc="verify", unit="file", disable=None, leave=False) as bar:
         for name, check in bar:

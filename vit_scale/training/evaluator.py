@@ -26,7 +26,6 @@ class Evaluate:
 
     def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh):
         self.cfg, self.mesh = cfg, mesh
-        params = jax.eval_shape(model.init, jax.random.key(0))
         _, seen = views(cfg, are_files(cfg.data))
 
         def eval_step(params, batch):
@@ -38,7 +37,7 @@ class Evaluate:
 
         self._eval_step = jax.jit(
             eval_step,
-            in_shardings=(shardings(params, mesh), batch_sharding(mesh)),
+            in_shardings=(shardings(model.abstract_params, mesh), batch_sharding(mesh)),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 

@@ -12,6 +12,7 @@ from vit_scale import config, pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.config import image_size
 from vit_scale.distributed import multihost
+from vit_scale.distributed.mesh import run_once_options
 from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
 from vit_scale.models.spec import Shape
@@ -90,7 +91,10 @@ def init_state(
     """
     cfg = setup.cfg
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
-    make_params = jax.jit(setup.model.init, out_shardings=shardings.params)
+    options = run_once_options(setup.mesh)
+    make_params = jax.jit(
+        setup.model.init, out_shardings=shardings.params, compiler_options=options
+    )
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
         with multihost.shared_errors():

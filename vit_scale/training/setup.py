@@ -57,7 +57,7 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
     # instead of the batch.
     constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     model = build(cfg.model, image_size(cfg), constrain)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = model.abstract_params
     teacher = open_teacher(cfg, mesh, constrain)
     objective = make_objective(model, cfg, teacher.logits if teacher else None)
     optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
@@ -98,9 +98,8 @@ def summary(cfg: ConfigDict) -> dict:
     """
     check_model(cfg)
     model = build(cfg.model, image_size(cfg))
-    params = jax.eval_shape(model.init, jax.random.key(0))
     return {
-        "parameters": count(params),
+        "parameters": count(model.abstract_params),
         "tokens": model.shape.tokens,
         "flops_per_image": flops.training_flops(model.macs),
         "global_batch": cfg.data.batch,

@@ -20,7 +20,7 @@ from vit_scale.augment.pipeline import train_images
 from vit_scale.checkpoint import Checkpoints, all_steps
 from vit_scale.data import Batch, Source, train_batches
 from vit_scale.distributed import multihost, preemption
-from vit_scale.distributed.accelerators import mfu
+from vit_scale.distributed.accelerators import mfu, peak_flops
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.models.flops import training_flops
@@ -249,8 +249,10 @@ def sample_images(setup: Setup, batch: dict) -> np.ndarray:
 
 def utilisation(setup: Setup, images_per_second: float) -> float | None:
     """Return the model FLOPs utilisation; None if the peak of the device is unknown."""
-    per_image = training_flops(setup.model.macs)
     kind = jax.devices()[0].device_kind
+    if peak_flops(kind) is None:  # the model's FLOPs are not counted in vain
+        return None
+    per_image = training_flops(setup.model.macs)
     return mfu(images_per_second, per_image, jax.device_count(), kind)
 
 

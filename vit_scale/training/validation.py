@@ -5,7 +5,6 @@ opened data sets; `init_state.check_source` checks the source of the weights. Wh
 built without further checks.
 """
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -91,8 +90,7 @@ def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnet
     if mesh:
         check_attention(cfg, mesh, shape)
     if cfg.optim.freeze:
-        params = jax.eval_shape(build(cfg.model, image_size(cfg)).init, jax.random.key(0))
-        optimizer.check_frozen(cfg.optim, params)
+        optimizer.check_frozen(cfg.optim, build(cfg.model, image_size(cfg)).abstract_params)
     return shape
 
 

@@ -81,11 +81,10 @@ def open_teacher(cfg: ConfigDict, mesh, constrain: Callable) -> Teacher | None:
             f"the student model.classes={cfg.model.classes}"
         )
     model = build(teacher.model, config.image_size(teacher), constrain)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(shapes, mesh),
+        model.abstract_params,
+        shardings(model.abstract_params, mesh),
     )
     logits = make_logits(model, teacher, cfg)
     return Teacher(logits, params, tuple(description["classes"]), folder, checksum)
