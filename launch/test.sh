@@ -20,6 +20,4 @@ else
   launch/compiler.sh  # for plan's tests, which compile for TPUs
 fi
 # The tests of a file run in one process: they share fixtures. tests/conftest.py puts the longest files first.
-# One process more than there are cores, since the launcher's tests mostly wait.
-processes=$(($(getconf _NPROCESSORS_ONLN) + 1))
-exec .venv/bin/python -m pytest -n $((processes > 8 ? 8 : processes)) --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

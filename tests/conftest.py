@@ -67,6 +67,11 @@ def pytest_configure():
     PROGRAMS.prune()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores, since the launcher's tests mostly wait."""
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
 def pytest_unconfigure():
     PROGRAMS.close()
 

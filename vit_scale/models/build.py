@@ -79,11 +79,10 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
     def attention(params, images, reduce):
         return nnx.merge(graph, params).attention(images, reduce)
 
+    common = init, abstract_params, apply, train
     if isinstance(shape, spec.Shape):
-        functions = init, abstract_params, apply, train, shape, attention
-        return Model(*functions, lambda: _vit_macs(cfg, image, shape))
-    functions = init, abstract_params, apply, train, shape, None
-    return Model(*functions, lambda: _forward_macs(build(cfg, image), image))
+        return Model(*common, shape, attention, lambda: _vit_macs(cfg, image, shape))
+    return Model(*common, shape, None, lambda: _forward_macs(build(cfg, image), image))
 
 
 def arrays(module: nnx.Module) -> dict:
