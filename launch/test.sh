@@ -3,7 +3,7 @@
 #
 #   launch/test.sh                       everything but the slow tests, on all cores
 #   launch/test.sh --quick               what a change needs first: lint, types, the direction of imports, configs,
-#                                        models, optimizers, and a run that is stopped and resumed
+#                                        ViTs, optimizers, and a run that is stopped and resumed
 #   launch/test.sh -n 0 tests/models/test_vit.py -k parameters
 #   launch/test.sh -m slow               the slow ones (they use the package registry)
 set -euo pipefail
@@ -14,7 +14,7 @@ cd "$root"
 if [[ ${1:-} == --quick ]]; then
   shift
   set -- tests/repository/test_style.py tests/repository/test_architecture.py tests/test_config.py tests/configs \
-    tests/models tests/training/test_optimizer.py \
+    tests/models/test_vit.py tests/models/test_position_embeddings.py tests/models/test_flops.py tests/training/test_optimizer.py \
     "tests/laws/test_laws.py::test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run[at-checkpoint]" "$@"
 else
   launch/compiler.sh  # for plan's tests, which compile for TPUs

@@ -53,13 +53,9 @@ def parameters() -> int:
     return summary(tiny_config())["parameters"]
 
 
-def test_a_step_and_its_variants(run, capsys):
-    """Exact where the figure is exact; in the right direction where it is estimated."""
-    variants = ["data.batch=8192", "mesh.fsdp=4"]
-    rows = {
-        row["variant"]: row for row in run(capsys, "--compare", *variants, "--price=2")["variants"]
-    }
-    result = rows["as configured"]
+def test_a_step(run, capsys):
+    """Exact where the figure is exact."""
+    result = run(capsys, "--price=2")
     assert (result["topology"], result["chips"], result["devices"]) == ("v5e:2x2", 4, 4)
     assert result["device_kind"] == "TPU v5 lite"
     assert result["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
@@ -80,6 +76,14 @@ def test_a_step_and_its_variants(run, capsys):
     # The gradients, and metrics; the patches' bias has the sum of the positions' gradients.
     bias = 4 * tiny_config().model.width
     assert reduced["bytes"] >= result["parameter_bytes"] - bias
+
+
+@pytest.mark.slow
+def test_variants_of_a_step(run, capsys):
+    """In the right direction where a figure is estimated."""
+    variants = ["data.batch=8192", "mesh.fsdp=4"]
+    rows = {row["variant"]: row for row in run(capsys, "--compare", *variants)["variants"]}
+    result = rows["as configured"]
     larger, sharded = rows["data.batch=8192"], rows["mesh.fsdp=4"]
     assert larger["step_ms"] > 2 * result["step_ms"]
     assert larger["flops_per_step"] == 128 * result["flops_per_step"]
