@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as listing
-from benchmarks import comparison, measurement, speed
+from benchmarks import comparison, cpu_parts, measurement, speed
 from tests.conftest import ROOT, colour_coded
 from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.models.flops import count_macs
 
 NOTE = "CIFAR-10 (colours)"
 FAST_COMPILATION = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # halves a toy's time
@@ -259,3 +260,20 @@ def test_committed_results_are_real_and_of_known_measurements():
         content = json.loads(file.read_text())
         assert (file.suffix, content["measurement"], content["toy"]) == (".json", file.stem, False)
         assert file.stem in names
+
+
+def test_the_parts_of_a_block_and_their_arithmetic(tmp_path):
+    file = tmp_path / "cpu_parts.json"
+    file.write_text('{"before": {}}')
+    cpu_parts.main(["--label", "after", "--toy", "--out", str(file)])
+    content = json.loads(file.read_text())
+    assert list(content) == ["before", "after"] and content["after"]["toy"] is True
+    rows = content["after"]["figures"]["float32"]
+    assert {name for name, row in rows.items() if row["gflop_per_second"] is None} == {
+        *("GELU", "LayerNorm", "dropout")
+    }
+    assert all(row["ms"] > 0 for row in rows.values())
+    macs = {name: part.macs for name, part in cpu_parts.parts("float32", 1).items()}
+    block = cpu_parts.parts("float32", 1)["block"]
+    assert macs["block"] == count_macs(block.function, block.parameters, block.inputs)
+    assert macs["block"] == 4 * macs["projection"] + macs["attention"] + macs["MLP"]
