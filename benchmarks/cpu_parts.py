@@ -120,12 +120,16 @@ def gradient(part: Part) -> Callable:
     return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_parts")
     parser.add_argument("--label", required=True, help="name of this state of the code")
     parser.add_argument("--toy", action="store_true", help="one image, one turn: a test")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "cpu_parts.json")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     sizes = {"images": 1, "turns": 1} if args.toy else {}
     dtypes = ("float32",) if args.toy else ("float32", "bfloat16")
     figures = {dtype: measure(dtype, **sizes) for dtype in dtypes}

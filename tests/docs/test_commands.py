@@ -168,6 +168,7 @@ def options() -> set[str]:
     known_flags |= set(importlib.import_module("launch.gke").parser()._option_string_actions)
     speed = importlib.import_module("benchmarks.speed").MEASUREMENT
     queue = [parser(), importlib.import_module("benchmarks.measurement").parser(speed)]
+    queue.append(importlib.import_module("benchmarks.cpu_parts").parser())
     while queue:
         this = queue.pop()
         known_flags |= set(this._option_string_actions)
