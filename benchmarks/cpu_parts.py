@@ -5,7 +5,7 @@
 
 The parts are those of the tutorial's ViT: 128 images of 65 tokens, width 256, 8 heads, MLP 512. All
 are compiled first, then they take turns, seven each. "products alone" are plain matrix products of
-the MLP's sizes: the rate that the others could reach. Results are added to cpu_parts.json by label.
+the MLP's sizes: the rate that the others could reach. Results are added to --out by label.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_parts")
     parser.add_argument("--label", required=True, help="name of this state of the code")
     parser.add_argument("--toy", action="store_true", help="one image, one turn: a test")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "cpu_parts.json")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS.parent / "cpu_parts.json")
     return parser
 
 

@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 PROGRAMS = ProgramCache(ROOT / ".cache")
 
-# XLA's older code generator for the CPU compiles in two thirds of the time; jax 0.12 has none. To
-# compile in parallel is in vain where there are as many processes as cores.
+# XLA's older code generator for the CPU compiles in two thirds of the time; jax 0.12 has none. With
+# as many processes as cores, compiling in parallel gains nothing.
 FASTER_XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 OLDER_XLA = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12)
 
@@ -49,7 +49,7 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(PROGRAMS.session),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    # XLA compiles in a quarter of the time. The programs are slower, and the same.
+    # XLA compiles in a quarter of the time. The programs are slower, and may round otherwise.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": FASTER_XLA if OLDER_XLA else "",
     "WANDB_MODE": "offline",

@@ -250,7 +250,7 @@ def sample_images(setup: Setup, batch: dict) -> np.ndarray:
 def utilisation(setup: Setup, images_per_second: float) -> float | None:
     """Return the model FLOPs utilisation; None if the peak of the device is unknown."""
     kind = jax.devices()[0].device_kind
-    if peak_flops(kind) is None:  # the model's FLOPs are not counted in vain
+    if peak_flops(kind) is None:  # then counting the model's FLOPs would be wasted
         return None
     per_image = training_flops(setup.model.macs)
     return mfu(images_per_second, per_image, jax.device_count(), kind)
