@@ -226,7 +226,7 @@ def test_xla_counts_the_same(variant, size, overrides):
 # Statistics are state
 
 
-STEP = ("optim.lr=0.03", "optim.ema=0.75", "steps=10", "data.batch=32")
+STEP = ("optim.lr=0.03", "optim.ema=0.75", "steps=40", "data.batch=32")
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,13 @@ float32 costs no more than bfloat16.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from vit_scale.models.platforms import choose
 
 Heads = Float[Array, "b n k e"]
 
@@ -51,32 +53,66 @@ def _scale(q: Array) -> Array:
     return jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
-def _exponentials(q, k, logits):
+class Layout(NamedTuple):
+    """The axes of queries and of keys: images b, queries n, keys m, heads k, channels e."""
+
+    n: str
+    m: str
+
+
+TOKENS_FIRST = Layout("bnke", "bmke")  # as the projections leave them
+HEADS_FIRST = Layout("bkne", "bkme")
+
+
+def _exponentials(q, k, logits, axes=TOKENS_FIRST):
     """Return exp(score - row maximum) in q's type, and the sum of each row."""
-    scores = jnp.einsum("bnke,bmke->bknm", q, k, preferred_element_type=logits)
+    scores = jnp.einsum(f"{axes.n},{axes.m}->bknm", q, k, preferred_element_type=logits)
     exps = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(q.dtype)
     return exps, exps.sum(axis=-1, keepdims=True, dtype=logits)
 
 
 def _forward(q, k, v, logits):
+    def forward(q, k, v, axes=TOKENS_FIRST):
+        exps, total = _exponentials(q, k, logits, axes)
+        weights = (exps / total).astype(v.dtype)
+        out = jnp.einsum(f"bknm,{axes.m}->{axes.n}", weights, v)
+        return out, exps, total
+
+    def heads_first(q, k, v):
+        out, exps, total = forward(*map(_swap, (q, k, v)), HEADS_FIRST)
+        return _swap(out), exps, total
+
     q = q * _scale(q)  # before both passes, or the unscaled queries would be stored as well
-    exps, total = _exponentials(q, k, logits)
-    weights = (exps / total).astype(v.dtype)
-    out = jnp.einsum("bknm,bmke->bnke", weights, v)
+    out, exps, total = choose(q, k, v, cpu=heads_first, others=forward)
     return out, (q, k, v, exps, total, out)
 
 
 def _backward(logits, residuals, grad):
-    q, k, v, exps, total, out = residuals
-    weights = (exps / total).astype(v.dtype)
-    grad_weights = jnp.einsum("bnke,bmke->bknm", grad, v, preferred_element_type=logits)
-    row_sums = jnp.einsum("bnke,bnke->bkn", grad, out, preferred_element_type=logits)
-    grad_scores = (weights * (grad_weights - row_sums[..., None])).astype(v.dtype)
-    return (
-        jnp.einsum("bknm,bmke->bnke", grad_scores, k) * _scale(q),
-        jnp.einsum("bknm,bnke->bmke", grad_scores, q),
-        jnp.einsum("bknm,bnke->bmke", weights, grad),
-    )
+    def backward(q, k, v, exps, total, out, grad, axes=TOKENS_FIRST):
+        n, m = axes
+        weights = (exps / total).astype(v.dtype)
+        grad_weights = jnp.einsum(f"{n},{m}->bknm", grad, v, preferred_element_type=logits)
+        row_sums = jnp.einsum(f"{n},{n}->bkn", grad, out, preferred_element_type=logits)
+        grad_scores = (weights * (grad_weights - row_sums[..., None])).astype(v.dtype)
+        return (
+            jnp.einsum(f"bknm,{m}->{n}", grad_scores, k) * _scale(q),
+            jnp.einsum(f"bknm,{n}->{m}", grad_scores, q),
+            jnp.einsum(f"bknm,{n}->{m}", weights, grad),
+        )
+
+    def heads_first(q, k, v, exps, total, out, grad):
+        q, k, v, out, grad = map(_swap, (q, k, v, out, grad))
+        return tuple(map(_swap, backward(q, k, v, exps, total, out, grad, HEADS_FIRST)))
+
+    return choose(*residuals, grad, cpu=heads_first, others=backward)
+
+
+def _swap(x: Array) -> Array:
+    """Exchange tokens and heads, in memory as well.
+
+    A CPU's library multiplies matrices that are contiguous, and takes softmax into the product.
+    """
+    return jax.lax.optimization_barrier(x.swapaxes(1, 2))
 
 
 _attend.defvjp(_forward, _backward)

@@ -8,16 +8,67 @@ statistics are those of the unmasked examples of the global batch, on any mesh, 
 running ones; without a mask the running ones are used.
 """
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from vit_scale.models.platforms import choose
+
 EPSILON = 1e-5  # added to the variance
 MOMENTUM = 0.9  # of the running statistics; both as He et al.'s, and torch's
 HE = nnx.initializers.he_normal()  # He et al. 2015, for ReLU
 Mask = Bool[Array, "b"] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride: int, pad: int
+) -> Float[Array, "b h2 w2 o"]:
+    """Convolve images that are padded by `pad` pixels of zeros on each side.
+
+    On a CPU the gradient with respect to the kernel is one product of all patches with the output's
+    gradient, which takes a fifth of the time of the convolution that XLA would make of it.
+    """
+    window, padding = (stride, stride), [(pad, pad)] * 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, window, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _convolve(x, kernel, stride, pad):
+    return convolve(x, kernel, stride, pad), (x, kernel)
+
+
+def _convolve_backward(stride, pad, residuals, grad):
+    def gradients(x, kernel, grad):
+        return jax.vjp(lambda *args: convolve.fun(*args, stride, pad), x, kernel)[1](grad)
+
+    def by_patches(x, kernel, grad):
+        columns = patches(x, kernel.shape[0], stride, pad)
+        grad_kernel = jnp.einsum("bhwp,bhwo->po", columns, grad).reshape(kernel.shape)
+        return gradients(x, kernel, grad)[0], grad_kernel
+
+    return choose(*residuals, grad, cpu=by_patches, others=gradients)
+
+
+convolve.defvjp(_convolve, _convolve_backward)
+
+
+def patches(
+    x: Float[Array, "b h w i"], side: int, stride: int, pad: int
+) -> Float[Array, "b h2 w2 p"]:
+    """Return the side x side x i values that each output pixel of a convolution sees."""
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    height, width = (x.shape[axis] - side for axis in (1, 2))
+    shifts = itertools.product(range(side), repeat=2)
+    return jnp.concatenate(
+        [x[:, i : height + i + 1 : stride, j : width + j + 1 : stride] for i, j in shifts], axis=-1
+    )
 
 
 class Convolution(nnx.Module):
@@ -34,13 +85,8 @@ class Convolution(nnx.Module):
         self.biased = bias
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            self.kernel[...].astype(self.dtype),
-            (self.stride, self.stride),
-            [(self.pad, self.pad)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        kernel = self.kernel[...].astype(self.dtype)
+        x = convolve(x.astype(self.dtype), kernel, self.stride, self.pad)
         return x + self.bias[...].astype(self.dtype) if self.biased else x
 
 

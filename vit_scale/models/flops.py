@@ -34,6 +34,8 @@ def _equation_macs(equation: JaxprEqn) -> int:
             return math.prod(out) * math.prod(kernel) // out_channels
         case "scan":
             return equation.params["length"] * _macs(equation.params["jaxpr"].jaxpr)
+        case "cond" if equation.params.get("branches_platforms"):  # a choice: models/platforms.py
+            return _macs(equation.params["branches"][-1].jaxpr)
         case "cond" | "while":
             raise NotImplementedError(f"the number of operations of {equation.primitive} varies")
     return sum(map(_macs, _inner_jaxprs(equation)))

@@ -4,6 +4,7 @@ Parameters are float32; `dtype` is the computation's. Without a key nothing is d
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.models.attention import attend, weights
+from vit_scale.models.platforms import activate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.dropout, self.exact = cfg.dropout, cfg.gelu == "exact"
+        self.dropout = cfg.dropout
+        self.gelu = functools.partial(jax.nn.gelu, approximate=cfg.gelu != "exact")
         options = {
             "kernel_init": nnx.initializers.xavier_uniform(),
             "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
@@ -106,7 +109,7 @@ class MLP(nnx.Module):
         self.down = nnx.Linear(size.mlp, size.width, **options)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
-        x = jax.nn.gelu(self.up(x), approximate=not self.exact)
+        x = activate(self.gelu, self.up(x))
         if key is not None and self.dropout:
             x = drop(x, self.dropout, key, x.shape)
         return self.down(x)

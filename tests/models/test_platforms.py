@@ -1,0 +1,128 @@
+"""What a CPU computes in its own way gives what other platforms give, and only a CPU gets it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry2x32_p
+
+from vit_scale.models import attention, convolution, platforms
+from vit_scale.models.flops import count_macs
+
+
+def lowered(function, *args, platform: str) -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.RandomState(seed).randn(*shape), jnp.float32)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Returns a function of functions: what they compute on another platform than a CPU."""
+
+    def use(function):
+        def call(*args):
+            with monkeypatch.context() as patch:
+                for module in (attention, convolution, platforms):
+                    patch.setattr(module, "choose", lambda *args, cpu, others: others(*args))
+                return function(*args)
+
+        return call
+
+    return use
+
+
+def assert_close(left, right):
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * abs(other).max())
+
+
+def with_gradients(function, *args):
+    """The value of `function`, and its gradients for a cotangent that is no constant."""
+    out, backward = jax.vjp(function, *args)
+    return out, backward(draw(*out.shape, seed=9))
+
+
+def test_the_choice_is_made_for_the_platform_that_is_compiled_for():
+    def function(x):
+        return platforms.choose(x, cpu=jnp.sin, others=jnp.cos)
+
+    on_cpu, on_tpu = (lowered(function, 1.0, platform=name) for name in ("cpu", "tpu"))
+    assert " stablehlo.sine" in on_cpu and "cosine" not in on_cpu
+    assert "cosine" in on_tpu and " stablehlo.sine" not in on_tpu
+    assert function(1.0) == jnp.sin(1.0)
+
+
+def test_macs_are_those_of_the_other_platforms():
+    def function(x):
+        return platforms.choose(x, cpu=lambda x: x @ x @ x, others=lambda x: x @ x)
+
+    assert count_macs(function, draw(4, 4)) == 64
+
+
+# The first vectors of the authors' known-answer tests (Random123, threefry2x32, 20 rounds).
+KNOWN = [
+    ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    ((2**32 - 1,) * 2, (2**32 - 1,) * 2, (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+]
+
+
+@pytest.mark.parametrize("entries", [1, platforms.UNROLL])
+@pytest.mark.parametrize(("key", "counter", "expected"), KNOWN)
+def test_threefry_gives_the_published_numbers(key, counter, expected, entries):
+    """A small draw is a loop, a large one is unrolled."""
+    words = [jnp.full(entries, word, jnp.uint32) for word in counter]
+    hash_ = jax.jit(threefry2x32_p.bind)
+    bits = hash_(*map(jnp.uint32, key), *words)
+    assert [set(np.asarray(word).tolist()) for word in bits] == [{word} for word in expected]
+    text = lowered(threefry2x32_p.bind, *map(jnp.uint32, key), *words, platform="cpu")
+    assert ("stablehlo.while" in text) == (entries == 1)
+
+
+def test_a_draw_is_the_same_with_and_without_the_loop(monkeypatch):
+    draws = []
+    for most in (1, 10**9):
+        monkeypatch.setattr(platforms, "UNROLL", most)
+        jax.clear_caches()
+        draws.append(jax.jit(lambda key: jax.random.bits(key, (300,)))(jax.random.key(5)))
+    assert (draws[0] == draws[1]).all()
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_an_activation_and_its_gradient(approximate, elsewhere):
+    gelu = functools.partial(jax.nn.gelu, approximate=approximate)
+    x = jnp.linspace(-8, 8, 1001)
+    ours = with_gradients(functools.partial(platforms.activate, gelu), x)
+    assert_close(ours, with_gradients(gelu, x))
+    others = elsewhere(with_gradients)(functools.partial(platforms.activate, gelu), x)
+    assert_close(ours, others)
+
+
+def test_attention_and_its_gradients(elsewhere):
+    q, k, v = draw(2, 5, 3, 4), draw(2, 7, 3, 4, seed=1), draw(2, 7, 3, 4, seed=2)
+    attend = functools.partial(attention.attend, logits="float32", implementation="xla")
+    ours = with_gradients(attend, q, k, v)
+    assert_close(ours, with_gradients(jax.nn.dot_product_attention, q, k, v))
+    assert_close(ours, elsewhere(with_gradients)(attend, q, k, v))
+
+
+@pytest.mark.parametrize(("side", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (5, 3, 2)])
+def test_a_convolution_and_its_gradients(side, stride, pad, elsewhere):
+    x, kernel = draw(2, 9, 12, 3), draw(side, side, 3, 4, seed=1)
+
+    def convolve(x, kernel):
+        return convolution.convolve(x, kernel, stride, pad)
+
+    def reference(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        window, padding = (stride, stride), [(pad, pad)] * 2
+        return jax.lax.conv_general_dilated(x, kernel, window, padding, dimension_numbers=numbers)
+
+    ours = with_gradients(convolve, x, kernel)
+    assert_close(ours, with_gradients(reference, x, kernel))
+    assert_close(ours, elsewhere(with_gradients)(convolve, x, kernel))
