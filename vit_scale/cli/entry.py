@@ -32,11 +32,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It ends quietly when nobody reads its output any more, as in `vit-scale show ... | head`.
     """
+    if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTING_VERBS:
+        use_huge_pages()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     finally:
         if _is_unread(sys.stdout):  # keeps Python from reporting a broken pipe at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def use_huge_pages() -> None:
+    """Start this program anew, in the same process, with memory in pages of 2 MB instead of 4 KB.
+
+    XLA allocates a step's memory anew at each step, of which a CPU spends a fifth on page faults.
+    The allocator is told when a program starts, and where Linux leaves the choice to programs
+    (transparent_hugepage=madvise, the usual default). Another C library ignores the variable.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and HUGE_PAGES.partition("=")[0] not in tunables:
+        os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}".lstrip(":")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+COMPUTING_VERBS = ("train", "eval", "predict")
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def _is_unread(stream: TextIO) -> bool:

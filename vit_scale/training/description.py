@@ -12,6 +12,9 @@ from vit_scale.tracking import Tracker, git_state, parameter_table, versions
 from vit_scale.training.setup import Setup
 from vit_scale.training.splits import Splits
 
+# Variables that change what is compiled, or how fast it runs.
+ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS", "XLA_FLAGS")
+
 
 def describe(setup: Setup, name: str, splits: Splits) -> dict:
     """Describe a run: the content of run.json, also stored in every checkpoint."""
@@ -25,6 +28,7 @@ def describe(setup: Setup, name: str, splits: Splits) -> dict:
         "devices": devices(),
         "git": git_state(pathlib.Path(__file__).parent),
         "versions": versions(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "parameters": parameter_table(setup.state.params),
     }
 
