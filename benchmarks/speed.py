@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.measurement import HERE, Measurement, Session, TimeUp, main, spread
@@ -76,14 +78,21 @@ def compete(session: Session, case: str) -> dict:
         present = {}
         for name in names:
             try:
-                present[name] = stack.enter_context(Contender(session, case, CONTENDERS[name]))
+                present[name] = stack.enter_context(
+                    Contender(
+                        f"{CONFIG}:{case}",
+                        CONTENDERS[name],
+                        lambda: session.seconds_left,
+                        toy=session.toy,
+                    )
+                )
             except UserError as error:
                 absent[name] = str(error)
         for _ in range(TURNS):
             for name, contender in present.items():
                 rates.setdefault(name, []).append(contender.ask("turn")["images_per_second"])
         for name, contender in present.items():
-            results[name] = standing(contender, rates[name], flops_per_image(case))
+            results[name] = standing(contender, rates[name], flops_per_image(f"{CONFIG}:{case}"))
             versions |= contender.description["versions"]
     ratios = {}
     if "timm" in rates:
@@ -94,12 +103,12 @@ def compete(session: Session, case: str) -> dict:
     return {**results, "absent": absent, "speed over timm's": ratios or None, "versions": versions}
 
 
-def flops_per_image(case: str) -> int:
+def flops_per_image(config_name: str) -> int:
     """Return a training step's FLOPs, the same for all contenders.
 
     As in the published figures, all tokens of the last block count, not only [CLS].
     """
-    cfg = config.load(f"{CONFIG}:{case}")
+    cfg = config.load(config_name)
     cfg.model.update({"pool": "gap", "class_token": True})
     return training_flops(build(cfg.model, config.image_size(cfg)).macs)
 
@@ -122,22 +131,30 @@ def standing(contender: "Contender", rates: list[float], flops_each: int) -> dic
 class Contender:
     """A process that answers each line with a line of JSON; it ends with the context.
 
-    Raises UserError where it can't take part, and TimeUp when the piece's time is over.
+    `seconds` returns how long the next answer may take, and the first one, which comes when the
+    program is compiled and warmed up; `environment` is added to this process's. Raises UserError
+    where it can't take part, and TimeUp where an answer takes longer; either is its end.
     """
 
-    def __init__(self, session: Session, case: str, program: tuple[str, ...]):
-        toy = ("--toy",) if session.toy else ()
-        self._command = [sys.executable, "-m", "benchmarks.speed_contender", case, *program, *toy]
-        self._session = session
+    def __init__(
+        self,
+        config_name: str,
+        program: tuple[str, ...],
+        seconds: Callable[[], float],
+        *,
+        toy: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ):
+        self._command = [sys.executable, "-m", "benchmarks.speed_contender", config_name, *program]
+        self._command += ["--toy"] if toy else []
+        self._seconds, self._environment = seconds, dict(environment or {})
 
     def __enter__(self) -> "Contender":
         # The contenders stand side by side on the device: none may take all of its memory.
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | self._environment
         self._process = subprocess.Popen(
             self._command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self._timer = threading.Timer(self._session.seconds_left, self._process.kill)
-        self._timer.start()
         try:
             self.description = self._answer()
         except BaseException:
@@ -146,7 +163,6 @@ class Contender:
         return self
 
     def __exit__(self, *_) -> None:
-        self._timer.cancel()
         self._process.kill()
         self._process.communicate()
 
@@ -160,9 +176,15 @@ class Contender:
 
     def _answer(self) -> dict:
         assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line and self._session.seconds_left <= 0:
-            raise TimeUp
+        began, seconds = time.monotonic(), self._seconds()
+        timer = threading.Timer(seconds, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line and time.monotonic() - began >= seconds:
+            raise TimeUp(f"no answer within {seconds:g} s")
         answer = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
         if "error" in answer:
             raise UserError(answer["error"])

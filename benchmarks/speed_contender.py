@@ -1,15 +1,21 @@
-"""One program that trains one model on one batch, for speed.py: a process that takes turns.
+"""One program that trains one model on one batch, for speed.py and cpu_step.py, in turns.
 
-    python -m benchmarks.speed_contender S/16@224 vit_scale [--toy] [model.attention=cudnn]
-    python -m benchmarks.speed_contender S/16@224 timm [--toy]
+    python -m benchmarks.speed_contender CONFIG vit_scale [--toy] [model.attention=cudnn]
+    python -m benchmarks.speed_contender CONFIG timm [--toy]
+
+CONFIG is a config's name or path, such as benchmarks/speed_config.py:S/16@224. The programs are
+those of `PROGRAMS`; each computes in the config's model.dtype.
 
 It compiles and warms up, then prints a line of JSON that describes it, then one for each line it
 reads: "turn" trains for a second or two and answers with its speed, "memory" with its peak memory.
 """
 
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.measurement import HERE, TOY, TOY_VIT
+from benchmarks.measurement import TOY, TOY_VIT
 from vit_scale import config
+from vit_scale.errors import UserError
 
 TURN_SECONDS = 1.5
-WARM_UP = 10  # steps, after the first
+WARM_UP = 10  # steps, after the first two; fewer where they take more than WARM_UP_SECONDS
+WARM_UP_SECONDS = 10.0
+SLOWEST = 20.0  # seconds of a step; a slower program would stop the others for minutes
 
 
 class Program(NamedTuple):
@@ -78,27 +87,19 @@ def vit_scale(cfg: ConfigDict) -> Program:
 
 
 def timm(cfg: ConfigDict, backend: str) -> Program:
-    """timm's Vision Transformer of that shape: torch.compile, bfloat16 autocast, fused AdamW."""
-    import torch
-    from timm.models.vision_transformer import VisionTransformer
+    """Train timm's Vision Transformer of that shape by torch.compile's `backend`; empty: eager.
 
-    from vit_scale.models.spec import shape
+    AdamW is the fused one, the fastest on a CPU too. Autocast where model.dtype is bfloat16.
+    """
+    import torch
 
     cuda = torch.cuda.is_available()
     device_type = "cuda" if cuda else "cpu"
-    torch.set_float32_matmul_precision("high")
-    resolved = shape(cfg.model, config.image_size(cfg))
-    model = VisionTransformer(
-        img_size=config.image_size(cfg),
-        patch_size=resolved.patch,
-        num_classes=cfg.model.classes,
-        embed_dim=resolved.size.width,
-        depth=resolved.size.depth,
-        num_heads=resolved.size.heads,
-        mlp_ratio=resolved.size.mlp / resolved.size.width,
-    ).to(device_type)
-    compiled = torch.compile(model, backend=backend)
-    options = {"lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay, "fused": cuda}
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    model = timm_model(cfg).to(device_type)
+    network = torch.compile(model, backend=backend) if backend else model
+    options = {"lr": cfg.optim.lr, "weight_decay": cfg.optim.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     pixels, classes = examples(cfg)
     images = torch.from_numpy(pixels).to(device_type).permute(0, 3, 1, 2).contiguous()
@@ -106,13 +107,16 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
         images.float().div(127.5).sub(1),
         torch.from_numpy(classes).to(device_type).long(),
     )
+    bfloat16 = cfg.model.dtype == "bfloat16"
 
     def train(steps: int) -> None:
         for _ in range(steps):
-            with torch.autocast(device_type, dtype=torch.bfloat16):
-                loss = torch.nn.functional.cross_entropy(compiled(images), labels)
+            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=bfloat16):
+                loss = torch.nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if cfg.optim.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip)
             optimizer.step()
         if cuda:
             torch.cuda.synchronize()
@@ -125,40 +129,181 @@ def timm(cfg: ConfigDict, backend: str) -> Program:
     return Program(train, peak_memory, describe(device, parameters, ("torch", "timm")))
 
 
-def start(case: str, name: str, overrides: Sequence[str], toy: bool) -> Program:
-    """Build, compile and warm up; description["steps_per_turn"] is what fits in a turn."""
-    cfg = config.load(
-        f"{HERE / 'speed_config.py'}:{case}", [*overrides, *((*TOY, *TOY_VIT) if toy else ())]
+def timm_model(cfg: ConfigDict) -> Any:
+    """Build timm's module: [CLS], and dropout where ours has it; of a hybrid, with its stem."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    from vit_scale.models.spec import shape
+
+    resolved = shape(cfg.model, config.image_size(cfg))
+    return VisionTransformer(
+        img_size=config.image_size(cfg),
+        patch_size=resolved.patch,
+        num_classes=cfg.model.classes,
+        embed_dim=resolved.size.width,
+        depth=resolved.size.depth,
+        num_heads=resolved.size.heads,
+        mlp_ratio=resolved.size.mlp / resolved.size.width,
+        pos_drop_rate=cfg.model.dropout,
+        proj_drop_rate=cfg.model.dropout,
+        **({"embed_layer": convolutional_embedding} if resolved.stem else {}),
     )
-    program = timm(cfg, "eager" if toy else "inductor") if name == "timm" else vit_scale(cfg)
-    program.train(1)
-    program.train(1 if toy else WARM_UP)
-    began = time.perf_counter()
-    program.train(3)
-    seconds = (time.perf_counter() - began) / 3
+
+
+def convolutional_embedding(
+    img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int, **_
+) -> Any:
+    """Build the C stem of vit_scale/models/convnets.py and its 1x1 embedding, as torch modules."""
+    from timm.layers import PatchEmbed
+    from torch import nn
+
+    from vit_scale.models.convnets import stem_channels
+
+    layers = []
+    for i, o in itertools.pairwise([in_chans, *stem_channels(patch_size, embed_dim)]):
+        layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+    grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+    to_tokens = PatchEmbed(grid, patch_size=1, in_chans=embed_dim, embed_dim=embed_dim)
+    embedding = nn.Sequential(*layers, to_tokens)
+    embedding.num_patches = to_tokens.num_patches  # timm asks for it
+    return embedding
+
+
+def big_vision_model(cfg: ConfigDict) -> tuple[Any, Any]:
+    """Return big_vision's module, of a clone on PYTHONPATH, and its model of that shape.
+
+    Raises UserError for a hybrid.
+    """
+    from vit_scale.models.spec import shape
+
+    resolved = shape(cfg.model, config.image_size(cfg))
+    if resolved.stem:
+        raise UserError("big_vision has no ViT with a convolutional stem")
+    from big_vision.models import vit
+
+    return vit, vit._Model(
+        num_classes=cfg.model.classes,
+        patch_size=(resolved.patch, resolved.patch),
+        width=resolved.size.width,
+        depth=resolved.size.depth,
+        mlp_dim=resolved.size.mlp,
+        num_heads=resolved.size.heads,
+        pool_type={"cls": "tok"}.get(resolved.pool, resolved.pool),
+        dropout=cfg.model.dropout,
+        dtype_mm=cfg.model.dtype,
+    )
+
+
+def big_vision(cfg: ConfigDict) -> Program:
+    """Train big_vision's ViT of that shape as its train.py does.
+
+    Raises UserError for a hybrid.
+    """
+    import jax
+    import optax
+
+    from vit_scale.models.parameters import count
+    from vit_scale.tracking.provenance import git_state
+
+    vit, model = big_vision_model(cfg)
+    pixels, classes = examples(cfg)
+    images, labels = jax.device_put((pixels.astype(np.float32) / 127.5 - 1, classes))
+    clip = optax.clip_by_global_norm(cfg.optim.clip) if cfg.optim.clip else optax.identity()
+    adamw = optax.adamw(cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
+    optimizer = optax.chain(clip, adamw)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, images, labels):
+        params, opt_state, key = state
+        key, dropout_key = jax.random.split(key)
+
+        def loss_of(params):
+            logits, _ = model.apply(
+                {"params": params}, images, train=True, rngs={"dropout": dropout_key}
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, key), loss
+
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    parameters = count(params)
+    state = params, jax.jit(optimizer.init)(params), jax.random.key(1)
+
+    def train(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, loss = step(state, images, labels)
+        jax.block_until_ready((state, loss))
+
+    device = jax.local_devices()[0]
+
+    def peak_memory() -> int | None:
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    description = describe(device.device_kind, parameters, ("jax", "jaxlib", "flax", "optax"))
+    clone = git_state(pathlib.Path(vit.__file__).parents[1])
+    description["versions"]["big_vision"] = clone["commit"] if clone else "unknown"
+    return Program(train, peak_memory, description)
+
+
+PROGRAMS: dict[str, Callable[[ConfigDict], Program]] = {
+    "vit_scale": vit_scale,
+    "timm": lambda cfg: timm(cfg, "inductor"),
+    "timm_eager": lambda cfg: timm(cfg, ""),
+    "big_vision": big_vision,
+}
+
+
+def start(config_name: str, name: str, overrides: Sequence[str], toy: bool) -> Program:
+    """Build, compile and warm up; description["steps_per_turn"] is what fits in a turn."""
+    cfg = config.load(config_name, [*overrides, *((*TOY, *TOY_VIT) if toy else ())])
+    program = timm(cfg, "eager") if toy and name == "timm" else PROGRAMS[name](cfg)
+    seconds = warm_up(program, 1 if toy else WARM_UP)
     steps = 2 if toy else max(2, round(TURN_SECONDS / seconds))
     program.description.update(steps_per_turn=steps, batch=cfg.data.batch)
     return program
+
+
+def warm_up(program: Program, steps: int) -> float:
+    """Compile, warm up with at most so many steps, and return the seconds of a step.
+
+    Raises UserError for a program that is too slow to compete.
+    """
+    program.train(1)
+    seconds = clock(program, 1)
+    if seconds > SLOWEST:
+        raise UserError(f"one step takes {seconds:.0f} s")
+    program.train(max(1, min(steps, int(WARM_UP_SECONDS / seconds))))
+    return clock(program, 3) / 3
+
+
+def clock(program: Program, steps: int) -> float:
+    """Return the seconds that so many steps take."""
+    began = time.perf_counter()
+    program.train(steps)
+    return time.perf_counter() - began
 
 
 def answer(program: Program, question: str) -> dict[str, Any]:
     if question == "memory":
         return {"peak_memory_bytes": program.peak_memory()}
     steps, batch = program.description["steps_per_turn"], program.description["batch"]
-    began = time.perf_counter()
-    program.train(steps)
-    return {"images_per_second": batch * steps / (time.perf_counter() - began)}
+    return {"images_per_second": batch * steps / clock(program, steps)}
 
 
-def main(case: str, name: str, *options: str) -> None:
+def main(config_name: str, name: str, *options: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else writes to standard output may not garble the answers
     overrides = [option for option in options if option != "--toy"]
     try:
-        program = start(case, name, overrides, "--toy" in options)
+        program = start(config_name, name, overrides, "--toy" in options)
         print(json.dumps(program.description), file=answers)
         for line in sys.stdin:
             print(json.dumps(answer(program, line.strip())), file=answers)
+    except UserError as error:
+        print(json.dumps({"error": str(error)}), file=answers)
     except Exception as error:  # noqa: BLE001 (not installed, out of memory, no such kernel ...)
         line = (str(error).splitlines() or [""])[0][:200]
         print(json.dumps({"error": f"{type(error).__name__}: {line}"}), file=answers)

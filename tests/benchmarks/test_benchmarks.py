@@ -142,7 +142,7 @@ class FakeContender:
 
     asked: list = []  # noqa: RUF012
 
-    def __init__(self, session, case, program):
+    def __init__(self, config_name, program, seconds, toy):
         if "model.attention=cudnn" in program:
             raise UserError("no such kernel")
         self.name, self.speed = program[0], 100.0 if program[0] == "timm" else 150.0
@@ -178,12 +178,13 @@ def test_contenders_take_turns(monkeypatch):
     assert found["versions"] == {"vit_scale": "1", "timm": "1"}
 
 
-def test_a_dead_contender_is_told_from_time_up(monkeypatch):
-    contender = speed.Contender(SimpleNamespace(toy=True, seconds_left=9.0), "Ti/4@32", ("timm",))
-    contender._process = SimpleNamespace(stdout=io.StringIO(""), wait=lambda: -9)
+def test_a_dead_contender_is_told_from_time_up():
+    left = iter([9.0, -0.1])
+    contender = speed.Contender("vit_cifar", ("timm",), lambda: next(left))
+    dead = {"stdout": io.StringIO(""), "wait": lambda: -9, "kill": lambda: None}
+    contender._process = SimpleNamespace(**dead)
     with pytest.raises(UserError, match="ended with -9"):
         contender._answer()
-    contender._session.seconds_left = -0.1
     with pytest.raises(measurement.TimeUp):
         contender._answer()
 
