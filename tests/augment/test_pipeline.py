@@ -186,6 +186,16 @@ def test_mixup_weight_is_beta(alpha):
     assert abs(weight.var() - variance) < 0.25 * variance
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.2, 8.0])
+def test_beta_is_jaxs_to_the_bit(alpha):
+    """It is one program for both of its gamma distributions, not two."""
+    keys = jax.random.split(KEY, 20)
+    theirs = jax.jit(jax.vmap(lambda key: jax.random.beta(key, alpha, alpha)))(keys)
+    ours = jax.jit(jax.vmap(lambda key: draws._beta(key, jnp.float32(alpha))))(keys)
+    np.testing.assert_array_equal(ours, theirs)
+    assert len(np.unique(ours)) == 20
+
+
 def test_cutmix_target_is_the_area_left():
     batch, cfg = a_batch(), settings(cutmix=1.0)
     run, shares = compiled(cfg), set()

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from vit_scale.config import base
-from vit_scale.distributed.mesh import abstract_mesh, compiler_options, make_mesh, run_once_options
+from vit_scale.distributed.mesh import abstract_mesh, compiler_options, cpu_options, make_mesh
 from vit_scale.errors import UserError
 
 
@@ -31,12 +31,14 @@ def test_options_are_for_the_compiler_of_tpus():
     assert compiler_options(cfg, mesh_of("cpu")) is compiler_options(cfg, mesh_of("gpu")) is None
 
 
-def test_a_cpu_optimizes_less_what_runs_once(monkeypatch):
-    abstract = abstract_mesh(base().mesh, 8)
-    assert run_once_options(mesh_of("cpu")) is None  # tests optimize nothing
+def test_a_cpus_compiler_optimizes_less(monkeypatch):
+    cfg = base().mesh
+    abstract = abstract_mesh(cfg, 8)
+    assert cpu_options(mesh_of("cpu")) is None  # tests optimize nothing
     monkeypatch.setattr(jax.config, "read", lambda name: name != "jax_disable_most_optimizations")
-    assert run_once_options(mesh_of("cpu")) == {"xla_backend_optimization_level": 1}
-    assert run_once_options(mesh_of("tpu")) is run_once_options(abstract) is None
+    assert cpu_options(mesh_of("cpu")) == {"xla_backend_optimization_level": 1}
+    assert compiler_options(cfg, mesh_of("cpu")) == cpu_options(mesh_of("cpu"))
+    assert cpu_options(mesh_of("tpu")) is cpu_options(abstract) is None
 
 
 @dataclasses.dataclass(frozen=True)

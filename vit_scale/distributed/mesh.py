@@ -119,8 +119,8 @@ def resolve_sizes(unit: str, sizes: Mapping[str, int], total: int) -> dict[str, 
     return {**sizes, **dict.fromkeys(rest, total // fixed)}
 
 
-def compiler_options(cfg: ConfigDict, mesh: AnyMesh) -> dict[str, str] | None:
-    """Return `mesh.compiler` as options for XLA's TPU compiler, and None on other devices.
+def compiler_options(cfg: ConfigDict, mesh: AnyMesh) -> dict[str, Any] | None:
+    """Return options for XLA's compiler: on a TPU `mesh.compiler`, on a CPU `cpu_options`.
 
     Raises UserError for an entry that is not FLAG=VALUE.
     """
@@ -128,15 +128,15 @@ def compiler_options(cfg: ConfigDict, mesh: AnyMesh) -> dict[str, str] | None:
         if not re.fullmatch(r"\w+=\S+", option):
             raise UserError(f"mesh.compiler: {option!r} is not FLAG=VALUE, such as xla_flag=true")
     if platform(mesh) != "tpu":
-        return None
+        return cpu_options(mesh)
     return dict(option.split("=", 1) for option in cfg.compiler)
 
 
-def run_once_options(mesh: AnyMesh) -> dict[str, int] | None:
-    """Return the compiler's options for a program that runs once, such as initialisation.
+def cpu_options(mesh: AnyMesh) -> dict[str, int] | None:
+    """Return the compiler's options on a CPU, and None on other devices.
 
-    A CPU's compiler optimises such programs for longer than they run. At level 1 it takes half of
-    the time, for the same values.
+    At level 1 initialisation compiles in half the time and a step in four fifths; neither runs
+    slower. Matrix products are the library's, and other loops are vectorised at this level too.
     """
     if platform(mesh) != "cpu" or jax.config.read("jax_disable_most_optimizations"):
         return None

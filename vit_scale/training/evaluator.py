@@ -9,6 +9,7 @@ from vit_scale.augment.pipeline import eval_images
 from vit_scale.config import image_size
 from vit_scale.data import Source, are_files, eval_batches, views
 from vit_scale.distributed import multihost, preemption
+from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.sharding import batch_rows, batch_sharding, shard_batch, shardings
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model
@@ -39,6 +40,7 @@ class Evaluate:
             eval_step,
             in_shardings=(shardings(model.abstract_params, mesh), batch_sharding(mesh)),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=cpu_options(mesh),
         )
 
     def __call__(self, params: dict, source: Source) -> dict[str, float]:

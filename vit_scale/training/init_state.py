@@ -12,7 +12,7 @@ from vit_scale import config, pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.config import image_size
 from vit_scale.distributed import multihost
-from vit_scale.distributed.mesh import run_once_options
+from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
 from vit_scale.models.spec import Shape
@@ -91,7 +91,7 @@ def init_state(
     """
     cfg = setup.cfg
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
-    options = run_once_options(setup.mesh)
+    options = cpu_options(setup.mesh)
     make_params = jax.jit(
         setup.model.init, out_shardings=shardings.params, compiler_options=options
     )
