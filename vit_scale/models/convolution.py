@@ -8,7 +8,6 @@ statistics are those of the unmasked examples of the global batch, on any mesh, 
 running ones; without a mask the running ones are used.
 """
 
-import functools
 import itertools
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vit_scale.models.platforms import choose
+from vit_scale.models.platforms import by_platform
 
 EPSILON = 1e-5  # added to the variance
 MOMENTUM = 0.9  # of the running statistics; both as He et al.'s, and torch's
@@ -25,7 +24,6 @@ HE = nnx.initializers.he_normal()  # He et al. 2015, for ReLU
 Mask = Bool[Array, "b"] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride: int, pad: int
 ) -> Float[Array, "b h2 w2 o"]:
@@ -34,29 +32,21 @@ def convolve(
     On a CPU the gradient with respect to the kernel is one product of all patches with the output's
     gradient, which takes a fifth of the time of the convolution that XLA would make of it.
     """
-    window, padding = (stride, stride), [(pad, pad)] * 2
-    return jax.lax.conv_general_dilated(
-        x, kernel, window, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
+    def plain(x, kernel):
+        window, padding = (stride, stride), [(pad, pad)] * 2
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, window, padding, dimension_numbers=numbers)
 
-def _convolve(x, kernel, stride, pad):
-    return convolve(x, kernel, stride, pad), (x, kernel)
-
-
-def _convolve_backward(stride, pad, residuals, grad):
-    def gradients(x, kernel, grad):
-        return jax.vjp(lambda *args: convolve.fun(*args, stride, pad), x, kernel)[1](grad)
-
-    def by_patches(x, kernel, grad):
+    def backward(args, grad):
+        x, kernel = args
         columns = patches(x, kernel.shape[0], stride, pad)
         grad_kernel = jnp.einsum("bhwp,bhwo->po", columns, grad).reshape(kernel.shape)
-        return gradients(x, kernel, grad)[0], grad_kernel
+        return jax.vjp(plain, x, kernel)[1](grad)[0], grad_kernel
 
-    return choose(*residuals, grad, cpu=by_patches, others=gradients)
-
-
-convolve.defvjp(_convolve, _convolve_backward)
+    by_patches = jax.custom_vjp(plain)
+    by_patches.defvjp(lambda *args: (plain(*args), args), backward)
+    return by_platform(by_patches, plain)(x, kernel)
 
 
 def patches(

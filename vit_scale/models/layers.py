@@ -4,7 +4,6 @@ Parameters are float32; `dtype` is the computation's. Without a key nothing is d
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.models.attention import attend, weights
-from vit_scale.models.platforms import activate
+from vit_scale.models.platforms import gelu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +96,7 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.dropout = cfg.dropout
-        self.gelu = functools.partial(jax.nn.gelu, approximate=cfg.gelu != "exact")
+        self.dropout, self.exact = cfg.dropout, cfg.gelu == "exact"
         options = {
             "kernel_init": nnx.initializers.xavier_uniform(),
             "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
@@ -109,7 +107,7 @@ class MLP(nnx.Module):
         self.down = nnx.Linear(size.mlp, size.width, **options)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
-        x = activate(self.gelu, self.up(x))
+        x = gelu(self.up(x), approximate=not self.exact)
         if key is not None and self.dropout:
             x = drop(x, self.dropout, key, x.shape)
         return self.down(x)
