@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_parts")
     parser.add_argument("--label", required=True, help="name of this state of the code")
     parser.add_argument("--toy", action="store_true", help="one image, one turn: a test")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS.parent / "cpu_parts.json")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS.parent / "cpu" / "parts.json")
     return parser
 
 

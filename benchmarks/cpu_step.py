@@ -166,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", nargs="+", choices=BATCH, help="default: all")
     parser.add_argument("--contender", nargs="+", choices=CONTENDERS, help="default: all")
     parser.add_argument("--toy", action="store_true", help="one tiny case, only ours: a test")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS.parent / "cpu_step.json")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS.parent / "cpu" / "step.json")
     parser.add_argument("--turns", type=int, default=TURNS, help=f"of each (default: {TURNS})")
     parser.add_argument(
         "--deadline",

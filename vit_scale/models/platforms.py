@@ -19,16 +19,16 @@ from jaxtyping import Array
 def choose(*args: Any, cpu: Callable, others: Callable) -> Any:
     """Return `cpu(*args)` on a CPU and `others(*args)` elsewhere; their results have one shape.
 
-    Not to be differentiated: the derivative would store what either of them needs. It belongs into
-    the rules of a jax.custom_vjp.
+    Not to be differentiated, because the derivative would store what either of them needs: use
+    `by_platform`, or this in the rules of a jax.custom_vjp.
     """
     return jax.lax.platform_dependent(*args, cpu=cpu, default=others)
 
 
 def by_platform(cpu: Callable, others: Callable) -> Callable:
-    """Return a function of arrays that is `cpu` on a CPU and `others` elsewhere, and derivable.
+    """Return a function of arrays that is `cpu` on a CPU and `others` elsewhere.
 
-    It keeps its arguments for the backward pass, and nothing else.
+    It can be differentiated, and keeps its arguments for the backward pass, nothing else.
     """
 
     def backward(args, grad):
