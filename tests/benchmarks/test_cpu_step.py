@@ -69,32 +69,32 @@ def faked(monkeypatch):
 
 
 def test_contenders_take_turns_and_who_cannot_is_absent(faked):
-    found = cpu_step.measure("tutorial", turns=3, deadline=7.0)
-    assert list(found) == CASE_KEYS
+    figures = cpu_step.measure("tutorial", turns=3, deadline=7.0)
+    assert list(figures) == CASE_KEYS
     programs = [program for _, program in FakeContender.asked]
     ours, eager = [("vit_scale",), ("vit_scale", cpu_step.BFLOAT16)], [("timm_eager",)]
     theirs = [("big_vision",), ("big_vision", cpu_step.BFLOAT16)]
     assert programs == 2 * [*ours, *eager, *theirs] + [*ours, *eager, *theirs[:1]]
-    assert found["absent"] == {
+    assert figures["absent"] == {
         "timm eager bf16": "one step takes 131 s",
         "timm compile f32": "no answer within 7 s",
         "timm compile bf16": "no answer within 7 s",
         "big_vision bf16": "ended with -9",
     }
     names = ["vit_scale f32", "vit_scale bf16", "timm eager f32", "big_vision f32"]
-    assert list(found["contenders"]) == names
+    assert list(figures["contenders"]) == names
     same = {"min": 1.5, "median": 1.5, "max": 1.5}
-    assert found["speed over the best other"] == dict.fromkeys(names[:2], same)
+    assert figures["speed over the best other"] == dict.fromkeys(names[:2], same)
     # 6 FLOPs for each multiply-accumulate of 6 blocks, the embedding and the head.
     block = 65 * (4 * 256**2 + 2 * 256 * 512) + 2 * 65**2 * 256
     macs = 6 * block + 64 * 48 * 256 + 256 * 10
-    assert found["contenders"]["vit_scale f32"] == {
+    assert figures["contenders"]["vit_scale f32"] == {
         "images_per_second": {"min": 300.0, "median": 300.0, "max": 300.0},
         "gflop_per_second": round(300 * 6 * macs / 1e9, 1),
         "parameters": 9,
         "steps_per_turn": 4,
     }
-    assert found["versions"] == {"vit_scale": "1", "timm_eager": "1", "big_vision": "1"}
+    assert figures["versions"] == {"vit_scale": "1", "timm_eager": "1", "big_vision": "1"}
 
 
 def test_a_finished_case_is_kept(faked, tmp_path, monkeypatch, capsys):
@@ -108,8 +108,8 @@ def test_a_finished_case_is_kept(faked, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "tutorial, 1 turns" in lines and "C+Ti/4, 1 turns" in lines
     assert "timm eager bf16    absent: one step takes 131 s" in lines
-    figures = "300.0 (300.0 to 300.0) 392.8 1.50 (1.50 to 1.50)"  # see the sum above
-    assert f"vit_scale f32 {figures}" in [" ".join(line.split()) for line in lines]
+    row = "300.0 (300.0 to 300.0) 392.8 1.50 (1.50 to 1.50)"  # see the sum above
+    assert f"vit_scale f32 {row}" in [" ".join(line.split()) for line in lines]
 
     def interrupt(case, *_):
         if case == "Ti/16@224":
@@ -184,12 +184,12 @@ def test_a_toy(tmp_path):
     cpu_step.main(["--label", "toy", "--toy", "--turns", "3", "--out", str(file)])
     content = json.loads(file.read_text())
     assert list(content["toy"]) == ["tutorial"]
-    found = content["toy"]["tutorial"]
-    assert list(found) == CASE_KEYS
-    assert (found["toy"], found["turns"], found["absent"]) == (True, 3, {})
-    assert found["speed over the best other"] is None
-    (ours,) = found["contenders"].values()
+    figures = content["toy"]["tutorial"]
+    assert list(figures) == CASE_KEYS
+    assert (figures["toy"], figures["turns"], figures["absent"]) == (True, 3, {})
+    assert figures["speed over the best other"] is None
+    (ours,) = figures["contenders"].values()
     rates = ours["images_per_second"]
     assert 0 < rates["min"] <= rates["median"] <= rates["max"]
     assert ours["steps_per_turn"] == 2
-    assert {"jax", "flax"} <= found["versions"].keys()
+    assert {"jax", "flax"} <= figures["versions"].keys()

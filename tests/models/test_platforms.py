@@ -97,10 +97,9 @@ def test_a_draw_is_the_same_with_and_without_the_loop(monkeypatch):
 def test_gelu_and_its_gradient(approximate, elsewhere):
     x = jnp.linspace(-8, 8, 1001)
     ours = with_gradients(functools.partial(platforms.gelu, approximate=approximate), x)
-
     theirs = with_gradients(functools.partial(jax.nn.gelu, approximate=approximate), x)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     others = elsewhere(with_gradients)(lambda x: platforms.gelu(x, approximate), x)
     jax.tree.map(np.testing.assert_array_equal, others, theirs)
 

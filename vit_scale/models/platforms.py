@@ -1,7 +1,7 @@
 """Where a CPU computes the same function in another way than a TPU or GPU.
 
 The choice is made when the program is compiled for a platform, not when it is traced: `plan`
-compiles for TPUs on a machine that has none. What other platforms compile is not changed by it.
+compiles for TPUs on a machine that has none. Other platforms compute as if there were no choice.
 """
 
 import functools
@@ -87,6 +87,7 @@ def threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Arr
     return jax.lax.optimization_barrier(state[:2])
 
 
+# For all programs of this process, initialisation and augmentation among them.
 mlir.register_lowering(
     threefry2x32_p, mlir.lower_fun(threefry, multiple_results=True), platform="cpu", inline=False
 )

@@ -131,7 +131,7 @@ class Training:
             with phase("train"):
                 for finished, batch in track.waiting(self.batches(start)):
                     state, measures = self.step(state, batch)
-                    if finished == 0 and cfg.log.images:  # not before: training can be seen sooner
+                    if finished == 0 and cfg.log.images:  # after it: training shows sooner
                         track.images("train/images", 0, sample_images(self.setup, batch))
                     step = finished + 1
                     track(step, measures)
