@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
 
 def data() -> dict:
     return {
-        "name": "cifar10",  # cifar10 | folder | array_record | fractal
+        "name": "cifar10",  # cifar10 | folder | array_record | tar | fractal
         "path": ".data",  # folder of the data set; generated sets are cached there
         "listing": "every",  # image files of a folder: every (that Pillow decodes) | common (nine
         # extensions, hidden folders inside a class too, class names up to a comma: older runs)
@@ -49,6 +49,9 @@ def data() -> dict:
         "exif": True,  # apply the EXIF orientation; timm does not (False)
         "memory": False,  # decode the whole set once and keep it in memory
         "workers": 2,  # decoding processes; 0: decode in the training process
+        "threads": 1,  # decoding threads in each of these processes
+        "decoder": "turbo",  # of augment.crop=torchvision and inception: turbo (libjpeg-turbo and
+        # SIMD, two to three times as fast) | pillow
         "on_corrupt": "fail",  # fail | skip (mask the image and count it in the metrics)
         "fractal": {  # the generated set (Anderson & Farrell 2022; OFDB, Nakamura et al. 2023)
             "classes": 512,  # number of classes
@@ -65,10 +68,13 @@ def data() -> dict:
 
 def augment() -> dict:
     return {
-        "crop": "none",  # none | pad (pad and crop) | resized (random resized crop)
+        "crop": "none",  # none | pad (pad and crop) | resized (random resized crop, in the step);
+        # of image files before they are decoded: torchvision (timm, DeiT) | inception (big_vision)
         "pad": 4,  # pixels added on each side before crop=pad, at the stored size
         "scale": (0.08, 1.0),  # area of a resized crop, as a fraction of the image
-        "ratio": (0.75, 4 / 3),  # width / height of a resized crop
+        "ratio": (0.75, 4 / 3),  # width / height of a resized crop; TensorFlow's is (0.75, 1.33)
+        "resample": "bicubic",  # torchvision, inception: bilinear | bicubic | lanczos | random (one
+        # of the first two for each image)
         "flip": False,  # mirror left-right with probability 1/2
         "mixup": 0.0,  # Beta(a, a) of mixup (Zhang et al. 2018); 0: off
         "cutmix": 0.0,  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from tests.data.test_image_folder import block, encoded, everything, save
 from vit_scale import config, data
 from vit_scale.data import array_record
-from vit_scale.data.decode import Corrupt, decode, decoded_size
+from vit_scale.data.decode import Corrupt, decode
+from vit_scale.data.encoded_images import decoded_size
 
 RAMP = np.linspace(0, 255, 32).round()[:, None].repeat(32, 1)  # gray, black above
 

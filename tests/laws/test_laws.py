@@ -534,6 +534,7 @@ SWITCHES = {
 # where it starts, or what is done beside it.
 OTHERS = (
     *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
+    *("augment.resample",),  # of image files before the step: tests/augment/test_random_crop.py
     *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
     *("divergence.", "watchdog."),  # test_guard.py, test_watchdog.py
 )

@@ -44,6 +44,7 @@ HOMES = {
     "clu.metric_writers": ("clu", {"tracking"}),
     "clu.metrics": ("clu", {"tracking"}),
     "clu.parameter_overview": ("clu", {"tracking"}),
+    "cykooz_resizer": ("cykooz-resizer", {"data"}),
     "etils": ("etils", {"storage"}),
     "flatbuffers": ("flatbuffers", {"inference"}),  # jax.export needs it, and doesn't require it
     "flax": ("flax", {"models"}),
@@ -60,6 +61,7 @@ HOMES = {
     "orbax": ("orbax-checkpoint", {"checkpoint"}),
     "PIL": ("pillow", {"data"}),
     "safetensors": ("safetensors", {"pretrained"}),
+    "simplejpeg": ("simplejpeg", {"data"}),
     "tensorboardX": ("tensorboardX", {"tracking"}),
     "torch": ("torch", {"pretrained"}),  # where it is there: PyTorch's pickles
     "tqdm": ("tqdm", set()),

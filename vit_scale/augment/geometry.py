@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from vit_scale.augment.view import View
 
@@ -32,6 +32,12 @@ def sample(
         return jnp.einsum("hwc,hH,wW->HWc", image, down, across, precision="high")
 
     return jax.vmap(resample)(images.astype(jnp.float32), **boxes, flip=draws["flip"])
+
+
+def flip(images: UInt8[Array, "b h w 3"], flips: Bool[Array, "b"]) -> Float[Array, "b h w 3"]:
+    """Mirror the images of `flips` left and right: `sample` of whole images, without products."""
+    mirrored = jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    return mirrored.astype(jnp.float32)
 
 
 def _triangles(

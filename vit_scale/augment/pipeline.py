@@ -8,13 +8,17 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from vit_scale.augment.draws import draw
-from vit_scale.augment.geometry import apply_view, sample
+from vit_scale.augment.geometry import apply_view, flip, sample
 from vit_scale.augment.mixing import mix
+from vit_scale.augment.random_crop import CROPS as FILE_CROPS
+from vit_scale.augment.random_crop import RESAMPLES
 from vit_scale.augment.view import View
 from vit_scale.errors import UserError, nearest
 
 WHOLE = View("stretch", 1.0, "train")
-CROPS = ("none", "pad", "resized")
+DEVICE_CROPS = ("none", "pad", "resized")
+CROPS = (*DEVICE_CROPS, *FILE_CROPS)
+UNCROPPED = ("none", *FILE_CROPS)  # on the device
 
 
 def train_images(
@@ -33,7 +37,10 @@ def train_images(
     check(cfg)
     b, h, w, _ = batch["image"].shape
     draws = draw(key, b, cfg, (h, w), size)
-    images = sample(batch["image"], draws, size)
+    if (h, w) == size and cfg.crop in UNCROPPED:
+        images = flip(batch["image"], draws["flip"])
+    else:
+        images = sample(batch["image"], draws, size)
     # RandAugment belongs here: it is defined on pixels in [0, 255].
     images = _normalise(images, cfg)
     # Random erasing belongs here: it fills with noise of the normalised scale.
@@ -57,8 +64,10 @@ def _normalise(images: Float[Array, "b H W 3"], cfg: ConfigDict) -> Float[Array,
 
 def check(cfg: ConfigDict) -> None:
     """Raise UserError for an invalid value in the augment block."""
-    if cfg.crop not in CROPS:
-        raise UserError(f"augment.crop={cfg.crop!r} is unknown; {nearest(cfg.crop, CROPS)}")
+    for field, valid in (("crop", CROPS), ("resample", RESAMPLES)):
+        if cfg[field] not in valid:
+            hint = nearest(cfg[field], valid)
+            raise UserError(f"augment.{field}={cfg[field]!r} is unknown; {hint}")
     constraints = {
         "pad": (cfg.pad >= 0, "at least 0 pixels"),
         "scale": (_rising(cfg.scale, 1.0), "two numbers, 0 < low <= high <= 1"),

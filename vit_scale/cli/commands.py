@@ -211,6 +211,14 @@ def pack_data(args, overrides: Sequence[str]) -> None:
     print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
+def index_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale.data import tar_shards
+
+    refuse(overrides, "data index")
+    counts = tar_shards.index_shards(args.path, args.workers)
+    print(f"{args.path}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
 def refuse(overrides: Sequence[str], verb: str) -> None:
     """Raise UserError if there are overrides."""
     if overrides:

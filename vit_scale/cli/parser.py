@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add_convert_flags(verb("convert", commands.convert, text))
     text = "export a run to timm, transformers, Google's ViT, or jax.export"
     add_export_flags(verb("export", commands.export, text))
-    add_data_verbs(verb("data", None, "download or pack data sets"))
+    add_data_verbs(verb("data", None, "download, pack or index data sets"))
     return top
 
 
@@ -172,6 +172,11 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     text = "what to do with corrupt images: fail or skip (default: fail)"
     pack.add_argument("--on-corrupt", default="fail", help=text)
     pack.set_defaults(do=commands.pack_data)
+    text = "index tar shards (WebDataset's layout), which data.name=tar needs once"
+    index = verbs.add_parser("index", help=text, description=text, allow_abbrev=False)
+    index.add_argument("path", metavar="PATH", help="folder, or pattern such as DIR/{split}-*.tar")
+    index.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    index.set_defaults(do=commands.index_data)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -8,7 +8,14 @@ format of a set.
 
 from vit_scale.data.class_mapping import Match, align, match
 from vit_scale.data.loader import check_shared_memory, eval_batches, train_batches
-from vit_scale.data.registry import are_files, delivered_size, describe, open_split, views
+from vit_scale.data.registry import (
+    are_files,
+    check_crop,
+    delivered_size,
+    describe,
+    open_split,
+    views,
+)
 from vit_scale.data.sources import Batch, InMemory, Source, checksum
 from vit_scale.data.splits import Slice, cut, split_name
 
@@ -20,6 +27,7 @@ __all__ = [
     "Source",
     "align",
     "are_files",
+    "check_crop",
     "check_shared_memory",
     "checksum",
     "cut",

@@ -21,7 +21,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
 from vit_scale.data.class_names import readable
-from vit_scale.data.decode import CHOICES, Corrupt, EncodedImages
+from vit_scale.data.decode import Corrupt
+from vit_scale.data.encoded_images import CHOICES, EncodedImages
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS, Listing, list_images
 from vit_scale.data.shards import LABEL, READ, Shard, write_errors, write_shards

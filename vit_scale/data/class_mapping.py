@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from vit_scale.augment.random_crop import Draws
 from vit_scale.data.sources import Batch, Source
 from vit_scale.errors import UserError, nearest
 
@@ -121,12 +122,13 @@ class Relabelled:
 
     def __init__(self, source: Source, classes: Sequence[str], outputs: Sequence[int]):
         self.name, self.size, self.decodes = source.name, source.size, source.decodes
+        self.crops = getattr(source, "crops", False)
         self.classes = tuple(classes)
         self._source, self._outputs = source, np.array(outputs, np.int32)
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        batch = self._source.read(indices)
+    def read(self, indices: Int[np.ndarray, "n"], *draws: Sequence[Draws]) -> Batch:
+        batch = self._source.read(indices, *draws)
         return {**batch, "label": np.where(batch["mask"], self._outputs[batch["label"]], 0)}

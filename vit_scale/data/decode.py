@@ -1,17 +1,15 @@
 """Decode image files to RGB pixels of one size, or explain why they cannot be decoded."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from ml_collections import ConfigDict
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vit_scale.augment.random_crop import Box, Draws, RandomCrop
 from vit_scale.augment.view import View
-from vit_scale.data.example_ids import Examples
-from vit_scale.data.sources import Batch
-from vit_scale.errors import UserError, nearest
+from vit_scale.data import turbo
 
 TRAINING = View("cover", 1.0, "train")
 RESAMPLES = {
@@ -20,7 +18,6 @@ RESAMPLES = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-CHOICES = ("fail", "skip")  # of data.on_corrupt
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
 SIXTEEN_BITS = ("PNG", "PPM")  # formats whose Pillow mode I always has 16 bits
 TURNS = {  # by the value of EXIF's orientation; 1 is upright
@@ -31,6 +28,16 @@ TURNS = {  # by the value of EXIF's orientation; 1 is upright
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+TRANSPOSING = [TURNS[value] for value in (5, 6, 7, 8)]
+NUMPY_TURNS: dict[Image.Transpose, Callable[[np.ndarray], np.ndarray]] = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda x: x[:, ::-1],
+    Image.Transpose.ROTATE_180: lambda x: x[::-1, ::-1],
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda x: x[::-1],
+    Image.Transpose.TRANSPOSE: lambda x: x.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda x: x.swapaxes(0, 1)[:, ::-1],
+    Image.Transpose.TRANSVERSE: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    Image.Transpose.ROTATE_90: lambda x: x.swapaxes(0, 1)[::-1],
 }
 
 
@@ -61,6 +68,79 @@ def _apply_view(image: Image.Image, size: tuple[int, int], view: View) -> Image.
         image = image.resize((whole[1], whole[0]), method)
     top, left = view.corner(whole, size)
     return image.crop((left, top, left + width, top + height))
+
+
+def decode_crop(
+    data: bytes,
+    size: tuple[int, int],
+    crop: RandomCrop,
+    draws: Draws,
+    exif: bool = True,
+    decoder: str = "turbo",
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Decode to RGB pixels of `size` (height, width) the box that `crop` draws for this image.
+
+    The box is cut out and then resized with antialiasing, so that no pixel outside of it counts.
+    With `exif` it is drawn for the image as a viewer would show it. `decoder` is "pillow", or
+    "turbo" (turbo.py), with which Pillow decodes only what is not an intact JPEG of RGB or grey.
+    Raises Corrupt.
+    """
+    if decoder == "turbo":
+        if stored := turbo.jpeg_size(data):
+            return _crop_jpeg(data, stored, size, crop, draws, exif)
+        pixels = np.asarray(_load(data, exif))
+        box, resample = crop.draw(pixels.shape[:2], draws)
+        return turbo.resize(_cut(pixels, box), size, resample)
+    image = _load(data, exif)
+    (top, left, height, width), resample = crop.draw((image.height, image.width), draws)
+    cut = image.crop((left, top, left + width, top + height))
+    return np.asarray(cut.resize((size[1], size[0]), RESAMPLES[resample]))
+
+
+def _crop_jpeg(
+    data: bytes,
+    stored: tuple[int, int],
+    size: tuple[int, int],
+    crop: RandomCrop,
+    draws: Draws,
+    exif: bool,
+) -> np.ndarray:
+    """Decode a JPEG of `stored` (height, width), at a lower resolution where that suffices."""
+    turn = _jpeg_orientation(data) if exif else None
+    upright = stored[::-1] if turn in TRANSPOSING else stored
+    box, resample = crop.draw(upright, draws)
+    factor = turbo.reduction((box.height, box.width), size)
+    pixels = turbo.decode_jpeg(data, stored, factor)
+    if pixels is None:
+        pixels, factor = np.asarray(_load(data, exif=False)), 1
+    if turn is not None:
+        pixels = NUMPY_TURNS[turn](pixels)
+    return turbo.resize(_cut(pixels, _scaled(box, factor)), size, resample)
+
+
+def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _scaled(box: Box, factor: int) -> Box:
+    """Return the box in an image that was reduced by `factor`.
+
+    Its edges are rounded to whole pixels, which are at most half as large as the result's
+    (turbo.MARGIN): they move by a quarter of one of those.
+    """
+    edges = (box.top, box.left, box.top + box.height, box.left + box.width)
+    top, left, bottom, right = (round(edge / factor) for edge in edges)
+    return Box(top, left, bottom - top, right - left)
+
+
+def _jpeg_orientation(data: bytes) -> Image.Transpose | None:
+    if b"Exif\0\0" not in data:
+        return None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _orientation(image)
+    except Exception:  # noqa: BLE001  # damaged metadata raises any type
+        return None
 
 
 def verify(data: bytes) -> None:
@@ -136,62 +216,3 @@ def _gray(values: np.ndarray, white: int, tags: Mapping[int, int]) -> Image.Imag
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         scaled = 255 - scaled  # Pillow does it for 8 bits only
     return Image.fromarray(scaled).convert("RGB")
-
-
-def decoded_size(cfg: ConfigDict) -> tuple[int, int]:
-    """Return the (height, width) at which files are decoded: data.load, else the model's input."""
-    width = cfg.width or cfg.resolution
-    if not cfg.load:
-        return cfg.resolution, width
-    return cfg.load, cfg.load if cfg.square else max(1, round(cfg.load * width / cfg.resolution))
-
-
-class EncodedImages:
-    """A source of image files, which subclasses locate by `encoded` and `location`."""
-
-    decodes = True
-    view = TRAINING
-    examples: Examples | None = None  # the examples' identity, if known
-
-    def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
-        if cfg.on_corrupt not in CHOICES:
-            hint = nearest(cfg.on_corrupt, CHOICES)
-            raise UserError(f"data.on_corrupt={cfg.on_corrupt!r} is unknown; {hint}")
-        self.name = name
-        self.classes = tuple(classes)
-        self.size = decoded_size(cfg)
-        self._skip = cfg.on_corrupt == "skip"
-        self._exif = cfg.exif
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def recorded(self) -> dict[str, object]:
-        return {"fingerprint": self.examples.fingerprint()} if self.examples else {}
-
-    def encoded(self, index: int) -> tuple[bytes, int]:
-        """Return the file's bytes and the label of one example. Raises Corrupt."""
-        raise NotImplementedError
-
-    def location(self, index: int) -> str:
-        """Return the file and the position of one example, for error messages."""
-        raise NotImplementedError
-
-    def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        n = len(indices)
-        images, labels = np.zeros((n, *self.size, 3), np.uint8), np.zeros(n, np.int32)
-        mask = np.zeros(n, bool)
-        for slot, index in enumerate(indices.tolist()):
-            try:
-                data, label = self.encoded(index)
-                images[slot] = decode(data, self.size, self.view, self._exif)
-            except Corrupt as error:
-                if self._skip:
-                    continue
-                raise UserError(
-                    f"cannot read {self.location(index)}: {error}; replace it, "
-                    "or skip such images with --config.data.on_corrupt=skip"
-                ) from error
-            labels[slot], mask[slot] = label, True
-        return {"image": images, "label": labels, "mask": mask}

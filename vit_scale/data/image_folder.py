@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from vit_scale.data import image_files
 from vit_scale.data.class_names import read_lines, readable
-from vit_scale.data.decode import Corrupt, EncodedImages
+from vit_scale.data.decode import Corrupt
+from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
 from vit_scale.errors import UserError, nearest, printable
 from vit_scale.storage import paths

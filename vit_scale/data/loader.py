@@ -21,6 +21,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale.augment.random_crop import ExampleDraws
 from vit_scale.data import workers as processes
 from vit_scale.data.sources import Batch, InMemory, Source
 from vit_scale.errors import UserError
@@ -109,8 +110,13 @@ class TrainBatches:
         return self._steps
 
     def __getitem__(self, index: int) -> Batch:
-        first = (self._start + index) * self._batch
-        return self.source.read(shuffled(first + self._rows, len(self.source), self._seed))
+        step = self._start + index
+        positions = step * self._batch + self._rows
+        indices = shuffled(positions, len(self.source), self._seed)
+        if not getattr(self.source, "crops", False):
+            return self.source.read(indices)
+        draws = [ExampleDraws(self._seed, step, row) for row in self._rows.tolist()]
+        return self.source.read(indices, draws)  # type: ignore[call-arg]
 
 
 class EvalBatches:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from vit_scale.augment.random_crop import CROPS, RandomCrop
 from vit_scale.augment.view import View, view
-from vit_scale.data import array_record, cifar, fractal, image_folder
-from vit_scale.data.decode import EncodedImages, decoded_size
+from vit_scale.data import array_record, cifar, fractal, image_folder, tar_shards
+from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
 from vit_scale.data.sources import Source
@@ -31,13 +32,13 @@ def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
     return cfg.fractal.resolution, cfg.fractal.resolution
 
 
+FILE_SPLITS = ("train", "test", "val", "validation")
 SETS = {  # by data.name
     "cifar10": DataSet(("train", "test"), cifar.source, lambda cfg: (32, 32)),
     "fractal": DataSet(("train", "test"), fractal.source, _fractal_size),
-    "folder": DataSet(("train", "test", "val", "validation"), image_folder.source, decoded_size),
-    "array_record": DataSet(
-        ("train", "test", "val", "validation"), array_record.source, decoded_size
-    ),
+    "folder": DataSet(FILE_SPLITS, image_folder.source, decoded_size),
+    "array_record": DataSet(FILE_SPLITS, array_record.source, decoded_size),
+    "tar": DataSet(FILE_SPLITS, tar_shards.source, decoded_size),
 }
 
 
@@ -69,13 +70,37 @@ def views(cfg: ConfigDict, files: bool) -> tuple[View, View]:
     return (cropped, whole) if files else (whole, cropped)
 
 
-def open_split(cfg: ConfigDict, split: str, file_view: View | None = None) -> Source:
+def check_crop(cfg: ConfigDict) -> None:
+    """Raise UserError if augment.crop crops image files and the data block has none to crop.
+
+    `cfg` is the whole config.
+    """
+    crop, data = cfg.augment.crop, cfg.data
+    if crop not in CROPS:
+        return
+    if not are_files(data):
+        why = (
+            f"data.name={data.name} is in memory: set augment.crop=resized, which the step computes"
+        )
+    elif data.memory:
+        why = "data.memory decodes each only once: set data.memory=False, or augment.crop=resized"
+    elif data.load:
+        why = f"it decodes them to the model's size, not to data.load={data.load}: leave that out"
+    else:
+        return
+    raise UserError(f"augment.crop={crop} crops image files each time they are read, and {why}")
+
+
+def open_split(
+    cfg: ConfigDict, split: str, file_view: View | None = None, crop: RandomCrop | None = None
+) -> Source:
     """Open a data set, or a part of one: `test`, `train[:45000]`, `train[98%:]` (see splits.py).
 
     Args:
       cfg: the config's data block.
       split: the name.
-      file_view: how image files are cropped when they are decoded; None: as for training.
+      file_view: how image files are cropped when they are decoded; None: not.
+      crop: how they are cropped instead for training (`train_batches`); None: not.
 
     Raises:
       UserError: an unknown name, a missing or damaged file, or a label outside the classes.
@@ -86,6 +111,8 @@ def open_split(cfg: ConfigDict, split: str, file_view: View | None = None) -> So
     whole = entry.source(cfg, split_name(split, entry.splits))
     if file_view and isinstance(whole, EncodedImages):
         whole.view = file_view
+    if isinstance(whole, EncodedImages):
+        whole.crop = crop
     source = cut(whole, split, cfg.slices)
     if isinstance(source, Slice) and whole.decodes and source.by != cfg.slices:
         print_once(

@@ -32,6 +32,7 @@ class Source(Protocol):
     # Optional attributes:
     # examples: the identity of each example, or None (`Examples`)
     # recorded: metadata that a run saves, to detect later that the set has changed
+    # crops: whether `read` takes a stream of random numbers for each example as well, to crop it
 
     def __len__(self) -> int: ...
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from vit_scale.augment.random_crop import Draws
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.sources import Batch, Source
 from vit_scale.errors import UserError
@@ -35,6 +36,7 @@ class Slice:
         self.ids = getattr(source, "ids", ())
         self.size = source.size
         self.decodes = source.decodes
+        self.crops = getattr(source, "crops", False)
         self._source = source
         examples: Examples | None = getattr(source, "examples", None)
         self.by = by if examples else "position"
@@ -47,8 +49,8 @@ class Slice:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        return self._source.read(self._indices[indices])
+    def read(self, indices: Int[np.ndarray, "n"], *draws: Sequence[Draws]) -> Batch:
+        return self._source.read(self._indices[indices], *draws)
 
     @property
     def recorded(self) -> dict[str, object]:

@@ -10,6 +10,7 @@ exit code of a resumable run.
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import multiprocessing
 import multiprocessing.spawn
 import os
@@ -149,6 +150,21 @@ def describe_exit(code: int | None) -> str:
     if -code == signal.SIGKILL:
         name += ", as by the kernel's OOM killer when memory runs out"
     return f"was killed by {name}"
+
+
+def thread_map(
+    work: Callable[[Item], Result], items: Sequence[Item], threads: int
+) -> Iterator[Result]:
+    """Yield work(item) of each item in order, computed by so many threads of this process."""
+    if threads <= 1 or len(items) <= 1:
+        return map(work, items)
+    return _pool(os.getpid(), threads).map(work, items)
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Return the threads of this process; a forked one has none of its parent's."""
+    return concurrent.futures.ThreadPoolExecutor(threads, "decode")
 
 
 def parallel_map(

@@ -5,12 +5,17 @@ part of pathlib that this program uses, so that few callers need to know which o
 Failures are OSErrors, or UserErrors where a user's text is at fault.
 """
 
+import contextlib
 import os
 import pathlib
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
 
 from vit_scale.errors import UserError
-from vit_scale.storage.bucket import SCHEME, ObjectPath, check_bucket, listing
+from vit_scale.storage.bucket import SCHEME, ObjectPath, check_bucket, file_system, listing
+from vit_scale.storage.errors import os_errors
+
+READ_AHEAD = 2**23  # bytes of a request for the next part of an object that is read as a stream
 
 
 def parse(text: str | os.PathLike) -> pathlib.Path:
@@ -91,3 +96,23 @@ def versions(folder: pathlib.Path) -> dict[str, Any]:
         return {name: entry.get("generation") for name, entry in listing(folder).items()}
     with os.scandir(folder) as scanned:
         return {e.name: (e.stat().st_mtime_ns, e.inode()) for e in scanned if e.is_file()}
+
+
+def read_range(path: pathlib.Path, offset: int, length: int) -> bytes:
+    """Return `length` bytes from `offset`, fewer at the file's end; one request in a bucket."""
+    if in_bucket(path):
+        with os_errors(path):
+            return file_system().cat_file(str(path), start=offset, end=offset + length)
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), length, offset)
+
+
+@contextlib.contextmanager
+def stream(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Open a file for reading from start to end; an object is read ahead in large parts."""
+    if not in_bucket(path):
+        with open(path, "rb") as file:
+            yield file
+    else:
+        with os_errors(path), file_system().open(str(path), "rb", block_size=READ_AHEAD) as file:
+            yield file

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from vit_scale.augment.random_crop import random_crop
 from vit_scale.augment.view import view
 from vit_scale.data import Source, open_split
 
@@ -20,7 +21,7 @@ def open_splits(cfg: ConfigDict) -> Splits:
     """Open the splits that the config names. Raises UserError where one can't be opened."""
     seen = view(cfg.eval)
     return Splits(
-        train=open_split(cfg.data, cfg.data.train),
+        train=open_split(cfg.data, cfg.data.train, crop=random_crop(cfg.augment)),
         selection=open_split(cfg.data, cfg.eval.split, seen) if cfg.eval.split else None,
         final=open_split(cfg.data, cfg.eval.final, seen) if cfg.eval.final else None,
     )

@@ -34,6 +34,7 @@ HOPPER = 9.0  # compute capability of an H100
 LOWEST = {
     "steps": 1,
     "data.workers": 0,
+    "data.threads": 1,
     "eval.every": 0,
     "log.every": 1,
     "log.images": 0,
@@ -58,6 +59,7 @@ def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
     check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
     validate_evaluation(cfg, mesh)
     augment.check(cfg.augment)
+    data.check_crop(cfg)
     check_method(cfg.init.resample)
     compiler_options(cfg.mesh, mesh)
     check_model(cfg, mesh)

@@ -1,0 +1,93 @@
+"""Sets of encoded image files, which are decoded and cropped as they are read."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from vit_scale.augment.random_crop import Draws, RandomCrop
+from vit_scale.data.decode import TRAINING, Corrupt, decode, decode_crop
+from vit_scale.data.example_ids import Examples
+from vit_scale.data.sources import Batch
+from vit_scale.data.workers import thread_map
+from vit_scale.errors import UserError, nearest
+
+CHOICES = ("fail", "skip")  # of data.on_corrupt
+DECODERS = ("turbo", "pillow")  # of data.decoder
+
+
+def decoded_size(cfg: ConfigDict) -> tuple[int, int]:
+    """Return the (height, width) at which files are decoded: data.load, else the model's input."""
+    width = cfg.width or cfg.resolution
+    if not cfg.load:
+        return cfg.resolution, width
+    return cfg.load, cfg.load if cfg.square else max(1, round(cfg.load * width / cfg.resolution))
+
+
+class EncodedImages:
+    """A source of image files, which subclasses locate by `encoded` and `location`."""
+
+    decodes = True
+    view = TRAINING  # how images are cropped without draws
+    crop: RandomCrop | None = None  # how they are cropped for training, if not on the device
+    examples: Examples | None = None  # the examples' identity, if known
+
+    def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
+        for field, valid in (("on_corrupt", CHOICES), ("decoder", DECODERS)):
+            if cfg[field] not in valid:
+                hint = nearest(cfg[field], valid)
+                raise UserError(f"data.{field}={cfg[field]!r} is unknown; {hint}")
+        self.name = name
+        self.classes = tuple(classes)
+        self.size = decoded_size(cfg)
+        self._skip = cfg.on_corrupt == "skip"
+        self._decoder, self._threads = cfg.decoder, cfg.threads
+        self._exif = cfg.exif
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def recorded(self) -> dict[str, object]:
+        return {"fingerprint": self.examples.fingerprint()} if self.examples else {}
+
+    @property
+    def crops(self) -> bool:
+        return self.crop is not None
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Return the file's bytes and the label of one example. Raises Corrupt."""
+        raise NotImplementedError
+
+    def location(self, index: int) -> str:
+        """Return the file and the position of one example, for error messages."""
+        raise NotImplementedError
+
+    def read(self, indices: Int[np.ndarray, "n"], draws: Sequence[Draws] = ()) -> Batch:
+        n = len(indices)
+        images, labels = np.zeros((n, *self.size, 3), np.uint8), np.zeros(n, np.int32)
+        mask = np.zeros(n, bool)
+
+        def read(slot: int) -> None:
+            index = int(indices[slot])
+            try:
+                data, label = self.encoded(index)
+                images[slot] = self._decode(data, draws[slot] if draws else None)
+            except Corrupt as error:
+                if self._skip:
+                    return
+                raise UserError(
+                    f"cannot read {self.location(index)}: {error}; replace it, "
+                    "or skip such images with --config.data.on_corrupt=skip"
+                ) from error
+            labels[slot], mask[slot] = label, True
+
+        for _ in thread_map(read, range(n), self._threads):
+            pass
+        return {"image": images, "label": labels, "mask": mask}
+
+    def _decode(self, data: bytes, draws: Draws | None) -> np.ndarray:
+        if self.crop is None or draws is None:
+            return decode(data, self.size, self.view, self._exif)
+        return decode_crop(data, self.size, self.crop, draws, self._exif, self._decoder)
