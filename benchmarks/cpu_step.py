@@ -21,10 +21,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.contender import Contender
 from benchmarks.cpu_parts import processor
 from benchmarks.cpu_step_config import BATCH
 from benchmarks.measurement import HERE, RESULTS, TimeUp, spread
-from benchmarks.speed import Contender, flops_per_image
+from benchmarks.speed import flops_per_image
 from vit_scale.cli.entry import HUGE_PAGES
 from vit_scale.errors import UserError
 from vit_scale.runs.json_files import read_json, write_json
@@ -66,13 +67,8 @@ def measure(
     with contextlib.ExitStack() as stack:
         present = {}
         for name in names:
-            contender = Contender(
-                f"{CONFIG}:{case}",
-                CONTENDERS[name],
-                lambda: deadline,
-                toy=toy,
-                environment=ENVIRONMENT,
-            )
+            arguments = (f"{CONFIG}:{case}", *CONTENDERS[name], *(["--toy"] * toy))
+            contender = Contender("speed_contender", arguments, lambda: deadline, ENVIRONMENT)
             try:
                 present[name] = stack.enter_context(contender)
             except (UserError, TimeUp) as error:

@@ -10,17 +10,13 @@ kept, so that a later piece goes on with the next.
 """
 
 import contextlib
-import json
 import os
 import shutil
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.measurement import HERE, Measurement, Session, TimeUp, main, spread
+from benchmarks.contender import Contender
+from benchmarks.measurement import HERE, Measurement, Session, main, spread
 from benchmarks.speed_config import BATCH
 from vit_scale import config
 from vit_scale.distributed.accelerators import mfu
@@ -35,7 +31,7 @@ MEASUREMENT = Measurement(
     title="Training speed beside timm: Ti/4, S/4 at 32 px; Ti, S, B, L /16 at 224 px; bfloat16",
     data={"cifar-10-batches-bin": "CIFAR-10"},
     configs=tuple(f"{CONFIG}:{case}" for case in BATCH),
-    files=("speed.py", "speed_contender.py"),
+    files=("speed.py", "speed_contender.py", "contender.py"),
 )
 CONTENDERS: dict[str, tuple[str, ...]] = {  # the program, then overrides of its config
     "vit_scale": ("vit_scale",),
@@ -80,10 +76,9 @@ def compete(session: Session, case: str) -> dict:
             try:
                 present[name] = stack.enter_context(
                     Contender(
-                        f"{CONFIG}:{case}",
-                        CONTENDERS[name],
+                        "speed_contender",
+                        (f"{CONFIG}:{case}", *CONTENDERS[name], *(["--toy"] * session.toy)),
                         lambda: session.seconds_left,
-                        toy=session.toy,
                     )
                 )
             except UserError as error:
@@ -113,7 +108,7 @@ def flops_per_image(config_name: str) -> int:
     return training_flops(build(cfg.model, config.image_size(cfg)).macs)
 
 
-def standing(contender: "Contender", rates: list[float], flops_each: int) -> dict:
+def standing(contender: Contender, rates: list[float], flops_each: int) -> dict:
     """What one contender reached."""
     description = contender.description
     speeds = spread(rates)
@@ -126,69 +121,6 @@ def standing(contender: "Contender", rates: list[float], flops_each: int) -> dic
         "turns": len(rates),
         "steps_per_turn": description["steps_per_turn"],
     }
-
-
-class Contender:
-    """A process that answers each line with a line of JSON; it ends with the context.
-
-    `seconds` returns how long the next answer may take, and the first one, which comes when the
-    program is compiled and warmed up; `environment` is added to this process's. Raises UserError
-    where it can't take part, and TimeUp where an answer takes longer; either is its end.
-    """
-
-    def __init__(
-        self,
-        config_name: str,
-        program: tuple[str, ...],
-        seconds: Callable[[], float],
-        *,
-        toy: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ):
-        self._command = [sys.executable, "-m", "benchmarks.speed_contender", config_name, *program]
-        self._command += ["--toy"] if toy else []
-        self._seconds, self._environment = seconds, dict(environment or {})
-
-    def __enter__(self) -> "Contender":
-        # The contenders stand side by side on the device: none may take all of its memory.
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | self._environment
-        self._process = subprocess.Popen(
-            self._command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            self.description = self._answer()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, question: str) -> dict:
-        """The answer to "turn" or "memory"."""
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it is dead; the missing answer says so
-            self._process.stdin.write(question + "\n")
-            self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        assert self._process.stdout
-        began, seconds = time.monotonic(), self._seconds()
-        timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        try:
-            line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not line and time.monotonic() - began >= seconds:
-            raise TimeUp(f"no answer within {seconds:g} s")
-        answer = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
-        if "error" in answer:
-            raise UserError(answer["error"])
-        return answer
 
 
 if __name__ == "__main__":

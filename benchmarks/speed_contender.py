@@ -13,8 +13,6 @@ reads: "turn" trains for a second or two and answers with its speed, "memory" wi
 import functools
 import importlib.metadata
 import itertools
-import json
-import os
 import pathlib
 import sys
 import time
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.contender import Server, serve
 from benchmarks.measurement import TOY, TOY_VIT
 from vit_scale import config
 from vit_scale.errors import UserError
@@ -294,19 +293,13 @@ def answer(program: Program, question: str) -> dict[str, Any]:
 
 
 def main(config_name: str, name: str, *options: str) -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else writes to standard output may not garble the answers
     overrides = [option for option in options if option != "--toy"]
-    try:
+
+    def ready() -> Server:
         program = start(config_name, name, overrides, "--toy" in options)
-        print(json.dumps(program.description), file=answers)
-        for line in sys.stdin:
-            print(json.dumps(answer(program, line.strip())), file=answers)
-    except UserError as error:
-        print(json.dumps({"error": str(error)}), file=answers)
-    except Exception as error:  # noqa: BLE001 (not installed, out of memory, no such kernel ...)
-        line = (str(error).splitlines() or [""])[0][:200]
-        print(json.dumps({"error": f"{type(error).__name__}: {line}"}), file=answers)
+        return Server(program.description, functools.partial(answer, program))
+
+    serve(ready, sys.stdin)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def data() -> dict:
         "batch": 128,  # global batch: images per step over all devices and hosts
         "resolution": 32,  # image height in pixels at the model's input
         "width": placeholder(int),  # image width in pixels at the model's input; None: square
-        "load": placeholder(int),  # height in pixels to decode files to; None: resolution
+        "load": placeholder(int),  # height in pixels to decode files to; None or 0: resolution
         "square": False,  # decode to a square of data.load even if data.width is set (older runs)
         "exif": True,  # apply the EXIF orientation; timm does not (False)
         "memory": False,  # decode the whole set once and keep it in memory

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks import __main__ as listing
 from benchmarks import comparison, cpu_parts, measurement, speed
+from benchmarks.contender import Contender
 from tests.conftest import ROOT, colour_coded
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.models.flops import count_macs
@@ -142,7 +143,9 @@ class FakeContender:
 
     asked: list = []  # noqa: RUF012
 
-    def __init__(self, config_name, program, seconds, toy):
+    def __init__(self, module, arguments, seconds):
+        assert module == "speed_contender"
+        program = arguments[1:]
         if "model.attention=cudnn" in program:
             raise UserError("no such kernel")
         self.name, self.speed = program[0], 100.0 if program[0] == "timm" else 150.0
@@ -180,7 +183,7 @@ def test_contenders_take_turns(monkeypatch):
 
 def test_a_dead_contender_is_told_from_time_up():
     left = iter([9.0, -0.1])
-    contender = speed.Contender("vit_cifar", ("timm",), lambda: next(left))
+    contender = Contender("speed_contender", ("vit_cifar", "timm"), lambda: next(left))
     dead = {"stdout": io.StringIO(""), "wait": lambda: -9, "kill": lambda: None}
     contender._process = SimpleNamespace(**dead)
     with pytest.raises(UserError, match="ended with -9"):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import cpu_step, speed, speed_contender
+from benchmarks import cpu_step, speed_contender
+from benchmarks.contender import Contender
 from benchmarks.measurement import TimeUp
 from vit_scale import config
 from vit_scale.errors import UserError
@@ -39,7 +40,10 @@ class FakeContender:
     SPEEDS = {"vit_scale": 300.0, "timm_eager": 100.0, "big_vision": 200.0}  # noqa: RUF012
     asked: list = []  # noqa: RUF012
 
-    def __init__(self, config_name, program, seconds, *, toy, environment):
+    def __init__(self, module, arguments, seconds, environment):
+        assert module == "speed_contender"
+        config_name, *program = arguments
+        program = tuple(part for part in program if part != "--toy")
         self.case, self.program = config_name.partition(":")[2], program
         self.seconds, self.environment = seconds, environment
         steps = {"steps_per_turn": 4, "batch": 8, "parameters": 9}
@@ -127,7 +131,7 @@ def test_a_finished_case_is_kept(faked, tmp_path, monkeypatch, capsys):
 
 
 def test_a_contender_that_is_not_ready_in_time_is_killed():
-    contender = speed.Contender("vit_cifar", ("timm",), lambda: 0.1)
+    contender = Contender("speed_contender", ("vit_cifar", "timm"), lambda: 0.1)
     contender._command = [sys.executable, "-c", "input()"]
     with pytest.raises(TimeUp, match=r"no answer within 0\.1 s"), contender:
         pass

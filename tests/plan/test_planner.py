@@ -262,6 +262,22 @@ def test_totals_exactly():
     assert estimate.totals(STEP, 20.0, None)["cost_usd"] is None
 
 
+def test_what_the_hosts_have_to_decode():
+    where = topology.parse("v5e:4x4")
+    step = {"hosts": 4}
+    needs = estimate.decoding(step, 45_200, where)
+    assert needs == {
+        "images_per_second_per_host": 11_300, "decoding_vcpus": 22.6, "host_vcpus": 112
+    }  # fmt: skip
+    line = table.decoding_line(step | needs)
+    assert line.startswith(
+        "each of 4 hosts has to decode 11,300 images/s: 23 vCPUs at 500 images/s each, of 112 ("
+    )
+    assert "WARNING" not in line
+    starved = table.decoding_line(step | estimate.decoding(step, 4 * 60_000, where))
+    assert "120 vCPUs" in starved and "WARNING: the devices would wait for images" in starved
+
+
 def test_collectives_by_kind():
     assert estimate.by_kind(MOVED)[:2] == [
         {"kind": "send", "count": 3, "bytes": 18_750_000, "async": 3, "overlapped": 0},

@@ -219,6 +219,19 @@ def index_data(args, overrides: Sequence[str]) -> None:
     print(f"{args.path}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 
+def bench_data(args, overrides: Sequence[str]) -> None:
+    from vit_scale import config, plan
+    from vit_scale.data import throughput
+    from vit_scale.plan import topology
+
+    where = topology.parse(args.topology) if args.topology else None
+    cfg = config.load(args.config, overrides)
+    result = throughput.measure(cfg, args.seconds)
+    if where:
+        result["plan"] = plan.plan(args.config, overrides, where)
+    print(json.dumps(result) if args.json else throughput.summary(cfg, result))
+
+
 def refuse(overrides: Sequence[str], verb: str) -> None:
     """Raise UserError if there are overrides."""
     if overrides:

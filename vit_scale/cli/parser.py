@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add_convert_flags(verb("convert", commands.convert, text))
     text = "export a run to timm, transformers, Google's ViT, or jax.export"
     add_export_flags(verb("export", commands.export, text))
-    add_data_verbs(verb("data", None, "download, pack or index data sets"))
+    add_data_verbs(verb("data", None, "download, pack, index or measure data sets"))
     return top
 
 
@@ -177,6 +177,15 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     index.add_argument("path", metavar="PATH", help="folder, or pattern such as DIR/{split}-*.tar")
     index.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     index.set_defaults(do=commands.index_data)
+    text = "measure how fast this machine reads and decodes a config's training images"
+    bench = verbs.add_parser("bench", help=text, description=text, allow_abbrev=False)
+    bench.add_argument("--config", required=True, help=CONFIG)
+    text = "seconds of each measurement (default: 10)"
+    bench.add_argument("--seconds", type=positive, default=10, help=text)
+    text = "also plan the config for this slice, and compare: v5e:4x4"
+    bench.add_argument("--topology", help=text)
+    bench.add_argument("--json", action="store_true", help=JSON)
+    bench.set_defaults(do=commands.bench_data)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

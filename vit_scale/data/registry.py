@@ -85,7 +85,7 @@ def check_crop(cfg: ConfigDict) -> None:
     elif data.memory:
         why = "data.memory decodes each only once: set data.memory=False, or augment.crop=resized"
     elif data.load:
-        why = f"it decodes them to the model's size, not to data.load={data.load}: leave that out"
+        why = f"it decodes them to the model's size, not to data.load={data.load}: set data.load=0"
     else:
         return
     raise UserError(f"augment.crop={crop} crops image files each time they are read, and {why}")

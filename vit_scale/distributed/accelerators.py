@@ -3,7 +3,8 @@
 Peaks are dense bfloat16 FLOP/s of one device, as jax counts devices, from vendors' data sheets.
 `device_kind` is a regular expression searched in `jax.Device.device_kind`; the first match decides.
 A slice of a GPU (MIG) has no published peak. HBM is what the compiler leaves a program; clocks are
-nominal, and that of tpu7x is inferred from its peak; bandwidths are from Google's documentation.
+nominal, and that of tpu7x is inferred from its peak; bandwidths and vCPUs are from Google's
+documentation.
 The launcher reads the rest: host sizes, software, GKE's names and prices.
 """
 
@@ -32,6 +33,7 @@ class Tpu(NamedTuple):
     clock_hz: float  # of the TensorCore
     ici_bytes_per_second: float  # between chips of a slice
     dcn_bytes_per_second: float  # between slices
+    vcpus_per_chip: int  # of a host with four chips
     topologies: dict[int, str]  # chips -> the shape of a slice of that size, such as 4x4
     compiler_options: dict[str, Any]
 

@@ -44,7 +44,10 @@ def plan(name: str, overrides: Sequence[str], where: Topology, price: float | No
     if not result["fits"]:
         return result
     result["exposed_ms"] = 1e3 * exposed_cycles(log) / where.tpu.clock_hz
-    return result | estimate.totals(result, estimate.step_ms(result), price)
+    result |= estimate.totals(result, estimate.step_ms(result), price)
+    if result.get("decodes"):
+        result |= estimate.decoding(result, result["images_per_second"], where)
+    return result
 
 
 def _compile(name: str, overrides: Sequence[str], where: Topology) -> tuple[dict, str]:

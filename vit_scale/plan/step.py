@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_scale import config
-from vit_scale.data import delivered_size
+from vit_scale.data import are_files, delivered_size
 from vit_scale.distributed.sharding import batch_sharding, device_bytes
 from vit_scale.errors import UserError
 from vit_scale.models.flops import training_flops
@@ -69,9 +69,11 @@ def describe(setup: Setup, where: topology.Topology) -> dict:
         "slices": where.slices,
         "chips": where.chips,
         "devices": where.devices,
+        "hosts": len({device.process_index for device in setup.mesh.devices.flat}),
         "device_kind": setup.mesh.devices.flat[0].device_kind,
         "mesh": dict(setup.mesh.shape),
         "global_batch": cfg.data.batch,
+        "decodes": are_files(cfg.data) and not cfg.data.memory,
         "steps": cfg.steps,
         "flops_per_step": cfg.data.batch * training_flops(setup.model.macs),
         "hbm_bytes": int(where.tpu.hbm_gib * topology.GIB),

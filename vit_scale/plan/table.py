@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from vit_scale.plan import memory
+from vit_scale.plan.estimate import DECODED_PER_VCPU
 from vit_scale.runs import report
 
 NOTE = (
@@ -31,8 +32,23 @@ def format_plan(plan: dict) -> str:
             lines.append(
                 f"plus {plan['unpriced_kernels']:,} custom kernels without a time estimate"
             )
+        if "decoding_vcpus" in plan:
+            lines += ["", decoding_line(plan)]
         lines += ["", NOTE]
     return "\n".join(lines)
+
+
+def decoding_line(plan: dict) -> str:
+    """Say what the hosts have to decode, and whether they can."""
+    needed, there = plan["decoding_vcpus"], plan["host_vcpus"]
+    line = (
+        f"each of {plan['hosts']:,} hosts has to decode {plan['images_per_second_per_host']:,.0f} "
+        f"images/s: {needed:.0f} vCPUs at {DECODED_PER_VCPU} images/s each, of {there:.0f} "
+        "(`vit-scale data bench` measures your images and your host)"
+    )
+    if needed <= there:
+        return line
+    return f"{line}\nWARNING: the devices would wait for images; store them smaller with data pack"
 
 
 def memory_rows(plan: dict) -> list[dict]:

@@ -19,7 +19,15 @@ from vit_scale.storage import paths
 # Fields that decide where and how a run executes, not what it computes: they may change on
 # resuming. So may the answer to a corrupt image: a run that stopped at one has met none before.
 OPERATIONAL = (
-    *("log.", "checkpoint.", "data.workers", "data.path", "data.memory", "data.on_corrupt"),
+    *(
+        "log.",
+        "checkpoint.",
+        "data.workers",
+        "data.threads",
+        "data.path",
+        "data.memory",
+        "data.on_corrupt",
+    ),
     *("data.changed", "eval.batch", "mesh.", "watchdog."),
     "distill.teacher",  # its checksum may not change
 )
