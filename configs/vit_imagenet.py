@@ -5,7 +5,7 @@
 The argument is Ti/16, S/16, B/16, or L/16. IMAGENET holds train/<wnid>/*.JPEG and
 val/<wnid>/*.JPEG; `vit-scale data pack` makes it faster to read. After "How to train your ViT"
 (Steiner et al. 2021, arXiv 2106.10270): AdamW, weight decay .1, more mixup and drop path for larger
-models, the crop of big_vision. Result: not measured yet.
+models. Result: not measured yet.
 """
 
 from vit_scale.config import base
@@ -25,12 +25,11 @@ def get_config(variant: str = "S/16"):
     cfg.data.train = "train[:99%]"
     cfg.data.batch = BATCH
     cfg.data.resolution = 224
+    cfg.data.load = 256
     cfg.data.workers = 16
 
-    cfg.augment.crop = "inception"
+    cfg.augment.crop = "resized"
     cfg.augment.scale = (0.05, 1.0)
-    cfg.augment.ratio = (0.75, 1.33)
-    cfg.augment.resample = "bilinear"
     cfg.augment.flip = True
     cfg.augment.mixup = MIXUP[variant]
 
@@ -50,8 +49,6 @@ def get_config(variant: str = "S/16"):
 
     cfg.eval.split = "train[99%:]"
     cfg.eval.final = "val"
-    cfg.eval.crop = 0.875
-    cfg.eval.resample = "bilinear"
     cfg.eval.every = 5000
     cfg.eval.batch = 1024
     cfg.checkpoint.every = 5000
