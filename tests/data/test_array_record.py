@@ -1,10 +1,12 @@
 """Packed sets: packing is lossless, an interrupted pack resumes, errors name the damaged file."""
 
 import concurrent.futures
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data.test_image_folder import block, everything, picture, save
 from vit_scale import data
@@ -82,6 +84,31 @@ def test_image_files_are_packed_byte_for_byte(folder, tmp_path, inline):
     source = data.open_split(packed_block(tmp_path / "out"), "train")
     actual = {source.encoded(index)[0] for index in range(N)}
     assert actual == {file.read_bytes() for file in (folder / "train").rglob("*.png")}
+
+
+def test_larger_images_are_reduced(folder, tmp_path, inline):
+    """Their shorter side; files that are small enough are stored byte for byte."""
+    photo = np.uint8(np.add.outer(np.arange(40), np.arange(80))[..., None] + [0, 30, 60])
+    save(folder / "train/class_0/photo.png", photo)
+    counts = array_record.pack(folder, tmp_path / "out", shard=6, shorter_side=16, quality=90)
+    assert counts == {"train": N + 1, "val": 2, "skipped": 0}
+    source = data.open_split(packed_block(tmp_path / "out"), "train")
+    stored = {source.encoded(index)[0] for index in range(N + 1)}
+    untouched = {file.read_bytes() for file in (folder / "train").rglob("*.png")}
+    assert len(stored & untouched) == N
+    (reduced,) = stored - untouched
+    with Image.open(io.BytesIO(reduced)) as image:
+        assert (image.format, image.size) == ("JPEG", (32, 16))
+        theirs = Image.fromarray(photo).resize((32, 16), Image.Resampling.BICUBIC)
+        difference = np.abs(np.asarray(image).astype(int) - np.asarray(theirs))
+        assert difference.mean() < 1.5 and np.ptp(np.asarray(image)) > 100
+    other = data.open_split(block(folder), "train[:50%]")
+    half = data.open_split(packed_block(tmp_path / "out"), "train[:50%]")
+    assert data.describe(half)["fingerprint"] == data.describe(other)["fingerprint"]
+    with pytest.raises(UserError, match="has shards of other images or options"):
+        array_record.pack(folder, tmp_path / "out", shard=6, shorter_side=20, quality=90)
+    with pytest.raises(UserError, match="--shorter-side 8 must be at least 0, and --quality 101"):
+        array_record.pack(folder, tmp_path / "new", shorter_side=8, quality=101)
 
 
 def test_packing_is_deterministic(folder, tmp_path, inline):

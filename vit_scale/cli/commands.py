@@ -207,7 +207,14 @@ def pack_data(args, overrides: Sequence[str]) -> None:
     from vit_scale.data import array_record
 
     refuse(overrides, "data pack")
-    counts = array_record.pack(args.folder, args.out, args.workers, args.on_corrupt)
+    counts = array_record.pack(
+        args.folder,
+        args.out,
+        args.workers,
+        args.on_corrupt,
+        shorter_side=args.shorter_side,
+        quality=args.quality,
+    )
     print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 

@@ -171,6 +171,12 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     pack.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     text = "what to do with corrupt images: fail or skip (default: fail)"
     pack.add_argument("--on-corrupt", default="fail", help=text)
+    text = (
+        "pixels to reduce the shorter side of larger images to (default: store files as they are)"
+    )
+    pack.add_argument("--shorter-side", type=positive, default=0, metavar="PIXELS", help=text)
+    text = "JPEG quality of reduced images (default: 95)"
+    pack.add_argument("--quality", type=positive, default=95, help=text)
     pack.set_defaults(do=commands.pack_data)
     text = "index tar shards (WebDataset's layout), which data.name=tar needs once"
     index = verbs.add_parser("index", help=text, description=text, allow_abbrev=False)

@@ -33,6 +33,7 @@ from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 VERSION = 2  # of a packed set's layout; 1 had no file names
 INDEX = "index.json"
 SHARD = 2048  # images per shard, 230 MB of ImageNet
+QUALITY = 95  # of images that are reduced
 ORDER = 20201022  # seed of the shuffled order: all packs of a folder are the same
 
 
@@ -150,6 +151,8 @@ def pack(
     workers: int | None = None,
     on_corrupt: str = "fail",
     shard: int = SHARD,
+    shorter_side: int = 0,
+    quality: int = QUALITY,
 ) -> dict[str, int]:
     """Pack an image folder (image_folder.py) into ArrayRecord shards of `shard` images in `out`.
 
@@ -162,6 +165,9 @@ def pack(
       workers: number of processes; None: one per core.
       on_corrupt: "fail" raises UserError for an unreadable image, "skip" leaves it out.
       shard: images per shard.
+      shorter_side: pixels to which the shorter side of larger images is reduced; 0: store the files
+        byte for byte.
+      quality: of the JPEGs that reduced images become, 1 to 100.
 
     Returns:
       The number of packed images of each split, and of skipped ones as "skipped".
@@ -171,19 +177,34 @@ def pack(
     """
     if on_corrupt not in CHOICES:
         raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
+    if shorter_side < 0 or not 1 <= quality <= 100:
+        raise UserError(
+            f"--shorter-side {shorter_side} must be at least 0, and --quality {quality} 1 to 100"
+        )
     folder, out = paths.parse(folder), paths.parse(out)
     listings = _listings(folder)
+    reduced = (shorter_side, quality) if shorter_side else ()
     index = {
         "version": VERSION,
-        "of": _fingerprint(listings, shard, on_corrupt),
+        "of": _fingerprint(listings, shard, on_corrupt, *reduced),
         "classes": readable(folder, listings["train"].classes),
     }
     _claim(out, index)
     plan = {
-        name: _shards(out, name, listing, shard, on_corrupt == "skip")
+        name: _shards(out, name, listing, shard, on_corrupt == "skip", *reduced)
         for name, listing in listings.items()
     }
     packed = write_shards([s for shards in plan.values() for s in shards], workers)
+    _finish(out, index, plan, packed)
+    counts = {name: sum(len(packed[s.file]) for s in shards) for name, shards in plan.items()}
+    total = sum(len(listing.labels) for listing in listings.values())
+    return counts | {"skipped": total - sum(counts.values())}
+
+
+def _finish(
+    out: Path, index: dict, plan: dict[str, list[Shard]], packed: dict[Path, np.ndarray]
+) -> None:
+    """Write the names of the images, and the index of a complete set."""
     names = {name: _write_examples(out, name, shards, packed) for name, shards in plan.items()}
     stored = paths.sizes(out)
     splits = {
@@ -195,9 +216,6 @@ def pack(
     }
     examples = {name: {"file": file, "bytes": stored[file]} for name, file in names.items()}
     _write_index(out, index | {"finished": True, "splits": splits, "examples": examples})
-    counts = {name: sum(len(packed[s.file]) for s in shards) for name, shards in plan.items()}
-    total = sum(len(listing.labels) for listing in listings.values())
-    return counts | {"skipped": total - sum(counts.values())}
 
 
 def _listings(folder: Path) -> dict[str, Listing]:
@@ -212,7 +230,9 @@ def _listings(folder: Path) -> dict[str, Listing]:
     return listings
 
 
-def _shards(out: Path, name: str, listing: Listing, images: int, skip: bool) -> list[Shard]:
+def _shards(
+    out: Path, name: str, listing: Listing, images: int, skip: bool, *reduced: int
+) -> list[Shard]:
     order = np.random.RandomState(ORDER).permutation(len(listing.labels))
     parts = np.split(order, range(images, len(order), images))
     return [
@@ -220,13 +240,15 @@ def _shards(out: Path, name: str, listing: Listing, images: int, skip: bool) -> 
             out / f"{name}-{number:05d}-of-{len(parts):05d}.array_record",
             Listing(listing.root, listing.files[part], listing.labels[part], listing.classes),
             skip,
+            *reduced,
         )
         for number, part in enumerate(parts)
     ]
 
 
-def _fingerprint(listings: dict[str, Listing], shard: int, on_corrupt: str) -> str:
-    digest = hashlib.sha256(repr((shard, on_corrupt, listings["train"].classes)).encode())
+def _fingerprint(listings: dict[str, Listing], shard: int, on_corrupt: str, *reduced: int) -> str:
+    options = (shard, on_corrupt, listings["train"].classes, *reduced)
+    digest = hashlib.sha256(repr(options).encode())
     for name, listing in listings.items():
         digest.update(name.encode() + b"\n".join(listing.files.tolist()) + listing.labels.tobytes())
     return digest.hexdigest()

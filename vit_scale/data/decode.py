@@ -148,6 +148,20 @@ def verify(data: bytes) -> None:
     _load(data, exif=True)
 
 
+def shrink(data: bytes, shorter_side: int, quality: int) -> bytes:
+    """Return a JPEG of the image whose shorter side has so many pixels, upright.
+
+    An image that is no larger is returned as it is, byte for byte. Raises Corrupt.
+    """
+    image = _load(data, exif=True)
+    if (ratio := shorter_side / min(image.size)) >= 1:
+        return data
+    width, height = (max(shorter_side, round(side * ratio)) for side in image.size)
+    stream = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(stream, "jpeg", quality=quality)
+    return stream.getvalue()
+
+
 def _load(data: bytes, exif: bool) -> Image.Image:
     """Decode the whole image, or the first of several, to RGB with 8 bits per channel."""
     try:

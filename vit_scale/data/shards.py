@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int
 from tqdm import tqdm
 
-from vit_scale.data.decode import Corrupt, verify
+from vit_scale.data.decode import Corrupt, shrink, verify
 from vit_scale.data.image_folder import Listing
 from vit_scale.data.workers import parallel_map
 from vit_scale.errors import UserError
@@ -29,6 +29,8 @@ class Shard:
     file: Path
     listing: Listing
     skip: bool  # leave out unreadable images
+    shorter_side: int = 0  # shrink larger images to this; 0: store all as they are
+    quality: int = 95  # of the JPEGs that shrunk images become
 
 
 def _count(shard: Shard) -> int:
@@ -96,6 +98,8 @@ def _verified(shard: Shard, index: int) -> bytes | None:
     try:
         with user_errors(f"cannot read {file}", advice, also=(Corrupt,)):
             data = file.read_bytes()
+            if shard.shorter_side:
+                return shrink(data, shard.shorter_side, shard.quality)
             verify(data)
             return data
     except UserError:
