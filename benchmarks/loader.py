@@ -36,6 +36,7 @@ PROGRAMS = {  # name: (of loader_contender.PROGRAMS, the set that it reads)
     "vit_scale, threads": ("vit_scale_threads", "photos"),
     "vit_scale, Pillow": ("vit_scale_pillow", "photos"),
     "vit_scale, packed": ("vit_scale_packed", "packed"),
+    "vit_scale, packed, threads": ("vit_scale_packed_threads", "packed"),
     "timm": ("timm", "photos"),
     "big_vision": ("big_vision", "photos"),
 }
@@ -98,14 +99,14 @@ def table(results: dict) -> str:
     """Format the medians, and in brackets the spread over turns."""
     lines = []
     for setting, figures in results["settings"].items():
-        lines += ["", setting, "{:22} {:>9} {:20} {:>9}".format("", "images/s", "", "x timm")]
+        lines += ["", setting, "{:27} {:>9} {:20} {:>9}".format("", "images/s", "", "x timm")]
         for name, speeds in figures["images_per_second"].items():
             ratio = (figures["over timm"] or {}).get(name)
             row = (*bracketed(speeds, ".0f"), *(bracketed(ratio, ".2f") if ratio else ("", "")))
-            lines.append("{:22} {:>9} {:20} {:>9} {}".format(name, *row).rstrip())
+            lines.append("{:27} {:>9} {:20} {:>9} {}".format(name, *row).rstrip())
         lines += [f"{name:22} absent: {reason}" for name, reason in figures["absent"].items()]
     speed = bracketed(results["images in memory"], ",.0f")
-    return "\n".join([*lines, "", "images in memory       " + " ".join(speed)])
+    return "\n".join([*lines, "", "images in memory            " + " ".join(speed)])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,9 +38,11 @@ def vit_scale(
         yield len(batch["mask"])
 
 
-def vit_scale_threads(folder: str, workers: int, resample: str) -> Iterator[int]:
+def vit_scale_threads(
+    folder: str, workers: int, resample: str, name: str = "folder"
+) -> Iterator[int]:
     """The same by threads of the training process."""
-    return vit_scale(folder, 0, resample, threads=workers)
+    return vit_scale(folder, 0, resample, name, threads=workers)
 
 
 def timm(folder: str, workers: int, resample: str) -> Iterator[int]:
@@ -90,6 +92,10 @@ PROGRAMS: dict[str, tuple[Callable[[str, int, str], Iterator[int]], Sequence[str
     "vit_scale_threads": (vit_scale_threads, ("pillow", "simplejpeg", "cykooz-resizer")),
     "vit_scale_pillow": (functools.partial(vit_scale, decoder="pillow"), ("pillow",)),
     "vit_scale_packed": (functools.partial(vit_scale, name="array_record"), ("array-record",)),
+    "vit_scale_packed_threads": (
+        functools.partial(vit_scale_threads, name="array_record"),
+        ("array-record",),
+    ),
     "timm": (timm, ("timm", "torch", "torchvision", "pillow")),
     "big_vision": (big_vision, ("tensorflow-cpu",)),
 }
