@@ -68,11 +68,15 @@ def write(out: pathlib.Path, images: int) -> int:
     return total
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.photos")
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--images", type=int, default=1000)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     total = write(args.out, args.images)
     print(f"{args.out}: {args.images} photos of {total / args.images / 1e3:.1f} kB on average")
 

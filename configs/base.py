@@ -33,11 +33,15 @@ def get_config() -> ConfigDict:
 
 def data() -> dict:
     return {
-        "name": "cifar10",  # cifar10 | folder | array_record | tar | fractal
+        "name": "cifar10",  # cifar10 | folder | array_record | tar | huggingface | fractal
         "path": ".data",  # folder of the data set; generated sets are cached there
+        "image_column": "",  # name=huggingface: column of the images; empty: the only one
+        "label_column": "",  # name=huggingface: column of the labels; empty: the only one
         "listing": "every",  # image files of a folder: every (that Pillow decodes) | common (nine
         # extensions, hidden folders inside a class too, class names up to a comma: older runs)
         "train": "train",  # split to train on: train, train[:45000], train[:98%]
+        "mixture": (),  # sets to train on together instead, each with a weight:
+        # (("folder:DIR", 0.7), ("tar:DIR", 0.3)); evaluation reads data.name at data.path
         "slices": "example",  # how split slices are chosen: example (by path: the same for a packed
         # set, almost the same for one that grew) | position (in the list of files: older runs)
         "changed": False,  # resume although images were added or removed

@@ -197,7 +197,10 @@ def test_an_earlier_pack_keeps_its_slices_with_a_message(earlier, folder, capsys
     order = np.random.RandomState(20201022).permutation(N)
     np.testing.assert_array_equal(source._indices, np.sort(order[:36]))
     printed = capsys.readouterr().err
-    assert "out train was packed without image names, by an earlier version" in printed
+    assert (
+        "out train has no names of its images (a set without them, or packed by an earlier version)"
+        in printed
+    )
     assert printed.count("\n") == 1 and "fingerprint" not in data.describe(source)
     data.open_split(packed_block(earlier, slices="position"), "train[90%:]")
     data.open_split(packed_block(earlier), "train")

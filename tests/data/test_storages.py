@@ -17,7 +17,7 @@ from vit_scale.data import array_record, tar_shards
 
 N, BATCH = 23, 6
 CROP = RandomCrop("torchvision", (0.3, 1.0), (3 / 4, 4 / 3), "random")
-STORAGES = ("folder", "array_record", "tar")
+STORAGES = ("folder", "array_record", "tar", "huggingface")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,20 @@ def storages(tmp_path_factory):
                 members[name.replace(".png", ".cls")] = name[6:7].encode()
             write_tar(top / f"tar/train-{number}.tar", members)
         tar_shards.index_shards(str(top / "tar"))
+    write_parquet(top, names)
     return top
+
+
+def write_parquet(top, names: list[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    content = [(top / "folder/train" / name).read_bytes() for name in names]
+    images = [{"bytes": b, "path": n} for b, n in zip(content, names, strict=True)]
+    label = datasets.ClassLabel(names=["class_0", "class_1", "class_2"])
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    columns = {"image": images, "label": [int(name[6]) for name in names]}
+    (top / "huggingface").mkdir()
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(top / "huggingface/train.parquet", batch_size=5)
 
 
 def opened(storages, name: str, split: str = "train", crop=None, **changes):
@@ -97,6 +110,6 @@ def test_a_slice_holds_the_same_images_in_all_storages(storages, split):
         members.append(
             {(y, x.tobytes()) for x, y in zip(batch["image"], batch["label"].tolist(), strict=True)}
         )
-    assert members[0] == members[1] == members[2] and len(members[0]) == len(source)
+    assert all(other == members[0] for other in members) and len(members[0]) == len(source)
     prints = {data.describe(opened(storages, name, split))["fingerprint"] for name in STORAGES}
     assert len(prints) == 1

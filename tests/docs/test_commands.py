@@ -91,15 +91,19 @@ def pytest_arguments(words: list[str]) -> None:
         assert not word.startswith("tests/") or (ROOT / word.partition("::")[0]).exists(), word
 
 
+def benchmark_parser(module) -> argparse.ArgumentParser:
+    """A benchmark's own, or that of all measurements."""
+    if hasattr(module, "parser"):
+        return module.parser()
+    return importlib.import_module("benchmarks.measurement").parser(module.MEASUREMENT)
+
+
 def python(words: list[str]) -> None:
     if words[0] == "-m":
         name = words[1]
         assert name.partition(".")[0] in ("benchmarks", "pytest"), name
         if name.startswith("benchmarks."):
-            measurement = importlib.import_module(name).MEASUREMENT
-            importlib.import_module("benchmarks.measurement").parser(measurement).parse_args(
-                words[2:]
-            )
+            benchmark_parser(importlib.import_module(name)).parse_args(words[2:])
         return
     source = (ROOT / words[0]).read_text()
     for word in words[1:]:
@@ -166,9 +170,9 @@ def options() -> set[str]:
     """Every flag of every command."""
     known_flags = set(flags.parser()._option_string_actions)
     known_flags |= set(importlib.import_module("launch.gke").parser()._option_string_actions)
-    speed = importlib.import_module("benchmarks.speed").MEASUREMENT
-    queue = [parser(), importlib.import_module("benchmarks.measurement").parser(speed)]
-    queue.append(importlib.import_module("benchmarks.cpu_parts").parser())
+    names = ("speed", "cpu_parts", "cpu_step", "loader", "photos")
+    modules = [importlib.import_module(f"benchmarks.{name}") for name in names]
+    queue = [parser(), *map(benchmark_parser, modules)]
     while queue:
         this = queue.pop()
         known_flags |= set(this._option_string_actions)

@@ -45,6 +45,7 @@ HOMES = {
     "clu.metrics": ("clu", {"tracking"}),
     "clu.parameter_overview": ("clu", {"tracking"}),
     "cykooz_resizer": ("cykooz-resizer", {"data"}),
+    "datasets": ("datasets", {"data"}),  # an extra: Hugging Face's sets
     "etils": ("etils", {"storage"}),
     "flatbuffers": ("flatbuffers", {"inference"}),  # jax.export needs it, and doesn't require it
     "flax": ("flax", {"models"}),
@@ -227,8 +228,10 @@ def test_what_is_imported_is_what_is_installed():
     declared = {
         re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + extras["inspect"]
     }
-    optional = {line for line in extras["peers"] if line in HOMES}
-    assert optional == {"torch"}
+    optional = {re.match(r"[\w-]+", line)[0] for line in extras["peers"] + extras["hf"]} & set(
+        HOMES
+    )
+    assert optional == {"torch", "datasets"}
     assert declared == {distribution for distribution, _ in HOMES.values()} - optional
 
 

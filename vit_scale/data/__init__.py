@@ -8,12 +8,14 @@ format of a set.
 
 from vit_scale.data.class_mapping import Match, align, match
 from vit_scale.data.loader import check_shared_memory, eval_batches, train_batches
+from vit_scale.data.mixtures import Mixture, relabel
 from vit_scale.data.registry import (
     are_files,
     check_crop,
     delivered_size,
     describe,
     open_split,
+    open_training,
     views,
 )
 from vit_scale.data.sources import Batch, InMemory, Source, checksum
@@ -23,6 +25,7 @@ __all__ = [
     "Batch",
     "InMemory",
     "Match",
+    "Mixture",
     "Slice",
     "Source",
     "align",
@@ -36,6 +39,8 @@ __all__ = [
     "eval_batches",
     "match",
     "open_split",
+    "open_training",
+    "relabel",
     "split_name",
     "train_batches",
     "views",

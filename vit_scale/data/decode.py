@@ -134,7 +134,7 @@ def _scaled(box: Box, factor: int) -> Box:
 
 
 def _jpeg_orientation(data: bytes) -> Image.Transpose | None:
-    if b"Exif\0\0" not in data:
+    if not turbo.has_exif(data):
         return None
     try:
         with Image.open(io.BytesIO(data)) as image:

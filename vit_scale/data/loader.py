@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vit_scale.augment.random_crop import ExampleDraws
 from vit_scale.data import workers as processes
+from vit_scale.data.mixtures import Mixture
 from vit_scale.data.sources import Batch, InMemory, Source
 from vit_scale.errors import UserError
 
@@ -111,12 +112,24 @@ class TrainBatches:
 
     def __getitem__(self, index: int) -> Batch:
         step = self._start + index
-        positions = step * self._batch + self._rows
-        indices = shuffled(positions, len(self.source), self._seed)
+        indices = self._indices(step)
         if not getattr(self.source, "crops", False):
             return self.source.read(indices)
         draws = [ExampleDraws(self._seed, step, row) for row in self._rows.tolist()]
         return self.source.read(indices, draws)  # type: ignore[call-arg]
+
+    def _indices(self, step: int) -> Int[np.ndarray, "r"]:
+        """Return the example of each of this process's rows."""
+        if not isinstance(self.source, Mixture):
+            positions = step * self._batch + self._rows
+            return shuffled(positions, len(self.source), self._seed)
+        which, positions = self.source.chosen(step, self._batch, self._rows, self._seed)
+        indices = np.empty_like(positions)
+        for number, length in enumerate(self.source.lengths):
+            own = which == number
+            examples = shuffled(positions[own], length, self._seed + number)
+            indices[own] = self.source.index(number, examples)
+        return indices
 
 
 class EvalBatches:
@@ -152,7 +165,7 @@ def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarr
     return examples
 
 
-@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+@functools.lru_cache(maxsize=8)  # a batch may span two epochs, of each set of a mixture
 def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
     # RandomState's stream is frozen (NEP 19), so upgrades of numpy do not change the order.
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))

@@ -4,17 +4,19 @@ To add a data set, write a module with a function `source(cfg.data, split)` that
 and add an entry to SETS.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_scale.augment.random_crop import CROPS, RandomCrop
+from vit_scale.augment.random_crop import CROPS, RandomCrop, random_crop
 from vit_scale.augment.view import View, view
-from vit_scale.data import array_record, cifar, fractal, image_folder, tar_shards
+from vit_scale.data import array_record, cifar, fractal, hugging_face, image_folder, tar_shards
 from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
+from vit_scale.data.mixtures import Mixture
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.errors import UserError, nearest
@@ -39,6 +41,7 @@ SETS = {  # by data.name
     "folder": DataSet(FILE_SPLITS, image_folder.source, decoded_size),
     "array_record": DataSet(FILE_SPLITS, array_record.source, decoded_size),
     "tar": DataSet(FILE_SPLITS, tar_shards.source, decoded_size),
+    "huggingface": DataSet(FILE_SPLITS, hugging_face.source, decoded_size),
 }
 
 
@@ -78,10 +81,8 @@ def check_crop(cfg: ConfigDict) -> None:
     crop, data = cfg.augment.crop, cfg.data
     if crop not in CROPS:
         return
-    if not are_files(data):
-        why = (
-            f"data.name={data.name} is in memory: set augment.crop=resized, which the step computes"
-        )
+    if memory := [part.name for part in parts(data) if not are_files(part)]:
+        why = f"data.name={memory[0]} is in memory: set augment.crop=resized, for the step"
     elif data.memory:
         why = "data.memory decodes each only once: set data.memory=False, or augment.crop=resized"
     elif data.load:
@@ -116,14 +117,57 @@ def open_split(
     source = cut(whole, split, cfg.slices)
     if isinstance(source, Slice) and whole.decodes and source.by != cfg.slices:
         print_once(
-            f"{whole.name} was packed without image names, by an earlier version: it is sliced by "
-            "position, so that its slices are not those of the folder; pack it again to change that"
+            f"{whole.name} has no names of its images (a set without them, or packed by an earlier "
+            "version): it is sliced by position, and its slices are not those of another storage"
         )
     if not (cfg.memory and source.decodes):
         return source
-    copy = in_memory(source, cfg.workers)
-    copy.recorded, copy.ids = getattr(source, "recorded", {}), getattr(source, "ids", ())
-    return copy
+    loaded = in_memory(source, cfg.workers)
+    loaded.recorded, loaded.ids = getattr(source, "recorded", {}), getattr(source, "ids", ())
+    return loaded
+
+
+def open_training(cfg: ConfigDict) -> Source:
+    """Open the set that a config trains on: data.train, or the sets of data.mixture.
+
+    `cfg` is the whole config. Raises UserError as `open_split` does, and for sets that cannot be
+    mixed.
+    """
+    crop, data = random_crop(cfg.augment), cfg.data
+    if not data.mixture:
+        return open_split(data, data.train, crop=crop)
+    sources = [open_split(part, data.train, crop=crop) for part in parts(data)]
+    mixture = Mixture(sources, [weight for _, weight in data.mixture])
+    if data.batch < (least := len(sources) * (len(sources) - 1)):
+        raise UserError(
+            f"data.batch={data.batch} is too small for the {len(sources)} sets of data.mixture: it "
+            f"must be at least {least}"
+        )
+    epochs = mixture.epochs(cfg.steps, data.batch)
+    shares = (f"{name} {count:.2f} epochs" for name, count in epochs)
+    print_once(f"mixture in {cfg.steps:,} steps: {', '.join(shares)}")
+    return mixture
+
+
+def parts(cfg: ConfigDict) -> list[ConfigDict]:
+    """Return the data block of each set of data.mixture, or of the one set.
+
+    An entry is ("NAME:PATH", weight), or ("NAME", weight) for a set at data.path. Raises UserError
+    for an entry of another form.
+    """
+    blocks = []
+    for entry in cfg.mixture or [(f"{cfg.name}:{cfg.path}", 1.0)]:
+        named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+        if not named or not isinstance(entry[1], int | float):
+            raise UserError(
+                f'data.mixture has {entry!r}, which must be ("NAME:PATH", weight), such as '
+                '("folder:DIR", 0.7)'
+            )
+        name, _, path = entry[0].partition(":")
+        block = copy.deepcopy(cfg)
+        block.update({"name": name, "path": path or cfg.path, "mixture": ()})
+        blocks.append(block)
+    return blocks
 
 
 def describe(source: Source) -> dict[str, object]:

@@ -10,10 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_scale.augment.random_crop import random_crop
 from vit_scale.data import workers
 from vit_scale.data.loader import TrainBatches, train_batches
-from vit_scale.data.registry import check_crop, open_split
+from vit_scale.data.registry import check_crop, open_training
 from vit_scale.data.sources import Batch
 
 BATCH = 64  # images per batch, at most: the speed is that of a batch of any size
@@ -26,16 +25,16 @@ def measure(cfg: ConfigDict, seconds: float) -> dict[str, Any]:
     training set cannot be opened, read, or cropped.
     """
     check_crop(cfg)
-    data = copy.deepcopy(cfg.data)
-    data.batch = min(data.batch, BATCH)
-    crop = random_crop(cfg.augment)
-    source = open_split(data, data.train, crop=crop)
+    cfg = copy.deepcopy(cfg)
+    data = cfg.data
+    data.batch, threads = min(data.batch, BATCH), data.threads
+    source = open_training(cfg)
     decodes = source.decodes
     ahead = data.workers * workers.READ_AHEAD if decodes else workers.READ_AHEAD
     with contextlib.closing(train_batches(source, data, 0, 0)) as reader:
         host = _rate((batch for _, batch in reader), seconds, ahead)
     data.threads = 1
-    batches = TrainBatches(open_split(data, data.train, crop=crop), data.batch, 0, 0, None, None)
+    batches = TrainBatches(open_training(cfg), data.batch, 0, 0, None, None)
     thread = _rate(map(batches.__getitem__, itertools.count()), seconds, 0)
     return {
         "images": len(source),
@@ -43,8 +42,8 @@ def measure(cfg: ConfigDict, seconds: float) -> dict[str, Any]:
         "width": source.size[1],
         "images_per_second_per_thread": thread,
         "images_per_second": host,
-        "workers": cfg.data.workers if decodes else 0,
-        "threads": cfg.data.threads if decodes else 1,
+        "workers": data.workers if decodes else 0,
+        "threads": threads if decodes else 1,
         "cores": len(os.sched_getaffinity(0)),
     }
 

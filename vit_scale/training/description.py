@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+from ml_collections import ConfigDict
 
 from vit_scale import config, data
 from vit_scale.models.parameters import count
@@ -52,6 +53,13 @@ def devices() -> dict:
     }
 
 
+def mixture(source: data.Source, cfg: ConfigDict) -> dict[str, dict[str, float]]:
+    """Return how often a run visits each example of each set of a mixture, if it is one."""
+    if not isinstance(source, data.Mixture):
+        return {}
+    return {"epochs": dict(source.epochs(cfg.steps, cfg.data.batch))}
+
+
 def summarise(setup: Setup, splits: Splits, track: Tracker) -> dict:
     """Return the content of report.json except the results."""
     cfg = setup.cfg
@@ -61,6 +69,7 @@ def summarise(setup: Setup, splits: Splits, track: Tracker) -> dict:
         "init": cfg.init.source,
         "resolution": list(config.image_size(cfg)),
         "data": data.describe(splits.train),
+        **mixture(splits.train, cfg),
         "images_per_second": track.images_per_second,
         "seconds": track.seconds,
         "devices": devices(),

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_scale.augment.random_crop import random_crop
 from vit_scale.augment.view import view
-from vit_scale.data import Source, open_split
+from vit_scale.data import Mixture, Source, open_split, open_training, relabel
 
 
 class Splits(NamedTuple):
@@ -19,12 +18,15 @@ class Splits(NamedTuple):
 
 def open_splits(cfg: ConfigDict) -> Splits:
     """Open the splits that the config names. Raises UserError where one can't be opened."""
-    seen = view(cfg.eval)
-    return Splits(
-        train=open_split(cfg.data, cfg.data.train, crop=random_crop(cfg.augment)),
-        selection=open_split(cfg.data, cfg.eval.split, seen) if cfg.eval.split else None,
-        final=open_split(cfg.data, cfg.eval.final, seen) if cfg.eval.final else None,
-    )
+    train = open_training(cfg)
+
+    def evaluated(split: str) -> Source | None:
+        if not split:
+            return None
+        source = open_split(cfg.data, split, view(cfg.eval))
+        return relabel(source, train.classes) if isinstance(train, Mixture) else source
+
+    return Splits(train, evaluated(cfg.eval.split), evaluated(cfg.eval.final))
 
 
 def class_ids(source: Source) -> tuple[str, ...]:

@@ -1,0 +1,138 @@
+"""Hugging Face's sets: columns are found by type, and what is ambiguous or missing is one line."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from tests.data.test_image_folder import block, everything, picture
+from tests.data.test_tar_shards import png, refused
+from vit_scale import data
+from vit_scale.data import image_files
+
+datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+FILES = ["b/1.png", "a/2.png", "b/3.png"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    image_files.print_once.cache_clear()
+
+
+def rows(labels=(1, 0, 1), names=("ant", "bee"), files=FILES, **more):
+    """Three pictures, of seeds 1 to 3, in columns "img" and "label"."""
+    images = [{"bytes": png(i), "path": file} for i, file in enumerate(files, 1)]
+    label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+    features = {"img": datasets.Image(), "label": label} | {k: f for k, (f, _) in more.items()}
+    columns = {"img": images, "label": list(labels)} | {k: v for k, (_, v) in more.items()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def hf_block(path, **changes):
+    return block(path, name="huggingface", **changes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows().to_parquet(tmp_path / "set/train-00000-of-00001.parquet")
+    rows((0,), files=["a/9.png"]).to_parquet(tmp_path / "set/validation-00000-of-00001.parquet")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/{split}-*.parquet", "/{split}-00000-of-{00001..00001}.parquet"]
+)
+def test_parquet_files(folder, pattern):
+    source = data.open_split(hf_block(f"{folder}{pattern}"), "train")
+    batch = everything(source)
+    assert source.classes == ("ant", "bee") and batch["label"].tolist() == [1, 0, 1]
+    for i, image in enumerate(batch["image"], 1):
+        np.testing.assert_array_equal(image, picture(8, 8, i))
+    assert source.examples.files.tolist() == [file.encode() for file in FILES]
+    test = data.open_split(hf_block(f"{folder}{pattern}"), "test")
+    assert (len(test), everything(test)["label"].tolist()) == (1, [0])
+
+
+def test_a_saved_set(tmp_path):
+    datasets.DatasetDict({"train": rows(), "test": rows((1,), files=["x"])}).save_to_disk(
+        tmp_path / "both"
+    )
+    assert len(data.open_split(hf_block(tmp_path / "both"), "test")) == 1
+    rows().select([2, 0]).save_to_disk(tmp_path / "one")
+    source = data.open_split(hf_block(tmp_path / "one"), "train")
+    assert everything(source)["label"].tolist() == [1, 1]
+    np.testing.assert_array_equal(everything(source)["image"][0], picture(8, 8, 3))
+    assert source.examples.files.tolist() == [b"3.png", b"1.png"]  # save_to_disk shortens them
+    assert "has no split 'val'; it has train" in refused(
+        lambda: data.open_split(hf_block(tmp_path / "one"), "val")
+    )
+
+
+def test_a_plain_table_of_bytes(tmp_path):
+    """Without Hugging Face's metadata, and without paths: sliced by position, which is said."""
+    table = pa.table({"jpg": [png(1), png(2)], "cls": [3, 0], "note": ["x", "y"]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    source = data.open_split(hf_block(tmp_path), "train")
+    assert source.classes == ("0", "1", "2", "3") and source.examples is None
+    assert everything(source)["label"].tolist() == [3, 0]
+    assert data.describe(data.open_split(hf_block(tmp_path), "train[:50%]"))["slices"] == "position"
+
+
+def test_text_labels_are_numbered_by_the_training_set(tmp_path):
+    for split, labels in (("train", "bab"), ("test", "b")):
+        text = (datasets.Value("string"), list(labels))
+        table = rows((0,) * len(labels), None, FILES[: len(labels)], kind=text)
+        table.remove_columns("label").to_parquet(tmp_path / f"{split}.parquet")
+    train, test = (data.open_split(hf_block(tmp_path), split) for split in ("train", "test"))
+    assert train.classes == test.classes == ("a", "b")
+    assert everything(train)["label"].tolist() == [1, 0, 1]
+    assert everything(test)["label"].tolist() == [1]
+
+
+def test_columns_are_named_where_their_types_do_not_decide(tmp_path):
+    more = {"coarse": (datasets.ClassLabel(names=["x", "y", "z"]), [2, 2, 0])}
+    rows(**more).to_parquet(tmp_path / "train.parquet")
+    error = refused(lambda: data.open_split(hf_block(tmp_path), "train"))
+    assert "columns label, coarse might be the labels" in error
+    assert "set --config.data.label_column" in error
+    source = data.open_split(hf_block(tmp_path, label_column="coarse"), "train")
+    assert source.classes == ("x", "y", "z") and everything(source)["label"].tolist() == [2, 2, 0]
+    error = refused(lambda: data.open_split(hf_block(tmp_path, image_column="imgs"), "train"))
+    assert "data.image_column='imgs' is not in" in error and "did you mean img?" in error
+
+
+def test_what_cannot_be_opened_is_one_line(tmp_path, folder, monkeypatch):
+    assert "cannot open nobody/nothing with Hugging Face's datasets: " in refused(
+        lambda: data.open_split(hf_block("nobody/nothing"), "train")
+    )
+    assert "no Parquet file matches data.path=" in refused(
+        lambda: data.open_split(hf_block(f"{tmp_path}/{{split}}.parquet"), "train")
+    )
+    (folder / "train-00000-of-00001.parquet").write_bytes(b"PAR1 and no more")
+    assert f"cannot open {folder} with" in refused(
+        lambda: data.open_split(hf_block(folder), "train")
+    )
+    rows(labels=(0, -1, 1)).to_parquet(tmp_path / "unlabelled/train.parquet")
+    assert "label -1 at position 1 is outside the 2 classes" in refused(
+        lambda: data.open_split(hf_block(tmp_path / "unlabelled"), "train")
+    )
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "needs the package datasets: launch/environment.sh hf" in refused(
+        lambda: data.open_split(hf_block(folder), "train")
+    )
+
+
+def test_corrupt_images_are_named_or_skipped(tmp_path):
+    images = [{"bytes": png(1), "path": "1"}, {"bytes": png(2)[:50], "path": "2"}]
+    images.append({"bytes": None, "path": str(tmp_path / "none.png")})
+    pq.write_table(pa.table({"img": images, "label": [0, 1, 0]}), tmp_path / "train.parquet")
+    source = data.open_split(hf_block(tmp_path), "train")
+    assert f"cannot read row 1 of {tmp_path} train: " in refused(lambda: everything(source))
+    assert "none.png: No such file" in refused(lambda: source.read(np.array([2])))
+    skipping = data.open_split(hf_block(tmp_path, on_corrupt="skip"), "train")
+    assert everything(skipping)["mask"].tolist() == [True, False, False]

@@ -1,0 +1,185 @@
+"""Sets that Hugging Face's `datasets` reads: Parquet files, saved sets, names on its hub.
+
+`datasets` converts Parquet files once to Arrow files in its cache, which are mapped into memory, so
+that an example is read without its row group. The image column and the label column are found by
+type, the classes' names in the file. Images stay encoded until they are cropped.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vit_scale.data.decode import Corrupt
+from vit_scale.data.encoded_images import EncodedImages
+from vit_scale.data.example_ids import Examples
+from vit_scale.data.image_folder import FOLDERS
+from vit_scale.data.patterns import SPLIT, find_files
+from vit_scale.data.sources import check_labels
+from vit_scale.errors import UserError, nearest
+from vit_scale.storage import cache
+from vit_scale.storage.errors import one_line
+
+INSTALL = "launch/environment.sh hf in a clone, or pip install datasets"
+PARQUET = ".parquet"
+SAVED = ("dataset_dict.json", "dataset_info.json")  # of Dataset.save_to_disk
+
+
+class HuggingFace(EncodedImages):
+    """The images of one split of a `datasets.Dataset`, which has an image and a label column."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        columns: tuple[str, str],
+        labels: np.ndarray,
+        classes: Sequence[str],
+        cfg: ConfigDict,
+    ):
+        super().__init__(name, classes, cfg)
+        self._rows, self._image = rows, columns[0]
+        self._labels = check_labels(labels, self.classes, name)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "examples"}  # workers need no names
+
+    @functools.cached_property
+    def examples(self) -> Examples | None:  # type: ignore[override]
+        """The examples' identity: the images' paths, if each has one of its own."""
+        column = self._rows.data.column(self._image).combine_chunks()
+        if not hasattr(column.type, "get_field_index") or column.type.get_field_index("path") < 0:
+            return None
+        names: list = column.field("path").to_pylist()
+        if None in names or len(set(names)) != len(names):
+            return None
+        return Examples(np.array([os.fsencode(name) for name in names]), self._labels)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        value: Any = self._rows[index][self._image]
+        if isinstance(value, dict):
+            value, path = value.get("bytes"), value.get("path")
+            if value is None and path:  # the file is beside the table
+                try:
+                    value = Path(path).read_bytes()
+                except OSError as error:
+                    raise Corrupt(f"{path}: {error.strerror}") from error
+        if not value:
+            raise Corrupt("it has no bytes")
+        return value, int(self._labels[index])
+
+    def location(self, index: int) -> str:
+        return f"row {index} of {self.name}"
+
+
+def source(cfg: ConfigDict, name: str) -> HuggingFace:
+    """Open the split `name` (train, val, validation, test) of the set at cfg.path.
+
+    The path is a folder of Parquet files, a pattern such as DIR/{split}-*.parquet, a folder that
+    `save_to_disk` wrote, or the name of a set on the hub. Without a test set, `test` is the
+    validation set. Raises UserError for a set that cannot be read, and where it is not clear which
+    column holds the images or the labels.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"data.name=huggingface needs the package datasets: {INSTALL}") from error
+    try:
+        splits = _splits(datasets, cfg.path)
+        found = next((split for split in FOLDERS[name] if split in splits), None)
+        if found is None:
+            raise UserError(f"{cfg.path} has no split {name!r}; it has {', '.join(splits)}")
+        rows, train = splits[found], splits.get("train", splits[found])
+    except UserError:
+        raise
+    except Exception as error:  # datasets and pyarrow raise any type
+        raise UserError(
+            f"cannot open {cfg.path} with Hugging Face's datasets: {one_line(error)}; correct "
+            "data.path, a folder, a pattern, or a name on the hub, which needs a network"
+        ) from error
+    image, label = (_column(datasets, rows, cfg, kind) for kind in ("image", "label"))
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    labels, classes = _labels(datasets, rows, train, label)
+    title = f"{cfg.path} {found}"
+    return HuggingFace(title, rows.select_columns([image]), (image, label), labels, classes, cfg)
+
+
+def _splits(datasets: Any, path: str) -> dict[str, Any]:
+    """Open the splits of a set by `datasets`."""
+    candidates = dict.fromkeys(split for names in FOLDERS.values() for split in names)
+    pattern = SPLIT in path or path.endswith(PARQUET)
+    if pattern or "://" in path or os.path.isdir(path):
+        named = {split: find_files(path, split, PARQUET) for split in candidates}
+        files = {
+            split: list(map(str, cache.stage(named[split]))) for split in named if named[split]
+        }
+        if files:
+            return datasets.load_dataset("parquet", data_files=files)
+        if pattern:
+            raise UserError(f"no Parquet file matches data.path={path}; correct the pattern")
+    if any(os.path.exists(os.path.join(path, name)) for name in SAVED):
+        saved = datasets.load_from_disk(path)
+        return saved if isinstance(saved, dict) else {"train": saved}
+    return datasets.load_dataset(path)
+
+
+def _column(datasets: Any, rows: Any, cfg: ConfigDict, kind: str) -> str:
+    """Return the column of images or labels: the named one, or the only one of that type."""
+    if named := cfg[f"{kind}_column"]:
+        if named not in rows.features:
+            hint = nearest(named, list(rows.features))
+            raise UserError(f"data.{kind}_column={named!r} is not in {cfg.path}; {hint}")
+        return named
+    tests = IMAGE_TYPES if kind == "image" else LABEL_TYPES
+    for test in tests:
+        fitting = [name for name, feature in rows.features.items() if test(datasets, feature)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            break
+    which = f"columns {', '.join(fitting)} might be" if fitting else "no column has the type of"
+    raise UserError(
+        f"{cfg.path}: {which} the {kind}s, of {', '.join(rows.features)}: "
+        f"set --config.data.{kind}_column"
+    )
+
+
+# Tests of a column's type, the surest first.
+IMAGE_TYPES = (
+    lambda datasets, feature: isinstance(feature, datasets.Image),
+    lambda datasets, feature: isinstance(feature, dict) and "bytes" in feature,
+    lambda datasets, feature: getattr(feature, "dtype", "") in ("binary", "large_binary"),
+)
+LABEL_TYPES = (
+    lambda datasets, feature: isinstance(feature, datasets.ClassLabel),
+    lambda datasets, feature: getattr(feature, "dtype", "").startswith(("int", "uint")),
+    lambda datasets, feature: getattr(feature, "dtype", "") in ("string", "large_string"),
+)
+
+
+def _labels(
+    datasets: Any, rows: Any, train: Any, column: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the labels and the names of the classes, which are the training set's."""
+    values, feature = _values(rows, column), rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return values, tuple(feature.names)
+    known = values if train is rows else _values(train, column)
+    if values.dtype.kind in "iu":
+        return values, tuple(map(str, range(int(known.max(initial=-1)) + 1)))
+    names = sorted(set(known.tolist()))
+    if unknown := sorted(set(values.tolist()) - set(names)):
+        raise UserError(f"class {unknown[0]!r} of {column} is not in the training set")
+    return np.searchsorted(np.array(names), values).astype(np.int32), tuple(names)
+
+
+def _values(rows: Any, column: str) -> np.ndarray:
+    return np.asarray(rows[column][:])
