@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
 
 def data() -> dict:
     return {
-        "name": "cifar10",  # cifar10 | folder | array_record | tar | huggingface | fractal
+        "name": "cifar10",  # folder | array_record | tar | huggingface | fractal, or a set that
+        # `vit-scale data download` knows: cifar10 | cifar100 | mnist | fashion_mnist | svhn |
+        # stl10 | flowers102 | pets | food101 | imagenette | imagewoof | tiny_imagenet
         "path": ".data",  # folder of the data set; generated sets are cached there
         "image_column": "",  # name=huggingface: column of the images; empty: the only one
         "label_column": "",  # name=huggingface: column of the labels; empty: the only one

@@ -62,6 +62,7 @@ HOMES = {
     "orbax": ("orbax-checkpoint", {"checkpoint"}),
     "PIL": ("pillow", {"data"}),
     "safetensors": ("safetensors", {"pretrained"}),
+    "scipy": ("scipy", {"data"}),
     "simplejpeg": ("simplejpeg", {"data"}),
     "tensorboardX": ("tensorboardX", {"tracking"}),
     "torch": ("torch", {"pretrained"}),  # where it is there: PyTorch's pickles
@@ -272,7 +273,7 @@ PLANTED = {
     "vit_scale/data/cifar.py": "from vit_scale.data.sources import Source\nimport grain\n",
     "vit_scale/augment/view.py": "import vit_scale.data\nfrom ml_collections import ConfigDict\n",
     "vit_scale/distributed/mesh.py": "from ml_collections import config_flags\nfrom . import x\n",
-    "vit_scale/novel.py": "def f():\n    import scipy\n",
+    "vit_scale/novel.py": "def f():\n    import pandas\n",
     "launch/tpu.py": "import json, jax\nfrom launch.states import State\nimport vit_scale\n",
     "launch/states.py": "def f():\n" + "    1\n" * 60,
 }
@@ -298,7 +299,7 @@ def test_planted_mistakes_are_found(planted):
     assert away_from_home(planted) == [
         f"{mesh} may be imported in cli, config only",
         "vit_scale/models/vit.py:1: wandb may be imported in tracking only",
-        "vit_scale/novel.py:2: give scipy a home in HOMES",
+        "vit_scale/novel.py:2: give pandas a home in HOMES",
     ]
     assert not_standard_library(planted) == [
         "launch/tpu.py:1: jax is not in the standard library",

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from vit_scale.data import cifar
+from vit_scale.data import downloads
 from vit_scale.errors import UserError
 
 
@@ -61,7 +61,8 @@ def server(monkeypatch):
 
 
 def get(folder, server, md5=MD5):
-    return cifar.download(folder, server.url, md5)
+    file = downloads.File(server.url, f"md5={md5}", "cifar-10-batches-py")
+    return downloads.download("cifar10", folder, [file])
 
 
 def refused(folder, server, md5=MD5) -> str:
@@ -154,5 +155,6 @@ def test_an_archive_with_paths_outside_its_folder_is_refused(tmp_path, server):
 
 
 def test_the_official_archive_is_downloaded_securely():
-    assert cifar.URL == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    assert cifar.MD5 == "c58f30108f718f92721af3d95e74349a"
+    (file,) = downloads.SETS["cifar10"].files
+    assert file.url == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    assert file.checksum == "md5=c58f30108f718f92721af3d95e74349a"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vit_scale.distributed import preemption
-from vit_scale.errors import USAGE, UserError, nearest, printable
+from vit_scale.errors import USAGE, UserError, printable
 
 UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
 
@@ -194,13 +194,10 @@ def export(args, overrides: Sequence[str]) -> None:
 
 
 def download_data(args, overrides: Sequence[str]) -> None:
-    from vit_scale.data import cifar
+    from vit_scale.data import downloads
 
     refuse(overrides, "data download")
-    sets = {"cifar10": cifar.download}
-    if args.set not in sets:
-        raise UserError(f"unknown data set {args.set!r}; {nearest(args.set, sets)}", USAGE)
-    print(sets[args.set](args.out))
+    print(downloads.download(args.set, args.out))
 
 
 def pack_data(args, overrides: Sequence[str]) -> None:

@@ -161,7 +161,11 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     verbs = sub.add_subparsers(dest="data_verb", metavar="VERB", required=True)
     text = "download a data set; resumable, verified by checksum"
     download = verbs.add_parser("download", help=text, description=text, allow_abbrev=False)
-    download.add_argument("set", metavar="SET", help="cifar10")
+    names = (
+        "cifar10, cifar100, mnist, fashion_mnist, svhn, stl10, flowers102, pets, food101, "
+        "imagenette, imagewoof, or tiny_imagenet"
+    )
+    download.add_argument("set", metavar="SET", help=names)
     download.add_argument("--out", default=".data", help="folder to unpack into (default: .data)")
     download.set_defaults(do=commands.download_data)
     text = "pack an image folder into ArrayRecord files; resumable"

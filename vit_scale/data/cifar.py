@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): download it, and read either official layout into memory.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): read their official layouts into memory.
 
 The Python layout is pickled, and a pickle can run any code: the unpickler here admits only what
 rebuilds an array of bytes, so that files of any origin are safe to open.
@@ -8,6 +8,7 @@ import contextlib
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,11 +17,8 @@ from ml_collections import ConfigDict
 from vit_scale.data.sources import InMemory, check_labels
 from vit_scale.errors import UserError
 from vit_scale.storage import paths
-from vit_scale.storage.download import fetch, unpack
 from vit_scale.storage.errors import user_errors
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-MD5 = "c58f30108f718f92721af3d95e74349a"  # as its page gives it
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 CLASSES = tuple(NAMES.split())
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -45,31 +43,33 @@ def source(cfg: ConfigDict, name: str) -> InMemory:
     for number, stem in enumerate(stems):
         file = folder / f"{stem}{suffix}"
         with user_errors(f"cannot read {file}", ADVICE):
-            planes, part = _read_binary(file) if suffix else _read_pickle(file)
+            planes, part = _read_binary(file) if suffix else _read_pickle(file, "labels", IMAGES)
         rows = slice(number * IMAGES, (number + 1) * IMAGES)
         images[rows] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[rows] = check_labels(part, CLASSES, str(file))
     return InMemory(f"cifar10 {name}", images, labels, CLASSES)
 
 
-def download(folder: str | Path, url: str = URL, md5: str = MD5) -> Path:
-    """Download and unpack CIFAR-10 into `folder`; return its `cifar-10-batches-py`.
+def source100(cfg: ConfigDict, name: str) -> InMemory:
+    """Read CIFAR-100's `train` (50,000 images) or `test` (10,000), with its 100 fine classes.
 
-    An archive that is already in `folder` is used, and an interrupted download is resumed. Raises
-    UserError if the network or the archive fails, and for a `folder` in a bucket, where nothing can
-    be unpacked.
+    cfg.path contains `cifar-100-python`, or is it. Raises UserError as `source` does.
     """
-    target = paths.parse(folder) / "cifar-10-batches-py"
-    if paths.in_bucket(target):
+    top = paths.parse(cfg.path)
+    candidates = (top / "cifar-100-python", top)
+    folder = next((f for f in candidates if (f / "meta").is_file()), None)
+    if folder is None:
         raise UserError(
-            f"--out {folder}: cannot unpack in a bucket; download to a disk, then copy the folder "
-            f"with `gcloud storage cp -r .data/{target.name} {target.parent}/`"
+            f"CIFAR-100 is not in {top}: run `vit-scale data download cifar100 --out {top}`"
         )
-    if not target.exists():
-        archive = Path(folder) / url.rpartition("/")[2]
-        fetch(url, archive, f"md5={md5}")
-        unpack(archive, target)
-    return target
+    advice = f"`vit-scale data download cifar100 --out {top}` downloads its files"
+    with user_errors(f"cannot read {folder}", advice):
+        classes = _unpickle(folder / "meta")["fine_label_names"]
+        classes = [c if isinstance(c, str) else c.decode() for c in classes]
+        planes, labels = _read_pickle(folder / name, "fine_labels", None)
+    images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = check_labels(labels, classes, str(folder / name))
+    return InMemory(f"cifar100 {name}", np.ascontiguousarray(images), labels, classes)
 
 
 def _find(path: Path) -> tuple[Path, str]:
@@ -97,24 +97,36 @@ def _read_binary(file: Path) -> Batch:
     return rows[:, 1:], rows[:, 0]
 
 
-def _read_pickle(file: Path) -> Batch:
-    """Read a pickled dict of `data`, uint8 [IMAGES, PIXELS], and `labels`, a list."""
+def _read_pickle(file: Path, field: str, images: int | None) -> Batch:
+    """Read a pickled dict of `data`, uint8 [n, PIXELS], and of a list of labels.
+
+    `images` is their number; None: any.
+    """
+    fields = _unpickle(file)
+    try:
+        data, labels = fields["data"], np.array(fields[field], np.int64)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{file} has no {field} ({error!r}); replace it") from error
+    n = len(labels) if images is None else images
+    if data.shape != (n, PIXELS) or labels.shape != (n,) or data.dtype != np.uint8:
+        raise UserError(
+            f"{file} has {data.dtype} pixels {data.shape} and labels {labels.shape}, not uint8 "
+            f"({n}, {PIXELS}) and ({n},); replace it"
+        )
+    return data, labels
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    """Read a pickled dict of arrays, texts and numbers; its keys become texts."""
     with io.BufferedReader(io.BytesIO(file.read_bytes())) as stream:  # type: ignore[type-var]
         try:
             content = ArrayUnpickler(stream, encoding="bytes").load()
-            fields = {k if isinstance(k, str) else k.decode(): v for k, v in content.items()}
-            data, labels = fields["data"], np.array(fields["labels"], np.int64)
+            return {k if isinstance(k, str) else k.decode(): v for k, v in content.items()}
         except Exception as error:  # broken pickles raise any type
             raise UserError(
                 f"{file}: byte {stream.tell()}: {error or type(error).__name__}; not an intact "
-                "CIFAR-10 batch, replace it"
+                "CIFAR batch, replace it"
             ) from error
-    if data.shape != (IMAGES, PIXELS) or labels.shape != (IMAGES,) or data.dtype != np.uint8:
-        raise UserError(
-            f"{file} has {data.dtype} pixels {data.shape} and labels {labels.shape}, not uint8 "
-            f"({IMAGES}, {PIXELS}) and ({IMAGES},); replace it"
-        )
-    return data, labels
 
 
 class ArrayUnpickler(pickle.Unpickler):

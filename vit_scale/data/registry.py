@@ -12,7 +12,16 @@ from ml_collections import ConfigDict
 
 from vit_scale.augment.random_crop import CROPS, RandomCrop, random_crop
 from vit_scale.augment.view import View, view
-from vit_scale.data import array_record, cifar, fractal, hugging_face, image_folder, tar_shards
+from vit_scale.data import (
+    array_record,
+    array_sets,
+    cifar,
+    fractal,
+    hugging_face,
+    image_folder,
+    photo_sets,
+    tar_shards,
+)
 from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
@@ -37,6 +46,17 @@ def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
 FILE_SPLITS = ("train", "test", "val", "validation")
 SETS = {  # by data.name
     "cifar10": DataSet(("train", "test"), cifar.source, lambda cfg: (32, 32)),
+    "cifar100": DataSet(("train", "test"), cifar.source100, lambda cfg: (32, 32)),
+    "mnist": DataSet(("train", "test"), array_sets.mnist, lambda cfg: (28, 28)),
+    "fashion_mnist": DataSet(("train", "test"), array_sets.mnist, lambda cfg: (28, 28)),
+    "svhn": DataSet(("train", "test"), array_sets.svhn, lambda cfg: (32, 32)),
+    "stl10": DataSet(("train", "test"), array_sets.stl10, lambda cfg: (96, 96)),
+    "flowers102": DataSet(("train", "val", "test"), photo_sets.flowers102, decoded_size),
+    "pets": DataSet(("train", "test"), photo_sets.pets, decoded_size),
+    "food101": DataSet(("train", "test"), photo_sets.food101, decoded_size),
+    "imagenette": DataSet(("train", "val", "test"), photo_sets.imagenette, decoded_size),
+    "imagewoof": DataSet(("train", "val", "test"), photo_sets.imagewoof, decoded_size),
+    "tiny_imagenet": DataSet(("train", "val", "test"), photo_sets.tiny_imagenet, decoded_size),
     "fractal": DataSet(("train", "test"), fractal.source, _fractal_size),
     "folder": DataSet(FILE_SPLITS, image_folder.source, decoded_size),
     "array_record": DataSet(FILE_SPLITS, array_record.source, decoded_size),

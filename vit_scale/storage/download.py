@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
@@ -137,17 +138,22 @@ def _check(file: Path, checksum: str) -> None:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack the folder named `target.name` from a .tar.gz, completely or not at all.
+    """Unpack the folder named `target.name` from a .tar.gz or .zip, completely or not at all.
 
-    Links and paths that lead out of the archive are refused. Raises UserError.
+    Links and paths that lead out of the archive are refused, or ignored in a .zip. Raises
+    UserError.
     """
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as stored:
+                stored.extractall(temporary)
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter="data")
         os.replace(temporary / target.name, target)
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot unpack {archive}: {error}; remove it and rerun") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
