@@ -33,12 +33,12 @@ def get_config() -> ConfigDict:
 
 def data() -> dict:
     return {
-        "name": "cifar10",  # folder | array_record | tar | huggingface | fractal, or a set that
-        # `vit-scale data download` knows: cifar10 | cifar100 | mnist | fashion_mnist | svhn |
+        "name": "cifar10",  # folder | array_record | tar | huggingface | tfds | fractal, or a set
+        # that `vit-scale data download` knows: cifar10 | cifar100 | mnist | fashion_mnist | svhn |
         # stl10 | flowers102 | pets | food101 | imagenette | imagewoof | tiny_imagenet
         "path": ".data",  # folder of the data set; generated sets are cached there
-        "image_column": "",  # name=huggingface: column of the images; empty: the only one
-        "label_column": "",  # name=huggingface: column of the labels; empty: the only one
+        "image_column": "",  # huggingface, tfds: column of the images; empty: the only one
+        "label_column": "",  # huggingface, tfds: column of the labels; empty: the only one
         "listing": "every",  # image files of a folder: every (that Pillow decodes) | common (nine
         # extensions, hidden folders inside a class too, class names up to a comma: older runs)
         "train": "train",  # split to train on: train, train[:45000], train[:98%]

@@ -16,7 +16,8 @@ from PIL import Image
 import vit_scale
 from vit_scale import config
 from vit_scale.data import registry
-from vit_scale.data.decode import Corrupt, EncodedImages, decoded_size
+from vit_scale.data.decode import Corrupt
+from vit_scale.data.encoded_images import EncodedImages, decoded_size
 
 CLASSES = ("checks", "rows", "columns")
 HERE = pathlib.Path("runs/custom_dataset")

@@ -3,6 +3,7 @@
 A batch has the same bytes for any number of decoding workers and of hosts, random crops included.
 """
 
+import io
 import threading
 
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 from tests.data.test_array_record import Inline
 from tests.data.test_image_folder import block, picture, save
 from tests.data.test_tar_shards import write_tar
+from tests.data.test_tfds_sets import prepare
 from vit_scale import data
 from vit_scale.augment.random_crop import RandomCrop
-from vit_scale.data import array_record, tar_shards
+from vit_scale.data import array_record, tar_shards, tfds_sets
 
 N, BATCH = 23, 6
 CROP = RandomCrop("torchvision", (0.3, 1.0), (3 / 4, 4 / 3), "random")
-STORAGES = ("folder", "array_record", "tar", "huggingface")
+STORAGES = ("folder", "array_record", "tar", "huggingface", "tfds")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ def storages(tmp_path_factory):
             write_tar(top / f"tar/train-{number}.tar", members)
         tar_shards.index_shards(str(top / "tar"))
     write_parquet(top, names)
+    write_tfds(top, names)
     return top
 
 
@@ -52,6 +55,26 @@ def write_parquet(top, names: list[str]) -> None:
     table.to_parquet(top / "huggingface/train.parquet", batch_size=5)
 
 
+def write_tfds(top, names: list[str]) -> None:
+    tfds = pytest.importorskip("tensorflow_datasets")
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=["class_0", "class_1", "class_2"]),
+        "file_name": tfds.features.Text(),
+    }
+    rows = [
+        {
+            "image": io.BytesIO((top / "folder/train" / name).read_bytes()),
+            "label": int(name[6]),
+            "file_name": name,
+        }
+        for name in names
+    ]
+    folder = prepare(top / "prepared", {"train": rows}, features)
+    tfds_sets.index_names(folder)
+    (top / "tfds").symlink_to(folder)
+
+
 def opened(storages, name: str, split: str = "train", crop=None, **changes):
     return data.open_split(block(storages / name, name=name, **changes), split, crop=crop)
 
@@ -61,8 +84,8 @@ def batches(source, workers: int, rows=None) -> list[dict]:
     return [batch for _, batch in data.train_batches(source, cfg, 5, 2, 7, rows)]
 
 
-# Hosts and workers. Starting workers is most of the time.
-FEW, MORE = ((2, 0), (1, 3)), ((1, 1), (2, 1), (2, 3))
+# Hosts and workers. Starting workers takes long, so most of these are slow tests.
+SETTINGS = ((2, 0), (1, 1), (1, 3), (2, 1), (2, 3))
 
 
 @pytest.mark.parametrize("name", STORAGES)
@@ -76,8 +99,14 @@ def test_a_batch_is_the_same_for_any_threads(storages, name):
             np.testing.assert_array_equal(left[field], right[field])
 
 
-@pytest.mark.parametrize("settings", [FEW, pytest.param(MORE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, SETTINGS[:1]) for name in STORAGES),
+        ("folder", SETTINGS[2:3]),
+        *(pytest.param(name, SETTINGS, marks=pytest.mark.slow) for name in STORAGES),
+    ],
+)
 def test_a_batch_is_the_same_for_any_workers_and_hosts(storages, name, settings):
     source = opened(storages, name, crop=CROP)
     whole = batches(source, 0)

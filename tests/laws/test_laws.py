@@ -161,6 +161,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cif
     assert losses(run) == losses(whole)  # each row once, with the same numbers
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_does_not_end_a_run(cifar, tmp_path, capsys):
     """It is older than the newest, so that training itself never reads it."""
     run = tmp_path / "run"

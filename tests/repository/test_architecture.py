@@ -64,6 +64,7 @@ HOMES = {
     "safetensors": ("safetensors", {"pretrained"}),
     "scipy": ("scipy", {"data"}),
     "simplejpeg": ("simplejpeg", {"data"}),
+    "tensorflow_datasets": ("tensorflow-datasets", {"data"}),  # an extra
     "tensorboardX": ("tensorboardX", {"tracking"}),
     "torch": ("torch", {"pretrained"}),  # where it is there: PyTorch's pickles
     "tqdm": ("tqdm", set()),
@@ -229,11 +230,11 @@ def test_what_is_imported_is_what_is_installed():
     declared = {
         re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + extras["inspect"]
     }
-    optional = {re.match(r"[\w-]+", line)[0] for line in extras["peers"] + extras["hf"]} & set(
-        HOMES
-    )
-    assert optional == {"torch", "datasets"}
-    assert declared == {distribution for distribution, _ in HOMES.values()} - optional
+    homes = {distribution for distribution, _ in HOMES.values()}
+    lines = extras["peers"] + extras["hf"] + extras["tfds"]
+    optional = {re.match(r"[\w-]+", line)[0] for line in lines} & homes
+    assert optional == {"torch", "datasets", "tensorflow-datasets"}
+    assert declared == homes - optional
 
 
 def test_launch_needs_only_the_standard_library():

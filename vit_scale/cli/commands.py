@@ -216,10 +216,13 @@ def pack_data(args, overrides: Sequence[str]) -> None:
 
 
 def index_data(args, overrides: Sequence[str]) -> None:
-    from vit_scale.data import tar_shards
+    from vit_scale.data import tar_shards, tfds_sets
 
     refuse(overrides, "data index")
-    counts = tar_shards.index_shards(args.path, args.workers)
+    if tfds_sets.is_prepared(args.path):
+        counts = tfds_sets.index_names(args.path)
+    else:
+        counts = tar_shards.index_shards(args.path, args.workers)
     print(f"{args.path}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 
 

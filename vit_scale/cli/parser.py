@@ -182,7 +182,7 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     text = "JPEG quality of reduced images (default: 95)"
     pack.add_argument("--quality", type=positive, default=95, help=text)
     pack.set_defaults(do=commands.pack_data)
-    text = "index tar shards (WebDataset's layout), which data.name=tar needs once"
+    text = "index tar shards (WebDataset's layout), or the file names of a tfds set"
     index = verbs.add_parser("index", help=text, description=text, allow_abbrev=False)
     index.add_argument("path", metavar="PATH", help="folder, or pattern such as DIR/{split}-*.tar")
     index.add_argument("--workers", type=int, help="number of processes (default: one per core)")

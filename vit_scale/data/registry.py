@@ -21,6 +21,7 @@ from vit_scale.data import (
     image_folder,
     photo_sets,
     tar_shards,
+    tfds_sets,
 )
 from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
@@ -62,6 +63,7 @@ SETS = {  # by data.name
     "array_record": DataSet(FILE_SPLITS, array_record.source, decoded_size),
     "tar": DataSet(FILE_SPLITS, tar_shards.source, decoded_size),
     "huggingface": DataSet(FILE_SPLITS, hugging_face.source, decoded_size),
+    "tfds": DataSet(FILE_SPLITS, tfds_sets.source, decoded_size),
 }
 
 
