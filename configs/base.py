@@ -85,6 +85,11 @@ def augment() -> dict:
         "mixup": 0.0,  # Beta(a, a) of mixup (Zhang et al. 2018); 0: off
         "cutmix": 0.0,  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
         "cutmix_share": 0.5,  # with both on: share of batches that use CutMix
+        "mix": "batch",  # mixup and CutMix drawn once per batch | pair | example
+        "erase": 0.0,  # probability of random erasing (Zhong et al. 2020); 0: off
+        "erase_area": (0.02, 1 / 3),  # erased area, as a fraction of the image
+        "erase_mode": "pixel",  # fill with 0 (const) | a random colour (rand) | noise (pixel)
+        "until": 1.0,  # mixing and erasing end after this fraction of the steps
         "smoothing": 0.0,  # label smoothing (Szegedy et al. 2016)
         "mean": (0.5, 0.5, 0.5),  # per channel, of pixels in [0, 1]
         "std": (0.5, 0.5, 0.5),  # per channel, of pixels in [0, 1]

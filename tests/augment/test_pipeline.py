@@ -209,6 +209,35 @@ def test_cutmix_target_is_the_area_left():
     assert len(shares) > 4
 
 
+@pytest.mark.parametrize("mode", ["pair", "example"])
+def test_mixing_is_drawn_for_each_pair_or_example(mode):
+    cfg = settings(mixup=1.0, cutmix=1.0, mix=mode)
+    batch = a_batch()
+    images, targets = augmented(batch, cfg)
+    chosen = drawn(cfg)
+    assert chosen["weight"].shape == (6,) and chosen["paste"].shape == (6, 4)
+    partner = [1, 0, 3, 2, 5, 4] if mode == "pair" else [5, 0, 1, 2, 3, 4]
+    if mode == "pair":
+        np.testing.assert_array_equal(chosen["weight"][::2], chosen["weight"][1::2])
+        np.testing.assert_array_equal(chosen["paste"][::2], chosen["paste"][1::2])
+    assert len(np.unique(chosen["weight"])) + len(np.unique(chosen["paste"], axis=0)) > 4
+    one_hot = np.eye(CLASSES)[batch["label"]]
+    for i, other in enumerate(partner):
+        top, left, bottom, right = chosen["paste"][i]
+        own = np.full(SOURCE, chosen["weight"][i])
+        own[top:bottom, left:right] = 0
+        mixed = own[..., None] * batch["image"][i] + (1 - own[..., None]) * batch["image"][other]
+        np.testing.assert_allclose(images[i], mixed, atol=1e-2)
+        share = own.mean()
+        expected = share * one_hot[i] + (1 - share) * one_hot[other]
+        np.testing.assert_allclose(targets[i], expected, atol=1e-5)
+
+
+def test_pairs_need_an_even_batch():
+    with pytest.raises(UserError, match=r"augment\.mix=pair needs an even data\.batch, not 5"):
+        augmented({k: v[:5] for k, v in a_batch().items()}, settings(mixup=1.0, mix="pair"))
+
+
 def test_cutmix_box_is_cut_from_the_image_in_its_proportions():
     _, paste = drawn_for_batches(settings(cutmix=1.0), size=(1000, 3000))
     top, left, bottom, right = paste.T

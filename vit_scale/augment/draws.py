@@ -29,13 +29,25 @@ def draw(
       paste, with mixup or CutMix on: int32 [top, left, bottom, right], the box in output pixels
         that is the partner's.
       weight, likewise: float32, the weight of an example's own pixels outside that box.
+      Both are [b, ...] unless augment.mix is "batch".
     """
     example_key, mix_key = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(example_key, jnp.arange(b))
     draws = jax.vmap(lambda k: _draw_crop(k, cfg, source))(keys)
     if cfg.mixup or cfg.cutmix:
-        draws |= _draw_mix(mix_key, cfg, size)
+        draws |= _draw_mixes(mix_key, b, cfg, size)
     return draws
+
+
+def _draw_mixes(
+    key: PRNGKeyArray, b: int, cfg: ConfigDict, size: tuple[int, int]
+) -> dict[str, Array]:
+    """Draw how a batch is mixed: once, or for each pair or example."""
+    if cfg.mix == "batch":
+        return _draw_mix(key, cfg, size)
+    numbers = jnp.arange(b) // (2 if cfg.mix == "pair" else 1)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+    return jax.vmap(lambda k: _draw_mix(k, cfg, size))(keys)
 
 
 def _draw_crop(key: PRNGKeyArray, cfg: ConfigDict, source: tuple[int, int]) -> dict[str, Array]:

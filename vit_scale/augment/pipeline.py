@@ -8,7 +8,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from vit_scale.augment.draws import draw
+from vit_scale.augment.erasing import MODES as ERASING_MODES
+from vit_scale.augment.erasing import draw_boxes, erase
 from vit_scale.augment.geometry import apply_view, flip, sample
+from vit_scale.augment.mixing import MODES as MIXING_MODES
 from vit_scale.augment.mixing import mix
 from vit_scale.augment.random_crop import CROPS as FILE_CROPS
 from vit_scale.augment.random_crop import RESAMPLES
@@ -18,6 +21,13 @@ from vit_scale.errors import UserError, nearest
 WHOLE = View("stretch", 1.0, "train")
 DEVICE_CROPS = ("none", "pad", "resized")
 CROPS = (*DEVICE_CROPS, *FILE_CROPS)
+CHOICES = {
+    "crop": CROPS,
+    "resample": RESAMPLES,
+    "mix": MIXING_MODES,
+    "erase_mode": ERASING_MODES,
+}
+ERASING = 0x65726173  # folded into the step's key, so that other draws stay what they are
 UNCROPPED = ("none", *FILE_CROPS)  # on the device
 
 
@@ -27,7 +37,8 @@ def train_images(
     """Return augmented, normalised images of `size` = (H, W), and soft targets, which sum to 1.
 
     Args:
-      batch: uint8 "image" [b, h, w, 3], int "label" [b] and bool "mask" [b].
+      batch: uint8 "image" [b, h, w, 3], int "label" [b] and bool "mask" [b]; and bool "late" if
+        the step is after augment.until.
       key: the step's.
       cfg: the config's augment block.
 
@@ -43,11 +54,18 @@ def train_images(
         images = sample(batch["image"], draws, size)
     # RandAugment belongs here: it is defined on pixels in [0, 255].
     images = _normalise(images, cfg)
-    # Random erasing belongs here: it fills with noise of the normalised scale.
+    late = batch.get("late", jnp.bool_(False))
+    if cfg.erase:
+        box_key, fill_key = jax.random.split(jax.random.fold_in(key, ERASING))
+        boxes = jnp.where(late, 0, draw_boxes(box_key, b, cfg, size))
+        images = erase(images, boxes, fill_key, cfg.erase_mode)
     targets = jax.nn.one_hot(batch["label"], classes)
     targets = (1 - cfg.smoothing) * targets + cfg.smoothing / classes  # Szegedy et al. 2016
     if "weight" in draws:
-        images, targets = mix(images, targets, batch["mask"], draws)
+        if cfg.until < 1:
+            draws["weight"] = jnp.where(late, 1.0, draws["weight"])
+            draws["paste"] = jnp.where(late, 0, draws["paste"])
+        images, targets = mix(images, targets, batch["mask"], draws, cfg.mix)
     return images, targets
 
 
@@ -64,11 +82,14 @@ def _normalise(images: Float[Array, "b H W 3"], cfg: ConfigDict) -> Float[Array,
 
 def check(cfg: ConfigDict) -> None:
     """Raise UserError for an invalid value in the augment block."""
-    for field, valid in (("crop", CROPS), ("resample", RESAMPLES)):
+    for field, valid in CHOICES.items():
         if cfg[field] not in valid:
             hint = nearest(cfg[field], valid)
             raise UserError(f"augment.{field}={cfg[field]!r} is unknown; {hint}")
     constraints = {
+        "erase": (0 <= cfg.erase <= 1, "a probability from 0 to 1"),
+        "erase_area": (_rising(cfg.erase_area, 1.0), "two numbers, 0 < low <= high <= 1"),
+        "until": (0 <= cfg.until <= 1, "a fraction of the steps from 0 to 1"),
         "pad": (cfg.pad >= 0, "at least 0 pixels"),
         "scale": (_rising(cfg.scale, 1.0), "two numbers, 0 < low <= high <= 1"),
         "ratio": (_rising(cfg.ratio, math.inf), "two numbers, 0 < low <= high"),

@@ -37,6 +37,8 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
     def train_step(state: TrainState, batch: dict, *teacher) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         augment_key, model_key = jax.random.split(key)
+        if cfg.augment.until < 1:
+            batch = {**batch, "late": state.step >= cfg.augment.until * cfg.steps}
         examples = objective.prepare(batch, augment_key, *teacher)
         grads, outputs = gradients(loss, state.params, examples, model_key, cfg.optim.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
