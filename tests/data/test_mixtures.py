@@ -129,6 +129,7 @@ def test_a_config_names_its_sets(folders, capsys):
         (("data.mixture=(('folder:x', 'y'),)",), 'which must be ("NAME:PATH", weight)'),
         (("data.mixture=(('foldr:x', 1),)",), "data.name='foldr' is unknown"),
         (("data.batch=1",), "data.batch=1 is too small for the 2 sets of data.mixture"),
+        (("data.repeats=2",), "data.repeats=2 cannot be combined with data.mixture"),
         (
             ("augment.crop=torchvision", "data.mixture=(('cifar10', 1), ('folder:x', 1))"),
             "data.name=cifar10 is in memory",

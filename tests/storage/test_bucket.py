@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import tarfile
 import threading
 import time
 
@@ -427,6 +428,36 @@ def test_an_image_folder_gives_the_same_batches(jpegs, images):
     same_batches(block("folder", jpegs), block("folder", images))
     with pytest.raises(UserError, match=r"gs://bucket/jpegs has no images|has no labelled split"):
         data.open_split(block("folder", images / "train"), "train")
+
+
+def test_tar_shards_are_indexed_in_a_bucket_and_read_by_ranges(
+    bucket, jpegs, tmp_path, monkeypatch
+):
+    """An image is one request for its bytes; shards are neither copied nor read as a whole."""
+    here, there = tmp_path / "tar", f"{bucket}/tar"
+    here.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(here / f"{split}.tar", "w") as tar:
+            tar.add(jpegs / split, ".")
+        content = (here / f"{split}.tar").read_bytes()
+        (paths.parse(there) / f"{split}.tar").write_bytes(content)
+    for path in (str(here), there):
+        assert cli.main(["data", "index", path, "--workers", "1"]) == 0
+    same_batches(block("tar", here), block("tar", f"{there}/{{split}}.tar"))
+    requests, read = [], file_system().cat_file
+
+    def cat_file(path, start=None, end=None):
+        requests.append((path, start, end))
+        return read(path, start=start, end=end)
+
+    source = data.open_split(block("tar", there), "train")
+    monkeypatch.setattr(file_system(), "cat_file", cat_file)
+    files = [source.encoded(index)[0] for index in (5, 0)]
+    assert all(file.startswith(b"\xff\xd8\xff") for file in files)
+    assert [end - start for _, start, end in requests] == list(map(len, files))
+    (paths.parse(there) / "train.tar").write_bytes(content)
+    with pytest.raises(UserError, match="and its index is of one with"):
+        data.open_split(block("tar", there), "train")
 
 
 def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(

@@ -41,7 +41,8 @@ def train_batches(
     """Yield (step, batch) for the steps start, start + 1, ..., stop - 1, or without end.
 
     Each epoch visits every example once, in its own order; a batch may span two epochs, so none is
-    short. Close the iterator to end its workers.
+    short. With cfg.repeats, each example is followed by its repetitions (repeated augmentation,
+    Hoffer et al. 2020). Close the iterator to end its workers.
 
     Args:
       source: the training set.
@@ -51,7 +52,7 @@ def train_batches(
       stop: the step after the last one.
       rows: this process's rows of the global batch; None: all.
     """
-    batches = TrainBatches(source, cfg.batch, seed, start, stop, rows)
+    batches = TrainBatches(source, cfg.batch, seed, start, stop, rows, cfg.repeats)
     with contextlib.closing(_read(batches, cfg.workers)) as reader:
         yield from enumerate(reader, start)
 
@@ -100,9 +101,11 @@ class TrainBatches:
         start: int,
         stop: int | None,
         rows: Int[np.ndarray, "r"] | None,
+        repeats: int = 1,
     ):
         self.source = source
         self._batch, self._seed, self._start = batch, seed, start
+        self._repeats = repeats
         self._steps = max(0, (sys.maxsize if stop is None else stop) - start)
         self._rows = np.arange(batch) if rows is None else rows
         self.rows = len(self._rows)
@@ -121,7 +124,7 @@ class TrainBatches:
     def _indices(self, step: int) -> Int[np.ndarray, "r"]:
         """Return the example of each of this process's rows."""
         if not isinstance(self.source, Mixture):
-            positions = step * self._batch + self._rows
+            positions = (step * self._batch + self._rows) // self._repeats
             return shuffled(positions, len(self.source), self._seed)
         which, positions = self.source.chosen(step, self._batch, self._rows, self._seed)
         indices = np.empty_like(positions)

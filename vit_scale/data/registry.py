@@ -165,6 +165,8 @@ def open_training(cfg: ConfigDict) -> Source:
             f"data.batch={data.batch} is too small for the {len(sources)} sets of data.mixture: it "
             f"must be at least {least}"
         )
+    if data.repeats > 1:
+        raise UserError(f"data.repeats={data.repeats} cannot be combined with data.mixture")
     epochs = mixture.epochs(cfg.steps, data.batch)
     shares = (f"{name} {count:.2f} epochs" for name, count in epochs)
     print_once(f"mixture in {cfg.steps:,} steps: {', '.join(shares)}")

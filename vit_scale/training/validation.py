@@ -35,6 +35,7 @@ LOWEST = {
     "steps": 1,
     "data.workers": 0,
     "data.threads": 1,
+    "data.repeats": 1,
     "eval.every": 0,
     "log.every": 1,
     "log.images": 0,
