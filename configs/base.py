@@ -82,7 +82,7 @@ def augment() -> dict:
         "ratio": (0.75, 4 / 3),  # width / height of a resized crop; TensorFlow's is (0.75, 1.33)
         "resample": "bicubic",  # torchvision, inception: bilinear | bicubic | lanczos | random (one
         # of the first two for each image)
-        "flip": False,  # mirror left-right with probability 1/2 (on the host, if that crops)
+        "flip": False,  # mirror left-right with probability 1/2
         "mixup": 0.0,  # Beta(a, a) of mixup (Zhang et al. 2018); 0: off
         "cutmix": 0.0,  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
         "cutmix_share": 0.5,  # with both on: share of batches that use CutMix

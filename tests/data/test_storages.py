@@ -18,7 +18,7 @@ from vit_scale.augment.random_crop import RandomCrop
 from vit_scale.data import array_record, tar_shards, tfds_sets
 
 N, BATCH = 23, 6
-CROP = RandomCrop("torchvision", (0.3, 1.0), (3 / 4, 4 / 3), "random", flip=True)
+CROP = RandomCrop("torchvision", (0.3, 1.0), (3 / 4, 4 / 3), "random")
 STORAGES = ("folder", "array_record", "tar", "huggingface", "tfds")
 
 

@@ -28,6 +28,7 @@ CHOICES = {
     "erase_mode": ERASING_MODES,
 }
 ERASING = 0x65726173  # folded into the step's key, so that other draws stay what they are
+UNCROPPED = ("none", *FILE_CROPS)  # on the device
 
 
 def train_images(
@@ -47,9 +48,7 @@ def train_images(
     check(cfg)
     b, h, w, _ = batch["image"].shape
     draws = draw(key, b, cfg, (h, w), size)
-    if cfg.crop in FILE_CROPS:
-        images = batch["image"].astype(jnp.float32)
-    elif (h, w) == size and cfg.crop == "none":
+    if (h, w) == size and cfg.crop in UNCROPPED:
         images = flip(batch["image"], draws["flip"])
     else:
         images = sample(batch["image"], draws, size)

@@ -3,8 +3,7 @@
 "torchvision" is torchvision's RandomResizedCrop, as timm, DeiT and MAE train with it. "inception"
 is TensorFlow's sample_distorted_bounding_box, as in big_vision. In the first the area and the
 logarithm of the aspect ratio are uniform, in the second the height and the aspect ratio itself.
-They also differ in what happens when a box does not fit. The host mirrors images, too: on a TPU it
-takes a quarter of a small ViT's step.
+They also differ in what happens when a box does not fit.
 """
 
 import math
@@ -65,7 +64,6 @@ class RandomCrop(NamedTuple):
     scale: tuple[float, float]
     ratio: tuple[float, float]
     resample: str
-    flip: bool = False
 
     def draw(self, image: tuple[int, int], draws: Draws) -> tuple[Box, str]:
         """Return the box of an image of (height, width) pixels, and the filter of its resizing."""
@@ -73,10 +71,6 @@ class RandomCrop(NamedTuple):
         if self.resample == "random":
             return box, RANDOM[draws.below(2)]
         return box, self.resample
-
-    def draw_flip(self, draws: Draws) -> bool:
-        """Return whether to mirror the image left and right; to be drawn after the box."""
-        return self.flip and draws.uniform() < 0.5
 
 
 def _torchvision(
@@ -155,4 +149,4 @@ def random_crop(cfg: ConfigDict) -> RandomCrop | None:
     """Return the crop of a config's augment block, or None for one that the device makes."""
     if cfg.crop not in CROPS:
         return None
-    return RandomCrop(cfg.crop, tuple(cfg.scale), tuple(cfg.ratio), cfg.resample, cfg.flip)
+    return RandomCrop(cfg.crop, tuple(cfg.scale), tuple(cfg.ratio), cfg.resample)

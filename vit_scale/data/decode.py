@@ -81,22 +81,10 @@ def decode_crop(
     """Decode to RGB pixels of `size` (height, width) the box that `crop` draws for this image.
 
     The box is cut out and then resized with antialiasing, so that no pixel outside of it counts.
-    With `exif` it is drawn for the image as a viewer would show it. The result is mirrored if the
-    crop draws that. `decoder` is "pillow", or "turbo" (turbo.py), with which Pillow decodes only
-    what is not an intact JPEG of RGB or grey. Raises Corrupt.
+    With `exif` it is drawn for the image as a viewer would show it. `decoder` is "pillow", or
+    "turbo" (turbo.py), with which Pillow decodes only what is not an intact JPEG of RGB or grey.
+    Raises Corrupt.
     """
-    pixels = _decode_crop(data, size, crop, draws, exif, decoder)
-    return pixels[:, ::-1] if crop.draw_flip(draws) else pixels
-
-
-def _decode_crop(
-    data: bytes,
-    size: tuple[int, int],
-    crop: RandomCrop,
-    draws: Draws,
-    exif: bool,
-    decoder: str,
-) -> np.ndarray:
     if decoder == "turbo":
         if stored := turbo.jpeg_size(data):
             return _crop_jpeg(data, stored, size, crop, draws, exif)
