@@ -126,7 +126,7 @@ def test_bad_splits_are_refused_in_one_line(split, message):
 
 
 def test_an_unknown_set_gets_a_suggestion():
-    with pytest.raises(UserError, match=r"data.name='cifar1' is unknown; did you mean cifar10\?"):
+    with pytest.raises(UserError, match=r"is unknown; did you mean cifar10 or cifar100\?"):
         data.open_split(block(name="cifar1"), "train")
 
 
