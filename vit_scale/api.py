@@ -12,9 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_scale import config, pretrained
-from vit_scale.augment.view import view
 from vit_scale.config import base
-from vit_scale.data import align, open_split
+from vit_scale.data import align, open_evaluation
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import USAGE, UserError
@@ -101,7 +100,7 @@ def evaluate(
         )
     mesh = make_mesh(cfg.mesh)
     validate_evaluation(cfg, mesh)
-    examples = open_split(cfg.data, split, view(cfg.eval))
+    examples = open_evaluation(cfg, split, source.classes)
     check_classes(examples, cfg)
     examples, line = align(examples, source.classes, cfg.init.classes)
     if not quiet:

@@ -10,8 +10,9 @@ from tests.data.test_image_folder import picture, save
 from tests.data.test_tar_shards import refused
 from tests.helpers.tiny import tiny_config
 from vit_scale import cli, config, data
-from vit_scale.data import InMemory, Mixture, relabel
+from vit_scale.data import InMemory, Mixture
 from vit_scale.data.loader import TrainBatches, shuffled
+from vit_scale.data.mixtures import relabel
 from vit_scale.training.splits import open_splits
 
 CLASSES = ("ant", "bee")
@@ -163,3 +164,5 @@ def test_a_run_reports_its_epochs(folders, tmp_path):
     report = json.loads((run / "report.json").read_text())
     assert report["epochs"] == {"one train": 16 / 12, "two train": 8 / 6}
     assert report["data"]["classes"] == 3
+    for verb in (["eval", str(run)], ["inspect", str(run), "--out", str(tmp_path / "page")]):
+        assert cli.main(verb) == 0, verb

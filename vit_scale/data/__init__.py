@@ -8,12 +8,13 @@ format of a set.
 
 from vit_scale.data.class_mapping import Match, align, match
 from vit_scale.data.loader import check_shared_memory, eval_batches, train_batches
-from vit_scale.data.mixtures import Mixture, relabel
+from vit_scale.data.mixtures import Mixture
 from vit_scale.data.registry import (
     are_files,
     check_crop,
     delivered_size,
     describe,
+    open_evaluation,
     open_split,
     open_training,
     views,
@@ -38,9 +39,9 @@ __all__ = [
     "describe",
     "eval_batches",
     "match",
+    "open_evaluation",
     "open_split",
     "open_training",
-    "relabel",
     "split_name",
     "train_batches",
     "views",

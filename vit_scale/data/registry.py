@@ -5,7 +5,7 @@ and add an entry to SETS.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from vit_scale.data import (
 from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
-from vit_scale.data.mixtures import Mixture
+from vit_scale.data.mixtures import Mixture, relabel
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.errors import UserError, nearest
@@ -171,6 +171,16 @@ def open_training(cfg: ConfigDict) -> Source:
     shares = (f"{name} {count:.2f} epochs" for name, count in epochs)
     print_once(f"mixture in {cfg.steps:,} steps: {', '.join(shares)}")
     return mixture
+
+
+def open_evaluation(cfg: ConfigDict, split: str, classes: Sequence[str]) -> Source:
+    """Open a split to evaluate on, cropped as the config's eval block says.
+
+    Of a model that was trained on data.mixture, whose `classes` are those of several sets, it is
+    labelled by them. Raises UserError as `open_split` does, and for a class that is not among them.
+    """
+    source = open_split(cfg.data, split, view(cfg.eval))
+    return relabel(source, classes) if cfg.data.mixture else source
 
 
 def parts(cfg: ConfigDict) -> list[ConfigDict]:

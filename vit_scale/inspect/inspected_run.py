@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from vit_scale import config, pretrained
 from vit_scale.augment.pipeline import eval_images
-from vit_scale.augment.view import view
-from vit_scale.data import Source, align, are_files, eval_batches, open_split, views
+from vit_scale.data import Source, align, are_files, eval_batches, open_evaluation, views
 from vit_scale.errors import UserError, printable
 from vit_scale.inference.predictor import decode_size
 from vit_scale.inspect import curves
@@ -93,7 +92,7 @@ class InspectedRun:
 
         Raises UserError if it is missing, or has other classes.
         """
-        source = open_split(self.cfg.data, split, view(self.cfg.eval))
+        source = open_evaluation(self.cfg, split, self.classes)
         check_classes(source, self.cfg)
         source, line = align(source, self.classes, self.cfg.init.classes)
         if line:

@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_scale.augment.view import view
-from vit_scale.data import Mixture, Source, open_split, open_training, relabel
+from vit_scale.data import Source, open_evaluation, open_training
 
 
 class Splits(NamedTuple):
@@ -20,13 +19,13 @@ def open_splits(cfg: ConfigDict) -> Splits:
     """Open the splits that the config names. Raises UserError where one can't be opened."""
     train = open_training(cfg)
 
-    def evaluated(split: str) -> Source | None:
-        if not split:
-            return None
-        source = open_split(cfg.data, split, view(cfg.eval))
-        return relabel(source, train.classes) if isinstance(train, Mixture) else source
-
-    return Splits(train, evaluated(cfg.eval.split), evaluated(cfg.eval.final))
+    return Splits(
+        train,
+        *(
+            open_evaluation(cfg, split, train.classes) if split else None
+            for split in (cfg.eval.split, cfg.eval.final)
+        ),
+    )
 
 
 def class_ids(source: Source) -> tuple[str, ...]:
