@@ -47,7 +47,7 @@ def data() -> dict:
         "slices": "example",  # how split slices are chosen: example (by path: the same for a packed
         # set, almost the same for one that grew) | position (in the list of files: older runs)
         "changed": False,  # resume although images were added or removed
-        "repeats": 1,  # times that each image is in a row, augmented anew (Hoffer et al. 2020)
+        "repeats": 1,  # times that a batch has each image, augmented anew (Hoffer et al. 2020)
         "batch": 128,  # global batch: images per step over all devices and hosts
         "resolution": 32,  # image height in pixels at the model's input
         "width": placeholder(int),  # image width in pixels at the model's input; None: square

@@ -233,9 +233,13 @@ def test_mixing_is_drawn_for_each_pair_or_example(mode):
         np.testing.assert_allclose(targets[i], expected, atol=1e-5)
 
 
-def test_pairs_need_an_even_batch():
-    with pytest.raises(UserError, match=r"augment\.mix=pair needs an even data\.batch, not 5"):
-        augmented({k: v[:5] for k, v in a_batch().items()}, settings(mixup=1.0, mix="pair"))
+def test_the_last_of_an_odd_number_has_no_partner():
+    """As where a tracker shows five images; a batch must be even."""
+    batch = {k: v[:5] for k, v in a_batch().items()}
+    images, targets = augmented(batch, settings(mixup=1.0, mix="pair"))
+    np.testing.assert_allclose(images[4], batch["image"][4], atol=1e-3)
+    np.testing.assert_allclose(targets[4], np.eye(CLASSES)[4], atol=1e-6)
+    assert np.abs(images[0] - batch["image"][0]).max() > 1
 
 
 def test_cutmix_box_is_cut_from_the_image_in_its_proportions():

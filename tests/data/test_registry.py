@@ -198,18 +198,15 @@ def test_resuming_at_any_step_continues_with_the_same_batches():
         assert labels(numbered(30), 7, start=start, stop=12) == whole[start:]
 
 
-def test_repeats_follow_their_image():
-    """The stream is that of single images, each several times, also from one batch to the next."""
+def test_repeats_are_spread_over_the_batch():
+    """A batch is a third as many images, three times: neighbours, which are mixed, differ."""
     source = numbered(30)
-    single = [x for _, batch in labels(source, 4, stop=20) for x in batch]
-    cfg = block(batch=4, workers=0, repeats=3)
+    single = [batch for _, batch in labels(source, 4, stop=20)]
+    cfg = block(batch=12, workers=0, repeats=3)
     batches = list(data.train_batches(source, cfg, 0, 0, 20))
-    stream = [x for _, batch in batches for x in batch["label"].tolist()]
-    assert stream == list(np.repeat(single, 3)[: len(stream)])
-    later = list(data.train_batches(source, cfg, 0, 13, 20, np.array([1, 2])))
-    assert [b["label"].tolist() for _, b in later] == [
-        b["label"][1:3].tolist() for _, b in batches[13:]
-    ]
+    assert [b["label"].tolist() for _, b in batches] == [three * 3 for three in single]
+    later = list(data.train_batches(source, cfg, 0, 13, 20, np.array([1, 7])))
+    assert [b["label"].tolist() for _, b in later] == [[b[1], b[3]] for b in single[13:]]
 
 
 def test_without_a_last_step_batches_never_end():

@@ -192,6 +192,27 @@ def test_an_image_without_a_label_is_named(shards, name, content, message):
     assert message in refused(lambda: index(shards))
 
 
+def test_the_order_of_shards_is_the_indexs(tmp_path):
+    """A range counts to 10, a folder is sorted by name: the same index serves both."""
+    for number in range(11):
+        write_tar(tmp_path / f"train-{number}.tar", {f"{number}.{x}": v for x, v in pair(number)})
+    index(tmp_path)
+    batches = [
+        everything(data.open_split(tar_block(f"{tmp_path}/{path}"), "train"))
+        for path in ("{split}-*.tar", "{split}-{0..10}.tar")
+    ]
+    for field in ("image", "label"):
+        np.testing.assert_array_equal(batches[0][field], batches[1][field])
+    (tmp_path / "train-4.tar").unlink()
+    assert "train-4.tar of" in refused(lambda: index(f"{tmp_path}/{{split}}-{{0..10}}.tar"))
+    assert "names several folders" in refused(lambda: index(f"{tmp_path}/{{0..1}}/train.tar"))
+
+
+def test_two_images_of_one_example_are_refused(shards):
+    write_tar(shards / "train-002.tar", {"e.cls": b"0", "e.png": png(7), "e.seg.png": png(8)})
+    assert "e.png and e.seg.png are images of one example" in refused(lambda: index(shards))
+
+
 def test_a_corrupt_member_is_named_or_skipped(shards):
     write_tar(shards / "train-002.tar", {"e.cls": b"0", "e.png": png(7)[:60]})
     index(shards)

@@ -30,6 +30,11 @@ from vit_scale.training.validation import check_attention
         (["objective=clasification"], "did you mean classification"),
         (["optim.warmup=10"], "optim.warmup=10 must be fewer than the run's steps=10"),
         (["data.resolution=20"], "image height 20 is not divisible by the patch size 8"),
+        (
+            ["augment.mix=pair", "data.batch=33"],
+            "augment.mix=pair needs an even data.batch, not 33",
+        ),
+        (["data.repeats=3"], "must be a multiple of data.repeats=3"),
         (["augment.crop=rezised"], "did you mean resized"),
         (["optim.freeze=('posembed',)"], "matches no parameter; did you mean posemb"),
         (["mesh.compiler=('fast',)"], "mesh.compiler: 'fast' is not FLAG=VALUE"),

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_scale.errors import UserError
-
 MODES = ("batch", "pair", "example")  # what one weight and one box are drawn for; timm's "elem"
 
 
@@ -43,10 +41,9 @@ def _partners(x: Array, mode: str) -> Array:
     """Return the entry of each example's partner."""
     if mode != "pair":
         return jnp.roll(x, 1, axis=0)
-    if len(x) % 2:
-        raise UserError(f"augment.mix=pair needs an even data.batch, not {len(x)}")
-    pairs = x.reshape(len(x) // 2, 2, *x.shape[1:])
-    return pairs[:, ::-1].reshape(x.shape)
+    even = len(x) // 2 * 2  # a few images for a tracker may be odd; a batch is not
+    pairs = x[:even].reshape(even // 2, 2, *x.shape[1:])[:, ::-1]
+    return jnp.concatenate([pairs.reshape(x[:even].shape), x[even:]])
 
 
 def _outside(box: Int[Array, "4"], size: tuple[int, ...]) -> Float[Array, "H W"]:

@@ -82,7 +82,7 @@ def _torchvision(
         area = (scale[0] + (scale[1] - scale[0]) * draws.uniform()) * (height * width)
         aspect = math.exp(logs[0] + (logs[1] - logs[0]) * draws.uniform())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if w <= width and h <= height:
+        if 0 < w <= width and 0 < h <= height:
             return Box(draws.below(height - h + 1), draws.below(width - w + 1), h, w)
     w, h = width, height
     if width / height < min(ratio):

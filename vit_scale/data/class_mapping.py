@@ -123,6 +123,7 @@ class Relabelled:
     def __init__(self, source: Source, classes: Sequence[str], outputs: Sequence[int]):
         self.name, self.size, self.decodes = source.name, source.size, source.decodes
         self.crops = getattr(source, "crops", False)
+        self.recorded: dict[str, object] = getattr(source, "recorded", {})
         self.classes = tuple(classes)
         self._source, self._outputs = source, np.array(outputs, np.int32)
 

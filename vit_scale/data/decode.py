@@ -134,7 +134,7 @@ def _scaled(box: Box, factor: int) -> Box:
 
 
 def _jpeg_orientation(data: bytes) -> Image.Transpose | None:
-    if not turbo.has_exif(data):
+    if not turbo.may_be_turned(data):
         return None
     try:
         with Image.open(io.BytesIO(data)) as image:

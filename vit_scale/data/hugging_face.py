@@ -54,10 +54,12 @@ class HuggingFace(EncodedImages):
     @functools.cached_property
     def examples(self) -> Examples | None:  # type: ignore[override]
         """The examples' identity: the images' paths, if each has one of its own."""
-        column = self._rows.data.column(self._image).combine_chunks()
+        column = self._rows.data.column(self._image)
         if not hasattr(column.type, "get_field_index") or column.type.get_field_index("path") < 0:
             return None
-        names: list = column.field("path").to_pylist()
+        names: list = []  # chunk by chunk, as a whole column would hold all images
+        for chunk in column.chunks:
+            names += chunk.field("path").to_pylist()
         if None in names or len(set(names)) != len(names):
             return None
         return Examples(np.array([os.fsencode(name) for name in names]), self._labels)
@@ -66,7 +68,7 @@ class HuggingFace(EncodedImages):
         value: Any = self._rows[index][self._image]
         if isinstance(value, dict):
             value, path = value.get("bytes"), value.get("path")
-            if value is None and path:  # the file is beside the table
+            if value is None and path:  # the table names a file
                 try:
                     value = Path(path).read_bytes()
                 except OSError as error:
@@ -170,6 +172,8 @@ def _labels(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the labels and the names of the classes, which are the training set's."""
     values, feature = _values(rows, column), rows.features[column]
+    if values.dtype.kind == "O" and None in values.tolist():
+        raise UserError(f"column {column} has rows without a label; remove them")
     if isinstance(feature, datasets.ClassLabel):
         return values, tuple(feature.names)
     known = values if train is rows else _values(train, column)

@@ -41,8 +41,8 @@ def train_batches(
     """Yield (step, batch) for the steps start, start + 1, ..., stop - 1, or without end.
 
     Each epoch visits every example once, in its own order; a batch may span two epochs, so none is
-    short. With cfg.repeats, each example is followed by its repetitions (repeated augmentation,
-    Hoffer et al. 2020). Close the iterator to end its workers.
+    short. With cfg.repeats, a batch is that of as many fewer examples, several times over (repeated
+    augmentation, Hoffer et al. 2020). Close the iterator to end its workers.
 
     Args:
       source: the training set.
@@ -124,7 +124,8 @@ class TrainBatches:
     def _indices(self, step: int) -> Int[np.ndarray, "r"]:
         """Return the example of each of this process's rows."""
         if not isinstance(self.source, Mixture):
-            positions = (step * self._batch + self._rows) // self._repeats
+            images = self._batch // self._repeats
+            positions = step * images + self._rows % images
             return shuffled(positions, len(self.source), self._seed)
         which, positions = self.source.chosen(step, self._batch, self._rows, self._seed)
         indices = np.empty_like(positions)
@@ -168,7 +169,7 @@ def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarr
     return examples
 
 
-@functools.lru_cache(maxsize=8)  # a batch may span two epochs, of each set of a mixture
+@functools.lru_cache(maxsize=32)  # a batch may span two epochs, of each set of a mixture
 def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
     # RandomState's stream is frozen (NEP 19), so upgrades of numpy do not change the order.
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))

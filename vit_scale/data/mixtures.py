@@ -54,8 +54,11 @@ class Mixture:
 
     @property
     def recorded(self) -> dict[str, object]:
-        prints = [getattr(source, "recorded", {}).get("fingerprint") for source in self.sources]
-        return {"fingerprint": "+".join(map(str, prints))} if all(prints) else {}
+        records = [getattr(source, "recorded", {}) for source in self.sources]
+        return {
+            field: "+".join(str(record.get(field, "none")) for record in records)
+            for field in ("fingerprint", "slices")
+        }
 
     def taken(self, step: int, batch: int) -> Int[np.ndarray, "s"]:
         """Return how many examples of each set the steps before `step` take.
@@ -122,6 +125,9 @@ def _union(sources: Sequence[Source]) -> tuple[tuple[str, ...], list[np.ndarray]
                 f"data.mixture: the classes of {source.name} have no names, and other sets have "
                 "other classes: name them, or mix sets of the same classes"
             )
+    for source in sources:
+        if len(set(source.classes)) < len(source.classes):
+            raise UserError(f"data.mixture: {source.name} has two classes of one name; rename one")
     names = list(dict.fromkeys(name for source in sources for name in source.classes))
     numbers = {name: number for number, name in enumerate(names)}
     labels = [np.array([numbers[name] for name in s.classes], np.int32) for s in sources]
@@ -131,10 +137,13 @@ def _union(sources: Sequence[Source]) -> tuple[tuple[str, ...], list[np.ndarray]
 def relabel(source: Source, classes: Sequence[str]) -> Source:
     """Return a source, such as an evaluation set, with its labels numbered as in `classes`.
 
-    Raises UserError for a class that is not among them.
+    Classes without names, of the same number, are taken to be in that order. Raises UserError for a
+    class that is not among them.
     """
-    if source.classes == tuple(classes):
+    unnamed = len(source.classes) == len(classes) and is_numbered(source.classes)
+    if source.classes == tuple(classes) or unnamed:
         return source
-    if unknown := [name for name in source.classes if name not in classes]:
+    numbers = {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in source.classes if name not in numbers]:
         raise UserError(f"class {unknown[0]!r} of {source.name} is in none of data.mixture's sets")
-    return Relabelled(source, classes, [list(classes).index(name) for name in source.classes])
+    return Relabelled(source, classes, [numbers[name] for name in source.classes])

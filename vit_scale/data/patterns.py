@@ -5,31 +5,53 @@ import itertools
 import re
 from pathlib import Path
 
+from vit_scale.errors import UserError
 from vit_scale.storage import paths
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 SPLIT = "{split}"
 
 
-def expand(pattern: str) -> list[Path]:
-    """Return the files that a path with {000..146}, *, ? or [abc] in its last part names."""
-    if match := RANGE.search(pattern):
-        first, last = match.groups()
-        numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
-        before, after = pattern[: match.start()], pattern[match.end() :]
-        return list(itertools.chain.from_iterable(expand(before + n + after) for n in numbers))
-    path = paths.parse(pattern)
+def expand(pattern: str, complete: bool = True) -> list[Path]:
+    """Return the files of one folder that a path with {000..146}, *, ? or [abc] names.
+
+    Raises UserError for a range that names several folders, and, if it has to be `complete`, for
+    one of which only some numbers have a file.
+    """
+    names = _numbered(pattern)
+    parents = {name.rpartition("/")[0] for name in names}
+    if len(parents) > 1:
+        raise UserError(f"{pattern} names several folders; put the files of a split into one")
+    parent = paths.parse(names[0]).parent
     try:
-        names = paths.sizes(path.parent)
+        present = sorted(paths.sizes(parent))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [path.parent / name for name in sorted(names) if fnmatch.fnmatchcase(name, path.name)]
+    matched = [fnmatch.filter(present, name.rpartition("/")[2]) for name in names]
+    if complete and any(matched) and not all(matched):
+        missing = names[matched.index([])]
+        raise UserError(f"{missing} of {pattern} is missing; copy it again, or correct the range")
+    return [parent / name for name in itertools.chain.from_iterable(matched)]
+
+
+def _numbered(pattern: str) -> list[str]:
+    """Return the pattern with each number of its ranges."""
+    match = RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return list(itertools.chain.from_iterable(_numbered(before + n + after) for n in numbers))
 
 
 def find_files(path: str, split: str, suffix: str) -> list[Path]:
-    """Return the files of one split: of a pattern with {split}, or SPLIT*SUFFIX in a folder."""
+    """Return the files of one split: of a pattern with {split}, or SPLIT*SUFFIX in a folder.
+
+    A range is that of the training set: other splits may have fewer files.
+    """
     if SPLIT in path:
-        return expand(path.replace(SPLIT, split))
+        return expand(path.replace(SPLIT, split), complete=split == "train")
     if path.endswith(suffix):
         return expand(path) if split == "train" else []
     return expand(f"{path}/{split}*{suffix}") or expand(f"{path}/{split}/*{suffix}")

@@ -130,9 +130,7 @@ def flowers102(cfg: ConfigDict, split: str) -> ImageFolder:
     from scipy.io import loadmat
 
     folder = _folder(cfg, "setid.mat")
-    with user_errors(
-        f"cannot read {folder}", "download the set again", also=(*DAMAGED, TypeError, IndexError)
-    ):
+    with user_errors(f"cannot read {folder}", "download the set again", also=MAT_ERRORS):
         read = {
             name: loadmat(io.BytesIO((folder / f"{name}.mat").read_bytes()))
             for name in ("setid", "imagelabels")

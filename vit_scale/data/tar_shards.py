@@ -23,7 +23,7 @@ from vit_scale.data.class_names import read_lines, readable
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.image_files import is_image
+from vit_scale.data.image_files import is_hidden, is_image
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
 from vit_scale.data.sources import check_labels
@@ -98,6 +98,7 @@ def source(cfg: ConfigDict, name: str) -> TarShards:
     if candidate != "train" and (others := find_files(cfg.path, "train", TAR)):
         train = _read_index(others, "train", cfg.path)
     folder = shards[0].parent
+    shards = [folder / shard for shard in index["shards"].tolist()]  # in the index's order
     classes = _class_names(folder, train)
     if "folders" in index and index is not train:  # numbered by this split's own folders
         index = _renumbered(index, train, shards[0])
@@ -250,7 +251,9 @@ def _examples(tar: tarfile.TarFile, shard: Path) -> Iterator[Member]:
             suffix = file[file.rindex(".") :].lower() if "." in file else ""
             if suffix in (".cls", ".json"):
                 label = _label(tar, info, shard, suffix)
-            elif is_image(file):
+            elif is_image(file) and not is_hidden(file.rpartition("/")[2]):
+                if image:
+                    raise UserError(f"{shard}: {image.file} and {file} are images of one example")
                 image = Member(file, info.offset_data, info.size, None)
         if image:
             folder = name.partition("/")[0] if "/" in name else None

@@ -107,6 +107,8 @@ def _tfds() -> Any:
 
 def _builder(path: str) -> Any:
     tfds = _tfds()
+    if "://" in path:
+        raise UserError(f"{path}: a set of TensorFlow Datasets must be on a disk; copy it there")
     try:
         builder = tfds.builder_from_directory(path) if is_prepared(path) else tfds.builder(path)
         prepared = bool(builder.info.splits)
@@ -167,10 +169,10 @@ def index_names(path: str) -> dict[str, int]:
     name = next((field for field in FILE_NAMES if field in features), None)
     if name is None:
         raise UserError(f"{path} has no feature {' or '.join(FILE_NAMES)}: nothing to index")
-    image, label = (
-        next(k for k, f in features.items() if type(f) is kind)
-        for kind in (_tfds().features.Image, _tfds().features.ClassLabel)
-    )
+    by_type = {type(feature): k for k, feature in features.items()}
+    image, label = (by_type.get(getattr(_tfds().features, t)) for t in ("Image", "ClassLabel"))
+    if image is None or label is None:
+        raise UserError(f"{path} has no image with a class; nothing to index")
     for split in builder.info.splits:
         rows, names, labels = _rows(builder, split, image), [], []
         for index in tqdm(range(len(rows)), desc=f"index {split}", unit="image", disable=None):

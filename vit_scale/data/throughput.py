@@ -27,7 +27,9 @@ def measure(cfg: ConfigDict, seconds: float) -> dict[str, Any]:
     check_crop(cfg)
     cfg = copy.deepcopy(cfg)
     data = cfg.data
-    data.batch, threads = min(data.batch, BATCH), data.threads
+    sets = max(1, len(data.mixture))
+    data.batch, threads = min(data.batch, max(BATCH, sets * sets)), data.threads
+    data.repeats = 1
     source = open_training(cfg)
     decodes = source.decodes
     ahead = data.workers * workers.READ_AHEAD if decodes else workers.READ_AHEAD

@@ -61,11 +61,21 @@ def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
     validate_evaluation(cfg, mesh)
     augment.check(cfg.augment)
     data.check_crop(cfg)
+    check_groups(cfg)
     check_method(cfg.init.resample)
     compiler_options(cfg.mesh, mesh)
     check_model(cfg, mesh)
     optimizer.check(cfg.optim, cfg.steps)
     objectives.check(cfg)
+
+
+def check_groups(cfg: ConfigDict) -> None:
+    """Raise UserError for a batch that does not consist of whole pairs or repetitions."""
+    batch, repeats = cfg.data.batch, cfg.data.repeats
+    if batch % repeats:
+        raise UserError(f"data.batch={batch} must be a multiple of data.repeats={repeats}")
+    if cfg.augment.mix == "pair" and batch % 2:
+        raise UserError(f"augment.mix=pair needs an even data.batch, not {batch}")
 
 
 def validate_evaluation(cfg: ConfigDict, mesh: AnyMesh) -> None:
