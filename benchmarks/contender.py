@@ -98,3 +98,18 @@ class Contender:
         if "error" in answer:
             raise UserError(answer["error"])
         return answer
+
+
+def start_all(
+    stack: contextlib.ExitStack, contenders: Mapping[str, Contender]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Start the contenders one by one; return those that are ready, and why the others are not."""
+    present: dict[str, Contender] = {}
+    absent: dict[str, str] = {}
+    for name, contender in contenders.items():
+        try:
+            present[name] = stack.enter_context(contender)
+        except (UserError, TimeUp) as error:
+            absent[name] = str(error)
+        print(f"{name}: {absent.get(name, 'ready')}", flush=True)
+    return present, absent

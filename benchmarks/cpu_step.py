@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.contender import Contender
+from benchmarks.contender import Contender, start_all
 from benchmarks.cpu_parts import processor
 from benchmarks.cpu_step_config import BATCH
 from benchmarks.measurement import HERE, RESULTS, TimeUp, spread
@@ -62,18 +62,19 @@ def measure(
 ) -> dict:
     """Let the contenders take turns, those that can; the others are absent, with the reason."""
     flops_each = flops_per_image(f"{CONFIG}:{case}")
-    absent: dict[str, str] = {}
     versions: dict[str, str] = {}
+    toys = ("--toy",) if toy else ()
+    contenders = {
+        name: Contender(
+            "speed_contender",
+            (f"{CONFIG}:{case}", *CONTENDERS[name], *toys),
+            lambda: deadline,
+            ENVIRONMENT,
+        )
+        for name in names
+    }
     with contextlib.ExitStack() as stack:
-        present = {}
-        for name in names:
-            arguments = (f"{CONFIG}:{case}", *CONTENDERS[name], *(["--toy"] * toy))
-            contender = Contender("speed_contender", arguments, lambda: deadline, ENVIRONMENT)
-            try:
-                present[name] = stack.enter_context(contender)
-            except (UserError, TimeUp) as error:
-                absent[name] = str(error)
-            print(f"{case}: {name}: {absent.get(name, 'ready')}", flush=True)
+        present, absent = start_all(stack, contenders)
         rates = take_turns(present, turns, absent)
         for name in rates:
             versions |= present[name].description["versions"]

@@ -22,13 +22,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.contender import Contender
+from benchmarks.contender import Contender, start_all
 from benchmarks.cpu_parts import processor
 from benchmarks.cpu_step import bracketed, take_turns
-from benchmarks.measurement import RESULTS, TimeUp, spread
+from benchmarks.measurement import RESULTS, spread
 from vit_scale.data import InMemory
 from vit_scale.data.loader import TrainBatches
-from vit_scale.errors import UserError
 from vit_scale.runs.json_files import write_json
 
 PROGRAMS = {  # name: (of loader_contender.PROGRAMS, the set that it reads)
@@ -51,18 +50,17 @@ def measure(
     folders: dict[str, pathlib.Path], workers: int, resample: str, turns: int, names: Sequence[str]
 ) -> dict:
     """Let the loaders take turns, each with so many workers; the others are absent."""
-    absent: dict[str, str] = {}
+    contenders = {
+        name: Contender(
+            "loader_contender",
+            (str(folders[PROGRAMS[name][1]]), PROGRAMS[name][0], str(workers), resample),
+            lambda: DEADLINE,
+            ENVIRONMENT,
+        )
+        for name in names
+    }
     with contextlib.ExitStack() as stack:
-        present = {}
-        for name in names:
-            program, kind = PROGRAMS[name]
-            arguments = (str(folders[kind]), program, str(workers), resample)
-            contender = Contender("loader_contender", arguments, lambda: DEADLINE, ENVIRONMENT)
-            try:
-                present[name] = stack.enter_context(contender)
-            except (UserError, TimeUp) as error:
-                absent[name] = str(error)
-            print(f"{resample}, {workers}: {name}: {absent.get(name, 'ready')}", flush=True)
+        present, absent = start_all(stack, contenders)
         rates = take_turns(present, turns, absent)
         versions = [present[name].description["versions"] for name in rates]
     reference = rates.get(REFERENCE)

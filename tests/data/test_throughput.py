@@ -37,9 +37,9 @@ def folder(tmp_path):
 
 def command(folder, *more: str) -> list[str]:
     fields = (f"path={folder}", "name=folder", "batch=4", "resolution=16", "workers=0", *more)
-    given = [f"--config.data.{field}" for field in fields]
+    overrides = [f"--config.data.{field}" for field in fields]
     crop = "--config.augment.crop=torchvision"
-    return ["data", "bench", "--config", "vit_tutorial_cifar", crop, "--seconds", "1", *given]
+    return ["data", "bench", "--config", "vit_tutorial_cifar", crop, "--seconds", "1", *overrides]
 
 
 def test_the_command(folder, capsys):

@@ -28,6 +28,11 @@ class Set(NamedTuple):
     folder: str = ""
 
 
+def _archive(url: str, checksum: str, unpacks: str) -> Set:
+    """Return the set that is one archive of one folder."""
+    return Set((File(url, checksum, unpacks),))
+
+
 TORONTO = "https://www.cs.toronto.edu/~kriz"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
@@ -35,23 +40,15 @@ STREET = "http://ufldl.stanford.edu/housenumbers"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas"
 SETS = {
-    "cifar10": Set(
-        (
-            File(
-                f"{TORONTO}/cifar-10-python.tar.gz",
-                "md5=c58f30108f718f92721af3d95e74349a",
-                "cifar-10-batches-py",
-            ),
-        )
+    "cifar10": _archive(
+        f"{TORONTO}/cifar-10-python.tar.gz",
+        "md5=c58f30108f718f92721af3d95e74349a",
+        "cifar-10-batches-py",
     ),
-    "cifar100": Set(
-        (
-            File(
-                f"{TORONTO}/cifar-100-python.tar.gz",
-                "md5=eb9058c3a382ffc7106e4002c42a8d85",
-                "cifar-100-python",
-            ),
-        )
+    "cifar100": _archive(
+        f"{TORONTO}/cifar-100-python.tar.gz",
+        "md5=eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
     ),
     "mnist": Set(
         (
@@ -78,14 +75,10 @@ SETS = {
         ),
         "svhn",
     ),
-    "stl10": Set(
-        (
-            File(
-                "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
-                "md5=91f7769df0f17e558f3565bffb0c7dfb",
-                "stl10_binary",
-            ),
-        )
+    "stl10": _archive(
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+        "md5=91f7769df0f17e558f3565bffb0c7dfb",
+        "stl10_binary",
     ),
     "flowers102": Set(
         (
@@ -114,33 +107,19 @@ SETS = {
         ),
         "oxford-iiit-pet",
     ),
-    "food101": Set(
-        (
-            File(
-                "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
-                "md5=85eeb15f3717b99a5da872d97d918f87",
-                "food-101",
-            ),
-        )
+    "food101": _archive(
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz",
+        "md5=85eeb15f3717b99a5da872d97d918f87",
+        "food-101",
     ),
-    "imagenette": Set(
-        (
-            File(
-                f"{FAST_AI}/imagenette2.tgz",
-                "md5=fe2fc210e6bb7c5664d602c3cd71e612",
-                "imagenette2",
-            ),
-        )
+    "imagenette": _archive(
+        f"{FAST_AI}/imagenette2.tgz", "md5=fe2fc210e6bb7c5664d602c3cd71e612", "imagenette2"
     ),
-    "imagewoof": Set((File(f"{FAST_AI}/imagewoof2.tgz", "", "imagewoof2"),)),
-    "tiny_imagenet": Set(
-        (
-            File(
-                "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-                "md5=90528d7ca1a48142e341f4ef8d21d0de",
-                "tiny-imagenet-200",
-            ),
-        )
+    "imagewoof": _archive(f"{FAST_AI}/imagewoof2.tgz", "", "imagewoof2"),
+    "tiny_imagenet": _archive(
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "md5=90528d7ca1a48142e341f4ef8d21d0de",
+        "tiny-imagenet-200",
     ),
 }
 

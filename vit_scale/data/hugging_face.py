@@ -95,10 +95,10 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
         raise UserError(f"data.name=huggingface needs the package datasets: {INSTALL}") from error
     try:
         splits = _splits(datasets, cfg.path)
-        found = next((split for split in FOLDERS[name] if split in splits), None)
-        if found is None:
+        split = next((candidate for candidate in FOLDERS[name] if candidate in splits), None)
+        if split is None:
             raise UserError(f"{cfg.path} has no split {name!r}; it has {', '.join(splits)}")
-        rows, train = splits[found], splits.get("train", splits[found])
+        rows, train = splits[split], splits.get("train", splits[split])
     except UserError:
         raise
     except Exception as error:  # datasets and pyarrow raise any type
@@ -110,7 +110,7 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     labels, classes = _labels(datasets, rows, train, label)
-    title = f"{cfg.path} {found}"
+    title = f"{cfg.path} {split}"
     return HuggingFace(title, rows.select_columns([image]), (image, label), labels, classes, cfg)
 
 
