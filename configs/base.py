@@ -83,6 +83,13 @@ def augment() -> dict:
         "resample": "bicubic",  # torchvision, inception: bilinear | bicubic | lanczos | random (one
         # of the first two for each image)
         "flip": False,  # mirror left-right with probability 1/2
+        "policy": "",  # timm's rand-m9-mstd0.5-inc1, original, v0, 3a, ... | big_vision's
+        # randaug(2,10) | torchvision's trivialaugment, autoaugment-imagenet, autoaugment-cifar10
+        "jitter": (0.0, 0.0, 0.0, 0.0),  # strength of brightness, contrast, saturation, hue
+        "jitter_chance": 1.0,  # probability of jitter
+        "grey": 0.0,  # probability of an image in grey
+        "blur": 0.0,  # probability of a Gaussian blur of 0.1 to 2 pixels
+        "solarize": 0.0,  # probability of inverting the levels from 128
         "mixup": 0.0,  # Beta(a, a) of mixup (Zhang et al. 2018); 0: off
         "cutmix": 0.0,  # Beta(a, a) of CutMix (Yun et al. 2019); 0: off
         "cutmix_share": 0.5,  # with both on: share of batches that use CutMix
@@ -90,7 +97,7 @@ def augment() -> dict:
         "erase": 0.0,  # probability of random erasing (Zhong et al. 2020); 0: off
         "erase_area": (0.02, 1 / 3),  # erased area, as a fraction of the image
         "erase_mode": "pixel",  # fill with 0 (const) | a random colour (rand) | noise (pixel)
-        "until": 1.0,  # mixing and erasing end after this fraction of the steps
+        "until": 1.0,  # changes of colour, mixing and erasing end after this fraction of steps
         "smoothing": 0.0,  # label smoothing (Szegedy et al. 2016)
         "mean": (0.5, 0.5, 0.5),  # per channel, of pixels in [0, 1]
         "std": (0.5, 0.5, 0.5),  # per channel, of pixels in [0, 1]

@@ -322,6 +322,7 @@ from vit_scale.config import base
 assert jax.device_count() == 8
 cfg, unmixed = base().augment, base().augment
 cfg.update({"crop": "resized", "flip": True, "mixup": 1.0, "smoothing": 0.1})
+cfg.policy = "rand-m9-mstd0.5-inc1-p1"
 unmixed.update({"crop": "resized", "flip": True})
 rng = np.random.default_rng(0)
 batch = {
@@ -329,8 +330,8 @@ batch = {
     "label": np.arange(16, dtype=np.int32) % 8,
     "mask": np.arange(16) != 5,
 }
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
 
 @jax.jit
 def run(batch, key):
@@ -338,7 +339,10 @@ def run(batch, key):
     return draws, augment.train_images(batch, key, cfg, (12, 8), 8)
 
 draws, (images, targets) = run(batch, jax.random.key(3))
-same, (images8, targets8) = run(sharded, jax.random.key(3))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    program = run.lower(sharded, jax.random.key(3)).compile()
+    assert "u8[2,3,12,8]" in program.as_text()  # a device's policies see its own images
+    same, (images8, targets8) = run(sharded, jax.random.key(3))
 assert len(images8.sharding.device_set) == 8
 for name in draws:
     np.testing.assert_array_equal(draws[name], same[name])

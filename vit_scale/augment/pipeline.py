@@ -13,6 +13,8 @@ from vit_scale.augment.erasing import draw_boxes, erase
 from vit_scale.augment.geometry import apply_view, flip, sample
 from vit_scale.augment.mixing import MODES as MIXING_MODES
 from vit_scale.augment.mixing import mix
+from vit_scale.augment.operations import apply_operations, draw_operations
+from vit_scale.augment.policies import make
 from vit_scale.augment.random_crop import CROPS as FILE_CROPS
 from vit_scale.augment.random_crop import RESAMPLES
 from vit_scale.augment.view import View
@@ -27,7 +29,8 @@ CHOICES = {
     "mix": MIXING_MODES,
     "erase_mode": ERASING_MODES,
 }
-ERASING = 0x65726173  # folded into the step's key, so that other draws stay what they are
+# Folded into the step's key, so that other draws stay what they are.
+ERASING, OPERATIONS = 0x65726173, 0x6F706572
 UNCROPPED = ("none", *FILE_CROPS)  # on the device
 
 
@@ -52,9 +55,12 @@ def train_images(
         images = flip(batch["image"], draws["flip"])
     else:
         images = sample(batch["image"], draws, size)
-    # RandAugment belongs here: it is defined on pixels in [0, 255].
-    images = _normalise(images, cfg)
     late = batch.get("late", jnp.bool_(False))
+    if made := make(cfg, size):
+        drawn = draw_operations(jax.random.fold_in(key, OPERATIONS), b, made, late)
+        whole = jnp.round(images).astype(jnp.uint8)
+        images = apply_operations(whole, drawn, made).astype(jnp.float32)
+    images = _normalise(images, cfg)
     if cfg.erase:
         box_key, fill_key = jax.random.split(jax.random.fold_in(key, ERASING))
         boxes = jnp.where(late, 0, draw_boxes(box_key, b, cfg, size))
@@ -86,8 +92,17 @@ def check(cfg: ConfigDict) -> None:
         if cfg[field] not in valid:
             hint = nearest(cfg[field], valid)
             raise UserError(f"augment.{field}={cfg[field]!r} is unknown; {hint}")
+    make(cfg, (1, 1))
     constraints = {
+        "jitter": (
+            len(cfg.jitter) == 4 and min(cfg.jitter) >= 0 and cfg.jitter[3] <= 0.5,
+            "four numbers of at least 0, the last at most 0.5",
+        ),
         "erase": (0 <= cfg.erase <= 1, "a probability from 0 to 1"),
+        "jitter_chance": (0 <= cfg.jitter_chance <= 1, "a probability from 0 to 1"),
+        "grey": (0 <= cfg.grey <= 1, "a probability from 0 to 1"),
+        "blur": (0 <= cfg.blur <= 1, "a probability from 0 to 1"),
+        "solarize": (0 <= cfg.solarize <= 1, "a probability from 0 to 1"),
         "erase_area": (_rising(cfg.erase_area, 1.0), "two numbers, 0 < low <= high <= 1"),
         "until": (0 <= cfg.until <= 1, "a fraction of the steps from 0 to 1"),
         "pad": (cfg.pad >= 0, "at least 0 pixels"),

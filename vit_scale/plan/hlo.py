@@ -5,7 +5,8 @@ estimates the cycles of its fusions, but not collectives, custom kernels or tran
 slices, which are counted in bytes instead.
 
 The walk covers the entry computation and the bodies of loops, as often as they run; a conditional
-counts as its most expensive branch. A fusion's estimate includes what it calls.
+counts as the mean of its branches, as RandAugment draws its operations. A fusion's estimate
+includes what it calls.
 """
 
 import functools
@@ -102,7 +103,9 @@ class Program:
             listed = instruction.search(r"branch_computations=\{([^}]*)\}") or ""
             names = re.findall(r"%([\w.\-~]+)", listed)
             names += re.findall(r"(?:true|false)_computation=%([\w.\-~]+)", instruction.text)
-            return [(max((self.cost_of(name) for name in names), key=lambda c: c.cycles), 1)]
+            costs = [self.cost_of(name) for name in names]
+            mean = sum(cost.cycles for cost in costs) // len(costs)
+            return [(max(costs, key=lambda cost: cost.cycles)._replace(cycles=mean), 1)]
         return []
 
     def trips(self, loop: Instruction) -> int:

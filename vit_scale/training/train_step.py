@@ -27,6 +27,7 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
     cfg, objective = setup.cfg, setup.objective
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     is_trained = trained(cfg.optim, setup.state.params)
+    abstract = setup.mesh.abstract_mesh
 
     def loss(params, examples, key):
         # No gradient flows to frozen parameters: a linear probe costs a forward pass.
@@ -39,7 +40,8 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
         augment_key, model_key = jax.random.split(key)
         if cfg.augment.until < 1:
             batch = {**batch, "late": state.step >= cfg.augment.until * cfg.steps}
-        examples = objective.prepare(batch, augment_key, *teacher)
+        with jax.sharding.use_abstract_mesh(abstract):  # what runs image by image splits by it
+            examples = objective.prepare(batch, augment_key, *teacher)
         grads, outputs = gradients(loss, state.params, examples, model_key, cfg.optim.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
