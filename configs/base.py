@@ -57,6 +57,8 @@ def data() -> dict:
         "memory": False,  # decode the whole set once and keep it in memory
         "workers": 2,  # decoding processes; 0: decode in the training process
         "threads": 1,  # decoding threads in each of these processes
+        "cache": 50.0,  # GiB of this machine's disk, shared by its processes, for what is read of
+        # ArrayRecord and tar shards in a bucket; 0: none, a request for each image of each epoch
         "decoder": "turbo",  # of augment.crop=torchvision and inception: turbo (libjpeg-turbo and
         # SIMD, two to three times as fast) | pillow
         "on_corrupt": "fail",  # fail | skip (mask the image and count it in the metrics)

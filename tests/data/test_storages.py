@@ -13,17 +13,18 @@ from tests.data.test_array_record import Inline
 from tests.data.test_image_folder import block, picture, save
 from tests.data.test_tar_shards import write_tar
 from tests.data.test_tfds_sets import prepare
+from tests.helpers.objects import upload
 from vit_scale import data
 from vit_scale.augment.random_crop import RandomCrop
 from vit_scale.data import array_record, tar_shards, tfds_sets
 
 N, BATCH = 23, 6
 CROP = RandomCrop("torchvision", (0.3, 1.0), (3 / 4, 4 / 3), "random")
-STORAGES = ("folder", "array_record", "tar", "huggingface", "tfds")
+STORAGES = ("folder", "array_record", "tar", "huggingface", "tfds", "array_record in a bucket")
 
 
 @pytest.fixture(scope="module")
-def storages(tmp_path_factory):
+def storages(tmp_path_factory, bucket):
     top = tmp_path_factory.mktemp("storages")
     names = [f"class_{number % 3}/{number:02}.png" for number in range(N)]
     for number, name in enumerate(names):
@@ -40,7 +41,8 @@ def storages(tmp_path_factory):
         tar_shards.index_shards(str(top / "tar"))
     write_parquet(top, names)
     write_tfds(top, names)
-    return top
+    upload(top / "array_record", f"{bucket}/storages")
+    return {name: top / name for name in STORAGES[:-1]} | {STORAGES[-1]: f"{bucket}/storages"}
 
 
 def write_parquet(top, names: list[str]) -> None:
@@ -76,7 +78,8 @@ def write_tfds(top, names: list[str]) -> None:
 
 
 def opened(storages, name: str, split: str = "train", crop=None, **changes):
-    return data.open_split(block(storages / name, name=name, **changes), split, crop=crop)
+    cfg = block(storages[name], name=name.partition(" ")[0], **changes)
+    return data.open_split(cfg, split, crop=crop)
 
 
 def batches(source, workers: int, rows=None) -> list[dict]:

@@ -1,7 +1,8 @@
 """`python tests/helpers/bucket.py PORT NAME`: serve an empty in-memory bucket.
 
 gcp-storage-emulator, with what tensorstore needs and it lacks: a download says which generation of
-the object it is, and a write or a deletion that names one fails if that is no more the newest.
+the object it is, and a download, a write or a deletion that names one fails if that is no more the
+newest.
 """
 
 import sys
@@ -23,6 +24,10 @@ def generation(request, storage, name: str) -> str:
 
 def tells(handle: Callable) -> Callable:
     def download(request, response, storage, *rest):
+        newest = generation(request, storage, request.params["object_id"])
+        if request.query.get("generation", [newest]) != [newest]:
+            response.status = HTTPStatus.NOT_FOUND
+            return
         handle(request, response, storage, *rest)
         response["x-goog-generation"] = generation(request, storage, request.params["object_id"])
 

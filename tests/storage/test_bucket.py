@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import logging
 import os
 import pathlib
 import pickle
@@ -18,6 +17,7 @@ import pytest
 
 from tests.checkpoint.test_checkpointer import like, save, trees
 from tests.checkpoint.test_checkpointer import same_bits as same_trees
+from tests.helpers.objects import record_requests, upload
 from tests.helpers.tracking import events, loss, tracker
 from tests.laws.test_laws import (
     Killed,
@@ -40,13 +40,6 @@ from vit_scale.storage.bucket import check_bucket, file_system, listing
 from vit_scale.training import trainer
 
 STEPS, EVERY = 12, 3
-
-
-def upload(folder: pathlib.Path, address: str) -> pathlib.Path:
-    """Copy every file below `folder` to the same name below `address`, whose path is returned."""
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        paths.parse(f"{address}/{file.relative_to(folder)}").write_bytes(file.read_bytes())
-    return paths.parse(address)
 
 
 @pytest.fixture(scope="module")
@@ -444,28 +437,29 @@ def test_tar_shards_are_indexed_in_a_bucket_and_read_by_ranges(
     for path in (str(here), there):
         assert cli.main(["data", "index", path, "--workers", "1"]) == 0
     same_batches(block("tar", here), block("tar", f"{there}/{{split}}.tar"))
-    requests, read = [], file_system().cat_file
-
-    def cat_file(path, start=None, end=None):
-        requests.append((path, start, end))
-        return read(path, start=start, end=end)
-
-    source = data.open_split(block("tar", there), "train")
-    monkeypatch.setattr(file_system(), "cat_file", cat_file)
+    source = data.open_split(block("tar", there, cache=0), "train")
+    cached = data.open_split(block("tar", there), "train")
+    for one in (cached, source):
+        assert [one.encoded(index) for index in (5, 0, 5)]
+    requests = record_requests(monkeypatch)
     files = [source.encoded(index)[0] for index in (5, 0)]
     assert all(file.startswith(b"\xff\xd8\xff") for file in files)
     assert [end - start for _, start, end in requests] == list(map(len, files))
+    assert [cached.encoded(index)[0] for index in (5, 0)] == files and len(requests) == 2
     (paths.parse(there) / "train.tar").write_bytes(content)
     with pytest.raises(UserError, match="and its index is of one with"):
         data.open_split(block("tar", there), "train")
 
 
-def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
-    bucket, jpegs, images, tmp_path, caplog
-):
-    packed = paths.parse(f"{bucket}/packed")
+@pytest.fixture(scope="module")
+def packed(bucket, images) -> pathlib.Path:
+    """The `jpegs` packed into the bucket."""
+    assert cli.main(["data", "pack", str(images), f"{bucket}/packed", "--workers", "1"]) == 0
+    return paths.parse(f"{bucket}/packed")
+
+
+def test_an_array_record_set_is_packed_into_a_bucket(packed, jpegs, images, tmp_path):
     array_record.pack(jpegs, tmp_path / "packed", workers=1)
-    assert cli.main(["data", "pack", str(images), str(packed), "--workers", "1"]) == 0
     for file in (tmp_path / "packed").iterdir():
         assert (packed / file.name).read_bytes() == file.read_bytes()
     before = listing(packed)
@@ -473,16 +467,98 @@ def test_an_array_record_set_is_packed_into_a_bucket_and_copied_once(
     again = listing(packed)
     shards = [name for name in again if name.endswith(".array_record")]
     assert [again[n]["generation"] for n in shards] == [before[n]["generation"] for n in shards]
-    with caplog.at_level(logging.WARNING):
-        here = block("array_record", tmp_path / "packed", workers=0)
-        same_batches(here, block("array_record", packed, workers=0))
-        assert caplog.text.count("copying 1 files") == 1
-        caplog.clear()
-        data.open_split(block("array_record", packed), "train")
-        assert not caplog.text
-    write_json(packed / "index.json", read_json(packed / "index.json") | {"version": 0})
-    with pytest.raises(UserError, match=r"^gs://bucket/packed/index.json has version 0"):
-        data.open_split(block("array_record", packed), "train")
+    for workers in (0, 1):
+        here, there = (
+            block("array_record", p, workers=workers) for p in (tmp_path / "packed", packed)
+        )
+        same_batches(here, there)
+    described = [data.describe(data.open_split(cfg, "train[:50%]")) for cfg in (here, there)]
+    assert described[0] == described[1]
+    assert not any(cache.local(packed).glob("*"))  # no shard is copied
+
+
+def test_a_shard_in_a_bucket_that_lacks_images_is_packed_again(bucket, jpegs, tmp_path):
+    shutil.copytree(jpegs / "train", tmp_path / "set/train")
+    (tmp_path / "set/train/class_1/001.jpg").write_bytes(b"no image")
+    there = paths.parse(f"{bucket}/skipping")
+    for _ in range(2):
+        counts = array_record.pack(tmp_path / "set", there, 1, on_corrupt="skip", shard=30)
+        assert counts == {"train": 47, "skipped": 1}
+    assert len(data.open_split(block("array_record", there), "train")) == 47
+
+
+def test_a_record_in_a_bucket_is_one_request_in_the_first_epoch(packed, monkeypatch):
+    """Whatever the processes are: one that reads the set for the first time has no request."""
+    shutil.rmtree(cache.folder("ranges"), ignore_errors=True)
+    requests, shard = record_requests(monkeypatch), "train-00000-of-00001.array_record"
+    source = data.open_split(block("array_record", packed), "train")
+    assert [name for name, *_ in requests] == ["index.json", shard]  # the end of the shard
+    requests.clear()
+    first = [source.encoded(index) for index in range(48)]
+    assert [name for name, *_ in requests] == [shard] * 48
+    fetched = [end - start for _, start, end in requests]
+    assert all(len(d) < n < len(d) + 200 for (d, _), n in zip(first, fetched, strict=True))
+    requests.clear()
+    assert [source.encoded(index) for index in range(48)] == first and not requests
+    another = data.open_split(block("array_record", packed), "train")
+    assert [another.encoded(index) for index in range(48)] == first
+    assert [name for name, *_ in requests] == ["index.json"]
+    uncached = data.open_split(block("array_record", packed, cache=0), "train")
+    requests.clear()
+    assert [uncached.encoded(index) for index in (3, 3)] == [first[3]] * 2 and len(requests) == 2
+
+
+def test_an_index_of_an_array_record_set_that_cannot_be_used_is_refused(bucket, packed):
+    other = upload_again(packed, f"{bucket}/other")
+    index = read_json(packed / "index.json")
+    index["splits"]["train"][0]["images"] = 40
+    write_json(other / "index.json", index)
+    with pytest.raises(
+        UserError, match=r"00001\.array_record has 48 records, and index.json says 40;"
+    ):
+        data.open_split(block("array_record", other), "train")
+    write_json(other / "index.json", index | {"version": 0})
+    with pytest.raises(UserError, match=r"^gs://bucket/other/index.json has version 0"):
+        data.open_split(block("array_record", other), "train")
+
+
+def upload_again(folder: pathlib.Path, address: str) -> pathlib.Path:
+    for name, _ in paths.entries(folder):
+        paths.parse(f"{address}/{name}").write_bytes((folder / name).read_bytes())
+    return paths.parse(address)
+
+
+@pytest.mark.parametrize("on_corrupt", ["fail", "skip"])
+def test_an_object_that_is_replaced_or_out_of_reach_stops_the_run(
+    bucket, packed, monkeypatch, on_corrupt
+):
+    """In one line, and even where corrupt images are skipped: the images are fine."""
+    from gcsfs.retry import HttpError
+
+    other = upload_again(packed, f"{bucket}/replaced-{on_corrupt}")
+    cfg = block("array_record", other, cache=0, on_corrupt=on_corrupt)
+    source, shard = data.open_split(cfg, "train"), other / "train-00000-of-00001.array_record"
+    assert source.read(np.arange(3))["mask"].all()
+    shard.write_bytes(shard.read_bytes())
+    with pytest.raises(UserError) as caught:
+        source.read(np.arange(3))
+    assert str(caught.value) == (
+        f"cannot read {shard}: it was replaced or removed after this command opened it: run it "
+        "again to read the new one"
+    )
+    source = data.open_split(cfg, "train")
+
+    def fail(*_, **__):
+        raise HttpError({"code": 503, "message": "backend\nerror"})
+
+    monkeypatch.setattr(file_system(), "cat_file", fail)
+    with pytest.raises(UserError) as caught:
+        source.read(np.arange(3))
+    assert str(caught.value) == (
+        f"cannot read {shard}: backend error, 503; check the network, and rerun the same command "
+        "to resume"
+    )
+    assert caught.value.code == RESUMABLE
 
 
 def test_too_little_disk_space_for_the_copies_is_refused(bucket, monkeypatch):

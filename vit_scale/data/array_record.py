@@ -6,8 +6,8 @@ name when it is complete, so that rerunning an interrupted command resumes. A re
 4 bytes little-endian, then the file's bytes. SPLIT-examples.npz has the records' file names, and
 `index.json` the contents of a finished set.
 
-ArrayRecord needs local files: shards in a bucket are copied to this machine once (`cache.stage`),
-and `pack` uploads each shard when it is complete.
+Shards in a bucket are read by ranges, a record each, through a cache (record_ranges.py); `pack`
+uploads each when it is complete.
 """
 
 import functools
@@ -25,9 +25,10 @@ from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import CHOICES, EncodedImages
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS, Listing, list_images
+from vit_scale.data.record_ranges import RecordRanges
 from vit_scale.data.shards import LABEL, READ, Shard, write_errors, write_shards
 from vit_scale.errors import UserError, nearest
-from vit_scale.storage import cache, files, paths
+from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
 VERSION = 2  # of a packed set's layout; 1 had no file names
@@ -49,7 +50,13 @@ class Records(EncodedImages):
         sizes = paths.sizes(folder)
         for file, shard in zip(self._shards, shards, strict=True):
             _check_size(file, sizes.get(file.name), shard["bytes"])
-        self._files = cache.stage(self._shards)
+        self._ranges = RecordRanges(self._shards, cfg.cache) if paths.in_bucket(folder) else None
+        for number, shard in enumerate(shards):
+            if self._ranges and (n := self._ranges.count(number)) != shard["images"]:
+                raise UserError(
+                    f"{self._shards[number]} has {n} records, and {INDEX} says {shard['images']}; "
+                    "copy it again, or pack the set again into a new folder"
+                )
         self._names: Path | None = None
         if listed := index.get("examples", {}).get(name):
             self._names = folder / listed["file"]
@@ -69,10 +76,10 @@ class Records(EncodedImages):
     def encoded(self, index: int) -> tuple[bytes, int]:
         shard, position = self._locate(index)
         try:
-            if shard not in self._readers:
-                self._readers[shard] = ArrayRecordReader(str(self._files[shard]), READ)
-            (record,) = self._readers[shard].read([position])
+            record = self._read(shard, position)
             (label,) = LABEL.unpack_from(record)
+        except (Corrupt, UserError):
+            raise
         except Exception as error:  # Riegeli raises several types
             raise Corrupt(one_line(error)) from error
         if label >= len(self.classes):
@@ -81,6 +88,14 @@ class Records(EncodedImages):
                 f"0..{len(self.classes) - 1} of its {INDEX}; pack the set again"
             )
         return record[LABEL.size :], label
+
+    def _read(self, shard: int, position: int) -> bytes:
+        if self._ranges:
+            return self._ranges.read(shard, position)
+        if shard not in self._readers:
+            self._readers[shard] = ArrayRecordReader(str(self._shards[shard]), READ)
+        (record,) = self._readers[shard].read([position])
+        return record
 
     def location(self, index: int) -> str:
         shard, position = self._locate(index)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from vit_scale.data.decode import Corrupt, shrink, verify
 from vit_scale.data.image_folder import Listing
+from vit_scale.data.record_ranges import RecordRanges
 from vit_scale.data.workers import parallel_map
 from vit_scale.errors import UserError
 from vit_scale.storage import cache, files, paths
@@ -34,11 +35,10 @@ class Shard:
 
 
 def _count(shard: Shard) -> int:
-    """Count the images in a finished shard; in a bucket it is downloaded only if some may lack."""
-    if paths.in_bucket(shard.file) and not shard.skip:
-        return len(shard.listing.labels)
-    (file,) = cache.stage([shard.file])
-    return ArrayRecordReader(str(file), READ).num_records()
+    """Count the images in a finished shard; in a bucket, where no part of it can be missing."""
+    if not paths.in_bucket(shard.file):
+        return ArrayRecordReader(str(shard.file), READ).num_records()
+    return RecordRanges([shard.file], 0).count(0) if shard.skip else len(shard.listing.labels)
 
 
 def write_shards(shards: list[Shard], workers: int | None) -> dict[Path, np.ndarray]:

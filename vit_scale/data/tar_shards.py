@@ -3,7 +3,7 @@
 An example is the members that share a name up to its first dot: an image, and its label, a number
 in NAME.cls or the "label" of NAME.json. Without labels, the first folder of NAME is the class.
 `index_shards` reads the headers once and writes SPLIT.index.npz beside the shards; after that an
-example is one read of its bytes, on disk or in a bucket.
+example is one read of its bytes, on disk or in a bucket, there through a cache.
 """
 
 import functools
@@ -31,6 +31,7 @@ from vit_scale.data.workers import parallel_map
 from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, user_errors
+from vit_scale.storage.ranges import RangeReader
 
 VERSION = 1
 BLOCK = tarfile.BLOCKSIZE
@@ -56,6 +57,7 @@ class TarShards(EncodedImages):
     ):
         super().__init__(name, classes, cfg)
         self._shards, self._index = shards, index
+        self._ranges = RangeReader(shards, cfg.cache)
         self._labels = check_labels(index["labels"], classes, name)
 
     def __len__(self) -> int:
@@ -70,7 +72,7 @@ class TarShards(EncodedImages):
             int(self._index[column][index]) for column in ("shard", "offset", "length")
         )
         try:
-            data = paths.read_range(self._shards[shard], offset, length)
+            data = self._ranges.read(shard, offset, length)
         except OSError as error:
             raise Corrupt(error.strerror or str(error)) from error
         if len(data) != length:

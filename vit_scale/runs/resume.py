@@ -24,6 +24,7 @@ OPERATIONAL = (
         "checkpoint.",
         "data.workers",
         "data.threads",
+        "data.cache",
         "data.path",
         "data.memory",
         "data.on_corrupt",

@@ -1,6 +1,6 @@
 """Local files that stand for objects: copies of them, and files that are still being written.
 
-They are below XDG_CACHE_HOME/vit_scale, or ~/.cache/vit_scale.
+They are below XDG_CACHE_HOME/vit_scale, or ~/.cache/vit_scale, and so is the range_cache.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ def local(path: pathlib.Path) -> pathlib.Path:
     """Return `path`, or the path in the cache that stands for an object.
 
     There are Weights & Biases' files until they are synced, logs until they are uploaded, and
-    copies of ArrayRecord files.
+    copies of whole files, such as Parquet.
     """
     if not in_bucket(path):
         return path

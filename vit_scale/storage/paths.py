@@ -98,11 +98,18 @@ def versions(folder: pathlib.Path) -> dict[str, Any]:
         return {e.name: (e.stat().st_mtime_ns, e.inode()) for e in scanned if e.is_file()}
 
 
-def read_range(path: pathlib.Path, offset: int, length: int) -> bytes:
-    """Return `length` bytes from `offset`, fewer at the file's end; one request in a bucket."""
+def read_range(
+    path: pathlib.Path, offset: int, length: int, generation: str | None = None
+) -> bytes:
+    """Return `length` bytes from `offset`, fewer at the file's end; one request in a bucket.
+
+    Raises FileNotFoundError if an object does not have that `generation` any more.
+    """
     if in_bucket(path):
         with os_errors(path):
-            return file_system().cat_file(str(path), start=offset, end=offset + length)
+            return file_system().cat_file(
+                str(path), start=offset, end=offset + length, generation=generation
+            )
     with open(path, "rb", buffering=0) as file:
         return os.pread(file.fileno(), length, offset)
 

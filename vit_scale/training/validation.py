@@ -35,6 +35,7 @@ LOWEST = {
     "steps": 1,
     "data.workers": 0,
     "data.threads": 1,
+    "data.cache": 0,
     "data.repeats": 1,
     "eval.every": 0,
     "log.every": 1,
@@ -88,7 +89,7 @@ def check_counts(cfg: ConfigDict) -> None:
     """Raise UserError for a count below the smallest that makes sense."""
     values = fields(cfg)
     for name, lowest in LOWEST.items():
-        if values[name] < lowest:
+        if not values[name] >= lowest:  # also for NaN
             raise UserError(f"{name}={values[name]} must be at least {lowest}")
 
 
