@@ -30,6 +30,7 @@ def test_a_different_config_is_refused_with_the_differences(tmp_path):
         "log.every=3",
         "checkpoint.keep=4",
         "data.workers=0",
+        "data.cache=0.",
         "data.path=elsewhere",
         "data.memory=True",
         "data.on_corrupt=skip",

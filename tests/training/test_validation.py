@@ -25,6 +25,8 @@ from vit_scale.training.validation import check_attention
         (["mesh.fsdp=3"], "mesh data=-1 x fsdp=3 x tensor=1: 1 devices are not divisible by 3"),
         (["steps=0"], "steps=0 must be at least 1"),
         (["log.every=0"], "log.every=0 must be at least 1"),
+        (["data.cache=-1."], "data.cache=-1.0 must be at least 0"),
+        (["data.cache=nan"], "data.cache=nan must be at least 0"),
         (["checkpoint.every=-1"], "checkpoint.every=-1 must be at least 0"),
         (["init.resample=corner"], "init.resample='corner' is unknown; did you mean corners"),
         (["objective=clasification"], "did you mean classification"),

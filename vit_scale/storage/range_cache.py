@@ -30,16 +30,18 @@ SPARE = 2 * GIB  # bytes of the disk that are left free, for checkpoints and log
 IN_USE = 3600.0  # seconds after its last use for which a file is not removed
 NOTED = 600.0  # seconds between notes of a file's use
 PAUSE = 60.0  # seconds without writing after the cache was full or failed
-SHARE = 256  # a process measures the cache after writing this fraction of its size
+SHARE, LARGEST = 256, 2**26  # a process measures the cache after writing this fraction of its
+# size, or so many bytes if they are fewer
 
 
 class RangeCache:
     """Ranges of objects, in up to `gib` GiB below the cache's folder. Safe for threads.
 
-    The size is kept to within 1/256 for each process that writes. When it is reached, objects that
-    nobody read for an hour are removed, the oldest first. Those in use stay, and what does not fit
-    is not cached: in an order that is shuffled anew each epoch, removing one range for another
-    gains nothing. A disk that fails or is full ends the caching for a minute, never the reading.
+    The size is kept to within 1/256, at most 64 MiB, for each process that writes. When it is
+    reached, objects that nobody read for an hour are removed, the oldest first. Those in use stay,
+    and what does not fit is not cached: in an order that is shuffled anew each epoch, removing one
+    range for another gains nothing. A disk that fails or is full ends the caching for a minute,
+    never the reading.
     """
 
     def __init__(self, gib: float):
@@ -105,7 +107,7 @@ class RangeCache:
                 return False
             if self._room < needed:
                 room = self._make_room(needed)
-                self._room = min(room, max(self._size / SHARE, needed))
+                self._room = min(room, max(min(self._size / SHARE, LARGEST), needed))
             if self._room < needed:
                 self._resumes = time.monotonic() + PAUSE
                 return False
