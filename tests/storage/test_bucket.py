@@ -37,6 +37,7 @@ from vit_scale.runs.lock import Lease
 from vit_scale.runs.run_folder import Run
 from vit_scale.storage import cache, compare_and_swap, files, paths
 from vit_scale.storage.bucket import check_bucket, file_system, listing
+from vit_scale.storage.ranges import RangeReader
 from vit_scale.training import trainer
 
 STEPS, EVERY = 12, 3
@@ -598,6 +599,19 @@ def test_generated_images_are_cached_in_the_bucket(bucket, tmp_path, monkeypatch
     assert len(paths.entries(paths.parse(there.path))) == 1
     monkeypatch.setattr(fractal, "_draw_all", None)
     assert len(data.open_split(there, "train")) == 16  # from the cache: drawing would fail
+
+
+def test_ranges_of_an_object_are_of_the_generation_that_it_had_at_first(bucket):
+    file = paths.parse(f"{bucket}/ranges/a.bin")
+    file.write_bytes(b"one and one")
+    first = RangeReader([file], 1)
+    assert first.read(0, 0, 3) == b"one"
+    file.write_bytes(b"two and two")
+    second = RangeReader([file], 1)
+    assert (second.read(0, 0, 3), second.read(0, 8, 3)) == (b"two", b"two")
+    assert first.read(0, 0, 3) == b"one"  # from the cache
+    with pytest.raises(UserError, match="a.bin: it was replaced or removed after"):
+        first.read(0, 8, 3)
 
 
 # Refusals
