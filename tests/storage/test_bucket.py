@@ -610,7 +610,7 @@ def test_ranges_of_an_object_are_of_the_generation_that_it_had_at_first(bucket):
     second = RangeReader([file], 1)
     assert (second.read(0, 0, 3), second.read(0, 8, 3)) == (b"two", b"two")
     assert first.read(0, 0, 3) == b"one"  # from the cache
-    with pytest.raises(UserError, match="a.bin: it was replaced or removed after"):
+    with pytest.raises(UserError, match=r"a\.bin: it was replaced or removed after"):
         first.read(0, 8, 3)
 
 
