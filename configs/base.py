@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
             "steps": 1000,  # optimizer steps in the whole run
             "stages": (),  # train NAME:ARG in WORKDIR/ARG for each ARG in turn, instead of one run
             "objective": "classification",  # a name in vit_scale.training.objectives.OBJECTIVES
+            "loss": "softmax",  # of the labels: softmax | sigmoid (binary cross-entropy, a sum over
+            # classes: big_vision) | binary (its mean; a mixed image has both classes: DeiT III)
             "data": data(),
             "augment": augment(),
             "model": model(),
@@ -122,6 +124,9 @@ def model() -> dict:
         "posemb": "learned",  # learned | sincos2d
         "dropout": 0.0,  # after position embeddings, attention and both MLP layers
         "drop_path": 0.0,  # stochastic depth (Huang et al. 2016): rises linearly to this rate
+        "drop_path_uniform": False,  # stochastic depth at the same rate in all blocks (DeiT III)
+        "layer_scale": 0.0,  # initial value of LayerScale (Touvron et al. 2021); 0: none
+        "head_bias": 0.0,  # initial bias of the head: -log(classes) for a loss per class
         "dtype": "float32",  # of the computation: float32 | bfloat16; parameters are float32
         "scan": True,  # scan one compiled block over the depth; False: unroll the blocks
         "remat": "none",  # rematerialisation: none | full | a jax.checkpoint_policies name
@@ -145,7 +150,7 @@ def distill() -> dict:
 
 def optim() -> dict:
     return {
-        "name": "adamw",  # adamw | sgd | lion | muon
+        "name": "adamw",  # adamw | sgd | lion | muon | lamb
         "lr": 1e-3,  # peak learning rate
         "schedule": "cosine",  # constant | cosine | linear | rsqrt | piecewise
         "warmup": 0,  # steps of linear warm-up from 0
@@ -154,8 +159,8 @@ def optim() -> dict:
         "cooldown": 0,  # rsqrt: steps of linear fall to 0 at the end
         "milestones": (0.6, 0.85),  # piecewise: fractions of steps at which lr is multiplied
         "factor": 0.1,  # piecewise: the multiplier
-        "b1": 0.9,  # adamw, lion, muon: decay of the first moment; sgd: momentum
-        "b2": 0.999,  # adamw, lion, muon's Adam: decay of the second moment
+        "b1": 0.9,  # adamw, lamb, lion, muon: decay of the first moment; sgd: momentum
+        "b2": 0.999,  # adamw, lamb, lion, muon's Adam: decay of the second moment
         "moment": "float32",  # dtype of the first moment: float32 | bfloat16
         "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
         "clip": 1.0,  # maximum global gradient norm; 0: off

@@ -57,6 +57,35 @@ def test_a_preset_has_an_alias_under_its_former_name(kind, old, variant):
     assert config.title(f"vit_{kind}:{variant}/16") == f"vit_{kind}-{variant}-16"
 
 
+RECIPES = {  # recipe: (sizes, fields that make it what it is)
+    "baselines": (
+        "S",
+        {"augment.policy": "randaug(2,10)", "model.pool": "gap", "augment.mixup": 0.2},
+    ),
+    "augreg": ("Ti S B L", {"loss": "sigmoid", "data.batch": 4096, "augment.crop": "inception"}),
+    "deit": ("Ti S B", {"augment.policy": "rand-m9-mstd0.5-inc1", "data.repeats": 3}),
+    "deit3": ("S B L", {"augment.policy": "3a", "optim.name": "lamb", "loss": "binary"}),
+    "deit3-224": ("B L", {"model.layer_scale": 1e-4, "data.resolution": 224}),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_recipes_are_accepted_for_their_sizes(recipe):
+    sizes, fields = RECIPES[recipe]
+    for size in ("Ti", "S", "B", "L"):
+        name = f"vit_imagenet:{size}/16,recipe={recipe}"
+        if size not in sizes.split():
+            with pytest.raises(UserError, match=f"recipe={recipe} is for .*, not {size}/16"):
+                config.load(name)
+            continue
+        cfg = config.load(name)
+        validate(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+        shown = flat(summary(cfg)["config"])
+        assert {field: shown[field] for field in fields} == fields
+    with pytest.raises(UserError, match="no recipe 'diet': give one of baselines, augreg, deit"):
+        config.load("vit_imagenet:S/16,recipe=diet")
+
+
 @pytest.mark.parametrize("kind", ["imagenet", "cifar"])
 def test_a_preset_of_another_size_is_refused(kind):
     with pytest.raises(UserError, match="no recipe for 'M/16': give one of Ti/16, S/16, B/16"):

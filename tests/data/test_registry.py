@@ -207,6 +207,9 @@ def test_repeats_are_spread_over_the_batch():
     assert [b["label"].tolist() for _, b in batches] == [three * 3 for three in single]
     later = list(data.train_batches(source, cfg, 0, 13, 20, np.array([1, 7])))
     assert [b["label"].tolist() for _, b in later] == [[b[1], b[3]] for b in single[13:]]
+    cfg = block(batch=11, workers=0, repeats=3)  # no multiple: the last image twice
+    batches = list(data.train_batches(source, cfg, 0, 0, 20))
+    assert [b["label"].tolist() for _, b in batches] == [(three * 3)[:11] for three in single]
 
 
 def test_without_a_last_step_batches_never_end():

@@ -477,6 +477,7 @@ def differ(left, right) -> bool:
 SWITCHES = {
     "seed": ("1",),
     "steps": ("9",),
+    "loss": ("sigmoid",),
     "data.batch": ("8",),
     "data.resolution": ("16",),
     "data.width": ("16",),
@@ -515,6 +516,9 @@ SWITCHES = {
     "model.posemb": ("sincos2d",),
     "model.dropout": (".1",),
     "model.drop_path": (".1",),
+    "model.drop_path_uniform": ("true", "model.drop_path=.1"),
+    "model.layer_scale": (".1",),
+    "model.head_bias": ("-1.",),
     "model.dtype": ("bfloat16",),
     "model.scan": ("false",),
     "model.remat": ("full",),
@@ -556,6 +560,8 @@ MORE = [  # further values of a switch that is in the table
     ("augment.crop=resized", "augment.crop=pad"),
     ("optim.name=lion", "optim.name=sgd"),
     ("optim.name=muon", "optim.name=adamw"),
+    ("optim.name=lamb", "optim.name=adamw"),
+    ("loss=binary", "loss=sigmoid"),
     ("optim.schedule=linear", "optim.schedule=constant"),
 ]
 

@@ -20,7 +20,7 @@ from vit_scale.models import convnets
 from vit_scale.models.build import build
 from vit_scale.models.parameters import count, is_statistic, named, with_statistics
 from vit_scale.pretrained import adapt
-from vit_scale.training.optimizer import layer_scale
+from vit_scale.training.optimizer import layer_multiplier
 from vit_scale.training.setup import make_setup, summary
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import jit_train_step
@@ -371,8 +371,8 @@ def test_a_hybrid_measures_in_training_only(hybrid):
 
 
 def test_layer_decay_takes_a_stem_for_the_embedding():
-    assert layer_scale("stem/convs/0/kernel", None, 0.5, 2) == 0.125
-    assert layer_scale("embed/kernel", None, 0.5, 2) == 0.125
+    assert layer_multiplier("stem/convs/0/kernel", None, 0.5, 2) == 0.125
+    assert layer_multiplier("embed/kernel", None, 0.5, 2) == 0.125
     make_setup(tiny_config("model.variant=C+Ti/8", "optim.layer_decay=0.5", "model.remat=full"))
 
 

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from scipy.special import erf
 
 from tests.helpers.tiny import random_images, random_params, tiny_config, tiny_model
 from vit_scale.config import base
 from vit_scale.errors import UserError
+from vit_scale.inference.export import without_layer_scale
 from vit_scale.models import attention, layers
 from vit_scale.models import vit as vit_module
 from vit_scale.models.build import build
@@ -408,6 +409,34 @@ def test_drop_path_grows_linearly(monkeypatch):
     vit = tiny_model("model.depth=4", "model.drop_path=0.3", "model.scan=False")
     vit.apply(random_params(vit), pixels(1), KEY)
     np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3], atol=1e-6)
+    rates.clear()
+    vit = tiny_model(
+        "model.depth=4", "model.drop_path=0.3", "model.drop_path_uniform=true", "model.scan=False"
+    )
+    vit.apply(random_params(vit), pixels(1), KEY)
+    np.testing.assert_allclose(rates, 4 * [0.3], atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", ["true", "false"])
+def test_layer_scale_multiplies_what_a_block_adds(scan):
+    """As layers with that much smaller weights would, which is how it is exported."""
+    scaled, plain = (
+        tiny_model(f"model.scan={scan}", f"model.layer_scale={value}") for value in (0.1, 0)
+    )
+    scales = [x for name, x in named(scaled.init(KEY)).items() if re.search(r"/scale[12]$", name)]
+    assert scales and {float(x) for array in scales for x in array.ravel()} == {np.float32(0.1)}
+    params = random_params(scaled)
+    folded = without_layer_scale(named(jax.tree.map(np.array, unstack(params))))
+    assert not any(re.search(r"/scale[12]$", name) for name in folded)
+    unrolled = traverse_util.unflatten_dict(folded, sep="/")
+    expected = jax.jit(plain.apply)(stack(unrolled) if scan == "true" else unrolled, pixels(2))
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(jax.jit(scaled.apply)(params, pixels(2)), expected, atol=1e-5)
+
+
+def test_head_bias_is_where_the_head_starts():
+    head = tiny_model("model.head_bias=-6.9").init(KEY)["head"]
+    assert set(np.asarray(head["bias"])) == {np.float32(-6.9)} and not head["kernel"].any()
 
 
 # Recomputation

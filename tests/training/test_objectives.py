@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from scipy.special import log_softmax
+from scipy.special import log_expit, log_softmax
 
 from tests.helpers.tiny import random_batch, random_params, tiny_config, tiny_model
 from vit_scale.errors import UserError
@@ -88,3 +88,33 @@ def test_dropout_is_on_with_the_key():
 def test_an_unknown_objective_names_the_nearest():
     with pytest.raises(UserError, match="objective='clasification' is unknown; did you mean class"):
         check(tiny_config("objective=clasification"))
+
+
+def test_a_loss_per_class_is_summed_or_its_mean(params):
+    """Equal to log-sigmoids by hand; `binary` counts both classes of a mixed image fully."""
+    examples = objective("augment.mixup=1.0").prepare(random_batch(), jax.random.key(3))
+    targets = np.asarray(examples["target"], np.float64)
+    assert ((targets > 0).sum(-1) == 2).any()
+    logits = np.asarray(jax.jit(tiny_model().apply)(params, examples["image"]), np.float64)
+
+    def per_class(targets):
+        return -targets * log_expit(logits) - (1 - targets) * log_expit(-logits)
+
+    for name, expected in {
+        "sigmoid": per_class(targets).sum(-1),
+        "binary": per_class(np.float64(targets > 0)).mean(-1),
+    }.items():
+        _, outputs = jax.jit(objective(f"loss={name}").loss)(params, examples, KEY)
+        np.testing.assert_allclose(outputs["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss=sigmod"], "loss='sigmod' is unknown; did you mean sigmoid"),
+        (["loss=binary", "augment.smoothing=0.1"], "augment.smoothing=0.1 must be 0"),
+    ],
+)
+def test_an_impossible_loss_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        check(tiny_config(*overrides))

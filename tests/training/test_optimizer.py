@@ -200,7 +200,26 @@ def test_muon_gives_the_rest_to_adam(pooled, muon_updates):
         np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+def test_lamb_equals_optax_where_weights_decay(params):
+    """And is Adam elsewhere: for biases, norms and tokens."""
+    params = unstack(params)  # optax has one ratio for a stacked array
+    cfg = optim_block(name="lamb", lr=0.1, weight_decay=0.3, clip=0.0)
+    grads = random_like(params, 1)
+    ours = named(updates_of(cfg, params, grads, steps=2))
+    lamb, adam = optax.lamb(0.1, weight_decay=0.3), optax.adam(0.1, eps=1e-6)
+    expected = {}
+    for name, optimizer in (("lamb", lamb), ("adam", adam)):
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(grads, state, params)
+        expected[name] = named(updates)
+    for name, update in ours.items():
+        wanted = expected["lamb" if name.endswith("kernel") else "adam"][name]
+        np.testing.assert_allclose(update, wanted, rtol=2e-5, atol=1e-7, err_msg=name)
+        assert not np.allclose(expected["lamb"][name], expected["adam"][name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "lamb"])
 def test_stacked_and_unrolled_blocks_are_trained_alike(params, name):
     cfg = optim_block(name=name, lr=0.1, weight_decay=0.3, layer_decay=0.5, clip=0.1)
     grads = random_like(params, 1)

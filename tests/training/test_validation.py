@@ -36,7 +36,6 @@ from vit_scale.training.validation import check_attention
             ["augment.mix=pair", "data.batch=33"],
             "augment.mix=pair needs an even data.batch, not 33",
         ),
-        (["data.repeats=3"], "must be a multiple of data.repeats=3"),
         (["augment.crop=rezised"], "did you mean resized"),
         (["optim.freeze=('posembed',)"], "matches no parameter; did you mean posemb"),
         (["mesh.compiler=('fast',)"], "mesh.compiler: 'fast' is not FLAG=VALUE"),

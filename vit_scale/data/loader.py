@@ -42,7 +42,8 @@ def train_batches(
 
     Each epoch visits every example once, in its own order; a batch may span two epochs, so none is
     short. With cfg.repeats, a batch is that of as many fewer examples, several times over (repeated
-    augmentation, Hoffer et al. 2020). Close the iterator to end its workers.
+    augmentation, Hoffer et al. 2020); the last ones once less if the batch is not a multiple. Close
+    the iterator to end its workers.
 
     Args:
       source: the training set.
@@ -124,7 +125,7 @@ class TrainBatches:
     def _indices(self, step: int) -> Int[np.ndarray, "r"]:
         """Return the example of each of this process's rows."""
         if not isinstance(self.source, Mixture):
-            images = self._batch // self._repeats
+            images = -(-self._batch // self._repeats)
             positions = step * images + self._rows % images
             return shuffled(positions, len(self.source), self._seed)
         which, positions = self.source.chosen(step, self._batch, self._rows, self._seed)

@@ -181,6 +181,17 @@ def _load_vit(run: str | os.PathLike) -> Pretrained:
     return loaded
 
 
+def without_layer_scale(params: Arrays) -> Arrays:
+    """Return the parameters with LayerScale multiplied into the layers before it."""
+    folded = dict(params)
+    for name, layer in (("scale1", "attention/out"), ("scale2", "mlp/down")):
+        for scale in [n for n in params if n.startswith("blocks/") and n.endswith(f"/{name}")]:
+            for leaf in ("kernel", "bias"):
+                folded[scale.removesuffix(name) + f"{layer}/{leaf}"] *= params[scale]
+            del folded[scale]
+    return folded
+
+
 def _stored_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
     """The parameters as arrays of the format; fixed position embeddings are stored as learned."""
     params = jax.tree.map(np.asarray, unstack(loaded.params))
@@ -193,7 +204,7 @@ def _stored_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
             f"{loaded.path} has a layer between pooling and head (model.representation="
             f"{representation}), which {fmt.title} doesn't support"
         )
-    arrays = to_arrays(fmt, named(params), shape.size.depth)
+    arrays = to_arrays(fmt, without_layer_scale(named(params)), shape.size.depth)
     if not shape.fc_norm:
         return arrays
     if not fmt.fc_norm:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
 from vit_scale.models.convolution import BatchNorm, Convolution, Mask, linear, max_pool
+from vit_scale.models.layers import new_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +122,6 @@ def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
 def in_order(modules: nnx.Dict) -> Iterator:
     """Yield the values of a `numbered` dict by number; its own order is that of text: 0, 1, 10."""
     return (modules[str(i)] for i in range(len(modules)))
-
-
-def new_head(width: int, cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return the classification head; its kernel is 0, so the initial loss is log(classes)."""
-    return nnx.Linear(width, cfg.classes, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
 
 class Classifier(nnx.Module):

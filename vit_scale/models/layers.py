@@ -126,6 +126,9 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, size, rngs)
         self.norm2 = layer_norm(cfg, size, rngs)
         self.mlp = MLP(cfg, size, rngs)
+        if cfg.layer_scale:
+            self.scale1 = nnx.Param(jnp.full((size.width,), float(cfg.layer_scale)))
+            self.scale2 = nnx.Param(jnp.full((size.width,), float(cfg.layer_scale)))
 
     def __call__(
         self,
@@ -140,15 +143,25 @@ class Block(nnx.Module):
         """
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
         attended = self.attention(self.norm1(x), first)
-        x = x[:, :first] + self.branch(attended, drop_path, keys[0], keys[1])
-        return x + self.branch(self.mlp(self.norm2(x), keys[2]), drop_path, keys[3], keys[4])
+        x = x[:, :first] + self.branch("scale1", attended, drop_path, keys[0], keys[1])
+        added = self.mlp(self.norm2(x), keys[2])
+        return x + self.branch("scale2", added, drop_path, keys[3], keys[4])
 
-    def branch(self, x: Array, drop_path, dropout_key, path_key) -> Array:
+    def branch(self, scale: str, x: Array, drop_path, dropout_key, path_key) -> Array:
+        """Return what is added to the residual stream; `scale` names the branch's LayerScale."""
         if dropout_key is not None and self.dropout:
             x = drop(x, self.dropout, dropout_key, x.shape)
+        if hasattr(self, scale):  # Touvron et al. 2021, arXiv 2103.17239
+            x = x * getattr(self, scale)[...].astype(x.dtype)
         if path_key is not None and self.drop_path:
             x = drop(x, drop_path, path_key, (x.shape[0], 1, 1))
         return x
+
+
+def new_head(width: int, cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:
+    """Return the classification head; its kernel is 0, so all classes are equally likely."""
+    bias, zeros = nnx.initializers.constant(cfg.head_bias), nnx.initializers.zeros_init()
+    return nnx.Linear(width, cfg.classes, kernel_init=zeros, bias_init=bias, rngs=rngs)
 
 
 class PatchEmbed(nnx.Module):

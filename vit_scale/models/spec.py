@@ -126,6 +126,8 @@ def check_choices(cfg: ConfigDict) -> None:
             f"model.representation={cfg.representation} must be at least 0, and "
             f"model.norm_epsilon={cfg.norm_epsilon} above 0"
         )
+    if cfg.layer_scale < 0:
+        raise UserError(f"model.layer_scale={cfg.layer_scale} must be at least 0 (0: off)")
     for field in ("dropout", "drop_path"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")

@@ -17,7 +17,14 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
-from vit_scale.models.layers import AttentionPool, Block, PatchEmbed, drop, layer_norm
+from vit_scale.models.layers import (
+    AttentionPool,
+    Block,
+    PatchEmbed,
+    drop,
+    layer_norm,
+    new_head,
+)
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import shape
 
@@ -42,6 +49,7 @@ class ViT(nnx.Module):
         self.shape, self.constrain = shape(cfg, image), constrain
         self.scan, self.remat = cfg.scan, remat_policy(cfg.remat)
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
+        self.first_drop_path = cfg.drop_path if cfg.drop_path_uniform else 0.0
         self.learned = cfg.posemb == "learned"
         size = self.shape.size
         if stem := self.shape.stem:
@@ -64,10 +72,9 @@ class ViT(nnx.Module):
             self.pool = AttentionPool(cfg, size, rngs)
         if cfg.representation:
             self.representation = nnx.Linear(size.width, cfg.representation, rngs=rngs)
-        zeros, width = nnx.initializers.zeros_init(), cfg.representation or size.width
-        self.head = nnx.Linear(width, cfg.classes, kernel_init=zeros, rngs=rngs)
+        self.head = new_head(cfg.representation or size.width, cfg, rngs)
         if cfg.distilled:
-            self.head_dist = nnx.Linear(size.width, cfg.classes, kernel_init=zeros, rngs=rngs)
+            self.head_dist = new_head(size.width, cfg, rngs)
 
     def __call__(
         self, images: Float[Array, "b H W 3"], key: Array | None = None
@@ -133,7 +140,7 @@ class ViT(nnx.Module):
     def transform(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b n d"]:
         """Return the tokens after the last block; unrolled, only those that the heads read."""
         depth, x = self.shape.size.depth, self.constrain(x)
-        rates = jnp.linspace(0.0, self.drop_path, depth)
+        rates = jnp.linspace(self.first_drop_path, self.drop_path, depth)
         keys = None if key is None else jax.random.split(key, depth)
         if self.scan:
             graph, stacked = nnx.split(self.blocks)

@@ -3,7 +3,7 @@
 One chain for every optimizer, in this order:
 
     clip the global norm -> direction (Adam, momentum, Lion, Muon) -> + weight decay * parameter
-      -> * layer decay -> * -lr
+      (-> * trust ratio: LAMB) -> * layer decay -> * -lr
 
 Transformations select parameters by name ("blocks/mlp/up/kernel"), never by rank, so that stacked
 blocks, which have a leading layer axis, train like unrolled ones. Frozen parameters are outside the
@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.parameters import is_statistic, map_named
+from vit_scale.models.parameters import is_statistic, map_named, name_of
 from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
 
 # The hidden matrices that Muon orthogonalises: their input and output axes, counted from the end. A
@@ -66,11 +66,16 @@ def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
     )
 
 
+def _lamb(cfg: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(cfg.b1, cfg.b2, eps=1e-6, mu_dtype=cfg.moment)
+
+
 OPTIMIZERS = {
     "adamw": _adamw,  # Loshchilov & Hutter 2019
     "sgd": _sgd,  # heavy-ball momentum, as ViT's fine-tuning
     "lion": _lion,  # Chen et al. 2023
     "muon": _muon,  # Jordan et al. 2024; Adam for what is not a hidden matrix
+    "lamb": _lamb,  # You et al. 2020; the trust ratio follows weight decay
 }
 
 
@@ -95,7 +100,29 @@ def depth(params: PyTree) -> int:
     return len(blocks) if "0" in blocks else jax.tree.leaves(blocks)[0].shape[0]
 
 
-def layer_scale(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
+def _scale_by_trust_ratio() -> optax.GradientTransformation:
+    """Scale each decayed parameter's update to its own norm, as apex's FusedLAMB does.
+
+    Unlike optax.scale_by_trust_ratio, a layer of stacked blocks has its own ratio. So have query,
+    key and value, which apex sees as one matrix.
+    """
+
+    def scale(updates, params):
+        def scaled(path: tuple, update, param):
+            name = name_of(path)
+            if not decayed(name):
+                return update
+            layers = name.startswith("blocks/") and not name.split("/")[1].isdigit()
+            axes = tuple(range(int(layers), update.ndim))
+            size, own = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (update, param))
+            return update * jnp.where((size == 0) | (own == 0), 1, own / size)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates, params)
+
+    return optax.stateless(scale)
+
+
+def layer_multiplier(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
     """Return `rate` to the power of the number of layers above (BEiT, Bao et al. 2022).
 
     Embedding, positions, and [CLS] are layer 0, block i is layer i + 1, and the rest is the last
@@ -115,7 +142,9 @@ def layer_scale(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
 
 def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
     def scale(updates, params):
-        return map_named(lambda name, leaf: leaf * layer_scale(name, leaf, rate, blocks), updates)
+        return map_named(
+            lambda name, leaf: leaf * layer_multiplier(name, leaf, rate, blocks), updates
+        )
 
     return optax.stateless(scale)
 
@@ -153,12 +182,13 @@ def make_optimizer(
       (optimizer, schedule); its updates are added by `apply_updates`.
     """
     schedule = make_schedule(cfg, steps)
+    decay = optax.add_decayed_weights(
+        cfg.weight_decay, lambda tree: map_named(lambda name, leaf: decayed(name), tree)
+    )
     chain = optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
         OPTIMIZERS[cfg.name](cfg),
-        optax.add_decayed_weights(
-            cfg.weight_decay, lambda tree: map_named(lambda name, leaf: decayed(name), tree)
-        ),
+        optax.chain(decay, _scale_by_trust_ratio()) if cfg.name == "lamb" else decay,
         _scale_by_layer(cfg.layer_decay, depth(params))
         if cfg.layer_decay != 1
         else optax.identity(),

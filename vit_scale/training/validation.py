@@ -71,12 +71,9 @@ def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
 
 
 def check_groups(cfg: ConfigDict) -> None:
-    """Raise UserError for a batch that does not consist of whole pairs or repetitions."""
-    batch, repeats = cfg.data.batch, cfg.data.repeats
-    if batch % repeats:
-        raise UserError(f"data.batch={batch} must be a multiple of data.repeats={repeats}")
-    if cfg.augment.mix == "pair" and batch % 2:
-        raise UserError(f"augment.mix=pair needs an even data.batch, not {batch}")
+    """Raise UserError for a batch that does not consist of whole pairs."""
+    if cfg.augment.mix == "pair" and cfg.data.batch % 2:
+        raise UserError(f"augment.mix=pair needs an even data.batch, not {cfg.data.batch}")
 
 
 def validate_evaluation(cfg: ConfigDict, mesh: AnyMesh) -> None:
@@ -122,7 +119,7 @@ def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: in
         required |= {"optim.train": ("all", frozen)}
     if isinstance(shape, convnets.Shape):
         required |= {"optim.layer_decay": (1.0, "applies to the blocks of a ViT")}
-        used = ("variant", "classes", "dtype", *convnets.FIELDS)
+        used = ("variant", "classes", "dtype", "head_bias", *convnets.FIELDS)
         required |= {
             f"model.{field}": (value, "applies to a ViT")
             for field, value in config.base().model.items()

@@ -12,6 +12,7 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
 from vit_scale.training.objectives.distillation import check_distill, distillation
+from vit_scale.training.objectives.losses import check_loss
 from vit_scale.training.objectives.objective import Objective
 
 __all__ = ["OBJECTIVES", "Objective", "check", "make_objective"]
@@ -28,11 +29,12 @@ def make_objective(model: Model, cfg: ConfigDict, teacher: Callable | None = Non
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise UserError for an unknown objective, and for a `distill` block that doesn't fit it."""
+    """Raise UserError for an unknown objective or loss, or a `distill` block that doesn't fit."""
     if cfg.objective not in OBJECTIVES:
         raise UserError(
             f"objective={cfg.objective!r} is unknown; {nearest(cfg.objective, OBJECTIVES)}"
         )
+    check_loss(cfg)
     check_distill(cfg.distill)
     if cfg.objective == "distillation" and not cfg.distill.teacher:
         raise UserError("objective=distillation needs --config.distill.teacher=RUN")

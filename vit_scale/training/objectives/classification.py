@@ -1,19 +1,19 @@
-"""Classification: softmax cross-entropy with soft targets."""
+"""Classification: cross-entropy with soft targets."""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
 from vit_scale.config import image_size
 from vit_scale.models.build import Model
+from vit_scale.training.objectives.losses import LOSSES
 from vit_scale.training.objectives.objective import Objective, reduce_losses
 
 
 def classification(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
-    """Softmax cross-entropy with soft targets (mixup, CutMix, smoothing), in float32.
+    """The config's loss (losses.py) with soft targets (mixup, CutMix, smoothing), in float32.
 
     The mean over the unmasked examples of the global batch. A model with two heads is trained on
     the mean of their logits, which is what it predicts. An example is "correct" where the class of
@@ -28,7 +28,7 @@ def classification(model: Model, cfg: ConfigDict, teacher: Callable | None = Non
 
     def loss(params, examples, key):
         out = model.train(params, examples["image"], key, examples["mask"])
-        losses = optax.softmax_cross_entropy(out.prediction, examples["target"])
+        losses = LOSSES[cfg.loss](out.prediction, examples["target"])
         return reduce_losses(losses, out, examples)
 
     return Objective(prepare, loss)

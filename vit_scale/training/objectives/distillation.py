@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
+from vit_scale.training.objectives.losses import LOSSES
 from vit_scale.training.objectives.objective import Objective, reduce_losses
 
 KINDS = ("hard", "soft")
@@ -18,7 +19,7 @@ KINDS = ("hard", "soft")
 def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Objective:
     """Learn from labels and from a teacher that sees the same pixels (Beyer et al. 2022).
 
-        (1 - weight) * cross-entropy(logits, targets) + weight * distance(distilled, teacher)
+        (1 - weight) * loss(logits, targets) + weight * distance(distilled, teacher)
 
     `distance` with distill.kind=hard is the cross-entropy with the teacher's likeliest class (DeiT,
     Touvron et al. 2021, equation 3); with soft it is temperature^2 * KL(teacher || student), both
@@ -41,7 +42,7 @@ def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Obj
 
     def loss(params, examples, key):
         out = model.train(params, examples["image"], key, examples["mask"])
-        losses = (1 - t.weight) * optax.softmax_cross_entropy(out.logits, examples["target"])
+        losses = (1 - t.weight) * LOSSES[cfg.loss](out.logits, examples["target"])
         losses += t.weight * distance(out.distilled, examples["teacher"])
         return reduce_losses(losses, out, examples)
 
