@@ -518,7 +518,6 @@ SWITCHES = {
     "model.drop_path": (".1",),
     "model.drop_path_uniform": ("true", "model.drop_path=.1"),
     "model.layer_scale": (".1",),
-    "model.head_bias": ("-1.",),
     "model.dtype": ("bfloat16",),
     "model.scan": ("false",),
     "model.remat": ("full",),
@@ -550,6 +549,7 @@ SWITCHES = {
 # where it starts, or what is done beside it.
 OTHERS = (
     *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
+    *("model.head_bias",),  # of the initial state: tests/models/test_vit.py
     *("augment.resample",),  # of image files before the step: tests/augment/test_random_crop.py
     *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
     *("divergence.", "watchdog."),  # test_guard.py, test_watchdog.py
