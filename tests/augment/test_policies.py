@@ -1,6 +1,7 @@
 """Policies: operations equal timm's, torchvision's and big_vision's, and are drawn as theirs."""
 
 import functools
+import json
 import pathlib
 
 import jax
@@ -75,7 +76,8 @@ def test_operations_equal_the_references(name):
         drawn = jnp.array([[0.0 if sign == "1" else 0.9], [0.5]])
         argument = policies.arguments(policy, number, jnp.array([float(level)]), drawn)
         used = policy.arguments[int(number[0])].operation
-        policy = policy._replace(rows=None)  # arrays are not keys of a cache
+        # Compiled once for all policies that fill and interpolate alike.
+        policy = policies.Policy((), 0, interpolation=policy.interpolation, fill=policy.fill)
         changed = operation(used, policy)(planar(IMAGE), argument[0], jnp.array([0.25, 0.75]))
         wanted = GOLDEN["/".join(case)]
         if name.startswith("randaug") and used in (*MOVES, "shear_x_tf", "shear_y_tf"):
@@ -116,7 +118,7 @@ def test_tables_equal_the_references(name):
 
 
 @pytest.mark.parametrize("cubic", [None, False, True], ids=["nearest", "bilinear", "bicubic"])
-@pytest.mark.parametrize(("h", "w"), [(40, 72), (70, 33), (6, 9)])
+@pytest.mark.parametrize(("h", "w"), [(40, 72), (6, 9)])
 def test_what_a_tpu_runs_equals_what_others_run(h, w, cubic):
     """Products with one-hot matrices, on images larger than a tile, wider, and smaller."""
     image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, h, w), np.uint8))
@@ -233,18 +235,22 @@ BATCH = {
 }
 
 
-def images_of(batch=BATCH, key=KEY, **fields):
-    cfg = settings(**fields)
-    run = jax.jit(lambda batch: train_images(batch, key, cfg, IMAGE.shape[:2], 4)[0])
-    return np.round(np.asarray(run(batch)) * 255).astype(int)
+def images_of(batch, fields, key=KEY, late=False):
+    images = stages(json.dumps(fields))(batch | {"late": np.bool_(late)}, key)
+    return np.round(np.asarray(images) * 255).astype(int)
+
+
+@functools.cache
+def stages(fields):
+    cfg = settings(until=0.5, **json.loads(fields))
+    return jax.jit(lambda batch, key: train_images(batch, key, cfg, IMAGE.shape[:2], 4)[0])
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"policy": "rand-m9-mstd0.5-inc1-p1"},
-        {"policy": "randaug(2,10)"},
-        {"policy": "autoaugment-cifar10"},
+        {"policy": "3a"},
         {"jitter": (0.4, 0.4, 0.2, 0.1)},
         {"grey": 1.0},
         {"blur": 1.0},
@@ -254,14 +260,13 @@ def images_of(batch=BATCH, key=KEY, **fields):
 )
 def test_an_image_is_changed_by_its_own_draws_until_the_end(fields):
     """An image's pixels don't depend on its neighbours; another step changes others; late, none."""
-    plain, changed = images_of(), images_of(**fields)
+    plain, changed = images_of(BATCH, {}), images_of(BATCH, fields)
     assert (changed != plain).any()
     alone = BATCH | {"image": np.stack([BATCH["image"][0], *[BATCH["image"][3]] * 3])}
-    np.testing.assert_array_equal(images_of(alone, **fields)[[0, 3]], changed[[0, 3]])
+    np.testing.assert_array_equal(images_of(alone, fields)[[0, 3]], changed[[0, 3]])
     if fields.keys() <= {"policy", "jitter"}:
-        assert (images_of(key=jax.random.key(8), **fields) != changed).any()
-    late = BATCH | {"late": np.bool_(True)}
-    np.testing.assert_array_equal(images_of(late, until=0.5, **fields), plain)
+        assert (images_of(BATCH, fields, jax.random.key(8)) != changed).any()
+    np.testing.assert_array_equal(images_of(BATCH, fields, late=True), plain)
 
 
 def test_order_is_policy_jitter_grey_blur_solarize():

@@ -261,7 +261,7 @@ def _big_vision(layers: int, level: int) -> Policy:
     for name in ("colour", "contrast", "sharpness", "shear_x", "shear_y"):
         table[name] = table[name]._replace(operation=f"{name}_tf")
     names = (*RAND, "cutout")
-    return Policy(tuple(table[name] for name in names), layers, level=level, fill=(128,) * 3)
+    return Policy(tuple(table[name] for name in names), layers, level=level, fill=(128.0,) * 3)
 
 
 def _torchvision(name: str, size: tuple[int, int]) -> Policy:
