@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from vit_scale.augment import colour, policies, warp
 from vit_scale.augment.policies import Policy
@@ -69,19 +69,16 @@ OPERATIONS: dict[str, Callable] = {
 }
 
 
-def draw_operations(
-    key: PRNGKeyArray, b: int, made: list[Policy], late: Bool[Array, ""]
-) -> list[dict[str, Array]]:
+def draw_operations(key: PRNGKeyArray, b: int, made: list[Policy]) -> list[dict[str, Array]]:
     """Draw each policy's operations for `b` images: of policies.draw, arrays [b, layers].
 
-    An image's draws depend on the key and its position in the batch; `late` images get none.
+    An image's draws depend on the key and its position in the batch.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(b))
     drawn = []
     for number, policy in enumerate(made):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        draws = jax.vmap(functools.partial(policies.draw, policy))(own)
-        drawn.append(draws | {"operation": jnp.where(late, -1, draws["operation"])})
+        drawn.append(jax.vmap(functools.partial(policies.draw, policy))(own))
     return drawn
 
 
@@ -115,10 +112,10 @@ def _layer(policy: Policy, image: UInt8[Array, "3 h w"], x: dict) -> tuple[Array
         lambda image, apply=OPERATIONS[argument.operation]: apply(image, operand)
         for argument in policy.arguments
     ]
-    changed = jax.lax.cond(
-        x["operation"] < 0,
-        lambda image: image,
-        lambda image: jax.lax.switch(x["operation"], branches, image),
-        image,
-    )
-    return changed, None
+
+    def apply(image: UInt8[Array, "3 h w"]) -> UInt8[Array, "3 h w"]:
+        return jax.lax.switch(x["operation"], branches, image)
+
+    if policy.skips:
+        return jax.lax.cond(x["operation"] < 0, lambda image: image, apply, image), None
+    return apply(image), None

@@ -1,5 +1,6 @@
 """The stages between uint8 pixels and normalised images and targets, inside the step."""
 
+import functools
 import math
 
 import jax
@@ -57,9 +58,14 @@ def train_images(
         images = sample(batch["image"], draws, size)
     late = batch.get("late", jnp.bool_(False))
     if made := make(cfg, size):
-        drawn = draw_operations(jax.random.fold_in(key, OPERATIONS), b, made, late)
-        whole = jnp.round(images).astype(jnp.uint8)
-        images = apply_operations(whole, drawn, made).astype(jnp.float32)
+        drawn = draw_operations(jax.random.fold_in(key, OPERATIONS), b, made)
+        levels = jnp.round(images).astype(jnp.uint8)
+        changed = functools.partial(apply_operations, drawn=drawn, made=made)
+        if cfg.until < 1:
+            levels = jax.lax.cond(late, lambda levels: levels, changed, levels)
+        else:
+            levels = changed(levels)
+        images = levels.astype(jnp.float32)
     images = _normalise(images, cfg)
     if cfg.erase:
         box_key, fill_key = jax.random.split(jax.random.fold_in(key, ERASING))

@@ -71,6 +71,11 @@ class Policy(NamedTuple):
     interpolation: str = "nearest"  # nearest | bilinear | bicubic | random (of the latter two)
     fill: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
+    @property
+    def skips(self) -> bool:
+        """Whether a layer may be left out."""
+        return self.chance < 1 or self.rows is not None
+
 
 def draw(policy: Policy, key: PRNGKeyArray) -> dict[str, Array]:
     """Draw one image's operations, arrays [layers].
