@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.data.test_image_folder import block, everything, picture, save
 from vit_scale import data
-from vit_scale.data import array_record, shards
+from vit_scale.data import packing, shards
 from vit_scale.errors import UserError
 
 N = 20
@@ -61,7 +61,7 @@ def as_set(actual) -> set:
 
 def test_packing_shuffles_the_images_and_loses_none(folder, tmp_path):
     """With real worker processes."""
-    assert array_record.pack(folder, tmp_path / "out", workers=2, shard=6) == {
+    assert packing.pack(folder, tmp_path / "out", workers=2, shard=6) == {
         "train": N,
         "val": 2,
         "skipped": 0,
@@ -80,7 +80,7 @@ def test_packing_shuffles_the_images_and_loses_none(folder, tmp_path):
 
 
 def test_image_files_are_packed_byte_for_byte(folder, tmp_path, inline):
-    array_record.pack(folder, tmp_path / "out", shard=6)
+    packing.pack(folder, tmp_path / "out", shard=6)
     source = data.open_split(packed_block(tmp_path / "out"), "train")
     actual = {source.encoded(index)[0] for index in range(N)}
     assert actual == {file.read_bytes() for file in (folder / "train").rglob("*.png")}
@@ -90,7 +90,7 @@ def test_larger_images_are_reduced(folder, tmp_path, inline):
     """Their shorter side; files that are small enough are stored byte for byte."""
     photo = np.uint8(np.add.outer(np.arange(40), np.arange(80))[..., None] + [0, 30, 60])
     save(folder / "train/class_0/photo.png", photo)
-    counts = array_record.pack(folder, tmp_path / "out", shard=6, shorter_side=16, quality=90)
+    counts = packing.pack(folder, tmp_path / "out", shard=6, shorter_side=16, quality=90)
     assert counts == {"train": N + 1, "val": 2, "skipped": 0}
     source = data.open_split(packed_block(tmp_path / "out"), "train")
     stored = {source.encoded(index)[0] for index in range(N + 1)}
@@ -106,14 +106,14 @@ def test_larger_images_are_reduced(folder, tmp_path, inline):
     half = data.open_split(packed_block(tmp_path / "out"), "train[:50%]")
     assert data.describe(half)["fingerprint"] == data.describe(other)["fingerprint"]
     with pytest.raises(UserError, match="has shards of other images or options"):
-        array_record.pack(folder, tmp_path / "out", shard=6, shorter_side=20, quality=90)
+        packing.pack(folder, tmp_path / "out", shard=6, shorter_side=20, quality=90)
     with pytest.raises(UserError, match="--shorter-side 8 must be at least 0, and --quality 101"):
-        array_record.pack(folder, tmp_path / "new", shorter_side=8, quality=101)
+        packing.pack(folder, tmp_path / "new", shorter_side=8, quality=101)
 
 
 def test_packing_is_deterministic(folder, tmp_path, inline):
     for out in ("a", "b"):
-        array_record.pack(folder, tmp_path / out, shard=6)
+        packing.pack(folder, tmp_path / out, shard=6)
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert names[:3] == [
         "index.json",
@@ -125,7 +125,7 @@ def test_packing_is_deterministic(folder, tmp_path, inline):
 
 
 def test_workers_read_the_same_records(folder, tmp_path, inline):
-    array_record.pack(folder, tmp_path / "out", shard=6)
+    packing.pack(folder, tmp_path / "out", shard=6)
     source = data.open_split(packed_block(tmp_path / "out"), "train")
     everything(source)  # opens its readers, which must not be pickled
     alone = list(data.eval_batches(source, 8))
@@ -150,30 +150,30 @@ def test_an_interrupted_pack_resumes(folder, tmp_path, inline, monkeypatch):
 
     monkeypatch.setattr(shards, "write_shard", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        array_record.pack(folder, out, shard=6)
+        packing.pack(folder, out, shard=6)
     with pytest.raises(UserError, match="is not packed completely; run `vit-scale data pack"):
         data.open_split(packed_block(out), "train")
     first = {file: file.stat().st_mtime_ns for file in out.glob("*.array_record")}
     assert len(first) == 2
     monkeypatch.setattr(shards, "write_shard", count)
-    assert array_record.pack(folder, out, shard=6)["train"] == N
+    assert packing.pack(folder, out, shard=6)["train"] == N
     assert len(written) == len(set(written)) == 5
     assert {file: file.stat().st_mtime_ns for file in first} == first
     assert len(data.open_split(packed_block(out), "train")) == N
-    assert array_record.pack(folder, out, shard=6)["train"] == N and len(written) == 5
+    assert packing.pack(folder, out, shard=6)["train"] == N and len(written) == 5
 
 
 def test_a_failed_shard_leaves_no_file(folder, tmp_path, inline):
     (folder / "train/class_1/5.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read .*class_1/5.png: .*on-corrupt skip"):
-        array_record.pack(folder, tmp_path / "out", shard=100)
+        packing.pack(folder, tmp_path / "out", shard=100)
     files = {file.name for file in (tmp_path / "out").iterdir()}
     assert files == {"index.json", "val-00000-of-00001.array_record"}
 
 
 def test_unreadable_images_are_skipped_and_counted(folder, tmp_path, inline):
     (folder / "train/class_1/5.png").write_bytes(b"no image")
-    counts = array_record.pack(folder, tmp_path / "out", on_corrupt="skip", shard=6)
+    counts = packing.pack(folder, tmp_path / "out", on_corrupt="skip", shard=6)
     assert counts == {"train": N - 1, "val": 2, "skipped": 1}
     actual = everything(data.open_split(packed_block(tmp_path / "out"), "train"))
     assert len(actual["mask"]) == N - 1 and actual["mask"].all()
@@ -189,7 +189,7 @@ def test_a_full_disk_is_a_one_line_error(folder, tmp_path, inline, monkeypatch):
 
     monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
     with pytest.raises(UserError) as caught:
-        array_record.pack(folder, tmp_path / "out")
+        packing.pack(folder, tmp_path / "out")
     assert ".array_record: write failed No space left on device; free space" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["index.json"]
@@ -198,13 +198,13 @@ def test_a_full_disk_is_a_one_line_error(folder, tmp_path, inline, monkeypatch):
 @pytest.mark.parametrize("change", ["images", "options", "foreign"])
 def test_packing_into_the_folder_of_another_set_is_refused(folder, tmp_path, inline, change):
     out = tmp_path / "out"
-    array_record.pack(folder, out, shard=6)
+    packing.pack(folder, out, shard=6)
     if change == "images":
         save(folder / "train/class_0/new.png", picture(8, 8))
     if change == "foreign":
         (out / "index.json").unlink()
     with pytest.raises(UserError, match="has shards of other images or options"):
-        array_record.pack(folder, out, shard=5 if change == "options" else 6)
+        packing.pack(folder, out, shard=5 if change == "options" else 6)
 
 
 # Damage
@@ -212,7 +212,7 @@ def test_packing_into_the_folder_of_another_set_is_refused(folder, tmp_path, inl
 
 @pytest.fixture
 def packed(folder, tmp_path, inline):
-    array_record.pack(folder, tmp_path / "out", shard=6)
+    packing.pack(folder, tmp_path / "out", shard=6)
     return tmp_path / "out"
 
 

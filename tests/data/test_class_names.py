@@ -11,7 +11,7 @@ import vit_scale
 from tests.data.test_image_folder import block, everything, picture, save
 from tests.helpers.tiny import tiny_config
 from vit_scale import data
-from vit_scale.data import array_record
+from vit_scale.data import packing
 from vit_scale.errors import UserError, printable
 from vit_scale.inspect import inspect
 from vit_scale.training import trainer
@@ -50,7 +50,7 @@ def test_no_class_is_renamed(odd, tmp_path):
     source = data.open_split(block(odd), "train")
     assert set(source.classes) == set(ODD)
     assert everything(source)["mask"].all()
-    array_record.pack(odd, tmp_path / "out", workers=1)
+    packing.pack(odd, tmp_path / "out", workers=1)
     packed = data.open_split(block(tmp_path / "out", name="array_record"), "val")
     assert packed.classes == source.classes and everything(packed)["mask"].all()
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from tests.data.test_image_folder import block, encoded, everything, save
 from vit_scale import config, data
-from vit_scale.data import array_record
+from vit_scale.data import packing
 from vit_scale.data.decode import Corrupt, decode
 from vit_scale.data.encoded_images import decoded_size
 
@@ -190,7 +190,7 @@ def photos(tmp_path):
 
 @pytest.mark.parametrize("exif", [True, False])
 def test_folders_and_packs_respect_the_field_exif(photos, tmp_path, exif):
-    array_record.pack(photos, tmp_path / "out", workers=1)
+    packing.pack(photos, tmp_path / "out", workers=1)
     fields = {"resolution": 24, "width": 16, "exif": exif}
     for source in (
         data.open_split(block(photos, **fields), "train"),

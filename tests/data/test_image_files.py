@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.data.test_image_folder import block, everything, picture, save
 from vit_scale import config, data
-from vit_scale.data import array_record, image_files
+from vit_scale.data import image_files, packing
 from vit_scale.data.decode import TRAINING
 from vit_scale.errors import UserError
 from vit_scale.inspect.samples import from_folder
@@ -115,7 +115,7 @@ def test_tools_folders_are_ignored_at_every_depth(small, where, junk):
 def test_tools_folders_are_not_packed_or_inspected(small, tmp_path):
     save(small / "train/bee/@eaDir/1.png/thumb.jpg", picture(8, 8))
     Image.fromarray(picture(8, 8)).save(small / "train/bee/2.jfif", "JPEG")
-    assert array_record.pack(small, tmp_path / "out", workers=1)["train"] == 3
+    assert packing.pack(small, tmp_path / "out", workers=1)["train"] == 3
     shown = from_folder(str(small / "train"), (8, 8), TRAINING)
     assert shown.names == ("1", "1", "2") and shown.images.shape == (3, 8, 8, 3)
 

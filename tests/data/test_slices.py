@@ -10,7 +10,7 @@ import pytest
 from tests.data.test_array_record import Inline, packed_block
 from tests.data.test_image_folder import block, everything, picture, save
 from vit_scale import config, data
-from vit_scale.data import array_record, image_files, shards
+from vit_scale.data import image_files, packing, shards
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.sources import InMemory
 from vit_scale.data.splits import Slice, cut
@@ -66,7 +66,7 @@ def test_the_order_of_examples_never_changes():
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("shard", [6, 100])
 def test_a_pack_has_the_slices_of_its_folder(folder, tmp_path, split, shard):
-    array_record.pack(folder, tmp_path / "out", shard=shard)
+    packing.pack(folder, tmp_path / "out", shard=shard)
     actual = members(block(folder), split)
     assert members(packed_block(tmp_path / "out"), split) == actual
     assert members(packed_block(tmp_path / "out", memory=True), split) == actual
@@ -121,7 +121,7 @@ def test_different_sets_have_different_fingerprints(change):
 
 
 def test_a_folder_and_its_pack_have_the_same_fingerprint(folder, tmp_path):
-    array_record.pack(folder, tmp_path / "out", shard=6)
+    packing.pack(folder, tmp_path / "out", shard=6)
     for split in ("train", "train[:90%]"):
         one = data.describe(data.open_split(block(folder), split))
         two = data.describe(data.open_split(packed_block(tmp_path / "out", memory=True), split))
@@ -151,7 +151,7 @@ def test_skipped_images_are_not_listed(folder, tmp_path):
     for number in (5, 17, 30):
         (folder / f"train/class_{number % 3}/{number:02}.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    array_record.pack(folder, out, on_corrupt="skip", shard=6)
+    packing.pack(folder, out, on_corrupt="skip", shard=6)
     source = data.open_split(packed_block(out), "train")
     assert len(source) == N - 3
     for index in range(N - 3):
@@ -173,9 +173,9 @@ def test_a_resumed_pack_remembers_skipped_images(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_shard", fail_at_the_last)
         with pytest.raises(KeyboardInterrupt):
-            array_record.pack(folder, tmp_path / "a", on_corrupt="skip", shard=6)
-    array_record.pack(folder, tmp_path / "a", on_corrupt="skip", shard=6)
-    array_record.pack(folder, tmp_path / "b", on_corrupt="skip", shard=6)
+            packing.pack(folder, tmp_path / "a", on_corrupt="skip", shard=6)
+    packing.pack(folder, tmp_path / "a", on_corrupt="skip", shard=6)
+    packing.pack(folder, tmp_path / "b", on_corrupt="skip", shard=6)
     for file in (tmp_path / "b").iterdir():
         assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -184,7 +184,7 @@ def test_a_resumed_pack_remembers_skipped_images(folder, tmp_path, monkeypatch):
 def earlier(folder, tmp_path):
     """A pack as version 1 wrote it."""
     out = tmp_path / "out"
-    array_record.pack(folder, out, shard=6)
+    packing.pack(folder, out, shard=6)
     index = json.loads((out / "index.json").read_text())
     del index["examples"]
     (out / "index.json").write_text(json.dumps(index | {"version": 1}))
@@ -206,25 +206,25 @@ def test_an_earlier_pack_keeps_its_slices_with_a_message(earlier, folder, capsys
     data.open_split(packed_block(earlier), "train")
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="was packed by an earlier version, without image names"):
-        array_record.pack(folder, earlier, shard=6)
+        packing.pack(folder, earlier, shard=6)
 
 
 def test_an_interrupted_earlier_pack_is_finished_or_refused(earlier, folder):
     index = json.loads((earlier / "index.json").read_text())
     text = json.dumps(index | {"finished": False, "splits": {}})
     (earlier / "index.json").write_text(text)
-    assert array_record.pack(folder, earlier, shard=6)["train"] == N
+    assert packing.pack(folder, earlier, shard=6)["train"] == N
     actual = members(packed_block(earlier), "train[:90%]")
     assert actual == members(block(folder), "train[:90%]")
     (earlier / "index.json").write_text(text)
     save(folder / "train/class_0/new.jfif.png", picture(8, 8))
     with pytest.raises(UserError, match="was begun by an earlier version, which listed other"):
-        array_record.pack(folder, earlier, shard=6)
+        packing.pack(folder, earlier, shard=6)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other"])
 def test_damaged_image_names_are_refused(folder, tmp_path, damage):
-    array_record.pack(folder, tmp_path / "out", shard=6)
+    packing.pack(folder, tmp_path / "out", shard=6)
     file = tmp_path / "out/train-examples.npz"
     content = file.read_bytes()
     if damage == "missing":

@@ -4,6 +4,7 @@ A batch has the same bytes for any number of decoding workers and of hosts, rand
 """
 
 import io
+import pickle
 import threading
 
 import numpy as np
@@ -16,7 +17,8 @@ from tests.data.test_tfds_sets import prepare
 from tests.helpers.objects import upload
 from vit_scale import data
 from vit_scale.augment.random_crop import RandomCrop
-from vit_scale.data import array_record, tar_shards, tfds_sets
+from vit_scale.data import packing, tar_shards, tfds_sets
+from vit_scale.errors import UserError
 
 N, BATCH = 23, 6
 CROP = RandomCrop("torchvision", (0.3, 1.0), (3 / 4, 4 / 3), "random")
@@ -31,7 +33,7 @@ def storages(tmp_path_factory, bucket):
         save(top / "folder/train" / name, picture(12 + number % 5, 14, number))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("concurrent.futures.ProcessPoolExecutor", Inline)
-        array_record.pack(top / "folder", top / "array_record", shard=7)
+        packing.pack(top / "folder", top / "array_record", shard=7)
         for number in range(4):
             members = {}
             for name in names[number::4]:
@@ -145,3 +147,104 @@ def test_a_slice_holds_the_same_images_in_all_storages(storages, split):
     assert all(other == members[0] for other in members) and len(members[0]) == len(source)
     prints = {data.describe(opened(storages, name, split))["fingerprint"] for name in STORAGES}
     assert len(prints) == 1
+
+
+# Packing
+
+
+class Sent(Inline):
+    """Runs each job in this process, on what another process would receive."""
+
+    def submit(self, function, /, *arguments):
+        return super().submit(function, *pickle.loads(pickle.dumps(arguments)))
+
+
+def contents(source) -> set:
+    return {source.encoded(index) for index in range(len(source))}
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_pack_of_any_storage_is_the_same_set(storages, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Sent)
+    of = f"{name.partition(' ')[0]}:{storages[name]}"
+    assert packing.pack(of, tmp_path / "out", shard=7) == {"train": N, "skipped": 0}
+    original, packed = opened(storages, name), data.open_split(packed_block(tmp_path), "train")
+    assert packed.classes == original.classes and contents(packed) == contents(original)
+    for split in ("train", "train[:50%]", "train[50%:]"):
+        half = data.open_split(packed_block(tmp_path), split)
+        expected = data.describe(opened(storages, name, split))
+        assert data.describe(half) == expected | {"name": half.name}
+    folder = storages["array_record"]
+    for file in folder.glob("*.array_record"):
+        there = (tmp_path / "out" / file.name).read_bytes()
+        assert (there == file.read_bytes()) == (name == "folder"), "another order of the files"
+
+
+def packed_block(tmp_path):
+    return block(tmp_path / "out", name="array_record")
+
+
+def test_a_set_without_names_is_packed_in_order(storages, tmp_path, monkeypatch):
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Sent)
+    datasets = pytest.importorskip("datasets")
+    content = [path.read_bytes() for path in sorted(storages["folder"].rglob("*.png"))]
+    rows = {
+        "image": content,
+        "label": [i % 5 for i in range(N)],
+        "other": [i % 2 for i in range(N)],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set/train.parquet")
+    of = f"huggingface:{tmp_path}/set"
+    with pytest.raises(UserError, match="columns label, other might be the labels"):
+        packing.pack(of, tmp_path / "out")
+    column = ["data.label_column=other"]
+    with pytest.raises(UserError, match="has no names of its images, so leaving out corrupt ones"):
+        packing.pack(of, tmp_path / "out", on_corrupt="skip", overrides=column)
+    packing.pack(of, tmp_path / "out", shard=7, overrides=column)
+    cfg = block(tmp_path / "set", name="huggingface", label_column="other")
+    for split in ("train", "train[:50%]", "train[3:9]"):
+        one, other = data.open_split(cfg, split), data.open_split(packed_block(tmp_path), split)
+        indices = np.arange(len(one))
+        for field, values in one.read(indices).items():
+            np.testing.assert_array_equal(other.read(indices)[field], values)
+    content[0] = content[1]
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set/train.parquet")
+    with pytest.raises(UserError, match="has shards of other images or options"):
+        packing.pack(of, tmp_path / "out", shard=7, overrides=column)
+
+
+def test_splits_keep_their_names(storages, tmp_path, monkeypatch):
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Sent)
+    for split, count in (("train", 5), ("validation", 3), ("test", 2)):
+        members = {}
+        for number in range(count):
+            members[f"{split}{number}.png"] = (
+                storages["folder"] / "train/class_0/00.png"
+            ).read_bytes()
+            members[f"{split}{number}.cls"] = str(number).encode()
+        write_tar(tmp_path / f"tar/{split}-0.tar", members)
+    (tmp_path / "tar/classes.txt").write_text("a\nb\nc\nd\ne\n")
+    with pytest.raises(UserError, match="run `vit-scale data index"):
+        packing.pack(f"tar:{tmp_path}/tar", tmp_path / "out")
+    tar_shards.index_shards(str(tmp_path / "tar"))
+    counts = packing.pack(f"tar:{tmp_path}/tar", tmp_path / "out")
+    assert counts == {"train": 5, "val": 3, "test": 2, "skipped": 0}
+    for split, count in (("train", 5), ("val", 3), ("test", 2)):
+        packed = data.open_split(packed_block(tmp_path), split)
+        assert packed.classes == tuple("abcde") and len(packed) == count
+        names = {name.decode() for name in packed.examples.files}
+        assert names == {f"{split.replace('val', 'validation')}{i}.png" for i in range(count)}
+
+
+def test_what_cannot_be_packed_is_one_line(tmp_path):
+    for source, message in (
+        ("hugingface:DIR", "'hugingface' is unknown; did you mean huggingface?"),
+        (f"tar:{tmp_path}", "has no shards of split 'train'"),
+        ("cifar10:.data", "cifar10 is not a set of image files"),
+        (f"{tmp_path}/a:b", "is unknown"),
+        (f"{tmp_path}", "has no labelled split 'train'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            packing.pack(source, tmp_path / "out")
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ from tests.laws.test_laws import (
     undisturbed,
 )
 from vit_scale import checkpoint, cli, config, data, pretrained
-from vit_scale.data import array_record
+from vit_scale.data import packing
 from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.runs import lock
 from vit_scale.runs.json_files import read_json, write_json
@@ -460,11 +460,11 @@ def packed(bucket, images) -> pathlib.Path:
 
 
 def test_an_array_record_set_is_packed_into_a_bucket(packed, jpegs, images, tmp_path):
-    array_record.pack(jpegs, tmp_path / "packed", workers=1)
+    packing.pack(jpegs, tmp_path / "packed", workers=1)
     for file in (tmp_path / "packed").iterdir():
         assert (packed / file.name).read_bytes() == file.read_bytes()
     before = listing(packed)
-    assert array_record.pack(images, packed) == {"train": 48, "val": 12, "skipped": 0}
+    assert packing.pack(images, packed) == {"train": 48, "val": 12, "skipped": 0}
     again = listing(packed)
     shards = [name for name in again if name.endswith(".array_record")]
     assert [again[n]["generation"] for n in shards] == [before[n]["generation"] for n in shards]
@@ -483,7 +483,7 @@ def test_a_shard_in_a_bucket_that_lacks_images_is_packed_again(bucket, jpegs, tm
     (tmp_path / "set/train/class_1/001.jpg").write_bytes(b"no image")
     there = paths.parse(f"{bucket}/skipping")
     for _ in range(2):
-        counts = array_record.pack(tmp_path / "set", there, 1, on_corrupt="skip", shard=30)
+        counts = packing.pack(tmp_path / "set", there, 1, on_corrupt="skip", shard=30)
         assert counts == {"train": 47, "skipped": 1}
     assert len(data.open_split(block("array_record", there), "train")) == 47
 

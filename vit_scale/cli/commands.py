@@ -201,16 +201,17 @@ def download_data(args, overrides: Sequence[str]) -> None:
 
 
 def pack_data(args, overrides: Sequence[str]) -> None:
-    from vit_scale.data import array_record
+    from vit_scale.data import packing
 
-    refuse(overrides, "data pack")
-    counts = array_record.pack(
-        args.folder,
+    refuse([one for one in overrides if not one.startswith(packing.FIELDS)], "data pack")
+    counts = packing.pack(
+        args.source,
         args.out,
         args.workers,
         args.on_corrupt,
         shorter_side=args.shorter_side,
         quality=args.quality,
+        overrides=overrides,
     )
     print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
 

@@ -168,9 +168,10 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     download.add_argument("set", metavar="SET", help=names)
     download.add_argument("--out", default=".data", help="folder to unpack into (default: .data)")
     download.set_defaults(do=commands.download_data)
-    text = "pack an image folder into ArrayRecord files; resumable"
+    text = "pack a set of image files into ArrayRecord files; resumable"
     pack = verbs.add_parser("pack", help=text, description=text, allow_abbrev=False)
-    pack.add_argument("folder", metavar="FOLDER", help="folder with train/CLASS/*, and val or test")
+    text = "folder with train/CLASS/*, and val or test; or another set, NAME:PATH, such as tar:DIR"
+    pack.add_argument("source", metavar="SOURCE", help=text)
     pack.add_argument("out", metavar="OUT", help="folder to write")
     pack.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     text = "what to do with corrupt images: fail or skip (default: fail)"

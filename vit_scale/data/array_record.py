@@ -1,17 +1,12 @@
-"""Packed image sets: ArrayRecord shards of the original files, read by `source`, made by `pack`.
+"""Packed image sets: ArrayRecord shards of the original files, made by packing.py.
 
 A folder of a million files is slow to list, to copy, and to read from a network disk; a few hundred
-shards are not. `pack` shuffles once, so that each shard is a random sample, and gives a shard its
-name when it is complete, so that rerunning an interrupted command resumes. A record is the label,
-4 bytes little-endian, then the file's bytes. SPLIT-examples.npz has the records' file names, and
-`index.json` the contents of a finished set.
-
-Shards in a bucket are read by ranges, a record each, through a cache (record_ranges.py); `pack`
-uploads each when it is complete.
+shards are not. A record is the label, 4 bytes little-endian, then the file's bytes.
+SPLIT-examples.npz has the records' file names, and `index.json` the contents of a finished set.
+Shards in a bucket are read by ranges, a record each, through a cache (record_ranges.py).
 """
 
 import functools
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -20,22 +15,19 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
-from vit_scale.data.class_names import readable
 from vit_scale.data.decode import Corrupt
-from vit_scale.data.encoded_images import CHOICES, EncodedImages
+from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.image_folder import FOLDERS, Listing, list_images
+from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.record_ranges import RecordRanges
-from vit_scale.data.shards import LABEL, READ, Shard, write_errors, write_shards
-from vit_scale.errors import UserError, nearest
-from vit_scale.storage import files, paths
+from vit_scale.data.shards import LABEL, READ
+from vit_scale.data.sources import MissingSplit
+from vit_scale.errors import UserError
+from vit_scale.storage import paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
 VERSION = 2  # of a packed set's layout; 1 had no file names
 INDEX = "index.json"
-SHARD = 2048  # images per shard, 230 MB of ImageNet
-QUALITY = 95  # of images that are reduced
-ORDER = 20201022  # seed of the shuffled order: all packs of a folder are the same
 
 
 class Records(EncodedImages):
@@ -113,17 +105,18 @@ def source(cfg: ConfigDict, name: str) -> Records:
     missing or unfinished, and for a shard that is missing or truncated.
     """
     folder = paths.parse(cfg.path)
-    index = _read_index(folder)
+    index = read_index(folder)
     if index is None or not index["finished"]:
         state = "is not a packed set" if index is None else "is not packed completely"
         raise UserError(f"{folder} {state}; run `vit-scale data pack FOLDER {folder}`")
     for candidate in FOLDERS[name]:
         if candidate in index["splits"]:
             return Records(candidate, folder, index, cfg)
-    raise UserError(f"{folder} has no split {name!r}; it has {', '.join(index['splits'])}")
+    raise MissingSplit(f"{folder} has no split {name!r}; it has {', '.join(index['splits'])}")
 
 
-def _read_index(folder: Path) -> dict | None:
+def read_index(folder: Path) -> dict | None:
+    """Return the index of a packed set, finished or not; None without one. Raises UserError."""
     file = folder / INDEX
     if not file.is_file():
         return None
@@ -158,147 +151,3 @@ def _check_size(file: Path, actual: int | None, size: int) -> None:
     if actual != size:
         state = "is missing" if actual is None else f"has {actual} bytes of {size}"
         raise UserError(f"{file} {state}; copy it again, or pack the set again into a new folder")
-
-
-def pack(
-    folder: str | Path,
-    out: str | Path,
-    workers: int | None = None,
-    on_corrupt: str = "fail",
-    shard: int = SHARD,
-    shorter_side: int = 0,
-    quality: int = QUALITY,
-) -> dict[str, int]:
-    """Pack an image folder (image_folder.py) into ArrayRecord shards of `shard` images in `out`.
-
-    Every image is decoded once, to find corrupt ones. Finished shards are not written again, so
-    rerunning an interrupted pack resumes it.
-
-    Args:
-      folder: the image folder.
-      out: the folder of the packed set.
-      workers: number of processes; None: one per core.
-      on_corrupt: "fail" raises UserError for an unreadable image, "skip" leaves it out.
-      shard: images per shard.
-      shorter_side: pixels to which the shorter side of larger images is reduced; 0: store the files
-        byte for byte.
-      quality: of the JPEGs that reduced images become, 1 to 100.
-
-    Returns:
-      The number of packed images of each split, and of skipped ones as "skipped".
-
-    Raises:
-      UserError: an unreadable image, a failed write, or another set in `out`.
-    """
-    if on_corrupt not in CHOICES:
-        raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
-    if shorter_side < 0 or not 1 <= quality <= 100:
-        raise UserError(
-            f"--shorter-side {shorter_side} must be at least 0, and --quality {quality} 1 to 100"
-        )
-    folder, out = paths.parse(folder), paths.parse(out)
-    listings = _listings(folder)
-    reduced = (shorter_side, quality) if shorter_side else ()
-    index = {
-        "version": VERSION,
-        "of": _fingerprint(listings, shard, on_corrupt, *reduced),
-        "classes": readable(folder, listings["train"].classes),
-    }
-    _claim(out, index)
-    plan = {
-        name: _shards(out, name, listing, shard, on_corrupt == "skip", *reduced)
-        for name, listing in listings.items()
-    }
-    packed = write_shards([s for shards in plan.values() for s in shards], workers)
-    _finish(out, index, plan, packed)
-    counts = {name: sum(len(packed[s.file]) for s in shards) for name, shards in plan.items()}
-    total = sum(len(listing.labels) for listing in listings.values())
-    return counts | {"skipped": total - sum(counts.values())}
-
-
-def _finish(
-    out: Path, index: dict, plan: dict[str, list[Shard]], packed: dict[Path, np.ndarray]
-) -> None:
-    """Write the names of the images, and the index of a complete set."""
-    names = {name: _write_examples(out, name, shards, packed) for name, shards in plan.items()}
-    stored = paths.sizes(out)
-    splits = {
-        name: [
-            {"file": s.file.name, "images": len(packed[s.file]), "bytes": stored[s.file.name]}
-            for s in shards
-        ]
-        for name, shards in plan.items()
-    }
-    examples = {name: {"file": file, "bytes": stored[file]} for name, file in names.items()}
-    _write_index(out, index | {"finished": True, "splits": splits, "examples": examples})
-
-
-def _listings(folder: Path) -> dict[str, Listing]:
-    """List the labelled splits of an image folder, of which `train` must be one."""
-    listings = {"train": list_images(folder, "train")}
-    for name in ("val", "test"):
-        if not any((folder / candidate).is_dir() for candidate in FOLDERS[name]):
-            continue
-        listing = list_images(folder, name)
-        if all(listing.root != other.root for other in listings.values()):
-            listings[name] = listing
-    return listings
-
-
-def _shards(
-    out: Path, name: str, listing: Listing, images: int, skip: bool, *reduced: int
-) -> list[Shard]:
-    order = np.random.RandomState(ORDER).permutation(len(listing.labels))
-    parts = np.split(order, range(images, len(order), images))
-    return [
-        Shard(
-            out / f"{name}-{number:05d}-of-{len(parts):05d}.array_record",
-            Listing(listing.root, listing.files[part], listing.labels[part], listing.classes),
-            skip,
-            *reduced,
-        )
-        for number, part in enumerate(parts)
-    ]
-
-
-def _fingerprint(listings: dict[str, Listing], shard: int, on_corrupt: str, *reduced: int) -> str:
-    options = (shard, on_corrupt, listings["train"].classes, *reduced)
-    digest = hashlib.sha256(repr(options).encode())
-    for name, listing in listings.items():
-        digest.update(name.encode() + b"\n".join(listing.files.tolist()) + listing.labels.tobytes())
-    return digest.hexdigest()
-
-
-def _claim(out: Path, index: dict) -> None:
-    """Mark `out` as the pack of this folder, or raise UserError if it is another set's."""
-    existing = _read_index(out)
-    if existing is None and not any(out.glob("*.array_record")):
-        out.mkdir(parents=True, exist_ok=True)
-        _write_index(out, index | {"finished": False, "splits": {}})
-        return
-    earlier = existing is not None and existing["version"] < VERSION
-    if existing is None or existing["of"] != index["of"]:
-        why = ", or was begun by an earlier version, which listed other files" if earlier else ""
-        raise UserError(f"{out} has shards of other images or options{why}; pack into a new folder")
-    if earlier and existing["finished"]:  # names would change the slices of existing runs
-        raise UserError(
-            f"{out} was packed by an earlier version, without image names, and can be used as it "
-            "is; to add the names, pack into a new folder"
-        )
-
-
-def _write_index(out: Path, index: dict) -> None:
-    files.write(out / INDEX, json.dumps(index, indent=1).encode())
-
-
-def _write_examples(
-    out: Path, name: str, shards: list[Shard], packed: dict[Path, np.ndarray]
-) -> str:
-    """Write the file name and label of each record of a split; return the name of the file."""
-    content, file = io.BytesIO(), out / f"{name}-examples.npz"
-    names = np.concatenate([shard.listing.files[packed[shard.file]] for shard in shards])
-    labels = np.concatenate([shard.listing.labels[packed[shard.file]] for shard in shards])
-    np.savez_compressed(content, files=names, labels=labels)
-    with write_errors(file):
-        files.write(file, content.getvalue())
-    return file.name

@@ -64,6 +64,10 @@ class EncodedImages:
         """Return the file and the position of one example, for error messages."""
         raise NotImplementedError
 
+    def part(self, positions: Int[np.ndarray, "n"]) -> "EncodedImages | Part":
+        """Return the examples at `positions`, as small as they can be sent to a process."""
+        return Part(self, positions)
+
     def read(self, indices: Int[np.ndarray, "n"], draws: Sequence[Draws] = ()) -> Batch:
         n = len(indices)
         images, labels = np.zeros((n, *self.size, 3), np.uint8), np.zeros(n, np.int32)
@@ -91,3 +95,19 @@ class EncodedImages:
         if self.crop is None or draws is None:
             return decode(data, self.size, self.view, self._exif)
         return decode_crop(data, self.size, self.crop, draws, self._exif, self._decoder)
+
+
+class Part:
+    """The encoded images at some positions of a source."""
+
+    def __init__(self, source: EncodedImages, positions: Int[np.ndarray, "n"]):
+        self._source, self._positions = source, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        return self._source.encoded(int(self._positions[index]))
+
+    def location(self, index: int) -> str:
+        return self._source.location(int(self._positions[index]))

@@ -19,7 +19,7 @@ from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
-from vit_scale.data.sources import check_labels
+from vit_scale.data.sources import MissingSplit, check_labels
 from vit_scale.errors import UserError, nearest
 from vit_scale.storage import cache
 from vit_scale.storage.errors import one_line
@@ -97,7 +97,7 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
         splits = _splits(datasets, cfg.path)
         split = next((candidate for candidate in FOLDERS[name] if candidate in splits), None)
         if split is None:
-            raise UserError(f"{cfg.path} has no split {name!r}; it has {', '.join(splits)}")
+            raise MissingSplit(f"{cfg.path} has no split {name!r}; it has {', '.join(splits)}")
         rows, train = splits[split], splits.get("train", splits[split])
     except UserError:
         raise

@@ -6,9 +6,10 @@ there is a `words.txt` or `LOC_synset_mapping.txt`. A label is the position of i
 sorted names of the training folders, so it is the same on every machine.
 """
 
+import copy
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from vit_scale.data.class_names import read_lines, readable
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
+from vit_scale.data.sources import MissingSplit
 from vit_scale.errors import UserError, nearest, printable
 from vit_scale.storage import paths
 
@@ -68,8 +70,16 @@ class ImageFolder(EncodedImages):
             raise Corrupt(error.strerror) from error
         return data, int(self._listing.labels[index])
 
+    def part(self, positions: Int[np.ndarray, "n"]) -> "ImageFolder":
+        part, listed = copy.copy(self), self._listing
+        part._listing = replace(
+            listed, files=listed.files[positions], labels=listed.labels[positions]
+        )
+        part.examples = None
+        return part
+
     def location(self, index: int) -> str:
-        return f"{self._listing.path(index)} (image {index} of {self.name})"
+        return str(self._listing.path(index))
 
 
 def source(cfg: ConfigDict, name: str) -> ImageFolder:
@@ -134,7 +144,7 @@ def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: boo
     if other:
         raise UserError(other)
     layouts = " or ".join(f"{candidate}/CLASS/IMAGE" for candidate in FOLDERS[name])
-    raise UserError(
+    raise MissingSplit(
         f"{folder} has no labelled split {name!r}; expected {layouts} in it"
         f"{_deeper_set(folder, FOLDERS[name])}"
     )

@@ -149,7 +149,7 @@ def _class_folders(names: dict[str, str]) -> Callable[[ConfigDict, str], ImageFo
         folder = _folder(cfg, "train")
         listing = image_folder.list_images(folder, split)
         classes = tuple(names.get(wnid, wnid) for wnid in listing.classes)
-        return ImageFolder(f"{cfg.name} {split}", classes, listing, cfg)
+        return ImageFolder(f"{cfg.name} {listing.root.name}", classes, listing, cfg)
 
     return read
 

@@ -14,6 +14,10 @@ from jaxtyping import Bool, Int, UInt8
 from vit_scale.errors import UserError
 
 
+class MissingSplit(UserError):
+    """A set that has no such split, or none with labels."""
+
+
 class Batch(TypedDict):
     """Examples, as numpy arrays on the host."""
 

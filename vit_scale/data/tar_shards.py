@@ -6,6 +6,7 @@ in NAME.cls or the "label" of NAME.json. Without labels, the first folder of NAM
 example is one read of its bytes, on disk or in a bucket, there through a cache.
 """
 
+import copy
 import functools
 import io
 import itertools
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_files import is_hidden, is_image
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
-from vit_scale.data.sources import check_labels
+from vit_scale.data.sources import MissingSplit, check_labels
 from vit_scale.data.workers import parallel_map
 from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
@@ -79,6 +81,14 @@ class TarShards(EncodedImages):
             raise Corrupt(f"the shard ends after {len(data)} of {length} bytes")
         return data, int(self._labels[index])
 
+    def part(self, positions: Int[np.ndarray, "n"]) -> "TarShards":
+        part = copy.copy(self)
+        columns = ("shard", "offset", "length", "files")
+        part._index = {column: self._index[column][positions] for column in columns}
+        part._labels = self._labels[positions]
+        part.__dict__.pop("examples", None)
+        return part
+
     def location(self, index: int) -> str:
         member = self._index["files"][index].decode(errors="backslashreplace")
         return f"{self._shards[int(self._index['shard'][index])]} ({member})"
@@ -94,7 +104,7 @@ def source(cfg: ConfigDict, name: str) -> TarShards:
         if shards := find_files(cfg.path, candidate, TAR):
             break
     else:
-        raise UserError(_no_shards(cfg.path, name))
+        raise MissingSplit(_no_shards(cfg.path, name))
     index = _read_index(shards, candidate, cfg.path)
     train = index
     if candidate != "train" and (others := find_files(cfg.path, "train", TAR)):

@@ -19,6 +19,7 @@ from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS
+from vit_scale.data.sources import MissingSplit
 from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
@@ -87,7 +88,7 @@ def source(cfg: ConfigDict, name: str) -> TfdsSet:
         if candidate in builder.info.splits:
             return TfdsSet(f"{builder.info.name} {candidate}", candidate, builder, cfg)
     splits = ", ".join(builder.info.splits)
-    raise UserError(f"{cfg.path} has no split {name!r}; it has {splits}")
+    raise MissingSplit(f"{cfg.path} has no split {name!r}; it has {splits}")
 
 
 def is_prepared(path: str) -> bool:
