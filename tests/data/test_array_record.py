@@ -270,7 +270,7 @@ def test_a_label_outside_the_classes_is_refused(packed):
         (None, "is not a packed set; run `vit-scale data pack FOLDER"),
         ("{", "is not the index of a packed set"),
         ("[]", "is not the index of a packed set"),
-        ('{"version": 9}', "has version 9, not 1 or 2"),
+        ('{"version": 9}', "has version 9, not 1 to 3"),
     ],
 )
 def test_a_folder_that_is_not_a_packed_set_is_refused(tmp_path, text, message):

@@ -1,7 +1,8 @@
 """Packed image sets: ArrayRecord shards of the original files, made by packing.py.
 
 A folder of a million files is slow to list, to copy, and to read from a network disk; a few hundred
-shards are not. A record is the label, 4 bytes little-endian, then the file's bytes.
+shards are not. A record is the label, 4 bytes little-endian, then the file's bytes. Of a
+set with targets (targets.py) the label is 0, and its float32 vector is before the file.
 SPLIT-examples.npz has the records' file names, and `index.json` the contents of a finished set.
 Shards in a bucket are read by ranges, a record each, through a cache (record_ranges.py).
 """
@@ -16,17 +17,19 @@ from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
 from vit_scale.data.decode import Corrupt
-from vit_scale.data.encoded_images import EncodedImages
+from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.record_ranges import RecordRanges
 from vit_scale.data.shards import LABEL, READ
 from vit_scale.data.sources import MissingSplit
+from vit_scale.data.targets import CLASS
 from vit_scale.errors import UserError
 from vit_scale.storage import paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
 
 VERSION = 2  # of a packed set's layout; 1 had no file names
+TARGETS = 3  # of one whose records have a target between the label and the file
 INDEX = "index.json"
 
 
@@ -35,6 +38,12 @@ class Records(EncodedImages):
 
     def __init__(self, name: str, folder: Path, index: dict, cfg: ConfigDict):
         super().__init__(f"{folder.name} {name}", index["classes"], cfg)
+        if (target := index.get("target", CLASS)) != cfg.target:
+            raise UserError(
+                f"{folder} was packed with data.target={target}, not {cfg.target}: set "
+                f"--config.data.target={target}, or pack the set again"
+            )
+        self.targets = len(self.classes) if target != CLASS else 0
         shards = index["splits"][name]
         self._shards = [folder / shard["file"] for shard in shards]
         self._first = np.cumsum([0] + [shard["images"] for shard in shards])
@@ -65,7 +74,7 @@ class Records(EncodedImages):
         """Leave out what a worker cannot receive (open files) or does not need (names)."""
         return {k: v for k, v in self.__dict__.items() if k != "examples"} | {"_readers": {}}
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         shard, position = self._locate(index)
         try:
             record = self._read(shard, position)
@@ -74,6 +83,9 @@ class Records(EncodedImages):
             raise
         except Exception as error:  # Riegeli raises several types
             raise Corrupt(one_line(error)) from error
+        if self.targets:
+            end = LABEL.size + 4 * self.targets
+            return record[end:], np.frombuffer(record[LABEL.size : end], "<f4")
         if label >= len(self.classes):
             raise UserError(
                 f"{self.location(index)}: label {label} is outside the {len(self.classes)} classes "
@@ -127,9 +139,9 @@ def read_index(folder: Path) -> dict | None:
         raise UserError(
             f"{file} is not the index of a packed set ({error!r}); pack the set again"
         ) from error
-    if version not in (1, VERSION):
+    if version not in (1, VERSION, TARGETS):
         raise UserError(
-            f"{file} has version {version}, not 1 or {VERSION}; pack the set again, or upgrade"
+            f"{file} has version {version}, not 1 to {TARGETS}; pack the set again, or upgrade"
         )
     return index
 

@@ -125,6 +125,7 @@ class Relabelled:
         self.crops = getattr(source, "crops", False)
         self.recorded: dict[str, object] = getattr(source, "recorded", {})
         self.classes = tuple(classes)
+        self.targets = len(self.classes) if getattr(source, "targets", 0) else 0
         self._source, self._outputs = source, np.array(outputs, np.int32)
 
     def __len__(self) -> int:
@@ -132,4 +133,8 @@ class Relabelled:
 
     def read(self, indices: Int[np.ndarray, "n"], *draws: Sequence[Draws]) -> Batch:
         batch = self._source.read(indices, *draws)
+        if "target" in batch:
+            target = np.zeros((len(batch["mask"]), self.targets), np.float32)
+            target[:, self._outputs] = batch["target"]
+            batch["target"] = target
         return {**batch, "label": np.where(batch["mask"], self._outputs[batch["label"]], 0)}

@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from vit_scale.augment.random_crop import Draws, RandomCrop
 from vit_scale.data.decode import TRAINING, Corrupt, decode, decode_crop
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.sources import Batch
+from vit_scale.data.sources import Batch, check_labels, empty_batch
+from vit_scale.data.targets import Targets
 from vit_scale.data.workers import thread_map
 from vit_scale.errors import UserError, nearest
 
 CHOICES = ("fail", "skip")  # of data.on_corrupt
+Label = int | Float[np.ndarray, "t"]  # a class, or a target (targets.py)
 DECODERS = ("turbo", "pillow")  # of data.decoder
 
 
@@ -32,6 +34,8 @@ class EncodedImages:
     view = TRAINING  # how images are cropped without draws
     crop: RandomCrop | None = None  # how they are cropped for training, if not on the device
     examples: Examples | None = None  # the examples' identity, if known
+    _labels: np.ndarray | Targets  # of all examples, in sources that have them at hand
+    targets = 0  # the length of the vectors that it has instead of labels
 
     def __init__(self, name: str, classes: Sequence[str], cfg: ConfigDict):
         for field, valid in (("on_corrupt", CHOICES), ("decoder", DECODERS)):
@@ -56,9 +60,25 @@ class EncodedImages:
     def crops(self) -> bool:
         return self.crop is not None
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         """Return the file's bytes and the label of one example. Raises Corrupt."""
         raise NotImplementedError
+
+    def _set_labels(self, labels: np.ndarray | Targets) -> None:
+        """Keep the labels of all examples. Raises UserError for one outside the classes."""
+        if isinstance(labels, Targets):
+            self._labels, self.targets = labels, labels.length
+        else:
+            self._labels = check_labels(labels, self.classes, self.name)
+
+    def _label_of(self, index: int) -> Label:
+        labels = self._labels
+        return labels.vector(index) if isinstance(labels, Targets) else int(labels[index])
+
+    def _identified(self, names: np.ndarray) -> Examples:
+        """Return the examples of these names; a target counts by its hash."""
+        labels = self._labels
+        return Examples(names, labels.hashes() if isinstance(labels, Targets) else labels)
 
     def location(self, index: int) -> str:
         """Return the file and the position of one example, for error messages."""
@@ -70,14 +90,13 @@ class EncodedImages:
 
     def read(self, indices: Int[np.ndarray, "n"], draws: Sequence[Draws] = ()) -> Batch:
         n = len(indices)
-        images, labels = np.zeros((n, *self.size, 3), np.uint8), np.zeros(n, np.int32)
-        mask = np.zeros(n, bool)
+        batch = empty_batch(self, n)
 
         def read(slot: int) -> None:
             index = int(indices[slot])
             try:
                 data, label = self.encoded(index)
-                images[slot] = self._decode(data, draws[slot] if draws else None)
+                batch["image"][slot] = self._decode(data, draws[slot] if draws else None)
             except Corrupt as error:
                 if self._skip:
                     return
@@ -85,11 +104,12 @@ class EncodedImages:
                     f"cannot read {self.location(index)}: {error}; replace it, "
                     "or skip such images with --config.data.on_corrupt=skip"
                 ) from error
-            labels[slot], mask[slot] = label, True
+            batch["target" if self.targets else "label"][slot] = label
+            batch["mask"][slot] = True
 
         for _ in thread_map(read, range(n), self._threads):
             pass
-        return {"image": images, "label": labels, "mask": mask}
+        return batch
 
     def _decode(self, data: bytes, draws: Draws | None) -> np.ndarray:
         if self.crop is None or draws is None:
@@ -102,11 +122,12 @@ class Part:
 
     def __init__(self, source: EncodedImages, positions: Int[np.ndarray, "n"]):
         self._source, self._positions = source, positions
+        self.targets = source.targets
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         return self._source.encoded(int(self._positions[index]))
 
     def location(self, index: int) -> str:

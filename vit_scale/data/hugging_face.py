@@ -15,11 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_scale.data.decode import Corrupt
-from vit_scale.data.encoded_images import EncodedImages
+from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
-from vit_scale.data.sources import MissingSplit, check_labels
+from vit_scale.data.sources import MissingSplit
+from vit_scale.data.targets import CLASS, CLASSES, VALUE, Rows, class_names, make_targets, rows_of
 from vit_scale.errors import UserError, nearest
 from vit_scale.storage import cache
 from vit_scale.storage.errors import one_line
@@ -36,14 +37,18 @@ class HuggingFace(EncodedImages):
         self,
         name: str,
         rows: Any,
-        columns: tuple[str, str],
-        labels: np.ndarray,
+        image: str,
+        labels: np.ndarray | Rows,
         classes: Sequence[str],
         cfg: ConfigDict,
     ):
         super().__init__(name, classes, cfg)
-        self._rows, self._image = rows, columns[0]
-        self._labels = check_labels(labels, self.classes, name)
+        self._rows, self._image = rows, image
+        self._set_labels(
+            make_targets(labels, cfg.target, self.classes, self.location)
+            if isinstance(labels, Rows)
+            else labels
+        )
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -62,9 +67,9 @@ class HuggingFace(EncodedImages):
             names += chunk.field("path").to_pylist()
         if None in names or len(set(names)) != len(names):
             return None
-        return Examples(np.array([os.fsencode(name) for name in names]), self._labels)
+        return self._identified(np.array([os.fsencode(name) for name in names]))
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         value: Any = self._rows[index][self._image]
         if isinstance(value, dict):
             value, path = value.get("bytes"), value.get("path")
@@ -75,7 +80,7 @@ class HuggingFace(EncodedImages):
                     raise Corrupt(f"{path}: {error.strerror}") from error
         if not value:
             raise Corrupt("it has no bytes")
-        return value, int(self._labels[index])
+        return value, self._label_of(index)
 
     def location(self, index: int) -> str:
         return f"row {index} of {self.name}"
@@ -109,9 +114,14 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
     image, label = (_column(datasets, rows, cfg, kind) for kind in ("image", "label"))
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    labels, classes = _labels(datasets, rows, train, label)
-    title = f"{cfg.path} {split}"
-    return HuggingFace(title, rows.select_columns([image]), (image, label), labels, classes, cfg)
+    labels: np.ndarray | Rows
+    if cfg.target == CLASS:
+        labels, classes = _labels(datasets, rows, train, label)
+    else:
+        labels, classes = _targets(datasets, rows, train, label, cfg.target)
+    return HuggingFace(
+        f"{cfg.path} {split}", rows.select_columns([image]), image, labels, classes, cfg
+    )
 
 
 def _splits(datasets: Any, path: str) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def _column(datasets: Any, rows: Any, cfg: ConfigDict, kind: str) -> str:
             hint = nearest(named, list(rows.features))
             raise UserError(f"data.{kind}_column={named!r} is not in {cfg.path}; {hint}")
         return named
-    tests = IMAGE_TYPES if kind == "image" else LABEL_TYPES
+    tests = IMAGE_TYPES if kind == "image" else LABEL_TYPES[cfg.target]
     for test in tests:
         fitting = [name for name, feature in rows.features.items() if test(datasets, feature)]
         if len(fitting) == 1:
@@ -158,13 +168,47 @@ def _column(datasets: Any, rows: Any, cfg: ConfigDict, kind: str) -> str:
 IMAGE_TYPES = (
     lambda datasets, feature: isinstance(feature, datasets.Image),
     lambda datasets, feature: isinstance(feature, dict) and "bytes" in feature,
-    lambda datasets, feature: getattr(feature, "dtype", "") in ("binary", "large_binary"),
+    lambda datasets, feature: _dtype(feature) in ("binary", "large_binary"),
 )
-LABEL_TYPES = (
-    lambda datasets, feature: isinstance(feature, datasets.ClassLabel),
-    lambda datasets, feature: getattr(feature, "dtype", "").startswith(("int", "uint")),
-    lambda datasets, feature: getattr(feature, "dtype", "") in ("string", "large_string"),
-)
+LABEL_TYPES = {  # by data.target
+    CLASS: (
+        lambda datasets, feature: isinstance(feature, datasets.ClassLabel),
+        lambda datasets, feature: _dtype(feature).startswith(("int", "uint")),
+        lambda datasets, feature: _dtype(feature) in ("string", "large_string"),
+    ),
+    CLASSES: (
+        lambda datasets, feature: isinstance(_item(feature), datasets.ClassLabel),
+        lambda datasets, feature: _item(feature) is not None,
+    ),
+    VALUE: (
+        lambda datasets, feature: _dtype(_item(feature)).startswith("float"),
+        lambda datasets, feature: _dtype(feature).startswith("float"),
+        lambda datasets, feature: _dtype(feature).startswith(("int", "uint")),
+    ),
+}
+
+
+def _item(feature: Any) -> Any:
+    """Return the type of the items of a column of lists, else None."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def _dtype(feature: Any) -> str:
+    return getattr(feature, "dtype", "")
+
+
+def _targets(
+    datasets: Any, rows: Any, train: Any, column: str, kind: str
+) -> tuple[Rows, tuple[str, ...]]:
+    """Return the rows of a column, and the names of the classes, which are the training set's."""
+
+    def read(part: Any) -> Rows:
+        return rows_of(part[column][:], lambda index: f"row {index} of column {column}")
+
+    own, item = read(rows), _item(rows.features[column])
+    if kind == CLASSES and isinstance(item, datasets.ClassLabel):
+        return own, tuple(item.names)
+    return own, class_names(own if train is rows else read(train), kind)
 
 
 def _labels(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vit_scale.augment.random_crop import ExampleDraws
 from vit_scale.data import workers as processes
 from vit_scale.data.mixtures import Mixture
-from vit_scale.data.sources import Batch, InMemory, Source
+from vit_scale.data.sources import Batch, InMemory, Source, empty_batch
 from vit_scale.errors import UserError
 
 DECODE_BATCH = 64  # images per batch while `in_memory` reads a set
@@ -78,17 +78,16 @@ def in_memory(source: Source, workers: int) -> InMemory:
             f"data.memory: {n} images x {h} x {w} x 3 = {needed / 2**30:.1f} GiB do not fit in "
             f"{memory / 2**30:.1f} GiB of memory; set data.memory=False or a smaller data.load"
         )
-    images, labels = np.empty((n, h, w, 3), np.uint8), np.empty(n, np.int32)
-    mask = np.empty(n, bool)
+    whole = empty_batch(source, n)
     with tqdm(total=n, desc=f"decode {source.name}", unit="image", disable=None) as bar:
         for number, batch in enumerate(eval_batches(source, DECODE_BATCH, workers=workers)):
             first = number * DECODE_BATCH
             count = min(DECODE_BATCH, n - first)
-            part = slice(first, first + count)
-            images[part], labels[part] = batch["image"][:count], batch["label"][:count]
-            mask[part] = batch["mask"][:count]
+            for name, values in whole.items():
+                values[first : first + count] = batch[name][:count]  # type: ignore[literal-required, index]
             bar.update(count)
-    return InMemory(source.name, images, labels, source.classes, mask)
+    images, labels, mask = whole["image"], whole["label"], whole["mask"]
+    return InMemory(source.name, images, labels, source.classes, mask, whole.get("target"))
 
 
 class TrainBatches:
@@ -152,12 +151,10 @@ class EvalBatches:
     def __getitem__(self, index: int) -> Batch:
         indices = index * self._batch + self._rows
         batch = self.source.read(indices[indices < len(self.source)])
-        missing = len(indices) - len(batch["mask"])
-        return {
-            "image": np.pad(batch["image"], [(0, missing), (0, 0), (0, 0), (0, 0)]),
-            "label": np.pad(batch["label"], (0, missing)),
-            "mask": np.pad(batch["mask"], (0, missing)),
-        }
+        padded = empty_batch(self.source, len(indices))
+        for name, values in padded.items():
+            values[: len(batch["mask"])] = batch[name]  # type: ignore[literal-required, index]
+        return padded
 
 
 def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarray, "n"]:
@@ -199,7 +196,8 @@ def shared_bytes(source: Source, rows: int, batches: int, workers: int) -> int:
     if not workers or not source.decodes:
         return 0
     h, w = source.size
-    return processes.in_flight(workers, batches) * rows * (h * w * 3 + 4 + 1)  # image, label, mask
+    example = h * w * 3 + 4 + 1 + 4 * getattr(source, "targets", 0)  # image, label, mask, target
+    return processes.in_flight(workers, batches) * rows * example
 
 
 def check_shared_memory(parts: Iterable[tuple[Source, int, int]], workers: int) -> None:
@@ -221,11 +219,7 @@ def _closing(dataset: grain.IterDataset, workers: int, size: int) -> Generator[B
 
 def _own(batch: Batch) -> Batch:
     """Copy a batch out of shared memory, which goes away with its worker."""
-    return {
-        "image": np.array(batch["image"]),
-        "label": np.array(batch["label"]),
-        "mask": np.array(batch["mask"]),
-    }
+    return {name: np.array(values) for name, values in batch.items()}  # type: ignore[return-value]
 
 
 _open: weakref.WeakSet[Generator] = weakref.WeakSet()

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from vit_scale.augment.random_crop import Draws
 from vit_scale.data.class_mapping import Relabelled, is_numbered
-from vit_scale.data.sources import Batch, Source
+from vit_scale.data.sources import Batch, Source, empty_batch
 from vit_scale.errors import UserError
 
 ROWS = 0x6D697874  # of the seed of the rows' order, to be independent of the examples' order
@@ -41,6 +41,7 @@ class Mixture:
             for share, source in zip(self.weights, sources, strict=True)
         )
         self.classes, self._labels = _union(sources)
+        self.targets = len(self.classes) if getattr(sources[0], "targets", 0) else 0
         self.decodes = any(source.decodes for source in sources)
         self.crops = any(getattr(source, "crops", False) for source in sources)
         self._first = np.cumsum([0] + [len(source) for source in sources])
@@ -88,12 +89,7 @@ class Mixture:
 
     def read(self, indices: Int[np.ndarray, "n"], draws: Sequence[Draws] = ()) -> Batch:
         which = np.searchsorted(self._first, indices, side="right") - 1
-        n = len(indices)
-        batch: Batch = {
-            "image": np.zeros((n, *self.size, 3), np.uint8),
-            "label": np.zeros(n, np.int32),
-            "mask": np.zeros(n, bool),
-        }
+        batch = empty_batch(self, len(indices))
         for number, source in enumerate(self.sources):
             slots = np.flatnonzero(which == number)
             if not slots.size:
@@ -103,6 +99,8 @@ class Mixture:
             part = source.read(indices[slots] - self._first[number], *own)
             batch["image"][slots], batch["mask"][slots] = part["image"], part["mask"]
             batch["label"][slots] = self._labels[number][part["label"]]
+            if self.targets:
+                batch["target"][np.ix_(slots, self._labels[number])] = part["target"]
         return batch
 
     def epochs(self, steps: int, batch: int) -> list[tuple[str, float]]:

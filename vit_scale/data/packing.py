@@ -15,18 +15,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_scale import config
-from vit_scale.data.array_record import INDEX, VERSION, read_index
+from vit_scale.data.array_record import INDEX, TARGETS, VERSION, read_index
 from vit_scale.data.encoded_images import CHOICES, EncodedImages
 from vit_scale.data.registry import SETS, are_files, open_split
 from vit_scale.data.shards import Shard, write_errors, write_shards
 from vit_scale.data.sources import MissingSplit
+from vit_scale.data.targets import CLASS
 from vit_scale.errors import UserError, nearest
 from vit_scale.storage import files, paths
 
 SHARD = 2048  # images per shard, 230 MB of ImageNet
 QUALITY = 95  # of images that are reduced
 ORDER = 20201022  # seed of the shuffled order: all packs of a set are the same
-FIELDS = ("data.image_column", "data.label_column")  # that describe what is packed
+FIELDS = ("data.image_column", "data.label_column", "data.target")  # that describe what is packed
 SAMPLE = 16  # images that identify a set without names
 
 
@@ -74,9 +75,11 @@ def pack(
     reduced = (shorter_side, quality) if shorter_side else ()
     index = {
         "version": VERSION,
-        "of": _fingerprint(cfg.name, splits, shard, on_corrupt, *reduced),
+        "of": _fingerprint(cfg, splits, shard, on_corrupt, *reduced),
         "classes": splits["train"].classes,
     }
+    if cfg.target != CLASS:
+        index |= {"version": TARGETS, "target": cfg.target}
     _claim(out, index)
     plan = {
         name: _shards(out, name, images, shard, on_corrupt == "skip", *reduced)
@@ -150,12 +153,14 @@ def _shards(
 
 
 def _fingerprint(
-    kind: str, splits: dict[str, EncodedImages], shard: int, on_corrupt: str, *reduced: int
+    cfg: ConfigDict, splits: dict[str, EncodedImages], shard: int, on_corrupt: str, *reduced: int
 ) -> str:
     """Identify the images and options of a pack. That of a folder never changes: packs resume."""
     train = splits["train"]
     options = (shard, on_corrupt, getattr(train, "ids", train.classes), *reduced)
-    digest = hashlib.sha256(repr(options if kind == "folder" else (kind, *options)).encode())
+    if cfg.name != "folder":
+        options = (cfg.name, cfg.target, *options)
+    digest = hashlib.sha256(repr(options).encode())
     for name, images in splits.items():
         digest.update(name.encode())
         if images.examples is not None:
@@ -164,7 +169,8 @@ def _fingerprint(
             continue
         digest.update(str(len(images)).encode())
         for index in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)).tolist():
-            digest.update(images.encoded(index)[0])
+            data, label = images.encoded(index)
+            digest.update(data + np.asarray(label).tobytes())
     return digest.hexdigest()
 
 

@@ -29,7 +29,10 @@ from vit_scale.data.loader import in_memory
 from vit_scale.data.mixtures import Mixture, relabel
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
+from vit_scale.data.targets import CLASS, KINDS
 from vit_scale.errors import UserError, nearest
+
+TARGETED = ("array_record", "huggingface", "tar")  # sets that can have several classes or numbers
 
 
 class DataSet(NamedTuple):
@@ -131,6 +134,13 @@ def open_split(
     entry = data_set(cfg)
     if cfg.slices not in ORDERS:
         raise UserError(f"data.slices={cfg.slices!r} is unknown; {nearest(cfg.slices, ORDERS)}")
+    if cfg.target not in KINDS:
+        raise UserError(f"data.target={cfg.target!r} is unknown; {nearest(cfg.target, KINDS)}")
+    if cfg.target != CLASS and cfg.name not in TARGETED:
+        raise UserError(
+            f"data.name={cfg.name} has one class an image; data.target={cfg.target} needs "
+            f"{', '.join(TARGETED)}"
+        )
     whole = entry.source(cfg, split_name(split, entry.splits))
     if file_view and isinstance(whole, EncodedImages):
         whole.view = file_view

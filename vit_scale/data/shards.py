@@ -105,4 +105,6 @@ def _record(shard: Shard, index: int) -> bytes | None:
             return None
         file = shard.images.location(index)
         raise UserError(f"cannot read {file}: {one_line(error)}; {advice}") from error
-    return LABEL.pack(label) + data
+    if shard.images.targets:
+        return LABEL.pack(0) + np.asarray(label, "<f4").tobytes() + data
+    return LABEL.pack(int(label)) + data

@@ -6,10 +6,10 @@ that a batch is a pure function of (seed, step).
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from vit_scale.errors import UserError
 
@@ -24,6 +24,7 @@ class Batch(TypedDict):
     image: UInt8[np.ndarray, "n h w 3"]
     label: Int[np.ndarray, "n"]  # int32
     mask: Bool[np.ndarray, "n"]  # False for padding and for corrupt images that are skipped
+    target: NotRequired[Float[np.ndarray, "n t"]]  # float32, of sources with `targets` (targets.py)
 
 
 class Source(Protocol):
@@ -36,6 +37,7 @@ class Source(Protocol):
     # Optional attributes:
     # examples: the identity of each example, or None (`Examples`)
     # recorded: metadata that a run saves, to detect later that the set has changed
+    # targets: the length of the vectors that it has instead of labels; 0 or none: it has labels
     # crops: whether `read` takes a stream of random numbers for each example as well, to crop it
 
     def __len__(self) -> int: ...
@@ -64,6 +66,7 @@ class InMemory:
         labels: Int[np.ndarray, "n"],
         classes: Sequence[str],
         mask: Bool[np.ndarray, "n"] | None = None,
+        target: Float[np.ndarray, "n t"] | None = None,
     ):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(
@@ -77,6 +80,8 @@ class InMemory:
         self._images = images
         self._labels = check_labels(labels, self.classes, name)
         self._mask = np.ones(len(images), bool) if mask is None else mask
+        self._target = target
+        self.targets = 0 if target is None else target.shape[1]
         if not len(self._images) == len(self._labels) == len(self._mask):
             raise ValueError(
                 f"different numbers of images ({len(images)}), labels ({len(labels)}) and masks "
@@ -87,11 +92,26 @@ class InMemory:
         return len(self._images)
 
     def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
-        return {
+        batch: Batch = {
             "image": np.take(self._images, indices, axis=0),
             "label": np.take(self._labels, indices),
             "mask": np.take(self._mask, indices),
         }
+        if self._target is not None:
+            batch["target"] = np.take(self._target, indices, axis=0)
+        return batch
+
+
+def empty_batch(source: Source, n: int) -> Batch:
+    """Return `n` masked examples of zeros, as `source` delivers them."""
+    batch: Batch = {
+        "image": np.zeros((n, *source.size, 3), np.uint8),
+        "label": np.zeros(n, np.int32),
+        "mask": np.zeros(n, bool),
+    }
+    if length := getattr(source, "targets", 0):
+        batch["target"] = np.zeros((n, length), np.float32)
+    return batch
 
 
 def check_labels(labels: Int[np.ndarray, "n"], classes: Sequence[str], where: str) -> np.ndarray:
@@ -110,6 +130,7 @@ def checksum(source: Source, examples: int = 16) -> str:
     indices = np.unique(np.linspace(0, len(source) - 1, examples).astype(np.int64))
     batch = source.read(indices)
     digest = hashlib.sha256()
-    for part in (batch["image"], batch["label"], batch["mask"]):
+    for name in ("image", "label", "mask", "target"):
+        part = batch.get(name, ())
         digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()[:16]

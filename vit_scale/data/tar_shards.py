@@ -1,9 +1,10 @@
 """Tar shards in WebDataset's layout, read in any order by an index of their members.
 
 An example is the members that share a name up to its first dot: an image, and its label, a number
-in NAME.cls or the "label" of NAME.json. Without labels, the first folder of NAME is the class.
-`index_shards` reads the headers once and writes SPLIT.index.npz beside the shards; after that an
-example is one read of its bytes, on disk or in a bucket, there through a cache.
+in NAME.cls or the "label" of NAME.json, which may also be a list (data.target). Without labels, the
+first folder of NAME is the class. `index_shards` reads the headers once and writes SPLIT.index.npz
+beside the shards; after that an example is one read of its bytes, on disk or in a bucket, there
+through a cache.
 """
 
 import copy
@@ -23,19 +24,20 @@ from tqdm import tqdm
 
 from vit_scale.data.class_names import read_lines, readable
 from vit_scale.data.decode import Corrupt
-from vit_scale.data.encoded_images import EncodedImages
+from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_files import is_hidden, is_image
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
-from vit_scale.data.sources import MissingSplit, check_labels
+from vit_scale.data.sources import MissingSplit
+from vit_scale.data.targets import CLASS, VALUE, Rows, Targets, class_names, make_targets, rows_of
 from vit_scale.data.workers import parallel_map
 from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, user_errors
 from vit_scale.storage.ranges import RangeReader
 
-VERSION = 1
+VERSION, TARGETS = 1, 2  # of an index; the second has labels that are no single class
 BLOCK = tarfile.BLOCKSIZE
 CLASSES = "classes.txt"  # beside the shards: the name of each label, a line each
 TAR = ".tar"
@@ -48,7 +50,7 @@ class Member(NamedTuple):
     file: str  # its name
     offset: int  # of its bytes in the shard
     length: int
-    label: int | str | None  # a number, a class folder, or unknown
+    label: int | str | float | list | None  # a number, a class folder, a target, or unknown
 
 
 class TarShards(EncodedImages):
@@ -60,16 +62,20 @@ class TarShards(EncodedImages):
         super().__init__(name, classes, cfg)
         self._shards, self._index = shards, index
         self._ranges = RangeReader(shards, cfg.cache)
-        self._labels = check_labels(index["labels"], classes, name)
+        if cfg.target == CLASS:
+            self._set_labels(index["labels"])
+        else:
+            rows = _rows(index, cfg.target, shards[0])
+            self._set_labels(make_targets(rows, cfg.target, self.classes, self.location))
 
     def __len__(self) -> int:
         return len(self._labels)
 
     @functools.cached_property
     def examples(self) -> Examples:  # type: ignore[override]
-        return Examples(self._index["files"], self._labels)
+        return self._identified(self._index["files"])
 
-    def encoded(self, index: int) -> tuple[bytes, int]:
+    def encoded(self, index: int) -> tuple[bytes, Label]:
         shard, offset, length = (
             int(self._index[column][index]) for column in ("shard", "offset", "length")
         )
@@ -79,13 +85,14 @@ class TarShards(EncodedImages):
             raise Corrupt(error.strerror or str(error)) from error
         if len(data) != length:
             raise Corrupt(f"the shard ends after {len(data)} of {length} bytes")
-        return data, int(self._labels[index])
+        return data, self._label_of(index)
 
     def part(self, positions: Int[np.ndarray, "n"]) -> "TarShards":
         part = copy.copy(self)
         columns = ("shard", "offset", "length", "files")
         part._index = {column: self._index[column][positions] for column in columns}
-        part._labels = self._labels[positions]
+        labels = self._labels
+        part._labels = labels.part(positions) if isinstance(labels, Targets) else labels[positions]
         part.__dict__.pop("examples", None)
         return part
 
@@ -111,7 +118,11 @@ def source(cfg: ConfigDict, name: str) -> TarShards:
         train = _read_index(others, "train", cfg.path)
     folder = shards[0].parent
     shards = [folder / shard for shard in index["shards"].tolist()]  # in the index's order
-    classes = _class_names(folder, train)
+    if cfg.target == CLASS and ("flat" in index or "flat" in train):
+        raise UserError(
+            f"{folder}: it has lists or fractions: set --config.data.target=classes or value"
+        )
+    classes = _class_names(folder, train, cfg.target)
     if "folders" in index and index is not train:  # numbered by this split's own folders
         index = _renumbered(index, train, shards[0])
     return TarShards(f"{folder.name} {candidate}", shards, classes, index, cfg)
@@ -123,12 +134,24 @@ def _no_shards(path: str, name: str) -> str:
     return f"{path} has no shards of split {name!r}; expected {name}*.tar or {name}/*.tar in it"
 
 
-def _class_names(folder: Path, train: dict) -> tuple[str, ...]:
+def _rows(index: dict, kind: str, where: Path) -> Rows:
+    """Return the labels of an index as rows, of names if they are class folders."""
+    if "flat" in index:
+        flat = index["flat"]
+        return Rows(index["names"][flat] if "names" in index else flat, index["ends"])
+    if "folders" in index and kind == VALUE:
+        raise UserError(f"{where}: its labels are class folders; data.target=value needs numbers")
+    return Rows(index["labels"], np.arange(1, len(index["labels"]) + 1))
+
+
+def _class_names(folder: Path, train: dict, kind: str) -> tuple[str, ...]:
+    if kind == VALUE:
+        return class_names(_rows(train, kind, folder), kind)
     if "folders" in train:
         return readable(folder, tuple(train["folders"].tolist()))
     if (folder / CLASSES).is_file():
         return tuple(line for line in read_lines(folder / CLASSES) if line)
-    return tuple(map(str, range(int(train["labels"].max()) + 1)))
+    return class_names(_rows(train, kind, folder), kind)
 
 
 def _renumbered(index: dict, train: dict, shard: Path) -> dict:
@@ -156,8 +179,8 @@ def _read_index(shards: list[Path], name: str, path: str) -> dict[str, np.ndarra
     ):
         index = dict(stored)
         version = int(index["version"])
-    if version != VERSION:
-        raise UserError(f"{file} has version {version}, not {VERSION}; {again}")
+    if version not in (VERSION, TARGETS):
+        raise UserError(f"{file} has version {version}, not {VERSION} or {TARGETS}; {again}")
     sizes = paths.sizes(shards[0].parent)
     known = dict(zip(index["shards"].tolist(), index["sizes"].tolist(), strict=True))
     for shard in shards:
@@ -205,7 +228,6 @@ def index_shards(path: str, workers: int | None = None) -> dict[str, int]:
 def _make_index(shards: list[Path], members: dict[Path, list[Member]]) -> dict[str, np.ndarray]:
     rows = [(number, m) for number, shard in enumerate(shards) for m in members[shard]]
     sizes = paths.sizes(shards[0].parent)
-    labels, folders = _labels(shards, rows)
     index = {
         "version": np.array(VERSION),
         "shards": np.array([shard.name for shard in shards]),
@@ -214,27 +236,38 @@ def _make_index(shards: list[Path], members: dict[Path, list[Member]]) -> dict[s
         "offset": np.array([m.offset for _, m in rows], np.int64),
         "length": np.array([m.length for _, m in rows], np.int64),
         "files": np.array([m.file.encode("utf-8", "surrogateescape") for _, m in rows]),
-        "labels": labels,
     }
-    return index | ({"folders": np.array(folders)} if folders else {})
+    return index | _labels(shards, rows)
 
 
-def _labels(shards: list[Path], rows: list[tuple[int, Member]]) -> tuple[np.ndarray, list[str]]:
-    """Return the labels, and the class folders that they number, if they do. Raises UserError."""
+def _labels(shards: list[Path], rows: list[tuple[int, Member]]) -> dict[str, np.ndarray]:
+    """Return the labels, and the class folders or names that they number. Raises UserError."""
     if not rows:
         raise UserError(f"{shards[0]} has no images")
     kinds = {type(m.label) for _, m in rows}
     if kinds == {int}:
-        return np.array([m.label for _, m in rows], np.int32), []
+        return {"labels": np.array([m.label for _, m in rows], np.int32)}
     if kinds == {str}:
         folders = sorted({str(m.label) for _, m in rows})
         numbers = {name: number for number, name in enumerate(folders)}
-        return np.array([numbers[str(m.label)] for _, m in rows], np.int32), folders
-    shard, member = next((s, m) for s, m in rows if type(m.label) is not int)
+        labels = np.array([numbers[str(m.label)] for _, m in rows], np.int32)
+        return {"labels": labels, "folders": np.array(folders)}
+    if kinds <= {int, float, list}:
+        return _targets(rows)
+    shard, member = next((s, m) for s, m in rows if type(m.label) in (str, type(None)))
     raise UserError(
         f"{shards[shard]} ({member.file}) has no label; each image needs a NAME.cls with a number, "
         'a NAME.json with a "label", or every image a class folder'
     )
+
+
+def _targets(rows: list[tuple[int, Member]]) -> dict[str, np.ndarray]:
+    """Return labels that are lists or fractions, of which earlier versions read none."""
+    flat, ends = rows_of([m.label for _, m in rows], lambda index: rows[index][1].file)
+    columns = {"version": np.array(TARGETS), "labels": np.full(len(rows), -1, np.int32)}
+    if flat.dtype.kind == "U":
+        columns["names"], flat = np.unique(flat, return_inverse=True)
+    return columns | {"flat": flat, "ends": ends}
 
 
 def read_members(shard: Path) -> list[Member]:
@@ -272,7 +305,9 @@ def _examples(tar: tarfile.TarFile, shard: Path) -> Iterator[Member]:
             yield image._replace(label=folder if label is None else label)
 
 
-def _label(tar: tarfile.TarFile, info: tarfile.TarInfo, shard: Path, suffix: str) -> int | None:
+def _label(
+    tar: tarfile.TarFile, info: tarfile.TarInfo, shard: Path, suffix: str
+) -> int | float | list | None:
     member = tar.extractfile(info)
     text = member.read() if member else b""
     try:
@@ -281,6 +316,8 @@ def _label(tar: tarfile.TarFile, info: tarfile.TarInfo, shard: Path, suffix: str
             value = value.get("label")
         if value is None or (type(value) is int and value >= 0):
             return value
+        if suffix == ".json" and type(value) in (int, float, list):
+            return float(value) if type(value) is int else value
     except (ValueError, AttributeError):
         pass
     raise UserError(f"{shard} ({info.name}) has no label that is a number, but {text[:40]!r}")

@@ -18,6 +18,7 @@ from vit_scale.training.objectives.objective import Objective
 __all__ = ["OBJECTIVES", "Objective", "check", "make_objective"]
 
 OBJECTIVES = {"classification": classification, "distillation": distillation}
+LEARN_CLASSES = ("classification", "distillation")  # not the vectors of data.target
 
 
 def make_objective(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
@@ -35,6 +36,11 @@ def check(cfg: ConfigDict) -> None:
             f"objective={cfg.objective!r} is unknown; {nearest(cfg.objective, OBJECTIVES)}"
         )
     check_loss(cfg)
+    if cfg.data.target != "class" and cfg.objective in LEARN_CLASSES:
+        raise UserError(
+            f"data.target={cfg.data.target} needs an objective that learns it; "
+            f"objective={cfg.objective} learns one class an image"
+        )
     check_distill(cfg.distill)
     if cfg.objective == "distillation" and not cfg.distill.teacher:
         raise UserError("objective=distillation needs --config.distill.teacher=RUN")
