@@ -72,19 +72,25 @@ def default_workdir(name: str) -> str:
 
 
 def evaluate(
-    run: str | os.PathLike, split: str | None = None, *, quiet: bool = False, **overrides: Any
+    run: str | os.PathLike,
+    split: str | None = None,
+    *,
+    real: str | os.PathLike | None = None,
+    quiet: bool = False,
+    **overrides: Any,
 ) -> dict:
     """Evaluate a run's model, or external weights, on every example of a split.
 
     Args:
       run: a run's folder, RUN/checkpoints/STEP, or a file of weights.
       split: such as "test" or "train[98%:]"; default: the run's eval.final.
+      real: ReaL's real.json, by which the predictions on ImageNet's validation set are judged.
       quiet: don't print what had to be assumed about external weights.
       **overrides: config fields by their dotted names: `**{"data.path": "DIR"}`.
 
     Returns:
       {"run": path, "step": ..., "split": ..., "set": name of the data set, "accuracy": in [0, 1],
-      "loss": mean cross-entropy, "n": examples evaluated}
+      "loss": mean cross-entropy, "n": examples evaluated}; with `real` no loss
 
     Raises:
       UserError: there is no such run or split, or its classes are not the model's.
@@ -100,13 +106,15 @@ def evaluate(
         )
     mesh = make_mesh(cfg.mesh)
     validate_evaluation(cfg, mesh)
-    examples = open_evaluation(cfg, split, source.classes)
+    examples = open_evaluation(cfg, split, source.classes, real)
     check_classes(examples, cfg)
     examples, line = align(examples, source.classes, cfg.init.classes)
     if not quiet:
         source._replace(notes=(*source.notes, *filter(None, [line]))).print_notes()
     params = shard(source.params, shardings(source.params, mesh))
     result = Evaluate(cfg, source.model, mesh)(params, examples)
+    if real:
+        del result["loss"]  # of no label
     return {
         "run": str(source.path),
         "step": source.step,

@@ -10,6 +10,7 @@ from PIL import Image
 from vit_scale import data
 from vit_scale.config import base
 from vit_scale.data.decode import Corrupt, decode
+from vit_scale.data.mixtures import relabel
 from vit_scale.errors import UserError
 
 
@@ -230,3 +231,33 @@ def test_memory_keeps_the_mask_of_skipped_images(plain):
     truncate_second(plain)
     source = data.open_split(block(plain, memory=True, on_corrupt="skip"), "train")
     assert everything(source)["mask"].tolist() == [True, False, True]
+
+
+def test_imagenet_v2_has_its_classes_by_number(tmp_path):
+    """Its folders 0 to 999 are ImageNet's classes in order, without a folder of the split."""
+    v2 = tmp_path / "imagenetv2"
+    for label in range(12):
+        save(v2 / f"{label}/{100 - label}.png", picture(8, 8, label))
+    source = data.open_split(block(v2), "val")
+    assert source.classes == tuple(map(str, range(12))) and source.name == "imagenetv2"
+    outputs = tuple(f"n{label:02}" for label in range(12))  # of a model of ImageNet
+    aligned, line = data.align(source, outputs)
+    assert "assuming that output i is class i of the set, 0 to 11" in line
+    batch = everything(aligned)
+    pixels = {image.tobytes(): y for image, y in zip(batch["image"], batch["label"], strict=True)}
+    assert pixels == {picture(8, 8, label).tobytes(): label for label in range(12)}
+    with pytest.raises(UserError, match="has no labelled split 'train'"):
+        data.open_split(block(v2), "train")
+
+
+def test_folders_of_numbers_below_a_training_set_keep_their_order(tmp_path):
+    """As text: it is the labels of runs that exist."""
+    for split in ("train", "val"):
+        for label in range(12):
+            save(tmp_path / f"{split}/{label}/{label}.png", picture(8, 8, label))
+    for split in ("train", "val"):
+        classes = data.open_split(block(tmp_path), split).classes
+        assert classes[:4] == ("0", "1", "10", "11")
+    numbered = data.InMemory("numbers", np.zeros((12, 8, 8, 3), np.uint8), range(12), range(12))
+    numbered.classes = tuple(map(str, range(12)))
+    assert everything(relabel(numbered, classes))["label"].tolist()[:4] == [0, 1, 4, 5]

@@ -35,15 +35,17 @@ def evaluate(args, overrides: Sequence[str]) -> None:
 
     refuse_unused(overrides, "eval", EVAL, args.split)
     join_hosts(args)
-    result = api.evaluate(args.run, args.split, quiet=args.quiet, **as_fields(overrides))
+    fields = as_fields(overrides)
+    result = api.evaluate(args.run, args.split, real=args.real, quiet=args.quiet, **fields)
     if args.quiet:
         return
     if args.json:
         print(json.dumps(result))
     else:
+        loss = f"loss {result['loss']:.4f}, " if "loss" in result else ""
         print(
-            f"{result['set']}: accuracy {100 * result['accuracy']:.2f} %, loss "
-            f"{result['loss']:.4f}, n {result['n']:,} (step {result['step']:,})"
+            f"{result['set']}: accuracy {100 * result['accuracy']:.2f} %, {loss}"
+            f"n {result['n']:,} (step {result['step']:,})"
         )
 
 

@@ -84,6 +84,8 @@ def add_host_flags(sub: argparse.ArgumentParser) -> None:
 def add_eval_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", metavar="RUN", help=RUN)
     sub.add_argument("--split", help=SPLIT)
+    text = "real.json: judge predictions on ImageNet's validation set by ReaL's labels"
+    sub.add_argument("--real", metavar="FILE", help=text)
     sub.add_argument("--json", action="store_true", help=JSON)
     add_host_flags(sub)
     sub.epilog = "--config.data.name=folder --config.data.path=DIR evaluates on another data set."

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vit_scale.data import image_files
+from vit_scale.data.class_mapping import is_numbered
 from vit_scale.data.class_names import read_lines, readable
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
@@ -94,9 +95,8 @@ def source(cfg: ConfigDict, name: str) -> ImageFolder:
     folder, common = paths.parse(cfg.path), cfg.listing == "common"
     listing = list_images(folder, name, common)
     classes = readable(folder, listing.classes, common)
-    return ImageFolder(
-        printable(f"{folder.resolve().name} {listing.root.name}"), classes, listing, cfg
-    )
+    title = folder.resolve().name + (f" {listing.root.name}" if listing.root != folder else "")
+    return ImageFolder(printable(title), classes, listing, cfg)
 
 
 def list_images(folder: Path, name: str, common: bool = False) -> Listing:
@@ -108,7 +108,7 @@ def list_images(folder: Path, name: str, common: bool = False) -> Listing:
     train, skipped = folder / "train", image_files.SkippedFiles()
     classes = _subfolders(train, common) if train.is_dir() else ()
     root = _split_folder(folder, name, classes, common)
-    classes = classes or _subfolders(root, common)
+    classes = classes or _in_order(_subfolders(root, common))
     if (root / ANNOTATIONS).is_file():
         examples = sorted(_annotated(root, classes))
     else:
@@ -121,6 +121,12 @@ def list_images(folder: Path, name: str, common: bool = False) -> Listing:
         image_files.print_once(f"{root}: {skipped}; skipped")
     names = np.array([os.fsencode(file) for file, _ in examples])
     return Listing(root, names, np.array([label for _, label in examples], np.int32), classes)
+
+
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the classes in order: folders 0, 1, ..., 999, as ImageNet-V2 has, are numbers."""
+    numbered = tuple(map(str, range(len(names))))
+    return numbered if set(numbered) == set(names) else names
 
 
 def _refuse_empty(root: Path, classes: tuple[str, ...], labels: set[int], skipped) -> None:
@@ -143,6 +149,9 @@ def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: boo
         other = f"{root} has none of the {len(classes)} classes of {folder / 'train'}{hint}"
     if other:
         raise UserError(other)
+    inside = _subfolders(folder) if folder.is_dir() else ()
+    if name != "train" and len(inside) > 1 and is_numbered(_in_order(inside)):
+        return folder  # ImageNet-V2, which has no folders of splits
     layouts = " or ".join(f"{candidate}/CLASS/IMAGE" for candidate in FOLDERS[name])
     raise MissingSplit(
         f"{folder} has no labelled split {name!r}; expected {layouts} in it"

@@ -138,10 +138,10 @@ def relabel(source: Source, classes: Sequence[str]) -> Source:
     Classes without names, of the same number, are taken to be in that order. Raises UserError for a
     class that is not among them.
     """
-    unnamed = len(source.classes) == len(classes) and is_numbered(source.classes)
-    if source.classes == tuple(classes) or unnamed:
-        return source
     numbers = {name: number for number, name in enumerate(classes)}
+    unnamed = len(source.classes) == len(classes) and is_numbered(source.classes)
+    if source.classes == tuple(classes) or (unnamed and numbers.keys() != set(source.classes)):
+        return source
     if unknown := [name for name in source.classes if name not in numbers]:
         raise UserError(f"class {unknown[0]!r} of {source.name} is in none of data.mixture's sets")
     return Relabelled(source, classes, [numbers[name] for name in source.classes])

@@ -5,6 +5,7 @@ and add an entry to SETS.
 """
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
 from vit_scale.data.mixtures import Mixture, relabel
+from vit_scale.data.real_labels import with_real_labels
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.data.targets import CLASS, KINDS
@@ -183,13 +185,18 @@ def open_training(cfg: ConfigDict) -> Source:
     return mixture
 
 
-def open_evaluation(cfg: ConfigDict, split: str, classes: Sequence[str]) -> Source:
+def open_evaluation(
+    cfg: ConfigDict, split: str, classes: Sequence[str], real: str | os.PathLike | None = None
+) -> Source:
     """Open a split to evaluate on, cropped as the config's eval block says.
 
     Of a model that was trained on data.mixture, whose `classes` are those of several sets, it is
-    labelled by them. Raises UserError as `open_split` does, and for a class that is not among them.
+    labelled by them. `real` is a file of ReaL labels (real_labels.py). Raises UserError as
+    `open_split` does, and for a class that is not among them.
     """
     source = open_split(cfg.data, split, view(cfg.eval))
+    if real:
+        source = with_real_labels(source, real)
     return relabel(source, classes) if cfg.data.mixture else source
 
 

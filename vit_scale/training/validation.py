@@ -190,7 +190,7 @@ def validate_inputs(
 
 def check_classes(source: data.Source, cfg: ConfigDict) -> None:
     """Raise UserError where the model has more or fewer outputs than the data set has classes."""
-    if getattr(source, "targets", 0):
+    if cfg.data.target != "class":
         raise UserError(
             f"{source.name} has vectors (data.target={cfg.data.target}), and only the predictions "
             "of one class an image can be measured"
