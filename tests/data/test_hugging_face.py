@@ -100,13 +100,16 @@ def test_columns_are_named_where_their_types_do_not_decide(tmp_path):
     error = refused(lambda: data.open_split(hf_block(tmp_path), "train"))
     assert "columns label, coarse might be the labels" in error
     assert "set --config.data.label_column" in error
-    source = data.open_split(hf_block(tmp_path, label_column="coarse"), "train")
+    coarse = {"label_column": "coarse"}
+    source = data.open_split(hf_block(tmp_path, **coarse), "train")
     assert source.classes == ("x", "y", "z") and everything(source)["label"].tolist() == [2, 2, 0]
-    error = refused(lambda: data.open_split(hf_block(tmp_path, image_column="imgs"), "train"))
+    error = refused(
+        lambda: data.open_split(hf_block(tmp_path, image_column="imgs", **coarse), "train")
+    )
     assert "data.image_column='imgs' is not in" in error and "did you mean img?" in error
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path, folder, monkeypatch):
+def test_what_cannot_be_opened_is_one_line(tmp_path, folder, monkeypatch, capsys):
     assert "cannot open nobody/nothing with Hugging Face's datasets: " in refused(
         lambda: data.open_split(hf_block("nobody/nothing"), "train")
     )
@@ -121,6 +124,16 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, folder, monkeypatch):
     assert "label -1 at position 1 is outside the 2 classes" in refused(
         lambda: data.open_split(hf_block(tmp_path / "unlabelled"), "train")
     )
+    rows(labels=(-1, -1, -1)).to_parquet(tmp_path / "unlabelled/test.parquet")
+    rows().to_parquet(tmp_path / "unlabelled/train.parquet")
+    assert "unlabelled: split test has no labels, all are -1" in refused(
+        lambda: data.open_split(hf_block(tmp_path / "unlabelled"), "test")
+    )
+    rows(labels=(1, 1, 0)).to_parquet(tmp_path / "unlabelled/validation.parquet")
+    source = data.open_split(hf_block(tmp_path / "unlabelled"), "test")
+    assert source.name.endswith(" val")
+    assert everything(source)["label"].tolist() == [1, 1, 0]
+    assert "test has no labels, all are -1: val is read\n" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "needs the package datasets: launch/environment.sh hf" in refused(
         lambda: data.open_split(hf_block(folder), "train")

@@ -13,6 +13,8 @@ from vit_scale import cli, config, data
 from vit_scale.data import InMemory, Mixture
 from vit_scale.data.loader import TrainBatches, shuffled
 from vit_scale.data.mixtures import relabel
+from vit_scale.errors import UserError
+from vit_scale.runs import resume
 from vit_scale.training.splits import open_splits
 
 CLASSES = ("ant", "bee")
@@ -144,6 +146,36 @@ def test_bad_mixtures_are_one_line(folders, fields, message):
         data.open_training(cfg)
 
     assert message in refused(opened)
+
+
+def test_sets_of_one_name_have_epochs_of_their_own():
+    sets = [numbered(3, 0), numbered(6, 3), numbered(6, 9)]
+    for source, name in zip(sets, ("set", "other", "set"), strict=True):
+        source.name = name
+    epochs = Mixture(sets, (1, 1, 2)).epochs(3, 4)
+    assert epochs == [("set", 1.0), ("other", 0.5), ("set (2)", 1.0)]
+
+
+def test_a_run_resumes_where_its_sets_have_moved(tmp_path):
+    """As it does with one set: what is in them is compared, not where they are."""
+
+    def description(*mixture) -> dict:
+        cfg = config.base()
+        cfg.data.mixture = mixture
+        return {"config": config.to_json(cfg)}
+
+    before = description(("folder:DIR", 0.7), ("tar:OTHER", 1.0))
+    resume.check_same_config(
+        tmp_path, before, description(("folder:gs://there", 0.7), ("tar:x", 1.0))
+    )
+    for other in (
+        [("folder:DIR", 0.6), ("tar:OTHER", 1.0)],
+        [("folder:DIR", 0.7), ("folder:OTHER", 1.0)],
+        [("tar:OTHER", 1.0), ("folder:DIR", 0.7)],
+        [("folder:DIR", 0.7)],
+    ):
+        with pytest.raises(UserError, match=r"with a different config \(data.mixture: "):
+            resume.check_same_config(tmp_path, before, description(*other))
 
 
 def test_weights_and_sizes_are_checked():

@@ -101,9 +101,11 @@ def test_slices_go_by_file_names_once_they_are_indexed(prepared, capsys):
 def test_features_are_named_where_their_types_do_not_decide(tmp_path):
     more = {"coarse": tfds.features.ClassLabel(names=["x", "y", "z"])}
     folder = prepare(tmp_path, {"train": rows(3, coarse=2)}, features(**more))
-    assert "the label must be one of label, coarse: set --config.data.label_column" in refused(
-        lambda: data.open_split(tfds_block(folder), "train")
-    ).replace("coarse, label", "label, coarse")
+    error = refused(lambda: data.open_split(tfds_block(folder), "train"))
+    assert "columns coarse, label might be the labels" in error.replace(
+        "columns label, coarse", "columns coarse, label"
+    )
+    assert "set --config.data.label_column" in error
     source = data.open_split(tfds_block(folder, label_column="coarse"), "train")
     assert everything(source)["label"].tolist() == [2, 2, 2]
 
@@ -122,6 +124,19 @@ def test_what_cannot_be_read_is_one_line(tmp_path, prepared):
     folder = prepare(tmp_path / "unnamed", {"train": content}, unnamed)
     assert "nothing to index" in refused(lambda: tfds_sets.index_names(folder))
     assert "has no split 'val'; it has train" in refused(opened(folder, "val"))
-    unlabelled = prepare(tmp_path / "u", {"train": [{**rows(1)[0], "label": -1}]}, features())
-    source = data.open_split(tfds_block(unlabelled), "train")
+    wrong = prepare(tmp_path / "w", {"train": [*rows(1), {**rows(1)[0], "label": -1}]}, features())
+    source = data.open_split(tfds_block(wrong), "train")
     assert "label -1 is outside the 2 classes" in refused(lambda: everything(source))
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_test_set_without_labels_is_skipped_or_refused(tmp_path, capsys, validated):
+    content = {"train": rows(2), "test": [{**row, "label": -1} for row in rows(3)]}
+    folder = prepare(tmp_path, content | ({"validation": rows(2)} if validated else {}), features())
+    if validated:
+        assert len(data.open_split(tfds_block(folder), "test")) == 2
+        assert "test has no labels, all are -1: validation is read" in capsys.readouterr().err
+    else:
+        assert "split test has no labels, all are -1" in refused(
+            lambda: data.open_split(tfds_block(folder), "test")
+        )

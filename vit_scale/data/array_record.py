@@ -71,8 +71,7 @@ class Records(EncodedImages):
         return _read_examples(self._names, len(self)) if self._names else None
 
     def __getstate__(self) -> dict:
-        """Leave out what a worker cannot receive (open files) or does not need (names)."""
-        return {k: v for k, v in self.__dict__.items() if k != "examples"} | {"_readers": {}}
+        return super().__getstate__() | {"_readers": {}}  # open files cannot be sent
 
     def encoded(self, index: int) -> tuple[bytes, Label]:
         shard, position = self._locate(index)

@@ -52,6 +52,9 @@ class EncodedImages:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "examples"}  # workers need no names
+
     @property
     def recorded(self) -> dict[str, object]:
         return {"fingerprint": self.examples.fingerprint()} if self.examples else {}

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vit_scale.data.columns import choose_column, labelled_split
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
-from vit_scale.data.sources import MissingSplit
 from vit_scale.data.targets import CLASS, CLASSES, VALUE, Rows, class_names, make_targets, rows_of
-from vit_scale.errors import UserError, nearest
+from vit_scale.errors import UserError
 from vit_scale.storage import cache
 from vit_scale.storage.errors import one_line
 
@@ -52,9 +52,6 @@ class HuggingFace(EncodedImages):
 
     def __len__(self) -> int:
         return len(self._labels)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "examples"}  # workers need no names
 
     @functools.cached_property
     def examples(self) -> Examples | None:  # type: ignore[override]
@@ -100,9 +97,7 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
         raise UserError(f"data.name=huggingface needs the package datasets: {INSTALL}") from error
     try:
         splits = _splits(datasets, cfg.path)
-        split = next((candidate for candidate in FOLDERS[name] if candidate in splits), None)
-        if split is None:
-            raise MissingSplit(f"{cfg.path} has no split {name!r}; it has {', '.join(splits)}")
+        split = labelled_split(cfg, name, splits, lambda one: _has_labels(splits[one], cfg))
         rows, train = splits[split], splits.get("train", splits[split])
     except UserError:
         raise
@@ -111,14 +106,14 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
             f"cannot open {cfg.path} with Hugging Face's datasets: {one_line(error)}; correct "
             "data.path, a folder, a pattern, or a name on the hub, which needs a network"
         ) from error
-    image, label = (_column(datasets, rows, cfg, kind) for kind in ("image", "label"))
+    image, label = _image_column(rows, cfg), _label_column(rows, cfg)
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     labels: np.ndarray | Rows
     if cfg.target == CLASS:
-        labels, classes = _labels(datasets, rows, train, label)
+        labels, classes = _labels(rows, train, label)
     else:
-        labels, classes = _targets(datasets, rows, train, label, cfg.target)
+        labels, classes = _targets(rows, train, label, cfg.target)
     return HuggingFace(
         f"{cfg.path} {split}", rows.select_columns([image]), image, labels, classes, cfg
     )
@@ -143,49 +138,8 @@ def _splits(datasets: Any, path: str) -> dict[str, Any]:
     return datasets.load_dataset(path)
 
 
-def _column(datasets: Any, rows: Any, cfg: ConfigDict, kind: str) -> str:
-    """Return the column of images or labels: the named one, or the only one of that type."""
-    if named := cfg[f"{kind}_column"]:
-        if named not in rows.features:
-            hint = nearest(named, list(rows.features))
-            raise UserError(f"data.{kind}_column={named!r} is not in {cfg.path}; {hint}")
-        return named
-    tests = IMAGE_TYPES if kind == "image" else LABEL_TYPES[cfg.target]
-    for test in tests:
-        fitting = [name for name, feature in rows.features.items() if test(datasets, feature)]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
-            break
-    which = f"columns {', '.join(fitting)} might be" if fitting else "no column has the type of"
-    raise UserError(
-        f"{cfg.path}: {which} the {kind}s, of {', '.join(rows.features)}: "
-        f"set --config.data.{kind}_column"
-    )
-
-
-# Tests of a column's type, the surest first.
-IMAGE_TYPES = (
-    lambda datasets, feature: isinstance(feature, datasets.Image),
-    lambda datasets, feature: isinstance(feature, dict) and "bytes" in feature,
-    lambda datasets, feature: _dtype(feature) in ("binary", "large_binary"),
-)
-LABEL_TYPES = {  # by data.target
-    CLASS: (
-        lambda datasets, feature: isinstance(feature, datasets.ClassLabel),
-        lambda datasets, feature: _dtype(feature).startswith(("int", "uint")),
-        lambda datasets, feature: _dtype(feature) in ("string", "large_string"),
-    ),
-    CLASSES: (
-        lambda datasets, feature: isinstance(_item(feature), datasets.ClassLabel),
-        lambda datasets, feature: _item(feature) is not None,
-    ),
-    VALUE: (
-        lambda datasets, feature: _dtype(_item(feature)).startswith("float"),
-        lambda datasets, feature: _dtype(feature).startswith("float"),
-        lambda datasets, feature: _dtype(feature).startswith(("int", "uint")),
-    ),
-}
+def _is_class(feature: Any) -> bool:
+    return type(feature).__name__ == "ClassLabel"
 
 
 def _item(feature: Any) -> Any:
@@ -197,28 +151,64 @@ def _dtype(feature: Any) -> str:
     return getattr(feature, "dtype", "")
 
 
-def _targets(
-    datasets: Any, rows: Any, train: Any, column: str, kind: str
-) -> tuple[Rows, tuple[str, ...]]:
+# Tests of a column's type, the surest first.
+IMAGE_TYPES = (
+    lambda feature: type(feature).__name__ == "Image",
+    lambda feature: isinstance(feature, dict) and "bytes" in feature,
+    lambda feature: _dtype(feature) in ("binary", "large_binary"),
+)
+LABEL_TYPES = {  # by data.target
+    CLASS: (
+        _is_class,
+        lambda feature: _dtype(feature).startswith(("int", "uint")),
+        lambda feature: _dtype(feature) in ("string", "large_string"),
+    ),
+    CLASSES: (
+        lambda feature: _is_class(_item(feature)),
+        lambda feature: _item(feature) is not None,
+    ),
+    VALUE: (
+        lambda feature: _dtype(_item(feature)).startswith("float"),
+        lambda feature: _dtype(feature).startswith("float"),
+        lambda feature: _dtype(feature).startswith(("int", "uint")),
+    ),
+}
+
+
+def _image_column(rows: Any, cfg: ConfigDict) -> str:
+    return choose_column(rows.features, IMAGE_TYPES, "image", cfg)
+
+
+def _label_column(rows: Any, cfg: ConfigDict) -> str:
+    return choose_column(rows.features, LABEL_TYPES[cfg.target], "label", cfg)
+
+
+def _has_labels(rows: Any, cfg: ConfigDict) -> bool:
+    """Return whether a split has a label other than -1, or no classes."""
+    column = _label_column(rows, cfg)
+    if not _is_class(rows.features[column]):
+        return True
+    return not len(rows) or bool((_values(rows, column) != -1).any())
+
+
+def _targets(rows: Any, train: Any, column: str, kind: str) -> tuple[Rows, tuple[str, ...]]:
     """Return the rows of a column, and the names of the classes, which are the training set's."""
 
     def read(part: Any) -> Rows:
         return rows_of(part[column][:], lambda index: f"row {index} of column {column}")
 
     own, item = read(rows), _item(rows.features[column])
-    if kind == CLASSES and isinstance(item, datasets.ClassLabel):
+    if kind == CLASSES and _is_class(item):
         return own, tuple(item.names)
     return own, class_names(own if train is rows else read(train), kind)
 
 
-def _labels(
-    datasets: Any, rows: Any, train: Any, column: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _labels(rows: Any, train: Any, column: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the labels and the names of the classes, which are the training set's."""
     values, feature = _values(rows, column), rows.features[column]
     if values.dtype.kind == "O" and None in values.tolist():
         raise UserError(f"column {column} has rows without a label; remove them")
-    if isinstance(feature, datasets.ClassLabel):
+    if _is_class(feature):
         return values, tuple(feature.names)
     known = values if train is rows else _values(train, column)
     if values.dtype.kind in "iu":

@@ -76,7 +76,6 @@ class ImageFolder(EncodedImages):
         part._listing = replace(
             listed, files=listed.files[positions], labels=listed.labels[positions]
         )
-        part.examples = None
         return part
 
     def location(self, index: int) -> str:

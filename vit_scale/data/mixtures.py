@@ -104,11 +104,17 @@ class Mixture:
         return batch
 
     def epochs(self, steps: int, batch: int) -> list[tuple[str, float]]:
-        """Return each set's name, and how often `steps` steps visit each of its examples."""
-        counts = self.taken(steps, batch)
+        """Return each set's name, and how often `steps` steps visit each of its examples.
+
+        Of sets of one name, the second is "NAME (2)".
+        """
+        counts, names = self.taken(steps, batch), [source.name for source in self.sources]
+        numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
         return [
-            (source.name, float(count / len(source)))
-            for source, count in zip(self.sources, counts, strict=True)
+            (name if number == 1 else f"{name} ({number})", float(count / length))
+            for name, number, count, length in zip(
+                names, numbers, counts, self.lengths, strict=True
+            )
         ]
 
 

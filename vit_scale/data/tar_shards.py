@@ -93,7 +93,6 @@ class TarShards(EncodedImages):
         part._index = {column: self._index[column][positions] for column in columns}
         labels = self._labels
         part._labels = labels.part(positions) if isinstance(labels, Targets) else labels[positions]
-        part.__dict__.pop("examples", None)
         return part
 
     def location(self, index: int) -> str:

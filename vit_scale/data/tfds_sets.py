@@ -15,11 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from vit_scale.data.columns import choose_column, labelled_split
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.image_folder import FOLDERS
-from vit_scale.data.sources import MissingSplit
 from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
@@ -42,9 +41,6 @@ class TfdsSet(EncodedImages):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "examples"}  # workers need no names
-
     @functools.cached_property
     def examples(self) -> Examples | None:  # type: ignore[override]
         if not self._index.is_file():
@@ -62,16 +58,26 @@ class TfdsSet(EncodedImages):
         return examples
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        try:
-            row = self._rows[index]
-        except Exception as error:  # Riegeli and protobuf raise several types
-            raise Corrupt(one_line(error)) from error
+        row = self._row(index)
         label = int(row[self._label])
         if not 0 <= label < len(self.classes):
             raise UserError(
                 f"{self.location(index)}: label {label} is outside the {len(self.classes)} classes"
             )
         return row[self._image], label
+
+    def has_labels(self) -> bool:
+        """Return whether the first example has a label, as none or all of a split have one."""
+        try:
+            return not len(self) or int(self._row(0)[self._label]) != -1
+        except Corrupt:  # which is reported when it is read
+            return True
+
+    def _row(self, index: int) -> dict:
+        try:
+            return self._rows[index]
+        except Exception as error:  # Riegeli and protobuf raise several types
+            raise Corrupt(one_line(error)) from error
 
     def location(self, index: int) -> str:
         return f"example {index} of {self.name}"
@@ -84,11 +90,10 @@ def source(cfg: ConfigDict, name: str) -> TfdsSet:
     in another format, and where it is not clear which features are the image and the label.
     """
     builder = _builder(cfg.path)
-    for candidate in FOLDERS[name]:
-        if candidate in builder.info.splits:
-            return TfdsSet(f"{builder.info.name} {candidate}", candidate, builder, cfg)
-    splits = ", ".join(builder.info.splits)
-    raise MissingSplit(f"{cfg.path} has no split {name!r}; it has {splits}")
+    split = labelled_split(
+        cfg, name, builder.info.splits, lambda one: TfdsSet(one, one, builder, cfg).has_labels()
+    )
+    return TfdsSet(f"{builder.info.name} {split}", split, builder, cfg)
 
 
 def is_prepared(path: str) -> bool:
@@ -142,18 +147,9 @@ def _rows(builder: Any, split: str, image: str) -> Any:
 
 def _feature(features: Any, kind: str, cfg: ConfigDict) -> str:
     """Return the feature of images or labels: the named one, or the only one of that type."""
-    tfds = _tfds()
-    wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}[kind]
-    fitting = [name for name, feature in features.items() if type(feature) is wanted]
-    named = cfg[f"{kind}_column"]
-    if named in fitting:
-        return named
-    if len(fitting) == 1 and not named:
-        return fitting[0]
-    raise UserError(
-        f"{cfg.path}: the {kind} must be one of {', '.join(fitting) or 'no feature'}: set "
-        f"--config.data.{kind}_column"
-    )
+    wanted = getattr(_tfds().features, {"image": "Image", "label": "ClassLabel"}[kind])
+    fitting = {name: feature for name, feature in features.items() if type(feature) is wanted}
+    return choose_column(fitting, [lambda feature: True], kind, cfg)
 
 
 def index_file(folder: str | os.PathLike, split: str) -> Path:

@@ -62,6 +62,12 @@ def _recorded_path(field: str, run: pathlib.Path, stored: dict) -> str:
     return paths.resolve(name, run, stored.get("cwd", ""))
 
 
+def comparable(stored: dict) -> dict:
+    """Return a config, as JSON types, without the paths of data.mixture, whose sets may move."""
+    mixture = [[entry.partition(":")[0], weight] for entry, weight in stored["data"]["mixture"]]
+    return {**stored, "data": {**stored["data"], "mixture": mixture}}
+
+
 def check_same_config(run: pathlib.Path, stored: dict, description: dict) -> None:
     """Raise UserError, with the differences, where a run would compute something different.
 
@@ -78,7 +84,7 @@ def check_same_config(run: pathlib.Path, stored: dict, description: dict) -> Non
         if paths.is_same(_recorded_path(field, run, stored), str(new.get(field, "")))
     )
     ignored = same_paths + OPERATIONAL + (ONLY_AT_START if checkpoint.finished_steps(run) else ())
-    differences = config.differences(before, description["config"])
+    differences = config.differences(comparable(before), comparable(description["config"]))
     changed = [line for line in differences if not line.startswith(ignored)]
     if changed:
         raise UserError(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config, data
 from vit_scale.models.parameters import count
-from vit_scale.runs.resume import OPERATIONAL
+from vit_scale.runs.resume import OPERATIONAL, comparable
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
 from vit_scale.training.setup import Setup
 from vit_scale.training.splits import Splits
@@ -36,7 +36,7 @@ def describe(setup: Setup, name: str, splits: Splits) -> dict:
 
 def identity(description: dict, splits: Splits) -> dict:
     """Return what must be equal on all hosts: config, data, and code."""
-    fields = config.dotted(description["config"])
+    fields = config.dotted(comparable(description["config"]))
     same = {name: value for name, value in fields.items() if not name.startswith(OPERATIONAL)}
     for split, source in splits._asdict().items():
         if source:
