@@ -1,14 +1,17 @@
 """Hugging Face's sets: columns are found by type, and what is ambiguous or missing is one line."""
 
+import json
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from tests.data.test_image_folder import block, everything, picture
 from tests.data.test_tar_shards import png, refused
-from vit_scale import data
+from vit_scale import config, data
 from vit_scale.data import image_files
+from vit_scale.runs import resume
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -107,6 +110,42 @@ def test_columns_are_named_where_their_types_do_not_decide(tmp_path):
         lambda: data.open_split(hf_block(tmp_path, image_column="imgs", **coarse), "train")
     )
     assert "data.image_column='imgs' is not in" in error and "did you mean img?" in error
+
+
+def test_a_set_on_the_hub_is_pinned_to_its_revision(monkeypatch, tmp_path, folder):
+    """A run records what it began with, and resumes with it, though the hub has a newer one."""
+    newest, opened = ["a" * 40], []
+
+    def load(name, revision=None):
+        opened.append((name, revision))
+        return datasets.DatasetDict({"train": rows()})
+
+    builder = lambda name: types.SimpleNamespace(hash=newest[0])  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+    def config_of(**fields):
+        cfg = config.base()
+        cfg.data = hf_block("nobody/set", **fields)
+        return cfg
+
+    mixed = (("huggingface:nobody/set", 1.0), (f"huggingface:{folder}", 2), ("folder:x", 1.0))
+    first = data.pinned(config_of(mixture=mixed))
+    assert first.data.path == f"nobody/set@{'a' * 40}"
+    assert first.data.mixture[0] == (f"huggingface:nobody/set@{'a' * 40}", 1.0)
+    assert first.data.mixture[1:] == mixed[1:] and data.pinned(first) == first
+    (tmp_path / "run.json").write_text(json.dumps({"config": config.to_json(first)}))
+    newest[0] = "b" * 40
+    resumed = data.pinned(resume.resumed_config(config_of(mixture=mixed), tmp_path))
+    assert resumed.data == first.data
+    moved = config_of(mixture=(("huggingface:other/set", 1.0), *mixed[1:]))
+    moved.data.path = f"nobody/set@{'c' * 40}"
+    resumed = data.pinned(resume.resumed_config(moved, tmp_path))
+    assert resumed.data.mixture[0][0] == f"huggingface:other/set@{'b' * 40}"
+    assert resumed.data.path == moved.data.path
+    data.open_split(first.data, "train")
+    data.open_split(hf_block("nobody/set"), "train")
+    assert opened == [("nobody/set", "a" * 40), ("nobody/set", None)]
 
 
 def test_what_cannot_be_opened_is_one_line(tmp_path, folder, monkeypatch, capsys):

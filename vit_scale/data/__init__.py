@@ -17,6 +17,7 @@ from vit_scale.data.registry import (
     open_evaluation,
     open_split,
     open_training,
+    pinned,
     views,
 )
 from vit_scale.data.sources import Batch, InMemory, Source, checksum
@@ -42,6 +43,7 @@ __all__ = [
     "open_evaluation",
     "open_split",
     "open_training",
+    "pinned",
     "split_name",
     "train_batches",
     "views",

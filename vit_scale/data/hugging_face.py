@@ -5,9 +5,11 @@ that an example is read without its row group. The image column and the label co
 type, the classes' names in the file. Images stay encoded until they are cropped.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from vit_scale.storage.errors import one_line
 
 INSTALL = "launch/environment.sh hf in a clone, or pip install datasets"
 PARQUET = ".parquet"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 SAVED = ("dataset_dict.json", "dataset_info.json")  # of Dataset.save_to_disk
 
 
@@ -87,25 +91,15 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
     """Open the split `name` (train, val, validation, test) of the set at cfg.path.
 
     The path is a folder of Parquet files, a pattern such as DIR/{split}-*.parquet, a folder that
-    `save_to_disk` wrote, or the name of a set on the hub. Without a test set, `test` is the
-    validation set. Raises UserError for a set that cannot be read, and where it is not clear which
-    column holds the images or the labels.
+    `save_to_disk` wrote, or the name of a set on the hub, NAME or NAME@REVISION. Without a test
+    set, `test` is the validation set. Raises UserError for a set that cannot be read, and where it
+    is not clear which column holds the images or the labels.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"data.name=huggingface needs the package datasets: {INSTALL}") from error
-    try:
+    datasets = _datasets()
+    with _errors(cfg.path):
         splits = _splits(datasets, cfg.path)
         split = labelled_split(cfg, name, splits, lambda one: _has_labels(splits[one], cfg))
         rows, train = splits[split], splits.get("train", splits[split])
-    except UserError:
-        raise
-    except Exception as error:  # datasets and pyarrow raise any type
-        raise UserError(
-            f"cannot open {cfg.path} with Hugging Face's datasets: {one_line(error)}; correct "
-            "data.path, a folder, a pattern, or a name on the hub, which needs a network"
-        ) from error
     image, label = _image_column(rows, cfg), _label_column(rows, cfg)
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -117,6 +111,40 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
     return HuggingFace(
         f"{cfg.path} {split}", rows.select_columns([image]), image, labels, classes, cfg
     )
+
+
+def pinned(path: str) -> str:
+    """Return the name of a set on the hub as NAME@REVISION, and any other path as it is.
+
+    The set may change there, and a run goes on with what it began with. Raises UserError for a set
+    that cannot be found.
+    """
+    if not HUB_NAME.fullmatch(path) or os.path.exists(path):
+        return path
+    with _errors(path):
+        revision = _datasets().load_dataset_builder(path).hash or ""
+    return f"{path}@{revision}" if COMMIT.fullmatch(revision) else path
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"data.name=huggingface needs the package datasets: {INSTALL}") from error
+    return datasets
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # datasets and pyarrow raise any type
+        raise UserError(
+            f"cannot open {path} with Hugging Face's datasets: {one_line(error)}; correct "
+            "data.path, a folder, a pattern, or a name on the hub, which needs a network"
+        ) from error
 
 
 def _splits(datasets: Any, path: str) -> dict[str, Any]:
@@ -135,7 +163,8 @@ def _splits(datasets: Any, path: str) -> dict[str, Any]:
     if any(os.path.exists(os.path.join(path, name)) for name in SAVED):
         saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
-    return datasets.load_dataset(path)
+    hub_name, _, revision = path.partition("@")
+    return datasets.load_dataset(hub_name, revision=revision or None)
 
 
 def _is_class(feature: Any) -> bool:

@@ -200,6 +200,24 @@ def open_evaluation(
     return relabel(source, classes) if cfg.data.mixture else source
 
 
+def pinned(cfg: ConfigDict) -> ConfigDict:
+    """Return the config with the sets on Hugging Face's hub as NAME@REVISION, as they are now.
+
+    Raises UserError for a set that cannot be found.
+    """
+    cfg, prefix = copy.deepcopy(cfg), "huggingface:"
+
+    def pin(entry):
+        if not isinstance(entry, tuple) or not str(entry[0]).startswith(prefix):
+            return entry
+        return (prefix + hugging_face.pinned(entry[0].removeprefix(prefix)), *entry[1:])
+
+    if cfg.data.name == "huggingface":
+        cfg.data.path = hugging_face.pinned(cfg.data.path)
+    cfg.data.mixture = tuple(map(pin, cfg.data.mixture))
+    return cfg
+
+
 def parts(cfg: ConfigDict) -> list[ConfigDict]:
     """Return the data block of each set of data.mixture, or of the one set.
 

@@ -50,10 +50,27 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
         return cfg
     cfg = config.with_old_defaults(cfg, stored["config"])
     recorded = config.dotted(stored["config"])
+    _keep_revisions(cfg.data, stored["config"].get("data", {}))
     for field, value in config.fields(cfg).items():
         if field in PATHS and value == recorded.get(field) and not os.path.exists(value):
             cfg.update_from_flattened_dict({field: _recorded_path(field, path.parent, stored)})
     return cfg
+
+
+def _keep_revisions(cfg: ConfigDict, recorded: dict) -> None:
+    """Keep the revisions of sets on Hugging Face's hub, which a run records as NAME@REVISION."""
+
+    def kept(path: str, before: object) -> str:
+        return str(before) if str(before).partition("@")[0] == path else path
+
+    if cfg.name == recorded.get("name") == "huggingface":
+        cfg.path = kept(cfg.path, recorded.get("path"))
+    before = [name for name, _ in recorded.get("mixture") or ()]
+    if len(before) == len(cfg.mixture) and all(isinstance(one, tuple) for one in cfg.mixture):
+        cfg.mixture = tuple(
+            (kept(name, old) if str(name).startswith("huggingface:") else name, *weight)
+            for (name, *weight), old in zip(cfg.mixture, before, strict=True)
+        )
 
 
 def _recorded_path(field: str, run: pathlib.Path, stored: dict) -> str:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vit_scale import config
 from vit_scale.augment.pipeline import train_images
 from vit_scale.checkpoint import Checkpoints, all_steps
-from vit_scale.data import Batch, Source, train_batches
+from vit_scale.data import Batch, Source, pinned, train_batches
 from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.accelerators import mfu, peak_flops
 from vit_scale.distributed.mesh import cpu_options
@@ -65,7 +65,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
       Preempted: after SIGTERM, with everything saved.
     """
     with multihost.shared_errors():
-        cfg = with_checksum(resumed_config(cfg, workdir))
+        cfg = pinned(with_checksum(resumed_config(cfg, workdir)))
         setup, splits = make_setup(cfg), open_splits(cfg)
         validate_inputs(cfg, setup.mesh, splits, setup.teacher)
         description = describe(setup, name, splits)
