@@ -16,6 +16,7 @@ def soaked(tmp_path: pathlib.Path, capsys, *arguments: str) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_nothing_is_lost(tmp_path, capsys):
     """With this seed the one schedule draws each of these faults once."""
     faults = "sigkill,sigterm,bitflip"
