@@ -352,7 +352,7 @@ def test_an_image_that_is_corrupt_stops_the_run_or_is_counted(user, copied):
     test_file = copied / "val" / "class_2" / "002.jpg"
     test_file.write_bytes(b"not an image")
     fields = ("steps=6", "checkpoint.every=0")  # an epoch: every image is seen
-    says = (f"cannot read {file}", "image 16 of", "--config.data.on_corrupt=skip")
+    says = (f"cannot read {file}", "--config.data.on_corrupt=skip")
     user.refused(user.training(*fields), *says)
     assert checkpoint.finished_steps(user.run) == []
     assert not (user.run / "report.json").exists()
@@ -367,7 +367,7 @@ def test_a_corrupt_image_is_named_by_a_worker_too(user, copied, run_cli):
     file.write_bytes(file.read_bytes()[:100])
     arguments = user.training("steps=6", "checkpoint.every=0", "data.workers=2")
     done = run_cli(*arguments)
-    one_line(done.stderr, [f"{file}", "image 16 of", "--config.data.on_corrupt=skip"])
+    one_line(done.stderr, [f"{file}", "--config.data.on_corrupt=skip"])
     assert (done.returncode, done.stdout) == (1, "")
     assert not (user.run / "report.json").exists()
 

@@ -94,6 +94,7 @@ def check_same_results(workdir: pathlib.Path, one: pathlib.Path) -> None:
     assert results(workdir) == results(one)
 
 
+@pytest.mark.slow
 def test_hosts_train_as_one_process(tmp_path):
     check_equal(tmp_path, 2, ["--config", "quickstart:pretrain", *SMALL, *QUIET], **TIME)
 

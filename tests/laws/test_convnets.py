@@ -91,7 +91,8 @@ def test_statistics_are_saved_averaged_and_move(whole):
     assert len({loss for _, loss in losses(whole)}) >= STEPS - 1
 
 
-@pytest.mark.parametrize("who", ["cnn", pytest.param("student", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["cnn", "student"])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
     who, whole, student, fields, tmp_path
 ):
