@@ -29,7 +29,7 @@ from flax import nnx
 from benchmarks.measurement import RESULTS
 from vit_scale.config import base
 from vit_scale.models.attention import attend
-from vit_scale.models.layers import MLP, Block, Size, drop, layer_norm, to_heads
+from vit_scale.models.layers import MLP, Block, Size, drop, make_norm, to_heads
 from vit_scale.models.platforms import gelu
 from vit_scale.runs.json_files import read_json, write_json
 
@@ -79,7 +79,7 @@ def parts(dtype: str, images: int) -> dict[str, Part]:
         ),
         "MLP": Part(*module(MLP(cfg, SIZE, rngs)), tokens, 2 * b * n * d * f),
         "GELU": Part(lambda _, x: gelu(x, approximate=cfg.gelu != "exact"), (), noise(b, n, f), 0),
-        "LayerNorm": Part(*module(layer_norm(cfg, SIZE, rngs)), tokens, 0),
+        "LayerNorm": Part(*module(make_norm(cfg, SIZE.width, rngs)), tokens, 0),
         "dropout": Part(lambda _, x: drop(x, 0.1, dropout_key, x.shape), (), noise(b, n, f), 0),
         "block": Part(
             *module(Block(cfg, SIZE, rngs)),

@@ -119,6 +119,14 @@ def model() -> dict:
         "heads": placeholder(int),  # attention heads, instead of the size's
         "mlp": placeholder(int),  # MLP width, instead of the size's; cnn: first dense layer
         "classes": 1000,  # outputs of the head
+        "registers": 0,  # register tokens, behind [CLS] (Darcet et al. 2024)
+        "swiglu": placeholder(bool),  # gated MLP (Shazeer 2020); None: as the size has it
+        "norm": "layernorm",  # layernorm | rmsnorm (Zhang & Sennrich 2019)
+        "pre_norm": False,  # a norm before the first block (CLIP)
+        "qk_norm": "none",  # of queries and keys, per head: none | layernorm | rmsnorm
+        "qkv_bias": True,  # bias of queries, keys and values
+        "proj_bias": True,  # bias of attention's output and of the MLP
+        "patch_bias": True,  # bias of the patch embedding
         "pool": "cls",  # cls | gap (mean of the patch tokens) | map (attention pooling)
         "class_token": False,  # with pool=gap: add a [CLS] token that the head does not read
         "fc_norm": False,  # with pool=gap: final norm after the mean instead of before (MAE)

@@ -518,6 +518,14 @@ SWITCHES = {
     "model.drop_path": (".1",),
     "model.drop_path_uniform": ("true", "model.drop_path=.1"),
     "model.layer_scale": (".1",),
+    "model.registers": ("2",),
+    "model.swiglu": ("true",),
+    "model.norm": ("rmsnorm",),
+    "model.pre_norm": ("true",),
+    "model.qk_norm": ("layernorm",),
+    "model.qkv_bias": ("false",),
+    "model.proj_bias": ("false",),
+    "model.patch_bias": ("false",),
     "model.dtype": ("bfloat16",),
     "model.scan": ("false",),
     "model.remat": ("full",),
@@ -556,6 +564,7 @@ OTHERS = (
 )
 MORE = [  # further values of a switch that is in the table
     ("model.pool=map", "model.pool=gap"),
+    ("model.qk_norm=rmsnorm", "model.qk_norm=layernorm"),
     ("model.remat=dots_saveable", "model.remat=full"),
     ("augment.crop=resized", "augment.crop=pad"),
     ("optim.name=lion", "optim.name=sgd"),

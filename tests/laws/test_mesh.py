@@ -28,6 +28,10 @@ MIXING = ["augment.mixup=0.5", "augment.cutmix=0.5"]
 FIELDS = TINY | {
     "data.batch": 16,
     "model.scan": True,
+    "model.registers": 2,
+    "model.swiglu": True,
+    "model.qk_norm": "rmsnorm",
+    "model.layer_scale": 0.1,
     "augment.crop": "resized",
     "augment.flip": True,
     "eval.final": "test[:60]",  # which 16 do not divide

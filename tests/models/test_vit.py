@@ -95,14 +95,20 @@ def plain_logits(params, image, pool, patch):
     for row in range(image.shape[0] // patch):
         for column in range(image.shape[1] // patch):
             box = image[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
-            embedded = np.einsum("ijc,ijcd->d", box, kernel) + params["embed"]["bias"]
+            embedded = np.einsum("ijc,ijcd->d", box, kernel) + params["embed"].get("bias", 0)
             tokens.append(embedded + params["posemb"][row, column])
-    x = np.stack([params["cls"], *tokens] if pool == "cls" else tokens)
+    before = [params["cls"]] if pool == "cls" else []
+    x = np.stack([*before, *params.get("registers", ()), *tokens])
+    if "pre_norm" in params:
+        x = norm(params["pre_norm"], x)
     for block in unstack(params)["blocks"].values():
         attention, y = block["attention"], norm(block["norm1"], x)
         q, k, v = (linear(attention[part], y, "nd,dke->nke") for part in ("query", "key", "value"))
-        x = x + linear(attention["out"], attend(q, k, v), "nke,ked->nd")
-        x = x + mlp(block["mlp"], norm(block["norm2"], x))
+        if "query_norm" in attention:
+            q, k = norm(attention["query_norm"], q), norm(attention["key_norm"], k)
+        added = linear(attention["out"], attend(q, k, v), "nke,ked->nd")
+        x = x + added * block.get("scale1", 1)
+        x = x + mlp(block["mlp"], norm(block["norm2"], x)) * block.get("scale2", 1)
     x = norm(params["norm"], x)
     if pool == "map":
         part = params["pool"]
@@ -110,22 +116,28 @@ def plain_logits(params, image, pool, patch):
         k, v = (linear(part[name], x, "nd,dke->nke") for name in ("key", "value"))
         x = linear(part["out"], attend(q, k, v), "nke,ked->nd")
         x = x + mlp(part["mlp"], norm(part["norm"], x))
-    x = x.mean(0) if pool == "gap" else x[0]
+    x = x[len(params.get("registers", ())) :].mean(0) if pool == "gap" else x[0]
     if "representation" in params:
         x = np.tanh(linear(params["representation"], x, "d,dr->r"))
     return linear(params["head"], x, "d,dc->c")
 
 
 def linear(part, x, equation):
-    return np.einsum(equation, x, part["kernel"]) + part["bias"]
+    return np.einsum(equation, x, part["kernel"]) + part.get("bias", 0)
 
 
 def norm(part, x):
+    if "bias" not in part:  # RMSNorm
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * part["scale"]
     variance = x.var(-1, keepdims=True)
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-6) * part["scale"] + part["bias"]
 
 
 def mlp(part, x):
+    if "gate" in part:
+        gate = linear(part["gate"], x, "nd,df->nf")
+        x = gate / (1 + np.exp(-gate)) * linear(part["up"], x, "nd,df->nf")
+        return linear(part["down"], x, "nf,fd->nd")
     x = linear(part["up"], x, "nd,df->nf")
     return linear(part["down"], x * (1 + erf(x / np.sqrt(2))) / 2, "nf,fd->nd")
 
@@ -148,6 +160,55 @@ def test_equals_a_plain_numpy_vit(pool):
     expected = plain_vit(params, images, pool, 8)
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(jax.jit(vit.apply)(params, images), expected, atol=2e-5)
+
+
+NEW_BLOCK = {
+    "registers": ("model.registers=3",),
+    "swiglu": ("model.swiglu=true",),
+    "rmsnorm": ("model.norm=rmsnorm", "model.pre_norm=true"),
+    "qk-norm": ("model.qk_norm=layernorm", "model.pre_norm=true"),
+    "no-bias": ("model.qkv_bias=false", "model.proj_bias=false", "model.patch_bias=false"),
+    "layer-scale": ("model.layer_scale=0.1",),
+}
+NEW_BLOCK["all"] = (
+    *(field for fields in NEW_BLOCK.values() for field in fields if "qk_norm" not in field),
+    "model.qk_norm=rmsnorm",
+)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+@pytest.mark.parametrize("name", NEW_BLOCK)
+def test_each_part_of_a_newer_block_equals_plain_numpy(name, pool, scan):
+    """And changes the logits, or the parameters, of the older block."""
+    fields = (f"model.pool={pool}", "data.width=24", f"model.scan={scan}")
+    vit, older = tiny_model(*fields, *NEW_BLOCK[name]), tiny_model(*fields)
+    params, images = random_params(vit), pixels(2, (16, 24))
+    assert shapes(vit).keys() != shapes(older).keys()
+    expected = plain_vit(params, images, pool, 8)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(jax.jit(vit.apply)(params, images), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "pool", "millions"),
+    [
+        ("H/14", "cls", 630.8),
+        ("So400m/14", "map", 427.7),
+        ("g/14", "cls", 1134.8),
+        ("G/14", "cls", 1842.8),
+        ("S+/16", "cls", 28.7),
+        ("H+/16", "cls", 840.5),
+        ("7B/16", "cls", 6716.0),
+    ],
+)
+def test_larger_sizes_have_the_papers_parameters(variant, pool, millions):
+    """Without a head, and at 224 px: timm's counts, and for the last three DINOv3's."""
+    cfg = base().model
+    cfg.update({"variant": variant, "pool": pool})
+    params = named(build(cfg, (224, 224)).abstract_params)
+    own = sum(leaf.size for name, leaf in params.items() if not name.startswith("head/"))
+    assert own / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -247,7 +308,7 @@ def test_sincos2d_has_no_parameter_but_positions():
 
 
 def test_norm_divides_by_the_variance_plus_epsilon():
-    layer = layers.layer_norm(tiny_config().model, layers.Size(2, 1, 1, 1), nnx.Rngs(0))
+    layer = layers.make_norm(tiny_config().model, 2, nnx.Rngs(0))
     np.testing.assert_allclose(
         layer(jnp.array([1e-3, -1e-3])), np.array([1, -1]) / 2**0.5, rtol=1e-3
     )

@@ -26,8 +26,8 @@ RULES = {
     r"(query|key|value)/kernel": ("fsdp", "tensor", None),  # d k e
     r"(query|key|value)/bias": ("tensor", None),  # k e
     r"out/kernel": ("tensor", None, "fsdp"),  # k e d
-    r"mlp/up/kernel": ("fsdp", "tensor"),  # d f
-    r"mlp/up/bias": ("tensor",),  # f
+    r"mlp/(up|gate)/kernel": ("fsdp", "tensor"),  # d f
+    r"mlp/(up|gate)/bias": ("tensor",),  # f
     r"mlp/down/kernel": ("tensor", "fsdp"),  # f d
     r"embed/kernel": (None, None, None, "fsdp"),  # p p 3 d
     r"posemb": (None, None, "fsdp"),  # h w d

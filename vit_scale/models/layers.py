@@ -5,6 +5,7 @@ Parameters are float32; `dtype` is the computation's. Without a key nothing is d
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ class Size:
     depth: int
     heads: int
     mlp: int
+    swiglu: bool = False  # the MLP is gated
 
 
 def drop(x: Array, rate: float | Array, key: Array, shape: tuple[int, ...]) -> Array:
@@ -48,11 +50,12 @@ class Projection(nnx.Module):
     def __init__(self, equation: str, kernel, bias, init: Callable, dtype, rngs: nnx.Rngs):
         self.equation, self.dtype = equation, dtype
         self.kernel = nnx.Param(init(rngs.params(), kernel))
-        self.bias = nnx.Param(jnp.zeros(bias))
+        if bias is not None:
+            self.bias = nnx.Param(jnp.zeros(bias))
 
     def __call__(self, x: Array) -> Array:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return jnp.einsum(self.equation, x.astype(self.dtype), kernel) + bias
+        out = jnp.einsum(self.equation, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return out + self.bias[...].astype(self.dtype) if hasattr(self, "bias") else out
 
 
 # Xavier of the matrix that all heads' kernels form together.
@@ -67,13 +70,14 @@ def to_heads(tokens: str, cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projec
     They have a kernel each: with a fused one a TPU copies the whole result to take it apart.
     """
     d, k = size.width, size.heads
-    equation = f"{tokens}d,dke->{tokens}ke"
-    return Projection(equation, (d, k, d // k), (k, d // k), HEADS_INIT, cfg.dtype, rngs)
+    equation, bias = f"{tokens}d,dke->{tokens}ke", (k, d // k) if cfg.qkv_bias else None
+    return Projection(equation, (d, k, d // k), bias, HEADS_INIT, cfg.dtype, rngs)
 
 
 def from_heads(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> Projection:
     d, k = size.width, size.heads
-    return Projection("bnke,ked->bnd", (k, d // k, d), (d,), OUT_INIT, cfg.dtype, rngs)
+    bias = (d,) if cfg.proj_bias else None
+    return Projection("bnke,ked->bnd", (k, d // k, d), bias, OUT_INIT, cfg.dtype, rngs)
 
 
 class Attention(nnx.Module):
@@ -83,48 +87,70 @@ class Attention(nnx.Module):
         self.key = to_heads("bn", cfg, size, rngs)
         self.value = to_heads("bn", cfg, size, rngs)
         self.out = from_heads(cfg, size, rngs)
+        self.normed = cfg.qk_norm != "none"
+        if self.normed:  # Dehghani et al. 2023
+            width = size.width // size.heads
+            self.query_norm = make_norm(cfg, width, rngs, cfg.qk_norm)
+            self.key_norm = make_norm(cfg, width, rngs, cfg.qk_norm)
 
     def __call__(self, x: Float[Array, "b n d"], first: int | None = None) -> Float[Array, "b m d"]:
         """Return the output of the `first` m tokens, or of all; each attends to all tokens."""
-        q, k, v = self.query(x[:, :first]), self.key(x), self.value(x)
-        return self.out(attend(q, k, v, self.logits, self.implementation))
+        q, k = self.queries_and_keys(x, first)
+        return self.out(attend(q, k, self.value(x), self.logits, self.implementation))
+
+    def queries_and_keys(
+        self, x: Float[Array, "b n d"], first: int | None = None
+    ) -> tuple[Float[Array, "b m k e"], Float[Array, "b n k e"]]:
+        """Return the queries [b, m, k, e] of the `first` m tokens, and the keys of all."""
+        q, k = self.query(x[:, :first]), self.key(x)
+        return (self.query_norm(q), self.key_norm(k)) if self.normed else (q, k)
 
     def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
         """Return each head's attention weights; row i is what token i attends to."""
-        return weights(self.query(x), self.key(x), self.logits)
+        q, k = self.queries_and_keys(x)
+        return weights(q, k, self.logits)
 
 
 class MLP(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.dropout, self.exact = cfg.dropout, cfg.gelu == "exact"
+        self.dropout, self.exact, self.gated = cfg.dropout, cfg.gelu == "exact", size.swiglu
         options = {
             "kernel_init": nnx.initializers.xavier_uniform(),
             "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
             "dtype": jnp.dtype(cfg.dtype),
+            "use_bias": cfg.proj_bias,
             "rngs": rngs,
         }
         self.up = nnx.Linear(size.width, size.mlp, **options)
         self.down = nnx.Linear(size.mlp, size.width, **options)
+        if self.gated:
+            self.gate = nnx.Linear(size.width, size.mlp, **options)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
-        x = gelu(self.up(x), approximate=not self.exact)
+        if self.gated:  # SwiGLU
+            x = jax.nn.silu(self.gate(x)) * self.up(x)
+        else:
+            x = gelu(self.up(x), approximate=not self.exact)
         if key is not None and self.dropout:
             x = drop(x, self.dropout, key, x.shape)
         return self.down(x)
 
 
-def layer_norm(cfg: ConfigDict, size: Size, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        size.width, epsilon=cfg.norm_epsilon, dtype=jnp.dtype(cfg.dtype), rngs=rngs
-    )
+NORMS = {"layernorm": nnx.LayerNorm, "rmsnorm": nnx.RMSNorm}
+
+
+def make_norm(cfg: ConfigDict, width: int, rngs: nnx.Rngs, kind: str = "") -> Any:
+    """Return a norm over `width` features: of `kind`, or of model.norm."""
+    norm = NORMS[kind or cfg.norm]
+    return norm(width, epsilon=cfg.norm_epsilon, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
-        self.norm1 = layer_norm(cfg, size, rngs)
+        self.norm1 = make_norm(cfg, size.width, rngs)
         self.attention = Attention(cfg, size, rngs)
-        self.norm2 = layer_norm(cfg, size, rngs)
+        self.norm2 = make_norm(cfg, size.width, rngs)
         self.mlp = MLP(cfg, size, rngs)
         if cfg.layer_scale:
             self.scale1 = nnx.Param(jnp.full((size.width,), float(cfg.layer_scale)))
@@ -173,7 +199,8 @@ class PatchEmbed(nnx.Module):
         self.patch = p
         self.dtype = jnp.dtype(cfg.dtype)
         self.kernel = nnx.Param(init(rngs.params(), (p, p, channels, d)))
-        self.bias = nnx.Param(jnp.zeros((d,)))
+        if cfg.patch_bias:
+            self.bias = nnx.Param(jnp.zeros((d,)))
 
     def __call__(
         self,
@@ -193,7 +220,9 @@ class PatchEmbed(nnx.Module):
         patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(b, -1, channels * p * p)
         patches = jnp.pad(patches, ((0, 0), (m, 0), (0, 0)))
         kernel = self.kernel[...].astype(self.dtype).transpose(2, 0, 1, 3).reshape(-1, d)
-        added = jnp.concatenate([*(token[None] for token in before), position + self.bias[...]])
+        if hasattr(self, "bias"):
+            position = position + self.bias[...]
+        added = jnp.concatenate([*(token[None] for token in before), position])
         return (patches @ kernel + added).astype(self.dtype)
 
 
@@ -208,7 +237,7 @@ class AttentionPool(nnx.Module):
         self.key = to_heads("bn", cfg, size, rngs)
         self.value = to_heads("bn", cfg, size, rngs)
         self.out = from_heads(cfg, size, rngs)
-        self.norm = layer_norm(cfg, size, rngs)
+        self.norm = make_norm(cfg, size.width, rngs)
         self.mlp = MLP(cfg, size, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b d"]:

@@ -10,13 +10,20 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
-from vit_scale.models.layers import Size
+from vit_scale.models.layers import NORMS, Size
 
 SIZES = {
     "Ti": Size(192, 12, 3, 768),  # DeiT (Touvron et al. 2021)
     "S": Size(384, 12, 6, 1536),  # DeiT
     "B": Size(768, 12, 12, 3072),  # ViT, table 1
     "L": Size(1024, 24, 16, 4096),  # ViT, table 1
+    "H": Size(1280, 32, 16, 5120),  # ViT, table 1
+    "So400m": Size(1152, 27, 16, 4304),  # SoViT-400m (Alabdulmohsin et al. 2023)
+    "g": Size(1536, 40, 24, 4096, swiglu=True),  # DINOv2 (Oquab et al. 2023)
+    "G": Size(1664, 48, 16, 8192),  # Zhai et al. 2022
+    "S+": Size(384, 12, 6, 1536, swiglu=True),  # DINOv3 (Siméoni et al. 2025)
+    "H+": Size(1280, 32, 20, 5120, swiglu=True),  # DINOv3
+    "7B": Size(4096, 40, 32, 8192, swiglu=True),  # DINOv3
 }
 CHOICES = {
     "pool": ("cls", "gap", "map"),
@@ -25,6 +32,8 @@ CHOICES = {
     "attention": ("xla", "cudnn"),
     "logits": ("float32", "bfloat16"),
     "gelu": ("exact", "tanh"),
+    "norm": tuple(NORMS),
+    "qk_norm": ("none", *NORMS),
 }
 
 
@@ -41,11 +50,12 @@ class Shape:
     representation: int = 0  # width of the layer before the head; 0: none
     class_token: bool = False  # has a [CLS], which the head does not read with pool=gap
     fc_norm: bool = False  # the last norm comes after pooling
+    registers: int = 0  # register tokens
 
     @property
     def before(self) -> int:
         """Number of tokens before the patches."""
-        return self.class_token + self.distilled
+        return self.class_token + self.distilled + self.registers
 
     @property
     def read(self) -> int | None:
@@ -72,7 +82,7 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
     """
     check_choices(cfg)
     stem_name, size, patch = parse(cfg)
-    if min(*dataclasses.astuple(size), patch, cfg.classes) < 1:
+    if min(size.width, size.depth, size.heads, size.mlp, patch, cfg.classes) < 1:
         raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
     if size.width % size.heads:
         raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
@@ -90,12 +100,13 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
         *(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation),
         class_token=cfg.pool == "cls" or cfg.class_token,
         fc_norm=cfg.fc_norm,
+        registers=cfg.registers,
     )
 
 
 def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
     """Parse STEM+SIZE/PATCH or SIZE/PATCH and the overrides into (stem or "", size, patch)."""
-    match = re.fullmatch(r"(?:(\w+)\+)?(\w+)/(\d+)", cfg.variant)
+    match = re.fullmatch(r"(?:(\w+)\+)?(\w+\+?)/(\d+)", cfg.variant)
     if not match or match[2] not in SIZES:
         name = cfg.variant.split("/")[0].rpartition("+")[2]
         hint = nearest(name, [*SIZES, *convnets.SIZES])
@@ -103,7 +114,8 @@ def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
     if match[1] and match[1] not in convnets.STEMS:
         hint = nearest(match[1], convnets.STEMS)
         raise UserError(f"model.variant={cfg.variant!r}: unknown stem {match[1]!r}; {hint}")
-    overrides = {f: cfg[f] for f in ("width", "depth", "heads", "mlp") if cfg[f] is not None}
+    fields = ("width", "depth", "heads", "mlp", "swiglu")
+    overrides = {field: cfg[field] for field in fields if cfg[field] is not None}
     return match[1] or "", dataclasses.replace(SIZES[match[2]], **overrides), int(match[3])
 
 
@@ -126,8 +138,9 @@ def check_choices(cfg: ConfigDict) -> None:
             f"model.representation={cfg.representation} must be at least 0, and "
             f"model.norm_epsilon={cfg.norm_epsilon} above 0"
         )
-    if cfg.layer_scale < 0:
-        raise UserError(f"model.layer_scale={cfg.layer_scale} must be at least 0 (0: off)")
+    for field in ("layer_scale", "registers"):
+        if cfg[field] < 0:
+            raise UserError(f"model.{field}={cfg[field]} must be at least 0 (0: off)")
     for field in ("dropout", "drop_path"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")

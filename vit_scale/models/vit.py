@@ -22,7 +22,7 @@ from vit_scale.models.layers import (
     Block,
     PatchEmbed,
     drop,
-    layer_norm,
+    make_norm,
     new_head,
 )
 from vit_scale.models.position_embeddings import sincos2d
@@ -64,10 +64,15 @@ class ViT(nnx.Module):
             self.cls = nnx.Param(jnp.zeros((size.width,)))
         if cfg.distilled:
             self.dist = nnx.Param(jnp.zeros((size.width,)))
+        if self.shape.registers:
+            small = nnx.initializers.normal(1e-6)
+            self.registers = nnx.Param(small(rngs.params(), (self.shape.registers, size.width)))
         # Traced and compiled once for all blocks, also where they are unrolled.
         stacked = nnx.vmap(lambda layer: Block(cfg, size, layer))(rngs.split(size.depth))
         self.blocks: Any = stacked if cfg.scan else nnx.Dict(unstacked(stacked))
-        self.norm = layer_norm(cfg, size, rngs)
+        self.norm = make_norm(cfg, size.width, rngs)
+        if cfg.pre_norm:
+            self.pre_norm = make_norm(cfg, size.width, rngs)
         if cfg.pool == "map":
             self.pool = AttentionPool(cfg, size, rngs)
         if cfg.representation:
@@ -124,10 +129,10 @@ class ViT(nnx.Module):
     def tokens(
         self, images: Float[Array, "b H W 3"], mask: Bool[Array, "b"] | None = None
     ) -> Float[Array, "b n d"]:
-        """Return [CLS] and the distillation token, if any, then the patches row by row.
+        """Return [CLS], the distillation token and registers, if any, then the patches row by row.
 
-        All include their position embeddings. The distillation token is DeiT's (Touvron et al.
-        2021, arXiv 2012.12877).
+        All but registers include their position embeddings. The distillation token is DeiT's
+        (Touvron et al. 2021, arXiv 2012.12877).
         """
         x = self.stem(images, mask) if self.shape.stem else images
         position = (
@@ -135,7 +140,9 @@ class ViT(nnx.Module):
         )
         cls = [self.cls[...]] if self.shape.class_token else []
         dist = [self.dist[...]] if self.shape.distilled else []
-        return self.embed(x, position, before=[*cls, *dist])
+        registers = list(self.registers[...]) if self.shape.registers else []
+        x = self.embed(x, position, before=[*cls, *dist, *registers])
+        return self.pre_norm(x) if hasattr(self, "pre_norm") else x
 
     def transform(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b n d"]:
         """Return the tokens after the last block; unrolled, only those that the heads read."""

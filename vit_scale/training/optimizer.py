@@ -34,7 +34,7 @@ from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, mil
 MATRICES = {
     r"(query|key|value)/kernel$": ((-3,), (-2, -1)),  # d k e
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
-    r"mlp/(up|down)/kernel$": ((-2,), (-1,)),  # d f, f d
+    r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
 
 
@@ -125,11 +125,12 @@ def _scale_by_trust_ratio() -> optax.GradientTransformation:
 def layer_multiplier(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
     """Return `rate` to the power of the number of layers above (BEiT, Bao et al. 2022).
 
-    Embedding, positions, and [CLS] are layer 0, block i is layer i + 1, and the rest is the last
-    layer, with scale 1. For a stacked leaf (l ...): one scale per block, (l 1 ...).
+    Embedding, positions, and the tokens before the patches are layer 0, block i is layer i + 1, and
+    the rest is the last layer, with scale 1. For a stacked leaf (l ...): one scale per block, (l 1
+    ...).
     """
     first, _, rest = name.partition("/")
-    if first in ("stem", "embed", "posemb", "cls", "dist"):
+    if first in ("stem", "embed", "posemb", "cls", "dist", "registers", "pre_norm"):
         return rate ** (blocks + 1)
     if first != "blocks":
         return 1.0
