@@ -487,7 +487,7 @@ def test_layer_scale_multiplies_what_a_block_adds(scan):
     scales = [x for name, x in named(scaled.init(KEY)).items() if re.search(r"/scale[12]$", name)]
     assert scales and {float(x) for array in scales for x in array.ravel()} == {np.float32(0.1)}
     params = random_params(scaled)
-    folded = without_layer_scale(named(jax.tree.map(np.array, unstack(params))))
+    folded = without_layer_scale(named(jax.tree.map(np.asarray, unstack(params))))
     assert not any(re.search(r"/scale[12]$", name) for name in folded)
     unrolled = traverse_util.unflatten_dict(folded, sep="/")
     expected = jax.jit(plain.apply)(stack(unrolled) if scan == "true" else unrolled, pixels(2))

@@ -187,7 +187,9 @@ def without_layer_scale(params: Arrays) -> Arrays:
     for name, layer in (("scale1", "attention/out"), ("scale2", "mlp/down")):
         for scale in [n for n in params if n.startswith("blocks/") and n.endswith(f"/{name}")]:
             for leaf in ("kernel", "bias"):
-                folded[scale.removesuffix(name) + f"{layer}/{leaf}"] *= params[scale]
+                key = scale.removesuffix(name) + f"{layer}/{leaf}"
+                if key in params:
+                    folded[key] = params[key] * params[scale]
             del folded[scale]
     return folded
 
