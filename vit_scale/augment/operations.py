@@ -37,6 +37,10 @@ def _shear(image: UInt8[Array, "3 h w"], x: Operand, slide: Callable, offset: fl
     return slide(image, x.argument * (jnp.arange(lines) + offset), x.policy.fill, x.cubic)
 
 
+def _translate(image: UInt8[Array, "3 h w"], x: Operand, slide: Callable):
+    return slide(image, x.argument[None], x.policy.fill, x.cubic)
+
+
 # TensorFlow shears about the centre of the first pixel, Pillow about its corner.
 OPERATIONS: dict[str, Callable] = {
     "identity": lambda image, x: image,
@@ -62,10 +66,8 @@ OPERATIONS: dict[str, Callable] = {
     "shear_y": lambda image, x: _shear(image, x, warp.slide_columns, 0.5),
     "shear_x_tf": lambda image, x: _shear(image, x, warp.slide_rows, 0.0),
     "shear_y_tf": lambda image, x: _shear(image, x, warp.slide_columns, 0.0),
-    "translate_x": lambda image, x: warp.translate_rows(image, x.argument, x.policy.fill, x.cubic),
-    "translate_y": lambda image, x: warp.translate_columns(
-        image, x.argument, x.policy.fill, x.cubic
-    ),
+    "translate_x": lambda image, x: _translate(image, x, warp.slide_rows),
+    "translate_y": lambda image, x: _translate(image, x, warp.slide_columns),
 }
 
 

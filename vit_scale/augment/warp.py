@@ -24,13 +24,17 @@ NUDGE = 1 / 256  # of a level, before truncating: a flat area may come out just 
 def slide_rows(
     image: UInt8[Array, "3 h w"], shifts: Float[Array, "h"], fill: Fill, cubic: Cubic
 ) -> UInt8[Array, "3 h w"]:
-    """Return the image whose pixel (x, y) is the source's at (x + shifts[y], y)."""
+    """Return the image whose pixel (x, y) is the source's at (x + shifts[y], y).
+
+    A single shift is that of all rows.
+    """
     if cubic is None:
         shifts = jnp.floor(shifts * FIXED + 0.5) / FIXED
+    by_products = slide_by_products if len(shifts) > 1 else translate_by_product
     return jax.lax.platform_dependent(
         image,
         shifts,
-        tpu=lambda image, shifts: slide_by_products(image, shifts, fill, cubic),
+        tpu=lambda image, shifts: by_products(image, shifts, fill, cubic),
         default=lambda image, shifts: slide_by_gather(image, shifts, fill, cubic),
     )
 
@@ -40,27 +44,6 @@ def slide_columns(
 ) -> UInt8[Array, "3 h w"]:
     """Return the image whose pixel (x, y) is the source's at (x, y + shifts[x])."""
     return slide_rows(image.swapaxes(1, 2), shifts, fill, cubic).swapaxes(1, 2)
-
-
-def translate_rows(
-    image: UInt8[Array, "3 h w"], shift: Float[Array, ""], fill: Fill, cubic: Cubic
-) -> UInt8[Array, "3 h w"]:
-    """Return the image whose pixel (x, y) is the source's at (x + shift, y)."""
-    if cubic is None:
-        shift = jnp.floor(shift * FIXED + 0.5) / FIXED
-    return jax.lax.platform_dependent(
-        image,
-        shift,
-        tpu=lambda image, shift: translate_by_product(image, shift, fill, cubic),
-        default=lambda image, shift: slide_by_gather(image, shift[None], fill, cubic),
-    )
-
-
-def translate_columns(
-    image: UInt8[Array, "3 h w"], shift: Float[Array, ""], fill: Fill, cubic: Cubic
-) -> UInt8[Array, "3 h w"]:
-    """Return the image whose pixel (x, y) is the source's at (x, y + shift)."""
-    return translate_rows(image.swapaxes(1, 2), shift, fill, cubic).swapaxes(1, 2)
 
 
 def rotate(
@@ -113,10 +96,10 @@ def slide_by_products(image, shifts, fill, cubic) -> UInt8[Array, "3 h w"]:
     return _levels((weights[:, None] * taps).sum(0), inside, fill)
 
 
-def translate_by_product(image, shift, fill, cubic) -> UInt8[Array, "3 h w"]:
-    """`translate_rows`, on a TPU: one product with the matrix of the filter."""
+def translate_by_product(image, shifts, fill, cubic) -> UInt8[Array, "3 h w"]:
+    """`slide_rows` by one shift, on a TPU: one product with the matrix of the filter."""
     w = image.shape[2]
-    x = jnp.arange(w) + shift
+    x = jnp.arange(w) + shifts
     padded = jnp.pad(image, ((0, 0), (0, 0), (2, 2)), mode="edge").astype(jnp.float32)
     first = x if cubic is not None else jnp.floor(x + 0.5)
     matrix = _filter(first[:, None] + 2 - jnp.arange(w + 4), cubic)
