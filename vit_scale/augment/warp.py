@@ -116,8 +116,6 @@ def rotate_by_products(image, angle, fill, cubic) -> UInt8[Array, "3 h w"]:
     y, x = (c.reshape(-1, TILE * TILE) for c in (y, x))  # n p
     u, v = _rotated(x, y, angle, (h, w), cubic)
     inside = _inside(u, w, cubic) & _inside(v, h, cubic)
-    if cubic is None:
-        u, v = jnp.floor(u + 0.5), jnp.floor(v + 0.5)
     # Windows of the image, whose edge is repeated for the filter's outer taps.
     image = jnp.pad(image, ((0, 0), (2, 2), (2, 2)), mode="edge").astype(jnp.bfloat16)
     top, down = _window(v, h)
@@ -139,16 +137,18 @@ def rotate_by_products(image, angle, fill, cubic) -> UInt8[Array, "3 h w"]:
 
 
 def _rotated(x: Array, y: Array, angle: Array, size: tuple[int, int], cubic: Cubic):
-    """Return the source's (u, v) of the pixel (x, y); a pixel's centre has whole coordinates."""
+    """Return the source's (u, v) of the pixel (x, y), or the pixel nearest to it.
+
+    A pixel's centre has whole coordinates.
+    """
     middle_x, middle_y = (size[1] - 1) / 2, (size[0] - 1) / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     right = middle_x - cos * middle_x + sin * middle_y
     down = middle_y - sin * middle_x - cos * middle_y
     if cubic is None:
-        fixed = (jnp.floor(c * FIXED + 0.5).astype(jnp.int32) for c in (cos, sin, right, down))
-        cos, sin, right, down = fixed
-        u, v = cos * x - sin * y + right, sin * x + cos * y + down
-        return u / FIXED, v / FIXED
+        numbers = (cos, sin, right + 0.5, down + 0.5)
+        cos, sin, right, down = (jnp.floor(c * FIXED + 0.5).astype(jnp.int32) for c in numbers)
+        return (cos * x - sin * y + right) >> 16, (sin * x + cos * y + down) >> 16
     return cos * x - sin * y + right, sin * x + cos * y + down
 
 
