@@ -123,16 +123,31 @@ def model() -> dict:
         "swiglu": placeholder(bool),  # gated MLP (Shazeer 2020); None: as the size has it
         "norm": "layernorm",  # layernorm | rmsnorm (Zhang & Sennrich 2019)
         "pre_norm": False,  # a norm before the first block (CLIP)
+        "final_norm": True,  # a norm after the last block
+        "attention_norm": False,  # a norm of what attention reads, before its output layer (EVA-02)
+        "mlp_norm": False,  # a norm inside the MLP, before its second layer (EVA-02)
         "qk_norm": "none",  # of queries and keys, per head: none | layernorm | rmsnorm
         "qkv_bias": True,  # bias of queries, keys and values
         "proj_bias": True,  # bias of attention's output and of the MLP
         "patch_bias": True,  # bias of the patch embedding
-        "pool": "cls",  # cls | gap (mean of the patch tokens) | map (attention pooling)
-        "class_token": False,  # with pool=gap: add a [CLS] token that the head does not read
+        "pool": "cls",  # cls | gap (mean of the patch tokens) | map (attention pooling) | cls_gap
+        # ([CLS] and the mean, concatenated: DINOv2's linear head)
+        "pool_heads": placeholder(int),  # heads of attention pooling, instead of the model's
+        "pool_mlp": placeholder(int),  # MLP width of attention pooling, instead of the model's
+        "class_token": False,  # with pool=gap, map: add a [CLS] token; gap does not read it
         "fc_norm": False,  # with pool=gap: final norm after the mean instead of before (MAE)
         "distilled": False,  # add a distillation token with its own head (DeiT)
-        "posemb": "learned",  # learned | sincos2d
+        "posemb": "learned",  # learned | sincos2d | none
+        "rope": "none",  # rotary positions: none | axial | dinov3 | mixed (models/rotary.py)
+        "rope_temperature": 100.0,  # of the frequencies: 100 in DINOv3 and RoPE-ViT, 1e4 in EVA-02
+        "rope_reference": 0,  # axial: patches per side that coordinates are stretched to; 0: off
+        "rope_offset": 0.0,  # axial, mixed: coordinate of the first patch
+        "rope_shift": 0.0,  # in training, a shift of the coordinates up to this; 0: off
+        "rope_jitter": 0.0,  # in training, a factor of each axis from 1/this to this; 0: off
+        "rope_rescale": 0.0,  # in training, a factor of both axes from 1/this to this; 0: off
+        "nearest_grid": False,  # resize images that the patch does not divide to the nearest grid
         "dropout": 0.0,  # after position embeddings, attention and both MLP layers
+        "patch_drop": 0.0,  # fraction of each image's patches that training leaves out
         "drop_path": 0.0,  # stochastic depth (Huang et al. 2016): rises linearly to this rate
         "drop_path_uniform": False,  # stochastic depth at the same rate in all blocks (DeiT III)
         "layer_scale": 0.0,  # initial value of LayerScale (Touvron et al. 2021); 0: none
@@ -141,7 +156,7 @@ def model() -> dict:
         "scan": True,  # scan one compiled block over the depth; False: unroll the blocks
         "remat": "none",  # rematerialisation: none | full | a jax.checkpoint_policies name
         "logits": "float32",  # dtype of the attention logits and softmax: float32 | bfloat16
-        "gelu": "exact",  # exact (erf) | tanh (approximation)
+        "gelu": "exact",  # exact (erf) | tanh (approximation) | quick (OpenAI's CLIP)
         "norm_epsilon": 1e-6,  # epsilon of the layer norms; 1e-12 in Hugging Face's ViT
         "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none
         "attention": "xla",  # xla (vit_scale/models/attention.py) | cudnn (NVIDIA GPUs, bfloat16)

@@ -514,6 +514,19 @@ SWITCHES = {
     "model.fc_norm": ("True", "model.pool=gap"),
     "model.distilled": ("true",),
     "model.posemb": ("sincos2d",),
+    "model.rope": ("axial",),
+    "model.rope_temperature": ("10", "model.rope=axial", "model.heads=1"),
+    "model.rope_offset": ("1", "model.rope=axial"),
+    "model.rope_reference": ("16", "model.rope=axial"),
+    "model.rope_shift": (".5", "model.rope=dinov3"),
+    "model.rope_jitter": ("2", "model.rope=dinov3"),
+    "model.rope_rescale": ("2", "model.rope=dinov3"),
+    "model.patch_drop": (".5",),
+    "model.final_norm": ("false",),
+    "model.attention_norm": ("true",),
+    "model.mlp_norm": ("true",),
+    "model.pool_heads": ("1", "model.pool=map"),
+    "model.pool_mlp": ("12", "model.pool=map"),
     "model.dropout": (".1",),
     "model.drop_path": (".1",),
     "model.drop_path_uniform": ("true", "model.drop_path=.1"),
@@ -556,6 +569,7 @@ SWITCHES = {
 # `objective` and `distill` are test_distill.py's. The others decide which pixels the step gets,
 # where it starts, or what is done beside it.
 OTHERS = (
+    *("model.nearest_grid",),  # tests/models/test_rotary.py
     *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
     *("model.head_bias",),  # of the initial state: tests/models/test_vit.py
     *("augment.resample",),  # of image files before the step: tests/augment/test_random_crop.py
@@ -564,6 +578,11 @@ OTHERS = (
 )
 MORE = [  # further values of a switch that is in the table
     ("model.pool=map", "model.pool=gap"),
+    ("model.pool=cls_gap", "model.pool=gap"),
+    ("model.posemb=none", "model.posemb=sincos2d"),
+    ("model.gelu=quick", "model.gelu=tanh"),
+    ("model.rope=dinov3", "model.rope=axial"),
+    ("model.rope=mixed", "model.rope=axial"),
     ("model.qk_norm=rmsnorm", "model.qk_norm=layernorm"),
     ("model.remat=dots_saveable", "model.remat=full"),
     ("augment.crop=resized", "augment.crop=pad"),

@@ -89,7 +89,9 @@ def plain_vit(params: dict, images: np.ndarray, pool: str, patch: int) -> np.nda
     )
 
 
-def plain_logits(params, image, pool, patch):
+def plain_logits(params, image, pool, patch, angles=None, kept=slice(None)):
+    """`angles` [n, k, e/2] are those of rotary positions, or a list of them by block; `kept` are
+    the patches that aren't dropped."""
     kernel = params["embed"]["kernel"]
     tokens = []
     for row in range(image.shape[0] // patch):
@@ -97,26 +99,37 @@ def plain_logits(params, image, pool, patch):
             box = image[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
             embedded = np.einsum("ijc,ijcd->d", box, kernel) + params["embed"].get("bias", 0)
             tokens.append(embedded + params["posemb"][row, column])
-    before = [params["cls"]] if pool == "cls" else []
+    tokens = np.stack(tokens)[kept]
+    before = [params["cls"]] if "cls" in params else []
     x = np.stack([*before, *params.get("registers", ()), *tokens])
     if "pre_norm" in params:
         x = norm(params["pre_norm"], x)
-    for block in unstack(params)["blocks"].values():
+    for i, block in unstack(params)["blocks"].items():
         attention, y = block["attention"], norm(block["norm1"], x)
         q, k, v = (linear(attention[part], y, "nd,dke->nke") for part in ("query", "key", "value"))
         if "query_norm" in attention:
             q, k = norm(attention["query_norm"], q), norm(attention["key_norm"], k)
-        added = linear(attention["out"], attend(q, k, v), "nke,ked->nd")
+        if angles is not None:
+            own = angles[int(i)] if isinstance(angles, list) else angles
+            q, k = turned(q, own), turned(k, own)
+        read = attend(q, k, v)
+        if "norm" in attention:
+            read = norm(attention["norm"], read.reshape(len(x), -1)).reshape(read.shape)
+        added = linear(attention["out"], read, "nke,ked->nd")
         x = x + added * block.get("scale1", 1)
         x = x + mlp(block["mlp"], norm(block["norm2"], x)) * block.get("scale2", 1)
-    x = norm(params["norm"], x)
+    x = norm(params["norm"], x) if "norm" in params else x
+    registers = len(params.get("registers", ()))
+    first = len(before) + registers
     if pool == "map":
         part = params["pool"]
+        x = np.concatenate([x[: len(before)], x[first:]])
         q = linear(part["query"], part["probe"], "nd,dke->nke")
         k, v = (linear(part[name], x, "nd,dke->nke") for name in ("key", "value"))
         x = linear(part["out"], attend(q, k, v), "nke,ked->nd")
         x = x + mlp(part["mlp"], norm(part["norm"], x))
-    x = x[len(params.get("registers", ())) :].mean(0) if pool == "gap" else x[0]
+    mean = x[first:].mean(0) if pool != "map" else x[0]
+    x = {"gap": mean, "cls_gap": np.append(x[0], mean)}.get(pool, x[0])
     if "representation" in params:
         x = np.tanh(linear(params["representation"], x, "d,dr->r"))
     return linear(params["head"], x, "d,dc->c")
@@ -137,9 +150,20 @@ def mlp(part, x):
     if "gate" in part:
         gate = linear(part["gate"], x, "nd,df->nf")
         x = gate / (1 + np.exp(-gate)) * linear(part["up"], x, "nd,df->nf")
-        return linear(part["down"], x, "nf,fd->nd")
-    x = linear(part["up"], x, "nd,df->nf")
-    return linear(part["down"], x * (1 + erf(x / np.sqrt(2))) / 2, "nf,fd->nd")
+    else:
+        x = linear(part["up"], x, "nd,df->nf")
+        x = x * (1 + erf(x / np.sqrt(2))) / 2
+    x = norm(part["norm"], x) if "norm" in part else x
+    return linear(part["down"], x, "nf,fd->nd")
+
+
+def turned(x, angles):
+    """The patches, which are last, as complex numbers of channels i and i + e/2."""
+    x, half = x.copy(), x.shape[-1] // 2
+    last = x[-len(angles) :]
+    pairs = (last[..., :half] + 1j * last[..., half:]) * np.exp(1j * angles)
+    x[-len(angles) :] = np.concatenate([pairs.real, pairs.imag], axis=-1)
+    return x
 
 
 def attend(q, k, v):
@@ -169,15 +193,17 @@ NEW_BLOCK = {
     "qk-norm": ("model.qk_norm=layernorm", "model.pre_norm=true"),
     "no-bias": ("model.qkv_bias=false", "model.proj_bias=false", "model.patch_bias=false"),
     "layer-scale": ("model.layer_scale=0.1",),
+    "inner-norms": ("model.attention_norm=true", "model.mlp_norm=true"),
+    "no-norm": ("model.final_norm=false",),
 }
 NEW_BLOCK["all"] = (
-    *(field for fields in NEW_BLOCK.values() for field in fields if "qk_norm" not in field),
+    *(field for fields in NEW_BLOCK.values() for field in fields if "k_norm=" not in field),
     "model.qk_norm=rmsnorm",
 )
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("pool", ["cls", "gap"])
+@pytest.mark.parametrize("pool", ["cls", "gap", "cls_gap", "map"])
 @pytest.mark.parametrize("name", NEW_BLOCK)
 def test_each_part_of_a_newer_block_equals_plain_numpy(name, pool, scan):
     """And changes the logits, or the parameters, of the older block."""
@@ -462,7 +488,7 @@ def test_nothing_is_dropped_without_a_key(rate):
 def test_drop_path_grows_linearly(monkeypatch):
     rates = []
 
-    def record(block, x, rate, key, first):
+    def record(block, x, rate, key, first, rope):
         rates.append(float(rate))
         return x
 

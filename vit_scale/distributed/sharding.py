@@ -29,6 +29,9 @@ RULES = {
     r"mlp/(up|gate)/kernel": ("fsdp", "tensor"),  # d f
     r"mlp/(up|gate)/bias": ("tensor",),  # f
     r"mlp/down/kernel": ("tensor", "fsdp"),  # f d
+    r"attention/frequencies": (None, "tensor", None),  # 2 k e/2
+    r"attention/norm/(scale|bias)": ("tensor",),  # d: the heads one after another
+    r"mlp/norm/(scale|bias)": ("tensor",),  # f
     r"embed/kernel": (None, None, None, "fsdp"),  # p p 3 d
     r"posemb": (None, None, "fsdp"),  # h w d
     r"(head(_dist)?|representation)/kernel": ("fsdp", None),  # d c

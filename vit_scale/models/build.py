@@ -42,12 +42,17 @@ class Model:
     shape: Any  # spec.Shape or convnets.Shape
     # (params, images, reduce) -> as `ViT.attention`; None for a model without attention.
     attention: Callable | None
-    count_macs: Callable[[], int]
+    count_macs: Callable[[bool], int]  # (training)
 
     @functools.cached_property
     def macs(self) -> int:
         """Multiply-accumulates of one image's forward pass; traced at the first use."""
-        return self.count_macs()
+        return self.count_macs(False)
+
+    @functools.cached_property
+    def training_macs(self) -> int:
+        """The same of one image in training, where patches may be dropped."""
+        return self.count_macs(True)
 
 
 def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identity) -> Model:
@@ -81,8 +86,8 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
 
     common = init, abstract_params, apply, train
     if isinstance(shape, spec.Shape):
-        return Model(*common, shape, attention, lambda: _vit_macs(cfg, image, shape))
-    return Model(*common, shape, None, lambda: _forward_macs(build(cfg, image), image))
+        return Model(*common, shape, attention, lambda train: _vit_macs(cfg, image, shape, train))
+    return Model(*common, shape, None, lambda _: _forward_macs(build(cfg, image), image))
 
 
 def arrays(module: nnx.Module) -> dict:
@@ -90,12 +95,12 @@ def arrays(module: nnx.Module) -> dict:
     return nnx.to_pure_dict(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
 
 
-def _forward_macs(model: Model, image: tuple[int, int]) -> int:
+def _forward_macs(model: Model, image: tuple[int, int], key: Array | None = None) -> int:
     pixels = jax.ShapeDtypeStruct((1, *image, 3), jnp.float32)
-    return flops.count_macs(model.apply, model.abstract_params, pixels)
+    return flops.count_macs(model.apply, model.abstract_params, pixels, key)
 
 
-def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape) -> int:
+def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape, train: bool) -> int:
     """Count what the heads need, however the blocks are laid out, rematerialised or implemented.
 
     That is an unrolled model, whose last block computes only the tokens that the heads read. To be
@@ -103,11 +108,14 @@ def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape) -> int
     """
     cfg = cfg.copy_and_resolve_references()
     cfg.update({"depth": 1, "scan": False, "remat": "none", "attention": "xla"})
-    shallow = build(cfg, image)
-    macs = _forward_macs(shallow, image)
+    cfg.update({"dropout": 0.0, "drop_path": 0.0, "nearest_grid": False})
+    shallow, patches = build(cfg, shape.pixels), shape.tokens - shape.before
+    dropping = train and cfg.patch_drop
+    macs = _forward_macs(shallow, shape.pixels, jax.random.key(0) if dropping else None)
+    kept = max(1, int(patches * (1 - cfg.patch_drop))) if dropping else patches
     # The embedding multiplies a patch of zeros for each token before the patches: only to be fast.
     macs -= shape.before * shallow.abstract_params["embed"]["kernel"].size
-    tokens = jax.ShapeDtypeStruct((1, shape.tokens, shape.size.width), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, shape.before + kept, shape.size.width), jnp.float32)
     block = nnx.eval_shape(lambda: Block(cfg, shape.size, nnx.Rngs(0)))
     graph, params = nnx.split(block)
     per_block = flops.count_macs(lambda p, x: nnx.merge(graph, p)(x), params, tokens)

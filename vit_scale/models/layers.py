@@ -10,11 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from vit_scale.models.attention import attend, weights
 from vit_scale.models.platforms import gelu
+from vit_scale.models.rotary import Rotation, random_frequencies
+
+# Return the rotation of queries and keys, given the learned frequencies of a block, if it has any.
+Rope = Callable[[Array | None], Rotation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,28 +96,46 @@ class Attention(nnx.Module):
             width = size.width // size.heads
             self.query_norm = make_norm(cfg, width, rngs, cfg.qk_norm)
             self.key_norm = make_norm(cfg, width, rngs, cfg.qk_norm)
+        if cfg.attention_norm:
+            self.norm = make_norm(cfg, size.width, rngs)
+        if cfg.rope == "mixed":
+            width, temperature = size.width // size.heads, cfg.rope_temperature
+            drawn = random_frequencies(rngs.params(), size.heads, width, temperature)
+            self.frequencies = nnx.Param(drawn)
 
-    def __call__(self, x: Float[Array, "b n d"], first: int | None = None) -> Float[Array, "b m d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], first: int | None = None, rope: Rope | None = None
+    ) -> Float[Array, "b m d"]:
         """Return the output of the `first` m tokens, or of all; each attends to all tokens."""
-        q, k = self.queries_and_keys(x, first)
-        return self.out(attend(q, k, self.value(x), self.logits, self.implementation))
+        q, k = self.queries_and_keys(x, first, rope)
+        out = attend(q, k, self.value(x), self.logits, self.implementation)
+        if hasattr(self, "norm"):  # over all heads (Fang et al. 2023)
+            out = self.norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
+        return self.out(out)
 
     def queries_and_keys(
-        self, x: Float[Array, "b n d"], first: int | None = None
+        self, x: Float[Array, "b n d"], first: int | None = None, rope: Rope | None = None
     ) -> tuple[Float[Array, "b m k e"], Float[Array, "b n k e"]]:
         """Return the queries [b, m, k, e] of the `first` m tokens, and the keys of all."""
         q, k = self.query(x[:, :first]), self.key(x)
-        return (self.query_norm(q), self.key_norm(k)) if self.normed else (q, k)
+        if self.normed:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rope is not None:
+            rotate = rope(self.frequencies[...] if hasattr(self, "frequencies") else None)
+            q, k = rotate.first(first)(q), rotate(k)
+        return q, k
 
-    def weights(self, x: Float[Array, "b n d"]) -> Float[Array, "b k n n"]:
+    def weights(
+        self, x: Float[Array, "b n d"], rope: Rope | None = None
+    ) -> Float[Array, "b k n n"]:
         """Return each head's attention weights; row i is what token i attends to."""
-        q, k = self.queries_and_keys(x)
+        q, k = self.queries_and_keys(x, rope=rope)
         return weights(q, k, self.logits)
 
 
 class MLP(nnx.Module):
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
-        self.dropout, self.exact, self.gated = cfg.dropout, cfg.gelu == "exact", size.swiglu
+        self.dropout, self.gelu, self.gated = cfg.dropout, cfg.gelu, size.swiglu
         options = {
             "kernel_init": nnx.initializers.xavier_uniform(),
             "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
@@ -125,12 +147,19 @@ class MLP(nnx.Module):
         self.down = nnx.Linear(size.mlp, size.width, **options)
         if self.gated:
             self.gate = nnx.Linear(size.width, size.mlp, **options)
+        if cfg.mlp_norm:
+            self.norm = make_norm(cfg, size.mlp, rngs)
 
     def __call__(self, x: Float[Array, "b n d"], key: Array | None = None) -> Float[Array, "b n d"]:
         if self.gated:  # SwiGLU
             x = jax.nn.silu(self.gate(x)) * self.up(x)
+        elif self.gelu == "quick":  # OpenAI's CLIP
+            x = self.up(x)
+            x = x * jax.nn.sigmoid(1.702 * x)
         else:
-            x = gelu(self.up(x), approximate=not self.exact)
+            x = gelu(self.up(x), approximate=self.gelu == "tanh")
+        if hasattr(self, "norm"):  # Fang et al. 2023, arXiv 2303.11331
+            x = self.norm(x)
         if key is not None and self.dropout:
             x = drop(x, self.dropout, key, x.shape)
         return self.down(x)
@@ -162,13 +191,14 @@ class Block(nnx.Module):
         drop_path: float | Array = 0.0,
         key: Array | None = None,
         first: int | None = None,
+        rope: Rope | None = None,
     ) -> Float[Array, "b m d"]:
         """Return the `first` m tokens after this block, or all of them.
 
         `drop_path` is this block's rate of stochastic depth.
         """
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-        attended = self.attention(self.norm1(x), first)
+        attended = self.attention(self.norm1(x), first, rope)
         x = x[:, :first] + self.branch("scale1", attended, drop_path, keys[0], keys[1])
         added = self.mlp(self.norm2(x), keys[2])
         return x + self.branch("scale2", added, drop_path, keys[3], keys[4])
@@ -182,6 +212,22 @@ class Block(nnx.Module):
         if path_key is not None and self.drop_path:
             x = drop(x, drop_path, path_key, (x.shape[0], 1, 1))
         return x
+
+
+def drop_patches(
+    x: Float[Array, "b n d"], before: int, rate: float, key: Array
+) -> tuple[Float[Array, "b m d"], Int[Array, "b m"]]:
+    """Keep a random set of each image's patches, at least one, and the tokens before them.
+
+    As timm and FLIP (Li et al. 2023, arXiv 2212.00794). Returns the tokens and their indices, which
+    stay in order.
+    """
+    b, n, _ = x.shape
+    count = max(1, int((n - before) * (1 - rate)))
+    order = jnp.argsort(jax.random.uniform(key, (b, n - before)), axis=1)[:, :count]
+    tokens = jnp.pad(jnp.sort(order, axis=1) + before, ((0, 0), (before, 0)))
+    tokens = tokens.at[:, :before].set(jnp.arange(before))
+    return jnp.take_along_axis(x, tokens[..., None], axis=1), tokens
 
 
 def new_head(width: int, cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:
@@ -227,9 +273,16 @@ class PatchEmbed(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Pooling by a learned query that attends to all tokens (Lee et al. 2019), as in big_vision."""
+    """Pooling by a learned query that attends to all tokens (Lee et al. 2019), as in big_vision.
+
+    Its MLP is not gated, and has no norm inside.
+    """
 
     def __init__(self, cfg: ConfigDict, size: Size, rngs: nnx.Rngs):
+        heads, mlp = cfg.pool_heads or size.heads, cfg.pool_mlp or size.mlp
+        size = dataclasses.replace(size, heads=heads, mlp=mlp, swiglu=False)
+        cfg = cfg.copy_and_resolve_references()
+        cfg.mlp_norm = False
         self.implementation, self.logits = cfg.attention, cfg.logits
         init = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, size.width)))

@@ -9,7 +9,7 @@ import re
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models import convnets
+from vit_scale.models import convnets, rotary
 from vit_scale.models.layers import NORMS, Size
 
 SIZES = {
@@ -26,12 +26,13 @@ SIZES = {
     "7B": Size(4096, 40, 32, 8192, swiglu=True),  # DINOv3
 }
 CHOICES = {
-    "pool": ("cls", "gap", "map"),
-    "posemb": ("learned", "sincos2d"),
+    "pool": ("cls", "gap", "map", "cls_gap"),
+    "posemb": ("learned", "sincos2d", "none"),
+    "rope": rotary.KINDS,
     "dtype": ("float32", "bfloat16"),
     "attention": ("xla", "cudnn"),
     "logits": ("float32", "bfloat16"),
-    "gelu": ("exact", "tanh"),
+    "gelu": ("exact", "tanh", "quick"),
     "norm": tuple(NORMS),
     "qk_norm": ("none", *NORMS),
 }
@@ -63,6 +64,16 @@ class Shape:
         return 1 + self.distilled if self.pool == "cls" else None
 
     @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the images that are cut into patches."""
+        return self.grid[0] * self.patch, self.grid[1] * self.patch
+
+    @property
+    def pooled(self) -> int:
+        """Width of the vector that an image is pooled to."""
+        return self.size.width * (2 if self.pool == "cls_gap" else 1)
+
+    @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1] + self.before
 
@@ -86,10 +97,14 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
         raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
     if size.width % size.heads:
         raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
+    rotary.check(cfg, size.width // size.heads)
     for axis, pixels in zip(("height", "width"), image, strict=True):
-        if pixels % patch:
-            raise UserError(f"image {axis} {pixels} is not divisible by the patch size {patch}")
-    grid = (image[0] // patch, image[1] // patch)
+        if pixels % patch and not cfg.nearest_grid:
+            raise UserError(
+                f"image {axis} {pixels} is not divisible by the patch size {patch}: change "
+                "data.resolution, or set model.nearest_grid=True to resize images in the model"
+            )
+    grid = (round(image[0] / patch), round(image[1] / patch))
     if min(grid) < 2:
         raise UserError(
             f"{image[0]} x {image[1]} pixels with patch size {patch} give a grid of {grid[0]} x "
@@ -98,7 +113,7 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
     stem = convnets.stem(stem_name, patch, size.width) if stem_name else None
     return Shape(
         *(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation),
-        class_token=cfg.pool == "cls" or cfg.class_token,
+        class_token=cfg.pool in ("cls", "cls_gap") or cfg.class_token,
         fc_norm=cfg.fc_norm,
         registers=cfg.registers,
     )
@@ -128,9 +143,12 @@ def check_choices(cfg: ConfigDict) -> None:
             )
     if cfg.distilled and cfg.pool != "cls":
         raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
-    for field in ("class_token", "fc_norm"):
-        if cfg[field] and cfg.pool != "gap":
-            raise UserError(f"model.{field}=True needs pool=gap, not {cfg.pool}")
+    if cfg.class_token and cfg.pool not in ("gap", "map"):
+        raise UserError(f"model.class_token=True needs pool=gap or map, not {cfg.pool}")
+    if cfg.fc_norm and cfg.pool != "gap":
+        raise UserError(f"model.fc_norm=True needs pool=gap, not {cfg.pool}")
+    if cfg.fc_norm and not cfg.final_norm:
+        raise UserError("model.fc_norm=True is the final norm: it needs model.final_norm=True")
     if cfg.logits != "float32" and cfg.attention != "xla":
         raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
     if cfg.representation < 0 or cfg.norm_epsilon <= 0:
@@ -141,6 +159,6 @@ def check_choices(cfg: ConfigDict) -> None:
     for field in ("layer_scale", "registers"):
         if cfg[field] < 0:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 (0: off)")
-    for field in ("dropout", "drop_path"):
+    for field in ("dropout", "drop_path", "patch_drop"):
         if not 0 <= cfg[field] < 1:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 and below 1")

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
@@ -21,11 +22,14 @@ from vit_scale.models.layers import (
     AttentionPool,
     Block,
     PatchEmbed,
+    Rope,
     drop,
+    drop_patches,
     make_norm,
     new_head,
 )
 from vit_scale.models.position_embeddings import sincos2d
+from vit_scale.models.rotary import Rotation, changed, coordinates, mixed_rotation, rotation
 from vit_scale.models.spec import shape
 
 
@@ -50,14 +54,16 @@ class ViT(nnx.Module):
         self.scan, self.remat = cfg.scan, remat_policy(cfg.remat)
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
         self.first_drop_path = cfg.drop_path if cfg.drop_path_uniform else 0.0
-        self.learned = cfg.posemb == "learned"
+        self.posemb_kind, self.patch_drop, self.rope_cfg = cfg.posemb, cfg.patch_drop, None
+        if cfg.rope != "none":
+            self.rope_cfg = FrozenConfigDict({k: v for k, v in cfg.items() if k.startswith("rope")})
         size = self.shape.size
         if stem := self.shape.stem:
             self.stem: Any = convnets.stem_module(stem, self.shape.patch, cfg, rngs, constrain)
             self.embed = PatchEmbed(cfg, stem.patch, size, rngs, stem.channels)
         else:
             self.embed = PatchEmbed(cfg, self.shape.patch, size, rngs)
-        if self.learned:
+        if cfg.posemb == "learned":
             init = nnx.initializers.normal(0.02)
             self.posemb = nnx.Param(init(rngs.params(), (*self.shape.grid, size.width)))
         if self.shape.class_token:  # with its position embedding, whose sum is one vector
@@ -70,14 +76,15 @@ class ViT(nnx.Module):
         # Traced and compiled once for all blocks, also where they are unrolled.
         stacked = nnx.vmap(lambda layer: Block(cfg, size, layer))(rngs.split(size.depth))
         self.blocks: Any = stacked if cfg.scan else nnx.Dict(unstacked(stacked))
-        self.norm = make_norm(cfg, size.width, rngs)
+        if cfg.final_norm:
+            self.norm = make_norm(cfg, size.width, rngs)
         if cfg.pre_norm:
             self.pre_norm = make_norm(cfg, size.width, rngs)
         if cfg.pool == "map":
             self.pool = AttentionPool(cfg, size, rngs)
         if cfg.representation:
-            self.representation = nnx.Linear(size.width, cfg.representation, rngs=rngs)
-        self.head = new_head(cfg.representation or size.width, cfg, rngs)
+            self.representation = nnx.Linear(self.shape.pooled, cfg.representation, rngs=rngs)
+        self.head = new_head(cfg.representation or self.shape.pooled, cfg, rngs)
         if cfg.distilled:
             self.head_dist = new_head(size.width, cfg, rngs)
 
@@ -103,20 +110,18 @@ class ViT(nnx.Module):
         the batch statistics of a hybrid's stem.
         """
         embed_key, blocks_key, pool_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = self.tokens(images, mask)
+        x, rope = self.tokens(images, mask), None
+        kept, before = None, self.shape.before
         if embed_key is not None and self.dropout:
             x = drop(x, self.dropout, embed_key, x.shape)
-        tokens = x = self.transform(x, blocks_key)[:, : self.shape.read]
-        if not self.shape.fc_norm:
+        if embed_key is not None and self.patch_drop:
+            x, kept = drop_patches(x, before, self.patch_drop, jax.random.fold_in(embed_key, 1))
+        rope = self.rope(None if embed_key is None else jax.random.fold_in(embed_key, 2), kept)
+        tokens = x = self.transform(x, blocks_key, rope)[:, : self.shape.read]
+        if hasattr(self, "norm") and not self.shape.fc_norm:
             tokens = x = self.norm(x)
-        match self.shape.pool:
-            case "cls":
-                x = x[:, 0]
-            case "gap":
-                x = x[:, self.shape.before :].mean(axis=1)
-            case "map":
-                x = self.pool(x, pool_key)
-        if self.shape.fc_norm:
+        x = self.pooled(x, pool_key)
+        if hasattr(self, "norm") and self.shape.fc_norm:
             x = self.norm(x)
         x = x.astype(jnp.float32)
         if self.shape.representation:
@@ -126,6 +131,42 @@ class ViT(nnx.Module):
             return logits, logits
         return logits, self.head_dist(tokens[:, 1].astype(jnp.float32))
 
+    def pooled(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b p"]:
+        """Return one vector for each image: of width 2 d for [CLS] beside the mean of patches."""
+        before, registers = self.shape.before, self.shape.registers
+        match self.shape.pool:
+            case "cls":
+                return x[:, 0]
+            case "gap":
+                return x[:, before:].mean(axis=1)
+            case "cls_gap":  # the linear head of DINOv2
+                return jnp.concatenate([x[:, 0], x[:, before:].mean(axis=1)], axis=-1)
+        if registers:  # attention pooling
+            x = jnp.concatenate([x[:, : before - registers], x[:, before:]], axis=1)
+        return self.pool(x, key)
+
+    def rope(self, key: Array | None, kept: Array | None) -> Rope | None:
+        """Return the rotary positions of all blocks, of the tokens `kept` [b, m], or of all.
+
+        With a key, the coordinates change at random as the config says.
+        """
+        shape, cfg = self.shape, self.rope_cfg
+        if cfg is None:
+            return None
+        positions: Any = coordinates(cfg, shape.grid)
+        if key is not None and (cfg.rope_shift or cfg.rope_jitter or cfg.rope_rescale):
+            positions = changed(cfg, jnp.asarray(positions, jnp.float32), key)
+
+        def learned(frequencies: Array | None) -> Rotation:
+            turn = mixed_rotation(jnp.asarray(frequencies), positions, shape.before)
+            return turn if kept is None else turn.keep(kept)
+
+        if cfg.rope == "mixed":
+            return learned
+        fixed = rotation(cfg, positions, shape.before, shape.size.width // shape.size.heads)
+        fixed = fixed if kept is None else fixed.keep(kept)
+        return lambda _: fixed
+
     def tokens(
         self, images: Float[Array, "b H W 3"], mask: Bool[Array, "b"] | None = None
     ) -> Float[Array, "b n d"]:
@@ -134,17 +175,27 @@ class ViT(nnx.Module):
         All but registers include their position embeddings. The distillation token is DeiT's
         (Touvron et al. 2021, arXiv 2012.12877).
         """
+        if self.shape.pixels != images.shape[1:3]:
+            resized = (images.shape[0], *self.shape.pixels, images.shape[3])
+            images = jax.image.resize(images, resized, "linear", antialias=True)
         x = self.stem(images, mask) if self.shape.stem else images
-        position = (
-            self.posemb[...] if self.learned else sincos2d(self.shape.grid, self.shape.size.width)
-        )
+        grid, width = self.shape.grid, self.shape.size.width
+        match self.posemb_kind:
+            case "learned":
+                position = self.posemb[...]
+            case "sincos2d":
+                position = sincos2d(grid, width)
+            case _:
+                position = jnp.zeros((*grid, width))
         cls = [self.cls[...]] if self.shape.class_token else []
         dist = [self.dist[...]] if self.shape.distilled else []
         registers = list(self.registers[...]) if self.shape.registers else []
         x = self.embed(x, position, before=[*cls, *dist, *registers])
         return self.pre_norm(x) if hasattr(self, "pre_norm") else x
 
-    def transform(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b n d"]:
+    def transform(
+        self, x: Float[Array, "b n d"], key: Array | None, rope: Rope | None = None
+    ) -> Float[Array, "b n d"]:
         """Return the tokens after the last block; unrolled, only those that the heads read."""
         depth, x = self.shape.size.depth, self.constrain(x)
         rates = jnp.linspace(self.first_drop_path, self.drop_path, depth)
@@ -154,7 +205,7 @@ class ViT(nnx.Module):
 
             def step(x, layer):
                 params, rate, key = layer
-                return self.constrain(nnx.merge(graph, params)(x, rate, key)), None
+                return self.constrain(nnx.merge(graph, params)(x, rate, key, rope=rope)), None
 
             return jax.lax.scan(self.remat(step, prevent_cse=False), x, (stacked, rates, keys))[0]
         for i in range(depth):
@@ -163,7 +214,7 @@ class ViT(nnx.Module):
             first = self.shape.read if i == depth - 1 else None
 
             def block(x, params, rate, key, graph=graph, first=first):
-                return self.constrain(nnx.merge(graph, params)(x, rate, key, first))
+                return self.constrain(nnx.merge(graph, params)(x, rate, key, first, rope))
 
             x = self.remat(block)(x, params, rates[i], None if keys is None else keys[i])
         return x
@@ -182,21 +233,28 @@ class ViT(nnx.Module):
           The results of `reduce`, stacked over blocks, and each final token's share in the pooled
           vector, which sums to 1 over tokens.
         """
-        x, reduced = self.tokens(images), []
+        x, rope, reduced = self.tokens(images), self.rope(None, None), []
         for block in self.layers():
-            reduced.append(reduce(block.attention.weights(block.norm1(x))))
-            x = block(x)
+            reduced.append(reduce(block.attention.weights(block.norm1(x), rope)))
+            x = block(x, rope=rope)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *reduced), self.shares(x)
+
+    def shares(self, x: Float[Array, "b n d"]) -> Float[Array, "b n"]:
+        """Return each final token's share in the pooled vector."""
         b, n, _ = x.shape
+        before, registers = self.shape.before, self.shape.registers
+        patches = jnp.zeros((b, n)).at[:, before:].set(1 / (n - before))
         match self.shape.pool:
             case "cls":  # and the distillation token, whose logits are half of the mean
                 heads = 1 + self.shape.distilled
-                pooled = jnp.zeros((b, n)).at[:, :heads].set(1 / heads)
+                return jnp.zeros((b, n)).at[:, :heads].set(1 / heads)
             case "gap":
-                before = self.shape.before
-                pooled = jnp.zeros((b, n)).at[:, before:].set(1 / (n - before))
-            case "map":
-                pooled = self.pool.weights(self.norm(x)).mean(axis=1)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *reduced), pooled
+                return patches
+            case "cls_gap":
+                return (patches + jnp.zeros((b, n)).at[:, 0].set(1)) / 2
+        x = self.norm(x) if hasattr(self, "norm") else x
+        read = np.delete(np.arange(n), slice(before - registers, before))
+        return jnp.zeros((b, n)).at[:, read].set(self.pool.weights(x[:, read]).mean(axis=1))
 
     def layers(self) -> list[Block]:
         """Return the blocks in order, unstacked if they are scanned."""

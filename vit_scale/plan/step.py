@@ -75,7 +75,7 @@ def describe(setup: Setup, where: topology.Topology) -> dict:
         "global_batch": cfg.data.batch,
         "decodes": are_files(cfg.data) and not cfg.data.memory,
         "steps": cfg.steps,
-        "flops_per_step": cfg.data.batch * training_flops(setup.model.macs),
+        "flops_per_step": cfg.data.batch * training_flops(setup.model.training_macs),
         "hbm_bytes": int(where.tpu.hbm_gib * topology.GIB),
         "parameter_bytes": device_bytes(state.params),
         "optimizer_bytes": device_bytes(state.opt_state),

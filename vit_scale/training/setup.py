@@ -101,7 +101,7 @@ def summary(cfg: ConfigDict) -> dict:
     return {
         "parameters": count(model.abstract_params),
         "tokens": model.shape.tokens,
-        "flops_per_image": flops.training_flops(model.macs),
+        "flops_per_image": flops.training_flops(model.training_macs),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "config": to_json(cfg),

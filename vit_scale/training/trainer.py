@@ -259,7 +259,7 @@ def utilisation(setup: Setup, images_per_second: float) -> float | None:
     kind = jax.devices()[0].device_kind
     if peak_flops(kind) is None:  # then counting the model's FLOPs would be wasted
         return None
-    per_image = training_flops(setup.model.macs)
+    per_image = training_flops(setup.model.training_macs)
     return mfu(images_per_second, per_image, jax.device_count(), kind)
 
 
