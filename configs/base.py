@@ -220,9 +220,12 @@ def init() -> dict:
         "image": "",  # HEIGHTxWIDTH in pixels of the source's training, if not in its files
         "instead": "",  # config that pretrains a replacement, named if the download fails
         "dialect": "",  # format of foreign weights: timm, ...; empty: recognised by names
+        "architecture": "",  # timm's name of it, such as eva02_base_patch14_224, for a file whose
+        # arrays and config.json don't tell what they compute
         "head": "auto",  # auto (keep the source's head if the classes agree) | keep | new
         "classes": "names",  # match outputs to classes by names | order
-        "resample": "cubic",  # position embeddings: cubic (timm) | corners (Google's ViT)
+        "resample": "cubic",  # position embeddings: cubic (timm) | corners (Google's ViT) | bicubic
+        # (transformers' Dinov2, CLIP and SigLIP)
     }
 
 

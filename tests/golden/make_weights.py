@@ -28,7 +28,7 @@ EXPECTED: dict[str, np.ndarray] = {}
 
 def draw(*shape: int, around: float = 0.0) -> np.ndarray:
     """Of which no value is zero or one, so that each of them matters."""
-    return (around + 0.3 * RANDOM.standard_normal(shape)).astype(np.float32)
+    return np.asarray(around + 0.3 * RANDOM.standard_normal(shape), np.float32)
 
 
 def expect(case: str, images: np.ndarray, logits: np.ndarray) -> None:

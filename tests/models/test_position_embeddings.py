@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from vit_scale.errors import UserError
+from vit_scale.models.patch_embeddings import resample_patches
 from vit_scale.models.position_embeddings import METHODS, resample, sincos2d
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "posemb.npz")
-CASES = sorted({name.split("/")[0] for name in GOLDEN.files})
+CASES = sorted({name.split("/")[0] for name in GOLDEN.files} - {"patches"})
+PATCHES = sorted({name.split("/")[1] for name in GOLDEN.files if name.startswith("patches")})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -22,6 +24,26 @@ def test_resample_equals_the_reference(case, method):
     result = resample(GOLDEN[f"{case}/input"], expected.shape[:2], method)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_patch_embeddings_are_resampled_as_flexivit_does(case):
+    """timm's resample_patch_embed, bilinear: golden/make_posemb.py."""
+    kernel, expected = (GOLDEN[f"patches/{case}/{name}"] for name in ("input", "output"))
+    result = resample_patches(kernel, expected.shape[:2])
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(resample_patches(kernel, kernel.shape[:2]), kernel)
+
+
+def test_an_enlarged_patch_has_the_same_embedding():
+    """For any patch: what the pseudo-inverse is for."""
+    kernel = jnp.asarray(GOLDEN["patches/4x4_6x6/input"])
+    patch = np.random.RandomState(0).randn(4, 4, 3).astype(np.float32)
+    enlarged = jax.image.resize(patch, (6, 6, 3), "linear", antialias=False)
+    before = np.einsum("pqc,pqcd->d", patch, kernel)
+    after = np.einsum("pqc,pqcd->d", enlarged, resample_patches(kernel, (6, 6)))
+    np.testing.assert_allclose(after, before, atol=1e-4)
+    assert np.abs(before).min() > 0.1
 
 
 def test_golden_file_covers_up_down_and_non_square():

@@ -10,6 +10,7 @@ from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, 
 from vit_scale import checkpoint, pretrained
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import named, stack, unstack
+from vit_scale.models.patch_embeddings import resample_patches
 from vit_scale.models.position_embeddings import resample
 from vit_scale.pretrained import adapt, adaptation_table
 
@@ -77,7 +78,18 @@ def test_mismatches_are_listed_for_both_sides():
     assert "norm/scale" not in message.replace("pool/norm/scale", ""), "what fits is not listed"
 
 
-@pytest.mark.parametrize("override", ["model.depth=3", "model.variant=Ti/4", "model.width=20"])
+def test_patches_are_resampled_to_another_size():
+    """8 px to 4 px: FlexiViT's PI-resize, and positions to the finer grid."""
+    source = random_params(tiny_model())
+    target = random_params(tiny_model("model.variant=Ti/4"), seed=1)
+    adapted, rows = adapt(source, target, "cubic", same_classes=True)
+    assert actions(rows)["embed/kernel"] == "resampled 8 x 8 -> 4 x 4, FlexiViT's PI-resize"
+    assert actions(rows)["posemb"] == "resampled 2 x 2 -> 4 x 4, cubic"
+    expected = resample_patches(source["embed"]["kernel"], (4, 4))
+    np.testing.assert_array_equal(adapted["embed"]["kernel"], expected)
+
+
+@pytest.mark.parametrize("override", ["model.depth=3", "model.swiglu=true", "model.width=20"])
 def test_another_architecture_is_refused(override):
     source, target = random_params(tiny_model()), random_params(tiny_model(override))
     assert "don't fit" in refusal(adapt, source, target, "cubic", True)

@@ -153,9 +153,9 @@ def test_a_missing_array(tmp_path):
 
 
 def test_an_extra_array(tmp_path):
-    extra = {"blocks.0.q_norm.bias": np.ones(12, "f"), "reg_token": np.ones((1, 4, 12), "f")}
+    extra = {"blocks.0.attn.rel_pos": np.ones(12, "f"), "rope_2d": np.ones((1, 4, 12), "f")}
     file = changed("timm.safetensors", tmp_path / "x.safetensors", **extra)
-    says = "unexpected arrays: blocks.0.q_norm.bias, reg_token (register tokens, normalized queries"
+    says = "unexpected arrays: blocks.0.attn.rel_pos, rope_2d (relative positions, rotary positions"
     refused(file, says)
     # Also if other checks would fail as well.
     extra |= {"pos_embed": np.ones((1, 14, 12), "f"), "norm.bias": None}

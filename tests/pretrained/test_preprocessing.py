@@ -12,7 +12,8 @@ from vit_scale import pretrained
 from vit_scale.augment.view import View
 from vit_scale.errors import UserError
 from vit_scale.inference.export import export
-from vit_scale.pretrained import Hints, weight_files
+from vit_scale.models.parameters import named
+from vit_scale.pretrained import Hints, adapt, weight_files
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
 HEADS = Hints(heads=3, trained_size=(12, 12))
@@ -188,7 +189,10 @@ def test_transformers_5_may_use_processor_config_json(tmp_path):
     [
         ({"problem_type": "multi_label_classification"}, "problem_type=multi_label_classification"),
         ({"problem_type": "regression"}, "problem_type=regression"),
-        ({"model_type": "dinov2"}, "model_type=dinov2, not a plain ViT"),
+        (
+            {"model_type": "dinov2"},
+            "model_type=dinov2, but the arrays are named as in Hugging Face",
+        ),
         ({"model_type": "beit"}, "model_type=beit"),
         ({"num_channels": 1}, "num_channels=1"),
     ],
@@ -253,12 +257,15 @@ def test_a_flat_config_of_older_timm(tmp_path):
 
 
 def test_architectures_that_compute_something_else(timm):
-    for name in ("vit_base_patch16_rpn_224", "vit_base_patch32_clip_quickgelu_224", "beit_base"):
-        with pytest.raises(UserError, match=f"architecture={name}, not a plain ViT"):
+    for name in ("vit_base_patch16_rpn_224", "vit_large_patch16_sapiens2", "beit_base"):
+        with pytest.raises(UserError, match=f"architecture {name} of timm is not a plain ViT"):
             timm({"architecture": name})
-    loaded = timm({"architecture": "vit_so400m_patch14_siglip_224"})
+    heads = {"model_args": {"num_heads": 3}}
+    loaded = timm({"architecture": "vit_so400m_patch16_siglip_256", **heads})
     assert loaded.cfg.model.gelu == "tanh" and "model.gelu" not in assumed(loaded)
-    assert "model.gelu=exact" in assumed(timm())
+    loaded = timm({"architecture": "vit_base_patch32_clip_quickgelu_224", **heads})
+    assert loaded.cfg.model.gelu == "quick" and loaded.cfg.model.norm_epsilon == 1e-5
+    assert "model.gelu" not in assumed(timm())
 
 
 def test_a_config_of_another_model_is_refused(timm, huggingface):
@@ -353,7 +360,8 @@ def test_a_head_without_a_bias(tmp_path):
         assert not np.any(loaded.params["head"]["bias"]) and arrays[weight].size == 60
 
 
-def test_absent_attention_biases_are_zero(tmp_path):
+def test_absent_attention_biases_are_no_parameters(tmp_path):
+    """And in a model that has them, they start at zero, with the same logits."""
     arrays = weight_files.read_arrays(GOLDEN / "timm.safetensors")
     biases = [name for name in arrays if name.endswith("qkv.bias")]
     for name in biases:
@@ -364,11 +372,13 @@ def test_absent_attention_biases_are_zero(tmp_path):
     left, right = (
         pretrained.load_model(tmp_path / f"{n}.safetensors", HEADS) for n in ("x", "zero")
     )
-    assert "queries, keys and values have no biases: set to zero" in left.notes
-    np.testing.assert_array_equal(
-        left.params["blocks"]["attention"]["query"]["bias"],
-        right.params["blocks"]["attention"]["query"]["bias"],
-    )
+    assert not left.cfg.model.qkv_bias and right.cfg.model.qkv_bias
+    params, rows = adapt(left.params, right.params, "cubic", same_classes=True)
+    for name, leaf in named(params).items():
+        np.testing.assert_array_equal(leaf, named(right.params)[name], err_msg=name)
+    actions = {row.name: row.action for row in rows}
+    assert actions["blocks/attention/key/bias"] == "new: zero, the source has no bias"
+    assert actions["blocks/attention/key/kernel"] == "kept"
     del arrays[biases[0]]
     weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
     with pytest.raises(UserError, match=r"missing: blocks\.0\.attn\.qkv\.bias"):

@@ -253,11 +253,27 @@ def test_positions_without_a_row_for_cls(tmp_path):
     same_bits(pretrained.load_model(tmp_path, bare).params, loaded.params)
 
 
-def test_layer_scale_is_folded_into_the_layers_before_it(tmp_path):
-    """Also under the keys of DeiT III's repository."""
-    line = "LayerScale is folded into the layers before it: 4 arrays"
+@pytest.mark.parametrize("scan", [True, False])
+def test_layer_scale_is_kept_or_folded_into_the_layers_before_it(scan):
+    """As the model to start has it or not: the logits are the same."""
     loaded = golden("timm-deit3.safetensors")
-    assert loaded.notes[1] == line and golden("timm.safetensors").notes[1] != line
+    cfg = loaded.cfg.model.copy_and_resolve_references()
+    cfg.update({"layer_scale": 0.0, "scan": scan})
+    plain = build(cfg, (12, 12))
+    assert loaded.cfg.model.layer_scale and "scale1" in loaded.params["blocks"]
+    params, rows = adapt(loaded.params, random_params(plain), "cubic", same_classes=True)
+    images, logits = expected("timm-deit3")
+    np.testing.assert_allclose(jax.jit(plain.apply)(params, images), logits, atol=1e-5)
+    scaled = {row.name for row in rows if row.action == "kept, times LayerScale"}
+    assert len(scaled) == 4 * (1 if scan else 2) and all(
+        "/out/" in n or "/down/" in n for n in scaled
+    )
+    with pytest.raises(UserError, match=r"blocks/scale1 .* is not in the source"):
+        adapt(golden("timm.safetensors").params, loaded.params, "cubic", same_classes=True)
+
+
+def test_layer_scale_has_other_keys_in_deit3s_repository(tmp_path):
+    loaded = golden("timm-deit3.safetensors")
     arrays = weight_files.read_arrays(GOLDEN / "timm-deit3.safetensors")
     renamed = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", name): x for name, x in arrays.items()}
     assert "blocks.1.gamma_2" in renamed
@@ -266,7 +282,7 @@ def test_layer_scale_is_folded_into_the_layers_before_it(tmp_path):
     renamed["blocks.1.gamma_2"] = np.ones(3, np.float32)
     weight_files.write_safetensors(tmp_path / "x.safetensors", renamed)
     message = refusal(pretrained.load_model, tmp_path / "x.safetensors", HEADS)
-    assert "blocks.1.ls2.gamma has the wrong shape" in message
+    assert "wrong shape: blocks.1.ls2.gamma (3,), expected (12,)" in message
 
 
 def test_half_precision_is_read(tmp_path):

@@ -21,7 +21,7 @@ from vit_scale.data import are_files
 from vit_scale.errors import USAGE, UserError, nearest
 from vit_scale.inference.predictor import Predictor, decode_size, load
 from vit_scale.models.build import build
-from vit_scale.models.parameters import named, unstack
+from vit_scale.models.parameters import named, unstack, without_layer_scale
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
 from vit_scale.pretrained import Pretrained, load_model
@@ -179,19 +179,6 @@ def _load_vit(run: str | os.PathLike) -> Pretrained:
     if not loaded.classes:
         raise UserError(f"{run} has no classification head to export")
     return loaded
-
-
-def without_layer_scale(params: Arrays) -> Arrays:
-    """Return the parameters with LayerScale multiplied into the layers before it."""
-    folded = dict(params)
-    for name, layer in (("scale1", "attention/out"), ("scale2", "mlp/down")):
-        for scale in [n for n in params if n.startswith("blocks/") and n.endswith(f"/{name}")]:
-            for leaf in ("kernel", "bias"):
-                key = scale.removesuffix(name) + f"{layer}/{leaf}"
-                if key in params:
-                    folded[key] = params[key] * params[scale]
-            del folded[scale]
-    return folded
 
 
 def _stored_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:

@@ -50,6 +50,26 @@ def count(params) -> int:
     return sum(math.prod(leaf.shape) for leaf in parameters(params))
 
 
+def without_layer_scale(leaves: dict) -> dict:
+    """Return named leaves with LayerScale multiplied into the layers before it; the same function.
+
+    LayerScale: Touvron et al. 2021, arXiv 2103.17239.
+    """
+    folded = dict(leaves)
+    for name, layer in (("scale1", "attention/out"), ("scale2", "mlp/down")):
+        for key in leaves:
+            if not (key.startswith("blocks/") and key.endswith(f"/{name}")):
+                continue
+            scale = folded.pop(key)
+            for leaf in ("kernel", "bias"):
+                target = key.removesuffix(name) + f"{layer}/{leaf}"
+                if target in folded:
+                    ones = (1,) * (folded[target].ndim - scale.ndim)
+                    shape = (*scale.shape[:-1], *ones, scale.shape[-1])
+                    folded[target] = folded[target] * scale.reshape(shape)
+    return folded
+
+
 def stack(params: dict) -> dict:
     """Convert parameters of unrolled blocks to those of scanned ones; others are unchanged."""
     blocks = params.get("blocks", {})

@@ -1,9 +1,9 @@
 """Position embeddings: the fixed 2D sin-cos table, and resampling to another patch grid.
 
 A table has the shape (h, w, d), without a row for [CLS], so its grid is known. It is resampled
-once, when weights are loaded. Guarantees: equal grids return the same values bit for bit; `cubic`
-and `corners` equal timm's and Google's results (tests/golden/make_posemb.py) for every grid, square
-or not.
+once, when weights are loaded. Guarantees: equal grids return the same values bit for bit; `cubic`,
+`corners` and `bicubic` equal timm's, Google's and transformers' results, made by
+tests/golden/make_posemb.py, for every grid, square or not.
 """
 
 import jax
@@ -58,7 +58,30 @@ def _linear_weights(old: int, new: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(np.arange(old)[:, None] - positions)).astype(np.float32)
 
 
-METHODS = {"cubic": _cubic, "corners": _corners}
+def _bicubic(pe: Float[Array, "h w d"], grid: tuple[int, int]) -> Float[Array, "H W d"]:
+    rows, columns = _cubic_weights(pe.shape[0], grid[0]), _cubic_weights(pe.shape[1], grid[1])
+    return jnp.einsum("hH,wW,hwd->HWd", rows, columns, pe, precision=jax.lax.Precision.HIGHEST)
+
+
+def _cubic_weights(old: int, new: int) -> np.ndarray:
+    """Return the (old, new) matrix of torch's bicubic interpolation, whose parameter is -0.75.
+
+    Pixels outside are those at the border (Keys 1981, eq. 4, has -0.5 and other borders).
+    """
+    a, matrix = -0.75, np.zeros((old, new))
+    positions = (np.arange(new) + 0.5) * old / new - 0.5
+    for tap in range(-1, 3):
+        source = np.floor(positions).astype(int) + tap
+        x = np.abs(positions - source)
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+        np.add.at(
+            matrix, (np.clip(source, 0, old - 1), np.arange(new)), np.where(x <= 1, near, far)
+        )
+    return matrix.astype(np.float32)
+
+
+METHODS = {"cubic": _cubic, "corners": _corners, "bicubic": _bicubic}
 
 
 def check_method(method: str) -> None:
@@ -76,11 +99,13 @@ def resample(
     `interpolate(mode="bicubic", antialias=True)`. `corners` is bilinear with aligned corners: the
     ViT paper's code (google-research/vision_transformer), `scipy.ndimage.zoom(order=1)`; there, as
     in scipy, an axis of size 1 is repeated, and an axis shrunk to size 1 keeps its first point.
+    `bicubic` is torch's without antialiasing, `interpolate(mode="bicubic")`: transformers' Dinov2,
+    CLIP and SigLIP.
 
     Args:
       pe: position embeddings (h, w, d) of any float type, without a [CLS] row.
       grid: rows and columns (H, W) of the new grid.
-      method: `cubic` or `corners`.
+      method: `cubic`, `corners` or `bicubic`.
 
     Returns:
       float32 (H, W, d); equal to `pe` bit for bit where the grids are equal.

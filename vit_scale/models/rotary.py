@@ -46,6 +46,23 @@ class Rotation(NamedTuple):
         return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+class Settings(NamedTuple):
+    """The fields of a `model` block that say how positions rotate."""
+
+    rope: str
+    rope_temperature: float
+    rope_reference: int
+    rope_offset: float
+    rope_shift: float
+    rope_jitter: float
+    rope_rescale: float
+
+
+def settings(cfg: ConfigDict) -> Settings:
+    """Return the settings of a `model` block."""
+    return Settings(*(cfg[name] for name in Settings._fields))
+
+
 def check(cfg: ConfigDict, head_width: int) -> None:
     """Raise UserError for a `model` block whose heads can't be rotated, or with invalid numbers."""
     if cfg.rope != "none" and head_width % 4:
@@ -63,7 +80,7 @@ def check(cfg: ConfigDict, head_width: int) -> None:
             raise UserError(f"model.{field}={cfg[field]} is a factor: at least 1 (0: off)")
 
 
-def coordinates(cfg: ConfigDict, grid: tuple[int, int]) -> Float[np.ndarray, "n 2"]:
+def coordinates(cfg: Settings, grid: tuple[int, int]) -> Float[np.ndarray, "n 2"]:
     """Return each patch's (row, column): counted, or from -1 to 1 with rope=dinov3.
 
     `model.rope_reference` stretches what is counted, so that this many patches span the image.
@@ -79,14 +96,14 @@ def coordinates(cfg: ConfigDict, grid: tuple[int, int]) -> Float[np.ndarray, "n 
     return np.stack([rows.reshape(-1), columns.reshape(-1)], axis=-1)
 
 
-def frequencies(cfg: ConfigDict, head_width: int) -> Float[np.ndarray, "e/4"]:
+def frequencies(cfg: Settings, head_width: int) -> Float[np.ndarray, "e/4"]:
     """Return the fixed frequencies of one axis, in radians per unit of its coordinate."""
     count = head_width // 4
     turns = 2 * np.pi if cfg.rope == "dinov3" else 1.0
     return turns * cfg.rope_temperature ** (-np.arange(count) / count)
 
 
-def changed(cfg: ConfigDict, positions: Float[Array, "n 2"], key: Array) -> Float[Array, "n 2"]:
+def changed(cfg: Settings, positions: Float[Array, "n 2"], key: Array) -> Float[Array, "n 2"]:
     """Shift all coordinates, and scale them by axis and together: once for a step, as DINOv3 does.
 
     The shift is uniform up to `rope_shift`; factors are log-uniform, up to `rope_jitter` for each
@@ -104,7 +121,7 @@ def changed(cfg: ConfigDict, positions: Float[Array, "n 2"], key: Array) -> Floa
 
 
 def rotation(
-    cfg: ConfigDict, positions: Float[Array, "n 2"], before: int, head_width: int
+    cfg: Settings, positions: Float[Array, "n 2"], before: int, head_width: int
 ) -> Rotation:
     """Return the rotation by fixed frequencies of `before` tokens, which is none, and of patches.
 

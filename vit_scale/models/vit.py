@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models import convnets
+from vit_scale.models import convnets, rotary
 from vit_scale.models.layers import (
     AttentionPool,
     Block,
@@ -29,7 +29,6 @@ from vit_scale.models.layers import (
     new_head,
 )
 from vit_scale.models.position_embeddings import sincos2d
-from vit_scale.models.rotary import Rotation, changed, coordinates, mixed_rotation, rotation
 from vit_scale.models.spec import shape
 
 
@@ -56,7 +55,7 @@ class ViT(nnx.Module):
         self.first_drop_path = cfg.drop_path if cfg.drop_path_uniform else 0.0
         self.posemb_kind, self.patch_drop, self.rope_cfg = cfg.posemb, cfg.patch_drop, None
         if cfg.rope != "none":
-            self.rope_cfg = FrozenConfigDict({k: v for k, v in cfg.items() if k.startswith("rope")})
+            self.rope_cfg = rotary.settings(cfg)
         size = self.shape.size
         if stem := self.shape.stem:
             self.stem: Any = convnets.stem_module(stem, self.shape.patch, cfg, rngs, constrain)
@@ -153,17 +152,17 @@ class ViT(nnx.Module):
         shape, cfg = self.shape, self.rope_cfg
         if cfg is None:
             return None
-        positions: Any = coordinates(cfg, shape.grid)
+        positions: Any = rotary.coordinates(cfg, shape.grid)
         if key is not None and (cfg.rope_shift or cfg.rope_jitter or cfg.rope_rescale):
-            positions = changed(cfg, jnp.asarray(positions, jnp.float32), key)
+            positions = rotary.changed(cfg, jnp.asarray(positions, jnp.float32), key)
 
-        def learned(frequencies: Array | None) -> Rotation:
-            turn = mixed_rotation(jnp.asarray(frequencies), positions, shape.before)
+        def learned(frequencies: Array | None) -> rotary.Rotation:
+            turn = rotary.mixed_rotation(jnp.asarray(frequencies), positions, shape.before)
             return turn if kept is None else turn.keep(kept)
 
         if cfg.rope == "mixed":
             return learned
-        fixed = rotation(cfg, positions, shape.before, shape.size.width // shape.size.heads)
+        fixed = rotary.rotation(cfg, positions, shape.before, shape.size.width // shape.size.heads)
         fixed = fixed if kept is None else fixed.keep(kept)
         return lambda _: fixed
 

@@ -1,10 +1,13 @@
 """Adapt the parameters of one ViT to another; every leaf is accounted for, or nothing is adapted.
 
 The head is replaced if the classes differ, and the representation layer before it with it. Position
-embeddings are resampled to the new grid (ViT paper, section 3.2); blocks are stacked or unstacked.
-Anything else that differs is an error that lists both sides.
+embeddings are resampled to the new grid (ViT paper, section 3.2), the patch embedding to another
+patch size; blocks are stacked or unstacked. Where one side has LayerScale or biases and the other
+has not, the source is rewritten to the same function. Anything else that differs is an error that
+lists both sides.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,16 +18,19 @@ from ml_collections import ConfigDict
 
 from vit_scale.data.class_mapping import MODES, Match, match
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.parameters import named, stack, unstack
+from vit_scale.models.parameters import named, stack, unstack, without_layer_scale
+from vit_scale.models.patch_embeddings import resample_patches
 from vit_scale.models.position_embeddings import resample
 from vit_scale.pretrained.key_mapping import POSITIONS
 
+PATCHES = "embed/kernel"
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 REPRESENTATION = ("representation/kernel", "representation/bias")
 HEADS = ("auto", "keep", "new")  # of init.head
 # Settings that change what the same parameters compute.
 SETTINGS = (
-    *("model.gelu", "model.norm_epsilon", "model.pool", "model.fc_norm"),
+    *("model.gelu", "model.norm_epsilon", "model.pool", "model.fc_norm", "model.rope"),
+    *("model.rope_temperature", "model.rope_reference", "model.rope_offset"),
     *("augment.mean", "augment.std"),
 )
 
@@ -59,14 +65,21 @@ def adapt(
     """
     source = stack(source) if "0" not in target.get("blocks", {}) else unstack(source)
     available, required = named(source), named(target)
+    folded = _has_layer_scale(available) and not _has_layer_scale(required)
+    if folded:
+        available = without_layer_scale(available)
     adapted, rows, problems = {}, [], []
     for name, leaf in required.items():
         if not same_classes and name in HEAD:
             value, action = leaf, "new: the classes differ"
         elif not same_classes and name in REPRESENTATION and name not in available:
             value, action = leaf, "new: part of the head"
+        elif name not in available and _kernel_of(name) in available:
+            value, action = jnp.zeros(leaf.shape, leaf.dtype), "new: zero, the source has no bias"
         else:
             value, action = _adapt_leaf(name, available.get(name), leaf.shape, method, outputs)
+        if folded and re.search(r"^blocks/.*(attention/out|mlp/down)/", name):
+            action += ", times LayerScale"
         if value is None:
             problems.append(action)
             continue
@@ -86,6 +99,15 @@ def adapt(
     return jax.tree.unflatten(jax.tree.structure(target), leaves), rows
 
 
+def _has_layer_scale(leaves: dict) -> bool:
+    return any(re.search(r"^blocks/(\d+/)?scale1$", name) for name in leaves)
+
+
+def _kernel_of(bias: str) -> str:
+    """The kernel beside a bias, whose absence is a bias of zero; "" for other leaves."""
+    return bias.removesuffix("bias") + "kernel" if bias.endswith("/bias") else ""
+
+
 def _adapt_leaf(
     name: str, value: Any, shape: tuple[int, ...], method: str, outputs: Sequence[int] | None
 ) -> tuple[Any, str]:
@@ -99,6 +121,10 @@ def _adapt_leaf(
     if name == POSITIONS and value.shape[2] == shape[2]:
         old, new = (f"{h} x {w}" for h, w in (value.shape[:2], shape[:2]))
         return resample(value, (shape[0], shape[1]), method), f"resampled {old} -> {new}, {method}"
+    if name == PATCHES and value.shape[2:] == shape[2:]:
+        old, new = (f"{h} x {w}" for h, w in (value.shape[:2], shape[:2]))
+        resized = resample_patches(value, (shape[0], shape[1]))
+        return resized, f"resampled {old} -> {new}, FlexiViT's PI-resize"
     return None, f"{name}: source {value.shape}, model {shape}"
 
 

@@ -13,7 +13,9 @@ from vit_scale.errors import UserError
 from vit_scale.pretrained import weight_files
 from vit_scale.storage import cache, download, files, paths
 
-METADATA_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+METADATA_FILES = (
+    *("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"),
+)
 WEB = ("https://", "http://")
 
 

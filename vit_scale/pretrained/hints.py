@@ -22,6 +22,7 @@ class Hints(NamedTuple):
     requested_size: Size | None = None  # trained_size if the positions fit it, else target_size
     target_size: Size | None = None  # the weights will be used at this size
     tree: str = ""  # which of several state dicts in a file (init.tree)
+    architecture: str = ""  # timm's name of it, for a file without a config.json
 
 
 NO_HINTS = Hints()
@@ -35,4 +36,6 @@ def hints_from_config(cfg: ConfigDict, heads: int | None = None) -> Hints:
         if not match:
             raise UserError(f"init.image={text!r} is not HEIGHTxWIDTH in pixels, such as 224x256")
         size = (int(match[1]), int(match[2]))
-    return Hints(cfg.init.dialect, heads, size, tree=cfg.init.tree)
+    return Hints(
+        cfg.init.dialect, heads, size, tree=cfg.init.tree, architecture=cfg.init.architecture
+    )

@@ -6,6 +6,7 @@ parameters of that model, so that none is left over, missing or of another shape
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,9 +21,11 @@ from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.pretrained.canonicalize import canonicalize
 from vit_scale.pretrained.hints import NO_HINTS, Hints
-from vit_scale.pretrained.infer_config import infer_config
+from vit_scale.pretrained.infer_config import convention, infer_config
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, WeightFormat, to_params
-from vit_scale.pretrained.metadata import Metadata, read_metadata
+from vit_scale.pretrained.metadata import Metadata
+from vit_scale.pretrained.read_metadata import read_metadata
+from vit_scale.pretrained.rotary_channels import reorder
 from vit_scale.pretrained.state_dicts import select_state_dict
 from vit_scale.pretrained.validate_arrays import (
     check_finite,
@@ -32,7 +35,7 @@ from vit_scale.pretrained.validate_arrays import (
 )
 from vit_scale.pretrained.weight_files import find_weight_file, read_arrays
 
-TOKENS = ("cls", "dist")  # in the order of their rows of position embeddings
+TOKENS = ("cls", "dist")  # in the order of their rows of position embeddings, then registers
 
 
 class ImportedModel(NamedTuple):
@@ -58,16 +61,18 @@ def import_weights(source: pathlib.Path, hints: Hints = NO_HINTS) -> ImportedMod
     check_finite(file, state_dict)
     title = f"{source}: {len(arrays)} arrays, format {fmt.title} (init.dialect={fmt.name})"
     notes = [title, *state_dict.notes, *ignored]
-    metadata = read_metadata(fmt, file)
+    metadata = read_metadata(fmt, file, hints.architecture)
     with _prefix_errors(file):
         arrays, changes = canonicalize(fmt, arrays)
         check_keys(fmt, arrays)
         keys = frozenset(state_dict.arrays)
+        _check_architecture(fmt, keys, metadata)
         cfg, leading, assumptions = infer_config(fmt, arrays, metadata, hints, keys)
         model = build(cfg.model, config.image_size(cfg))
         shapes = jax.eval_shape(unstack, model.abstract_params)
         check_shapes(fmt, arrays, model, shapes, leading)
-        params = _build_params(fmt, arrays, model, shapes, leading)
+        order = metadata.channels or convention(fmt, keys).channels
+        params = _build_params(fmt, arrays, model, shapes, leading, order, cfg.model.pool_heads)
     notes += changes
     stored = fmt.stored_params(arrays)
     if fmt.sincos_temperature and POSITIONS not in stored:
@@ -79,6 +84,18 @@ def import_weights(source: pathlib.Path, hints: Hints = NO_HINTS) -> ImportedMod
     if assumptions:
         notes.append(f"assuming, as the file does not say: {', '.join(assumptions)}")
     return ImportedModel(cfg, model, params, classes, tuple(notes))
+
+
+def _check_architecture(fmt: WeightFormat, keys: frozenset[str], metadata: Metadata) -> None:
+    """Raise UserError for keys of a model whose function only its architecture's name tells."""
+    if not fmt.needs_architecture or metadata.channels:
+        return
+    if telling := [key for key in keys if re.search(fmt.needs_architecture, key)]:
+        raise UserError(
+            f"it has {min(telling)}, as EVA's models: the arrays don't tell whether positions are "
+            "rotary; give the folder with its config.json, or timm's name of the architecture: "
+            "--config.init.architecture=eva02_base_patch14_224"
+        )
 
 
 @contextlib.contextmanager
@@ -105,15 +122,25 @@ def numbered_classes(count: int) -> tuple[str, ...]:
 
 
 def _build_params(
-    fmt: WeightFormat, arrays: Arrays, model: Model, shapes: dict, leading: int
+    fmt: WeightFormat,
+    arrays: Arrays,
+    model: Model,
+    shapes: dict,
+    leading: int,
+    order: str,
+    pool_heads: int | None,
 ) -> dict:
     """The parameter tree with stacked blocks; `shapes` is the same tree with unrolled ones."""
     size, grid = model.shape.size, model.shape.grid
-    params = to_params(fmt, arrays, size.depth, size.heads)
+    params = to_params(fmt, arrays, size.depth, size.heads, pool_heads)
+    params = reorder(params, order)
     if POSITIONS in params:
         rows = params[POSITIONS]
-        for token, row in zip(TOKENS, rows[:leading], strict=False):
+        present = [token for token in TOKENS if token in params]
+        for token, row in zip(present, rows[:leading], strict=False):
             params[token] = params[token] + row  # our tokens include their positions
+        if leading > len(present):
+            params["registers"] = params["registers"] + rows[len(present) : leading]
         params[POSITIONS] = rows[leading:].reshape(*grid, -1)
     elif fmt.sincos_temperature:
         params[POSITIONS] = np.asarray(

@@ -5,18 +5,23 @@ beside the weights, else from the user's hints or the format's convention. Whate
 returned as text, so that it can be printed.
 """
 
+import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.errors import UserError
+from vit_scale.models.layers import Size
 from vit_scale.models.spec import SIZES
 from vit_scale.pretrained.hints import Hints
 from vit_scale.pretrained.key_mapping import (
     POSITIONS,
     Arrays,
+    Convention,
     WeightFormat,
     abbreviate,
     to_params,
@@ -28,6 +33,7 @@ from vit_scale.pretrained.position_layout import (
     infer_position_layout,
 )
 
+LAYER_SCALE = 1e-5  # initial value of LayerScale, of which trained weights have their own
 RESOLUTION = 224  # pixels, if positions are not stored and no size is stated
 # Fields that arrays don't determine. Those that the metadata leaves open are reported as assumed.
 NOT_IN_ARRAYS = ("model.gelu", "model.norm_epsilon", "augment.mean", "augment.std")
@@ -49,14 +55,18 @@ def infer_config(
     project.
     """
     first = _first_block(fmt, arrays)
+    stored = fmt.stored_params(arrays)
+    stated = {**fmt.model, **convention(fmt, keys).model, **metadata.model}
     patch, width = first["embed/kernel"].shape[1::2]
-    mlp = first["blocks/0/mlp/up/kernel"].shape[1]
-    depth = fmt.depth(arrays)
-    _check_dimensions(metadata, width=width, depth=depth)
-    heads, assumptions = _infer_heads(fmt, first, metadata, hints, (width, depth, mlp))
+    size = Size(width, fmt.depth(arrays), 1, first["blocks/0/mlp/up/kernel"].shape[1])
+    size = dataclasses.replace(size, swiglu="blocks/0/mlp/gate/kernel" in first)
+    _check_dimensions(metadata, width=width, depth=size.depth)
+    heads, assumptions = _infer_heads(fmt, first, metadata, hints, size)
     cfg = config.base()
-    cfg.model.update(variant_fields(width, depth, heads, mlp, patch))
-    cfg.model.update({**fmt.model, **metadata.model, "heads": cfg.model.heads})
+    cfg.model.update(variant_fields(dataclasses.replace(size, heads=heads), patch))
+    cfg.model.update({**stated, **_block_fields(first, stored, stated), "heads": cfg.model.heads})
+    if POSITIONS not in first and cfg.model.rope != "none":
+        cfg.model.posemb = "none"
     assumptions += _infer_pool(cfg, fmt, first, metadata, keys)
     cfg.model.distilled = "dist" in first
     if "representation/bias" in first:
@@ -71,6 +81,39 @@ def infer_config(
     if layout.assumption:
         assumptions = [layout.assumption, *assumptions]
     return InferredConfig(cfg, layout.leading, (*assumptions, *_assumed_fields(cfg, metadata)))
+
+
+def convention(fmt: WeightFormat, keys: frozenset[str]) -> Convention:
+    """The format's convention for the models of a file with these keys: the first that matches."""
+    for candidate in fmt.conventions:
+        if any(re.fullmatch(candidate.key or ".*", key) for key in keys):
+            return candidate
+    return Convention("", {})
+
+
+def _block_fields(first: Arrays, stored: set[str], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the model block that follow from which parameters there are.
+
+    Absent biases of the patch embedding are those of CLIP, which has a norm before the blocks; any
+    other absent parameter is damage, unless the metadata says so.
+    """
+    attention, pre_norm = "blocks/0/attention/", "pre_norm/scale" in stored
+    kind = "layernorm" if attention + "query_norm/bias" in stored else "rmsnorm"
+    fields = {
+        "registers": len(first.get("registers", ())),
+        "pre_norm": pre_norm,
+        "qk_norm": kind if attention + "query_norm/scale" in stored else "none",
+        "attention_norm": attention + "norm/scale" in stored,
+        "mlp_norm": "blocks/0/mlp/norm/scale" in stored,
+        "qkv_bias": attention + "query/bias" in stored,
+        "layer_scale": LAYER_SCALE if "blocks/0/scale1" in stored else 0.0,
+    }
+    if pre_norm and "patch_bias" not in stated:
+        fields["patch_bias"] = "embed/bias" in first
+    if "pool/mlp/up/kernel" in first:
+        mlp = first["pool/mlp/up/kernel"].shape[1]
+        fields["pool_mlp"] = mlp if mlp != first["blocks/0/mlp/up/kernel"].shape[1] else None
+    return fields
 
 
 def _assumed_fields(cfg: ConfigDict, metadata: Metadata) -> list[str]:
@@ -97,12 +140,12 @@ def _check_dimensions(metadata: Metadata, **dimensions: int) -> None:
             )
 
 
-def variant_fields(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
+def variant_fields(size: Size, patch: int) -> dict[str, Any]:
     """Fields of the model block for these sizes: the name of a standard variant, or each number."""
-    sizes = {"width": width, "depth": depth, "heads": heads, "mlp": mlp}
-    letter = next((name for name, size in SIZES.items() if vars(size) == sizes), None)
+    letter = next((name for name, standard in SIZES.items() if standard == size), None)
     if letter:
         return {"variant": f"{letter}/{patch}"}
+    sizes = {**vars(size), "swiglu": size.swiglu or None}  # None: as Ti
     return {"variant": f"Ti/{patch}", **sizes}
 
 
@@ -111,18 +154,17 @@ def _infer_pool(
 ) -> list[str]:
     """Set how tokens are pooled; return what was assumed. Raises UserError on a contradiction."""
     stated, has_cls = metadata.model.get("pool"), "cls" in first
+    width = first["embed/kernel"].shape[-1]
     cfg.model.fc_norm = bool(fmt.fc_norm) and f"{fmt.fc_norm[0]}.weight" in keys
     pool = "map" if "pool/probe" in first else "gap" if cfg.model.fc_norm or not has_cls else "cls"
+    if has_cls and len(first.get("head/kernel", ())) == 2 * width:
+        pool = "cls_gap"
     if stated == "gap" and has_cls and pool == "cls":
         pool = "gap"
     if stated not in (None, pool):
         raise UserError(f"the metadata says pool={stated}, but the arrays are those of pool={pool}")
-    if pool == "map" and has_cls:
-        raise UserError(
-            "it has both a [CLS] token and attention pooling; models here have one of them"
-        )
-    cfg.model.pool, cfg.model.class_token = pool, has_cls and pool == "gap"
-    ambiguous = fmt.ambiguous_pool and has_cls and stated is None and not cfg.model.fc_norm
+    cfg.model.pool, cfg.model.class_token = pool, has_cls and pool in ("gap", "map")
+    ambiguous = fmt.ambiguous_pool and pool == "cls" and stated is None
     return ["the head reads [CLS] (model.pool=cls)"] if ambiguous else []
 
 
@@ -140,19 +182,32 @@ def _infer_positions(
         size = known or hints.target_size or (RESOLUTION, RESOLUTION)
         assumption = "" if known else f"trained at {size[0]} x {size[1]} px"
         return PositionLayout((size[0] // patch, size[1] // patch), 0, assumption)
-    tokens = ("cls" in first) + ("dist" in first)
-    leading: tuple[int, ...] = (tokens,) if fmt.class_positions else (0,)
-    if metadata.no_embed_class is not None:
-        leading = (0,) if metadata.no_embed_class else leading
-    elif tokens and fmt.no_class_positions:  # LayerScale: DINOv2 has the rows, DeiT III does not
-        without, either = (
-            any(re.search(pattern, key) for key in keys) for pattern in fmt.no_class_positions
-        )
-        leading = (0,) if without else (tokens, 0) if either else leading
+    leading = _leading_rows(fmt, first, metadata, keys)
     sizes = KnownSizes(
         metadata.image_size, hints.trained_size, hints.requested_size, hints.target_size
     )
     return infer_position_layout(len(first[POSITIONS]), leading, sizes, patch)
+
+
+def _leading_rows(
+    fmt: WeightFormat, first: Arrays, metadata: Metadata, keys: frozenset[str]
+) -> tuple[int, ...]:
+    """The possible numbers of position rows before those of patches, the likeliest first."""
+    tokens = ("cls" in first) + ("dist" in first)
+    if not fmt.class_positions or metadata.no_embed_class:
+        return (0,)
+    if "registers" in first:
+        rows = len(first[POSITIONS])
+        counts = (tokens, 0, tokens + len(first["registers"]))
+        squares = [count for count in counts if math.isqrt(rows - count) ** 2 == rows - count]
+        return tuple(dict.fromkeys((*squares, *counts)))
+    if tokens and fmt.no_class_positions and metadata.no_embed_class is None:
+        # LayerScale: DINOv2 has the rows, DeiT III does not.
+        without, either = (
+            any(re.search(pattern, key) for key in keys) for pattern in fmt.no_class_positions
+        )
+        return (0,) if without else (tokens, 0) if either else (tokens,)
+    return (tokens,)
 
 
 def _first_block(fmt: WeightFormat, arrays: Arrays) -> Arrays:
@@ -181,7 +236,7 @@ def _infer_heads(
     first: Arrays,
     metadata: Metadata,
     hints: Hints,
-    size: tuple[int, int, int],
+    size: Size,
 ) -> tuple[int, list[str]]:
     """The number of heads, and what was assumed. Raises UserError if nothing determines it."""
     query = "blocks/0/attention/query/kernel"
@@ -189,14 +244,17 @@ def _infer_heads(
         return first[query].shape[1], []
     if heads := metadata.model.get("heads"):
         return heads, []
+    if "blocks/0/attention/query_norm/scale" in first:
+        return size.width // len(first["blocks/0/attention/query_norm/scale"]), []
     if hints.heads:
         return hints.heads, [f"{hints.heads} heads, as configured"]
     for letter, standard in SIZES.items():
-        if size == (standard.width, standard.depth, standard.mlp):
+        if size == dataclasses.replace(standard, heads=1):
             other = "MoCo v3 has 12: " if letter == "S" else "otherwise "
             hint = f"({other}set --config.model.heads)"
             return standard.heads, [f"{standard.heads} heads, as ViT-{letter} {hint}"]
     raise UserError(
         f"the number of heads is unknown: it is in neither the arrays nor a config.json, and width "
-        f"{size[0]}, depth {size[1]}, MLP {size[2]} are no standard size; set --config.model.heads"
+        f"{size.width}, depth {size.depth}, MLP {size.mlp} are no standard size; set "
+        "--config.model.heads"
     )

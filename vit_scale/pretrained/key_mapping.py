@@ -38,6 +38,24 @@ class KeyMapping(NamedTuple):
         return KeyMapping(params, self.key.replace(BLOCK_INDEX, str(block)), self.layout)
 
 
+def dense(param: str | tuple[str, ...], key: str, layout: str = "linear") -> Sequence[KeyMapping]:
+    """The mappings of a torch layer's weight and bias to the kernels and biases `param`."""
+    params = (param,) if isinstance(param, str) else param
+    bias = "heads" if layout == "to_heads" else "same"
+    return (
+        KeyMapping(tuple(f"{name}/kernel" for name in params), f"{key}.weight", layout),
+        KeyMapping(tuple(f"{name}/bias" for name in params), f"{key}.bias", bias),
+    )
+
+
+def norm(param: str, key: str) -> Sequence[KeyMapping]:
+    """The mappings of a torch norm's weight and bias; an RMSNorm has no bias."""
+    return (
+        KeyMapping((f"{param}/scale",), f"{key}.weight"),
+        KeyMapping((f"{param}/bias",), f"{key}.bias"),
+    )
+
+
 class Layout(NamedTuple):
     """How a stored array is reshaped and transposed to a parameter, and back."""
 
@@ -68,6 +86,17 @@ LAYOUTS = {  # comments: stored array <-> parameter
 }
 
 
+class Convention(NamedTuple):
+    """Settings of the models whose files have a key that matches a regular expression."""
+
+    key: str
+    model: Mapping[str, Any]  # fields of the model block
+    channels: str = "halves"  # order of a head's channels: rotary_channels.py
+
+
+Step = Callable[[Arrays, int], tuple[Arrays, list[str]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
     """The way a library stores a ViT, and the settings its models were trained with.
@@ -91,8 +120,10 @@ class WeightFormat:
         them. Empty if the format has no norm after pooling.
       ambiguous_pool: whether the arrays leave open if the head reads [CLS] or pools patches.
       aliases: (regular expression, replacement) pairs that rewrite other spellings to `key`s.
-      layer_scales: (key of LayerScale's factors, prefix of the layer whose outputs they multiply);
-        LayerScale: Touvron et al. 2021, arXiv 2103.17239.
+      conventions: settings of models that have certain keys, unless a file beside them states them.
+      needs_architecture: regular expression of a key of models whose function the arrays don't
+        tell: the library's name of the architecture must be stated.
+      steps: functions (arrays, depth) -> (arrays, notes) that rewrite other contents to `mappings`.
       scanned: (prefix of arrays that stack all blocks on axis 0, prefix of a single block), or None
         if blocks are never stacked.
       sincos_temperature: function from the width to the temperature of the fixed position
@@ -112,7 +143,9 @@ class WeightFormat:
     fc_norm: tuple[str, ...] = ()
     ambiguous_pool: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
-    layer_scales: tuple[tuple[str, str], ...] = ()
+    conventions: tuple[Convention, ...] = ()
+    needs_architecture: str = ""
+    steps: tuple["Step", ...] = ()
     scanned: tuple[str, str] | None = None
     sincos_temperature: Callable[[int], float] | None = None
 
@@ -135,19 +168,27 @@ class WeightFormat:
         return 1 + max((int(match[1]) for match in matches if match), default=0)
 
     def stored_params(self, keys: Iterable[str]) -> set[str]:
-        """Our names of the parameters behind these keys, outside the blocks and in block 0."""
+        """Our names of the parameters behind these keys; those of any block as of block 0."""
         keys = set(keys)
         return {
-            name for mapping in self.expand(1) if mapping.key in keys for name in mapping.params
+            re.sub(r"^blocks/\d+/", "blocks/0/", name)
+            for mapping in self.expand(self.depth(keys))
+            if mapping.key in keys
+            for name in mapping.params
         }
 
 
 def to_params(
-    fmt: WeightFormat, arrays: Mapping[str, np.ndarray], depth: int, heads: int
+    fmt: WeightFormat,
+    arrays: Mapping[str, np.ndarray],
+    depth: int,
+    heads: int,
+    pool_heads: int | None = None,
 ) -> Arrays:
     """Convert the format's arrays to our parameters; arrays that are missing are skipped.
 
-    Position embeddings stay rows (n d), including those of [CLS] and the distillation token.
+    `pool_heads` are those of attention pooling, if it has another number of heads. Position
+    embeddings stay rows (n d), including those of [CLS], the distillation token and registers.
     Raises UserError for an array whose shape contradicts its layout.
     """
     params: Arrays = {}
@@ -155,9 +196,10 @@ def to_params(
         if mapping.key not in arrays:
             continue
         array, layout = arrays[mapping.key], LAYOUTS[mapping.layout]
+        own = pool_heads if pool_heads and mapping.params[0].startswith("pool/") else heads
         try:
             parts = np.split(array, len(mapping.params))
-            params |= zip(mapping.params, [layout.to_param(x, heads) for x in parts], strict=True)
+            params |= zip(mapping.params, [layout.to_param(x, own) for x in parts], strict=True)
         except (ValueError, IndexError) as error:
             raise UserError(f"{mapping.key} has the wrong shape, {array.shape}") from error
     return params

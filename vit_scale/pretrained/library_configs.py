@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from vit_scale.augment.view import View
 from vit_scale.config import image_size
 from vit_scale.models.spec import shape
-from vit_scale.pretrained.metadata import POOLS
 from vit_scale.pretrained.preprocessing import PIL_RESAMPLING
+from vit_scale.pretrained.timm_config import POOLS
 
 
 def npz_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
         )
     loaded = load_run(paths.parse(source))
     fields = {"dialect": hints.format, "tree": hints.tree, "image": hints.trained_size}
+    fields |= {"architecture": hints.architecture}
     for field, value in fields.items():
         if value:
             raise UserError(

@@ -15,6 +15,7 @@ from vit_scale.models.build import Model
 from vit_scale.models.parameters import named
 from vit_scale.pretrained.canonicalize import canonical_keys
 from vit_scale.pretrained.key_mapping import (
+    LAYOUTS,
     POSITIONS,
     Arrays,
     WeightFormat,
@@ -26,11 +27,10 @@ from vit_scale.pretrained.state_dicts import StateDict
 HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 # (regular expression of a key, feature of models that this project lacks)
 UNSUPPORTED = (
-    (r"reg_token|register_token", "register tokens"),
-    (r"\.[qk]_norm\.", "normalized queries and keys"),
-    (r"relative_position|rel_pos|rope", "relative or rotary positions"),
-    (r"\.w12\.|\.fc1_[gx]\.|\.w3\.", "SwiGLU"),
-    (r"norm_pre|pre_layernorm", "a norm before the blocks"),
+    (r"relative_position|rel_pos", "relative positions"),
+    (r"rope", "rotary positions of a kind that is not supported"),
+    (r"\.(0|1)\.(norm|attn|mlp|ls)", "parallel branches of a block"),
+    (r"^classifier\.", "a classifier that reads the mean of the patches"),
     (r"lora_", "LoRA: merge it into the weights first"),
 )
 
@@ -120,8 +120,9 @@ def _expected_shapes(
         if name not in absent
     }
     shapes = {key: x.shape for key, x in to_arrays(fmt, params, model.shape.size.depth).items()}
-    (position_key,) = (m.key for m in fmt.mappings if m.params == (POSITIONS,))
-    if position_key in shapes:
-        rows = math.prod(model.shape.grid) + leading_positions
-        shapes[position_key] = (1, rows, model.shape.size.width)
+    for mapping in fmt.mappings:
+        if mapping.params == (POSITIONS,) and mapping.key in shapes:
+            rows = math.prod(model.shape.grid) + leading_positions
+            table = np.broadcast_to(np.float32(0), (rows, model.shape.size.width))
+            shapes[mapping.key] = LAYOUTS[mapping.layout].to_array(table).shape
     return shapes

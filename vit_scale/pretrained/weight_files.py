@@ -26,7 +26,10 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 SAFETENSORS = "model.safetensors"  # file names in a model's folder
 PYTORCH = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"  # of the file that lists a model's shards
-FILE_NAMES = (SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PYTORCH, PYTORCH + INDEX_SUFFIX)  # by rank
+OPEN_CLIP = "open_clip_model.safetensors"
+FILE_NAMES = (  # by rank
+    *(SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PYTORCH, PYTORCH + INDEX_SUFFIX, OPEN_CLIP),
+)
 MAX_HEADER = 100 << 20  # bytes of JSON that begin a .safetensors file, at most
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 TO_SAFETENSORS = "convert it with safetensors.torch.save_file(model.state_dict(), PATH)"

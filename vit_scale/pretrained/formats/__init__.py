@@ -1,10 +1,29 @@
 """The weight formats that can be read and written: a table of key mappings for each library."""
 
 from vit_scale.pretrained.formats.big_vision import BIG_VISION
+from vit_scale.pretrained.formats.clip import CLIP, OPEN_CLIP
+from vit_scale.pretrained.formats.dinov2 import DINOV2
+from vit_scale.pretrained.formats.dinov3 import DINOV3
 from vit_scale.pretrained.formats.google import GOOGLE
 from vit_scale.pretrained.formats.huggingface import HUGGINGFACE
+from vit_scale.pretrained.formats.siglip import SIGLIP
 from vit_scale.pretrained.formats.timm import TIMM
 
-FORMATS = {fmt.name: fmt for fmt in (GOOGLE, BIG_VISION, TIMM, HUGGINGFACE)}
+# In this order: the first whose signature occurs is taken, and Dinov2 has ViT's as well.
+FORMATS = {
+    fmt.name: fmt
+    for fmt in (GOOGLE, BIG_VISION, TIMM, DINOV2, DINOV3, SIGLIP, CLIP, HUGGINGFACE, OPEN_CLIP)
+}
 
-__all__ = ["BIG_VISION", "FORMATS", "GOOGLE", "HUGGINGFACE", "TIMM"]
+__all__ = [
+    "BIG_VISION",
+    "CLIP",
+    "DINOV2",
+    "DINOV3",
+    "FORMATS",
+    "GOOGLE",
+    "HUGGINGFACE",
+    "OPEN_CLIP",
+    "SIGLIP",
+    "TIMM",
+]

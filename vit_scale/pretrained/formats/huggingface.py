@@ -5,42 +5,27 @@ others in memory, which `aliases` maps. [CLS] has a position embedding, the firs
 pooler is a tanh layer, as our `representation`; it has no head.
 """
 
-from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat
+from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, dense, norm
 
 BLOCK = "vit.encoder.layer.{i}."
-SELF, OUT = BLOCK + "attention.attention.", BLOCK + "attention.output.dense."
+SELF = BLOCK + "attention.attention."
 MAPPINGS = (
-    KeyMapping("embed/kernel", "vit.embeddings.patch_embeddings.projection.weight", "patches"),
-    KeyMapping("embed/bias", "vit.embeddings.patch_embeddings.projection.bias"),
+    *dense("embed", "vit.embeddings.patch_embeddings.projection", "patches"),
     KeyMapping("cls", "vit.embeddings.cls_token", "token"),
     KeyMapping("dist", "vit.embeddings.distillation_token", "token"),
     KeyMapping("posemb", "vit.embeddings.position_embeddings", "first"),
-    KeyMapping("blocks/{i}/norm1/scale", BLOCK + "layernorm_before.weight"),
-    KeyMapping("blocks/{i}/norm1/bias", BLOCK + "layernorm_before.bias"),
-    KeyMapping("blocks/{i}/attention/query/kernel", SELF + "query.weight", "to_heads"),
-    KeyMapping("blocks/{i}/attention/query/bias", SELF + "query.bias", "heads"),
-    KeyMapping("blocks/{i}/attention/key/kernel", SELF + "key.weight", "to_heads"),
-    KeyMapping("blocks/{i}/attention/key/bias", SELF + "key.bias", "heads"),
-    KeyMapping("blocks/{i}/attention/value/kernel", SELF + "value.weight", "to_heads"),
-    KeyMapping("blocks/{i}/attention/value/bias", SELF + "value.bias", "heads"),
-    KeyMapping(
-        "blocks/{i}/attention/out/kernel", BLOCK + "attention.output.dense.weight", "from_heads"
-    ),
-    KeyMapping("blocks/{i}/attention/out/bias", BLOCK + "attention.output.dense.bias"),
-    KeyMapping("blocks/{i}/norm2/scale", BLOCK + "layernorm_after.weight"),
-    KeyMapping("blocks/{i}/norm2/bias", BLOCK + "layernorm_after.bias"),
-    KeyMapping("blocks/{i}/mlp/up/kernel", BLOCK + "intermediate.dense.weight", "linear"),
-    KeyMapping("blocks/{i}/mlp/up/bias", BLOCK + "intermediate.dense.bias"),
-    KeyMapping("blocks/{i}/mlp/down/kernel", BLOCK + "output.dense.weight", "linear"),
-    KeyMapping("blocks/{i}/mlp/down/bias", BLOCK + "output.dense.bias"),
-    KeyMapping("norm/scale", "vit.layernorm.weight"),
-    KeyMapping("norm/bias", "vit.layernorm.bias"),
-    KeyMapping("representation/kernel", "vit.pooler.dense.weight", "linear"),
-    KeyMapping("representation/bias", "vit.pooler.dense.bias"),
-    KeyMapping("head/kernel", "classifier.weight", "linear"),
-    KeyMapping("head/bias", "classifier.bias"),
-    KeyMapping("head_dist/kernel", "distillation_classifier.weight", "linear"),
-    KeyMapping("head_dist/bias", "distillation_classifier.bias"),
+    *norm("blocks/{i}/norm1", BLOCK + "layernorm_before"),
+    *dense("blocks/{i}/attention/query", SELF + "query", "to_heads"),
+    *dense("blocks/{i}/attention/key", SELF + "key", "to_heads"),
+    *dense("blocks/{i}/attention/value", SELF + "value", "to_heads"),
+    *dense("blocks/{i}/attention/out", BLOCK + "attention.output.dense", "from_heads"),
+    *norm("blocks/{i}/norm2", BLOCK + "layernorm_after"),
+    *dense("blocks/{i}/mlp/up", BLOCK + "intermediate.dense"),
+    *dense("blocks/{i}/mlp/down", BLOCK + "output.dense"),
+    *norm("norm", "vit.layernorm"),
+    *dense("representation", "vit.pooler.dense"),
+    *dense("head", "classifier"),
+    *dense("head_dist", "distillation_classifier"),
 )
 
 HUGGINGFACE = WeightFormat(
