@@ -206,7 +206,7 @@ def _leading_rows(
         without, either = (
             any(re.search(pattern, key) for key in keys) for pattern in fmt.no_class_positions
         )
-        return (0,) if without else (tokens, 0) if either else (tokens,)
+        return (0, tokens) if without else (tokens, 0) if either else (tokens,)
     return (tokens,)
 
 
