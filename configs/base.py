@@ -192,7 +192,8 @@ def optim() -> dict:
         "accumulate": 1,  # micro-batches that the global batch is split into
         "ema": 0.0,  # decay of the exponential moving average of the weights; 0: off
         "layer_decay": 1.0,  # lr is multiplied by this per block below the head (BEiT); 1: off
-        "train": "all",  # all | head (a linear probe)
+        "train": "all",  # all | head (a linear probe) | a regular expression of parameter names:
+        # bias$|^head (BitFit, Zaken et al. 2022)
         "freeze": (),  # regular expressions of parameter names not to train
     }
 

@@ -591,6 +591,8 @@ MORE = [  # further values of a switch that is in the table
     ("optim.name=lamb", "optim.name=adamw"),
     ("loss=binary", "loss=sigmoid"),
     ("optim.schedule=linear", "optim.schedule=constant"),
+    ("optim.train=bias$", "optim.train=head"),
+    ("optim.train=bias$|^head/", "optim.train=bias$"),
 ]
 
 

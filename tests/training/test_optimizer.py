@@ -13,7 +13,7 @@ from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.training.optimizer import (
     apply_updates,
     check,
-    check_frozen,
+    check_trained,
     make_optimizer,
     update_ema,
 )
@@ -298,6 +298,12 @@ def test_clip_ignores_frozen_parameters(params):
     ("fields", "layout", "is_frozen"),
     [
         ({"train": "head"}, "stacked", lambda name: not name.startswith("head/")),
+        (
+            {"train": r"bias$|^head/", "freeze": ("^norm/",)},  # BitFit, but for one bias
+            "stacked",
+            lambda n: n == "norm/bias" or not (n.endswith("bias") or n.startswith("head/")),
+        ),
+        ({"train": r"^blocks/1/"}, "unrolled", lambda name: not name.startswith("blocks/1/")),
         ({"freeze": ("^embed", "posemb$")}, "stacked", lambda n: n[:5] == "embed" or n == "posemb"),
         ({"freeze": ("^blocks/0/",)}, "unrolled", lambda name: name.startswith("blocks/0/")),
         (
@@ -324,6 +330,13 @@ FREEZE_REFUSALS = [
     ({"freeze": ("poseb",)}, r"optim.freeze='poseb' matches no parameter; did you mean posemb"),
     ({"freeze": ("embed", "^blocks/0/")}, r"optim.freeze='\^blocks/0/' matches no parameter"),
     ({"freeze": ("(",)}, r"optim.freeze='\(' is not a regular expression: "),
+    ({"train": "haed"}, "optim.train='haed' matches no parameter; did you mean head"),
+    ({"train": "bais$"}, r"optim.train='bais\$' matches no parameter; "),
+    ({"train": "("}, r"optim.train='\(' is not a regular expression: "),
+    (
+        {"train": "bias$", "freeze": ("bias",)},
+        r"freeze=\('bias',\) and train='bias\$' leave nothing",
+    ),
     ({"freeze": ("",)}, r"leave nothing to train"),
     ({"freeze": ("head",), "train": "head"}, r"freeze=\('head',\) and train='head' leave nothing"),
 ]
@@ -332,7 +345,7 @@ FREEZE_REFUSALS = [
 @pytest.mark.parametrize(("fields", "message"), FREEZE_REFUSALS)
 def test_freezing_refuses(params, fields, message):
     with pytest.raises(UserError, match=message):
-        check_frozen(optim_block(**fields), params)
+        check_trained(optim_block(**fields), params)
 
 
 # Refusals
@@ -340,7 +353,6 @@ def test_freezing_refuses(params, fields, message):
 REFUSALS = [
     ({"name": "adamv"}, "optim.name='adamv' is unknown; did you mean adamw"),
     ({"schedule": "cosin"}, "optim.schedule='cosin' is unknown; did you mean cosine"),
-    ({"train": "tail"}, "optim.train='tail' is unknown; "),
     ({"lr": -1.0}, "optim.lr=-1.0 must be at least 0 and finite"),
     ({"lr": float("nan")}, "optim.lr=nan must be at least 0 and finite"),
     ({"b1": 1.0}, "optim.b1=1.0 must be at least 0 and below 1"),

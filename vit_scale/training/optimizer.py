@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.parameters import is_statistic, map_named, name_of
+from vit_scale.models.parameters import is_statistic, map_named, name_of, named
 from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
 
 # The hidden matrices that Muon orthogonalises: their input and output axes, counted from the end. A
@@ -87,6 +87,9 @@ def _matrix_axes(name: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 # By name
+
+# The names that `optim.train` has for sets of parameters; any other value is a regular expression.
+TRAIN = {"all": "", "head": r"^head(_dist)?/"}
 
 
 def decayed(name: str) -> bool:
@@ -155,10 +158,12 @@ def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
 
     Running statistics are False: they are updated, but by no gradient.
     """
-    patterns = [*cfg.freeze, *([r"^(?!head(_dist)?/)"] if cfg.train == "head" else [])]
+    wanted = TRAIN.get(cfg.train, cfg.train)
 
     def is_trained(name: str, leaf) -> bool:
-        return not is_statistic(name) and not any(re.search(p, name) for p in patterns)
+        if is_statistic(name) or any(re.search(pattern, name) for pattern in cfg.freeze):
+            return False
+        return bool(re.search(wanted, name))
 
     return map_named(is_trained, params)
 
@@ -215,7 +220,6 @@ CHOICES: dict[str, Collection[str]] = {
     "name": OPTIMIZERS,
     "schedule": SCHEDULES,
     "moment": ("float32", "bfloat16"),
-    "train": ("all", "head"),
 }
 BOUNDS = {  # lowest allowed, first not allowed
     "lr": (0, math.inf),
@@ -266,18 +270,20 @@ def check(cfg: ConfigDict, steps: int) -> None:
             )
 
 
-def check_frozen(cfg: ConfigDict, params: PyTree) -> None:
-    """Raise UserError for a pattern in `freeze` that is invalid or matches nothing."""
-    names = jax.tree.leaves(map_named(lambda name, leaf: name, params))
-    for pattern in cfg.freeze:
+def check_trained(cfg: ConfigDict, params: PyTree) -> None:
+    """Raise UserError for a pattern in `freeze` or `train` that is invalid or matches nothing."""
+    names = list(named(params))
+    patterns = [("freeze", pattern) for pattern in cfg.freeze]
+    patterns += [("train", cfg.train)] if cfg.train not in TRAIN else []
+    for field, pattern in patterns:
         try:
             matched = any(re.search(pattern, name) for name in names)
         except re.error as error:
             raise UserError(
-                f"optim.freeze={pattern!r} is not a regular expression: {error}"
+                f"optim.{field}={pattern!r} is not a regular expression: {error}"
             ) from None
         if not matched:
-            hint = nearest(pattern, names)
-            raise UserError(f"optim.freeze={pattern!r} matches no parameter; {hint}")
+            hint = nearest(pattern, [*(TRAIN if field == "train" else ()), *names])
+            raise UserError(f"optim.{field}={pattern!r} matches no parameter; {hint}")
     if not any(jax.tree.leaves(trained(cfg, params))):
         raise UserError(f"optim.freeze={cfg.freeze} and train={cfg.train!r} leave nothing to train")

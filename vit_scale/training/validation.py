@@ -100,8 +100,8 @@ def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnet
     check_combination(cfg, shape, mesh.shape["tensor"] if mesh else 1)
     if mesh:
         check_attention(cfg, mesh, shape)
-    if cfg.optim.freeze:
-        optimizer.check_frozen(cfg.optim, build(cfg.model, image_size(cfg)).abstract_params)
+    if cfg.optim.freeze or cfg.optim.train not in optimizer.TRAIN:
+        optimizer.check_trained(cfg.optim, build(cfg.model, image_size(cfg)).abstract_params)
     return shape
 
 
