@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             "data": data(),
             "augment": augment(),
             "model": model(),
+            "lora": lora(),
             "distill": distill(),
             "optim": optim(),
             "mesh": mesh(),
@@ -160,6 +161,15 @@ def model() -> dict:
         "norm_epsilon": 1e-6,  # epsilon of the layer norms; 1e-12 in Hugging Face's ViT
         "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none
         "attention": "xla",  # xla (vit_scale/models/attention.py) | cudnn (NVIDIA GPUs, bfloat16)
+    }
+
+
+def lora() -> dict:
+    return {  # adapters, trained with the head instead of the rest (LoRA, Hu et al. 2022)
+        "rank": 0,  # of the adapters; 0: none
+        "alpha": 16.0,  # an adapter's product is multiplied by alpha / rank
+        "kernels": "attention/(query|value)/kernel$",  # regular expression of the names of kernels
+        # to adapt, of attention and MLP: kernel$ is all of them
     }
 
 

@@ -565,6 +565,9 @@ SWITCHES = {
     "optim.layer_decay": (".7",),
     "optim.train": ("head",),
     "optim.freeze": ("('embed',)",),
+    "lora.rank": ("2",),
+    "lora.alpha": ("2.", "lora.rank=2"),
+    "lora.kernels": ("mlp/up/kernel$", "lora.rank=2"),
 }
 # `objective` and `distill` are test_distill.py's. The others decide which pixels the step gets,
 # where it starts, or what is done beside it.

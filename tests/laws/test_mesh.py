@@ -47,6 +47,7 @@ FIELDS = TINY | {
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
+LORA = ["lora.rank=2", "lora.kernels=kernel$", "optim.train=bias$|^head/"]
 MESHES = ("8-1-1", "1-8-1", "2-2-2")  # devices along data, fsdp and tensor
 
 
@@ -108,12 +109,15 @@ class Pods:
 def pods(cifar, tmp_path_factory) -> Pods:
     found = Pods(tmp_path_factory.mktemp("pods"), cifar)
     runs = {f"8 devices, {mesh}": mesh_flags(mesh) for mesh in MESHES}
+    runs["8 devices, LoRA"] = [*mesh_flags("2-2-2"), *LORA]
     found.start(1, 8, runs, ["8-1-1"], state=mesh_flags("1-8-1"))
     found.start(4, 2, {}, ["2-2-2"])
     found.start(2, 4, {"2 processes": mesh_flags("2-4-1")}, ["8-1-1"])
     found.copy_of_first_half("8 devices, 1-8-1", "8 devices to 1")
     found.copy_of_first_half("2 processes", "2 processes to 1")
-    found.start(1, 1, {"1 device": [], "8 devices to 1": [], "2 processes to 1": []})
+    found.copy_of_first_half("8 devices, LoRA", "8 devices to 1, LoRA")
+    alone = {"1 device": [], "1 device, LoRA": LORA, "8 devices to 1, LoRA": LORA}
+    found.start(1, 1, alone | {"8 devices to 1": [], "2 processes to 1": []})
     return found
 
 
@@ -184,6 +188,15 @@ def test_the_loss_curve_is_that_of_one_device(pods, name):
     expected, found = pods.losses("1 device"), pods.losses(name)
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["8 devices, LoRA", "8 devices to 1, LoRA"])
+def test_the_loss_curve_of_adapters_is_that_of_one_device(pods, name):
+    expected, found = pods.losses("1 device, LoRA"), pods.losses(name)
+    assert list(found) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+    whole = pods.losses("1 device")
+    assert abs(expected[1] - whole[1]) < 1e-6 < abs(expected[STEPS] - whole[STEPS])
 
 
 def test_it_learned_something_to_agree_on(pods):

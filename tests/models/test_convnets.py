@@ -18,7 +18,7 @@ from vit_scale.distributed.sharding import partition_spec
 from vit_scale.errors import UserError
 from vit_scale.models import convnets
 from vit_scale.models.build import build
-from vit_scale.models.parameters import count, is_statistic, named, with_statistics
+from vit_scale.models.parameters import count, is_statistic, named, unite
 from vit_scale.pretrained import adapt
 from vit_scale.training.optimizer import layer_multiplier
 from vit_scale.training.setup import make_setup, summary
@@ -181,7 +181,7 @@ def test_running_statistics_move_towards_the_unmasked_batch():
     np.testing.assert_allclose(moved["mean"], 0.9 * before["mean"] + 0.1 * mean, rtol=1e-4)
     expected = 0.9 * before["variance"] + 0.1 * variance
     np.testing.assert_allclose(moved["variance"], expected, rtol=1e-4)
-    merged = named(with_statistics(params, out.statistics))
+    merged = named(unite(params, out.statistics))
     changed = {k for k in merged if not np.array_equal(merged[k], named(params)[k])}
     assert changed == {name for name in merged if is_statistic(name)}
     nothing = train(params, jnp.asarray(images, jnp.float32), KEY, np.zeros(8, bool))

@@ -32,6 +32,13 @@ RULES = {
     r"attention/frequencies": (None, "tensor", None),  # 2 k e/2
     r"attention/norm/(scale|bias)": ("tensor",),  # d: the heads one after another
     r"mlp/norm/(scale|bias)": ("tensor",),  # f
+    # Of adapters, whose product is split like the kernel without any communication.
+    r"(query|key|value|mlp/(up|gate))/lora_a": ("fsdp", None),  # d r
+    r"(query|key|value)/lora_b": (None, "tensor", None),  # r k e
+    r"out/lora_a": ("tensor", None, None),  # k e r
+    r"mlp/(up|gate)/lora_b": (None, "tensor"),  # r f
+    r"mlp/down/lora_a": ("tensor", None),  # f r
+    r"(out|mlp/down)/lora_b": (None, "fsdp"),  # r d
     r"embed/kernel": (None, None, None, "fsdp"),  # p p 3 d
     r"posemb": (None, None, "fsdp"),  # h w d
     r"(head(_dist)?|representation)/kernel": ("fsdp", None),  # d c

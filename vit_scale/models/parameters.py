@@ -11,6 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# The matrices of the blocks and of attention pooling: their input and output axes, counted from the
+# end. A leading layer axis (stacked blocks) means one matrix per layer.
+MATRICES = {
+    r"(query|key|value)/kernel$": ((-3,), (-2, -1)),  # d k e
+    r"out/kernel$": ((-3, -2), (-1,)),  # k e d
+    r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
+}
+
 
 def name_of(path: tuple) -> str:
     """Return "blocks/mlp/up/kernel" for a jax key path."""
@@ -37,12 +45,22 @@ def parameters(tree) -> list:
     return [leaf for name, leaf in named(tree).items() if not is_statistic(name)]
 
 
-def with_statistics(params: dict, statistics: dict) -> dict:
-    """Return `params` with the leaves of `statistics`, a subtree of it, replaced."""
+def unite(params: dict, others: dict) -> dict:
+    """Return the leaves of both nested dicts; where both have one, it is that of `others`."""
     return params | {
-        name: with_statistics(params[name], new) if isinstance(new, dict) else new
-        for name, new in statistics.items()
+        name: unite(params.get(name, {}), new) if isinstance(new, dict) else new
+        for name, new in others.items()
     }
+
+
+def select(params: dict, keep: Callable[[str], bool], prefix: str = "") -> dict:
+    """Return the part of a nested dict whose leaves have names that `keep` accepts."""
+    chosen = {
+        name: select(leaf, keep, f"{prefix}{name}/") if isinstance(leaf, dict) else leaf
+        for name, leaf in params.items()
+        if isinstance(leaf, dict) or keep(prefix + name)
+    }
+    return {name: leaf for name, leaf in chosen.items() if not isinstance(leaf, dict) or leaf}
 
 
 def count(params) -> int:

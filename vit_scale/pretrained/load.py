@@ -14,6 +14,7 @@ from vit_scale import checkpoint, config
 from vit_scale.distributed.mesh import have_cudnn
 from vit_scale.errors import UserError, printable
 from vit_scale.models.build import Model, build
+from vit_scale.models.lora import adapted, merge
 from vit_scale.pretrained.fetch import fetch_weights
 from vit_scale.pretrained.hints import NO_HINTS, Hints
 from vit_scale.pretrained.import_weights import import_weights
@@ -83,6 +84,7 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
 def load_run(source: pathlib.Path) -> Pretrained:
     """Load a checkpoint of a run on one device: the moving average if it has one, else the params.
 
+    Adapters are merged into their kernels, so that the model is one without any (lora.rank=0).
     Raises UserError if there is no checkpoint, or it is damaged.
     """
     folder = locate_checkpoint(source)
@@ -90,17 +92,22 @@ def load_run(source: pathlib.Path) -> Pretrained:
     (first, *_) = jax.local_devices()
     cfg = with_supported_attention(config.from_json(description["config"]), [first])
     cfg.data.path = paths.resolve(cfg.data.path, folder.parent.parent, description.get("cwd", ""))
-    model = build(cfg.model, config.image_size(cfg))
+    plain = build(cfg.model, config.image_size(cfg))
+    model = adapted(plain, cfg.lora)
     device = jax.sharding.SingleDeviceSharding(first)
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         model.abstract_params,
     )
     tree = "ema" if checkpoint.has_ema(folder) else "params"
+    params = checkpoint.read(folder, {tree: target})[tree]
+    if cfg.lora.rank:
+        params = jax.jit(merge, static_argnums=1)(params, cfg.lora.alpha / cfg.lora.rank)
+        cfg.lora.rank = 0
     return Pretrained(
         cfg,
-        model,
-        checkpoint.read(folder, {tree: target})[tree],
+        plain,
+        params,
         tuple(description["classes"]),
         step=int(folder.name),
         path=folder,

@@ -15,8 +15,11 @@ from vit_scale.distributed import multihost
 from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
+from vit_scale.models.lora import is_adapter
+from vit_scale.models.parameters import count, named, select, unite
 from vit_scale.models.spec import Shape
 from vit_scale.storage.download import Unreachable
+from vit_scale.training.optimizer import trained
 from vit_scale.training.setup import Setup
 from vit_scale.training.train_state import TrainState
 
@@ -78,7 +81,19 @@ def check_source(setup: Setup, classes: tuple[str, ...], ids: tuple[str, ...] = 
     def adapt(params, target):
         return pretrained.adapt(params, target, cfg.init.resample, match is not None)[0]
 
-    jax.eval_shape(adapt, source.params, setup.state.params)
+    jax.eval_shape(adapt, source.params, _base(setup.state.params))
+
+
+def _base(params: dict) -> dict:
+    """Return the parameters without those of adapters, which no source has."""
+    return select(params, lambda name: not is_adapter(name))
+
+
+def _trained_line(setup: Setup, params: dict) -> str:
+    """Say how many parameters are trained; "" where all are."""
+    is_trained = named(trained(setup.cfg.optim, params))
+    some, total = count(select(params, lambda name: is_trained[name])), count(params)
+    return f"training {some:,} of {total:,} parameters" if some < total else ""
 
 
 def init_state(
@@ -100,11 +115,11 @@ def init_state(
         with multihost.shared_errors():
             source = read_source(setup)
         match = pretrained.match_head(source.classes, classes, cfg.init.head, cfg.init.classes, ids)
-        params, rows = pretrained.adapt(
-            *(source.params, params, cfg.init.resample, match is not None),
+        base, rows = pretrained.adapt(
+            *(source.params, _base(params), cfg.init.resample, match is not None),
             outputs=match.outputs if match else None,
         )
-        params = shard(params, shardings.params)
+        params = shard(unite(params, base), shardings.params)
         if not quiet:
             head = [match.line] if match and match.line else []
             notes = [*source.notes, *pretrained.mismatched_settings(source.cfg, cfg), *head]
@@ -113,6 +128,8 @@ def init_state(
                     [f"initialised from {source.path}", pretrained.adaptation_table(rows), *notes]
                 )
             )
+    if not quiet and (line := _trained_line(setup, params)):
+        print(line)
     make_opt_state = jax.jit(setup.optimizer.init, out_shardings=shardings.opt_state)
     ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
     step = jax.device_put(np.int32(0), shardings.step)

@@ -25,18 +25,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models.parameters import is_statistic, map_named, name_of, named
+from vit_scale.models.lora import is_adapter
+from vit_scale.models.parameters import MATRICES, is_statistic, map_named, name_of, named
 from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
-
-# The hidden matrices that Muon orthogonalises: their input and output axes, counted from the end. A
-# leading layer axis means one matrix per layer. Adam trains embedding, head, vectors, and biases
-# (Jordan et al. 2024).
-MATRICES = {
-    r"(query|key|value)/kernel$": ((-3,), (-2, -1)),  # d k e
-    r"out/kernel$": ((-3, -2), (-1,)),  # k e d
-    r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
-}
-
 
 # Direction
 
@@ -62,6 +53,7 @@ def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
         mu_dtype=cfg.moment,
         # Updates as large as Adam's (Liu et al. 2025), so that both groups share one lr.
         consistent_rms=0.2,
+        # Adam trains the rest: embedding, head, vectors, biases, LoRA's adapters.
         muon_weight_dimension_numbers=lambda params: map_named(_matrix_axes, params),
     )
 
@@ -93,8 +85,11 @@ TRAIN = {"all": "", "head": r"^head(_dist)?/"}
 
 
 def decayed(name: str) -> bool:
-    """Return whether weight decay applies: to kernels only, not bias, norm, position, or token."""
-    return name.endswith("kernel")
+    """Return whether weight decay applies: to kernels and their adapters only.
+
+    So not to bias, norm, position, or token.
+    """
+    return name.endswith("kernel") or is_adapter(name)
 
 
 def depth(params: PyTree) -> int:
@@ -156,14 +151,19 @@ def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
 def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
     """A tree of bools: True for each parameter that is trained, False for each frozen one.
 
-    Running statistics are False: they are updated, but by no gradient.
+    Of a model with adapters they are trained, beside what `cfg.train` names: "all" is the head
+    then, and kernels that have one are frozen. Running statistics are False: they are updated, but
+    by no gradient.
     """
-    wanted = TRAIN.get(cfg.train, cfg.train)
+    adapters = {name.rpartition("/")[0] for name in named(params) if is_adapter(name)}
+    kernels = {f"{module}/kernel" for module in adapters}
+    train = "head" if adapters and cfg.train == "all" else cfg.train
+    wanted = TRAIN.get(train, train)
 
     def is_trained(name: str, leaf) -> bool:
         if is_statistic(name) or any(re.search(pattern, name) for pattern in cfg.freeze):
             return False
-        return bool(re.search(wanted, name))
+        return is_adapter(name) or (name not in kernels and bool(re.search(wanted, name)))
 
     return map_named(is_trained, params)
 

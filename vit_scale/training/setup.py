@@ -16,6 +16,7 @@ from vit_scale.distributed.mesh import AnyMesh, abstract_mesh, make_mesh
 from vit_scale.distributed.sharding import batch_sharding, device_bytes, shardings
 from vit_scale.models import flops
 from vit_scale.models.build import Model, build
+from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import count, named
 from vit_scale.training.objectives import Objective, make_objective
 from vit_scale.training.objectives.teacher import Teacher, open_teacher
@@ -56,7 +57,7 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
     # Without this constraint the compiler may split the width of the tokens like the parameters,
     # instead of the batch.
     constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
-    model = build(cfg.model, image_size(cfg), constrain)
+    model = adapted(build(cfg.model, image_size(cfg), constrain), cfg.lora)
     params = model.abstract_params
     teacher = open_teacher(cfg, mesh, constrain)
     objective = make_objective(model, cfg, teacher.logits if teacher else None)
@@ -97,7 +98,7 @@ def summary(cfg: ConfigDict) -> dict:
     Raises UserError for fields that can't be combined.
     """
     check_model(cfg)
-    model = build(cfg.model, image_size(cfg))
+    model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
     return {
         "parameters": count(model.abstract_params),
         "tokens": model.shape.tokens,

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_scale.distributed.mesh import compiler_options
 from vit_scale.distributed.sharding import batch_sharding
-from vit_scale.models.parameters import parameters, with_statistics
+from vit_scale.models.parameters import parameters, unite
 from vit_scale.tracking.metrics import TrainMetrics, norm
 from vit_scale.training.optimizer import apply_updates, trained, update_ema
 from vit_scale.training.setup import Setup
@@ -46,7 +46,7 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates)
-        params = with_statistics(params, outputs["statistics"])
+        params = unite(params, outputs["statistics"])
         ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
         new, finite = TrainState(state.step + 1, params, opt_state, ema), is_finite(outputs, grads)
         if cfg.divergence.skip:

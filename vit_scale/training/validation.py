@@ -23,6 +23,7 @@ from vit_scale.distributed.sharding import batch_rows, check_batch
 from vit_scale.errors import UserError
 from vit_scale.models import convnets
 from vit_scale.models.build import build
+from vit_scale.models.lora import adapted
 from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
 from vit_scale.models.vit import remat_policy
@@ -100,8 +101,9 @@ def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnet
     check_combination(cfg, shape, mesh.shape["tensor"] if mesh else 1)
     if mesh:
         check_attention(cfg, mesh, shape)
-    if cfg.optim.freeze or cfg.optim.train not in optimizer.TRAIN:
-        optimizer.check_trained(cfg.optim, build(cfg.model, image_size(cfg)).abstract_params)
+    if cfg.lora.rank or cfg.optim.freeze or cfg.optim.train not in optimizer.TRAIN:
+        model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
+        optimizer.check_trained(cfg.optim, model.abstract_params)
     return shape
 
 
@@ -116,7 +118,7 @@ def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: in
         frozen = "would leave the batch normalisation of frozen layers updating its statistics"
         split = "splits the batch over which batch normalisation takes its statistics"
         required |= {"optim.accumulate": (1, split), "optim.freeze": ((), frozen)}
-        required |= {"optim.train": ("all", frozen)}
+        required |= {"optim.train": ("all", frozen), "lora.rank": (0, frozen)}
     if isinstance(shape, convnets.Shape):
         required |= {"optim.layer_decay": (1.0, "applies to the blocks of a ViT")}
         used = ("variant", "classes", "dtype", "head_bias", *convnets.FIELDS)
