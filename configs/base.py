@@ -268,6 +268,8 @@ def log() -> dict:
 def checkpoint() -> dict:
     return {
         "every": 1000,  # steps; 0: only at the end
+        "frozen": "auto",  # frozen parameters are in each checkpoint (each) | once in WORKDIR/base,
+        # so that checkpoints are as small as what is trained (once) | auto: once with lora.rank
         "keep": 2,  # newest checkpoints to keep, besides the best one
         "programs": True,  # cache compiled programs in the run: resuming doesn't compile again
     }

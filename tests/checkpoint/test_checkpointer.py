@@ -364,3 +364,72 @@ def test_a_deleted_workdir_is_not_made_again(tmp_path):
             checkpoints.save(2, trees(2), ABOUT)
     assert caught.value.code == RESUMABLE
     assert not run.exists()
+
+
+# A base: frozen parameters that are stored once
+
+
+def save_beside_base(folder: pathlib.Path, seed: int = 7, step: int = 7) -> dict:
+    """A run whose `blocks` are frozen, and what it saved."""
+    saved = trees(seed, ema=True)
+    frozen = {"blocks": saved["params"]["blocks"]}
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.store_base(frozen, ABOUT, new=True)
+        checkpoints.save(step, saved, ABOUT)
+    return saved
+
+
+def test_what_is_in_the_base_is_not_in_the_checkpoint_and_restored_with_it(tmp_path):
+    saved = save_beside_base(tmp_path)
+    path = tmp_path / "checkpoints" / "7"
+    own = {name for name in checkpoint.read_manifest(path)["arrays"] if name[:3] != "opt"}
+    assert own == {f"{tree}/{leaf}" for tree in ("params", "ema") for leaf in ("half", "kernel")}
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(7, like(saved))
+    same_bits(restored, saved)
+    pairs = [restored[tree]["blocks"]["0"]["bias"] for tree in ("params", "ema")]
+    first, second = (leaf.unsafe_buffer_pointer() for leaf in pairs)
+    assert first != second  # both are donated
+    same_bits(checkpoint.read(path, {"ema": like(saved["ema"])}), {"ema": saved["ema"]})
+    rows = {row["file"]: row["state"] for row in verify(make_run(tmp_path))}
+    assert rows["base/0"] == rows["checkpoints/7"] == "whole"
+
+
+def make_run(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "run.json").write_text('{"name": "run"}')
+    return folder
+
+
+def test_a_base_is_kept_by_a_run_that_resumes_and_replaced_by_one_that_begins(tmp_path):
+    save_beside_base(tmp_path)
+    other = {"blocks": {"0": {"bias": jnp.ones(4)}}}
+    for new in (False, True):
+        before = checkpoint.read_manifest(tmp_path / "base/0")["arrays"]
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.store_base(other, ABOUT, new)
+        after = checkpoint.read_manifest(tmp_path / "base/0")["arrays"]
+        assert (after != before) == new and after.keys() == {"params/blocks/0/bias"}
+
+
+def test_a_missing_damaged_or_other_base_is_refused(tmp_path):
+    saved = save_beside_base(tmp_path / "run")
+    save_beside_base(tmp_path / "other", seed=8)
+    base, path = tmp_path / "run/base", tmp_path / "run/checkpoints/7"
+    shutil.move(base, tmp_path / "kept")
+    target = {"params": like(saved["params"])}
+    with pytest.raises(UserError, match=r"needs the frozen parameters in \S+base/0, which is miss"):
+        checkpoint.read(path, target)
+    frozen = {"blocks": {"0": {"bias": jnp.ones(4)}}}
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.store_base(frozen, ABOUT, new=True)
+    with pytest.raises(UserError, match=r"base/0 has the checksum \w+, checkpoint \S+ was written"):
+        checkpoint.read(path, target)
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "kept", base)
+    checkpoint.read(path, target)
+    for file in (base / "0/params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"checkpoint \S+base/0 is damaged"):
+        checkpoint.read(path, target)
+    rows = {row["file"]: row["state"] for row in verify(make_run(tmp_path / "run"))}
+    assert rows["base/0"] == "damaged" and rows["checkpoints/7"] == "whole"

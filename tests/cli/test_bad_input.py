@@ -237,6 +237,8 @@ VALUES = {
     "optim.freeze=('blokcs',)": ["optim.freeze", "blokcs"],
     "optim.freeze=('(',)": ["optim.freeze", "regular expression"],
     "optim.train=haed": ["optim.train", "haed", "head"],
+    "lora.rank=99": ["lora.rank=99", "16 x 16"],
+    "checkpoint.frozen=twice": ["checkpoint.frozen", "twice", "once"],
     "data.name=cifar": ["data.name", "cifar", "cifar10"],
     "data.train=trian": ["trian", "train"],
     "data.train=train[9:9]": ["train[9:9]", "48 images"],

@@ -19,6 +19,7 @@ from vit_scale.distributed.sharding import (
 )
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
+from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import named
 from vit_scale.training.optimizer import make_optimizer
 
@@ -82,6 +83,29 @@ def test_the_layer_axis_of_stacked_blocks_is_never_split():
             whole = expected(name)
             stacked = name.startswith("blocks/") and whole != P()
             assert spec == (P(None, *whole) if stacked else whole), name
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_an_adapter_lies_so_that_its_product_lies_like_its_kernel(scan):
+    """A has the input axes of the kernel, B the output axes, and the rank is whole."""
+    cfg = base()
+    cfg.lora.update({"rank": 2, "kernels": "kernel$"})
+    cfg.model.update({"variant": "Ti/4", "width": 16, "depth": 2, "heads": 2, "mlp": 32})
+    cfg.model.update({"scan": scan, "swiglu": True, "pool": "map"})
+    model = adapted(build(cfg.model, (8, 8)), cfg.lora)
+    result = specs(model.abstract_params, abstract_of(2, 2, 2))
+    shape = named(model.abstract_params)
+    modules = [name.rpartition("/")[0] for name in result if name.endswith("lora_a")]
+    assert len(modules) == 7 * (2 if scan else 3)  # of blocks and pooling
+
+    def axes(name):
+        return [*result[name], *[None] * (len(shape[name].shape) - len(result[name]))]
+
+    for module in modules:
+        a, b, kernel = (axes(f"{module}/{leaf}") for leaf in ("lora_a", "lora_b", "kernel"))
+        layer = len(a) + len(b) - 2 - len(kernel)
+        assert kernel == a[:-1] + b[1 + layer :], module
+        assert {"fsdp", "tensor"} <= {*kernel} and a[-1] is b[layer] is None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon"])

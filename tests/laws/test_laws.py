@@ -161,6 +161,38 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(step, whole, cif
     assert losses(run) == losses(whole)  # each row once, with the same numbers
 
 
+def test_adapters_stopped_and_resumed_beside_a_base_that_is_stored_once(whole, cifar, tmp_path):
+    fields = settings(cifar, init__source=whole, lora__rank=2, steps=6, checkpoint__every=3)
+    fields |= {"augment__mixup": 0.0, "augment__cutmix": 0.0}  # which take long to compile
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    assert cli.main([*command(expected, **fields), "--quiet"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(5, patch)
+        with pytest.raises(Killed):
+            cli.main([*command(run, **fields), "--quiet"])
+    assert checkpoint.finished_steps(run) == [3]
+    assert cli.main([*command(run, **fields), "--quiet"]) == 0
+    same_bits(final_state(run), final_state(expected))
+    assert losses(run) == losses(expected)
+    base, saved = (
+        {name.partition("/")[2] for name in checkpoint.read_manifest(run / folder)["arrays"]}
+        for folder in ("base/0", "checkpoints/6")
+    )
+    adapters = {
+        f"blocks/{layer}/attention/{kernel}/{leaf}"
+        for layer in (0, 1)
+        for kernel in ("query", "value")
+        for leaf in ("lora_a", "lora_b")
+    }
+    assert {name for name in saved if name[0] != "i"} == {"head/kernel", "head/bias", *adapters}
+    source, model = pretrained.load_model(whole), pretrained.load_model(run)
+    before, after = named(source.params), named(model.params)
+    assert base == before.keys() - saved and model.cfg.lora.rank == 0
+    changed = {name for name in after if not np.array_equal(after[name], before[name])}
+    merged = {f"{name.rpartition('/')[0]}/kernel" for name in adapters}
+    assert before.keys() == after.keys() and changed == {"head/kernel", "head/bias", *merged}
+
+
 @pytest.mark.slow
 def test_a_damaged_best_checkpoint_does_not_end_a_run(cifar, tmp_path, capsys):
     """It is older than the newest, so that training itself never reads it."""
@@ -709,6 +741,17 @@ def test_freezing_leaves_exactly_the_others_unchanged(plain):
     assert changed == {"params/head/bias", "params/head/kernel"}
     same = {name for name in plain if np.array_equal(plain[name], start[name])}
     assert same <= {"params/blocks/attention/key/bias"}  # softmax does not see it: no gradient
+
+
+def test_adapters_leave_their_base_and_all_but_the_head_unchanged():
+    start = after(0, "lora.rank=2")
+    adapters = {name for name in start if "lora" in name}
+    assert len(adapters) == 4
+    for train, more in (("all", "head"), ("bias$", "bias"), ("query/", "query/bias")):
+        result = after(2, "lora.rank=2", f"optim.train={train}", "optim.freeze=('key/bias',)")
+        changed = {name for name in result if not np.array_equal(result[name], start[name])}
+        others = {name for name in start if more in name and "key/bias" not in name}
+        assert changed == adapters | others, train
 
 
 def test_the_data_switches_change_the_images(jpegs):

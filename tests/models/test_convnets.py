@@ -428,6 +428,7 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
             "optim.freeze=('stages',)",
             "would leave the batch normalisation of frozen layers updating its statistics",
         ),
+        ("lora.rank=2", "lora.rank=2 would leave the batch normalisation of frozen layers"),
         ("optim.name=muon", "optim.name=muon needs the matrices of a ViT; cnn has none"),
     ],
 )

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, write_run
-from vit_scale.checkpoint import Checkpoints
+from vit_scale.checkpoint import Checkpoints, read_manifest
 from vit_scale.errors import UserError
+from vit_scale.models.parameters import count, select
 from vit_scale.models.position_embeddings import resample
-from vit_scale.training.init_state import check_source, init_state, recover, restore
+from vit_scale.training.init_state import check_source, init_state, recover, restore, store_frozen
 from vit_scale.training.setup import make_setup
 
 
@@ -73,6 +74,56 @@ def test_the_same_classes_keep_the_head(tmp_path):
     state = init_state(program, CLASSES, quiet=True)
     same(state.params, given)
     same(state.ema, given)
+
+
+def test_adapters_are_added_to_a_source_and_merged_when_they_are_one(tmp_path, capsys):
+    given = random_params(tiny_model())
+    first = write_run(tmp_path / "first", tiny_config(), given)
+    cfg = tiny_config(f"init.source={first}", "lora.rank=2", "lora.alpha=6.", "optim.ema=0.9")
+    program = make_setup(cfg)
+    check_source(program, CLASSES)
+    state = init_state(program, CLASSES, quiet=False)
+    same(select(state.params, lambda name: "lora" not in name), given)
+    drawn = jax.jit(program.model.init)(jax.random.key(0))
+    same(*(select(tree, lambda name: "lora" in name) for tree in (state.params, drawn)))
+    some = 2 * 2 * (16 * 2 + 2 * 16) + 16 * 4 + 4
+    assert f"training {some:,} of {count(state.params):,} parameters\n" in capsys.readouterr().out
+    average = random_params(program.model, seed=1)
+    second = write_run(tmp_path / "second", cfg, state.params, ema=average)
+    merged = init_state(make_setup(tiny_config(f"init.source={second}")), CLASSES, quiet=True)
+    query = {name: average["blocks"]["attention"]["query"][name] for name in ("lora_a", "lora_b")}
+    expected = average["blocks"]["attention"]["query"]["kernel"] + 3 * np.einsum(
+        "ldr,lrke->ldke", query["lora_a"], query["lora_b"]
+    )
+    found = merged.params["blocks"]["attention"]["query"]["kernel"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    same(merged.params["blocks"]["mlp"], average["blocks"]["mlp"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stored"),
+    [
+        (["optim.train=head"], False),
+        (["optim.train=head", "checkpoint.frozen=once"], True),
+        (["checkpoint.frozen=once"], False),  # nothing is frozen
+        (["lora.rank=2"], True),
+        (["lora.rank=2", "checkpoint.frozen=each"], False),
+    ],
+)
+def test_frozen_parameters_are_stored_once_where_that_is_wanted(tmp_path, overrides, stored):
+    program = make_setup(tiny_config(*overrides))
+    params = random_params(program.model)
+    state = program.state._replace(
+        step=np.int32(0), params=params, opt_state=program.optimizer.init(params)
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        store_frozen(program, checkpoints, state, {})
+        checkpoints.save(4, state._asdict(), {})
+        checkpoints.wait()
+        same(restore(program, checkpoints, 4).params, params)
+    saved = read_manifest(tmp_path / "checkpoints" / "4")["arrays"]
+    assert (tmp_path / "base" / "0").is_dir() == stored
+    assert ("params/embed/kernel" in saved) != stored and "params/head/kernel" in saved
 
 
 def test_a_source_that_does_not_fit_is_refused_before_the_run_begins(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
+from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import named, stack, unstack
 from vit_scale.training.optimizer import (
     apply_updates,
@@ -324,6 +325,28 @@ def test_frozen_parameters_get_no_update_and_keep_no_state(params, fields, layou
         in_state = [path for path in named(state) if path.endswith(f"/{name}")]
         assert bool(in_state) != is_frozen(name), name
         assert np.array_equal(leaf, after[name]) == is_frozen(name), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon", "lamb"])
+def test_adapters_are_decayed_like_kernels_and_alone_have_state(optimizer):
+    """Where a gradient of zero leaves weight decay as the whole update."""
+    cfg = base()
+    cfg.update({"lora": {"rank": 2, "kernels": "kernel$"}})
+    cfg.model.update({"variant": "Ti/4", "width": 8, "depth": DEPTH, "heads": 2, "mlp": 16})
+    params = random_like(adapted(build(cfg.model, (8, 8)), cfg.lora).abstract_params, 0)
+    block = optim_block(name=optimizer, lr=0.1, weight_decay=0.5, layer_decay=0.5)
+    optimizer, _ = make_optimizer(block, 100, params)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    rates = np.array([0.25, 0.5])  # of the layers
+    for name, update in named(updates).items():
+        kept = [path for path in named(state) if path.endswith(f"/{name}")]
+        assert bool(kept) == ("lora" in name or name.startswith("head/")), name
+        if "lora" in name and block.name != "lamb":  # which scales it to the parameter's norm
+            leaf = named(params)[name]
+            expected = -0.1 * 0.5 * leaf * rates.reshape(-1, *[1] * (leaf.ndim - 1))
+            np.testing.assert_allclose(update, expected, rtol=1e-5)
+        assert np.any(update) == ("lora" in name or name == "head/kernel"), name
 
 
 FREEZE_REFUSALS = [

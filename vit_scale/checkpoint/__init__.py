@@ -7,6 +7,7 @@ and hosts is read on any other. Each one describes itself: config, classes, and 
 
 from vit_scale.checkpoint.checkpointer import DAMAGED, Checkpoints, score
 from vit_scale.checkpoint.io import (
+    BASE,
     COMMITTED,
     FOLDER,
     SELECTION,
@@ -20,6 +21,7 @@ from vit_scale.checkpoint.io import (
 )
 
 __all__ = [
+    "BASE",
     "COMMITTED",
     "DAMAGED",
     "FOLDER",

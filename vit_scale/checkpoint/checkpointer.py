@@ -5,6 +5,9 @@ manifest (integrity.py): the resolved config, the class names, and the fingerpri
 The step is its folder's name. All of it appears at once, when it is complete. It is restored onto
 any devices, and always verified (io.py); parameters can be read without the optimizer's state.
 
+Frozen parameters may be stored once, in RUN/base/0, which has a manifest too. Checkpoints leave
+them out then, and have the checksum of that manifest in their own.
+
 The metrics of a checkpoint are measured later, and written beside its arrays in `selection.json`.
 """
 
@@ -22,17 +25,20 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from vit_scale.checkpoint.integrity import MANIFEST, make_manifest, with_checksum
 from vit_scale.checkpoint.io import (
+    BASE,
     FOLDER,
+    PARAMETERS,
     SELECTION,
     all_steps,
-    check_trees,
     finished_steps,
     read_manifest,
     read_selection,
     read_unverified,
+    verified,
 )
 from vit_scale.distributed import multihost
 from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.models.parameters import named, select
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import user_errors
 
@@ -60,6 +66,8 @@ class Checkpoints:
         self.run = paths.parse(run).absolute()
         self.folder = self.run / FOLDER
         self._metrics: dict[int, dict] = {}
+        self._frozen: set[str] = set()  # names of the parameters in RUN/base
+        self._base: dict[str, str] = {}  # what the manifests say of it
         self._unreadable: set[int] = set()  # steps whose metrics are damaged: any may be the best
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(self, max(keep, 1)),
@@ -120,11 +128,30 @@ class Checkpoints:
     def save(self, step: int, trees: Mapping, description: dict) -> None:
         """Start writing a checkpoint of {"params": ..., "opt_state": ..., "ema": ... or None}."""
         trees = {name: trees[name] for name in TREES if trees[name] is not None}
-        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items[MANIFEST] = ocp.args.JsonSave(make_manifest(step, description, trees))
+        for name in PARAMETERS & trees.keys() if self._frozen else ():
+            trees[name] = select(trees[name], lambda leaf: leaf not in self._frozen)
         self._check_workdir()
         with _disk_errors(self.folder):
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            self._manager.save(step, args=_items(step, trees, description, **self._base))
+
+    def store_base(self, frozen: dict, description: Mapping, new: bool) -> None:
+        """Store the parameters `frozen` in RUN/base; the checkpoints to come leave them out.
+
+        What is stored there already is kept, unless the run is `new`, without any checkpoint.
+        """
+        folder = self.run / BASE
+        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+        with _disk_errors(folder), _Manager(os.fspath(folder), options=options) as manager:
+            stored = multihost.broadcast(0 in manager.all_steps())
+            if stored and new:
+                manager.delete(0)
+            if new or not stored:
+                manager.save(0, args=_items(0, {"params": frozen}, description))
+            manager.wait_until_finished()
+        with multihost.shared_errors():
+            manifest = read_manifest(folder / "0")
+        self._base = {BASE: with_checksum(manifest)["checksum"]}
+        self._frozen = set(named(frozen))
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of the checkpoint of `step`, after waiting until it is on disk."""
@@ -145,9 +172,8 @@ class Checkpoints:
         path = self.folder / str(step)
         target = {name: target[name] for name in TREES if target[name] is not None}
         with multihost.shared_errors():  # a host that can't read must not leave others comparing
-            manifest, trees = read_manifest(path), read_unverified(path, target)
-        check_trees(path, manifest, trees)
-        return trees
+            parts = read_unverified(path, target)
+        return verified(parts)
 
     def recover(self, target: Mapping, order: list[int] | None = None) -> tuple[int, dict] | None:
         """Return the first intact step of `order` and its trees; None if `order` is empty.
@@ -211,6 +237,13 @@ class Checkpoints:
                     "start over",
                     RESUMABLE,
                 )
+
+
+def _items(step: int, trees: Mapping, description: Mapping, **more: str) -> ocp.args.Composite:
+    """Return what Orbax writes of a checkpoint: its trees and its manifest."""
+    items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items[MANIFEST] = ocp.args.JsonSave(make_manifest(step, description, trees, **more))
+    return ocp.args.Composite(**items)
 
 
 class _Manager(ocp.CheckpointManager):

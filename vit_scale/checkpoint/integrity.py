@@ -64,9 +64,12 @@ def _scramble(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
     return x ^ (x >> 16)
 
 
-def make_manifest(step: int, description: Mapping, trees: Mapping[str, PyTree]) -> dict:
+def make_manifest(
+    step: int, description: Mapping, trees: Mapping[str, PyTree], **more: str
+) -> dict:
     """Return the manifest of a checkpoint, with the fingerprints of {"params": tree, ...}."""
-    content = {"step": step, "description": description, "arrays": fingerprints(dict(trees))}
+    arrays = fingerprints(dict(trees))
+    content = {"step": step, "description": description, "arrays": arrays, **more}
     return with_checksum(content)
 
 

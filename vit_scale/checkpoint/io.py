@@ -10,16 +10,26 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-from vit_scale.checkpoint.integrity import MANIFEST, Damaged, check_arrays, check_checksum
+from vit_scale.checkpoint.integrity import (
+    MANIFEST,
+    Damaged,
+    check_arrays,
+    check_checksum,
+    with_checksum,
+)
 from vit_scale.errors import RESUMABLE, STORAGE, UserError
+from vit_scale.models.parameters import select, unite
 from vit_scale.storage import paths
 from vit_scale.storage.errors import one_line
 
 FOLDER = "checkpoints"
+BASE = "base"  # folder of a run, and entry of a manifest: frozen parameters that are stored once
+PARAMETERS = {"params", "ema"}  # the trees that frozen parameters are part of
 SELECTION = "selection.json"
 COMMITTED = "commit_success.txt"  # Orbax's name
 # What tensorstore reports where storage is unreachable or access is denied: nothing is damaged.
@@ -75,27 +85,79 @@ def read_manifest(path: pathlib.Path) -> dict:
     return content
 
 
+class Part(NamedTuple):
+    """Arrays as they were read from a folder, to be compared with its manifest."""
+
+    path: pathlib.Path
+    manifest: Mapping
+    trees: dict
+    tree: str = ""  # that the base's parameters are part of: params or ema; empty: no base
+
+
 def read(path: pathlib.Path, target: Mapping) -> dict:
     """Return the trees of `target` from a checkpoint folder, with its shapes and shardings.
 
     Onto devices of this host only; `Checkpoints.restore` reads on several hosts.
     """
-    manifest, trees = read_manifest(path), read_unverified(path, target)
-    check_trees(path, manifest, trees)
+    return verified(read_unverified(path, target))
+
+
+def read_unverified(path: pathlib.Path, target: Mapping) -> list[Part]:
+    """Read this host's part of the trees of `target`, without comparing fingerprints.
+
+    What the checkpoint leaves out is read from the run's base, once for each tree that has it.
+    """
+    manifest = read_manifest(path)
+    if BASE not in manifest:
+        return [Part(path, manifest, _read_trees(path, target))]
+    folder, base = _read_base(path, manifest)
+    frozen = {name.removeprefix("params/") for name in base["arrays"]}
+    own, others = dict(target), {}
+    for tree in PARAMETERS & own.keys():
+        own[tree] = select(target[tree], lambda name: name not in frozen)
+        others[tree] = select(target[tree], lambda name: name in frozen)
+    parts = [Part(path, manifest, _read_trees(path, own))]
+    for tree, shapes in others.items():
+        if shapes:
+            parts.append(Part(folder, base, _read_trees(folder, {"params": shapes}), tree))
+    return parts
+
+
+def verified(parts: list[Part]) -> dict:
+    """Return the trees of all parts; raise UserError, on all hosts alike, for a damaged one."""
+    trees: dict = {}
+    for part in parts:
+        with _damage(part.path):
+            check_arrays(part.manifest, part.trees)
+        trees = unite(trees, {part.tree: part.trees["params"]} if part.tree else part.trees)
     return trees
 
 
-def read_unverified(path: pathlib.Path, target: Mapping) -> dict:
-    """Read this host's part of the trees of `target`, without comparing fingerprints."""
+def _read_base(path: pathlib.Path, manifest: Mapping) -> tuple[pathlib.Path, dict]:
+    """Return the folder of the frozen parameters that a checkpoint was written with; its manifest.
+
+    Raises UserError if it is missing or another.
+    """
+    folder = path.parent.parent / BASE / "0"
+    if not folder.is_dir():
+        raise UserError(
+            f"checkpoint {path} needs the frozen parameters in {folder}, which is missing: copy "
+            "the run's whole folder"
+        )
+    base = read_manifest(folder)
+    checksum = with_checksum(base)["checksum"]
+    if checksum != manifest[BASE]:
+        raise UserError(
+            f"{folder} has the checksum {checksum}, checkpoint {path} was written with "
+            f"{manifest[BASE]}: it is of another run"
+        )
+    return folder, base
+
+
+def _read_trees(path: pathlib.Path, target: Mapping) -> dict:
     with _damage(path):
         items = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
         return _restore(path, items)
-
-
-def check_trees(path: pathlib.Path, manifest: Mapping, trees: dict) -> None:
-    """Raise UserError, on all hosts alike, where `trees` differ from the manifest."""
-    with _damage(path):
-        check_arrays(manifest, trees)
 
 
 def verify(path: pathlib.Path) -> int:

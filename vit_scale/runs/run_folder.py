@@ -3,6 +3,7 @@
     run.json         resolved config, class names, data, versions, git state; written once, first
     report.json      the results; written once, last
     checkpoints/     STEP/: arrays, manifest and selection.json (checkpoint/)
+    base/            0/: the frozen parameters, if checkpoints leave them out (checkpoint.frozen)
     damaged/         checkpoints that failed verification (checkpoint/)
     metrics.jsonl    a row of metrics per line (tracking/writers.py)
     tensorboard/     event files (tracking/writers.py)

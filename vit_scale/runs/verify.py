@@ -39,6 +39,8 @@ def _checks(folder) -> Iterator[tuple[str, Callable[[], str]]]:
     for step in checkpoint.all_steps(folder):
         path = folder / checkpoint.FOLDER / str(step)
         yield f"{checkpoint.FOLDER}/{step}", functools.partial(_arrays, path)
+    if (base := folder / checkpoint.BASE / "0").is_dir():
+        yield f"{checkpoint.BASE}/0", functools.partial(_arrays, base)
     if (folder / "metrics.jsonl").is_file():
         yield "metrics.jsonl", lambda: f"{_rows(folder / 'metrics.jsonl'):,} rows"
     if (folder / rollbacks.FILE).is_file():

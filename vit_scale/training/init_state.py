@@ -16,7 +16,7 @@ from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
 from vit_scale.models.lora import is_adapter
-from vit_scale.models.parameters import count, named, select, unite
+from vit_scale.models.parameters import count, is_statistic, named, select, unite
 from vit_scale.models.spec import Shape
 from vit_scale.storage.download import Unreachable
 from vit_scale.training.optimizer import trained
@@ -38,6 +38,19 @@ def recover(
     """
     restored = checkpoints.recover(setup.state._asdict(), order)
     return _train_state(setup, *restored) if restored else None
+
+
+def store_frozen(
+    setup: Setup, checkpoints: Checkpoints, state: TrainState, description: dict
+) -> None:
+    """Store the frozen parameters once for all checkpoints, where `checkpoint.frozen` says so."""
+    cfg = setup.cfg
+    if cfg.checkpoint.frozen == "each" or (cfg.checkpoint.frozen == "auto" and not cfg.lora.rank):
+        return
+    is_trained = named(trained(cfg.optim, state.params))
+    frozen = select(state.params, lambda name: not is_trained[name] and not is_statistic(name))
+    if frozen:
+        checkpoints.store_base(frozen, description, new=int(state.step) == 0)
 
 
 def _train_state(setup: Setup, step: int, trees: dict) -> TrainState:

@@ -36,7 +36,13 @@ from vit_scale.tracking.metrics import TrainMetrics
 from vit_scale.training.description import describe, identity, summarise
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.guard import Diverged, Guard, diverged_for_good
-from vit_scale.training.init_state import check_source, init_state, recover, restore
+from vit_scale.training.init_state import (
+    check_source,
+    init_state,
+    recover,
+    restore,
+    store_frozen,
+)
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
 from vit_scale.training.setup import Setup, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
@@ -121,6 +127,7 @@ class Training:
             state = recover(self.setup, checkpoints) or init_state(
                 self.setup, self.splits.train.classes, self.quiet, class_ids(self.splits.train)
             )
+            store_frozen(self.setup, checkpoints, state, self.run.description)
             self.teacher = restore_params(self.setup.teacher)
         start, guard = int(state.step), Guard(cfg.divergence)
         self.watchdog.begin_at(start)

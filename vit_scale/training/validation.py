@@ -20,7 +20,7 @@ from vit_scale.distributed.mesh import (
     have_cudnn,
 )
 from vit_scale.distributed.sharding import batch_rows, check_batch
-from vit_scale.errors import UserError
+from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
 from vit_scale.models.build import build
 from vit_scale.models.lora import adapted
@@ -32,6 +32,7 @@ from vit_scale.training.objectives.teacher import Teacher, check_teacher_classes
 from vit_scale.training.splits import Splits
 
 HOPPER = 9.0  # compute capability of an H100
+FROZEN = ("auto", "each", "once")  # of checkpoint.frozen
 LOWEST = {
     "steps": 1,
     "data.workers": 0,
@@ -59,6 +60,9 @@ def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
       UserError: a value can't work; one line with the field, its value, and the arithmetic.
     """
     check_counts(cfg)
+    if cfg.checkpoint.frozen not in FROZEN:
+        hint = nearest(cfg.checkpoint.frozen, FROZEN)
+        raise UserError(f"checkpoint.frozen={cfg.checkpoint.frozen!r} is unknown; {hint}")
     check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
     validate_evaluation(cfg, mesh)
     augment.check(cfg.augment)
