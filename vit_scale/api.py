@@ -6,17 +6,18 @@ whatever the command line reports in one line.
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vit_scale import config, pretrained
 from vit_scale.config import base
-from vit_scale.data import align, open_evaluation
+from vit_scale.data import Source, align, are_disjoint, open_evaluation
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import USAGE, UserError
+from vit_scale.pretrained import average as averaging
 from vit_scale.storage import paths
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.setup import summary
@@ -104,15 +105,10 @@ def evaluate(
         raise UserError(
             f"{run} has no eval.final split: give a split, such as test (--split test)", USAGE
         )
-    mesh = make_mesh(cfg.mesh)
-    validate_evaluation(cfg, mesh)
-    examples = open_evaluation(cfg, split, source.classes, real)
-    check_classes(examples, cfg)
-    examples, line = align(examples, source.classes, cfg.init.classes)
+    measure, examples, line = _evaluation(source, cfg, split, real)
     if not quiet:
         source._replace(notes=(*source.notes, *filter(None, [line]))).print_notes()
-    params = shard(source.params, shardings(source.params, mesh))
-    result = Evaluate(cfg, source.model, mesh)(params, examples)
+    result = measure(source.params)
     if real:
         del result["loss"]  # of no label
     return {
@@ -122,6 +118,85 @@ def evaluate(
         "set": examples.name,
         **result,
     }
+
+
+def _evaluation(
+    source: pretrained.Pretrained, cfg: ConfigDict, split: str, real: str | os.PathLike | None
+) -> tuple[Callable[[dict], dict], Source, str]:
+    """Return (parameters -> result, the examples, a line on how outputs map to classes)."""
+    mesh = make_mesh(cfg.mesh)
+    validate_evaluation(cfg, mesh)
+    examples = open_evaluation(cfg, split, source.classes, real)
+    check_classes(examples, cfg)
+    examples, line = align(examples, source.classes, cfg.init.classes)
+    evaluate = Evaluate(cfg, source.model, mesh)
+
+    def measure(params: dict) -> dict:
+        return evaluate(shard(params, shardings(params, mesh)), examples)
+
+    return measure, examples, line
+
+
+def average(
+    runs: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    split: str | None = None,
+    wise_ft: float | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> None:
+    """Write the average of runs' weights as a new run, with one checkpoint of step 0.
+
+    Args:
+      runs: run folders, RUN/checkpoints/STEP, or files of weights.
+      out: the new run's folder.
+      split: make a greedy soup by the accuracy on this split, such as "train[90%:]"; without it,
+        the uniform mean.
+      wise_ft: interpolate instead: the share of the second run, fine-tuned from the first.
+      quiet: don't print the result of every evaluation, and what was averaged.
+      **overrides: config fields of a greedy soup's evaluation: `**{"data.path": "DIR"}`.
+
+    Raises:
+      UserError: the runs differ in architecture or classes, or the split shares images with those
+        that the runs were trained on or are finally judged by.
+    """
+    report: Callable[[str], None] = (lambda line: None) if quiet else print
+    workdir = pretrained.new_folder(out)
+    if wise_ft is not None:
+        if len(runs) != 2 or split:
+            raise UserError("--wise-ft takes two runs, BASE and FINE_TUNED, and no split", USAGE)
+        result = averaging.wise_ft(runs[0], runs[1], wise_ft)
+    elif split:
+        first = pretrained.load_model(runs[0])
+        measure, examples = _selection(first, split, overrides)
+        report(f"selecting by {examples.name}: {len(examples):,} images")
+        result = averaging.greedy_soup(runs, measure, report)
+    else:
+        result = averaging.soup(runs)
+    pretrained.write_run(workdir, result.model, result.lines)
+    for line in result.lines:
+        report(line)
+
+
+def _selection(
+    source: pretrained.Pretrained, split: str, overrides: Mapping[str, Any]
+) -> tuple[Callable[[dict], dict], Source]:
+    """Return what measures accuracy on a split that may select models, and its examples."""
+    cfg = copy.deepcopy(source.cfg)
+    cfg.mesh = base().mesh
+    cfg = overridden(cfg, overrides)
+    for field, use in (("data.train", "trained on"), ("eval.final", "finally judged by")):
+        used = config.fields(source.cfg)[field]
+        if cfg.data.name == source.cfg.data.name and used and not are_disjoint(split, used):
+            raise UserError(
+                f"split {split} shares images with {field}={used}, which {source.path} is {use}: "
+                "select by images that were held out, such as train[90%:] of runs that were "
+                "trained with data.train=train[:90%]",
+                USAGE,
+            )
+    measure, examples, _ = _evaluation(source, cfg, split, None)
+    return measure, examples
 
 
 def show(config: str | ConfigDict, **overrides: Any) -> dict:

@@ -13,7 +13,7 @@ from vit_scale import config, data
 from vit_scale.data import image_files, packing, shards
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.sources import InMemory
-from vit_scale.data.splits import Slice, cut
+from vit_scale.data.splits import Slice, are_disjoint, cut
 from vit_scale.errors import UserError
 
 N = 40
@@ -233,3 +233,20 @@ def test_damaged_image_names_are_refused(folder, tmp_path, damage):
         file.write_bytes(content[:-9] if damage == "cut" else b"\0" * len(content))
     with pytest.raises(UserError, match=r"train-examples\.npz(:| is missing| has)"):
         data.open_split(packed_block(tmp_path / "out"), "train[:90%]")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "disjoint"),
+    [
+        ("train[:90%]", "train[90%:]", True),
+        ("train[90%:]", "train[:90%]", True),
+        ("train[:45000]", "train[45000:50000]", True),
+        ("train", "test", True),
+        ("train", "train", False),
+        ("train", "train[90%:]", False),
+        ("train[:91%]", "train[90%:]", False),
+        ("train[:10]", "train[90%:]", False),  # which of a small set may share images
+    ],
+)
+def test_which_splits_share_no_image(one, other, disjoint):
+    assert are_disjoint(one, other) == disjoint

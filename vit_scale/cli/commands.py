@@ -188,6 +188,20 @@ def convert(args, overrides: Sequence[str]) -> None:
     print("\n".join([*run.notes, pretrained.adaptation_table(rows), f"{args.out}: {text}"]))
 
 
+def average(args, overrides: Sequence[str]) -> None:
+    from vit_scale import api
+
+    if bool(args.greedy) != bool(args.split):
+        raise UserError("--greedy and --split SPLIT, which it selects by, go together", USAGE)
+    if args.greedy:
+        refuse_unused(overrides, "average", EVAL, args.split)
+    else:
+        refuse(overrides, "average without --greedy")
+    fields = as_fields(overrides)
+    api.average(args.runs, args.out, split=args.split, wise_ft=args.wise_ft, quiet=False, **fields)
+    print(args.out)
+
+
 def export(args, overrides: Sequence[str]) -> None:
     from vit_scale.inference.export import export
 

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add_inspect_flags(verb("inspect", commands.inspect, text))
     text = "convert pretrained weights of other libraries to a run"
     add_convert_flags(verb("convert", commands.convert, text))
+    text = "average the weights of runs: a soup, or WiSE-FT's interpolation"
+    add_average_flags(verb("average", commands.average, text))
     text = "export a run to timm, transformers, Google's ViT, or jax.export"
     add_export_flags(verb("export", commands.export, text))
     add_data_verbs(verb("data", None, "download, pack, index or measure data sets"))
@@ -150,6 +152,18 @@ def add_convert_flags(sub: argparse.ArgumentParser) -> None:
         "--config.data.resolution=384 resamples position embeddings; --config.init.dialect=timm "
         "names the format where it can't be recognised."
     )
+
+
+def add_average_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
+    sub.add_argument("out", metavar="OUT", help="folder of the new run")
+    text = "leave out runs that lower the mean's accuracy on --split"
+    sub.add_argument("--greedy", action="store_true", help=text)
+    text = "split to select by, such as train[90%%:]; never that of eval.final"
+    sub.add_argument("--split", help=text)
+    text = "of two runs, BASE and FINE_TUNED: (1 - ALPHA) BASE + ALPHA FINE_TUNED"
+    sub.add_argument("--wise-ft", type=float, metavar="ALPHA", help=text)
+    sub.epilog = "--config.data.path=DIR is where the images of --split are."
 
 
 def add_export_flags(sub: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from vit_scale.data.registry import (
     views,
 )
 from vit_scale.data.sources import Batch, InMemory, Source, checksum
-from vit_scale.data.splits import Slice, cut, split_name
+from vit_scale.data.splits import Slice, are_disjoint, cut, split_name
 
 __all__ = [
     "Batch",
@@ -31,6 +31,7 @@ __all__ = [
     "Slice",
     "Source",
     "align",
+    "are_disjoint",
     "are_files",
     "check_crop",
     "check_shared_memory",

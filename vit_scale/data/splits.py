@@ -96,5 +96,22 @@ def cut(source: Source, split: str, by: str = "example") -> Source:
     return Slice(source, f"{source.name}{split[split.index('[') :]}", *bounds, by)
 
 
+def are_disjoint(one: str, other: str) -> bool:
+    """Return whether two splits of one data set certainly share no image.
+
+    A bound in positions and one in percent are not compared: such slices may share some.
+    """
+    left, right = (SPLIT.fullmatch(split.strip()) for split in (one, other))
+    if left is None or right is None or left["name"] != right["name"]:
+        return True
+
+    def ends_before(stop: str | None, start: str | None) -> bool:
+        if not stop or not start or stop.endswith("%") != start.endswith("%"):
+            return False
+        return int(stop.rstrip("%")) <= int(start.rstrip("%"))
+
+    return ends_before(left["stop"], right["start"]) or ends_before(right["stop"], left["start"])
+
+
 def _bound(text: str, n: int) -> int:
     return n * int(text[:-1]) // 100 if text.endswith("%") else int(text)

@@ -13,7 +13,7 @@ from vit_scale.pretrained.adapt import (
     match_head,
     mismatched_settings,
 )
-from vit_scale.pretrained.convert import convert
+from vit_scale.pretrained.convert import convert, new_folder, write_run
 from vit_scale.pretrained.hints import Hints, hints_from_config
 from vit_scale.pretrained.load import Pretrained, load_model
 
@@ -28,4 +28,6 @@ __all__ = [
     "load_model",
     "match_head",
     "mismatched_settings",
+    "new_folder",
+    "write_run",
 ]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -31,9 +32,7 @@ def convert(
     and the parameters are adapted. Returns the written model and what was done with each parameter.
     Raises UserError if the source can't be loaded or adapted, or `out` is not empty.
     """
-    workdir = paths.parse(out)
-    if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-        raise UserError(f"{workdir} is not empty: give a new folder")
+    workdir = new_folder(out)
     loaded = load_model(source, _hints(overrides))
     notes = tuple(_without_overridden(note, overrides) for note in loaded.notes)
     cfg = config.override(copy.deepcopy(loaded.cfg), overrides)
@@ -46,16 +45,30 @@ def convert(
     target = _initial_params(model, loaded.cfg, cfg)
     same_classes = match_head(loaded.classes, classes, cfg.init.head) is not None
     params, rows = adapt(loaded.params, target, cfg.init.resample, same_classes)
+    converted = Pretrained(cfg, model, params, classes, 0, workdir, notes, loaded.data)
+    write_run(workdir, converted, notes)
+    return converted, rows
+
+
+def new_folder(out: str | os.PathLike) -> pathlib.Path:
+    """Return `out` as a path. Raises UserError if it is not empty."""
+    workdir = paths.parse(out)
+    if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+        raise UserError(f"{workdir} is not empty: give a new folder")
+    return workdir
+
+
+def write_run(workdir: pathlib.Path, model: Pretrained, source: Sequence[str]) -> None:
+    """Write a model as a run with a checkpoint of step 0; `source` says where it comes from."""
     description = {
         "name": workdir.name,
-        "config": config.to_json(cfg),
-        "classes": list(classes),
-        "source": list(notes),
-        **({"data": loaded.data} if loaded.data else {}),
+        "config": config.to_json(model.cfg),
+        "classes": list(model.classes),
+        "source": list(source),
+        **({"data": model.data} if model.data else {}),
     }
     with Run(workdir, description), Checkpoints(workdir) as checkpoints:
-        checkpoints.save(0, {"params": params, "ema": None, "opt_state": None}, description)
-    return Pretrained(cfg, model, params, classes, 0, workdir, notes, loaded.data), rows
+        checkpoints.save(0, {"params": model.params, "ema": None, "opt_state": None}, description)
 
 
 def _hints(overrides: Sequence[str]) -> Hints:
