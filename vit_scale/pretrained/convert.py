@@ -38,6 +38,8 @@ def convert(
     cfg = config.override(copy.deepcopy(loaded.cfg), overrides)
     if not loaded.classes and not any(item.startswith("model.classes=") for item in overrides):
         raise UserError(f"{source} has no head: set --config.model.classes=N to add one")
+    if cfg.lora.rank:
+        raise UserError(f"lora.rank={cfg.lora.rank} is of training: a model is converted without")
     cfg.init.source = str(source)
     count = cfg.model.classes
     classes = loaded.classes if len(loaded.classes) == count else numbered_classes(count)
