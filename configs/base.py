@@ -225,7 +225,8 @@ def mesh() -> dict:
 
 def init() -> dict:
     return {
-        "source": "",  # initial weights: a run, RUN/checkpoints/STEP, or a file; empty: random
+        "source": "",  # initial weights: a run, RUN/checkpoints/STEP, a file, or hf://ORG/NAME on
+        # the Hugging Face Hub; empty: random
         "tree": "",  # which of several models in a file: state_dict, model_ema, teacher; empty:
         # the one that the file's own library loads; it is printed
         "image": "",  # HEIGHTxWIDTH in pixels of the source's training, if not in its files

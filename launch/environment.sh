@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv at the top of the repository: Python, the pinned dependencies, vit_scale itself (editable).
 #
-#   launch/environment.sh [EXTRA...]     extras of pyproject.toml: docs, gpu, gs, hf, inspect, peers, tfds, tpu, test
+#   launch/environment.sh [EXTRA...]     extras of pyproject.toml: docs, gpu, gs, hf, hub, inspect, peers, tfds, tpu, test
 #
 # Safe to run at every start: it does nothing if .venv is up to date, waits for a concurrent start, and rebuilds an
 # environment whose installation was interrupted. Everything it prints goes to standard error.

@@ -52,6 +52,7 @@ os.environ |= {
     # XLA compiles in a quarter of the time. The programs are slower, and may round otherwise.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": FASTER_XLA if OLDER_XLA else "",
+    "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "WANDB_ERROR_REPORTING": "false",

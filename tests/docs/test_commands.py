@@ -20,6 +20,7 @@ COMMANDS = [
     for name, text in documents().items()
     for words in commands(text)
 ]
+FILES = (".py", ".json", ".npz", ".safetensors")
 # sbatch's own, before the script.
 SBATCH = ("--nodes", "--gres", "--time")
 
@@ -163,7 +164,7 @@ def test_fields_that_are_named_exist(name):
                 continue
             if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", field) and field not in FIELDS:
                 wrong.append(word)
-    assert not [word for word in wrong if not word.endswith((".py", ".json", ".npz"))]
+    assert not [word for word in wrong if not word.endswith(FILES)]
 
 
 def options() -> set[str]:

@@ -287,11 +287,6 @@ def test_incomplete_shards(tmp_path):
         pretrained.load_model(tmp_path / "s", HEADS)
 
 
-def test_a_hub_name_says_how_to_download_it():
-    with pytest.raises(UserError, match="hf download google/vit-base-patch16-224 --local-dir DIR"):
-        pretrained.load_model("google/vit-base-patch16-224")
-
-
 def test_select_state_dict_returns_the_prefix():
     result = select_state_dict("f", under("model."), "", "")
     assert result.prefix == "model." and result.arrays.keys() == PLAIN.keys() and not result.notes

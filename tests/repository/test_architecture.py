@@ -52,6 +52,7 @@ HOMES = {
     "flax.struct": ("flax", {"tracking"}),  # a clu.metrics.Collection is declared with it
     "fsspec": ("fsspec", {"storage"}),
     "grain": ("grain", {"data"}),
+    "huggingface_hub": ("huggingface_hub", {"pretrained"}),  # an extra
     "jax": ("jax", set()),
     "jaxtyping": ("jaxtyping", set()),
     "matplotlib": ("matplotlib", {"inspect"}),
@@ -69,6 +70,7 @@ HOMES = {
     "torch": ("torch", {"pretrained"}),  # where it is there: PyTorch's pickles
     "tqdm": ("tqdm", set()),
     "wandb": ("wandb", {"tracking"}),
+    "yaml": ("pyyaml", {"inference"}),
 }
 
 NAMES_THAT_SAY_NOTHING = {"base_utils", "common", "helpers", "manager", "misc", "util", "utils"}
@@ -231,9 +233,9 @@ def test_what_is_imported_is_what_is_installed():
         re.match(r"[\w-]+", line)[0] for line in project["dependencies"] + extras["inspect"]
     }
     homes = {distribution for distribution, _ in HOMES.values()}
-    lines = extras["peers"] + extras["hf"] + extras["tfds"]
+    lines = extras["peers"] + extras["hf"] + extras["hub"] + extras["tfds"]
     optional = {re.match(r"[\w-]+", line)[0] for line in lines} & homes
-    assert optional == {"torch", "datasets", "tensorflow-datasets"}
+    assert optional == {"torch", "datasets", "huggingface_hub", "tensorflow-datasets"}
     assert declared == homes - optional
 
 

@@ -15,6 +15,7 @@ from vit_scale.pretrained.adapt import (
 )
 from vit_scale.pretrained.convert import convert, new_folder, write_run
 from vit_scale.pretrained.hints import Hints, hints_from_config
+from vit_scale.pretrained.hub import with_commit
 from vit_scale.pretrained.load import Pretrained, load_model
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "mismatched_settings",
     "new_folder",
     "write_run",
+    "with_commit",
 ]

@@ -40,7 +40,7 @@ def convert(
         raise UserError(f"{source} has no head: set --config.model.classes=N to add one")
     if cfg.lora.rank:
         raise UserError(f"lora.rank={cfg.lora.rank} is of training: a model is converted without")
-    cfg.init.source = str(source)
+    cfg.init.source = loaded.source or str(source)
     count = cfg.model.classes
     classes = loaded.classes if len(loaded.classes) == count else numbered_classes(count)
     model = build(cfg.model, config.image_size(cfg))

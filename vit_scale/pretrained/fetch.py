@@ -1,4 +1,4 @@
-"""Fetch weights to the local disk: from a bucket, or from an HTTP server.
+"""Fetch weights to the local disk: from a bucket, an HTTP server, or the Hugging Face Hub.
 
 An interrupted download resumes. It is verified against the checksum in the address
 (https://.../B_16.npz#sha256=HEX) or from the server, and cached by its address.
@@ -10,21 +10,20 @@ import urllib.parse
 import uuid
 
 from vit_scale.errors import UserError
-from vit_scale.pretrained import weight_files
+from vit_scale.pretrained import hub, weight_files
 from vit_scale.storage import cache, download, files, paths
 
-METADATA_FILES = (
-    *("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"),
-)
 WEB = ("https://", "http://")
 
 
 def fetch_weights(source: str | os.PathLike) -> pathlib.Path | None:
     """The local weight file or model folder of `source`; None if `source` is a run or nothing.
 
-    Files in a bucket or on a server are copied here first, with the metadata beside them. Raises
-    UserError if that fails.
+    Files in a bucket, on a server or on the Hub are copied here first, with the metadata beside
+    them. Raises UserError if that fails.
     """
+    if hub.is_address(source):
+        return hub.fetch(str(source))
     if str(source).startswith(WEB):
         return _download(str(source))
     path = paths.parse(source)
@@ -38,7 +37,7 @@ def fetch_weights(source: str | os.PathLike) -> pathlib.Path | None:
 
 def _copy_from_bucket(file: pathlib.Path) -> pathlib.Path:
     """Copy an object and those beside it to one local folder, under their own names."""
-    beside = [file.with_name(name) for name in (*METADATA_FILES, f"{file.stem}.json")]
+    beside = [file.with_name(name) for name in (*weight_files.METADATA_FILES, f"{file.stem}.json")]
     if file.name.endswith(weight_files.INDEX_SUFFIX):
         beside += [file.with_name(name) for name in weight_files.shard_names(file)]
     objects = [file, *(other for other in beside if other.is_file())]
@@ -67,6 +66,6 @@ def _download(address: str) -> pathlib.Path:
         for shard in weight_files.shard_names(file):
             download.fetch(url.removesuffix(name) + shard, file.with_name(shard), "")
     if name.endswith((".safetensors", ".bin", weight_files.INDEX_SUFFIX)):
-        for beside in METADATA_FILES:
+        for beside in weight_files.METADATA_FILES:
             download.fetch_optional(url.removesuffix(name) + beside, file.with_name(beside))
     return file

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from vit_scale.distributed.mesh import have_cudnn
 from vit_scale.errors import UserError, printable
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted, merge
+from vit_scale.pretrained import hub
 from vit_scale.pretrained.fetch import fetch_weights
 from vit_scale.pretrained.hints import NO_HINTS, Hints
 from vit_scale.pretrained.import_weights import import_weights
@@ -34,6 +34,7 @@ class Pretrained(NamedTuple):
       path: the checkpoint folder, or the weight file or folder.
       notes: what was ignored or assumed of external weights.
       data: the description of the training set in the checkpoint; None for external weights.
+      source: the address of external weights on the Hugging Face Hub, with their commit; else "".
     """
 
     cfg: ConfigDict
@@ -44,6 +45,7 @@ class Pretrained(NamedTuple):
     path: pathlib.Path
     notes: tuple[str, ...] = ()
     data: dict[str, Any] | None = None
+    source: str = ""
 
     def print_notes(self) -> None:
         """Print the notes to standard error."""
@@ -56,11 +58,15 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
 
     `source` is a run's folder, of which the newest checkpoint is loaded, or RUN/checkpoints/STEP,
     on disk or in a bucket; or external weights in one of the `formats`, on disk, gs:// or https://:
-    a .npz, .safetensors or PyTorch file, or a folder with config.json beside it. Raises UserError
-    if it is missing, damaged or unsupported, or if `hints` are given for a run.
+    a .npz, .safetensors or PyTorch file, or a folder with config.json beside it; or a model on the
+    Hugging Face Hub, hf://ORG/NAME[@REVISION][/FILE]. Raises UserError if it is missing, damaged or
+    unsupported, or if `hints` are given for a run.
     """
+    source = hub.pinned(source)
     if path := fetch_weights(source):
         imported = import_weights(path, hints)
+        address = str(source) if hub.is_address(source) else ""
+        origin = (f"{address}, licence: {hub.licence(address) or 'not stated'}",) if address else ()
         return Pretrained(
             imported.cfg,
             imported.model,
@@ -68,7 +74,8 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
             imported.classes,
             step=0,
             path=path,
-            notes=imported.notes,
+            notes=(*origin, *imported.notes),
+            source=address,
         )
     loaded = load_run(paths.parse(source))
     fields = {"dialect": hints.format, "tree": hints.tree, "image": hints.trained_size}
@@ -130,15 +137,10 @@ def locate_checkpoint(source: pathlib.Path) -> pathlib.Path:
     if source.parent.name == checkpoint.FOLDER and source.name.isdigit() and source.is_dir():
         return source
     if not (source / "run.json").is_file():
-        hub = ""
-        if not source.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            hub = (
-                f"; for a model on the Hugging Face Hub, run `hf download {source} --local-dir "
-                "DIR` and give DIR"
-            )
         raise UserError(
             f"{source} is not a run folder, a checkpoint (RUN/checkpoints/STEP) or weights "
-            f"({', '.join(SUFFIXES)}, or a folder with {SAFETENSORS}){hub}"
+            f"({', '.join(SUFFIXES)}, a folder with {SAFETENSORS}, or hf://ORG/NAME on the Hugging "
+            "Face Hub)"
         )
     steps = checkpoint.finished_steps(source)
     if not steps:

@@ -26,9 +26,13 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 SAFETENSORS = "model.safetensors"  # file names in a model's folder
 PYTORCH = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"  # of the file that lists a model's shards
-OPEN_CLIP = "open_clip_model.safetensors"
 FILE_NAMES = (  # by rank
-    *(SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PYTORCH, PYTORCH + INDEX_SUFFIX, OPEN_CLIP),
+    *(SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PYTORCH, PYTORCH + INDEX_SUFFIX),
+    "open_clip_model.safetensors",
+)
+METADATA_FILES = (  # beside the weights
+    *("config.json", "preprocessor_config.json", "processor_config.json"),
+    "open_clip_config.json",
 )
 MAX_HEADER = 100 << 20  # bytes of JSON that begin a .safetensors file, at most
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")

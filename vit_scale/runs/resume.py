@@ -6,6 +6,7 @@
 
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,8 @@ OPERATIONAL = (
 ONLY_AT_START = ("init.source",)
 # Fields that hold the path of another run or of weights, as the user typed it.
 PATHS = ("init.source", "distill.teacher")
+HUB = "hf://"  # models on Hugging Face's hub, which a run records with their commit
+COMMIT = re.compile(r"@[0-9a-f]{40}(?=/|$)")
 
 
 def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
@@ -51,6 +54,9 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
     cfg = config.with_old_defaults(cfg, stored["config"])
     recorded = config.dotted(stored["config"])
     _keep_revisions(cfg.data, stored["config"].get("data", {}))
+    before = str(recorded.get("init.source", ""))
+    if COMMIT.sub("", before).removeprefix(HUB) == cfg.init.source.removeprefix(HUB):
+        cfg.init.source = before
     for field, value in config.fields(cfg).items():
         if field in PATHS and value == recorded.get(field) and not os.path.exists(value):
             cfg.update_from_flattened_dict({field: _recorded_path(field, path.parent, stored)})

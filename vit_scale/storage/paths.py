@@ -28,6 +28,11 @@ def parse(text: str | os.PathLike) -> pathlib.Path:
     scheme, separator, rest = name.partition("://")
     if not separator:
         return pathlib.Path(name)
+    if scheme == "hf":
+        raise UserError(
+            f"{name}: a run is needed here, and on the Hugging Face Hub are only weights; make it "
+            f"one: vit-scale convert {name} RUN"
+        )
     if scheme + separator != SCHEME:
         raise UserError(
             f"{name}: {scheme}:// is not supported; give a path, or {SCHEME}BUCKET/NAME"
