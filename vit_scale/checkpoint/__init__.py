@@ -17,6 +17,7 @@ from vit_scale.checkpoint.io import (
     read,
     read_description,
     read_manifest,
+    read_selection,
     verify,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "read",
     "read_description",
     "read_manifest",
+    "read_selection",
     "score",
     "verify",
 ]

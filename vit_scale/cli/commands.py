@@ -206,7 +206,8 @@ def export(args, overrides: Sequence[str]) -> None:
     from vit_scale.inference.export import export
 
     refuse(overrides, "export")
-    print("\n".join(export(args.run, args.format, args.out)))
+    lines = export(args.run, args.format, args.out, args.push, args.private, args.license)
+    print("\n".join(lines))
 
 
 def download_data(args, overrides: Sequence[str]) -> None:

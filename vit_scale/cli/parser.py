@@ -145,7 +145,7 @@ def add_inspect_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def add_convert_flags(sub: argparse.ArgumentParser) -> None:
-    text = ".npz, .safetensors, .pth, or a Hugging Face folder; a path, gs://, or https://"
+    text = ".npz, .safetensors, .pth, or a Hugging Face folder; a path, gs://, https:// or hf://"
     sub.add_argument("source", metavar="SOURCE", help=text)
     sub.add_argument("out", metavar="OUT", help="folder of the new run")
     sub.epilog = (
@@ -171,6 +171,11 @@ def add_export_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", required=True, help="safetensors-timm, safetensors-hf, npz or jax")
     text = "folder to write; for npz and jax, a file"
     sub.add_argument("--out", required=True, metavar="PATH", help=text)
+    text = "upload the folder to this repository of the Hugging Face Hub, made if need be"
+    sub.add_argument("--push", default="", metavar="ORG/NAME", help=text)
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    text = "licence for the model card, such as apache-2.0 (default: unknown, or the source's)"
+    sub.add_argument("--license", default="", metavar="ID", help=text)
 
 
 def add_data_verbs(sub: argparse.ArgumentParser) -> None:

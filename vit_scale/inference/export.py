@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,12 +20,13 @@ from vit_scale.augment.view import View, view
 from vit_scale.config import image_size
 from vit_scale.data import are_files
 from vit_scale.errors import USAGE, UserError, nearest
+from vit_scale.inference.model_card import model_card
 from vit_scale.inference.predictor import Predictor, decode_size, load
 from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack, without_layer_scale
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
-from vit_scale.pretrained import Pretrained, load_model
+from vit_scale.pretrained import Pretrained, hub, load_model
 from vit_scale.pretrained.formats import BIG_VISION, GOOGLE, HUGGINGFACE, TIMM
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, WeightFormat, to_arrays
 from vit_scale.pretrained.library_configs import (
@@ -48,38 +50,83 @@ images = np.zeros((8, {height}, {width}, 3), np.uint8)  # any batch size
 probabilities = model.call(images)"""
 
 
-def export(run: str | os.PathLike, kind: str, out: str | os.PathLike) -> list[str]:
+def export(
+    run: str | os.PathLike,
+    kind: str,
+    out: str | os.PathLike,
+    push: str = "",
+    private: bool = False,
+    licence: str = "",
+) -> list[str]:
     """Write the model of `run` to `out`; return lines on how to load it, and on what differs.
 
-    `kind` is a key of EXPORTERS; `out` is a folder, or a file for `npz` and `jax`. Raises UserError
-    for an unknown `kind`, a model that the format can't express, and a path that can't be written.
+    Args:
+      run: a run's folder, RUN/checkpoints/STEP, or external weights (`pretrained.load_model`).
+      kind: a key of EXPORTERS.
+      out: a folder, or a file for `npz` and `jax`.
+      push: ORG/NAME of a repository on the Hugging Face Hub, to which the folder is uploaded.
+      private: whether only its owners see the repository.
+      licence: identifier for the model card of a folder, such as apache-2.0.
+
+    Raises:
+      UserError: for an unknown `kind`, a model that the format can't express, a path that can't be
+        written; before anything is written, where a push can't work.
     """
     if kind not in EXPORTERS:
         raise UserError(f"--format {kind!r} is unknown; {nearest(kind, EXPORTERS)}", USAGE)
+    _check_flags(kind, push, private, licence)
     path = paths.parse(out)
     if paths.in_bucket(path):
         raise UserError(f"--out {out} is in a bucket: export to a local path, then copy it")
     with user_errors(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return EXPORTERS[kind](run, path)
+        exported = EXPORTERS[kind](run, path)
+        if isinstance(exported, list):
+            return exported
+        _write_folder(path, exported, licence, push)
+    if not push:
+        return exported.lines
+    files = (SAFETENSORS, hub.CARD, *exported.contents)
+    message = f"{kind} by vit_scale, step {exported.loaded.step}"
+    return [*exported.lines, hub.push(path, files, push, private, message)]
 
 
-def _export_timm(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
+def _check_flags(kind: str, push: str, private: bool, licence: str) -> None:
+    """Raise UserError for flags that don't apply, and where a push can't work."""
+    flags = {"--push": push, "--license": licence}
+    if "safetensors" not in kind and (given := [flag for flag in flags if flags[flag]]):
+        raise UserError(f"{given[0]} is for the formats safetensors-*, not {kind}", USAGE)
+    if private and not push:
+        raise UserError("--private is of a repository: give --push ORG/NAME too", USAGE)
+    if push:
+        hub.check_push(push)
+
+
+class FolderExport(NamedTuple):
+    """What is written to a folder for `library`; `lines` say how to load it, and what differs."""
+
+    loaded: Pretrained
+    library: str
+    arrays: Arrays
+    contents: dict[str, dict]  # JSON files by name
+    lines: list[str]
+
+
+def _export_timm(run: str | os.PathLike, folder: pathlib.Path) -> FolderExport:
     loaded = _load_vit(run)
     arrays = _stored_arrays(loaded, TIMM)
     timm_view, notes = _library_view(loaded, "shorter")
     content = timm_config(loaded.cfg, loaded.classes, timm_view)
-    _write_folder(folder, arrays, {"config.json": content})
     lines = [f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)']
     if loaded.cfg.model.norm_epsilon != 1e-6:
         lines.append(
             f"this model has norm_epsilon={loaded.cfg.model.norm_epsilon:g}, which timm's config "
             "can't express: set `eps` of every LayerNorm after loading, or logits will differ"
         )
-    return lines + notes
+    return FolderExport(loaded, "timm", arrays, {"config.json": content}, lines + notes)
 
 
-def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[str]:
+def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderExport:
     loaded = _load_vit(run)
     if loaded.cfg.model.pool != "cls":
         raise UserError(
@@ -104,9 +151,9 @@ def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> list[st
         "config.json": huggingface_config(loaded.cfg, loaded.classes),
         "preprocessor_config.json": huggingface_preprocessor(loaded.cfg, processor_view),
     }
-    _write_folder(folder, arrays, contents)
     name = "transformers.ViTForImageClassification"
-    return [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
+    lines = [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
+    return FolderExport(loaded, "transformers", arrays, contents, lines)
 
 
 def _library_view(loaded: Pretrained, fit: str) -> tuple[View, list[str]]:
@@ -160,7 +207,7 @@ def _on_any_platform(predictor: Predictor) -> Predictor:
     return dataclasses.replace(predictor, cfg=cfg, model=build(cfg.model, predictor.size))
 
 
-EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str]]] = {
+EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str] | FolderExport]] = {
     "safetensors-timm": _export_timm,
     "safetensors-hf": _export_huggingface,
     "npz": _export_npz,
@@ -205,8 +252,10 @@ def _stored_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
     return {re.sub(rf"^{before}\.", f"{after}.", key): x for key, x in arrays.items()}
 
 
-def _write_folder(folder: pathlib.Path, arrays: Arrays, contents: dict[str, dict]) -> None:
+def _write_folder(folder: pathlib.Path, export: FolderExport, licence: str, push: str) -> None:
+    card = model_card(export.loaded, export.library, licence, push, export.lines[1:])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
+    for name, content in export.contents.items():
         write_json(folder / name, content)
-    write_safetensors(folder / SAFETENSORS, arrays)
+    write_safetensors(folder / SAFETENSORS, export.arrays)
+    files.write(folder / hub.CARD, card.encode())
