@@ -14,6 +14,7 @@ from vit_scale.pretrained import hub as hub_module
 from vit_scale.pretrained import weight_files
 from vit_scale.runs import read_json, resumed_config, write_json
 from vit_scale.storage.download import Unreachable
+from vit_scale.training import trainer
 from vit_scale.training.objectives.teacher import with_checksum
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "weights"
@@ -208,6 +209,8 @@ def test_what_is_no_address(tmp_path, monkeypatch):
         assert not hub_module.is_address(text)
         assert hub_module.pinned(text) == text
     assert hub_module.is_address("google/vit") and hub_module.is_address("hf://runs/vit")
+    commit = "0" * 40  # is resolved already
+    assert hub_module.pinned(f"google/vit@{commit}") == f"hf://google/vit@{commit}"
 
 
 def test_a_run_records_the_commit_and_keeps_it(hub, tmp_path):
@@ -225,6 +228,17 @@ def test_a_run_records_the_commit_and_keeps_it(hub, tmp_path):
         assert resumed.init.source == f"hf://{NAME}@{commit}"
     cfg.init.source = "hf://org/other"
     assert resumed_config(cfg, tmp_path / "run").init.source == "hf://org/other"
+
+
+def test_training_begins_with_the_commit(hub, tmp_path, monkeypatch):
+    commit = hub.add(NAME, MODEL)
+
+    def make_setup(cfg):
+        raise UserError(cfg.init.source)
+
+    monkeypatch.setattr(trainer, "make_setup", make_setup)
+    cfg = config.override(config.base(), [f"init.source=hf://{NAME}@main"])
+    assert line(trainer.train, cfg, tmp_path / "run", "tiny") == f"hf://{NAME}@{commit}"
 
 
 def test_a_converted_model_says_where_it_is_from(hub, tmp_path):
