@@ -30,6 +30,6 @@ __all__ = [
     "match_head",
     "mismatched_settings",
     "new_folder",
-    "write_run",
     "with_commit",
+    "write_run",
 ]
