@@ -114,7 +114,8 @@ def augment() -> dict:
 def model() -> dict:
     return {
         "variant": "S/16",  # SIZE/PATCH (patch in pixels), STEM+SIZE/PATCH, or a convnet:
-        # cnn, resnet20, ...; sizes in models/spec.py, stems and networks in models/convnets.py
+        # cnn, resnet20, ...; sizes in models/spec.py, stems and networks in models/convnets.py;
+        # source: the whole architecture of init.source, and its pixels' mean and std
         "width": placeholder(int),  # token width, instead of the size's; convnets: first channels
         "depth": placeholder(int),  # number of blocks, instead of the size's; ResNets: layers
         "heads": placeholder(int),  # attention heads, instead of the size's

@@ -412,7 +412,7 @@ def test_an_init_source_that_is_none(user, trained):
         ("model.width=32", ["blocks/mlp/up/kernel", "(1, 16, 16)", "(1, 32, 16)"]),
         ("model.pool=gap", ["cls (16,)", "is not in the model"]),
         ("model.depth=2", ["blocks/mlp/up/kernel", "(1, 16, 16)", "(2, 16, 16)"]),
-        ("model.variant=Ti/8", ["embed/kernel", "(16, 16, 3, 16)", "(8, 8, 3, 16)"]),
+        ("model.swiglu=true", ["blocks/mlp/gate/kernel (1, 16, 16)", "is not in the source"]),
     ],
 )
 def test_a_checkpoint_of_another_model_lists_both_sides(override, says, user, trained):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_scale import pretrained
+from vit_scale import cli, pretrained
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
 from vit_scale.models.parameters import named
@@ -132,6 +132,35 @@ def refused(message: str, source: pathlib.Path, hints: Hints = HEADS) -> None:
     with pytest.raises(UserError, match=message) as caught:
         pretrained.load_model(source, hints)
     assert "\n" not in str(caught.value)
+
+
+def test_clips_head_is_said_to_be_no_classifier():
+    line = "the head is the projection to the space that images and texts share: no classifier"
+    assert line in golden("clip").notes and line in golden("open_clip").notes
+    assert line not in golden("dinov2-gated").notes
+
+
+LISTED = """\
+size           no standard one: width 24, 2 blocks, 3 heads, MLP 20
+patch          4 px, a grid of 3 x 3
+tokens         10, 1 before the patches; pool=cls
+image          12 x 12 px
+parameters     8,638
+parts          gelu=quick, norm_epsilon=1e-05, patch_bias=False, pre_norm=True
+preprocessing  mean 0.4, 0.4, 0.4, std 0.2, 0.2, 0.2; fit=shorter, crop=1, bicubic
+classes        6: 0, 1, 2, ...
+"""
+
+
+def test_convert_lists_what_a_file_is(capsys):
+    assert cli.main(["convert", str(GOLDEN / "open_clip"), "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(LISTED)
+    assert "ignored, not part of the model: text_projection" in printed
+    assert "assuming, as the file does not say: model.norm_epsilon=1e-05" in printed
+    for arguments in ([], ["OUT", "--list"]):
+        assert cli.main(["convert", str(GOLDEN / "open_clip"), *arguments]) == 2
+        assert "SOURCE and OUT, or SOURCE and --list" in capsys.readouterr().err
 
 
 def test_eva_without_a_config_needs_its_architecture(tmp_path):

@@ -182,6 +182,12 @@ def verify(args, overrides: Sequence[str]) -> None:
 def convert(args, overrides: Sequence[str]) -> None:
     from vit_scale import pretrained
 
+    if args.list == bool(args.out):
+        raise UserError("convert takes SOURCE and OUT, or SOURCE and --list", USAGE)
+    if args.list:
+        hints = pretrained.convert_hints(overrides)
+        print("\n".join(pretrained.listing(pretrained.load_model(args.source, hints))))
+        return
     run, rows = pretrained.convert(args.source, args.out, overrides)
     shape, classes = run.model.shape, len(run.classes)
     text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"

@@ -147,7 +147,9 @@ def add_inspect_flags(sub: argparse.ArgumentParser) -> None:
 def add_convert_flags(sub: argparse.ArgumentParser) -> None:
     text = ".npz, .safetensors, .pth, or a Hugging Face folder; a path, gs://, https:// or hf://"
     sub.add_argument("source", metavar="SOURCE", help=text)
-    sub.add_argument("out", metavar="OUT", help="folder of the new run")
+    sub.add_argument("out", metavar="OUT", nargs="?", help="folder of the new run")
+    text = "only say what SOURCE is: size, patch, grid, parts, preprocessing, what is assumed"
+    sub.add_argument("--list", action="store_true", help=text)
     sub.epilog = (
         "--config.data.resolution=384 resamples position embeddings; --config.init.dialect=timm "
         "names the format where it can't be recognised."

@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,15 +27,15 @@ from vit_scale.models.parameters import named, unstack, without_layer_scale
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
 from vit_scale.pretrained import Pretrained, hub, load_model
-from vit_scale.pretrained.formats import BIG_VISION, GOOGLE, HUGGINGFACE, TIMM
+from vit_scale.pretrained.formats import BIG_VISION, GOOGLE, HUGGINGFACE
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, WeightFormat, to_arrays
 from vit_scale.pretrained.library_configs import (
     huggingface_config,
     huggingface_preprocessor,
     npz_config,
-    timm_config,
 )
 from vit_scale.pretrained.preprocessing import library_view
+from vit_scale.pretrained.timm_export import timm_arrays, timm_config
 from vit_scale.pretrained.weight_files import SAFETENSORS, write_npz, write_safetensors
 from vit_scale.runs.json_files import write_json
 from vit_scale.storage import files, paths
@@ -114,16 +114,13 @@ class FolderExport(NamedTuple):
 
 def _export_timm(run: str | os.PathLike, folder: pathlib.Path) -> FolderExport:
     loaded = _load_vit(run)
-    arrays = _stored_arrays(loaded, TIMM)
+    cfg, shape = loaded.cfg, loaded.model.shape
+    arrays = timm_arrays(_named(loaded), cfg.model, shape)
     timm_view, notes = _library_view(loaded, "shorter")
-    content = timm_config(loaded.cfg, loaded.classes, timm_view)
+    content, differences = timm_config(cfg, shape, loaded.classes, timm_view)
     lines = [f'{folder}: timm.create_model("local-dir:{folder}", pretrained=True)']
-    if loaded.cfg.model.norm_epsilon != 1e-6:
-        lines.append(
-            f"this model has norm_epsilon={loaded.cfg.model.norm_epsilon:g}, which timm's config "
-            "can't express: set `eps` of every LayerNorm after loading, or logits will differ"
-        )
-    return FolderExport(loaded, "timm", arrays, {"config.json": content}, lines + notes)
+    contents = {"config.json": content}
+    return FolderExport(loaded, "timm", arrays, contents, [*lines, *differences, *notes])
 
 
 def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderExport:
@@ -138,7 +135,7 @@ def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderE
             f"{run} has a distillation token, which transformers' ViT doesn't support: export to "
             "safetensors-timm"
         )
-    arrays = _stored_arrays(loaded, HUGGINGFACE)
+    arrays = _first_vit_arrays(loaded, HUGGINGFACE)
     processor_view, notes = _library_view(loaded, "shortest_edge")
     height, width = image_size(loaded.cfg)
     if processor_view.fit == "shortest_edge" and height != width:
@@ -174,7 +171,7 @@ def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
             "safetensors-timm"
         )
     fmt = BIG_VISION if cfg.model.pool == "map" else GOOGLE
-    write_npz(file, _stored_arrays(loaded, fmt))
+    write_npz(file, _first_vit_arrays(loaded, fmt))
     write_json(file.with_suffix(".json"), npz_config(cfg, loaded.classes))
     lines = [f"{file}: format {fmt.title}; the .json beside it has the settings that .npz lacks"]
     for name, value in fmt.model.items():
@@ -228,28 +225,59 @@ def _load_vit(run: str | os.PathLike) -> Pretrained:
     return loaded
 
 
-def _stored_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
-    """The parameters as arrays of the format; fixed position embeddings are stored as learned."""
+def _named(loaded: Pretrained) -> Arrays:
+    """The unrolled parameters by name; fixed position embeddings as learned ones."""
     params = jax.tree.map(np.asarray, unstack(loaded.params))
     shape = loaded.model.shape
     if loaded.cfg.model.posemb == "sincos2d":
         params[POSITIONS] = np.asarray(sincos2d(shape.grid, shape.size.width))
-    representation = loaded.cfg.model.representation
-    if representation and fmt in (TIMM, HUGGINGFACE):
+    return named(params)
+
+
+# Fields of the model block that the first ViT has not, and their values without them. LayerScale
+# and absent biases are the same function with other parameters.
+FIRST_VIT: dict[str, Any] = {
+    "rope": "none",
+    "registers": 0,
+    "swiglu": None,
+    "norm": "layernorm",
+    "pre_norm": False,
+    "final_norm": True,
+    "attention_norm": False,
+    "mlp_norm": False,
+    "qk_norm": "none",
+    "pool_heads": None,
+    "pool_mlp": None,
+    "nearest_grid": False,
+    "fc_norm": False,
+}
+
+
+def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
+    """The parameters as arrays of a format that has the first ViT alone. Raises UserError."""
+    cfg, shape = loaded.cfg.model, loaded.model.shape
+    plain = FIRST_VIT | ({"swiglu": False} if cfg.swiglu is False else {})
+    newer = [f"model.{name}={cfg[name]}" for name in plain if cfg[name] != plain[name]]
+    if shape.size.swiglu and not cfg.swiglu:
+        newer.append(f"the gated MLP of {cfg.variant}")
+    if cfg.gelu == "quick":
+        newer.append("model.gelu=quick")
+    if cfg.representation and fmt is HUGGINGFACE:
+        newer.append(f"model.representation={cfg.representation}")
+    if newer:
         raise UserError(
-            f"{loaded.path} has a layer between pooling and head (model.representation="
-            f"{representation}), which {fmt.title} doesn't support"
+            f"{loaded.path} has {newer[0]}, which {fmt.title} doesn't support: export to "
+            "safetensors-timm"
         )
-    arrays = to_arrays(fmt, without_layer_scale(named(params)), shape.size.depth)
-    if not shape.fc_norm:
-        return arrays
-    if not fmt.fc_norm:
-        raise UserError(
-            f"{loaded.path} has a norm after pooling (model.fc_norm), which {fmt.title} doesn't "
-            "support"
-        )
-    after, before = fmt.fc_norm
-    return {re.sub(rf"^{before}\.", f"{after}.", key): x for key, x in arrays.items()}
+    params = without_layer_scale(_named(loaded))
+    if POSITIONS not in params:
+        params[POSITIONS] = np.zeros((*shape.grid, shape.size.width), np.float32)
+    for name, kernel in list(params.items()):
+        bias = name.removesuffix("kernel") + "bias"
+        if name.endswith("/kernel") and bias not in params:
+            outputs = kernel.shape[1:] if re.search("query|key|value", name) else kernel.shape[-1:]
+            params[bias] = np.zeros(outputs, np.float32)
+    return to_arrays(fmt, params, shape.size.depth)
 
 
 def _write_folder(folder: pathlib.Path, export: FolderExport, licence: str, push: str) -> None:

@@ -25,6 +25,12 @@ SIZES = {
     "H+": Size(1280, 32, 20, 5120, swiglu=True),  # DINOv3
     "7B": Size(4096, 40, 32, 8192, swiglu=True),  # DINOv3
 }
+SOURCE = "source"  # model.variant: the architecture of init.source
+# Fields of a model block that its trained parameters have no part in.
+TRAINING_FIELDS = (
+    *("classes", "dropout", "drop_path", "drop_path_uniform", "patch_drop", "head_bias"),
+    *("rope_shift", "rope_jitter", "rope_rescale", "dtype", "scan", "remat", "logits", "attention"),
+)
 CHOICES = {
     "pool": ("cls", "gap", "map", "cls_gap"),
     "posemb": ("learned", "sincos2d", "none"),

@@ -13,10 +13,12 @@ from vit_scale.pretrained.adapt import (
     match_head,
     mismatched_settings,
 )
-from vit_scale.pretrained.convert import convert, new_folder, write_run
+from vit_scale.pretrained.convert import convert, convert_hints, new_folder, write_run
 from vit_scale.pretrained.hints import Hints, hints_from_config
 from vit_scale.pretrained.hub import with_commit
+from vit_scale.pretrained.listing import listing
 from vit_scale.pretrained.load import Pretrained, load_model
+from vit_scale.pretrained.source_model import with_source_model
 
 __all__ = [
     "Adaptation",
@@ -25,11 +27,14 @@ __all__ = [
     "adapt",
     "adaptation_table",
     "convert",
+    "convert_hints",
     "hints_from_config",
+    "listing",
     "load_model",
     "match_head",
     "mismatched_settings",
     "new_folder",
     "with_commit",
+    "with_source_model",
     "write_run",
 ]

@@ -33,7 +33,7 @@ def convert(
     Raises UserError if the source can't be loaded or adapted, or `out` is not empty.
     """
     workdir = new_folder(out)
-    loaded = load_model(source, _hints(overrides))
+    loaded = load_model(source, convert_hints(overrides))
     notes = tuple(_without_overridden(note, overrides) for note in loaded.notes)
     cfg = config.override(copy.deepcopy(loaded.cfg), overrides)
     if not loaded.classes and not any(item.startswith("model.classes=") for item in overrides):
@@ -73,8 +73,11 @@ def write_run(workdir: pathlib.Path, model: Pretrained, source: Sequence[str]) -
         checkpoints.save(0, {"params": model.params, "ema": None, "opt_state": None}, description)
 
 
-def _hints(overrides: Sequence[str]) -> Hints:
-    """Hints from the overrides. An image size is that of the weights, or one to resample to."""
+def convert_hints(overrides: Sequence[str]) -> Hints:
+    """Return hints from the overrides.
+
+    An image size is that of the weights, or one to resample to.
+    """
     cfg = config.override(config.base(), overrides)
     sized = any(item.partition("=")[0] in SIZE_FIELDS for item in overrides)
     hints = hints_from_config(cfg, cfg.model.heads)

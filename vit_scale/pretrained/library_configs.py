@@ -8,7 +8,6 @@ from vit_scale.augment.view import View
 from vit_scale.config import image_size
 from vit_scale.models.spec import shape
 from vit_scale.pretrained.preprocessing import PIL_RESAMPLING
-from vit_scale.pretrained.timm_config import POOLS
 
 
 def npz_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -22,47 +21,6 @@ def npz_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
         "eval": {name: cfg.eval[name] for name in ("fit", "crop", "resample")},
         "image": list(image_size(cfg)),
         "classes": list(classes),
-    }
-
-
-def timm_config(cfg: ConfigDict, classes: tuple[str, ...], view: View) -> dict[str, Any]:
-    """The content of timm's config.json, for `timm.create_model("local-dir:FOLDER")`."""
-    model, image = shape(cfg.model, image_size(cfg)), image_size(cfg)
-    size, pool = model.size, next(name for name, p in POOLS.items() if p == model.pool)
-    arguments = {
-        "img_size": list(image),
-        "patch_size": model.patch,
-        "embed_dim": size.width,
-        "depth": size.depth,
-        "num_heads": size.heads,
-        "mlp_ratio": size.mlp / size.width,
-        "class_token": model.class_token,
-        "global_pool": pool,
-        "fc_norm": model.fc_norm,
-        "act_layer": "gelu_tanh" if cfg.model.gelu == "tanh" else "gelu",
-    }
-    architecture = "vit_base_patch16_224"
-    if model.distilled:
-        architecture = "deit_base_distilled_patch16_224"
-    return {
-        "architecture": architecture,
-        "num_classes": cfg.model.classes,
-        "num_features": size.width,
-        "global_pool": pool,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [3, *image],
-            "fixed_input_size": True,
-            "interpolation": view.resample,
-            "crop_pct": view.crop,
-            "crop_mode": "squash" if view.fit == "stretch" else "center",
-            "mean": list(cfg.augment.mean),
-            "std": list(cfg.augment.std),
-            "num_classes": cfg.model.classes,
-            "label_names": list(classes),
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if model.distilled else "head",
-        },
     }
 
 

@@ -92,7 +92,13 @@ HEADS = (
     (r"little", 5),
     (r"tiny", 3),
 )
-EPSILONS = {"layernorm": 1e-6, "layernormfp32": 1e-6, "layernorm2d": 1e-6}  # by timm's norm_layer
+# timm's norm_layer -> (model.norm, model.norm_epsilon)
+NORMS = {
+    "layernorm": ("layernorm", 1e-6),
+    "layernormfp32": ("layernorm", 1e-6),
+    "layernorm2d": ("layernorm", 1e-6),
+    "rmsnorm": ("rmsnorm", 1e-6),
+}
 
 
 def check_architecture(file: pathlib.Path, name: str) -> None:
@@ -151,11 +157,15 @@ def _arguments(file: pathlib.Path, arguments: dict, global_pool: str | None) -> 
     if arguments.get("act_layer"):
         model |= gelu_field(file, arguments["act_layer"])
     if norm := arguments.get("norm_layer"):
-        if norm not in EPSILONS:
+        if norm not in NORMS:
             raise UserError(f"{file}: config.json has norm_layer={norm}, which is not supported")
-        model["norm_epsilon"] = EPSILONS[norm]
+        model["norm"], model["norm_epsilon"] = NORMS[norm]
+    if arguments.get("proj_bias") is False:
+        model["proj_bias"] = False
     if "final_norm" in arguments:
         model["final_norm"] = bool(arguments["final_norm"])
+    if arguments.get("use_post_transformer_norm") is False and not arguments.get("use_fc_norm"):
+        model["final_norm"] = False
     if pool := arguments.get("global_pool", global_pool):
         if pool not in POOLS:
             raise UserError(
@@ -195,4 +205,6 @@ def _channels(arguments: dict, named: str) -> str:
         return named
     if arguments.get("rope_rotate_half"):
         return "halves"
+    if arguments.get("rope_type") == "mixed":
+        return "pairs"
     return "pairs-xy" if arguments.get("rope_grid_indexing") == "xy" else "pairs"

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
 from vit_scale.errors import UserError, printable
+from vit_scale.models.spec import SOURCE, TRAINING_FIELDS
 from vit_scale.runs.json_files import read_json
 from vit_scale.storage import paths
 
@@ -54,6 +55,11 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
     cfg = config.with_old_defaults(cfg, stored["config"])
     recorded = config.dotted(stored["config"])
     _keep_revisions(cfg.data, stored["config"].get("data", {}))
+    if cfg.model.variant == SOURCE:  # the run has the architecture that its source had
+        old = config.from_json(stored["config"])
+        names = [name for name in old.model if name not in TRAINING_FIELDS]
+        cfg.model.update({name: old.model[name] for name in names})
+        cfg.augment.update({name: old.augment[name] for name in ("mean", "std")})
     before = str(recorded.get("init.source", ""))
     if COMMIT.sub("", before).removeprefix(HUB) == cfg.init.source.removeprefix(HUB):
         cfg.init.source = before

@@ -18,6 +18,7 @@ from vit_scale.models import flops
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import count, named
+from vit_scale.pretrained import with_source_model
 from vit_scale.training.objectives import Objective, make_objective
 from vit_scale.training.objectives.teacher import Teacher, open_teacher
 from vit_scale.training.optimizer import make_optimizer
@@ -49,6 +50,7 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
     Raises:
       UserError: the config can't work, with the arithmetic.
     """
+    cfg = with_source_model(cfg)
     if isinstance(devices, int):
         mesh: AnyMesh = abstract_mesh(cfg.mesh, devices)
     else:
@@ -97,6 +99,7 @@ def summary(cfg: ConfigDict) -> dict:
 
     Raises UserError for fields that can't be combined.
     """
+    cfg = with_source_model(cfg)
     check_model(cfg)
     model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
     return {

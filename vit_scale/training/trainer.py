@@ -25,7 +25,7 @@ from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.models.flops import training_flops
-from vit_scale.pretrained import with_commit
+from vit_scale.pretrained import with_commit, with_source_model
 from vit_scale.runs import compilation_cache, rollbacks
 from vit_scale.runs.resume import resumed_config
 from vit_scale.runs.rollbacks import Rollback
@@ -73,6 +73,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
     """
     with multihost.shared_errors():
         cfg = with_commit(pinned(with_checksum(resumed_config(cfg, workdir))))
+        cfg = with_source_model(cfg)
         setup, splits = make_setup(cfg), open_splits(cfg)
         validate_inputs(cfg, setup.mesh, splits, setup.teacher)
         description = describe(setup, name, splits)

@@ -5,6 +5,7 @@ that images and texts share: that projection, which has no bias, is the head. Hu
 classifier reads the mean of the patches instead.
 """
 
+from vit_scale.pretrained.formats.steps import note_projection
 from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, dense, norm
 
 BLOCK = "encoder.layers.{i}."
@@ -41,6 +42,7 @@ CLIP = WeightFormat(
     eval=VIEW,
     unused=r"text_model\.|text_projection|logit_scale$|(.*\.)?embeddings\.position_ids$",
     aliases=((r"^vision_model\.", ""),),
+    steps=(note_projection("visual_projection.weight"),),
 )
 
 RESBLOCK = "transformer.resblocks.{i}."
@@ -70,4 +72,5 @@ OPEN_CLIP = WeightFormat(
     augment=PIXELS,
     eval=VIEW | {"fit": "shorter"},
     aliases=((r"\.in_proj_(weight|bias)$", r".in_proj.\1"),),
+    steps=(note_projection("proj"),),
 )

@@ -1,0 +1,124 @@
+"""Newer blocks as timm has them: the logits are the same there, and here when read again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.tiny import random_params, tiny_config, write_run
+from vit_scale import config, pretrained
+from vit_scale.errors import UserError
+from vit_scale.inference.export import export
+from vit_scale.models.build import build
+
+NO_BIAS = ("model.qkv_bias=false", "model.proj_bias=false", "model.patch_bias=false")
+CASES = {  # VisionTransformer, unless it says Eva
+    "registers": ("model.registers=2", "model.layer_scale=.1"),
+    "norms": ("model.qk_norm=layernorm", "model.pre_norm=true", "model.final_norm=false"),
+    "rmsnorm": ("model.norm=rmsnorm", "model.qk_norm=rmsnorm"),
+    "no-bias": (*NO_BIAS, "model.pool=gap"),
+    "no-positions": ("model.posemb=none", "model.gelu=quick"),
+    "fc_norm": ("model.pool=gap", "model.fc_norm=true", "model.registers=1"),
+    "map": ("model.pool=map", "model.registers=3", "model.gelu=tanh"),
+    "eva-swiglu": ("model.swiglu=true",),
+    "eva-axial": ("model.rope=axial", "model.rope_reference=5", "model.rope_offset=1"),
+    "eva-dinov3": ("model.rope=dinov3", "model.posemb=none", "model.registers=2"),
+    "eva-mixed": ("model.rope=mixed", "model.qk_norm=layernorm", "model.qkv_bias=false"),
+    "eva-norms": ("model.attention_norm=true", "model.mlp_norm=true", "model.pre_norm=true"),
+    "eva-no-bias": ("model.rope=axial", *NO_BIAS, "model.swiglu=true", "model.pre_norm=true"),
+    "eva-gap": ("model.rope=axial", "model.pool=gap", "model.fc_norm=true"),
+    "eva-map": ("model.pool=map", "model.class_token=true", "model.pool_heads=1"),
+    "eva-epsilon": ("model.rope=axial", "model.norm_epsilon=1e-5", "model.final_norm=false"),
+}
+
+
+def exported(case: str, folder, *more: str):
+    """(logits of a run, the folder it is exported to), on images of 16 x 24 px."""
+    cfg = tiny_config(*CASES.get(case, ()), "data.width=24", *more)
+    model = build(cfg.model, config.image_size(cfg))
+    params = random_params(model)
+    run = write_run(folder / "run", cfg, params)
+    lines = export(run, "safetensors-timm", folder / "timm")
+    images = np.random.RandomState(0).randn(2, 16, 24, 3).astype(np.float32)
+    return images, np.asarray(jax.jit(model.apply)(params, images)), lines
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_read_again_it_is_the_same_model(case, tmp_path):
+    images, logits, lines = exported(case, tmp_path)
+    content = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert ("rope" in content["architecture"] or "dinov3" in content["architecture"]) == (
+        case.startswith("eva")
+    )
+    loaded = pretrained.load_model(tmp_path / "timm")
+    result = jax.jit(loaded.model.apply)(loaded.params, images)
+    np.testing.assert_allclose(result, logits, atol=2e-5)
+    assert np.ptp(logits) > 0.1 and not any("norm_epsilon" in line for line in lines)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_timm_computes_the_same(case, tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    images, logits, _ = exported(case, tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        result = model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(result, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("model.pool=cls_gap",), "timm's VisionTransformer has no model.pool=cls_gap"),
+        (("model.qk_norm=rmsnorm",), "qk_norm=rmsnorm beside norm=layernorm"),
+        (("model.rope=axial", "model.distilled=true"), "timm's Eva has no model.distilled=True"),
+        (("model.rope=axial", "model.gelu=tanh"), "timm's Eva has no model.gelu=tanh"),
+        (("model.swiglu=true", "model.norm=rmsnorm"), "timm's Eva has no model.norm=rmsnorm"),
+        (
+            ("model.rope=axial", "model.posemb=none", "model.pre_norm=true"),
+            "no bias of the patch embedding beside a norm",
+        ),
+    ],
+)
+def test_what_timm_has_not_is_refused(fields, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        exported("", tmp_path, *fields)
+    assert not (tmp_path / "timm").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors-hf", "npz"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("rope=axial", "registers=2", "swiglu=true", "norm=rmsnorm", "pre_norm=true"),
+        *("final_norm=false", "attention_norm=true", "mlp_norm=true", "qk_norm=layernorm"),
+        *("nearest_grid=true", "gelu=quick"),
+    ],
+)
+def test_formats_of_the_first_vit_refuse_newer_blocks(kind, field, tmp_path):
+    """Rotary positions and a GELU are in no array: nothing else would tell."""
+    cfg = tiny_config(f"model.{field}")
+    params = random_params(build(cfg.model, (16, 16)))
+    run = write_run(tmp_path / "run", cfg, params)
+    out = tmp_path / ("x.npz" if kind == "npz" else "out")
+    with pytest.raises(UserError, match="doesn't support: export to safetensors-timm"):
+        export(run, kind, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors-hf", "npz"])
+def test_absent_biases_and_layer_scale_are_the_same_function(kind, tmp_path):
+    cfg = tiny_config(*NO_BIAS, "model.layer_scale=.1", "model.posemb=none")
+    model = build(cfg.model, (16, 16))
+    params = random_params(model)
+    run = write_run(tmp_path / "run", cfg, params)
+    out = tmp_path / ("x.npz" if kind == "npz" else "out")
+    export(run, kind, out)
+    loaded = pretrained.load_model(out)
+    images = np.random.RandomState(0).randn(2, 16, 16, 3).astype(np.float32)
+    expected = jax.jit(model.apply)(params, images)
+    np.testing.assert_allclose(
+        jax.jit(loaded.model.apply)(loaded.params, images), expected, atol=2e-5
+    )
+    assert loaded.cfg.model.qkv_bias and not loaded.cfg.model.layer_scale
