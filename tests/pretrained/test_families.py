@@ -184,7 +184,11 @@ def test_eva_without_a_config_needs_its_architecture(tmp_path):
         ("dinov3-gated", {"hidden_act": "gelu"}, "use_gated_mlp with gelu, not silu"),
         ("siglip", {"vision_use_head": False}, "vision_use_head=False is not supported"),
         ("timm-eva02", {"model_args": {"num_kv_heads": 1}}, "num_kv_heads=1, not a plain ViT"),
-        ("timm-eva02", {"architecture": "vit_base_patch16_sapiens2"}, "sapiens2 of timm is not a"),
+        (
+            "timm-eva02",
+            {"architecture": "vit_base_patch16_sapiens2"},
+            "sapiens2 of timm has fewer heads",
+        ),
         ("timm-rope", {"model_args": {"rope_type": "mrope"}}, "rope_type=mrope"),
     ],
 )

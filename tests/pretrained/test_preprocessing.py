@@ -257,8 +257,12 @@ def test_a_flat_config_of_older_timm(tmp_path):
 
 
 def test_architectures_that_compute_something_else(timm):
-    for name in ("vit_base_patch16_rpn_224", "vit_large_patch16_sapiens2", "beit_base"):
-        with pytest.raises(UserError, match=f"architecture {name} of timm is not a plain ViT"):
+    for name, reason in (
+        ("vit_base_patch16_rpn_224", "has norms behind attention and MLP"),
+        ("vit_large_patch16_sapiens2", "has fewer heads of keys than of queries"),
+        ("beit_base", "is not a plain ViT"),
+    ):
+        with pytest.raises(UserError, match=f"architecture {name} of timm {reason}"):
             timm({"architecture": name})
     heads = {"model_args": {"num_heads": 3}}
     loaded = timm({"architecture": "vit_so400m_patch16_siglip_256", **heads})

@@ -1,9 +1,10 @@
 """Load every plain ViT of timm's registry, with random weights, and compare the logits.
 
-    PYTHONPATH=. python tests/pretrained/timm_registry.py [REGEX]       # prints a row for each
+    PYTHONPATH=. python tests/pretrained/timm_registry.py [REGEX]
+    PYTHONPATH=. python tests/pretrained/timm_registry.py --write     # docs/timm-models.md
 
 Two blocks at the architecture's own width, on 5 x 5 patches. All that the import is told is what a
-config.json of the Hub has: the architecture's name. Needs torch and timm.
+config.json of the Hub has: the architecture's name. Needs torch and timm; the page takes an hour.
 """
 
 import gc
@@ -65,7 +66,7 @@ def attempt(name: str) -> Row:
     try:
         check_architecture(pathlib.Path(name), name)
     except UserError as error:
-        return Row(name, False, 0.0, str(error).partition(": ")[2])
+        return Row(name, False, 0.0, reason(str(error)))
     patch = int(re.search(r"patch(\d+)", name)[1])  # type: ignore[index]
     model = timm.create_model(name, img_size=5 * patch, num_classes=CLASSES, depth=2)
     randomised(model)
@@ -84,7 +85,7 @@ def attempt(name: str) -> Row:
         try:
             loaded = pretrained.load_model(path)
         except UserError as error:
-            return Row(name, False, 0.0, str(error).partition(": ")[2])
+            return Row(name, False, 0.0, reason(str(error)))
     images = np.random.RandomState(0).randn(2, 5 * patch, 5 * patch, 3).astype(np.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
@@ -103,15 +104,51 @@ def attempts(names: list[str]) -> list[Row]:
     return rows
 
 
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "timm-models.md"
+HEADER = """\
+# timm's models
+
+Each plain ViT of timm's registry (`vit_*`, `deit*` and `eva02_*` without windows, convolutions and
+relative positions; timm {version}), built there with random weights and two blocks, stored as on
+the Hub, and read here by the architecture's name alone: **{works} of {count} give the same
+logits**, to {worst} at most; {refused} are refused. `tests/pretrained/timm_registry.py` makes this
+page, and a slow test compares it.
+
+```bash
+vit-scale convert hf://timm/NAME.TAG runs/NAME     # a model of this list becomes a run
+vit-scale convert hf://timm/NAME.TAG --list        # or only say what it is
+```
+
+## Refused
+
+| architecture | why |
+|---|---|
+"""
+
+
+def page(rows: list[Row]) -> str:
+    """Return the page of the manual on these rows."""
+    works, refused = ([row for row in rows if row.works is kind] for kind in (True, False))
+    worst = max(row.difference for row in works)
+    numbers = {"works": len(works), "count": len(rows), "refused": len(refused)}
+    text = HEADER.format(version=timm.__version__, worst=f"{worst:.0e}", **numbers)
+    text += "".join(f"| `{row.name}` | {row.reason} |\n" for row in refused)
+    return text + "\n## Read\n\n" + ", ".join(f"`{row.name}`" for row in works) + "\n"
+
+
+def reason(message: str) -> str:
+    """Return what an error says of the architecture."""
+    return message.partition(" of timm has ")[2].removesuffix(": unsupported") or message
+
+
 def main() -> None:
-    pattern = re.compile(sys.argv[1] if sys.argv[1:] else "")
+    write = sys.argv[1:] == ["--write"]
+    pattern = re.compile("" if write else "".join(sys.argv[1:]))
     rows = attempts([name for name in architectures() if pattern.search(name)])
-    loaded = [row for row in rows if row.works]
-    worst = max((row.difference for row in loaded), default=0.0)
-    print(f"{len(loaded)} of {len(rows)} load; logits differ by {worst:.1e} at most")
-    for row in rows:
-        if not row.works:
-            print(f"{row.name}: {row.reason}")
+    if write:
+        PAGE.write_text(page(rows))
+    else:
+        print(page(rows))
 
 
 if __name__ == "__main__":

@@ -239,7 +239,6 @@ def _named(loaded: Pretrained) -> Arrays:
 FIRST_VIT: dict[str, Any] = {
     "rope": "none",
     "registers": 0,
-    "swiglu": None,
     "norm": "layernorm",
     "pre_norm": False,
     "final_norm": True,
@@ -256,10 +255,9 @@ FIRST_VIT: dict[str, Any] = {
 def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
     """The parameters as arrays of a format that has the first ViT alone. Raises UserError."""
     cfg, shape = loaded.cfg.model, loaded.model.shape
-    plain = FIRST_VIT | ({"swiglu": False} if cfg.swiglu is False else {})
-    newer = [f"model.{name}={cfg[name]}" for name in plain if cfg[name] != plain[name]]
-    if shape.size.swiglu and not cfg.swiglu:
-        newer.append(f"the gated MLP of {cfg.variant}")
+    newer = [f"model.{name}={cfg[name]}" for name in FIRST_VIT if cfg[name] != FIRST_VIT[name]]
+    if shape.size.swiglu:
+        newer.append("a gated MLP")
     if cfg.gelu == "quick":
         newer.append("model.gelu=quick")
     if cfg.representation and fmt is HUGGINGFACE:

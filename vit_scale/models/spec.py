@@ -127,6 +127,8 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
 
 def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
     """Parse STEM+SIZE/PATCH or SIZE/PATCH and the overrides into (stem or "", size, patch)."""
+    if cfg.variant == SOURCE:
+        raise UserError("model.variant=source is the architecture of init.source: set init.source")
     match = re.fullmatch(r"(?:(\w+)\+)?(\w+\+?)/(\d+)", cfg.variant)
     if not match or match[2] not in SIZES:
         name = cfg.variant.split("/")[0].rpartition("+")[2]

@@ -3,7 +3,6 @@
 from ml_collections import ConfigDict
 
 from vit_scale import config
-from vit_scale.errors import UserError
 from vit_scale.models.spec import SOURCE, TRAINING_FIELDS
 from vit_scale.pretrained.hints import hints_from_config
 from vit_scale.pretrained.load import load_model
@@ -18,10 +17,8 @@ def with_source_model(cfg: ConfigDict) -> ConfigDict:
     alone (dropout, dtype, scanned or unrolled blocks) and the number of classes. The pixels' mean
     and standard deviation become the source's. Raises UserError if the source can't be loaded.
     """
-    if cfg.model.variant != SOURCE:
+    if cfg.model.variant != SOURCE or not cfg.init.source:
         return cfg
-    if not cfg.init.source:
-        raise UserError("model.variant=source is the architecture of init.source: set init.source")
     source = load_model(cfg.init.source, hints_from_config(cfg, cfg.model.heads)).cfg
     cfg, default = cfg.copy_and_resolve_references(), config.base()
     cfg.model.variant = default.model.variant

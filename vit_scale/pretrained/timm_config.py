@@ -40,7 +40,14 @@ TRAINING = (
 # Architectures: prefixes of plain ViTs; those that compute something else from arrays of the same
 # names, which nothing else would tell.
 PLAIN_VIT = ("vit_", "deit", "flexivit_", "test_vit", "timm_vit", "eva02_", "eva_", "beit3_")
-OTHER_FUNCTION = re.compile("_rpn|_xp_|_sapiens2|enormous|_d?pwee|_dlittle|_dwee|_relpos|_srelpos")
+OTHER_FUNCTION = (
+    (r"_dlittle|_dp?wee", "differential attention"),
+    (r"_xp_|_pwee", "attention and MLP side by side"),
+    (r"_\d+x2_", "two branches side by side"),
+    (r"_sapiens2", "fewer heads of keys than of queries"),
+    (r"_rpn|enormous", "norms behind attention and MLP"),
+    (r"_s?relpos", "relative positions"),
+)
 EVA = {"rope": "axial", "rope_temperature": 10_000.0, "rope_reference": 16}
 ROPE_VIT = {"rope": "axial", "rope_temperature": 100.0}
 PE = {"rope": "axial", "rope_temperature": 10_000.0, "rope_offset": 1.0, "norm_epsilon": 1e-5}
@@ -103,8 +110,11 @@ NORMS = {
 
 def check_architecture(file: pathlib.Path, name: str) -> None:
     """Raise UserError for an architecture of timm that is no plain ViT."""
-    if not name.startswith(PLAIN_VIT) or OTHER_FUNCTION.search(name):
+    if not name.startswith(PLAIN_VIT):
         raise UserError(f"{file}: the architecture {name} of timm is not a plain ViT")
+    for pattern, reason in OTHER_FUNCTION:
+        if re.search(pattern, name):
+            raise UserError(f"{file}: the architecture {name} of timm has {reason}: unsupported")
 
 
 def architecture_metadata(file: pathlib.Path, name: str) -> Metadata:
