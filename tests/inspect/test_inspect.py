@@ -373,6 +373,31 @@ def test_many_heads_blocks_classes_and_odd_names_are_drawn():
 # Where something is missing
 
 
+def test_registers_are_shown_apart(images, undrawn, tmp_path, monkeypatch):
+    """Each register's attention, which no other map contains; rotary positions have no table."""
+    fields = ("model.registers=2", "model.rope=dinov3", "model.posemb=none", "model.pool=cls_gap")
+    run = run_of(tmp_path / "run", images, *fields)
+    figures = {}
+
+    def draw(shown, plain=report.rasterize):
+        figures.update({p.name: p.figure for section in shown for p in section.pictures()})
+        return plain(shown)
+
+    monkeypatch.setattr(report, "rasterize", draw)
+    content = inspect([str(run)], out=str(tmp_path / "out"))
+    inspected = InspectedRun(str(run))
+    shown = report.choose_samples(inspected, inspected.open_split("test"), None).to_show()
+    weights = np.asarray(weights_of(inspected, shown.images))  # [CLS], registers, 2 x 2 patches
+    tiles = arrays(figures["attention-registers"])
+    for register in range(2):
+        expected = weights[-1, 0, :, 1 + register, 3:].mean(axis=0) * 7
+        np.testing.assert_allclose(tiles[1 + register], expected.reshape(2, 2), atol=1e-4)
+    heads = weights[-1, 0, :, 0, 3:].reshape(2, 2, 2) * 7
+    np.testing.assert_allclose(arrays(figures["attention-heads"])[1], heads[0], atol=1e-4)
+    assert any("no position embeddings (rope=dinov3)" in note for note in content["notes"])
+    assert "positions" not in figures
+
+
 def test_a_model_without_attention_gets_the_rest(made, undrawn, tmp_path, monkeypatch):
     def without(source, read=pretrained.load_model):
         loaded = read(source)

@@ -121,6 +121,11 @@ class InspectedRun:
         return self.model.shape.grid
 
     @property
+    def reads_cls(self) -> bool:
+        """Whether the head reads [CLS]."""
+        return self.model.shape.pool in ("cls", "cls_gap")
+
+    @property
     def patch_size(self) -> tuple[float, float]:
         """(height, width) of a patch in pixels of the model's input."""
         return self.size[0] / self.grid[0], self.size[1] / self.grid[1]
@@ -141,18 +146,21 @@ class InspectedRun:
         """Attention to each patch of each image, as multiples of uniform attention.
 
         heads: [b, l, k, h, w], from [CLS] if the model reads it, else the mean over all tokens.
+        registers: [b, r, h, w], from each register in the last block, the mean over heads.
         rollout: [b, h, w], the share of each patch in the pooled vector.
         """
-        from_cls = self.model.shape.pool == "cls"
+        shape = self.model.shape
+        registers = slice(shape.before - shape.registers, shape.before)
 
         def reduce_block(weights):
-            heads = weights[:, :, 0] if from_cls else weights.mean(axis=2)
+            heads = weights[:, :, 0] if self.reads_cls else weights.mean(axis=2)
             return {"heads": heads, "mean": weights.mean(axis=1)}
 
         def reduce_image(blocks, pooled):
             rolled = jnp.einsum("bn,bnm->bm", pooled, rollout(blocks["mean"]))
             tokens = rolled.shape[-1]
             maps = {"heads": blocks["heads"].swapaxes(0, 1), "rollout": rolled}
+            maps["registers"] = blocks["mean"][-1][:, registers]
             return jax.tree.map(lambda shares: on_grid(shares * tokens, self.grid), maps)
 
         return self._map_attention(images, reduce_block, reduce_image)

@@ -44,6 +44,7 @@ def show_attention(run: InspectedRun, samples: Samples) -> list[Part]:
     pixels, heads = list(run.display_pixels(shown.images)), maps["heads"]
     return [
         *_attention_maps(run, shown, pixels, heads),
+        *_registers(run, shown, pixels, maps["registers"]),
         _rollout(run, shown, pixels, maps["rollout"]),
         _distances(run, samples),
     ]
@@ -53,7 +54,7 @@ def _attention_maps(
     run: InspectedRun, shown: Samples, pixels: list, heads: np.ndarray
 ) -> list[Part]:
     blocks, count = heads.shape[1], heads.shape[2]
-    query = "from [CLS]" if run.model.shape.pool == "cls" else "averaged over all tokens"
+    query = "from [CLS]" if run.reads_cls else "averaged over all tokens"
     rows = min(ROWS, len(pixels))
     images, names = pixels[:rows], shown.names
     suffix = run.title_suffix(rows, f"images of {shown.source}")
@@ -76,6 +77,25 @@ def _attention_maps(
         Picture("attention-heads", "Attention maps of the last block", caption, last),
         Picture("attention-blocks", "Attention maps by block", caption, depth),
     ]
+
+
+def _registers(run: InspectedRun, shown: Samples, pixels: list, maps: np.ndarray) -> list[Part]:
+    """What each register attends to; nothing for a model without them."""
+    count = maps.shape[1]
+    if not count:
+        return []
+    rows = min(ROWS, len(pixels))
+    columns = evenly_spaced(range(count), plots.MAX_COLUMNS - 1)
+    suffix = run.title_suffix(rows, f"images of {shown.source}")
+    figure = plots.plot_attention(
+        pixels[:rows], shown.names, [f"register {i + 1}" for i in columns], maps[:rows][:, columns],
+        f"Attention from registers, last block, mean over heads: {suffix}",
+    )  # fmt: skip
+    caption = (
+        "Attention of each register to each patch, relative to uniform attention over all tokens "
+        "(1). Registers have no patch (Darcet et al. 2024), and are in no other map."
+    )
+    return [Picture("attention-registers", "Attention from registers", caption, figure)]
 
 
 def _rollout(run: InspectedRun, shown: Samples, pixels: list, maps: np.ndarray) -> Picture:
@@ -110,6 +130,9 @@ def show_positions(run: InspectedRun) -> list[Part]:
     if run.model.attention is None:
         return [Note(title, "Not available: this model has no position embeddings.")]
     h, w = run.grid
+    if run.cfg.model.posemb == "none":
+        text = f"Not available: this model has no position embeddings (rope={run.cfg.model.rope})."
+        return [Note(title, text)]
     if "posemb" not in run.params:
         table = np.asarray(sincos2d(run.grid, run.model.shape.size.width))
         panels, note = {f"fixed sin-cos, {h} x {w}": table}, None
