@@ -27,6 +27,12 @@ from vit_scale.models.parameters import named, unstack, without_layer_scale
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
 from vit_scale.pretrained import Pretrained, hub, load_model
+from vit_scale.pretrained.dinov2_export import (
+    class_name,
+    dinov2_arrays,
+    dinov2_config,
+    is_dinov2,
+)
 from vit_scale.pretrained.formats import BIG_VISION, GOOGLE, HUGGINGFACE
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, WeightFormat, to_arrays
 from vit_scale.pretrained.library_configs import (
@@ -125,17 +131,15 @@ def _export_timm(run: str | os.PathLike, folder: pathlib.Path) -> FolderExport:
 
 def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderExport:
     loaded = _load_vit(run)
-    if loaded.cfg.model.pool != "cls":
-        raise UserError(
-            f"{run} has pool={loaded.cfg.model.pool}, but transformers' ViT only supports pool=cls:"
-            " export to safetensors-timm"
-        )
-    if loaded.cfg.model.distilled:
-        raise UserError(
-            f"{run} has a distillation token, which transformers' ViT doesn't support: export to "
-            "safetensors-timm"
-        )
-    arrays = _first_vit_arrays(loaded, HUGGINGFACE)
+    cfg, shape = loaded.cfg.model, loaded.model.shape
+    config, kind = huggingface_config(loaded.cfg, loaded.classes), "ViT"
+    newer = shape.registers or shape.size.swiglu or cfg.gelu == "quick" or shape.pool != "cls"
+    if newer and is_dinov2(cfg, shape):
+        arrays = dinov2_arrays(_named(loaded), shape)
+        config, kind = dinov2_config(cfg, shape, config), class_name(shape)
+    else:
+        _check_huggingface(loaded)
+        arrays = _first_vit_arrays(loaded, HUGGINGFACE)
     processor_view, notes = _library_view(loaded, "shortest_edge")
     height, width = image_size(loaded.cfg)
     if processor_view.fit == "shortest_edge" and height != width:
@@ -145,12 +149,27 @@ def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderE
             "aspect ratio (eval.fit), so pixels differ"
         )
     contents = {
-        "config.json": huggingface_config(loaded.cfg, loaded.classes),
+        "config.json": config,
         "preprocessor_config.json": huggingface_preprocessor(loaded.cfg, processor_view),
     }
-    name = "transformers.ViTForImageClassification"
+    name = f"transformers.{kind}ForImageClassification"
     lines = [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
     return FolderExport(loaded, "transformers", arrays, contents, lines)
+
+
+def _check_huggingface(loaded: Pretrained) -> None:
+    """Raise UserError for pooling and tokens that transformers' ViT hasn't."""
+    model = loaded.cfg.model
+    if model.pool != "cls":
+        raise UserError(
+            f"{loaded.path} has pool={model.pool}, but transformers' ViT only supports pool=cls: "
+            "export to safetensors-timm"
+        )
+    if model.distilled:
+        raise UserError(
+            f"{loaded.path} has a distillation token, which transformers' ViT doesn't support: "
+            "export to safetensors-timm"
+        )
 
 
 def _library_view(loaded: Pretrained, fit: str) -> tuple[View, list[str]]:

@@ -1,4 +1,4 @@
-"""Newer blocks as timm has them: the logits are the same there, and here when read again."""
+"""Newer blocks as timm and transformers have them: the same logits, also when read again."""
 
 import json
 
@@ -87,13 +87,61 @@ def test_what_timm_has_not_is_refused(fields, message, tmp_path):
     assert not (tmp_path / "timm").exists()
 
 
+DINOV2 = {
+    "registers": ("model.registers=2", "model.layer_scale=.1"),
+    "swiglu": ("model.swiglu=true", "model.pool=cls_gap"),
+    "cls_gap": ("model.pool=cls_gap", *NO_BIAS),
+    "gap": ("model.pool=gap", "model.class_token=true", "model.registers=1", "model.posemb=none"),
+    "quick": ("model.gelu=quick",),
+}
+
+
+def dinov2(case: str, folder) -> tuple[np.ndarray, np.ndarray]:
+    """(images, logits) of a run that is exported to FOLDER/hf."""
+    cfg = tiny_config(*(() if case == "swiglu" else ("model.mlp=32",)), *DINOV2[case])
+    model = build(cfg.model, (16, 16))
+    params = random_params(model)
+    lines = export(write_run(folder / "run", cfg, params), "safetensors-hf", folder / "hf")
+    kind = "Dinov2WithRegisters" if "registers" in str(DINOV2[case]) else "Dinov2"
+    assert f"transformers.{kind}ForImageClassification.from_pretrained(" in lines[0]
+    images = np.random.RandomState(0).randn(2, 16, 16, 3).astype(np.float32)
+    return images, np.asarray(jax.jit(model.apply)(params, images))
+
+
+@pytest.mark.parametrize("case", DINOV2)
+def test_newer_blocks_are_read_again_as_dinov2(case, tmp_path):
+    images, logits = dinov2(case, tmp_path)
+    loaded = pretrained.load_model(tmp_path / "hf")
+    assert "huggingface-dinov2" in loaded.notes[0] and loaded.cfg.model.pool == "cls_gap"
+    result = jax.jit(loaded.model.apply)(loaded.params, images)
+    np.testing.assert_allclose(result, logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", DINOV2)
+def test_transformers_dinov2_computes_the_same(case, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    images, logits = dinov2(case, tmp_path)
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        result = model(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.numpy()
+    np.testing.assert_allclose(result, logits, atol=1e-4)
+    assert type(model).__name__.startswith("Dinov2")
+
+
+def test_an_mlp_that_transformers_cannot_have_is_refused(tmp_path):
+    cfg = tiny_config("model.registers=2", "model.mlp=24")  # 1.5 times the width
+    run = write_run(tmp_path / "run", cfg, random_params(build(cfg.model, (16, 16))))
+    with pytest.raises(UserError, match=r"model\.registers=2, which Hugging Face transformers"):
+        export(run, "safetensors-hf", tmp_path / "hf")
+
+
 @pytest.mark.parametrize("kind", ["safetensors-hf", "npz"])
 @pytest.mark.parametrize(
     "field",
     [
-        *("rope=axial", "registers=2", "swiglu=true", "norm=rmsnorm", "pre_norm=true"),
+        *("rope=axial", "norm=rmsnorm", "pre_norm=true", "nearest_grid=true"),
         *("final_norm=false", "attention_norm=true", "mlp_norm=true", "qk_norm=layernorm"),
-        *("nearest_grid=true", "gelu=quick"),
     ],
 )
 def test_formats_of_the_first_vit_refuse_newer_blocks(kind, field, tmp_path):
