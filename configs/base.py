@@ -160,6 +160,7 @@ def model() -> dict:
         "logits": "float32",  # dtype of the attention logits and softmax: float32 | bfloat16
         "gelu": "exact",  # exact (erf) | tanh (approximation) | quick (OpenAI's CLIP)
         "norm_epsilon": 1e-6,  # epsilon of the layer norms; 1e-12 in Hugging Face's ViT
+        "stem_epsilon": "google",  # of a BiT ResNet: google | timm (models/bit.py)
         "representation": 0,  # width of a tanh layer before the head (ViT paper, 3.2); 0: none
         "attention": "xla",  # xla (vit_scale/models/attention.py) | cudnn (NVIDIA GPUs, bfloat16)
     }

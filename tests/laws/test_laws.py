@@ -577,6 +577,7 @@ SWITCHES = {
     "model.logits": ("bfloat16",),
     "model.gelu": ("tanh",),
     "model.norm_epsilon": ("1e-3",),
+    "model.stem_epsilon": ("timm", "model.variant=R+Ti/4"),
     "model.representation": ("12",),
     "optim.name": ("sgd",),
     "optim.lr": (".5",),

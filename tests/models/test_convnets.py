@@ -399,7 +399,7 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
     ("override", "message"),
     [
         ("model.variant=cnm", "is not SIZE/PATCH such as S/16; did you mean cnn"),
-        ("model.variant=X+Ti/4", "unknown stem 'X'; valid: C, R20"),
+        ("model.variant=X+Ti/4", "unknown stem 'X'; valid: C, R, R20, R26, R50"),
         (
             "model.dropout=0.1",
             "model.dropout=0.1 applies to a ViT: with model.variant=cnn it must be 0",

@@ -112,7 +112,10 @@ def test_attention_and_its_gradients(elsewhere):
     assert_close(ours, elsewhere(with_gradients)(attend, q, k, v))
 
 
-@pytest.mark.parametrize(("side", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (5, 3, 2)])
+@pytest.mark.parametrize(
+    ("side", "stride", "pad"),
+    [(3, 1, (1, 1)), (3, 2, (1, 1)), (1, 2, (0, 0)), (5, 3, (2, 2)), (7, 2, (2, 3))],
+)
 def test_a_convolution_and_its_gradients(side, stride, pad, elsewhere):
     x, kernel = draw(2, 9, 12, 3), draw(side, side, 3, 4, seed=1)
 
@@ -121,7 +124,7 @@ def test_a_convolution_and_its_gradients(side, stride, pad, elsewhere):
 
     def reference(x, kernel):
         numbers = ("NHWC", "HWIO", "NHWC")
-        window, padding = (stride, stride), [(pad, pad)] * 2
+        window, padding = (stride, stride), [pad, pad]
         return jax.lax.conv_general_dilated(x, kernel, window, padding, dimension_numbers=numbers)
 
     ours = with_gradients(convolve, x, kernel)

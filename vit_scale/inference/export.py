@@ -248,6 +248,11 @@ def _named(loaded: Pretrained) -> Arrays:
     """The unrolled parameters by name; fixed position embeddings as learned ones."""
     params = jax.tree.map(np.asarray, unstack(loaded.params))
     shape = loaded.model.shape
+    if shape.stem and fmt is not GOOGLE:
+        raise UserError(
+            f"{loaded.path} is a hybrid, {loaded.cfg.model.variant}, which is not written for "
+            f"{fmt.title}: export to jax, or with pool=cls or gap to npz"
+        )
     if loaded.cfg.model.posemb == "sincos2d":
         params[POSITIONS] = np.asarray(sincos2d(shape.grid, shape.size.width))
     return named(params)

@@ -7,7 +7,8 @@
     resnet18              table 1 of that paper with a 3x3 stem and no pooling, the usual variant
                           for 32 px and the one that papers on small ViTs compare with
 
-The layers, and batch normalisation's statistics, are in convolution.py.
+The layers, and batch normalisation's statistics, are in convolution.py; BiT's ResNets, stems of the
+published hybrids, in bit.py.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
+from vit_scale.models import bit
 from vit_scale.models.convolution import BatchNorm, Convolution, Mask, linear, max_pool
 from vit_scale.models.layers import new_head
 
@@ -276,13 +278,27 @@ class Stem:
     name: str
     patch: int  # pixels of its feature map per token; PATCH are pixels of the image
     channels: int  # of its feature map
+    stages: tuple[int, ...] = ()  # residual blocks per stage of a BiT ResNet
+
+    @property
+    def batch_norm(self) -> bool:
+        """Whether it has batch normalisation, whose statistics only training updates."""
+        return self.name not in bit.STAGES
 
 
-STEMS = {"C": "a convolutional stem", "R20": "ResNet-20 without its head"}
+STEMS = {"C": "a convolutional stem", "R20": "ResNet-20 without its head", **bit.STAGES}
 
 
 def stem(name: str, patch: int, width: int) -> Stem:
     """Resolve a hybrid's stem. Raises UserError if `patch` or the token width does not fit."""
+    if name in bit.STAGES:
+        stages = bit.stages(name, patch)
+        if patch % bit.stride(stages):
+            raise UserError(
+                f"patch size {patch} is not divisible by {bit.stride(stages)}, the stride of "
+                f"{name}+"
+            )
+        return Stem(name, patch // bit.stride(stages), bit.channels(stages), stages)
     if name == "R20":
         if patch % R20.stride:
             raise UserError(
@@ -302,6 +318,8 @@ def stem_module(
     stem: Stem, patch: int, cfg: ConfigDict, rngs: nnx.Rngs, constrain: Callable
 ) -> nnx.Module:
     """Return the module that maps (images [b, H, W, 3], mask) to [b, h, w, stem.channels]."""
+    if stem.name in bit.STAGES:
+        return bit.Features(stem.stages, cfg, rngs, constrain)
     if stem.name == "R20":
         return ResNetFeatures(R20, cfg, rngs, constrain)
     return ConvStem(patch, stem.channels, cfg, rngs)

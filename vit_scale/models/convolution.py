@@ -1,4 +1,4 @@
-"""Layers of convolutional networks: convolution, batch normalisation, pooling.
+"""Layers of convolutional networks: convolution, batch and group normalisation, pooling.
 
 Parameters and statistics are float32; `dtype` is the computation's.
 
@@ -9,6 +9,7 @@ running ones; without a mask the running ones are used.
 """
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,19 @@ Mask = Bool[Array, "b"] | None
 
 
 def convolve(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride: int, pad: int
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "s s i o"],
+    stride: int,
+    pad: tuple[int, int],
 ) -> Float[Array, "b h2 w2 o"]:
-    """Convolve images that are padded by `pad` pixels of zeros on each side.
+    """Convolve images that are padded by `pad` pixels of zeros before and after either axis.
 
     On a CPU the gradient with respect to the kernel is one product of all patches with the output's
     gradient: XLA's convolution for it takes several times as long.
     """
 
     def plain(x, kernel):
-        window, padding = (stride, stride), [(pad, pad)] * 2
+        window, padding = (stride, stride), [pad, pad]
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, window, padding, dimension_numbers=numbers)
 
@@ -50,10 +54,10 @@ def convolve(
 
 
 def patches(
-    x: Float[Array, "b h w i"], side: int, stride: int, pad: int
+    x: Float[Array, "b h w i"], side: int, stride: int, pad: tuple[int, int]
 ) -> Float[Array, "b h2 w2 p"]:
     """Return the side x side x i values that each output pixel of a convolution sees."""
-    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
     height, width = (x.shape[axis] - side for axis in (1, 2))
     shifts = itertools.product(range(side), repeat=2)
     return jnp.concatenate(
@@ -61,14 +65,20 @@ def patches(
     )
 
 
+def same_padding(side: int, stride: int) -> tuple[int, int]:
+    """Return TensorFlow's "SAME" padding of an axis that the stride divides: (before, after)."""
+    total = max(side - stride, 0)
+    return total // 2, total - total // 2
+
+
 class Convolution(nnx.Module):
-    """A square convolution, padded to keep the image's size up to the stride.
+    """A square convolution, padded by as much before as after, to the image's size by the stride.
 
     nnx.Conv draws a random key for its bias, which would change all later layers' initial values.
     """
 
     def __init__(self, side: int, channels: tuple[int, int], cfg, rngs, stride=1, bias=False):
-        self.stride, self.pad, self.dtype = stride, side // 2, jnp.dtype(cfg.dtype)
+        self.stride, self.pad, self.dtype = stride, (side // 2,) * 2, jnp.dtype(cfg.dtype)
         self.kernel = nnx.Param(HE(rngs.params(), (side, side, *channels)))
         if bias:
             self.bias = nnx.Param(jnp.zeros(channels[1]))
@@ -78,6 +88,54 @@ class Convolution(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         x = convolve(x.astype(self.dtype), kernel, self.stride, self.pad)
         return x + self.bias[...].astype(self.dtype) if self.biased else x
+
+
+class Epsilons(NamedTuple):
+    """What keeps the scaling of kernels and of groups of channels from dividing by zero."""
+
+    deviation: float  # added to a kernel's standard deviation
+    variance: float  # to its variance
+    norm: float  # to the variance of a group
+
+
+class StandardizedConvolution(nnx.Module):
+    """A square convolution by a kernel of mean 0 and variance 1, with "SAME" padding.
+
+    Weight standardisation (Qiao et al. 2019, arXiv 1903.10520), in float32, of each output channel.
+    """
+
+    def __init__(
+        self, side: int, channels: tuple[int, int], cfg, epsilons: Epsilons, rngs, stride=1
+    ):
+        self.stride, self.pad, self.epsilons = stride, same_padding(side, stride), epsilons
+        self.dtype = jnp.dtype(cfg.dtype)
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (side, side, *channels)))
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        kernel = self.kernel[...]
+        centred = kernel - kernel.mean((0, 1, 2))
+        variance = jnp.square(centred).mean((0, 1, 2)) + self.epsilons.variance
+        kernel = centred / (jnp.sqrt(variance) + self.epsilons.deviation)
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.pad)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (Wu & He 2018, arXiv 1803.08494) of 32 groups of channels, in float32."""
+
+    groups = 32
+
+    def __init__(self, channels: int, epsilon: float, scale: float = 1.0):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.full(channels, scale))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
+        centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):
@@ -117,6 +175,14 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     """Max-pool 2 x 2 pixels. Equal maxima share the gradient; nnx.max_pool gives it to one."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def max_pool_overlapping(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Max-pool 3 x 3 pixels with stride 2, of images of even size, with "SAME" padding."""
+    pad = same_padding(3, 2)
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=-jnp.inf)
+    rows = jnp.maximum(jnp.maximum(x[:, :-1:2], x[:, 1::2]), x[:, 2::2])
+    return jnp.maximum(jnp.maximum(rows[:, :, :-1:2], rows[:, :, 1::2]), rows[:, :, 2::2])
 
 
 def linear(channels: tuple[int, int], cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:

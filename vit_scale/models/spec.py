@@ -9,7 +9,7 @@ import re
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models import convnets, rotary
+from vit_scale.models import bit, convnets, rotary
 from vit_scale.models.layers import NORMS, Size
 
 SIZES = {
@@ -41,6 +41,7 @@ CHOICES = {
     "gelu": ("exact", "tanh", "quick"),
     "norm": tuple(NORMS),
     "qk_norm": ("none", *NORMS),
+    "stem_epsilon": tuple(bit.EPSILONS),
 }
 
 

@@ -165,7 +165,8 @@ def _function(model: Pretrained) -> dict[str, object]:
     }
     if isinstance(shape, Shape):  # whose sizes may be named or written out
         fields |= {f"model.{name}": size for name, size in dataclasses.asdict(shape.size).items()}
-        fields["model.variant"] = f"patch {shape.patch}"
+        stem = f"{shape.stem.name}+, " if shape.stem else ""
+        fields["model.variant"] = f"{stem}patch {shape.patch}"
     return fields
 
 

@@ -5,6 +5,7 @@ beside the weights, else from the user's hints or the format's convention. Whate
 returned as text, so that it can be printed.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.errors import UserError
+from vit_scale.models import bit
 from vit_scale.models.layers import Size
 from vit_scale.models.spec import SIZES
 from vit_scale.pretrained.hints import Hints
@@ -58,12 +60,13 @@ def infer_config(
     stored = fmt.stored_params(arrays)
     stated = {**fmt.model, **convention(fmt, keys).model, **metadata.model}
     patch, width = first["embed/kernel"].shape[1::2]
+    stem, patch = _infer_stem(first, patch)
     size = Size(width, fmt.depth(arrays), 1, first["blocks/0/mlp/up/kernel"].shape[1])
     size = dataclasses.replace(size, swiglu="blocks/0/mlp/gate/kernel" in first)
     _check_dimensions(metadata, width=width, depth=size.depth)
     heads, assumptions = _infer_heads(fmt, first, metadata, hints, size)
     cfg = config.base()
-    cfg.model.update(variant_fields(dataclasses.replace(size, heads=heads), patch))
+    cfg.model.update(variant_fields(dataclasses.replace(size, heads=heads), patch, stem))
     cfg.model.update({**stated, **_block_fields(first, stored, stated), "heads": cfg.model.heads})
     if POSITIONS not in first and cfg.model.rope != "none":
         cfg.model.posemb = "none"
@@ -140,13 +143,38 @@ def _check_dimensions(metadata: Metadata, **dimensions: int) -> None:
             )
 
 
-def variant_fields(size: Size, patch: int) -> dict[str, Any]:
-    """Fields of the model block for these sizes: the name of a standard variant, or each number."""
+def variant_fields(size: Size, patch: int, stem: str = "") -> dict[str, Any]:
+    """Fields of the model block for these sizes: the name of a standard variant, or each number.
+
+    `stem` is that of a hybrid, such as "R26+".
+    """
     letter = next((name for name, standard in SIZES.items() if standard == size), None)
     if letter:
-        return {"variant": f"{letter}/{patch}"}
+        return {"variant": f"{stem}{letter}/{patch}"}
     sizes = {**vars(size), "swiglu": size.swiglu or None}  # None: as Ti
-    return {"variant": f"Ti/{patch}", **sizes}
+    return {"variant": f"{stem}Ti/{patch}", **sizes}
+
+
+def _infer_stem(first: Arrays, patch: int) -> tuple[str, int]:
+    """Return a hybrid's stem ("R26+"; "" for a ViT) and the pixels of the image per patch.
+
+    `patch` is in pixels of the feature map. Raises UserError for a ResNet of another depth.
+    """
+    if not any(name.startswith("stem/") for name in first):
+        return "", patch
+    prefix = "stem/stages/"
+    blocks = {tuple(name.split("/")[2:4]) for name in first if name.startswith(prefix)}
+    counts = collections.Counter(stage for stage, _ in blocks)
+    stages = tuple(counts[stage] for stage in sorted(counts))
+    pixels = patch * bit.stride(stages)
+    for name in bit.STAGES:
+        if bit.stages(name, pixels) == stages:
+            return f"{name}+", pixels
+    known = ", ".join(map(str, (*bit.STAGES.values(), bit.R50_STRIDE_16)))
+    raise UserError(
+        f"a ResNet of {stages} blocks per stage, with patches of {pixels} px, is no stem of a "
+        f"hybrid: {known} are"
+    )
 
 
 def _infer_pool(

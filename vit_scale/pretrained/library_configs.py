@@ -13,7 +13,7 @@ from vit_scale.pretrained.preprocessing import PIL_RESAMPLING
 def npz_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
     """The content of the .json beside an exported .npz; no other library reads it."""
     model = shape(cfg.model, image_size(cfg))
-    fields = ("gelu", "norm_epsilon", "pool")
+    fields = ("gelu", "norm_epsilon", "pool", *(("stem_epsilon",) if model.stem else ()))
     return {
         "model": {"heads": model.size.heads, **{name: cfg.model[name] for name in fields}},
         "mean": list(cfg.augment.mean),

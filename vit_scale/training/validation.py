@@ -118,11 +118,15 @@ def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: in
     """
     name = cfg.model.variant
     required: dict[str, tuple] = {}  # field: (its one possible value, what another would do)
-    if isinstance(shape, convnets.Shape) or shape.stem:
+    stem = shape.stem if isinstance(shape, Shape) else None
+    if isinstance(shape, convnets.Shape) or (stem and stem.batch_norm):
         frozen = "would leave the batch normalisation of frozen layers updating its statistics"
         split = "splits the batch over which batch normalisation takes its statistics"
         required |= {"optim.accumulate": (1, split), "optim.freeze": ((), frozen)}
         required |= {"optim.train": ("all", frozen), "lora.rank": (0, frozen)}
+    if not stem or stem.batch_norm:
+        applies = "applies to a hybrid with a ResNet of BiT"
+        required |= {"model.stem_epsilon": (config.base().model.stem_epsilon, applies)}
     if isinstance(shape, convnets.Shape):
         required |= {"optim.layer_decay": (1.0, "applies to the blocks of a ViT")}
         used = ("variant", "classes", "dtype", "head_bias", *convnets.FIELDS)

@@ -2,14 +2,33 @@
 
 Layouts are Flax's, as ours. [CLS] has a position embedding, the first row. Files name the layers of
 a block as Flax did before 2021, with one counter (LayerNorm_0, MultiHeadDotProductAttention_1,
-LayerNorm_2, MlpBlock_3); later Flax counts each type from 0, which `aliases` undoes.
+LayerNorm_2, MlpBlock_3); later Flax counts each type from 0, which `aliases` undoes. Hybrids have a
+BiT ResNet beside them, whose norms are vectors or (1 1 1 c).
 """
 
+from vit_scale.pretrained.formats import bit_stem
+from vit_scale.pretrained.formats.steps import flatten
 from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat
+
+STEM = bit_stem.layers(
+    {"conv": "conv_root", "norm": "gn_root"},
+    lambda stage, block: f"block{stage + 1}/unit{block + 1}/",
+    {
+        **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
+        **{f"norm{i}": f"gn{i}" for i in (1, 2, 3)},
+        "shortcut_conv": "conv_proj",
+        "shortcut_norm": "gn_proj",
+    },
+)
 
 BLOCK = "Transformer/encoderblock_{i}/"
 ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_1/", BLOCK + "MlpBlock_3/"
 MAPPINGS = (
+    *(
+        KeyMapping(f"{param}/{leaf}", f"{key}/{leaf}")
+        for param, key in STEM
+        for leaf in (("kernel",) if "conv" in param else ("scale", "bias"))
+    ),
     KeyMapping("embed/kernel", "embedding/kernel"),
     KeyMapping("embed/bias", "embedding/bias"),
     KeyMapping("cls", "cls", "token"),
@@ -43,7 +62,7 @@ GOOGLE = WeightFormat(
     title="google-research/vision_transformer",
     signature=r"Transformer/posembed_input/pos_embedding",
     mappings=MAPPINGS,
-    model={"gelu": "tanh", "norm_epsilon": 1e-6},
+    model={"gelu": "tanh", "norm_epsilon": 1e-6, "stem_epsilon": "google"},
     augment={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     eval={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},
     aliases=(
@@ -54,4 +73,5 @@ GOOGLE = WeightFormat(
         ),
         (r"(encoderblock_\d+/)MlpBlock_0/", r"\1MlpBlock_3/"),
     ),
+    steps=(flatten(r"(.*/)?gn"),),
 )

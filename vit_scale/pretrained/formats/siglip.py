@@ -4,8 +4,7 @@ The pooled vector is the image's embedding: there is no projection. SigLIP 2's m
 any shape (NaFlex) stores its patch embedding as a matrix; here it reads one size of images.
 """
 
-import math
-
+from vit_scale.pretrained.formats.steps import unflatten_patches
 from vit_scale.pretrained.key_mapping import Arrays, KeyMapping, WeightFormat, dense, norm
 
 BLOCK, POOL = "encoder.layers.{i}.", "head."
@@ -32,15 +31,13 @@ MAPPINGS = (
 )
 
 
-def unflatten_patches(arrays: Arrays, depth: int) -> tuple[Arrays, list[str]]:
+def unflatten_embedding(arrays: Arrays, depth: int) -> tuple[Arrays, list[str]]:
     """Reshape a patch embedding d (p p c), of SigLIP 2 for any shape, to d c p p."""
     key = "embeddings.patch_embedding.weight"
     kernel = arrays.get(key)
     if kernel is None or kernel.ndim != 2:
         return arrays, []
-    side = math.isqrt(kernel.shape[1] // 3)
-    square = kernel.reshape(len(kernel), side, -1, 3)
-    return arrays | {key: square.transpose(0, 3, 1, 2)}, []
+    return arrays | {key: unflatten_patches(kernel.T).transpose(3, 2, 0, 1)}, []
 
 
 SIGLIP = WeightFormat(
@@ -57,5 +54,5 @@ SIGLIP = WeightFormat(
         (r"^vision_model\.", ""),
         (r"\.in_proj_(weight|bias)$", r".in_proj.\1"),
     ),
-    steps=(unflatten_patches,),
+    steps=(unflatten_embedding,),
 )

@@ -1,5 +1,8 @@
 """Steps that rewrite what a file contains to what a format's key mappings describe."""
 
+import math
+import re
+
 import numpy as np
 
 from vit_scale.pretrained.key_mapping import BLOCK_INDEX, Arrays, Step
@@ -50,3 +53,23 @@ def zero_key_bias(query: str, key: str) -> Step:
         return arrays | added, ["the biases of keys are zero"]
 
     return step
+
+
+def flatten(pattern: str) -> Step:
+    """Return a step that makes vectors (c) of arrays (1 1 1 c) whose keys match `pattern`."""
+
+    def step(arrays: Arrays, depth: int) -> tuple[Arrays, list[str]]:
+        vectors = {
+            key: x.reshape(-1)
+            for key, x in arrays.items()
+            if re.match(pattern, key) and x.size == x.shape[-1]
+        }
+        return arrays | vectors, []
+
+    return step
+
+
+def unflatten_patches(kernel: np.ndarray) -> np.ndarray:
+    """Reshape a patch embedding (p p c) d, of images of any shape, to p p c d."""
+    side = math.isqrt(len(kernel) // 3)
+    return kernel.reshape(side, -1, 3, kernel.shape[1])

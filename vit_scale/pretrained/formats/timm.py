@@ -3,12 +3,14 @@
 PyTorch layouts, with fused queries, keys and values. [CLS] has a position embedding, the first row,
 except in models with no_embed_class, such as DeiT III. Other spellings of the same contents become
 this one: separate queries, keys and values (EVA-02), a packed SwiGLU (DINOv2's g), frequencies of
-all blocks in one array (RoPE-ViT), and biases of keys that are always zero (EVA, DINOv3).
+all blocks in one array (RoPE-ViT), and biases of keys that are always zero (EVA, DINOv3). Hybrids
+are those with BiT's ResNets.
 """
 
 import numpy as np
 
 from vit_scale.errors import UserError
+from vit_scale.pretrained.formats import bit_stem
 from vit_scale.pretrained.formats.steps import split_gated
 from vit_scale.pretrained.key_mapping import (
     Arrays,
@@ -21,7 +23,22 @@ from vit_scale.pretrained.key_mapping import (
 
 BLOCK, ATTENTION, MLP = "blocks/{i}/", "blocks/{i}/attention/", "blocks/{i}/mlp/"
 QKV = (ATTENTION + "query", ATTENTION + "key", ATTENTION + "value")
+STEM = bit_stem.layers(
+    {"conv": "patch_embed.backbone.stem.conv", "norm": "patch_embed.backbone.stem.norm"},
+    lambda stage, block: f"patch_embed.backbone.stages.{stage}.blocks.{block}.",
+    {
+        **{f"{layer}{i}": f"{layer}{i}" for layer in ("conv", "norm") for i in (1, 2, 3)},
+        "shortcut_conv": "downsample.conv",
+        "shortcut_norm": "downsample.norm",
+    },
+)
 MAPPINGS = (
+    *(
+        KeyMapping(f"{param}/kernel", f"{key}.weight", "patches")
+        for param, key in STEM
+        if "conv" in param
+    ),
+    *(mapping for param, key in STEM if "norm" in param for mapping in norm(param, key)),
     *dense("embed", "patch_embed.proj", "patches"),
     KeyMapping("cls", "cls_token", "token"),
     KeyMapping("dist", "dist_token", "token"),
@@ -123,6 +140,7 @@ TIMM = WeightFormat(
     fc_norm=("fc_norm", "norm"),
     ambiguous_pool=True,
     aliases=(
+        (r"^(patch_embed\.backbone)\.(conv|norm)\.", r"\1.stem.\2."),  # the root block alone
         (r"\.gamma_([12])$", r".ls\1.gamma"),  # DeiT III's repository, EVA
         (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2: blocks in chunks
         (r"^(register|storage)_tokens$", "reg_token"),  # DINOv2, DINOv3
@@ -140,6 +158,7 @@ TIMM = WeightFormat(
         ),
         Convention(r"rope\.freqs", {"rope": "mixed", "rope_temperature": 10.0}, "pairs"),
         Convention(r"norm_pre\.weight", {"norm_epsilon": 1e-5}),  # CLIP
+        Convention(r"patch_embed\.backbone\..*", {"stem_epsilon": "timm"}),
     ),
     needs_architecture=r"blocks\.0\.attn\.q_(bias|proj\.weight)",
     steps=(
