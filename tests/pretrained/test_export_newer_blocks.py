@@ -14,6 +14,7 @@ from vit_scale.models.build import build
 
 NO_BIAS = ("model.qkv_bias=false", "model.proj_bias=false", "model.patch_bias=false")
 CASES = {  # VisionTransformer, unless it says Eva
+    "hybrid": ("model.variant=R+Ti/8", "model.stem_epsilon=timm", "model.gelu=tanh"),
     "registers": ("model.registers=2", "model.layer_scale=.1"),
     "norms": ("model.qk_norm=layernorm", "model.pre_norm=true", "model.final_norm=false"),
     "rmsnorm": ("model.norm=rmsnorm", "model.qk_norm=rmsnorm"),
@@ -70,6 +71,7 @@ def test_timm_computes_the_same(case, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (("model.variant=C+Ti/8",), r"VisionTransformer has no model.variant=C\+Ti/8"),
         (("model.pool=cls_gap",), "timm's VisionTransformer has no model.pool=cls_gap"),
         (("model.qk_norm=rmsnorm",), "qk_norm=rmsnorm beside norm=layernorm"),
         (("model.rope=axial", "model.distilled=true"), "timm's Eva has no model.distilled=True"),

@@ -244,4 +244,5 @@ def test_a_file_that_lost_an_array_is_no_other_architecture(tmp_path):
 
 def test_every_format_has_a_case():
     tested = {fmt for fmt, _ in CASES.values()} | {"google", "big_vision"}
+    tested.add("big_vision-two_towers")  # test_two_towers.py
     assert tested == set(FORMATS)

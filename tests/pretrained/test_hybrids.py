@@ -5,6 +5,7 @@ golden/hybrids.npz has what they computed (golden/make_hybrids.py); the weights 
 
 import functools
 import pathlib
+import re
 import tempfile
 
 import jax
@@ -121,7 +122,7 @@ def test_what_is_missing_or_of_another_depth_is_refused(tmp_path):
     refused(r"unexpected arrays: block1/unit4", write("google-R26", file, **more))
 
 
-def test_a_hybrid_becomes_a_run_and_is_exported_to_npz_but_not_to_torch(tmp_path):
+def test_a_hybrid_becomes_a_run_and_is_exported(tmp_path):
     source = write("timm-R", tmp_path / weight_files.SAFETENSORS)
     made, _ = convert(source, tmp_path / "run", ["model.heads=3", "data.resolution=64"])
     lines = export(tmp_path / "run", "npz", tmp_path / "x.npz")
@@ -131,6 +132,10 @@ def test_a_hybrid_becomes_a_run_and_is_exported_to_npz_but_not_to_torch(tmp_path
     close(again, "timm-R")
     for name, leaf in named(again.params).items():
         np.testing.assert_array_equal(leaf, named(made.params)[name], err_msg=name)
-    for kind in ("safetensors-timm", "safetensors-hf"):
-        with pytest.raises(UserError, match=r"is a hybrid, R\+Ti/32, which is not written for"):
-            export(tmp_path / "run", kind, tmp_path / "folder")
+    export(tmp_path / "run", "safetensors-timm", tmp_path / "timm")
+    written = weight_files.read_arrays(tmp_path / "timm" / weight_files.SAFETENSORS)
+    assert written.keys() == arrays("timm-R").keys()
+    for key in filter(re.compile("patch_embed").match, written):
+        np.testing.assert_array_equal(written[key], arrays("timm-R")[key], err_msg=key)
+    with pytest.raises(UserError, match=r"has the stem of R\+Ti/32, which Hugging Face"):
+        export(tmp_path / "run", "safetensors-hf", tmp_path / "folder")

@@ -248,11 +248,6 @@ def _named(loaded: Pretrained) -> Arrays:
     """The unrolled parameters by name; fixed position embeddings as learned ones."""
     params = jax.tree.map(np.asarray, unstack(loaded.params))
     shape = loaded.model.shape
-    if shape.stem and fmt is not GOOGLE:
-        raise UserError(
-            f"{loaded.path} is a hybrid, {loaded.cfg.model.variant}, which is not written for "
-            f"{fmt.title}: export to jax, or with pool=cls or gap to npz"
-        )
     if loaded.cfg.model.posemb == "sincos2d":
         params[POSITIONS] = np.asarray(sincos2d(shape.grid, shape.size.width))
     return named(params)
@@ -286,6 +281,8 @@ def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
         newer.append("model.gelu=quick")
     if cfg.representation and fmt is HUGGINGFACE:
         newer.append(f"model.representation={cfg.representation}")
+    if shape.stem and (shape.stem.batch_norm or fmt is not GOOGLE):
+        newer.append(f"the stem of {cfg.variant}")
     if newer:
         raise UserError(
             f"{loaded.path} has {newer[0]}, which {fmt.title} doesn't support: export to "
@@ -296,7 +293,7 @@ def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
         params[POSITIONS] = np.zeros((*shape.grid, shape.size.width), np.float32)
     for name, kernel in list(params.items()):
         bias = name.removesuffix("kernel") + "bias"
-        if name.endswith("/kernel") and bias not in params:
+        if re.match(r"(?!stem/).*/kernel$", name) and bias not in params:
             outputs = kernel.shape[1:] if re.search("query|key|value", name) else kernel.shape[-1:]
             params[bias] = np.zeros(outputs, np.float32)
     return to_arrays(fmt, params, shape.size.depth)

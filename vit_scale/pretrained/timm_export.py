@@ -1,8 +1,9 @@
 """Write our models as timm's: the arrays, and the config.json for `timm.create_model`.
 
-timm has two classes: VisionTransformer, and Eva for rotary positions, a gated MLP and norms inside
-a block. An architecture of either is named, and every argument that differs is stated. What neither
-can express is refused; parameters that timm has and ours lack are added as zeros.
+timm has two classes: VisionTransformer, also of hybrids, and Eva for rotary positions, a gated MLP
+and norms inside a block. An architecture of either is named, and every argument that differs is
+stated. What neither can express is refused; parameters that timm has and ours lack are added as
+zeros.
 """
 
 from typing import Any
@@ -21,6 +22,12 @@ from vit_scale.pretrained.timm_config import POOLS
 
 PLAIN, DISTILLED = "vit_base_patch16_224", "deit_base_distilled_patch16_224"
 EVA = {1e-6: "vit_small_patch16_rope_224", 1e-5: "vit_small_patch16_dinov3"}  # by epsilon
+HYBRIDS = {  # by the ResNet's blocks per stage
+    (): "vit_tiny_r_s16_p8_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+}
 ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 
 
@@ -45,7 +52,8 @@ def check_timm(cfg: ConfigDict, shape: Shape) -> None:
         "nearest_grid=True": cfg.nearest_grid and shape.pixels is not None,
         f"representation={shape.representation}": bool(shape.representation),
         f"qk_norm={cfg.qk_norm} beside norm={cfg.norm}": cfg.qk_norm not in ("none", cfg.norm),
-        "distilled=True": eva and shape.distilled,
+        "distilled=True": (eva or shape.stem) and shape.distilled,
+        f"variant={cfg.variant}": shape.stem and (eva or shape.stem.batch_norm),
         f"norm={cfg.norm}": eva and cfg.norm != "layernorm",
         f"gelu={cfg.gelu}": eva and cfg.gelu != "exact" and not shape.size.swiglu,
     }
@@ -80,6 +88,8 @@ def timm_arrays(params: Arrays, cfg: ConfigDict, shape: Shape) -> Arrays:
         arrays["pos_embed"] = arrays["pos_embed"][:, shape.class_token + shape.distilled :]
     if shape.fc_norm:
         arrays |= {f"fc_norm.{leaf}": arrays.pop(f"norm.{leaf}") for leaf in _leaves(arrays)}
+    if shape.stem and not shape.stem.stages:
+        arrays = {key.replace("backbone.stem.", "backbone."): x for key, x in arrays.items()}
     return _as_eva(arrays, shape) if eva else arrays
 
 
@@ -113,7 +123,16 @@ def timm_config(
     arguments |= _eva(cfg.model, shape) if eva else _plain(cfg.model, shape)
     named = 1e-5 if eva and epsilon == 1e-5 else 1e-6
     architecture = EVA[named] if eva else DISTILLED if shape.distilled else PLAIN
+    first_conv = "patch_embed.proj"
+    if shape.stem:
+        architecture = HYBRIDS[shape.stem.stages]
+        first_conv = f"patch_embed.backbone.{'stem.' if shape.stem.stages else ''}conv"
     lines = []
+    if shape.stem and cfg.model.stem_epsilon != "timm":
+        lines.append(
+            f"this model has model.stem_epsilon={cfg.model.stem_epsilon}, and timm other epsilons "
+            "in the ResNet: logits will differ a little"
+        )
     if epsilon != named:
         lines.append(
             f"this model has norm_epsilon={epsilon:g}, which timm's config can't express: set `eps`"
@@ -135,7 +154,7 @@ def timm_config(
             "std": list(cfg.augment.std),
             "num_classes": cfg.model.classes,
             "label_names": list(classes),
-            "first_conv": "patch_embed.proj",
+            "first_conv": first_conv,
             "classifier": ["head", "head_dist"] if shape.distilled else "head",
         },
     }
@@ -149,7 +168,7 @@ def _common(cfg: ConfigDict, shape: Shape) -> dict[str, Any]:
     if int(size.width * ratio) != size.mlp:  # timm rounds the product down
         ratio = (size.mlp + 0.5) / size.width
     arguments: dict[str, Any] = {
-        "patch_size": shape.patch,
+        "patch_size": shape.stem.patch if shape.stem else shape.patch,
         "embed_dim": size.width,
         "depth": size.depth,
         "num_heads": size.heads,

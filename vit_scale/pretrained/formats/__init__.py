@@ -1,6 +1,6 @@
 """The weight formats that can be read and written: a table of key mappings for each library."""
 
-from vit_scale.pretrained.formats.big_vision import BIG_VISION
+from vit_scale.pretrained.formats.big_vision import BIG_VISION, TWO_TOWERS
 from vit_scale.pretrained.formats.clip import CLIP, OPEN_CLIP
 from vit_scale.pretrained.formats.dinov2 import DINOV2
 from vit_scale.pretrained.formats.dinov3 import DINOV3
@@ -9,10 +9,14 @@ from vit_scale.pretrained.formats.huggingface import HUGGINGFACE
 from vit_scale.pretrained.formats.siglip import SIGLIP
 from vit_scale.pretrained.formats.timm import TIMM
 
-# In this order: the first whose signature occurs is taken, and Dinov2 has ViT's as well.
+# In this order: the first whose signature occurs is taken. Dinov2 has ViT's as well, two towers
+# that of one.
 FORMATS = {
     fmt.name: fmt
-    for fmt in (GOOGLE, BIG_VISION, TIMM, DINOV2, DINOV3, SIGLIP, CLIP, HUGGINGFACE, OPEN_CLIP)
+    for fmt in (
+        *(GOOGLE, TWO_TOWERS, BIG_VISION, TIMM, DINOV2, DINOV3, SIGLIP, CLIP, HUGGINGFACE),
+        OPEN_CLIP,
+    )
 }
 
 __all__ = [
@@ -26,4 +30,5 @@ __all__ = [
     "OPEN_CLIP",
     "SIGLIP",
     "TIMM",
+    "TWO_TOWERS",
 ]

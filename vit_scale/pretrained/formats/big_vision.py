@@ -2,10 +2,15 @@
 
 Blocks are separate, or scanned: one array holds all of them. Positions are learned and stored, or
 fixed and not stored. The fixed ones are MoCo v3's sin-cos embeddings, whose lowest frequency is
-exactly 1 / temperature; ours ends one frequency earlier.
+exactly 1 / temperature; ours ends one frequency earlier. A model of two towers, such as SigLIP 2,
+has the image's beside the text's. Its NaFlex variant, for images of any shape, stores the patch
+embedding as a matrix and positions as a grid; here it reads one size of images.
 """
 
-from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat
+import dataclasses
+
+from vit_scale.pretrained.formats.steps import note_projection, unflatten_patches
+from vit_scale.pretrained.key_mapping import Arrays, KeyMapping, WeightFormat
 
 BLOCK = "Transformer/encoderblock_{i}/"
 ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_0/", BLOCK + "MlpBlock_0/"
@@ -61,6 +66,17 @@ def temperature(width: int) -> float:
     return 10_000.0 ** (frequencies / (frequencies - 1))
 
 
+def flatten_naflex(arrays: Arrays, depth: int) -> tuple[Arrays, list[str]]:
+    """Reshape the patch embedding (p p c) d to p p c d, and positions h w d to 1 (h w) d."""
+    kernel, positions = arrays.get("embedding/kernel"), arrays.get("pos_embedding")
+    if kernel is None or kernel.ndim != 2:
+        return arrays, []
+    changed = {"embedding/kernel": unflatten_patches(kernel)}
+    if positions is not None:
+        changed["pos_embedding"] = positions.reshape(1, -1, positions.shape[-1])
+    return arrays | changed, []
+
+
 BIG_VISION = WeightFormat(
     name="big_vision",
     title="google-research/big_vision",
@@ -75,4 +91,15 @@ BIG_VISION = WeightFormat(
     ),
     scanned=("Transformer/encoderblock/", BLOCK),
     sincos_temperature=temperature,
+)
+
+TWO_TOWERS = dataclasses.replace(
+    BIG_VISION,
+    name="big_vision-two_towers",
+    title="google-research/big_vision (two towers)",
+    signature=r"img/embedding/kernel",
+    eval={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},  # SigLIP's
+    unused=r"txt/|[tb]$",
+    aliases=((r"^img/", ""), *BIG_VISION.aliases),
+    steps=(flatten_naflex, note_projection("head/kernel")),
 )
