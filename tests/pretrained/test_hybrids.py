@@ -139,3 +139,7 @@ def test_a_hybrid_becomes_a_run_and_is_exported(tmp_path):
         np.testing.assert_array_equal(written[key], arrays("timm-R")[key], err_msg=key)
     with pytest.raises(UserError, match=r"has the stem of R\+Ti/32, which Hugging Face"):
         export(tmp_path / "run", "safetensors-hf", tmp_path / "folder")
+    gap = ["model.heads=3", "data.resolution=64", "model.pool=cls_gap", "init.head=new"]
+    convert(source, tmp_path / "gap", gap)
+    with pytest.raises(UserError, match="has pool=cls_gap, but transformers' ViT"):  # as Dinov2
+        export(tmp_path / "gap", "safetensors-hf", tmp_path / "folder")

@@ -33,7 +33,8 @@ ABSENT: dict[str, Any] = {
 def is_dinov2(cfg: ConfigDict, shape: Shape) -> bool:
     """Return whether Dinov2 can express the model of this `model` block."""
     plain = all(cfg[name] == value for name, value in ABSENT.items())
-    return plain and shape.class_token and shape.pool != "map" and bool(mlp_ratio(shape))
+    plain = plain and shape.class_token and not shape.stem
+    return plain and shape.pool != "map" and bool(mlp_ratio(shape))
 
 
 def mlp_ratio(shape: Shape) -> int:
