@@ -223,8 +223,10 @@ def test_a_timm_model_that_is_not_a_plain_vit(tmp_path):
     refused(tmp_path, "global_pool=avgmax, which is not supported; supported: token, avg, map")
     says(num_heads=3, attn_layer="differential")
     refused(tmp_path, "attn_layer=differential, not a plain ViT")
-    says(num_heads=3, norm_layer="rmsnorm")
-    refused(tmp_path, "norm_layer=rmsnorm, which is not supported")
+    says(num_heads=3, norm_layer="batchnorm")
+    refused(tmp_path, "norm_layer=batchnorm, which is not supported")
+    says(num_heads=3, norm_layer="rmsnorm")  # which has no biases
+    refused(tmp_path, "unexpected: blocks.0.norm1.bias")
     says(num_heads=3, act_layer="silu")
     refused(tmp_path, "has the activation silu")
     says(num_heads=3)

@@ -547,7 +547,7 @@ def test_differences_in_computation_are_reported(tmp_path):
 def test_exports_that_are_refused(tmp_path):
     run = a_run(tmp_path / "run", "model.representation=8")
     message = refusal(export, run, "safetensors-timm", tmp_path / "x")
-    assert "has a layer between pooling and head" in message
+    assert "timm's VisionTransformer has no model.representation=8: export to jax" in message
     assert "did you mean safetensors-hf or safetensors-timm" in refusal(
         export, run, "timm-safetensors", "x"
     )
