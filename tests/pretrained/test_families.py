@@ -21,6 +21,7 @@ from vit_scale.pretrained import Hints, adapt, weight_files
 from vit_scale.pretrained.formats import FORMATS
 from vit_scale.pretrained.formats.timm import check_periods
 from vit_scale.pretrained.rotary_channels import ORDERS, reorder
+from vit_scale.pretrained.timm_config import read_timm_config
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "families"
 EXPECTED = dict(np.load(GOLDEN / "expected.npz"))
@@ -141,14 +142,14 @@ def test_clips_head_is_said_to_be_no_classifier():
 
 
 LISTED = """\
-size           no standard one: width 24, 2 blocks, 3 heads, MLP 20
+size           non-standard: width 24, 2 blocks, 3 heads, MLP 20
 patch          4 px, a grid of 3 x 3
 tokens         10, 1 before the patches; pool=cls
 image          12 x 12 px
 parameters     8,638
 parts          gelu=quick, norm_epsilon=1e-05, patch_bias=False, pre_norm=True
 preprocessing  mean 0.4, 0.4, 0.4, std 0.2, 0.2, 0.2; fit=shorter, crop=1, bicubic
-classes        6: 0, 1, 2, ...
+classes        6: dimension 0, dimension 1, dimension 2, ...
 """
 
 
@@ -165,8 +166,10 @@ def test_convert_lists_what_a_file_is(capsys):
 
 def test_eva_without_a_config_needs_its_architecture(tmp_path):
     """Its arrays are those of a model with and without rotary positions."""
-    folder = copied("timm-eva02", tmp_path, config=None)
+    folder = copied("timm-eva02", tmp_path / "eva", config=None)
     refused("don't tell whether positions are rotary.*init.architecture=", folder)
+    pe = copied("timm-pe", tmp_path / "pe", config=None)
+    refused("it has attn_pool.*don't tell whether positions are rotary", pe)
     hints = HEADS._replace(architecture="eva02_tiny_patch14_224")
     loaded = pretrained.load_model(folder, hints)
     for name, leaf in named(loaded.params).items():
@@ -178,11 +181,12 @@ def test_eva_without_a_config_needs_its_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("case", "fields", "message"),
     [
-        ("dinov2", {"apply_layernorm": False}, "apply_layernorm=False is not supported"),
+        ("dinov2", {"auto_map": {"AutoModel": "x.y"}}, "auto_map=.*computed by other code"),
+        ("clip-pair", {"post_layernorm": True}, "post_layernorm=True.*other code"),
         ("dinov2", {"model_type": "vit"}, "model_type=vit, but the arrays are named as in"),
         ("dinov2", {"hidden_act": "relu"}, "the activation relu"),
         ("dinov3-gated", {"hidden_act": "gelu"}, "use_gated_mlp with gelu, not silu"),
-        ("siglip", {"vision_use_head": False}, "vision_use_head=False is not supported"),
+        ("siglip", {"vision_use_head": False}, "vision_use_head=False, which is not supported"),
         ("timm-eva02", {"model_args": {"num_kv_heads": 1}}, "num_kv_heads=1, not a plain ViT"),
         (
             "timm-eva02",
@@ -204,6 +208,86 @@ def test_the_configs_settings_are_taken(tmp_path):
     folder = copied("timm-rope", tmp_path / "b", config={"model_args": {"num_heads": 3, **rope}})
     model = pretrained.load_model(folder).cfg.model
     assert (model.rope_temperature, model.rope_offset) == (7.0, 2.0)
+
+
+def rope(**arguments):
+    """(fields, order of channels) of timm's DINOv3 with these arguments beside it."""
+    content = {"architecture": "vit_small_patch16_dinov3", "model_args": arguments}
+    read = read_timm_config(pathlib.Path("x"), content)
+    return {name: read.model.get(name) for name in ("rope", "rope_temperature")}, read.channels
+
+
+def test_arguments_change_only_what_they_state():
+    named = {"rope": "dinov3", "rope_temperature": 100.0}, "halves"
+    assert rope() == rope(rope_rescale_coords=2.0) == rope(use_rot_pos_emb=True) == named
+    assert rope(rope_temperature=50) == ({**named[0], "rope_temperature": 50.0}, "halves")
+    assert rope(rope_rotate_half=False)[1] == "pairs"
+    eva = {"architecture": "eva02_base_patch14_224", "model_args": {"use_rot_pos_emb": True}}
+    read = read_timm_config(pathlib.Path("x"), eva)
+    assert (read.model["rope_reference"], read.channels) == (16, "pairs")
+    eva["model_args"] = {"ref_feat_shape": [24, 24]}
+    assert read_timm_config(pathlib.Path("x"), eva).model["rope_reference"] == 24
+
+
+PROCESSOR = {  # as transformers 5.24 saves it
+    "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 2,
+    "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+    "image_processor_type": "DINOv3ViTImageProcessor", "rescale_factor": 1 / 255,
+    "size": {"height": 12, "width": 12},
+}  # fmt: skip
+
+
+def test_image_processors_of_the_families(tmp_path):
+    """DINOv3's own; DINOv2's crops to another size than that of its positions, which is said."""
+    file = copied("dinov3", tmp_path / "a") / "preprocessor_config.json"
+    file.write_text(json.dumps(PROCESSOR))
+    view = pretrained.load_model(file.parent).cfg.eval
+    assert (view.fit, view.resample) == ("stretch", "bilinear")
+    file = copied("dinov2", tmp_path / "b") / "preprocessor_config.json"
+    bit = {"image_processor_type": "BitImageProcessor", "crop_size": {"height": 8, "width": 8}}
+    file.write_text(json.dumps(PROCESSOR | bit | {"size": {"shortest_edge": 10}}))
+    notes = pretrained.load_model(file.parent).notes
+    assert any("makes 8 x 8 px; the model here takes 12 x 12 px" in note for note in notes)
+    assert any("NaFlex keeps the shape" in note for note in golden("siglip2-naflex").notes)
+
+
+def test_a_patch_that_does_not_divide_the_image_is_said(tmp_path):
+    loaded = pretrained.load_model(copied("siglip", tmp_path, config={"image_size": 14}))
+    assert any("14 x 14 px, of which the patches cover 12 x 12" in note for note in loaded.notes)
+
+
+def test_a_text_towers_config_may_override(tmp_path):
+    fields = {"vision_config_dict": {"hidden_act": "gelu"}}
+    loaded = pretrained.load_model(copied("clip-pair", tmp_path, config=fields))
+    assert loaded.cfg.model.gelu == "exact" and golden("clip-pair").cfg.model.gelu == "quick"
+
+
+def test_openais_own_files_have_the_quick_gelu(tmp_path):
+    arrays = weight_files.read_arrays(GOLDEN / "open_clip" / weight_files.FILE_NAMES[-1])
+    file = tmp_path / "x.safetensors"
+    for more, gelu in (({}, "exact"), ({"input_resolution": np.int64([12])}, "quick")):
+        weight_files.write_safetensors(file, arrays | more)
+        assert pretrained.load_model(file, HEADS).cfg.model.gelu == gelu
+
+
+def test_open_clips_config_of_a_tower_of_timm(tmp_path):
+    """With preprocessing, for both kinds of tower."""
+    shutil.copy(GOLDEN / "timm-registers" / weight_files.SAFETENSORS, tmp_path)
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 12}
+    view = {"mean": [0.1] * 3, "resize_mode": "squash", "interpolation": "bilinear"}
+    content = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": view}
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(json.dumps(content))
+    cfg = pretrained.load_model(tmp_path).cfg
+    assert tuple(cfg.augment.mean) == (0.1, 0.1, 0.1)
+    assert (cfg.eval.fit, cfg.eval.resample) == ("stretch", "bilinear")
+    file.write_text(json.dumps(content | {"preprocess_cfg": {"resize_mode": "longest"}}))
+    refused("resize_mode=longest: not supported", tmp_path)
+    file.unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "radio"}))
+    notes = pretrained.load_model(tmp_path, HEADS).notes
+    assert "config.json beside it is not timm's, but of radio: ignored" in notes
+    assert "model.rope=none" in notes[-1], "assumed: no array would tell"
 
 
 def test_rotary_periods_of_another_temperature_are_refused():

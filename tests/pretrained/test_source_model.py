@@ -40,11 +40,13 @@ def test_the_architecture_is_the_sources(case):
     assert summary(source(case))["config"]["model"]["variant"] == cfg.model.variant
 
 
-def test_what_the_config_sets_stays():
-    cfg = pretrained.with_source_model(source("dinov2-registers", "model.pool=gap"))
-    assert cfg.model.pool == "gap" and cfg.model.registers == 2
-    cfg = source("dinov2-registers", "augment.mean=(0.1, 0.2, 0.3)")
-    assert pretrained.with_source_model(cfg).augment.mean == (0.1, 0.2, 0.3)
+def test_what_the_config_had_set_is_replaced_with_a_line(capsys):
+    cfg = source("dinov2-registers", "model.pool=gap", "augment.mean=(0.1, 0.2, 0.3)")
+    cfg = pretrained.with_source_model(cfg)
+    assert cfg.model.pool == "cls_gap" and cfg.model.registers == 2
+    line = capsys.readouterr().err
+    assert "model.variant=source replaces what the config set" in line
+    assert "model.pool=cls_gap" in line and "augment.mean=" in line and "layer_scale" not in line
     assert pretrained.with_source_model(tiny_config()) == tiny_config()
 
 

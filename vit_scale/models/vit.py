@@ -53,6 +53,7 @@ class ViT(nnx.Module):
         self.scan, self.remat = cfg.scan, remat_policy(cfg.remat)
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path
         self.first_drop_path = cfg.drop_path if cfg.drop_path_uniform else 0.0
+        self.nearest_grid = cfg.nearest_grid
         self.posemb_kind, self.patch_drop, self.rope_cfg = cfg.posemb, cfg.patch_drop, None
         if cfg.rope != "none":
             self.rope_cfg = rotary.settings(cfg)
@@ -109,8 +110,7 @@ class ViT(nnx.Module):
         the batch statistics of a hybrid's stem.
         """
         embed_key, blocks_key, pool_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x, rope = self.tokens(images, mask), None
-        kept, before = None, self.shape.before
+        x, kept, before = self.tokens(images, mask), None, self.shape.before
         if embed_key is not None and self.dropout:
             x = drop(x, self.dropout, embed_key, x.shape)
         if embed_key is not None and self.patch_drop:
@@ -174,7 +174,7 @@ class ViT(nnx.Module):
         All but registers include their position embeddings. The distillation token is DeiT's
         (Touvron et al. 2021, arXiv 2012.12877).
         """
-        if self.shape.pixels != images.shape[1:3]:
+        if self.nearest_grid and self.shape.pixels != images.shape[1:3]:
             resized = (images.shape[0], *self.shape.pixels, images.shape[3])
             images = jax.image.resize(images, resized, "linear", antialias=True)
         x = self.stem(images, mask) if self.shape.stem else images

@@ -76,6 +76,11 @@ def adapt(
             value, action = leaf, "new: part of the head"
         elif name not in available and _kernel_of(name) in available:
             value, action = jnp.zeros(leaf.shape, leaf.dtype), "new: zero, the source has no bias"
+        elif name not in available and _is_layer_scale(name):
+            value, action = (
+                jnp.ones(leaf.shape, leaf.dtype),
+                "new: one, as without LayerScale",
+            )
         else:
             value, action = _adapt_leaf(name, available.get(name), leaf.shape, method, outputs)
         if folded and re.search(r"^blocks/.*(attention/out|mlp/down)/", name):
@@ -100,7 +105,11 @@ def adapt(
 
 
 def _has_layer_scale(leaves: dict) -> bool:
-    return any(re.search(r"^blocks/(\d+/)?scale1$", name) for name in leaves)
+    return any(map(_is_layer_scale, leaves))
+
+
+def _is_layer_scale(name: str) -> bool:
+    return bool(re.search(r"^blocks/(\d+/)?scale[12]$", name))
 
 
 def _kernel_of(bias: str) -> str:

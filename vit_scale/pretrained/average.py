@@ -16,15 +16,12 @@ import numpy as np
 from vit_scale.config import image_size
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import is_statistic, named, stack, unstack
-from vit_scale.models.spec import Shape
+from vit_scale.models.spec import TRAINING_FIELDS, Shape
 from vit_scale.pretrained.adapt import HEAD, adapt, match_head
 from vit_scale.pretrained.load import Pretrained, load_model
 
 # Fields of the `model` block that decide how a model is computed or how it began, not its function.
-IGNORED = (
-    *("variant", "classes", "scan", "remat", "attention", "dtype", "logits", "head_bias"),
-    *("dropout", "drop_path", "drop_path_uniform"),
-)
+IGNORED = ("variant", *TRAINING_FIELDS)
 Measure = Callable[[dict], dict]  # parameters -> {"accuracy": ..., "n": ...}
 Source = str | os.PathLike
 

@@ -34,7 +34,8 @@ def is_dinov2(cfg: ConfigDict, shape: Shape) -> bool:
     """Return whether Dinov2 can express the model of this `model` block."""
     plain = all(cfg[name] == value for name, value in ABSENT.items())
     plain = plain and shape.class_token and not shape.stem
-    return plain and shape.pool != "map" and bool(mlp_ratio(shape))
+    square = shape.grid[0] == shape.grid[1]  # else transformers resamples positions
+    return plain and square and shape.pool != "map" and bool(mlp_ratio(shape))
 
 
 def mlp_ratio(shape: Shape) -> int:

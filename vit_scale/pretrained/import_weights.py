@@ -35,6 +35,7 @@ from vit_scale.pretrained.validate_arrays import (
 )
 from vit_scale.pretrained.weight_files import find_weight_file, read_arrays
 
+PROJECTION = "the head is the projection to the space that images and texts share: no classifier"
 TOKENS = ("cls", "dist")  # in the order of their rows of position embeddings, then registers
 
 
@@ -55,7 +56,8 @@ def import_weights(source: pathlib.Path, hints: Hints = NO_HINTS) -> ImportedMod
     is unknown, an array is not finite, or arrays are missing, unexpected or of the wrong shape.
     """
     file = find_weight_file(source)
-    state_dict = select_state_dict(file, read_arrays(file), hints.format, hints.tree)
+    everything = read_arrays(file)
+    state_dict = select_state_dict(file, everything, hints.format, hints.tree)
     fmt = state_dict.format
     arrays, ignored = select_floats(file, state_dict)
     check_finite(file, state_dict)
@@ -66,36 +68,56 @@ def import_weights(source: pathlib.Path, hints: Hints = NO_HINTS) -> ImportedMod
         arrays, changes = canonicalize(fmt, arrays)
         check_keys(fmt, arrays)
         keys = frozenset(state_dict.arrays)
+        usual = convention(fmt, keys | frozenset(everything))
         _check_architecture(fmt, keys, metadata)
-        cfg, leading, assumptions = infer_config(fmt, arrays, metadata, hints, keys)
+        cfg, leading, assumptions = infer_config(fmt, arrays, metadata, hints, keys, usual)
         model = build(cfg.model, config.image_size(cfg))
         shapes = jax.eval_shape(unstack, model.abstract_params)
         check_shapes(fmt, arrays, model, shapes, leading)
-        order = metadata.channels or convention(fmt, keys).channels
+        order = metadata.channels or usual.channels
         params = _build_params(fmt, arrays, model, shapes, leading, order, cfg.model.pool_heads)
     notes += changes
     stored = fmt.stored_params(arrays)
     if fmt.sincos_temperature and POSITIONS not in stored:
         grid = " x ".join(map(str, model.shape.grid))
         notes.append(f"no position embeddings are stored: using fixed sin-cos ones, {grid} patches")
+    notes += metadata.notes
+    notes += _patch_note(cfg, metadata.image_size)
     classes = _class_names(file, metadata, cfg.model.classes) if "head/bias" in stored else ()
-    if classes and not metadata.classes:
+    if classes and fmt.projection:
+        classes = tuple(f"dimension {i}" for i in range(len(classes)))
+        notes.append(PROJECTION)
+    elif classes and not metadata.classes:
         assumptions += (f"classes are numbered 0 to {len(classes) - 1}",)
     if assumptions:
         notes.append(f"assuming, as the file does not say: {', '.join(assumptions)}")
     return ImportedModel(cfg, model, params, classes, tuple(notes))
 
 
+def _patch_note(cfg: ConfigDict, stated: tuple[int, int] | None) -> list[str]:
+    """A note on a stated image size that the patches don't divide."""
+    size = config.image_size(cfg)
+    if not stated or stated == size or max(s - n for s, n in zip(stated, size, strict=True)) <= 0:
+        return []
+    (h, w), (rows, columns) = stated, size
+    return [
+        f"its images are {h} x {w} px, of which the patches cover {rows} x {columns}: here images "
+        "are resized to that, where the library leaves out the rest"
+    ]
+
+
 def _check_architecture(fmt: WeightFormat, keys: frozenset[str], metadata: Metadata) -> None:
     """Raise UserError for keys of a model whose function only its architecture's name tells."""
-    if not fmt.needs_architecture or metadata.channels:
+    if metadata.channels:
         return
-    if telling := [key for key in keys if re.search(fmt.needs_architecture, key)]:
-        raise UserError(
-            f"it has {min(telling)}, as EVA's models: the arrays don't tell whether positions are "
-            "rotary; give the folder with its config.json, or timm's name of the architecture: "
-            "--config.init.architecture=eva02_base_patch14_224"
-        )
+    for group in fmt.needs_architecture:
+        matching = [[key for key in keys if re.search(pattern, key)] for pattern in group]
+        if all(matching):
+            raise UserError(
+                f"it has {min(matching[0])}: the arrays of such a model don't tell whether "
+                "positions are rotary; give the folder with its config.json, or timm's name of the "
+                "architecture: --config.init.architecture=eva02_base_patch14_224"
+            )
 
 
 @contextlib.contextmanager

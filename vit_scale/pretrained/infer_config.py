@@ -49,16 +49,22 @@ class InferredConfig(NamedTuple):
 
 
 def infer_config(
-    fmt: WeightFormat, arrays: Arrays, metadata: Metadata, hints: Hints, keys: frozenset[str]
+    fmt: WeightFormat,
+    arrays: Arrays,
+    metadata: Metadata,
+    hints: Hints,
+    keys: frozenset[str],
+    usual: Convention,
 ) -> InferredConfig:
-    """Infer the config of the model with these canonical arrays; `keys` are those of the file.
+    """Infer the config of the model with these canonical arrays.
 
+    `keys` are those of the state dict, `usual` is the format's convention for such files.
     Raises UserError if the arrays and the metadata contradict each other, or make no model of this
     project.
     """
     first = _first_block(fmt, arrays)
     stored = fmt.stored_params(arrays)
-    stated = {**fmt.model, **convention(fmt, keys).model, **metadata.model}
+    stated = {**fmt.model, **usual.model, **metadata.model}
     patch, width = first["embed/kernel"].shape[1::2]
     stem, patch = _infer_stem(first, patch)
     size = Size(width, fmt.depth(arrays), 1, first["blocks/0/mlp/up/kernel"].shape[1])
@@ -83,7 +89,7 @@ def infer_config(
     cfg.data.width = layout.grid[1] * patch if layout.grid[1] != layout.grid[0] else None
     if layout.assumption:
         assumptions = [layout.assumption, *assumptions]
-    return InferredConfig(cfg, layout.leading, (*assumptions, *_assumed_fields(cfg, metadata)))
+    return InferredConfig(cfg, layout.leading, (*assumptions, *_assumed_fields(fmt, cfg, metadata)))
 
 
 def convention(fmt: WeightFormat, keys: frozenset[str]) -> Convention:
@@ -119,15 +125,19 @@ def _block_fields(first: Arrays, stored: set[str], stated: Mapping[str, Any]) ->
     return fields
 
 
-def _assumed_fields(cfg: ConfigDict, metadata: Metadata) -> list[str]:
+def _assumed_fields(fmt: WeightFormat, cfg: ConfigDict, metadata: Metadata) -> list[str]:
     """FIELD=VALUE of each field that neither the arrays nor the metadata determine."""
     stated = {f"model.{name}" for name in metadata.model}
     stated |= {f"augment.{name}" for name in metadata.augment}
     stated |= {f"eval.{name}" for name in metadata.eval}
     values = config.fields(cfg)
+    silent = []  # of models whose arrays look like those of others
+    if fmt.needs_architecture and not metadata.channels:
+        silent += ["model.rope"] if cfg.model.rope == "none" else []
+        silent += ["model.pool_heads"] if cfg.model.pool == "map" else []
     return [
         f"{name}={values[name]}".replace(" ", "")
-        for name in (*NOT_IN_ARRAYS, *VIEW)
+        for name in (*NOT_IN_ARRAYS, *silent, *VIEW)
         if name not in stated
     ]
 

@@ -120,9 +120,10 @@ class WeightFormat:
         them. Empty if the format has no norm after pooling.
       ambiguous_pool: whether the arrays leave open if the head reads [CLS] or pools patches.
       aliases: (regular expression, replacement) pairs that rewrite other spellings to `key`s.
+      projection: whether the head is CLIP's projection, not a classifier.
       conventions: settings of models that have certain keys, unless a file beside them states them.
-      needs_architecture: regular expression of a key of models whose function the arrays don't
-        tell: the library's name of the architecture must be stated.
+      needs_architecture: groups of regular expressions; where keys match all of a group, the arrays
+        don't tell the model's function: the library's name of the architecture must be stated.
       steps: functions (arrays, depth) -> (arrays, notes) that rewrite other contents to `mappings`.
       scanned: (prefix of arrays that stack all blocks on axis 0, prefix of a single block), or None
         if blocks are never stacked.
@@ -144,7 +145,8 @@ class WeightFormat:
     ambiguous_pool: bool = False
     aliases: tuple[tuple[str, str], ...] = ()
     conventions: tuple[Convention, ...] = ()
-    needs_architecture: str = ""
+    needs_architecture: tuple[tuple[str, ...], ...] = ()
+    projection: bool = False
     steps: tuple["Step", ...] = ()
     scanned: tuple[str, str] | None = None
     sincos_temperature: Callable[[int], float] | None = None

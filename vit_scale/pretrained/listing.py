@@ -16,7 +16,7 @@ def listing(loaded: Pretrained) -> list[str]:
     if hasattr(shape, "grid"):
         size = shape.size
         rows["size"] = (
-            f"{cfg.model.variant if not cfg.model.width else 'no standard one'}: width "
+            f"{cfg.model.variant if not cfg.model.width else 'non-standard'}: width "
             f"{size.width}, {size.depth} blocks, {size.heads} heads, MLP {size.mlp}"
         )
         rows["patch"] = f"{shape.patch} px, a grid of {shape.grid[0]} x {shape.grid[1]}"

@@ -32,6 +32,7 @@ class Metadata(NamedTuple):
     dimensions: dict[str, Any] = {}  # noqa: RUF012  # width and depth, to check the arrays against
     # (augment fields, eval fields) that the library falls back to, which the file does not state.
     library_defaults: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    notes: tuple[str, ...] = ()
     channels: str = ""  # order of a head's channels (rotary_channels.py)
 
 

@@ -27,6 +27,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "Bit": CROPS,
     "CLIP": CROPS,
     "Siglip": {"shortest": False},
+    "DINOv3": {"shortest": False, "resample": 2},
     "BaseImageProcessor": {"shortest": False},
 }
 STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb")
@@ -87,6 +88,18 @@ def from_huggingface(file: pathlib.Path, model_size: Size | None) -> tuple[Field
         # Then it only takes images of the model's size, which this view leaves as they are.
         return pixels, view | {"fit": "stretch", "crop": 1.0}
     return pixels, view | _size_fields(source, content, model_size)
+
+
+def output_size(file: pathlib.Path) -> Size | None:
+    """Return (height, width) of the images that the preprocessor beside `file` makes, if stated."""
+    _, content = _read_preprocessor(file)
+    size = content.get("crop_size") if content.get("do_center_crop", True) else None
+    size = size or content.get("size")
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict) and size.keys() >= {"height", "width"}:
+        return int(size["height"]), int(size["width"])
+    return None
 
 
 def _read_preprocessor(file: pathlib.Path) -> tuple[pathlib.Path, dict]:

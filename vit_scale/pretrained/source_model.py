@@ -1,5 +1,7 @@
 """Take a model's architecture, and its pixel normalization, from the weights it starts from."""
 
+import sys
+
 from ml_collections import ConfigDict
 
 from vit_scale import config
@@ -13,19 +15,26 @@ PIXELS = ("mean", "std")
 def with_source_model(cfg: ConfigDict) -> ConfigDict:
     """Return `cfg` with the architecture of `init.source`, where model.variant is "source".
 
-    Fields that the config sets to anything but their default stay, and so do those of training
-    alone (dropout, dtype, scanned or unrolled blocks) and the number of classes. The pixels' mean
-    and standard deviation become the source's. Raises UserError if the source can't be loaded.
+    Fields of training alone (dropout, dtype, scanned or unrolled blocks) and the number of classes
+    stay; all others of the model block, and the pixels' mean and standard deviation, become the
+    source's. Those that the config had set are named in a line on standard error. Raises UserError
+    if the source can't be loaded.
     """
     if cfg.model.variant != SOURCE or not cfg.init.source:
         return cfg
     source = load_model(cfg.init.source, hints_from_config(cfg, cfg.model.heads)).cfg
-    cfg, default = cfg.copy_and_resolve_references(), config.base()
-    cfg.model.variant = default.model.variant
-    for name, value in source.model.items():
-        if name not in TRAINING_FIELDS and cfg.model[name] == default.model[name]:
-            cfg.model[name] = value
-    for name in PIXELS:
-        if cfg.augment[name] == default.augment[name]:
-            cfg.augment[name] = source.augment[name]
+    before, default = config.fields(cfg), config.fields(config.base())
+    cfg = cfg.copy_and_resolve_references()
+    cfg.model.update(
+        {name: source.model[name] for name in cfg.model if name not in TRAINING_FIELDS}
+    )
+    cfg.augment.update({name: source.augment[name] for name in PIXELS})
+    replaced = [
+        f"{name}={value}"
+        for name, value in config.fields(cfg).items()
+        if before[name] not in (default[name], value) and name != "model.variant"
+    ]
+    if replaced:
+        line = f"model.variant=source replaces what the config set: {', '.join(replaced)}"
+        print(f"vit-scale: {line}", file=sys.stderr)
     return cfg

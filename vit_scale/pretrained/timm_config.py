@@ -20,7 +20,6 @@ READ = (
     *("num_heads", "act_layer", "global_pool", "img_size", "no_embed_class", "norm_layer"),
     *("final_norm", "attn_pool_num_heads", "use_rot_pos_emb", "rope_type", "rope_temperature"),
     *("rope_grid_offset", "rope_grid_indexing", "rope_rotate_half", "ref_feat_shape"),
-    *("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
     *("use_post_transformer_norm", "use_fc_norm"),
 )
 IN_ARRAYS = (
@@ -35,7 +34,7 @@ TRAINING = (
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad"),
     *("strict_img_size", "pretrained_cfg", "pretrained_cfg_overlay", "features_only", "checkpoint"),
-    *("head_init_scale",),
+    *("head_init_scale", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
 )
 # Architectures: prefixes of plain ViTs; those that compute something else from arrays of the same
 # names, which nothing else would tell.
@@ -109,7 +108,7 @@ NORMS = {
 
 
 def check_architecture(file: pathlib.Path, name: str) -> None:
-    """Raise UserError for an architecture of timm that is no plain ViT."""
+    """Raise UserError for an architecture of timm that isn't a plain ViT."""
     if not name.startswith(PLAIN_VIT):
         raise UserError(f"{file}: the architecture {name} of timm is not a plain ViT")
     for pattern, reason in OTHER_FUNCTION:
@@ -118,9 +117,9 @@ def check_architecture(file: pathlib.Path, name: str) -> None:
 
 
 def architecture_metadata(file: pathlib.Path, name: str) -> Metadata:
-    """Return what timm's name of an architecture says. Raises UserError if it is no plain ViT."""
+    """Return what timm's name of an architecture says. Raises UserError if it isn't a plain ViT."""
     check_architecture(file, name)
-    model: dict[str, Any] = {"gelu": "exact", "norm_epsilon": 1e-6}
+    model: dict[str, Any] = {"gelu": "exact", "norm_epsilon": 1e-6, "rope": "none"}
     for pattern, fields in ARCHITECTURES:
         if re.search(pattern, name):
             model |= fields
@@ -143,6 +142,7 @@ def read_timm_config(file: pathlib.Path, content: dict) -> Metadata:
     pixels, view = preprocessing.from_timm(file, trained)
     candidates = (c.get(key) for key in ("label_names", "labels") for c in (content, trained))
     model = named.model | _arguments(file, arguments, content.get("global_pool"))
+    model |= _rope_arguments(file, arguments, named.model)
     return named._replace(
         model=model,
         augment=pixels,
@@ -183,38 +183,45 @@ def _arguments(file: pathlib.Path, arguments: dict, global_pool: str | None) -> 
                 f"supported: {', '.join(POOLS)}"
             )
         model["pool"] = POOLS[pool]
-    return model | _rope_arguments(file, arguments)
+    return model
 
 
-def _rope_arguments(file: pathlib.Path, arguments: dict) -> dict[str, Any]:
-    """Fields of the model block for the rotary positions of timm's Eva."""
-    model: dict[str, Any] = {}
+def _rope_arguments(file: pathlib.Path, arguments: dict, named: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the model block for the rotary positions of timm's Eva.
+
+    `named` are those of the architecture, of which only what an argument states is changed.
+    """
     if "use_rot_pos_emb" in arguments and not arguments["use_rot_pos_emb"]:
         return {"rope": "none"}
+    model: dict[str, Any] = {}
+    if arguments.get("use_rot_pos_emb") and named["rope"] == "none":
+        model = {"rope": "axial", "rope_temperature": 10_000.0}  # Eva's defaults
     kinds = {"cat": "axial", "dinov3": "dinov3", "mixed": "mixed"}
     if kind := arguments.get("rope_type"):
         if kind not in kinds:
             raise UserError(f"{file}: config.json has rope_type={kind}, which is not supported")
-        model["rope"] = kinds[kind]
-    elif arguments.get("use_rot_pos_emb"):
-        model["rope"] = "axial"
-    if model:
-        default = 10_000.0
-        model["rope_temperature"] = float(arguments.get("rope_temperature", default))
-        model["rope_offset"] = float(arguments.get("rope_grid_offset", 0.0))
-        reference = pixels_of(arguments.get("ref_feat_shape")) or (0, 0)
-        if reference[0] != reference[1]:
-            raise UserError(f"{file}: config.json has ref_feat_shape={reference}: not a square")
-        model["rope_reference"] = reference[0]
+        if model or named["rope"] != "none":
+            model["rope"] = kinds[kind]
+    if "rope_temperature" in arguments:
+        model["rope_temperature"] = float(arguments["rope_temperature"])
+    if "rope_grid_offset" in arguments:
+        model["rope_offset"] = float(arguments["rope_grid_offset"])
+    if "ref_feat_shape" in arguments:
+        height, width = pixels_of(arguments["ref_feat_shape"]) or (0, 0)
+        if height != width:
+            raise UserError(
+                f"{file}: config.json has ref_feat_shape={height} x {width}: not a square"
+            )
+        model["rope_reference"] = height
     return model
 
 
 def _channels(arguments: dict, named: str) -> str:
-    """The order of a head's channels."""
-    if not any(name.startswith("rope_") for name in arguments):
-        return named
-    if arguments.get("rope_rotate_half"):
+    """The order of a head's channels: the architecture's, but for what an argument states."""
+    half = arguments.get("rope_rotate_half", named == "halves")
+    order = arguments.get("rope_grid_indexing", "xy" if named == "pairs-xy" else "ij")
+    if half:
         return "halves"
-    if arguments.get("rope_type") == "mixed":
+    if arguments.get("rope_type") == "mixed":  # frequencies are learned in their order
         return "pairs"
-    return "pairs-xy" if arguments.get("rope_grid_indexing") == "xy" else "pairs"
+    return "pairs-xy" if order == "xy" else "pairs"

@@ -49,13 +49,15 @@ def check_timm(cfg: ConfigDict, shape: Shape) -> None:
     eva = is_eva(cfg, shape)
     problems = {
         "pool=cls_gap": shape.pool == "cls_gap",
-        "nearest_grid=True": cfg.nearest_grid and shape.pixels is not None,
+        "nearest_grid=True": cfg.nearest_grid,
         f"representation={shape.representation}": bool(shape.representation),
         f"qk_norm={cfg.qk_norm} beside norm={cfg.norm}": cfg.qk_norm not in ("none", cfg.norm),
-        "distilled=True": (eva or shape.stem) and shape.distilled,
+        "distilled=True": bool(eva or shape.stem or shape.registers) and shape.distilled,
         f"variant={cfg.variant}": shape.stem and (eva or shape.stem.batch_norm),
         f"norm={cfg.norm}": eva and cfg.norm != "layernorm",
-        f"gelu={cfg.gelu}": eva and cfg.gelu != "exact" and not shape.size.swiglu,
+        f"gelu={cfg.gelu}": eva
+        and cfg.gelu != "exact"
+        and (not shape.size.swiglu or shape.pool == "map"),
     }
     if impossible := [field for field, problem in problems.items() if problem]:
         kind = "Eva" if eva else "VisionTransformer"

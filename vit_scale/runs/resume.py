@@ -40,7 +40,7 @@ ONLY_AT_START = ("init.source",)
 # Fields that hold the path of another run or of weights, as the user typed it.
 PATHS = ("init.source", "distill.teacher")
 HUB = "hf://"  # models on Hugging Face's hub, which a run records with their commit
-COMMIT = re.compile(r"@[0-9a-f]{40}(?=/|$)")
+REVISION = re.compile(r"@[^/]+(?=/|$)")
 
 
 def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
@@ -61,12 +61,17 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
         cfg.model.update({name: old.model[name] for name in names})
         cfg.augment.update({name: old.augment[name] for name in ("mean", "std")})
     before = str(recorded.get("init.source", ""))
-    if COMMIT.sub("", before).removeprefix(HUB) == cfg.init.source.removeprefix(HUB):
+    if before.startswith(HUB) and _repository(before) == _repository(cfg.init.source):
         cfg.init.source = before
     for field, value in config.fields(cfg).items():
         if field in PATHS and value == recorded.get(field) and not os.path.exists(value):
             cfg.update_from_flattened_dict({field: _recorded_path(field, path.parent, stored)})
     return cfg
+
+
+def _repository(address: str) -> str:
+    """Return ORG/NAME[/FILE] of a model on the hub, without its revision."""
+    return REVISION.sub("", address).removeprefix(HUB)
 
 
 def _keep_revisions(cfg: ConfigDict, recorded: dict) -> None:

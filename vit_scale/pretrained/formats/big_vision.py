@@ -9,7 +9,7 @@ embedding as a matrix and positions as a grid; here it reads one size of images.
 
 import dataclasses
 
-from vit_scale.pretrained.formats.steps import note_projection, unflatten_patches
+from vit_scale.pretrained.formats.steps import unflatten_patches
 from vit_scale.pretrained.key_mapping import Arrays, KeyMapping, WeightFormat
 
 BLOCK = "Transformer/encoderblock_{i}/"
@@ -101,5 +101,6 @@ TWO_TOWERS = dataclasses.replace(
     eval={"fit": "stretch", "crop": 1.0, "resample": "bilinear"},  # SigLIP's
     unused=r"txt/|[tb]$",
     aliases=((r"^img/", ""), *BIG_VISION.aliases),
-    steps=(flatten_naflex, note_projection("head/kernel")),
+    steps=(flatten_naflex,),
+    projection=True,
 )

@@ -5,8 +5,7 @@ that images and texts share: that projection, which has no bias, is the head. Hu
 classifier reads the mean of the patches instead.
 """
 
-from vit_scale.pretrained.formats.steps import note_projection
-from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, dense, norm
+from vit_scale.pretrained.key_mapping import Convention, KeyMapping, WeightFormat, dense, norm
 
 BLOCK = "encoder.layers.{i}."
 SELF = BLOCK + "self_attn."
@@ -42,7 +41,7 @@ CLIP = WeightFormat(
     eval=VIEW,
     unused=r"text_model\.|text_projection|logit_scale$|(.*\.)?embeddings\.position_ids$",
     aliases=((r"^vision_model\.", ""),),
-    steps=(note_projection("visual_projection.weight"),),
+    projection=True,
 )
 
 RESBLOCK = "transformer.resblocks.{i}."
@@ -71,6 +70,7 @@ OPEN_CLIP = WeightFormat(
     model=MODEL | {"gelu": "exact"},
     augment=PIXELS,
     eval=VIEW | {"fit": "shorter"},
+    conventions=(Convention("input_resolution", {"gelu": "quick"}),),  # OpenAI's own files
     aliases=((r"\.in_proj_(weight|bias)$", r".in_proj.\1"),),
-    steps=(note_projection("proj"),),
+    projection=True,
 )

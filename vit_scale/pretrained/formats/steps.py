@@ -32,16 +32,6 @@ def split_gated(prefix: str, up: str, gate: str, down: str) -> Step:
     return step
 
 
-def note_projection(key: str) -> Step:
-    """Return a step that says that the head `key` is no classifier, where there is one."""
-    line = "the head is the projection to the space that images and texts share: no classifier"
-
-    def step(arrays: Arrays, depth: int) -> tuple[Arrays, list[str]]:
-        return arrays, [line] if key in arrays else []
-
-    return step
-
-
 def zero_key_bias(query: str, key: str) -> Step:
     """Return a step that adds the biases of keys, where queries have one: DINOv3's are zero."""
 

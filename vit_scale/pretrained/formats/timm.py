@@ -93,7 +93,7 @@ def fuse_attention(arrays: Arrays, depth: int) -> tuple[Arrays, list[str]]:
         mask = arrays.pop(block + "qkv.bias_mask", None)  # DINOv3: zero for keys
         if mask is not None and block + "qkv.bias" in arrays:
             bias = arrays[block + "qkv.bias"]
-            arrays[block + "qkv.bias"] = np.where(np.nan_to_num(mask) == 0, 0, bias)
+            arrays[block + "qkv.bias"] = np.where(mask == 0, 0, bias)
     return arrays, ["the biases of keys are zero"] if completed else []
 
 
@@ -160,7 +160,11 @@ TIMM = WeightFormat(
         Convention(r"norm_pre\.weight", {"norm_epsilon": 1e-5}),  # CLIP
         Convention(r"patch_embed\.backbone\..*", {"stem_epsilon": "timm"}),
     ),
-    needs_architecture=r"blocks\.0\.attn\.q_(bias|proj\.weight)",
+    # EVA-02; the Perception Encoder. A CLIP has no attention pooling.
+    needs_architecture=(
+        (r"blocks\.0\.attn\.q_(bias|proj\.weight)",),
+        (r"attn_pool\.", r"norm_pre\."),
+    ),
     steps=(
         fuse_attention,
         split_gated("blocks.{i}.mlp.", up="fc1", gate="fc1_g", down="fc2"),
