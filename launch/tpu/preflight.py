@@ -101,7 +101,7 @@ def check_data(resolved: dict, local: bool) -> list[str]:
                 "--config.data.path=gs://BUCKET/NAME, or a path that --setup mounts",
             )
         source = cfg["init"]["source"]
-        web = source.startswith(("https://", "http://"))
+        web = source.startswith(("https://", "http://", "hf://"))
         if source and source not in named and not web and not is_reachable(source):
             raise Stop(
                 Exit.BAD_INPUT,

@@ -185,6 +185,7 @@ def test_weights_and_sizes_are_checked():
     assert "images of different sizes" in refused(lambda: Mixture([numbered(3, 0), large], (1, 1)))
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_epochs(folders, tmp_path):
     cfg = mixed(folders, "steps=4", "model.classes=3", "data.workers=0", "data.resolution=16")
     overrides = [

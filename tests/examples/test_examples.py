@@ -41,6 +41,7 @@ TOP = 'import os; open("top.txt", "a").write(f"{os.getpid()}\\n")\n'
 DECODES = '        open("decode.txt", "a").write(f"{os.getpid()}\\n")\n'
 
 
+@pytest.mark.slow
 def test_custom_dataset_decodes_in_workers_that_do_not_run_the_script_again(tmp_path):
     script = (EXAMPLES / "custom_dataset.py").read_text()
     assert "__main__" not in script.replace('`if __name__ == "__main__"`', "")

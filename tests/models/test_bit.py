@@ -114,6 +114,7 @@ def trained(*overrides: str) -> dict:
     return named(jit_train_step(program)(state, random_batch(8))[0].params)
 
 
+@pytest.mark.slow
 def test_no_example_depends_on_others():
     """So batches may be split, and layers frozen: with batch normalisation neither may."""
     whole, halves = trained(), trained("optim.accumulate=2")

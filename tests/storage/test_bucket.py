@@ -100,6 +100,7 @@ def resumed(killed, images) -> pathlib.Path:
     return killed
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_in_a_bucket_equals_the_undisturbed_run_on_a_disk(resumed, on_disk):
     same_bits(final_state(resumed), final_state(on_disk))
     assert losses(resumed) == losses(on_disk)  # each row once, with the same numbers
@@ -110,6 +111,7 @@ def test_killed_and_resumed_in_a_bucket_equals_the_undisturbed_run_on_a_disk(res
     )
 
 
+@pytest.mark.slow
 def test_commands_treat_a_bucket_like_a_disk(resumed, on_disk, images, jpegs, capsys):
     def run_json(*arguments):
         assert cli.main([*map(str, arguments), "--json"]) == 0
@@ -424,6 +426,7 @@ def test_an_image_folder_gives_the_same_batches(jpegs, images):
         data.open_split(block("folder", images / "train"), "train")
 
 
+@pytest.mark.slow
 def test_tar_shards_are_indexed_in_a_bucket_and_read_by_ranges(
     bucket, jpegs, tmp_path, monkeypatch
 ):

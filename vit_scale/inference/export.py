@@ -136,7 +136,7 @@ def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderE
     newer = shape.registers or shape.size.swiglu or cfg.gelu == "quick" or shape.pool != "cls"
     if newer and is_dinov2(cfg, shape):
         arrays = dinov2_arrays(_named(loaded), shape)
-        config, kind = dinov2_config(cfg, shape, config), class_name(shape)
+        config, kind = dinov2_config(shape, config), class_name(shape)
     else:
         _check_huggingface(loaded)
         arrays = _first_vit_arrays(loaded, HUGGINGFACE)

@@ -29,7 +29,7 @@ LOADERS = {
 }
 OURS = 'import vit_scale\n\nmodel = vit_scale.load("{ours}")\nprint(model.top("image.jpg"))'
 # Fields of where a run executes and what it writes; and those whose paths are of one machine.
-PUBLIC = (hub.SCHEME, "https://", "http://")
+PUBLIC = (paths.HUB, "https://", "http://")
 LEFT_OUT = ("stages", "log.", "checkpoint.", "watchdog.", "mesh.", "data.workers", "data.threads")
 PATHS = {"data.path": "DATA", "init.source": "SOURCE", "distill.teacher": "TEACHER"}
 
@@ -63,7 +63,7 @@ def model_card(
     """
     run, description, report = _recorded(loaded)
     origins = _origins(loaded, run, description.get("cwd", ""))
-    base = next((one for one in origins if one.startswith(hub.SCHEME)), "")
+    base = next((one for one in origins if one.startswith(paths.HUB)), "")
     named = repository or description.get("name") or _repository(base) or loaded.path.stem
     name = named.rpartition("/")[2]
     results = _results(loaded, report)
@@ -152,7 +152,7 @@ def _on_hub(entry: str) -> bool:
 
 
 def _repository(address: str) -> str:
-    return "/".join(address.removeprefix(hub.SCHEME).split("/")[:2]).partition("@")[0]
+    return "/".join(address.removeprefix(paths.HUB).split("/")[:2]).partition("@")[0]
 
 
 def _model_index(name: str, loaded: Pretrained, results: Sequence[Result]) -> dict[str, Any]:
@@ -327,7 +327,7 @@ def _loading(library: str, repository: str) -> str:
     fields = {
         "path": path,
         "timm": f"hf-hub:{path}" if repository else f"local-dir:{path}",
-        "ours": f"{hub.SCHEME}{path}" if repository else path,
+        "ours": f"{paths.HUB}{path}" if repository else path,
     }
     blocks = [f"```python\n{text.format(**fields)}\n```" for text in (LOADERS[library], OURS)]
     return "## Use\n\n" + "\n\n".join(blocks)

@@ -13,7 +13,6 @@ from vit_scale.models.spec import Shape
 from vit_scale.pretrained.formats import DINOV2
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, to_arrays
 
-ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 # Fields of the model block that Dinov2 hasn't, and their values without them.
 ABSENT: dict[str, Any] = {
     "rope": "none",
@@ -100,12 +99,11 @@ def class_name(shape: Shape) -> str:
     return "Dinov2WithRegisters" * bool(shape.registers) or "Dinov2"
 
 
-def dinov2_config(cfg: ConfigDict, shape: Shape, common: dict[str, Any]) -> dict[str, Any]:
+def dinov2_config(shape: Shape, common: dict[str, Any]) -> dict[str, Any]:
     """Return config.json; `common` is that of a ViT, whose shared settings it keeps."""
     own = {
         "architectures": [f"{class_name(shape)}ForImageClassification"],
         "model_type": model_type(shape),
-        "hidden_act": ACTIVATIONS[cfg.gelu],
         "mlp_ratio": mlp_ratio(shape),
         "use_swiglu_ffn": shape.size.swiglu,
         "layerscale_value": 1.0,

@@ -20,8 +20,8 @@ from vit_scale.pretrained import weight_files
 from vit_scale.pretrained.weight_files import FILE_NAMES, INDEX_SUFFIX, METADATA_FILES, SUFFIXES
 from vit_scale.storage.download import Unreachable
 from vit_scale.storage.errors import exit_code, one_line
+from vit_scale.storage.paths import HUB
 
-SCHEME = "hf://"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 BARE = re.compile(NAME.pattern + r"(@[\w.-]+)?")
 COMMIT = re.compile(r"@[0-9a-f]{40}(/|$)")
@@ -36,7 +36,7 @@ def is_address(source: str | os.PathLike) -> bool:
     runs/NAME is a path in any case: a run that is not there is not asked for on the Hub.
     """
     text = os.fspath(source)
-    if text.startswith(SCHEME):
+    if text.startswith(HUB):
         return True
     folder = text.partition("/")[0]
     named = BARE.fullmatch(text) and not text.endswith(SUFFIXES)
@@ -52,12 +52,12 @@ def pinned(source: str | os.PathLike) -> str | os.PathLike:
         return source
     source = os.fspath(source)
     if COMMIT.search(source):
-        return SCHEME + source.removeprefix(SCHEME)
+        return HUB + source.removeprefix(HUB)
     hub = _package(source)
     with _errors(source):
         uri = _parse(source)
         commit = hub.HfApi().resolve_revision(uri.id, revision=uri.revision).resolved
-    return f"{SCHEME}{uri.id}@{commit}" + (f"/{uri.path_in_repo}" if uri.path_in_repo else "")
+    return f"{HUB}{uri.id}@{commit}" + (f"/{uri.path_in_repo}" if uri.path_in_repo else "")
 
 
 def with_commit(cfg: ConfigDict) -> ConfigDict:
@@ -144,7 +144,7 @@ def push(
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.repo_info(name).private:
-            raise UserError(f"{SCHEME}{name} is public, not private; nothing was uploaded: {again}")
+            raise UserError(f"{HUB}{name} is public, not private; nothing was uploaded: {again}")
         commit = api.upload_folder(
             repo_id=name,
             folder_path=folder,
@@ -157,9 +157,9 @@ def push(
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = f"the token may not write there: {LOG_IN}; " if status in (401, 403) else ""
         raise UserError(
-            f"cannot push to {SCHEME}{name}: {one_line(error)}; {advice}{again}"
+            f"cannot push to {HUB}{name}: {one_line(error)}; {advice}{again}"
         ) from error
-    return f"{SCHEME}{name}@{commit.oid}"
+    return f"{HUB}{name}@{commit.oid}"
 
 
 def _package(source: str) -> Any:
@@ -176,9 +176,9 @@ def _package(source: str) -> Any:
 
 def _parse(source: str) -> Any:
     """Return huggingface_hub's HfUri of a model. Raises UserError for a data set or a space."""
-    uri = _package(source).parse_hf_uri(SCHEME + source.removeprefix(SCHEME))
+    uri = _package(source).parse_hf_uri(HUB + source.removeprefix(HUB))
     if uri.type != "model":
-        raise UserError(f"{source} is a {uri.type}, not a model: {SCHEME}ORG/NAME[@REVISION]")
+        raise UserError(f"{source} is a {uri.type}, not a model: {HUB}ORG/NAME[@REVISION]")
     return uri
 
 
@@ -186,8 +186,8 @@ def _parse(source: str) -> Any:
 def _errors(source: str) -> Iterator[None]:
     """Turn what huggingface_hub raises about `source` into one line."""
     errors = _package(source).errors
-    nowhere = "" if source.startswith(SCHEME) else f"{source} does not exist here, and "
-    name = source.removeprefix(SCHEME)
+    nowhere = "" if source.startswith(HUB) else f"{source} does not exist here, and "
+    name = source.removeprefix(HUB)
     repository = "/".join(name.split("/")[:2]).partition("@")[0]
     try:
         yield
@@ -195,7 +195,7 @@ def _errors(source: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{SCHEME}{repository} is gated: accept its conditions on its page on the Hub, then "
+            f"{HUB}{repository} is gated: accept its conditions on its page on the Hub, then "
             f"{LOG_IN}"
         ) from error
     except errors.RepositoryNotFoundError as error:
@@ -224,7 +224,7 @@ def _failure(error: Exception, source: str, repository: str, nowhere: str) -> Us
     if offline or type(error).__module__.partition(".")[0].startswith("httpx"):
         reason = "HF_HUB_OFFLINE is set" if hub.is_offline_mode() else "the Hub can't be reached"
         return Unreachable(
-            f"{nowhere}{SCHEME}{repository} is not in the cache, and {reason}; on a machine with a "
+            f"{nowhere}{HUB}{repository} is not in the cache, and {reason}; on a machine with a "
             f"network run `hf download {repository} --local-dir DIR`, and give DIR"
         )
     return UserError(

@@ -9,6 +9,8 @@ from vit_scale.config import image_size
 from vit_scale.models.spec import shape
 from vit_scale.pretrained.preprocessing import PIL_RESAMPLING
 
+ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
+
 
 def npz_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, Any]:
     """The content of the .json beside an exported .npz; no other library reads it."""
@@ -35,7 +37,7 @@ def huggingface_config(cfg: ConfigDict, classes: tuple[str, ...]) -> dict[str, A
         "num_hidden_layers": size.depth,
         "num_attention_heads": size.heads,
         "intermediate_size": size.mlp,
-        "hidden_act": "gelu_pytorch_tanh" if cfg.model.gelu == "tanh" else "gelu",
+        "hidden_act": ACTIVATIONS[cfg.model.gelu],
         "layer_norm_eps": cfg.model.norm_epsilon,
         "image_size": image[0] if image[0] == image[1] else list(image),
         "patch_size": model.patch,

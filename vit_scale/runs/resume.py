@@ -39,7 +39,6 @@ OPERATIONAL = (
 ONLY_AT_START = ("init.source",)
 # Fields that hold the path of another run or of weights, as the user typed it.
 PATHS = ("init.source", "distill.teacher")
-HUB = "hf://"  # models on Hugging Face's hub, which a run records with their commit
 REVISION = re.compile(r"@[^/]+(?=/|$)")
 
 
@@ -61,7 +60,7 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
         cfg.model.update({name: old.model[name] for name in names})
         cfg.augment.update({name: old.augment[name] for name in ("mean", "std")})
     before = str(recorded.get("init.source", ""))
-    if before.startswith(HUB) and _repository(before) == _repository(cfg.init.source):
+    if before.startswith(paths.HUB) and _repository(before) == _repository(cfg.init.source):
         cfg.init.source = before
     for field, value in config.fields(cfg).items():
         if field in PATHS and value == recorded.get(field) and not os.path.exists(value):
@@ -71,7 +70,7 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
 
 def _repository(address: str) -> str:
     """Return ORG/NAME[/FILE] of a model on the hub, without its revision."""
-    return REVISION.sub("", address).removeprefix(HUB)
+    return REVISION.sub("", address).removeprefix(paths.HUB)
 
 
 def _keep_revisions(cfg: ConfigDict, recorded: dict) -> None:

@@ -15,6 +15,7 @@ from vit_scale.errors import UserError
 from vit_scale.storage.bucket import SCHEME, ObjectPath, check_bucket, file_system, listing
 from vit_scale.storage.errors import os_errors
 
+HUB = "hf://"  # models on the Hugging Face Hub, which are no paths: pretrained/hub.py
 READ_AHEAD = 2**23  # bytes of a request for the next part of an object that is read as a stream
 
 
@@ -28,7 +29,7 @@ def parse(text: str | os.PathLike) -> pathlib.Path:
     scheme, separator, rest = name.partition("://")
     if not separator:
         return pathlib.Path(name)
-    if scheme == "hf":
+    if scheme + separator == HUB:
         raise UserError(
             f"{name}: a run is needed here, and on the Hugging Face Hub are only weights; make it "
             f"one: vit-scale convert {name} RUN"
