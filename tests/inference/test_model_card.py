@@ -34,9 +34,9 @@ REPORT = {
 }
 
 
-def a_run(folder: pathlib.Path, *overrides: str, step=10, report=REPORT, **said) -> pathlib.Path:
-    said = {"data": {**SETS["train"], "sets": SETS}} | said
-    write_run(folder, tiny_config(*overrides), random_params(tiny_model()), step, **said)
+def a_run(folder: pathlib.Path, *overrides: str, step=10, report=REPORT, **extra) -> pathlib.Path:
+    extra = {"data": {**SETS["train"], "sets": SETS}} | extra
+    write_run(folder, tiny_config(*overrides), random_params(tiny_model()), step, **extra)
     if report:
         write_json(folder / "report.json", report)
     return folder

@@ -191,9 +191,9 @@ def test_the_loss_curve_is_that_of_one_device(pods, name):
 
 def test_the_loss_curve_of_adapters_is_that_of_one_device(pods):
     """On two processes and a mesh of all axes; the base is written by both together."""
-    expected, found = pods.losses("LoRA on 1 device"), pods.losses("LoRA")
-    assert list(found) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+    expected, result = pods.losses("LoRA on 1 device"), pods.losses("LoRA")
+    assert list(result) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(result.values()), list(expected.values()), rtol=0, atol=1e-5)
     whole = pods.losses("1 device")
     assert abs(expected[1] - whole[1]) < 1e-6 < abs(expected[STEPS] - whole[STEPS])
 

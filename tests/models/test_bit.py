@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(overrides, message):
     variant, *others = overrides
     nearest = ["model.nearest_grid=True"] if variant == "R26+Ti/32" else []
     resolution = "data.resolution=64" if "64" in variant or "16" in variant else ""
-    given = [f"model.variant={variant}", *others, *nearest, *filter(None, [resolution])]
+    fields = [f"model.variant={variant}", *others, *nearest, *filter(None, [resolution])]
     with pytest.raises(UserError) as caught:
-        make_setup(tiny_config(*given))
+        make_setup(tiny_config(*fields))
     assert message in str(caught.value) and "\n" not in str(caught.value)

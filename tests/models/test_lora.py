@@ -54,17 +54,17 @@ def test_a_kernel_and_its_adapter_are_what_the_paper_adds(layout):
     params = random_params(model_with("lora.kernels=kernel$"))
     merged = named(merge(layout(params), 12 / 3))
     assert not any(map(is_adapter, merged))
-    given = named(unstack(params))
+    leaves = named(unstack(params))
     draw = np.random.RandomState(1)
     for name, inputs in (("attention/query", 1), ("attention/out", 2), ("mlp/up", 1)):
         for layer in range(2):
-            w, a, b = (given[f"blocks/{layer}/{name}/{x}"] for x in ("kernel", "lora_a", "lora_b"))
+            w, a, b = (leaves[f"blocks/{layer}/{name}/{x}"] for x in ("kernel", "lora_a", "lora_b"))
             x = draw.randn(*w.shape[:inputs])
             expected = np.tensordot(x, w, inputs)
             expected += 4 * np.tensordot(np.tensordot(x, a, inputs), b, 1)
             single = f"blocks/{layer}/{name}/kernel"
-            found = merged[single] if single in merged else merged[f"blocks/{name}/kernel"][layer]
-            np.testing.assert_allclose(np.tensordot(x, found, inputs), expected, atol=1e-5)
+            result = merged[single] if single in merged else merged[f"blocks/{name}/kernel"][layer]
+            np.testing.assert_allclose(np.tensordot(x, result, inputs), expected, atol=1e-5)
 
 
 def test_every_function_of_the_model_sees_the_adapters():
@@ -76,12 +76,12 @@ def test_every_function_of_the_model_sees_the_adapters():
         rest = {"apply": (IMAGES,), "train": (IMAGES, None, None)}.get(
             function, (IMAGES, lambda weights: weights)
         )
-        found, expected, without = (
+        result, expected, without = (
             jax.tree.leaves(getattr(a_model, function)(values, *rest))[0]
             for a_model, values in ((model, params), (plain, merged), (plain, base))
         )
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-        assert np.abs(found - without).max() > 1e-3, function
+        np.testing.assert_allclose(result, expected, atol=1e-6)
+        assert np.abs(result - without).max() > 1e-3, function
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_model_with_rotary_positions_tells_the_order_of_patches(kind, scan):
 def test_coordinates_change_in_training_alone(field):
     cfg, key = block("model.rope=dinov3", f"model.{field}"), jax.random.key(3)
     old = rotary.coordinates(cfg, GRID).astype(np.float32)
-    new = np.asarray(rotary.changed(cfg, jnp.asarray(old), key))
+    new = np.asarray(rotary.augmented(cfg, jnp.asarray(old), key))
     name, limit = field.split("=")
     if name == "rope_shift":
         moved = new - old

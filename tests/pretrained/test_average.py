@@ -13,9 +13,9 @@ from vit_scale.models.position_embeddings import resample
 from vit_scale.pretrained.average import greedy_soup, mean
 
 
-def make_run(folder, *overrides, seed=0, **said):
+def make_run(folder, *overrides, seed=0, **description):
     model = tiny_model(*overrides)
-    return write_run(folder, tiny_config(*overrides), random_params(model, seed), **said)
+    return write_run(folder, tiny_config(*overrides), random_params(model, seed), **description)
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def test_a_soup_is_the_mean_of_what_each_run_is_evaluated_with(runs, tmp_path, c
     assert cli.main(["average", *map(str, runs), str(out)]) == 0
     model = pretrained.load_model(out)
     assert (model.step, model.classes) == (0, CLASSES)
-    given = [named(random_params(tiny_model(), seed)) for seed in (1, 2, 3)]
+    trees = [named(random_params(tiny_model(), seed)) for seed in (1, 2, 3)]
     for name, leaf in named(model.params).items():
-        expected = np.mean([tree[name] for tree in given], axis=0, dtype=np.float64)
+        expected = np.mean([tree[name] for tree in trees], axis=0, dtype=np.float64)
         np.testing.assert_array_equal(leaf, expected.astype(np.float32))
     line = f"mean of {', '.join(f'{run}/checkpoints/5' for run in runs)}"
     assert capsys.readouterr().out == f"{line}\n{out}\n"
@@ -53,9 +53,9 @@ def test_the_mean_of_a_run_with_itself_is_the_run_bit_for_bit(runs, tmp_path, co
     params["head"]["bias"] = jnp.array([-0.0, 1e-42, 3e38, 1 / 3], jnp.float32)
     run = write_run(tmp_path / "run", tiny_config(), params)
     api.average([run] * count, tmp_path / "out", quiet=True)
-    found = pretrained.load_model(tmp_path / "out").params
+    result = pretrained.load_model(tmp_path / "out").params
     for name, leaf in named(pretrained.load_model(run).params).items():
-        assert named(found)[name].tobytes() == leaf.tobytes(), name
+        assert named(result)[name].tobytes() == leaf.tobytes(), name
 
 
 def test_a_greedy_soup_adds_what_does_not_lower_the_accuracy(runs):
@@ -92,11 +92,11 @@ def test_interpolation_between_a_base_and_what_was_fine_tuned_from_it(tmp_path, 
     """At another resolution and with other classes: positions are resampled, the head is kept."""
     base = make_run(tmp_path / "base", "model.classes=3", seed=1, classes=["x", "y", "z"])
     tuned = make_run(tmp_path / "tuned", "data.resolution=32", "model.scan=False", seed=2)
-    found = {}
+    result = {}
     for alpha in ("0", "0.25", "1"):
         out = str(tmp_path / alpha)
         assert cli.main(["average", str(base), str(tuned), out, "--wise-ft", alpha]) == 0
-        found[alpha] = named(pretrained.load_model(out).params)
+        result[alpha] = named(pretrained.load_model(out).params)
     printed = capsys.readouterr().out
     assert f"0.75 x {base}/checkpoints/5 + 0.25 x {tuned}/checkpoints/5\n" in printed
     line = "head/bias, head/kernel: of the fine-tuned run alone, since the base has other classes"
@@ -106,9 +106,9 @@ def test_interpolation_between_a_base_and_what_was_fine_tuned_from_it(tmp_path, 
     first, last = named(unstack(first)), named(pretrained.load_model(tuned).params)
     for name, leaf in last.items():
         start = leaf if name.startswith("head/") else first[name]
-        np.testing.assert_array_equal(found["1"][name], leaf)
-        np.testing.assert_allclose(found["0"][name], start, atol=1e-6)
-        np.testing.assert_allclose(found["0.25"][name], 0.75 * start + 0.25 * leaf, atol=1e-6)
+        np.testing.assert_array_equal(result["1"][name], leaf)
+        np.testing.assert_allclose(result["0"][name], start, atol=1e-6)
+        np.testing.assert_allclose(result["0.25"][name], 0.75 * start + 0.25 * leaf, atol=1e-6)
     same = make_run(tmp_path / "same", seed=3)
     api.average([same, make_run(tmp_path / "d")], tmp_path / "half", wise_ft=0.5, quiet=True)
     half = pretrained.load_model(tmp_path / "half").params["head"]["kernel"]
@@ -126,9 +126,9 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "said", "message"), REFUSALS)
-def test_what_differs_is_refused_with_the_difference(tmp_path, overrides, said, message):
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", *overrides, **said)
+@pytest.mark.parametrize(("overrides", "description", "message"), REFUSALS)
+def test_what_differs_is_refused_with_the_difference(tmp_path, overrides, description, message):
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", *overrides, **description)
     with pytest.raises(UserError) as caught:
         api.average([first, second], tmp_path / "out", quiet=True)
     runs = f"{first}/checkpoints/5 and {second}/checkpoints/5"

@@ -36,6 +36,7 @@ from vit_scale.pretrained.dinov2_export import (
 from vit_scale.pretrained.formats import BIG_VISION, GOOGLE, HUGGINGFACE
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, WeightFormat, to_arrays
 from vit_scale.pretrained.library_configs import (
+    PLAIN_BLOCK,
     huggingface_config,
     huggingface_preprocessor,
     npz_config,
@@ -253,22 +254,8 @@ def _named(loaded: Pretrained) -> Arrays:
     return named(params)
 
 
-# Fields of the model block that the first ViT has not, and their values without them. LayerScale
-# and absent biases are the same function with other parameters.
-FIRST_VIT: dict[str, Any] = {
-    "rope": "none",
-    "registers": 0,
-    "norm": "layernorm",
-    "pre_norm": False,
-    "final_norm": True,
-    "attention_norm": False,
-    "mlp_norm": False,
-    "qk_norm": "none",
-    "pool_heads": None,
-    "pool_mlp": None,
-    "nearest_grid": False,
-    "fc_norm": False,
-}
+# Fields of the model block that the first ViT lacks, and their values without them.
+FIRST_VIT: dict[str, Any] = PLAIN_BLOCK | {"registers": 0, "pool_heads": None, "pool_mlp": None}
 
 
 def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.models import convnets, flops, spec
-from vit_scale.models.layers import Block
+from vit_scale.models.layers import Block, kept_patches
 from vit_scale.models.vit import ViT, identity
 
 
@@ -112,7 +112,7 @@ def _vit_macs(cfg: ConfigDict, image: tuple[int, int], shape: spec.Shape, train:
     shallow, patches = build(cfg, shape.pixels), shape.tokens - shape.before
     dropping = train and cfg.patch_drop
     macs = _forward_macs(shallow, shape.pixels, jax.random.key(0) if dropping else None)
-    kept = max(1, int(patches * (1 - cfg.patch_drop))) if dropping else patches
+    kept = kept_patches(patches, cfg.patch_drop) if dropping else patches
     # The embedding multiplies a patch of zeros for each token before the patches: only to be fast.
     macs -= shape.before * shallow.abstract_params["embed"]["kernel"].size
     tokens = jax.ShapeDtypeStruct((1, shape.before + kept, shape.size.width), jnp.float32)

@@ -214,6 +214,11 @@ class Block(nnx.Module):
         return x
 
 
+def kept_patches(count: int, rate: float) -> int:
+    """Return how many of `count` patches remain in training: at least one."""
+    return max(1, int(count * (1 - rate)))
+
+
 def drop_patches(
     x: Float[Array, "b n d"], before: int, rate: float, key: Array
 ) -> tuple[Float[Array, "b m d"], Int[Array, "b m"]]:
@@ -223,7 +228,7 @@ def drop_patches(
     stay in order.
     """
     b, n, _ = x.shape
-    count = max(1, int((n - before) * (1 - rate)))
+    count = kept_patches(n - before, rate)
     order = jnp.argsort(jax.random.uniform(key, (b, n - before)), axis=1)[:, :count]
     tokens = jnp.pad(jnp.sort(order, axis=1) + before, ((0, 0), (before, 0)))
     tokens = tokens.at[:, :before].set(jnp.arange(before))

@@ -103,7 +103,7 @@ def frequencies(cfg: Settings, head_width: int) -> Float[np.ndarray, "e/4"]:
     return turns * cfg.rope_temperature ** (-np.arange(count) / count)
 
 
-def changed(cfg: Settings, positions: Float[Array, "n 2"], key: Array) -> Float[Array, "n 2"]:
+def augmented(cfg: Settings, positions: Float[Array, "n 2"], key: Array) -> Float[Array, "n 2"]:
     """Shift all coordinates, and scale them by axis and together: once for a step, as DINOv3 does.
 
     The shift is uniform up to `rope_shift`; factors are log-uniform, up to `rope_jitter` for each

@@ -154,7 +154,7 @@ class ViT(nnx.Module):
             return None
         positions: Any = rotary.coordinates(cfg, shape.grid)
         if key is not None and (cfg.rope_shift or cfg.rope_jitter or cfg.rope_rescale):
-            positions = rotary.changed(cfg, jnp.asarray(positions, jnp.float32), key)
+            positions = rotary.augmented(cfg, jnp.asarray(positions, jnp.float32), key)
 
         def learned(frequencies: Array | None) -> rotary.Rotation:
             turn = rotary.mixed_rotation(jnp.asarray(frequencies), positions, shape.before)

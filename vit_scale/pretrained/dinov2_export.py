@@ -12,21 +12,10 @@ from ml_collections import ConfigDict
 from vit_scale.models.spec import Shape
 from vit_scale.pretrained.formats import DINOV2
 from vit_scale.pretrained.key_mapping import POSITIONS, Arrays, to_arrays
+from vit_scale.pretrained.library_configs import PLAIN_BLOCK
 
-# Fields of the model block that Dinov2 hasn't, and their values without them.
-ABSENT: dict[str, Any] = {
-    "rope": "none",
-    "norm": "layernorm",
-    "pre_norm": False,
-    "final_norm": True,
-    "attention_norm": False,
-    "mlp_norm": False,
-    "qk_norm": "none",
-    "fc_norm": False,
-    "distilled": False,
-    "representation": 0,
-    "nearest_grid": False,
-}
+# Fields of the model block that Dinov2 lacks, and their values without them.
+ABSENT: dict[str, Any] = PLAIN_BLOCK | {"distilled": False, "representation": 0}
 
 
 def is_dinov2(cfg: ConfigDict, shape: Shape) -> bool:

@@ -48,6 +48,15 @@ def dense(param: str | tuple[str, ...], key: str, layout: str = "linear") -> Seq
     )
 
 
+def attention(prefix: str, *keys: str) -> Sequence[KeyMapping]:
+    """The mappings of a block's separate layers of queries, keys and values, in this order."""
+    parts = zip(("query", "key", "value"), keys, strict=True)
+    rows = [
+        dense(f"blocks/{{i}}/attention/{part}", prefix + key, "to_heads") for part, key in parts
+    ]
+    return [mapping for pair in rows for mapping in pair]
+
+
 def norm(param: str, key: str) -> Sequence[KeyMapping]:
     """The mappings of a torch norm's weight and bias; an RMSNorm has no bias."""
     return (

@@ -9,6 +9,19 @@ from vit_scale.config import image_size
 from vit_scale.models.spec import shape
 from vit_scale.pretrained.preprocessing import PIL_RESAMPLING
 
+# Fields of the model block that transformers' ViTs lack, and their values without them. LayerScale
+# and absent biases are the same function with other parameters.
+PLAIN_BLOCK: dict[str, Any] = {
+    "rope": "none",
+    "norm": "layernorm",
+    "pre_norm": False,
+    "final_norm": True,
+    "attention_norm": False,
+    "mlp_norm": False,
+    "qk_norm": "none",
+    "fc_norm": False,
+    "nearest_grid": False,
+}
 ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 

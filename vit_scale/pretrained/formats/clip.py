@@ -5,7 +5,14 @@ that images and texts share: that projection, which has no bias, is the head. Hu
 classifier reads the mean of the patches instead.
 """
 
-from vit_scale.pretrained.key_mapping import Convention, KeyMapping, WeightFormat, dense, norm
+from vit_scale.pretrained.key_mapping import (
+    Convention,
+    KeyMapping,
+    WeightFormat,
+    attention,
+    dense,
+    norm,
+)
 
 BLOCK = "encoder.layers.{i}."
 SELF = BLOCK + "self_attn."
@@ -26,9 +33,7 @@ CLIP = WeightFormat(
         KeyMapping("posemb", "embeddings.position_embedding.weight"),
         *norm("pre_norm", "pre_layrnorm"),  # transformers spells it so
         *norm("blocks/{i}/norm1", BLOCK + "layer_norm1"),
-        *dense("blocks/{i}/attention/query", SELF + "q_proj", "to_heads"),
-        *dense("blocks/{i}/attention/key", SELF + "k_proj", "to_heads"),
-        *dense("blocks/{i}/attention/value", SELF + "v_proj", "to_heads"),
+        *attention(SELF, "q_proj", "k_proj", "v_proj"),
         *dense("blocks/{i}/attention/out", SELF + "out_proj", "from_heads"),
         *norm("blocks/{i}/norm2", BLOCK + "layer_norm2"),
         *dense("blocks/{i}/mlp/up", BLOCK + "mlp.fc1"),

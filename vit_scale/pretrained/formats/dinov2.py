@@ -5,7 +5,7 @@ beside the mean of the patches.
 """
 
 from vit_scale.pretrained.formats.steps import split_gated
-from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, dense, norm
+from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, attention, dense, norm
 
 BLOCK = "encoder.layer.{i}."
 SELF = BLOCK + "attention.attention."
@@ -15,9 +15,7 @@ MAPPINGS = (
     KeyMapping("registers", "embeddings.register_tokens", "first"),
     KeyMapping("posemb", "embeddings.position_embeddings", "first"),
     *norm("blocks/{i}/norm1", BLOCK + "norm1"),
-    *dense("blocks/{i}/attention/query", SELF + "query", "to_heads"),
-    *dense("blocks/{i}/attention/key", SELF + "key", "to_heads"),
-    *dense("blocks/{i}/attention/value", SELF + "value", "to_heads"),
+    *attention(SELF, "query", "key", "value"),
     *dense("blocks/{i}/attention/out", BLOCK + "attention.output.dense", "from_heads"),
     KeyMapping("blocks/{i}/scale1", BLOCK + "layer_scale1.lambda1"),
     *norm("blocks/{i}/norm2", BLOCK + "norm2"),

@@ -4,7 +4,14 @@ Keys have no bias in Meta's models, so theirs are zero here. There is no classif
 """
 
 from vit_scale.pretrained.formats.steps import zero_key_bias
-from vit_scale.pretrained.key_mapping import Convention, KeyMapping, WeightFormat, dense, norm
+from vit_scale.pretrained.key_mapping import (
+    Convention,
+    KeyMapping,
+    WeightFormat,
+    attention,
+    dense,
+    norm,
+)
 
 BLOCK = "layer.{i}."
 SELF = BLOCK + "attention."
@@ -13,9 +20,7 @@ MAPPINGS = (
     KeyMapping("cls", "embeddings.cls_token", "token"),
     KeyMapping("registers", "embeddings.register_tokens", "first"),
     *norm("blocks/{i}/norm1", BLOCK + "norm1"),
-    *dense("blocks/{i}/attention/query", SELF + "q_proj", "to_heads"),
-    *dense("blocks/{i}/attention/key", SELF + "k_proj", "to_heads"),
-    *dense("blocks/{i}/attention/value", SELF + "v_proj", "to_heads"),
+    *attention(SELF, "q_proj", "k_proj", "v_proj"),
     *dense("blocks/{i}/attention/out", SELF + "o_proj", "from_heads"),
     KeyMapping("blocks/{i}/scale1", BLOCK + "layer_scale1.lambda1"),
     *norm("blocks/{i}/norm2", BLOCK + "norm2"),

@@ -5,7 +5,7 @@ others in memory, which `aliases` maps. [CLS] has a position embedding, the firs
 pooler is a tanh layer, as our `representation`; it has no head.
 """
 
-from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, dense, norm
+from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat, attention, dense, norm
 
 BLOCK = "vit.encoder.layer.{i}."
 SELF = BLOCK + "attention.attention."
@@ -15,9 +15,7 @@ MAPPINGS = (
     KeyMapping("dist", "vit.embeddings.distillation_token", "token"),
     KeyMapping("posemb", "vit.embeddings.position_embeddings", "first"),
     *norm("blocks/{i}/norm1", BLOCK + "layernorm_before"),
-    *dense("blocks/{i}/attention/query", SELF + "query", "to_heads"),
-    *dense("blocks/{i}/attention/key", SELF + "key", "to_heads"),
-    *dense("blocks/{i}/attention/value", SELF + "value", "to_heads"),
+    *attention(SELF, "query", "key", "value"),
     *dense("blocks/{i}/attention/out", BLOCK + "attention.output.dense", "from_heads"),
     *norm("blocks/{i}/norm2", BLOCK + "layernorm_after"),
     *dense("blocks/{i}/mlp/up", BLOCK + "intermediate.dense"),

@@ -5,7 +5,14 @@ any shape (NaFlex) stores its patch embedding as a matrix; here it reads one siz
 """
 
 from vit_scale.pretrained.formats.steps import unflatten_patches
-from vit_scale.pretrained.key_mapping import Arrays, KeyMapping, WeightFormat, dense, norm
+from vit_scale.pretrained.key_mapping import (
+    Arrays,
+    KeyMapping,
+    WeightFormat,
+    attention,
+    dense,
+    norm,
+)
 
 BLOCK, POOL = "encoder.layers.{i}.", "head."
 SELF = BLOCK + "self_attn."
@@ -14,9 +21,7 @@ MAPPINGS = (
     *dense("embed", "embeddings.patch_embedding", "patches"),
     KeyMapping("posemb", "embeddings.position_embedding.weight"),
     *norm("blocks/{i}/norm1", BLOCK + "layer_norm1"),
-    *dense("blocks/{i}/attention/query", SELF + "q_proj", "to_heads"),
-    *dense("blocks/{i}/attention/key", SELF + "k_proj", "to_heads"),
-    *dense("blocks/{i}/attention/value", SELF + "v_proj", "to_heads"),
+    *attention(SELF, "q_proj", "k_proj", "v_proj"),
     *dense("blocks/{i}/attention/out", SELF + "out_proj", "from_heads"),
     *norm("blocks/{i}/norm2", BLOCK + "layer_norm2"),
     *dense("blocks/{i}/mlp/up", BLOCK + "mlp.fc1"),
