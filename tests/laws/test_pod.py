@@ -15,7 +15,8 @@ HOST = """
 import os, pathlib, signal, subprocess, sys, time
 number, folder = int(sys.argv[-1]), pathlib.Path(sys.argv[1])
 devices = os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"]
-(folder / f"host-{number}").write_text(repr((os.getpid(), sys.argv[2:], devices)))
+(folder / f".host-{number}").write_text(repr((os.getpid(), sys.argv[2:], devices)))
+(folder / f".host-{number}").rename(folder / f"host-{number}")  # complete as soon as it is listed
 def say(text):
     print(text, flush=True)
 def complain(text):
@@ -105,7 +106,6 @@ time.sleep(600)
 def test_a_killed_host_ends_all(tmp_path):
     process = start(tmp_path, "time.sleep(600)")
     wait_until(lambda: len(list(tmp_path.glob("host-*"))) == 3)
-    wait_until(lambda: all(file.read_text() for file in tmp_path.glob("host-*")))
     os.kill(started(tmp_path)[1][0], signal.SIGKILL)
     code, _, err = end(process)
     assert (code, err) == (137, ["pod: host 1 of 3 ended with exit code 137"])
@@ -154,7 +154,6 @@ while True:
 def test_hosts_do_not_outlive_it(tmp_path):
     process = start(tmp_path, "time.sleep(600)")
     wait_until(lambda: len(list(tmp_path.glob("host-*"))) == 3)
-    wait_until(lambda: all(file.read_text() for file in tmp_path.glob("host-*")))
     process.kill()
     process.communicate()
     wait_until(lambda: all_gone(tmp_path))
