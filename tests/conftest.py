@@ -32,6 +32,7 @@ OLDER_XLA = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12)
 LONGEST = (
     "laws/test_mesh.py",
     "laws/test_laws.py",
+    "laws/test_switches.py",
     "laws/test_convnets.py",
     "storage/test_bucket.py",
     "laws/test_soak.py",

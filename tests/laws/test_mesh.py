@@ -21,7 +21,7 @@ from vit_scale import checkpoint
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-STEPS, MIDDLE = 20, 10
+STEPS, MIDDLE = 8, 4  # a step takes a second, of which 8 threads on 2 cores mostly wait
 # Without mixing, whose Beta distribution takes as long to compile as all the rest: the test of the
 # batches has it. Everything else that draws random numbers or keeps state is on.
 MIXING = ["augment.mixup=0.5", "augment.cutmix=0.5"]
@@ -42,11 +42,12 @@ FIELDS = TINY | {
     "eval.final": "test[:60]",  # which 16 do not divide
     "eval.batch": 16,
     "steps": STEPS,
-    "checkpoint.every": MIDDLE,
+    "checkpoint.every": STEPS,
     "checkpoint.keep": 2,
     "augment.mixup": 0.0,
     "augment.cutmix": 0.0,
 }
+SAVED = [f"checkpoint.every={MIDDLE}"]  # those that are resumed from the middle
 LORA = ["lora.rank=2", "lora.kernels=kernel$", "optim.train=bias$|^head/"]  # every rule
 MESHES = ("8-1-1", "1-8-1", "2-2-2")  # devices along data, fsdp and tensor
 
@@ -109,14 +110,15 @@ class Pods:
 def pods(cifar, tmp_path_factory) -> Pods:
     found = Pods(tmp_path_factory.mktemp("pods"), cifar)
     runs = {f"8 devices, {mesh}": mesh_flags(mesh) for mesh in MESHES}
+    runs["8 devices, 1-8-1"] += SAVED
     found.start(1, 8, runs, ["8-1-1"], state=mesh_flags("1-8-1"))
     found.start(4, 2, {}, ["2-2-2"])
-    runs = {"2 processes": mesh_flags("2-4-1"), "LoRA": [*mesh_flags("2-2-2"), *LORA]}
+    runs = {"2 processes": mesh_flags("2-4-1") + SAVED, "LoRA": [*mesh_flags("2-2-2"), *LORA]}
     found.start(2, 4, runs, ["8-1-1"])
     found.copy_of_first_half("8 devices, 1-8-1", "8 devices to 1")
     found.copy_of_first_half("2 processes", "2 processes to 1")
     alone = {"1 device": [], "LoRA on 1 device": LORA}
-    found.start(1, 1, alone | {"8 devices to 1": [], "2 processes to 1": []})
+    found.start(1, 1, alone | {"8 devices to 1": SAVED, "2 processes to 1": SAVED})
     return found
 
 
@@ -225,7 +227,7 @@ def test_evaluation_counts_every_image_once(pods, name):
 def test_a_checkpoint_continues_on_fewer(pods, name, whole):
     if name == "8 devices to 2":
         pods.copy_of_first_half(whole, name)
-        pods.start(1, 2, {name: ["mesh.tensor=2"]})
+        pods.start(1, 2, {name: ["mesh.tensor=2", *SAVED]})
     assert checkpoint.finished_steps(pods.folder / name) == [MIDDLE, STEPS]
     expected, found = pods.losses(whole), pods.losses(name)
     assert list(found) == list(range(1, STEPS + 1))
