@@ -149,11 +149,8 @@ def described(sub: argparse.ArgumentParser, skip: set[str] = frozenset()) -> lis
 
 def names(action: argparse.Action) -> str:
     """Every spelling of an argument."""
-    return (
-        ", ".join([*action.option_strings[:-1], spelling(action)])
-        if len(action.option_strings) > 1
-        else spelling(action)
-    )
+    main = spelling(action)
+    return ", ".join([*(o for o in action.option_strings if o != main.split()[0]), main])
 
 
 def text_of(action: argparse.Action) -> str:

@@ -4,7 +4,6 @@ The number in a type counts TensorCores for v2 to v4, v5p and tpu7x, and chips f
 """
 
 import json
-import math
 import pathlib
 import re
 from typing import NamedTuple
@@ -26,15 +25,8 @@ class Accelerator(NamedTuple):
     hosts: int
     runtime: str
     gke: str | None  # GKE's name of the generation
-    dimensions: int  # of the network between chips
+    devices: int  # that JAX sees
     price: float | None  # USD an hour, on demand
-
-    @property
-    def topology(self) -> str:
-        """The slice's shape, such as 4x4; empty for a size that is not in the table."""
-        shapes = TABLE["topologies"][str(self.dimensions)]
-        sizes = {math.prod(map(int, shape.split("x"))): shape for shape in shapes}
-        return sizes.get(self.chips, "")
 
 
 def parse(name: str, price: float | None = None) -> Accelerator:
@@ -61,6 +53,6 @@ def parse(name: str, price: float | None = None) -> Accelerator:
         hosts=hosts,
         runtime=row["runtime_version"],
         gke=row["gke_accelerator"],
-        dimensions=row["dimensions"],
+        devices=chips * row.get("devices_per_chip", 2),  # v2 and v3: one per TensorCore
         price=None if price is None else price * chips,
     )

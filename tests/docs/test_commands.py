@@ -77,6 +77,12 @@ def gke(words: list[str]) -> None:
     config.load(args.config, [word.removeprefix("--config.") for word in overrides])
 
 
+def docker(words: list[str]) -> None:
+    assert words[0] == "build" and words[-1] == "."
+    stages = re.findall(r"^FROM .+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert "--target" not in words or words[words.index("--target") + 1] in stages
+
+
 def slurm(words: list[str]) -> None:
     script = words.index("launch/slurm.sbatch")
     assert set(words[:script:2]) <= set(SBATCH)
@@ -126,7 +132,10 @@ KNOWN = {
     "launch/test.sh": pytest_arguments,
     "sbatch": slurm,
     "python": python,
+    "docker": docker,
+    "kubectl": lambda words: None,
     "mkdocs": lambda words: None,
+    "sed": lambda words: None,
     "source": lambda words: None,
 }
 
@@ -180,7 +189,8 @@ def options() -> set[str]:
         for action in this._actions:
             if isinstance(action, argparse._SubParsersAction):
                 queue += action.choices.values()
-    return known_flags | {"--hosts", "--strict", "--local-dir"}  # of shells, mkdocs, `hf download`
+    others = {"--build-arg", "--env-file"}  # of docker and xpk
+    return known_flags | others | {"--hosts", "--strict", "--local-dir"}  # shells, mkdocs, hf
 
 
 @pytest.mark.parametrize("name", [name for name in documents() if "results/" not in name])

@@ -1,16 +1,13 @@
-"""launch/slurm.sbatch against a fake SLURM, and the manifests that launch/gke.py renders."""
+"""launch/slurm.sbatch against a fake SLURM."""
 
 import os
 import pathlib
 import re
-import shlex
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-import yaml
 
 from tests.helpers.fake_cloud import ROOT, machine, script
 
@@ -138,66 +135,3 @@ def test_slurm_saves_before_the_time_limit(slurm, shell_too):
 def test_slurm_must_be_submitted_from_the_repository(slurm):
     code, err = slurm.run(SLURM_SUBMIT_DIR=str(slurm.folder))
     assert code == 64 and "submit from there" in err
-
-
-def gke(*more: str) -> subprocess.CompletedProcess:
-    arguments = ["--config", "quickstart:pretrain", "--name", "vit", "--image", "I:1"]
-    arguments += ["--workdir", "gs://b/vit"]
-    command = [sys.executable, str(ROOT / "launch" / "gke.py"), *arguments, *more]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_jobset_manifest():
-    result = gke(
-        "--type", "v5e-16", "--num-slices", "2", "--spot", "--secret", "wandb", "--config.seed=1"
-    )
-    assert result.returncode == 0, result.stderr
-    manifest = yaml.safe_load(result.stdout)
-    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (job,) = manifest["spec"]["replicatedJobs"]
-    spec = job["template"]["spec"]
-    assert (job["replicas"], spec["parallelism"], spec["completions"]) == (2, 4, 4)
-    assert spec["backoffLimit"] == 0
-    (rule,) = spec["podFailurePolicy"]["rules"]
-    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
-    assert rule["onExitCodes"]["values"] == [42, *range(127, 256)]
-    pod = spec["template"]["spec"]
-    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 150
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-        "cloud.google.com/gke-tpu-topology": "4x4",
-        "cloud.google.com/gke-spot": "true",
-    }
-    (container,) = pod["containers"]
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["envFrom"] == [{"secretRef": {"name": "wandb"}}]
-    assert container["command"] == shlex.split(
-        "vit-scale train --config quickstart:pretrain --workdir gs://b/vit --config.seed=1"
-    )
-
-
-def test_xpk_command():
-    words = shlex.split(gke("--type", "v4-32", "--xpk", "mine").stdout)
-    assert words[:5] == ["xpk", "workload", "create", "--cluster", "mine"]
-    assert words[words.index("--tpu-type") + 1] == "v4-32"
-    assert words[-1] == "vit-scale train --config quickstart:pretrain --workdir gs://b/vit"
-
-
-@pytest.mark.parametrize("flag", ["--secret", "--service-account"])
-def test_flags_that_xpk_lacks_are_refused(flag):
-    done = gke("--type", "v4-32", "--xpk", "mine", flag, "x")
-    assert (done.returncode, done.stdout) == (64, "") and f"does not support {flag}" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "words, code, message",
-    [
-        (["--type", "v3-32"], 78, "is not supported on GKE"),
-        (["--type", "v4-32", "--workdir", "runs/x"], 65, "is on a worker's disk"),
-        (["--type", "v4-32", "--config", "vit_tony"], 65, "did you mean vit_tiny"),
-    ],
-)
-def test_mistakes_are_reported_before_rendering(words, code, message):
-    result = gke(*words)
-    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (code, "", 1)
-    assert message in result.stderr

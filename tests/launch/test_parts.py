@@ -55,11 +55,11 @@ def test_invalid_accelerator_types(name):
         accelerators.parse(name)
 
 
-def test_prices_and_shapes():
+def test_prices_and_devices():
     assert accelerators.parse("v5e-16", 1.5).price == 24.0
     assert accelerators.parse("tpu7x-8").price is None
-    shapes = {name: accelerators.parse(name).topology for name in ("v4-32", "v5e-16", "v6e-256")}
-    assert shapes == {"v4-32": "2x2x4", "v5e-16": "4x4", "v6e-256": "16x16"}
+    devices = {name: accelerators.parse(name).devices for name in ("v3-8", "v4-32", "tpu7x-8")}
+    assert devices == {"v3-8": 8, "v4-32": 16, "tpu7x-8": 8}
 
 
 # Exit codes and last log lines of real training runs, and the kind of failure of each.
