@@ -13,6 +13,7 @@ from launch.tpu.gcloud import ApiError
 from launch.tpu.plan import Plan
 
 POLL = 15  # seconds between status checks while waiting for a machine
+LATE = 300  # seconds until a READY machine must list all of its workers
 REPAIR = 1200  # seconds a machine may take to recover
 RENEW = 3600  # seconds between renewals of the expiry label
 EXISTS_DELAYS = (5, 30, 60, 120, 300)  # seconds to wait while the name exists, but not its status
@@ -53,11 +54,11 @@ class Allocation:
         began = sick = self.clock.now()
         shown = ""
         while True:
-            status = self.cloud.status()
+            status = self.expect_all(self.cloud.status())
             if status.kind == "not_ours" or (status.kind != "absent" and not self.cloud.owned):
                 self.adopt(status)
             self.fresh = self.fresh and status.kind in ("absent", "waiting", "failed")
-            if status.kind not in ("recovering", "unhealthy"):
+            if status.kind not in ("recovering", "unhealthy", "short"):
                 sick = self.clock.now()
             if status.detail != shown and status.kind != "absent":
                 shown = status.detail
@@ -71,6 +72,13 @@ class Allocation:
                 self.renew(since=began)  # there was nothing to label while it waited
                 return status
             self._advance(status, began, sick)
+
+    def expect_all(self, status: Status) -> Status:
+        """Return the status, of kind short if the machine has fewer workers than its type."""
+        count, expected = sum(number for _, number in status.hosts), self.plan.hosts
+        if status.kind not in ("ready", "unhealthy") or count >= expected:
+            return status
+        return status._replace(kind="short", detail=f"it has {count} workers, not {expected}")
 
     def find_zone(self) -> None:
         """Look for this run's machine in all zones before one is created."""
@@ -98,6 +106,10 @@ class Allocation:
             self.no_capacity(reason, began)
         elif status.kind == "gone":
             self.remove()
+        elif status.kind == "short" and (existing or now - sick > LATE):
+            if not existing and not self.created:  # it may be training
+                self.rescue(status)
+            raise Stop(Exit.INFRASTRUCTURE, f"{self.plan.name}: {status.detail}; check --type")
         elif status.kind in ("recovering", "unhealthy") and now - sick > REPAIR:
             if existing:
                 raise Stop(Exit.INFRASTRUCTURE, f"{status.detail} for {clocks.text(now - sick)}")
@@ -124,11 +136,8 @@ class Allocation:
         self.cloud.owned = self.created = created
         self.refusals = 0 if created else self.refusals + 1
         if self.refusals > len(EXISTS_DELAYS):
-            raise Stop(
-                Exit.USAGE,
-                f"a TPU named {self.plan.name} exists in {self.cloud.tpu.zone} but cannot be "
-                "described: choose another --name",
-            )
+            taken = f"a TPU named {self.plan.name} exists in {self.cloud.tpu.zone}"
+            raise Stop(Exit.USAGE, f"{taken} but cannot be described: choose another --name")
         if not created:
             self.pause(EXISTS_DELAYS[self.refusals - 1])
 

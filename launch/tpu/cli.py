@@ -82,21 +82,11 @@ def run(args, overrides: list[str]) -> int:
 def write_request(plan: Plan, journal: Journal) -> None:
     """Register the run for the other verbs, with its resolved request."""
     tpu = vars(plan.tpu) if plan.tpu else None
-    content = {
-        "run": plan.run,
-        "name": plan.name,
-        "target": plan.target,
-        "config": plan.config,
-        "arguments": plan.arguments,
-        "workdir": plan.workdir,
-        "code": {"sha": plan.code.sha, "version": plan.code.description},
-        "tpu": tpu,
-        "zones": plan.zones,
-        "hosts": plan.hosts,
-        "price": plan.price,
-        "existing": plan.args.existing,
-        "resolved": [text for what, text in plan.summary],
-    }
+    names = ["run", "name", "target", "config", "arguments", "workdir", "zones", "hosts", "price"]
+    content = {name: getattr(plan, name) for name in names}
+    content |= {"tpu": tpu, "existing": plan.args.existing}
+    content["code"] = {"sha": plan.code.sha, "version": plan.code.description}
+    content["resolved"] = [text for what, text in plan.summary]
     if not journal.put("launch.json", json.dumps(content, indent=1, default=str)):
         raise Stop(Exit.USAGE, f"cannot write to {plan.folder}: is the disk full?")
     journal.put("changes.diff", bundle.changes(ROOT))

@@ -134,9 +134,7 @@ class CloudTpu:
 
     def _request(self, request: dict, patience: int) -> Status:
         state = request.get("state", {}).get("state", "")
-        spec, labels = node_specs(request), labels_of(request)
-        pairs = zip(spec, self.tpu.nodes, strict=False)
-        names = [entry.get("nodeId") or name for entry, name in pairs]
+        labels = labels_of(request)
         if state == "FAILED":
             error = request["state"].get("failedData", {}).get("error", {}).get("message", "")
             return Status("failed", error or "the queued resource FAILED", labels=labels)
@@ -144,7 +142,7 @@ class CloudTpu:
             return Status("gone", f"its queued resource is {state}", labels=labels)
         if state != "ACTIVE":
             return Status("waiting", state or "no state reported yet", labels=labels)
-        status = self._nodes(names, patience)
+        status = self._nodes(node_names(request), patience)
         return status if status.labels else status._replace(labels=labels)
 
     def _nodes(self, names: list[str], patience: int) -> Status:
@@ -207,13 +205,10 @@ class CloudTpu:
                 self.journal.write("deleted", zone=self.tpu.zone)
                 return
             if not requested or "DELETING" not in json.dumps(resource.get("state", "")):
-                requested = self._ask_to_delete() or requested
+                requested = self._ask_to_delete(self.tpu) or requested
             self.clock.sleep(10)
-        raise Stop(
-            Exit.INFRASTRUCTURE,
-            f"{self.tpu.name} still exists {clocks.text(DELETION)} after its deletion began; "
-            f"run: {shlex.join(gcloud.delete(self.tpu))}",
-        )
+        late = f"{self.tpu.name} still exists {clocks.text(DELETION)} after its deletion began"
+        raise Stop(Exit.INFRASTRUCTURE, f"{late}; run: {shlex.join(gcloud.delete(self.tpu))}")
 
     def _exists(self) -> dict | None:
         """Return the request or one of its nodes, or None; another run's machine does not count."""
@@ -223,20 +218,13 @@ class CloudTpu:
                 node = self.describe_node(name)
                 if node and self._is_leftover(node):
                     resource = node
-                    self._delete_node(name)
+                    self._ask_to_delete(dataclasses.replace(self.tpu, name=name, queue=False))
             return resource
         return resource if resource and self.is_ours(labels_of(resource)) else None
 
-    def _delete_node(self, node: str) -> None:
-        one = gcloud.Tpu(node, self.tpu.zone, self.tpu.project, "", "", queue=False)
+    def _ask_to_delete(self, tpu: Tpu) -> bool:
         try:
-            self.call(gcloud.delete(one))
-        except ApiError as error:
-            self.journal.write("delete", error=str(error))
-
-    def _ask_to_delete(self) -> bool:
-        try:
-            self.call(gcloud.delete(self.tpu))
+            self.call(gcloud.delete(tpu))
         except ApiError as error:
             if error.kind not in ("absent", "transient", "exists"):
                 self.journal.write("delete", error=str(error))
@@ -254,6 +242,17 @@ class CloudTpu:
 
 def node_specs(request: dict) -> list[dict]:
     return request.get("tpu", {}).get("nodeSpec") or [{}]
+
+
+def node_names(request: dict) -> list[str]:
+    """Return the names of a request's nodes; the spec of several nodes only counts them."""
+    names, own = [], request["name"].rpartition("/")[2]
+    for spec in node_specs(request):
+        many = spec.get("multisliceParams") or spec.get("multiNodeParams") or {}
+        prefix = many.get("nodeIdPrefix") or own
+        several = [f"{prefix}-{number}" for number in range(many.get("nodeCount", 0))]
+        names += several or [spec.get("nodeId") or own]
+    return names
 
 
 def labels_of(resource: dict) -> dict:

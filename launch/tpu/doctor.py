@@ -7,7 +7,6 @@ import sys
 
 from launch.tpu import accelerators, flags, gcloud
 from launch.tpu.exit_codes import Exit
-from launch.tpu.gcloud import Tpu
 from launch.tpu.plan import ROOT
 
 
@@ -23,11 +22,8 @@ def doctor(args: argparse.Namespace) -> int:
         return good
 
     report(True, f"Python {sys.version.split()[0]}")
-    report(
-        gcloud.run(["git", "--version"]).code == 0,
-        "git",
-        "install it, else every file here is sent to the workers",
-    )
+    git = gcloud.run(["git", "--version"]).code == 0
+    report(git, "git", "install it, else every file here is sent to the workers")
     version = gcloud.run(["gcloud", "--version"], timeout=60)
     if not report(version.code == 0, "gcloud", "install it: https://cloud.google.com/sdk"):
         return code
@@ -52,9 +48,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _check_zone(report, zone: str, project: str, kind: str) -> None:
-    location = Tpu("", zone, project, "", "").location
-    argv = [*gcloud.TPUS, "accelerator-types", "list", *location, "--format=value(type)"]
-    result = gcloud.run(argv, timeout=60)
+    # Without tpu-vm it would ask API v1, of the former TPU nodes.
+    argv = [*gcloud.TPUS, "tpu-vm", "accelerator-types", "list", *gcloud.location(zone, project)]
+    result = gcloud.run([*argv, "--format=value(type)"], timeout=60)
     if result.code:
         error = gcloud.error(result.err)
         report(False, f"zone {zone}: {error}", gcloud.REMEDIES.get(error.kind, ""))

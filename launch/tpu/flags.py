@@ -24,17 +24,14 @@ VERBS = {
 }
 PROVISIONING = {
     "spot": "Spot VMs: cheaper, preempted at any time",
+    "best-effort": "the best-effort tier of the queue (gcloud alpha)",
     "reserved": "capacity from a reservation",
     "on-demand": "on-demand capacity (default)",
 }
-SETTINGS = {  # flag: variable in the environment and in launch/tpu.env
-    "name": "TPU_NAME",
-    "type": "TPU_TYPE",
-    "zone": "ZONE",
-    "project": "PROJECT",
-    "bucket": "BUCKET",
-    "service_account": "SERVICE_ACCOUNT",
-}
+PASSED = ("network", "subnetwork", "data-disk", "metadata", "tags", "boot-disk")  # to gcloud
+DURATION = r"(\d+(?:\.\d+)?)([smhd]?)"
+SETTINGS = {"name": "TPU_NAME", "type": "TPU_TYPE"}  # variables, also in launch/tpu.env
+SETTINGS |= {name: name.upper() for name in ("zone", "project", "bucket", "service_account")}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -60,31 +57,36 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise Stop(Exit.USAGE, f"{message}; see launch/tpu_vm.sh --help")
+        raise Stop(Exit.USAGE, f"{message}; see {self.prog} --help")
 
 
 def seconds(text: str) -> float:
     """Parse 30s, 10m, 6h, 2d or a plain number of seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    match = re.fullmatch(DURATION, text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 30s, 10m or 6h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[match[2]]
 
 
-def machine_policy(text: str) -> str:
-    """Check that `text` is delete, keep or keep:DURATION, and return it."""
-    if text not in ("delete", "keep"):
-        word, _, rest = text.partition(":")
-        if word != "keep":
-            raise argparse.ArgumentTypeError(f"{text!r} is not delete, keep or keep:DURATION")
-        seconds(rest)
-    return text
+def matching(pattern: str, what: str) -> Callable[[str], str]:
+    """Return a type of flags whose values match `pattern`."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return text
+
+    return check
 
 
 NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
 USD: dict[str, Any] = {"type": float, "metavar": "USD"}
 TIME: dict[str, Any] = {"type": seconds, "metavar": "TIME"}
-POLICY: dict[str, Any] = {"type": machine_policy, "metavar": "delete|keep|keep:TIME"}
+POLICIES = "delete|keep|keep:TIME"
+POLICY: dict[str, Any] = {"metavar": POLICIES}
+POLICY["type"] = matching(f"delete|keep(:{DURATION})?", POLICIES)
+WORKER: dict[str, Any] = {"type": matching(r"all|\d+", "all or a number"), "metavar": "I|all"}
+GCLOUD: dict[str, Any] = {"type": matching("--[a-z].*", "--NAME or --NAME=VALUE"), "default": []}
 
 
 def parser() -> Parser:
@@ -93,7 +95,8 @@ def parser() -> Parser:
         prog="launch/tpu_vm.sh",
         usage="launch/tpu_vm.sh [VERB] --config NAME --name NAME --type TYPE --zone ZONE [FLAG...]",
         description="Train on a Cloud TPU slice: create it, watch the run, recover, delete it."
-        f"\n\n{verbs}",
+        "\nIts API (TPU VMs, queued resources) is in maintenance mode, by Google's documentation: "
+        f"TPU7x and later, and flex-start, are on GKE: launch/gke.py.\n\n{verbs}",
         epilog="--config.FIELD=VALUE overrides a field of the config. Defaults come from the "
         f"environment and launch/tpu.env: {', '.join(SETTINGS.values())}.",
         formatter_class=HelpFormatter,
@@ -134,10 +137,13 @@ def _add_machine_flags(group: argparse._ArgumentGroup) -> None:
     targets = "auto|vm|here|local:N"
     add("--target", default="auto", metavar=targets, help="TPU VM, this host, or N processes on it")
     add("--devices", **NUMBER, default=2, help="virtual devices per process of local:N")
-    add("--internal-ip", action="store_true", help="no external IP addresses")
+    add("--internal-ip", action="store_true", help="no external IPs: downloads need Cloud NAT")
     add("--iap", action="store_true", help="SSH through Identity-Aware Proxy (gcloud alpha)")
-    for name in ("network", "subnetwork", "service-account", "data-disk"):
+    add("--service-account", default="", help="account of the workers, with cloud-platform scope")
+    for name in PASSED:
         add(f"--{name}", default="", help=f"passed to gcloud as --{name}")
+    other = "another flag of gcloud's create: --gcloud-flag=--NAME=VALUE"
+    add("--gcloud-flag", action="append", **GCLOUD, metavar="FLAG", help=other)
 
 
 def _add_policy_flags(add: Callable) -> None:
@@ -162,7 +168,8 @@ def _add_policy_flags(add: Callable) -> None:
 def _add_verb_flags(add: Callable) -> None:
     add("--keep", action="store_true", help="stop: keep the machine")
     add("-f", "--follow", action="store_true", help="logs: follow")
-    add("--worker", default="all", metavar="I|all", help="logs, ssh: this worker only")
+    add("--worker", **WORKER, default="all", help="logs, ssh: this worker only")
+    add("-L", action="append", default=[], metavar="PORT:HOST:PORT", help="ssh: forward a port")
     add("--attempt", **NUMBER, help="logs: of this attempt (default: the latest)")
     add("--json", action="store_true", help="status, list: print one JSON object")
     add("--expired", action="store_true", help="gc: expired machines only")

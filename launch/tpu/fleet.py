@@ -1,10 +1,12 @@
 """All machines that launchers created, whoever ran them: the verbs list, delete and gc."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections import ChainMap
 
 from launch.tpu import accelerators, agent_status, billing, cloud_tpu, flags, gcloud
 from launch.tpu.agent_status import AgentStatus
@@ -86,14 +88,10 @@ class Machine:
         self.expired = past and state not in QUEUED
         self.left = state in DEAD_STATES
 
-    @property
-    def price(self) -> float | None:
-        try:
-            return accelerators.parse(self.kind).price
-        except Stop:
-            return None
-
     def as_json(self) -> dict:
+        price = None
+        with contextlib.suppress(Stop):  # a type that is not in the table
+            price = accelerators.parse(self.kind).price
         return {
             "name": self.tpu.name,
             "zone": self.tpu.zone,
@@ -102,7 +100,7 @@ class Machine:
             "run": self.labels.get("run"),
             "owner": self.labels.get("owner"),
             "hours": round(self.hours, 1),
-            "usd_per_hour": None if self.left else self.price,
+            "usd_per_hour": None if self.left else price,
             "forgotten": self.expired or self.left,
         }
 
@@ -118,14 +116,12 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
 
     def add(name: str, nodes: list[dict], fallback: dict, **options) -> None:
         """Add a machine; what its nodes do not report comes from `fallback`."""
-        tpu = Tpu(name, zone, project, "", "", iap=args.iap, internal_ip=args.internal_ip)
-        keys = ("labels", "createTime", "acceleratorType")
-        values = [next((node[key] for node in nodes if node.get(key)), None) for key in keys]
-        reported = zip(keys, values, strict=True)
-        labels, created, kind = (value or fallback.get(key) for key, value in reported)
+        route: dict = {"iap": args.iap, "internal_ip": args.internal_ip}
+        tpu = Tpu(name, zone, project, "", "", **route, **options)
         states = [node["state"] for node in nodes if node.get("state") in DEAD_STATES]
         state = next(iter(states), fallback.get("state", ""))
-        tpu = dataclasses.replace(tpu, **options)
+        get = ChainMap(*nodes, fallback).get
+        labels, created, kind = get("labels"), get("createTime"), get("acceleratorType")
         machines.append(Machine(tpu, state, labels or {}, created or "", kind or ""))
 
     for zone in zones:
@@ -133,11 +129,11 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
         listed = read_list(gcloud.listing("tpu-vm", zone, project))
         nodes = {node["name"].rpartition("/")[2]: node for node in listed}
         for request in requests:
-            specs = cloud_tpu.node_specs(request)
-            own = [nodes.pop(spec.get("nodeId", ""), {}) for spec in specs]
-            fallback = {**request, **specs[0].get("node", {})}
+            names = cloud_tpu.node_names(request)
+            own = [nodes.pop(name, {}) for name in names]
+            fallback = {**request, **cloud_tpu.node_specs(request)[0].get("node", {})}
             fallback["state"] = request.get("state", {}).get("state", "")
-            add(request["name"].rpartition("/")[2], own, fallback, slices=len(specs))
+            add(request["name"].rpartition("/")[2], own, fallback, slices=len(names))
         for name, node in nodes.items():
             add(name, [node], node, queue=False)
     return [machine for machine in machines if machine.labels.get("managed-by") == "vit_scale"]

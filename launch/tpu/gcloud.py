@@ -10,16 +10,23 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 TPUS = ["gcloud", "compute", "tpus"]
+# Flags of `create` that only gcloud alpha has.
+ALPHA = {"best-effort", "boot-disk", "reservation", "provisioning-model", "max-run-duration"}
+ALPHA |= {"network-config", "autocheckpoint-enabled", "workload-type"}
 KEEPALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")
 SSH = ("-oConnectTimeout=15", *KEEPALIVE, "-oBatchMode=yes")
+CHATTER = re.compile(
+    r"^(Using ssh batch size|SSH: Attempting|Warning: Permanently added).*\n", re.M
+)
 
 # (pattern, kind): the first match decides.
 ERRORS = (
+    (r"quota metric|rate.?limit.?exceeded|too many requests|per minute", "transient"),
     (r"has terminal state|currently in state .?PREEMPTED", "gone"),
     (r"no more capacity in the zone|not enough resources available|stockout", "stockout"),
     (r"Quota limit .* exceeded|Quota '.*' (exceeded|exhausted)|quota .* exceeded", "quota"),
@@ -48,7 +55,7 @@ REMEDIES = {
     "key": "the machine rejects the key: run gcloud compute config-ssh (with OS Login, the "
     "account needs the role OS Admin Login)",
     "api": "run: gcloud services enable tpu.googleapis.com",
-    "zone": "choose a --zone that offers this type: gcloud compute tpus locations list",
+    "zone": "choose a --zone that offers this type: https://cloud.google.com/tpu/docs/regions-zones",
     "permission": "this account needs the role TPU Admin in the project",
     "invalid": "check --type, --runtime and --zone",
 }
@@ -77,16 +84,13 @@ class Tpu:
     project: str
     type: str
     runtime: str
-    model: str = "on-demand"  # spot | reserved | on-demand
+    model: str = "on-demand"  # a key of flags.PROVISIONING
     queue: bool = True  # a queued resource, or a TPU VM created directly
     slices: int = 1
     valid_until: str = ""
     internal_ip: bool = False
     iap: bool = False
-    network: str = ""
-    subnetwork: str = ""
-    service_account: str = ""
-    data_disk: str = ""
+    flags: Sequence[str] = ()  # others of gcloud's create
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -98,33 +102,29 @@ class Tpu:
 
     @property
     def location(self) -> list[str]:
-        project = ["--project", self.project] if self.project else []
-        return ["--zone", self.zone, *project]
+        return location(self.zone, self.project)
+
+
+def location(zone: str, project: str) -> list[str]:
+    return ["--zone", zone, *(["--project", project] if project else [])]
 
 
 def create(tpu: Tpu) -> list[str]:
-    if tpu.queue:
-        nodes = ["--node-id", tpu.name]
-        if tpu.slices > 1:
-            nodes = ["--node-count", str(tpu.slices), "--node-prefix", tpu.name]
-        kind, runtime = ["queued-resources", "create", tpu.name, *nodes], "--runtime-version"
-    else:
-        kind, runtime = ["tpu-vm", "create", tpu.name], "--version"
-    command = [*TPUS, *kind, *tpu.location, "--accelerator-type", tpu.type, runtime, tpu.runtime]
-    if tpu.model != "on-demand":
-        command.append(f"--{tpu.model}")
-    if tpu.queue and tpu.valid_until:
-        command += ["--valid-until-duration", tpu.valid_until]
     labels = ",".join(f"{key}={value}" for key, value in sorted(tpu.labels.items()))
-    command += ["--labels", labels]
-    if tpu.internal_ip:
-        command.append("--internal-ips")
-    for name in ("network", "subnetwork", "service_account", "data_disk"):
-        if value := getattr(tpu, name):
-            command += [f"--{name.replace('_', '-')}", value]
-    if tpu.service_account:
-        command += ["--scopes", "cloud-platform"]
-    return [*command, "--async", "--quiet"]
+    flags = [f"--{tpu.model}"] * (tpu.model != "on-demand")
+    flags += [*tpu.flags, *["--internal-ips"] * tpu.internal_ip, "--labels", labels]
+    alpha = any(flag[2:].partition("=")[0] in ALPHA for flag in flags)
+    if alpha and tpu.model == "spot":
+        flags.append("--provisioning-model=spot")  # else gcloud alpha 528 asks for standard as well
+    kind, runtime = "tpu-vm", "--version"
+    if tpu.queue:
+        kind, runtime = "queued-resources", "--runtime-version"
+        many = ["--node-count", str(tpu.slices), "--node-prefix", tpu.name]
+        flags += many if tpu.slices > 1 else ["--node-id", tpu.name]
+        flags += ["--valid-until-duration", tpu.valid_until] * bool(tpu.valid_until)
+    command = ["gcloud", *["alpha"] * alpha, *TPUS[1:], kind, "create", tpu.name, *tpu.location]
+    required = ["--accelerator-type", tpu.type, runtime, tpu.runtime]
+    return [*command, *required, *flags, "--async", "--quiet"]
 
 
 def describe(tpu: Tpu) -> list[str]:
@@ -148,8 +148,7 @@ def renew(tpu: Tpu, node: str, expires: str) -> list[str]:
 
 def listing(kind: str, zone: str, project: str) -> list[str]:
     """List resources of `kind`, queued-resources or tpu-vm."""
-    location = Tpu("", zone, project, "", "").location
-    return [*TPUS, kind, "list", *location, "--format=json"]
+    return [*TPUS, kind, "list", *location(zone, project), "--format=json"]
 
 
 def ssh(tpu: Tpu, node: str, worker: int, command: str = "") -> list[str]:

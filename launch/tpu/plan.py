@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from launch.tpu import accelerators, bundle, cloud_tpu, gcloud, preflight, secret
 from launch.tpu.accelerators import Accelerator
 from launch.tpu.exit_codes import Exit, Stop
-from launch.tpu.flags import Values
+from launch.tpu.flags import PASSED, Values
 from launch.tpu.gcloud import Tpu
 from launch.tpu.transport import chips_here, on_a_tpu_vm
 
@@ -71,7 +71,7 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
     if tpu:
         devices = accelerator.chips * tpu.slices if accelerator else None
-    resolved = preflight.resolve(root, config, overrides, devices)
+    resolved = preflight.resolve(root, config, overrides, devices, install=not args.dry_run)
     workdir = resolve_workdir(args, values, name, root, target)
     if target == "vm":
         preflight.check_workdir(workdir, hosts, args.existing, args.workdir_is_mounted)
@@ -179,11 +179,17 @@ def resolve_tpu(
     kind = values.get("type") or (args.existing and existing_type(values, name, zones[0], project))
     if not kind and not (args.existing and args.dry_run):
         raise Stop(Exit.USAGE, "--type is required, such as v4-32")
+    if kind and kind.startswith("tpu"):
+        raise Stop(
+            Exit.REFUSED, f"{kind}: TPU7x and later are only on GKE: launch/gke.py --type {kind}"
+        )
     accelerator = accelerators.parse(kind, args.price) if kind else None
     if args.num_slices < 1:
         raise Stop(Exit.USAGE, f"--num-slices {args.num_slices} must be at least 1")
-    if args.num_slices > 1 and args.no_queue:
-        raise Stop(Exit.USAGE, "--num-slices needs a queued resource: remove --no-queue")
+    queued = ["--num-slices"] * (args.num_slices > 1)
+    queued += ["--best-effort"] * (args.model == "best-effort")
+    if queued and args.no_queue:
+        raise Stop(Exit.USAGE, f"{queued[0]} needs a queued resource: remove --no-queue")
     tpu = Tpu(
         name=name,
         zone=zones[0],
@@ -196,12 +202,16 @@ def resolve_tpu(
         valid_until=f"{args.valid_until:.0f}s" if args.valid_until else "",
         internal_ip=args.internal_ip,
         iap=args.iap,
-        network=args.network,
-        subnetwork=args.subnetwork,
-        service_account=values.get("service_account"),
-        data_disk=args.data_disk,
+        flags=create_flags(args, values.get("service_account")),
     )
     return tpu, zones, accelerator
+
+
+def create_flags(args: argparse.Namespace, account: str) -> list[str]:
+    """Return the flags that gcloud's create command gets as they are."""
+    named = {name: getattr(args, name.replace("-", "_")) for name in PASSED}
+    named |= {"service-account": account, "scopes": "cloud-platform" if account else ""}
+    return [*(f"--{name}={value}" for name, value in named.items() if value), *args.gcloud_flag]
 
 
 def existing_type(values: Values, name: str, zone: str, project: str) -> str:
@@ -241,21 +251,15 @@ def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[st
         lines.append(("resolve", f"type: that of TPU VM {plan.name}, once described"))
     elif plan.tpu and plan.accelerator:
         tpu, slice_ = plan.tpu, plan.accelerator
-        many = f"{tpu.slices} x " if tpu.slices > 1 else ""
+        many, each = (f"{tpu.slices} x ", " each") if tpu.slices > 1 else ("", "")
+        size = f"{slice_.chips} chips, {slice_.hosts} hosts{each}"
+        kind = f"type {many}{slice_.type} ({sources['type']}): {size}"
         model = "existing" if plan.args.existing else tpu.model
-        lines += [
-            (
-                "resolve",
-                f"type {many}{slice_.type} ({sources['type']}): {slice_.chips} chips, "
-                f"{slice_.hosts} hosts{' each' if many else ''}, {model}, runtime {tpu.runtime} "
-                f"({'flag' if plan.args.runtime else 'table'})",
-            ),
-            (
-                "resolve",
-                f"zone {', '.join(plan.zones)} ({sources['zone']}), project "
-                f"{tpu.project or 'of gcloud'} ({sources.get('project', 'gcloud config')})",
-            ),
-        ]
+        runtime = f"runtime {tpu.runtime} ({'flag' if plan.args.runtime else 'table'})"
+        zones = f"zone {', '.join(plan.zones)} ({sources['zone']})"
+        project = f"{tpu.project or 'of gcloud'} ({sources.get('project', 'gcloud config')})"
+        lines.append(("resolve", f"{kind}, {model}, {runtime}"))
+        lines.append(("resolve", f"{zones}, project {project}"))
     else:
         lines.append(("resolve", f"{plan.hosts} workers on this machine"))
     code = f"code {plan.code.description}, {plan.code.sha[:12]}"
@@ -281,12 +285,7 @@ def cost_line(plan: Plan) -> str:
     limits += [f"${args.max_cost:g}"] * bool(args.max_cost)
     if args.max_cost and price is None:
         raise Stop(Exit.USAGE, "--max-cost needs a price: pass --price USD_PER_CHIP_HOUR")
-    policy = (
-        "the machine is kept"
-        if args.existing
-        else (
-            f"on success: {args.on_success}, on failure: {args.on_failure}, "
-            f"on Ctrl-C: {args.on_interrupt or 'detach'}"
-        )
-    )
+    policy = f"on success: {args.on_success}, on failure: {args.on_failure}, "
+    policy += f"on Ctrl-C: {args.on_interrupt or 'detach'}"
+    policy = "the machine is kept" if args.existing else policy
     return f"{rate}, limit {' and '.join(limits) or 'none'}; {policy}"

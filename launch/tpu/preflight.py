@@ -14,6 +14,8 @@ import sys
 
 from launch.tpu.exit_codes import Exit, Stop
 
+REACHABLE = ("gs://", "/", "https://", "http://", "hf://")  # from every worker
+
 
 def check_name(root: pathlib.Path, config: str) -> str:
     """Return the config's name on the workers. Raises Stop if it does not exist."""
@@ -43,15 +45,23 @@ def show_arguments(config: str, overrides: list[str], devices: int | None) -> li
 
 
 def resolve(
-    root: pathlib.Path, config: str, overrides: list[str], devices: int | None
+    root: pathlib.Path,
+    config: str,
+    overrides: list[str],
+    devices: int | None,
+    install: bool = False,
 ) -> dict | None:
     """Resolve the config for `devices`; None if `vit-scale` is not available here.
 
-    Raises Stop if vit-scale refuses it.
+    With `install`, .venv is created if there is none. Raises Stop if vit-scale refuses the config.
     """
     argv = [str(root / ".venv" / "bin" / "vit-scale"), *show_arguments(config, overrides, devices)]
-    if not os.path.exists(argv[0]) and not make_environment(root):
+    script = [str(root / "launch" / "environment.sh")]
+    if not os.path.exists(argv[0]) and not install:
+        print(f"config {config} not checked here: run launch/environment.sh", file=sys.stderr)
         return None
+    if not os.path.exists(argv[0]) and subprocess.run(script, stdout=sys.stderr).returncode:
+        return None  # as without Python 3.11 and uv
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(argv, cwd=root, env=environment, capture_output=True, text=True)
@@ -74,12 +84,6 @@ def parse_show(code: int, out: str, err: str) -> dict | None:
     raise Stop(Exit.BAD_INPUT, errors[-1].removeprefix("vit-scale: "))
 
 
-def make_environment(root: pathlib.Path) -> bool:
-    """Create .venv; False if that failed, as without Python 3.11 and uv."""
-    script = [str(root / "launch" / "environment.sh")]
-    return subprocess.run(script, stdout=sys.stderr).returncode == 0
-
-
 def stages(resolved: dict) -> dict[str, dict]:
     """Return the configs of the stages by name; a config without stages has the name ""."""
     return resolved.get("stages") or {"": resolved["config"]}
@@ -89,30 +93,22 @@ def check_data(resolved: dict, local: bool) -> list[str]:
     """Return commands that fetch data to each worker. Raises Stop for data it cannot reach."""
     if local:
         return []
-    commands, named = [], stages(resolved)
+    commands, named, problem = [], stages(resolved), ""
     for name, cfg in named.items():
-        prefix, path = f"{name}: " if name else "", cfg["data"]["path"]
-        if not is_reachable(path) and cfg["data"]["name"] == "cifar10":
+        data, path = cfg["data"]["name"], cfg["data"]["path"]
+        reachable = path.startswith(("gs://", "/"))
+        if not reachable and data == "cifar10":
             commands.append(f"vit-scale data download cifar10 --out {path}")
-        elif not is_reachable(path) and cfg["data"]["name"] != "fractal":
-            raise Stop(
-                Exit.BAD_INPUT,
-                f"{prefix}data.path={path} is a folder on this machine: pass "
-                "--config.data.path=gs://BUCKET/NAME, or a path that --setup mounts",
-            )
-        source = cfg["init"]["source"]
-        web = source.startswith(("https://", "http://", "hf://"))
-        if source and source not in named and not web and not is_reachable(source):
-            raise Stop(
-                Exit.BAD_INPUT,
-                f"{prefix}init.source={source} is a folder on this machine: copy it, and pass "
-                "--config.init.source=gs://BUCKET/RUN",
-            )
+        elif not reachable and data != "fractal":
+            problem = f"data.path={path} is a folder on this machine: pass "
+            problem += "--config.data.path=gs://BUCKET/NAME, or a path that --setup mounts"
+        source = "" if problem else cfg["init"]["source"]
+        if source and source not in named and not source.startswith(REACHABLE):
+            problem = f"init.source={source} is a folder on this machine: copy it, and pass "
+            problem += "--config.init.source=gs://BUCKET/RUN"
+        if problem:
+            raise Stop(Exit.BAD_INPUT, f"{name}: {problem}" if name else problem)
     return sorted(set(commands))
-
-
-def is_reachable(path: str) -> bool:
-    return path.startswith(("gs://", "/"))
 
 
 def check_workdir(workdir: str, hosts: int, kept: bool, mounted: bool) -> None:

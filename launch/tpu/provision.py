@@ -70,12 +70,8 @@ class Provisioner:
                 return results
             codes = {results[worker].code for worker in left}
             for worker in left:
-                self.journal.write(
-                    what,
-                    worker=worker,
-                    code=results[worker].code,
-                    error=results[worker].err[-4000:],
-                )
+                code, error = results[worker].code, results[worker].err[-4000:]
+                self.journal.write(what, worker=worker, code=code, error=error)
             self.check()
             if codes & {Agent.SETUP_FAILED, Agent.DISK_FULL} and number:
                 break
@@ -86,9 +82,9 @@ class Provisioner:
         line = f"{what}: [w{worker:02}] {last_error(results[worker].err)}"
         if results[worker].code in (Agent.DAMAGED, Agent.SETUP_FAILED, Agent.DISK_FULL):
             raise Stop(Exit.SETUP_FAILED, line)
-        error = gcloud.error(results[worker].err)
-        if error.kind in ("agent", "auth", "permission", "key"):
-            raise refuse(error)
+        refusal = gcloud.error(results[worker].err)
+        if refusal.kind in ("agent", "auth", "permission", "key"):
+            raise refuse(refusal)
         raise Stop(Exit.INFRASTRUCTURE, line)
 
     def prepare(self) -> None:
@@ -145,10 +141,8 @@ class Provisioner:
         for worker, result in results.items():
             _, marked, text = result.out.decode(errors="replace").partition("#FINGERPRINT ")
             if not marked:
-                raise Stop(
-                    Exit.SETUP_FAILED,
-                    f"prepare: [w{worker:02}] no fingerprint: {last_error(result.err)}",
-                )
+                line = f"prepare: [w{worker:02}] no fingerprint: {last_error(result.err)}"
+                raise Stop(Exit.SETUP_FAILED, line)
             prints[worker] = json.loads(text.splitlines()[0])
         return prints
 

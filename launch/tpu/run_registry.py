@@ -37,9 +37,10 @@ class RegisteredRun:
         self.id, self.name = self.request["run"], self.request["name"]
         self.cloud: cloud_tpu.CloudTpu | None = None
         if self.request["tpu"]:
-            tpu = Tpu(**self.request["tpu"])
-            zone = args.zone or self.journal.state["zone"] or tpu.zone
-            tpu = Tpu(**{**vars(tpu), "zone": zone})
+            # An earlier launcher's request may have other fields, of its creation.
+            known = {k: v for k, v in self.request["tpu"].items() if k in Tpu.__dataclass_fields__}
+            zone = args.zone or self.journal.state["zone"] or known["zone"]
+            tpu = Tpu(**{**known, "zone": zone})
             owned = not self.request["existing"]
             self.cloud = cloud_tpu.CloudTpu(tpu, self.clock, self.journal, owned)
 

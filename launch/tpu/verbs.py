@@ -151,13 +151,17 @@ def ssh(args: argparse.Namespace, words: list[str]) -> int:
     if run.cloud is None:
         raise Stop(Exit.USAGE, f"{run.id} runs on this machine: its workers are in {run.folder}")
     workers = run.workers()
-    if not words:
-        node, index = workers.hosts[0 if args.worker == "all" else int(args.worker)]
-        return subprocess.call(gcloud.ssh(run.cloud.tpu, node, index))
-    chosen = range(workers.count) if args.worker == "all" else [int(args.worker)]
-    results = on_all(chosen, lambda i: workers.shell(i, shlex.join(words), b"", 600))
+    first = 0 if args.worker == "all" else int(args.worker)
+    if first >= workers.count:
+        raise Stop(Exit.USAGE, f"--worker {first}: {run.id} has {workers.count} workers, from 0")
+    line = words[0] if len(words) == 1 else shlex.join(words)  # one word is a line of the shell
+    if args.L or not words:
+        forwards = [f"--ssh-flag=-L {forward}" for forward in args.L]
+        return subprocess.call([*gcloud.ssh(run.cloud.tpu, *workers.hosts[first], line), *forwards])
+    chosen = range(workers.count) if args.worker == "all" else [first]
+    results = on_all(chosen, lambda i: workers.shell(i, line, b"", 600))
     for worker, result in results.items():
-        for line in (result.out.decode(errors="replace") + result.err).splitlines():
-            print(f"[w{worker:02}] {line}")
-    failed = any(result.code for result in results.values())
-    return Exit.INFRASTRUCTURE if failed else Exit.DONE
+        text = result.out.decode(errors="replace") + gcloud.CHATTER.sub("", result.err)
+        for shown in text.splitlines():
+            print(f"[w{worker:02}] {shown}")
+    return Exit.INFRASTRUCTURE if any(result.code for result in results.values()) else Exit.DONE

@@ -205,6 +205,13 @@ def test_retry_budget():
         ('There is no more capacity in the zone "a"; you can try in another zone', "stockout"),
         ("RESOURCE_EXHAUSTED: Quota limit 'TPUV2' has been exceeded. Limit: 0", "quota"),
         ("Insufficient reserved capacity", "quota"),
+        (
+            "Quota exceeded for quota metric 'Read requests' and limit 'Read requests per minute'"
+            " of service 'tpu.googleapis.com'",
+            "transient",
+        ),
+        ("RESOURCE_EXHAUSTED: Rate Limit Exceeded", "transient"),
+        ("- reason: RATE_LIMIT_EXCEEDED\n  quota_limit: MutatePerMinute exceeded", "transient"),
         ("Location us-x is not found or access is unauthorized.", "zone"),
         ("Permission 'tpu.nodes.create' denied on resource", "permission"),
         ("You do not currently have an active account selected.", "auth"),
@@ -221,6 +228,27 @@ def test_gcloud_errors_are_classified(text, kind):
     note = "This command is authenticated as a@b.c which is the active account specified by the "
     error = gcloud.error(f"{text}. {note}[core/account] property\n- '@type': x")
     assert error.kind == kind and "authenticated as" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "more, alpha, also",
+    [
+        ({"flags": ["--tags=a"]}, False, []),
+        ({"flags": ["--reservation-host-project=x"], "model": "spot"}, False, ["--spot"]),
+        ({"model": "best-effort"}, True, ["--best-effort"]),
+        (
+            {"flags": ["--boot-disk=kms-key=k"], "model": "spot"},
+            True,
+            ["--spot", "--provisioning-model=spot"],
+        ),
+    ],
+)
+def test_flags_that_only_gcloud_alpha_has_choose_it(more, alpha, also):
+    argv = gcloud.create(gcloud.Tpu("vit", "z", "p", "v4-8", "r", **more))
+    assert (argv[1] == "alpha") is alpha
+    models = ("--spot", "--best-effort", "--provisioning-model=spot")
+    assert [word for word in argv if word in models] == also
+    assert set(more.get("flags", [])) <= set(argv)
 
 
 def test_a_hanging_process_is_killed_with_its_children():

@@ -447,6 +447,35 @@ def test_missing_slices_are_gone_after_three_status_checks(table, tmp_path):
     assert [cloud.status().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
 
 
+def test_a_request_of_several_nodes_may_show_their_number_only(table, tmp_path, capsys):
+    """The API has one spec for all slices; the names of the nodes follow from it."""
+    table.request()
+    many = {"nodeCount": 2, "nodeIdPrefix": "vit"}
+    spec = {"multisliceParams": many, "node": {"labels": OURS, "acceleratorType": "v4-16"}}
+    table.requests["vit"]["tpu"]["nodeSpec"] = [spec]
+    for name in ("vit-0", "vit-1"):
+        table.node(name)
+    cloud = CloudTpu(tpu(slices=2), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
+    assert cloud.status().hosts == [("vit-0", 2), ("vit-1", 2)]
+    assert verb("list", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["machines"]] == ["vit"]
+
+
+@pytest.mark.parametrize("words, waits", [([], True), (["--existing"], False)])
+def test_fewer_workers_than_the_type_has_end_the_run_before_training(table, tmp_path, words, waits):
+    """A new machine has five minutes to list them all; nothing is started."""
+    table.request()
+    table.node(networkEndpoints=[{}])
+    made = launcher(tmp_path, *words)
+    began = made.clock.now()
+    with pytest.raises(Stop, match="vit: it has 1 workers, not 2; check --type") as stop:
+        made.machine.acquire()
+    assert (stop.value.code, made.clock.now() - began > 300) == (75, waits)
+    assert table.did("agent.sh start") == []
+    table.node()
+    assert made.machine.acquire().kind == "ready"
+
+
 # --- the queue
 
 

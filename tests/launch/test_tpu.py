@@ -143,6 +143,8 @@ def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
         (path / tool).symlink_to(shutil.which(tool))
     dry = rig.verb(*rig.flags(), "--dry-run", PATH=str(path))
     assert dry.returncode == 0, dry.stderr
+    assert dry.stderr == "config tiny not checked here: run launch/environment.sh\n"
+    assert not (rig.root / ".venv").exists(), "it installs nothing"
     assert "config tiny, to be checked by worker 0" in dry.stdout
     wrong = rig.verb(*rig.flags(), "--dry-run", "--config", "tinny", PATH=str(path))
     assert wrong.returncode == 65 and "did you mean tiny?" in wrong.stderr
@@ -177,8 +179,18 @@ def test_the_launcher_runs_on_python_310(rig):
         (["--nmae", "x"], 64, "unrecognized arguments: --nmae (did you mean --name?)"),
         (["--workdir", "runs/x"], 65, "workdir runs/x is on a worker's disk, and all hosts must"),
         (["--target", "moon"], 64, "invalid --target moon: use auto"),
-        (["--max-cost", "5", "--type", "tpu7x-16"], 64, "--max-cost needs a price"),
+        (["--type", "tpu7x-16"], 78, "only on GKE: launch/gke.py --type tpu7x-16"),
+        (["--type", "tpu8x-16"], 78, "only on GKE: launch/gke.py --type tpu8x-16"),
+        (
+            ["--existing", "--type", "", "--dry-run", "--max-cost", "5"],
+            64,
+            "--max-cost needs a price",
+        ),
         (["--no-queue", "--num-slices", "2"], 64, "--num-slices needs a queued resource"),
+        (["--no-queue", "--best-effort"], 64, "--best-effort needs a queued resource"),
+        (["--gcloud-flag=range"], 64, "'range' is not --NAME or --NAME=VALUE"),
+        (["--worker", "x"], 64, "'x' is not all or a number"),
+        (["--on-failure", "keep:soon"], 64, "'keep:soon' is not delete|keep|keep:TIME"),
         (["--grace", "soon"], 64, "'soon' is not a duration"),
         (["--", "optim.lr=1"], 64, "unexpected argument 'optim.lr=1'"),
         (["--nope"], 64, "unrecognized arguments: --nope"),
@@ -304,10 +316,18 @@ def test_stop_without_a_launcher(rig):
 
 @pytest.mark.slow
 def test_ssh_runs_a_command_on_all_workers(rig):
+    """Words are quoted as typed; one alone is a line of the worker's shell."""
     rig.run("--on-success", "keep")
-    result = rig.verb("ssh", "--name", "vit", "--", "echo", "I am", "there")
-    assert result.stdout.splitlines() == ["[w00] I am there", "[w01] I am there"]
+    result = rig.verb("ssh", "--name", "vit", "--", "echo", "I  am", "there;")
+    assert result.stdout.splitlines() == ["[w00] I  am there;", "[w01] I  am there;"]
+    line = rig.verb("ssh", "--name", "vit", "--worker", "1", "--", "echo a; echo b")
+    assert line.stdout.splitlines() == ["[w01] a", "[w01] b"]
     assert rig.verb("ssh", "--name", "vit", "--worker", "1", "--", "false").returncode == 75
+    none = rig.verb("ssh", "--name", "vit", "--worker", "2", "--", "true")
+    assert (none.returncode, "--worker 2: " in none.stderr) == (64, True)
+    forward = rig.verb("ssh", "--name", "vit", "-L", "6006:localhost:6006", "--", "echo a")
+    assert forward.stdout == "a\n" and "--ssh-flag=-L 6006:localhost:6006" in rig.calls("ssh")[-1]
+    assert rig.calls("ssh")[-1][rig.calls("ssh")[-1].index("--worker") + 1] == "0"
 
 
 def test_an_orphaned_machine_deletes_itself(rig):

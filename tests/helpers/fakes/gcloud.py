@@ -39,6 +39,8 @@ os._exit(server.recv(1)[0])
 COMMON = {"--zone", "--project", "--format", "--quiet"}
 CREATE = {"--accelerator-type", "--spot", "--reserved", "--labels", "--internal-ips", "--network"}
 CREATE |= {"--subnetwork", "--service-account", "--scopes", "--data-disk", "--async", "--metadata"}
+CREATE |= {"--tags", "--shielded-secure-boot"}
+ALPHA = {"--boot-disk", "--reservation", "--provisioning-model"}  # of create
 SSH = {"--worker", "--internal-ip", "--plain", "--strict-host-key-checking"}
 FLAGS = {
     "queued-resources create": CREATE
@@ -53,10 +55,16 @@ FLAGS = {
     "tpu-vm update": {"--update-labels", "--async"},
     "tpu-vm ssh": SSH | {"--command", "--ssh-flag", "--dry-run"},
     "tpu-vm scp": SSH | {"--scp-flag", "--recurse"},
-    "accelerator-types list": set(),
+    "tpu-vm accelerator-types": set(),
 }
 SWITCHES = {"--quiet", "--spot", "--reserved", "--internal-ips", "--async", "--force", "--recurse"}
-SWITCHES |= {"--internal-ip", "--tunnel-through-iap", "--plain"}
+SWITCHES |= {
+    "--best-effort",
+    "--shielded-secure-boot",
+    "--internal-ip",
+    "--tunnel-through-iap",
+    "--plain",
+}
 TERMINAL = ("PREEMPTED", "TERMINATED")
 
 
@@ -77,6 +85,8 @@ def parse(argv):
     known = COMMON | FLAGS[command]
     if alpha and command in ("tpu-vm ssh", "tpu-vm scp"):
         known |= {"--tunnel-through-iap", "--batch-size"}
+    if alpha and command.endswith(" create"):
+        known |= ALPHA | ({"--best-effort", "--max-run-duration"} if "queued" in command else set())
     positional, flags = [], {}
     rest = iter(rest)
     for word in rest:
@@ -213,7 +223,9 @@ class Cloud:
             "state": "READY" if request else "CREATING",
             "health": "HEALTHY",
             "acceleratorType": kind,
-            "networkEndpoints": [{"ipAddress": f"10.0.0.{i}", "port": 8470} for i in range(count)],
+            "networkEndpoints": [
+                {"ipAddress": f"127.{self.count}.0.{i + 1}", "port": 8470} for i in range(count)
+            ],
             "labels": marks,
             "createTime": now(),
             "queuedResource": request or "",
@@ -222,12 +234,21 @@ class Cloud:
         }
 
     def create(self, flags, name, queued):
-        zone, marks = flags["--zone"], labels(flags.get("--labels", ""))
+        ids = []
+        if queued and "--node-count" in flags:
+            prefix = flags.get("--node-prefix", name)
+            ids = [f"{prefix}-{number}" for number in range(int(flags["--node-count"]))]
+        elif queued:
+            ids = [flags["--node-id"]]
+        marks = labels(flags.get("--labels", ""))
+        self.allocate(flags["--zone"], name, flags["--accelerator-type"], marks, ids)
+
+    def allocate(self, zone, name, kind, marks, ids):
+        """Create a queued resource of the nodes `ids`, or one node if there are none."""
         if zone in self.settings["no_zone"]:
             raise Refusal(f"NOT_FOUND: Location {zone} is not found or access is unauthorized.")
-        kind = flags["--accelerator-type"]
         with self.lock:
-            if f"{zone}/{name}" in (self.requests if queued else self.nodes):
+            if f"{zone}/{name}" in (self.requests if ids else self.nodes):
                 raise Refusal(f"ALREADY_EXISTS: Resource '{name}' already exists")
             used = (
                 len(self.requests)
@@ -236,12 +257,9 @@ class Cloud:
             )
             if used >= self.settings["quota"]:
                 raise Refusal("RESOURCE_EXHAUSTED: Quota limit 'TPUS' has been exceeded. Limit: 1")
-            if not queued:
+            if not ids:
                 self.new_node(zone, name, kind, marks)
                 return
-            number = int(flags.get("--node-count", 1))
-            prefix = flags.get("--node-prefix", name)
-            ids = [flags["--node-id"]] if number == 1 else [f"{prefix}-{i}" for i in range(number)]
             timelines = self.settings["timelines"]
             order = timelines[min(self.created, len(timelines) - 1)]
             self.created += 1
@@ -281,7 +299,7 @@ class Cloud:
                 end_processes(node["folder"])
                 del self.nodes[name]
 
-    def describe(self, call, kind, zone, name):
+    def describe(self, kind, zone, name):
         with self.lock:
             entries, key = getattr(self, kind), f"{zone}/{name}"
             if key in entries:
@@ -294,8 +312,7 @@ class Cloud:
             if key not in entries:
                 what = "queuedResources" if kind == "requests" else "nodes"
                 raise Refusal(f"NOT_FOUND: Resource '{self.path(what, zone, name)}' was not found")
-            shown = {k: v for k, v in entries[key].items() if k not in ("left", "folder")}
-        call.print(json.dumps(shown))
+            return {k: v for k, v in entries[key].items() if k not in ("left", "folder")}
 
     def delete(self, kind, flags, name):
         key = f"{flags['--zone']}/{name}"
@@ -449,12 +466,10 @@ class Cloud:
                         end_processes(node["folder"])
                         node["state"], node["left"] = "REPAIRING", ["REPAIRING", "READY"]
 
-    def listing(self, call, kind, zone):
+    def listing(self, kind, zone):
         with self.lock:
-            entries = [
-                dict(e) for key, e in getattr(self, kind).items() if key.startswith(f"{zone}/")
-            ]
-        call.print(json.dumps(entries))
+            entries = getattr(self, kind).items()
+            return [dict(entry) for key, entry in entries if key.startswith(f"{zone}/")]
 
     def run(self, call):
         argv = call.argv
@@ -476,7 +491,7 @@ class Cloud:
         self.spoil(due)
         kind, verb = command.split()
         entries = "requests" if kind == "queued-resources" else "nodes"
-        if kind == "accelerator-types":
+        if verb == "accelerator-types":
             call.print("\n".join(["v4-8", "v4-16", "v4-32"]))
             return 0
         if verb == "create":
@@ -484,9 +499,9 @@ class Cloud:
             if "lost" in due:
                 raise Refusal("HTTP 503: The service is currently unavailable.")
         elif verb == "describe":
-            self.describe(call, entries, flags["--zone"], names[0])
+            call.print(json.dumps(self.describe(entries, flags["--zone"], names[0])))
         elif verb == "list":
-            self.listing(call, entries, flags["--zone"])
+            call.print(json.dumps(self.listing(entries, flags["--zone"])))
         elif verb == "delete":
             self.delete(entries, flags, names[0])
         elif verb == "update":
