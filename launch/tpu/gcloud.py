@@ -25,8 +25,9 @@ CHATTER = re.compile(
 )
 
 # (pattern, kind): the first match decides.
+RATE_LIMIT = r"quota metric|rate.?limit.?exceeded|too many requests|per.?minute"
 ERRORS = (
-    (r"quota metric|rate.?limit.?exceeded|too many requests|per minute", "transient"),
+    (RATE_LIMIT, "transient"),
     (r"has terminal state|currently in state .?PREEMPTED", "gone"),
     (r"no more capacity in the zone|not enough resources available|stockout", "stockout"),
     (r"Quota limit .* exceeded|Quota '.*' (exceeded|exhausted)|quota .* exceeded", "quota"),

@@ -123,11 +123,8 @@ def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
         return "vm", 1
     if on_a_tpu_vm():
         return "here", 1
-    raise Stop(
-        Exit.USAGE,
-        "no TPU was requested, and this machine has none: "
-        "pass --type v4-32 --zone ZONE, or --target local:4",
-    )
+    missing = "no TPU was requested, and this machine has none: "
+    raise Stop(Exit.USAGE, missing + "pass --type v4-32 --zone ZONE, or --target local:4")
 
 
 def here(args: argparse.Namespace) -> tuple[str, int | None]:

@@ -1,6 +1,7 @@
 """Install the code and the same environment on every worker."""
 
 import json
+import re
 from collections.abc import Callable
 
 from launch.tpu import clock as clocks
@@ -75,7 +76,8 @@ class Provisioner:
             self.check()
             if codes & {Agent.SETUP_FAILED, Agent.DISK_FULL} and number:
                 break
-            self.pause(10 * (number + 1))
+            limited = any(re.search(gcloud.RATE_LIMIT, results[w].err, re.I) for w in left)
+            self.pause(60 if limited else 10 * (number + 1))  # limits are per minute
         worker = left[0]
         for printed in results[worker].err.strip().splitlines()[-SHOWN:]:
             self.journal.print_log(worker, printed)

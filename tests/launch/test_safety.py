@@ -682,6 +682,17 @@ def test_bad_input_releases_the_machine(table, tmp_path):
     assert made.shutdown.apply_policy(65) is True and table.requests == {}
 
 
+def test_workers_behind_a_rate_limit_are_asked_again_a_minute_later(tmp_path):
+    """gcloud repeats nothing itself, and the limits are per minute."""
+    limit = "ERROR: (gcloud.x) RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Read requests'"
+    answers = [Result(1, b"", limit)] * 3 + [Result(0, b"", "")]
+    clock, workers = FakeClock(), TwoWorkers([], [])
+    began = clock.now()
+    made = Provisioner(plan(tmp_path), workers, clock, Journal(tmp_path), lambda: None, clock.sleep)
+    made.retry_on_all("reach", [0], lambda worker: answers.pop(0))
+    assert (answers, clock.now() - began) == ([], 180)
+
+
 def test_the_output_of_a_failed_worker_is_shown(tmp_path, capsys):
     """Not only its last line."""
     failed = Result(70, b"", "pip: no such wheel\nagent: the environment could not be made")
