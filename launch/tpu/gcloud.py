@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,12 +20,10 @@ ALPHA = {"best-effort", "boot-disk", "reservation", "provisioning-model", "max-r
 ALPHA |= {"network-config", "autocheckpoint-enabled", "workload-type"}
 KEEPALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")
 SSH = ("-oConnectTimeout=15", *KEEPALIVE, "-oBatchMode=yes")
-CHATTER = re.compile(
-    r"^(Using ssh batch size|SSH: Attempting|Warning: Permanently added).*\n", re.M
-)
+CHATTER = re.compile(r"^(Using ssh batch|SSH: Attempting|Warning: Permanently added).*\n", re.M)
+RATE_LIMIT = r"quota metric|rate.?limit.?exceeded|too many requests|per.?minute"
 
 # (pattern, kind): the first match decides.
-RATE_LIMIT = r"quota metric|rate.?limit.?exceeded|too many requests|per.?minute"
 ERRORS = (
     (RATE_LIMIT, "transient"),
     (r"has terminal state|currently in state .?PREEMPTED", "gone"),
@@ -91,7 +89,7 @@ class Tpu:
     valid_until: str = ""
     internal_ip: bool = False
     iap: bool = False
-    flags: Sequence[str] = ()  # others of gcloud's create
+    flags: tuple[str, ...] = ()  # others of gcloud's create
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -204,11 +204,11 @@ def resolve_tpu(
     return tpu, zones, accelerator
 
 
-def create_flags(args: argparse.Namespace, account: str) -> list[str]:
+def create_flags(args: argparse.Namespace, account: str) -> tuple[str, ...]:
     """Return the flags that gcloud's create command gets as they are."""
     named = {name: getattr(args, name.replace("-", "_")) for name in PASSED}
     named |= {"service-account": account, "scopes": "cloud-platform" if account else ""}
-    return [*(f"--{name}={value}" for name, value in named.items() if value), *args.gcloud_flag]
+    return (*(f"--{name}={value}" for name, value in named.items() if value), *args.gcloud_flag)
 
 
 def existing_type(values: Values, name: str, zone: str, project: str) -> str:

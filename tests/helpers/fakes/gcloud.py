@@ -48,6 +48,7 @@ FLAGS = {
     "queued-resources describe": set(),
     "queued-resources list": {"--filter"},
     "queued-resources delete": {"--force", "--async"},
+    "tpu-vm accelerator-types": set(),
     "tpu-vm create": CREATE | {"--version"},
     "tpu-vm describe": set(),
     "tpu-vm list": {"--filter"},
@@ -55,17 +56,12 @@ FLAGS = {
     "tpu-vm update": {"--update-labels", "--async"},
     "tpu-vm ssh": SSH | {"--command", "--ssh-flag", "--dry-run"},
     "tpu-vm scp": SSH | {"--scp-flag", "--recurse"},
-    "tpu-vm accelerator-types": set(),
+    "accelerator-types list": set(),
 }
 SWITCHES = {"--quiet", "--spot", "--reserved", "--internal-ips", "--async", "--force", "--recurse"}
-SWITCHES |= {
-    "--best-effort",
-    "--shielded-secure-boot",
-    "--internal-ip",
-    "--tunnel-through-iap",
-    "--plain",
-}
+SWITCHES |= {"--internal-ip", "--tunnel-through-iap", "--plain"}
 TERMINAL = ("PREEMPTED", "TERMINATED")
+SWITCHES_OF_CREATE = {"--best-effort", "--shielded-secure-boot"}
 
 
 class Refusal(Exception):
@@ -96,7 +92,7 @@ def parse(argv):
         name, equals, value = word.partition("=")
         if name not in known:
             raise Refusal(f"unrecognized arguments: {word}", 2)
-        if name in SWITCHES:
+        if name in SWITCHES | SWITCHES_OF_CREATE:
             value = "true"
         elif not equals:
             value = next(rest)
