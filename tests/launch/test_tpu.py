@@ -187,7 +187,7 @@ def test_the_launcher_runs_on_python_310(rig):
             "--max-cost needs a price",
         ),
         (["--no-queue", "--num-slices", "2"], 64, "--num-slices needs a queued resource"),
-        (["--no-queue", "--best-effort"], 64, "--best-effort needs a queued resource"),
+        (["--best-effort"], 64, "argument --best-effort: not allowed with argument --spot"),
         (["--gcloud-flag=range"], 64, "'range' is not --NAME or --NAME=VALUE"),
         (["--worker", "x"], 64, "'x' is not all or a number"),
         (["--on-failure", "keep:soon"], 64, "'keep:soon' is not delete|keep|keep:TIME"),
@@ -201,6 +201,14 @@ def test_mistakes_are_one_line_and_bill_nothing(rig, more, code, message):
     assert (ended.code, len(ended.err.splitlines())) == (code, 1), ended.err
     assert message in ended.err
     assert rig.calls("create") == []
+
+
+def test_the_best_effort_tier_needs_a_queue(rig):
+    words = [word for word in rig.flags() if word != "--spot"]
+    ended = rig.verb(*words, "--best-effort", "--no-queue")
+    assert ended.returncode == 64 and "--best-effort needs a queued resource" in ended.stderr
+    dry = rig.verb(*words, "--best-effort", "--dry-run").stdout
+    assert "gcloud alpha compute tpus queued-resources create vit " in dry
 
 
 def test_local_data_is_refused_or_downloaded(rig):
