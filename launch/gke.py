@@ -37,7 +37,15 @@ def parser() -> argparse.ArgumentParser:
     add("--max-restarts", type=int, metavar="N", default=100, help="restarts of all slices")
     add("--grace", type=flags.seconds, metavar="TIME", default="2m", help="time to save at a stop")
     add("--run", action="store_true", help="run the command, instead of printing it")
+    for flag in ("--secret", "--service-account"):
+        add(flag, type=not_in_xpk, help=argparse.SUPPRESS)
     return top
+
+
+def not_in_xpk(value: str) -> str:
+    raise argparse.ArgumentTypeError(
+        "xpk has no such flag: complete its manifest, as shown in docs/distributed.md"
+    )
 
 
 def check_code(config: str, image: str | None) -> None:
@@ -63,12 +71,8 @@ def command(args: argparse.Namespace, overrides: list[str]) -> str:
         raise Stop(Exit.REFUSED, f"--name {args.name!r}: up to 40 of a-z, 0-9, -; a letter first")
     check_code(config, args.image)
     preflight.check_workdir(args.workdir, slice_.hosts, kept=False, mounted=False)
-    downloads = []
-    if (ROOT / ".venv" / "bin" / "vit-scale").exists():
-        resolved = preflight.resolve(ROOT, config, overrides, slice_.devices * args.num_slices)
-        downloads = preflight.check_data(resolved, local=False) if resolved else []
-    else:
-        print("gke: without .venv here, only the cluster checks the config", file=sys.stderr)
+    resolved = preflight.resolve(ROOT, config, overrides, slice_.devices * args.num_slices)
+    downloads = preflight.check_data(resolved, local=False) if resolved else []
     train = ["vit-scale", "train", "--config", config, "--workdir", args.workdir, *overrides]
     return " && ".join([*downloads, shlex.join(train)])
 

@@ -70,7 +70,7 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     )
     hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
     if tpu:
-        devices = accelerator.chips * tpu.slices if accelerator else None
+        devices = accelerator.devices * tpu.slices if accelerator else None
     resolved = preflight.resolve(root, config, overrides, devices, install=not args.dry_run)
     workdir = resolve_workdir(args, values, name, root, target)
     if target == "vm":

@@ -109,8 +109,15 @@ def test_the_config_is_resolved_for_the_slice(clone, capsys, monkeypatch, type_,
 def test_without_an_environment_nothing_is_installed(clone, capsys):
     words_of(capsys, "--type", "v6e-64", *BASE)
     assert gke.main([*ARGUMENTS, "--type", "v6e-64", *BASE]) == 0
-    assert "only the cluster checks the config" in capsys.readouterr().err
+    assert "not checked here" in capsys.readouterr().err
     assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("flag", ["--secret", "--service-account"])
+def test_flags_of_the_jobset_before_xpk_name_what_replaces_them(clone, capsys, flag):
+    assert gke.main([*ARGUMENTS, "--type", "v6e-64", *BASE, flag, "name"]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gke: argument {flag}: xpk has no such flag") and ".md" in line
 
 
 def test_edits_reach_the_container_or_are_refused(clone, capsys):
