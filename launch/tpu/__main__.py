@@ -6,5 +6,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 
 from launch.tpu.cli import main
+from launch.tpu.journal import Terminal
 
+sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)  # type: ignore[assignment]
 sys.exit(main())

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import pathlib
+import re
 import subprocess
 import tarfile
 from typing import NamedTuple
@@ -14,14 +15,16 @@ from typing import NamedTuple
 from launch.tpu.exit_codes import Exit, Stop
 
 LARGEST = 50_000_000  # bytes of all files
-NEVER = (".env", ".git", ".venv", ".data", "tpu.env", "__pycache__")
+NEVER = (".git", ".venv", ".data", "tpu.env", "__pycache__")
 OUTPUTS = ("runs", "wandb")  # of trainings; the package has a folder of such a name itself
+KEYS = (".pem", ".key", ".p12", ".pfx")
 
 
 class Bundle(NamedTuple):
     sha: str
     data: bytes
     description: str  # such as a630608+changes
+    left_out: list[str] = []  # noqa: RUF012, files that hold a key
 
 
 def _git(root: pathlib.Path, *arguments: str) -> bytes | None:
@@ -45,14 +48,24 @@ def files(root: pathlib.Path) -> list[str]:
 
 def _wanted(root: pathlib.Path, name: str) -> bool:
     parts = pathlib.PurePath(name).parts
-    never = any(part in NEVER or part.startswith(".env") for part in parts)
+    never = any(part in NEVER for part in parts)
     output = parts[0] != "vit_scale" and any(part in OUTPUTS for part in parts)
     return not never and not output and (root / name).is_file()
 
 
+def _holds_key(root: pathlib.Path, name: str) -> bool:
+    """Return whether it is a .env file, or a file with a private key that git does not track."""
+    if any(part.startswith(".env") for part in pathlib.PurePath(name).parts):
+        return True
+    account = name.endswith(".json") and b'"private_key"' in (root / name).read_bytes()
+    return (account or name.endswith(KEYS)) and not _git(root, "ls-files", "--", name)
+
+
 def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
-    """Pack `root`. Raises Stop if it is too large or contains one of the secrets `hidden`."""
+    """Pack `root`. Raises Stop if it is too large or contains what `redacted` matches."""
     names = files(root)
+    left_out = [name for name in names if _holds_key(root, name)]
+    names = [name for name in names if name not in left_out]
     sizes = {name: (root / name).stat().st_size for name in names}
     if sum(sizes.values()) > LARGEST:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
@@ -66,14 +79,14 @@ def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in names:
             content = (root / name).read_bytes()
-            if any(value.encode() in content for value in redacted):
+            if any(re.search(pattern, content.decode(errors="replace")) for pattern in redacted):
                 raise Stop(Exit.BAD_INPUT, f"{name} contains the value of a secret: remove it")
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             entry.mode = 0o755 if (root / name).stat().st_mode & 0o100 else 0o644
             tar.addfile(entry, io.BytesIO(content))
     data = gzip.compress(packed.getvalue(), mtime=0)
-    return Bundle(hashlib.sha256(data).hexdigest()[:16], data, describe(root))
+    return Bundle(hashlib.sha256(data).hexdigest()[:16], data, describe(root), left_out)
 
 
 def describe(root: pathlib.Path) -> str:

@@ -15,9 +15,29 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import IO, TextIO
+
+# CSI and OSC sequences, other control characters, and those that reverse the reading direction.
+CODES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+class Terminal:
+    """A stream without escape codes: workers and the cloud must not control the terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(CODES.sub("", text).encode(errors="replace").decode())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def print_line(text: str, stream: TextIO) -> None:
@@ -36,6 +56,7 @@ class Journal:
         self.redacted: list[str] = []
         self._lock: IO | None = None
         self.state: dict = {
+            "arguments": None,  # of vit-scale
             "attempt": 0,
             "progress": {},  # {run folder: highest step}
             "failures": [],  # signatures of consecutive failures without progress
@@ -48,8 +69,8 @@ class Journal:
             self.state.update(json.loads((folder / "state.json").read_text()))
 
     def redact(self, text: str) -> str:
-        for value in self.redacted:
-            text = text.replace(value, "*" * len(value))  # of equal length: logs are read by offset
+        for pattern in self.redacted:  # by as many bytes: logs are read by offset
+            text = re.sub(pattern, lambda m: "*" * len(m[0].encode(errors="surrogateescape")), text)
         return text
 
     def say(self, what: str, text: str) -> None:

@@ -3,8 +3,10 @@
 The receiver requires the last line #END: gcloud retries a dropped connection with empty input.
 """
 
+import json
 import os
 import pathlib
+import re
 import stat
 from collections.abc import Iterable
 
@@ -60,5 +62,20 @@ def encode(values: dict[str, str]) -> bytes:
 
 
 def redactable(values: dict[str, str]) -> list[str]:
-    """Return the values to redact, longest first; values under 6 characters occur by chance."""
-    return sorted((value for value in values.values() if len(value) >= 6), key=len, reverse=True)
+    """Return patterns of the values, longest first, however JSON, Python or a shell quotes them.
+
+    Values under 6 characters occur by chance.
+    """
+    long = sorted((value for value in values.values() if len(value) >= 6), key=len, reverse=True)
+    return ["".join(map(_quoted, value)) for value in long]
+
+
+def _quoted(character: str) -> str:
+    """Return a pattern of a character and of its escape sequences, which may be escaped again."""
+    if character.isascii() and character.isalnum():
+        return character
+    if character == "'":
+        return r"""\\*'(?:\\*"\\*'\\*"\\*')?"""  # a shell's '"'"'
+    escaped = (ascii(character)[1:-1], json.dumps(character)[1:-1])
+    forms = [form.replace("\\", r"\\+") for form in escaped if form.startswith("\\")]
+    return rf"\\*(?:{'|'.join([re.escape(character), *forms])})"
