@@ -371,6 +371,7 @@ def test_another_machine_continues_the_metrics_in_the_bucket(bucket, watched):
 
 
 def test_weights_and_biases_writes_to_the_local_disk(bucket, watched):
+    """What is offline is copied to the bucket, where it outlives this machine."""
     run, watched.log.wandb = paths.parse(f"{bucket}/wandb"), True
     ids = set()
     for start in (0, 1):
@@ -378,10 +379,15 @@ def test_weights_and_biases_writes_to_the_local_disk(bucket, watched):
             track(start + 1, loss(1))
         ids.add((run / "wandb_id.txt").read_text().strip())
     (number,) = ids
-    assert list((cache.local(run) / "wandb").glob(f"offline-run-*-{number}"))
+    files = [*(cache.local(run) / "wandb").glob(f"offline-run-*-{number}/**/*.wandb")]
+    assert len(files) == 2
+    for file in files:
+        copy = run / file.relative_to(cache.local(run))
+        assert copy.read_bytes() == file.read_bytes() != b""
     assert [name for name, _ in paths.entries(run)] == [
         "metrics.jsonl",
         "tensorboard",
+        "wandb",
         "wandb_id.txt",
     ]
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vit_scale.errors import DONE, UserError
-from vit_scale.storage import cache, files
+from vit_scale.storage import cache, files, paths
 from vit_scale.tracking.writers import Writer, failure, number, print_line
 
 NAME = "Weights & Biases"
@@ -34,8 +34,8 @@ class WandbWriter(Writer):
 
     The run's id is stored in its folder, so a resumed run continues the same W&B run. Offline, each
     start leaves a folder of its own; `wandb sync` of all of them makes one W&B run, by their common
-    id. WANDB_MODE (online, offline, disabled) takes precedence. For a run in a bucket only the id
-    is there; W&B's own folder is on this machine (cache.local).
+    id. WANDB_MODE (online, offline, disabled) takes precedence. For a run in a bucket W&B's own
+    folder is on this machine (cache.local); `flush` copies what is offline to the bucket.
 
     If the server is unreachable or rejects the run, or W&B's process dies, the writer says so once
     and continues offline; with `strict` it raises UserError instead.
@@ -47,6 +47,7 @@ class WandbWriter(Writer):
         import wandb
 
         self._wandb, self._folder, self._quiet = wandb, cache.local(workdir), quiet
+        self._workdir, self._copies = workdir, dict[Path, files.AppendedFile]()
         self._options = {"project": project, "name": name, "dir": str(self._folder)}
         self._options["id"] = _run_id(workdir / "wandb_id.txt")
         self._run: Any = None
@@ -130,6 +131,20 @@ class WandbWriter(Writer):
         shown = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
         self._log(shown | dict(values))
 
+    def _offline_folders(self) -> list[Path]:
+        """List the folders that hold what is not on the server."""
+        offline = (self._folder / "wandb").glob(f"offline-run-*-{self._run.id}")
+        return [*self._partial, *sorted(offline)]
+
+    def flush(self) -> None:
+        """Copy offline files to the run's bucket, where they outlive this machine."""
+        if not paths.in_bucket(self._workdir):
+            return
+        for folder in self._offline_folders():
+            for file in filter(Path.is_file, folder.rglob("*")):
+                copy = files.AppendedFile(self._workdir / file.relative_to(self._folder))
+                self._copies.setdefault(file, copy).save()
+
     def close(self) -> None:
         try:
             self._run.finish(exit_code=self.exit_code)
@@ -141,13 +156,16 @@ class WandbWriter(Writer):
                 raise
             print_line(f"{failure(NAME, error)}; the rest of the run is on this machine")
             self._fell_back = True
+        with contextlib.suppress(OSError):
+            self.flush()
         if self._run.disabled or (self._quiet and not self._fell_back):
             return
         if self._run.offline or self._partial:
-            folders = sorted((self._folder / "wandb").glob(f"offline-run-*-{self._run.id}"))
-            names = (str(folder.resolve()) for folder in [*self._partial, *folders])
+            names = (str(folder.resolve()) for folder in self._offline_folders())
             line = shlex.join(["wandb", "sync", *names])
-            print(f"Weights & Biases ran offline; to upload this run:\n{line}", file=sys.stderr)
+            bucket = paths.in_bucket(self._workdir)
+            copy = f" (copied to {self._workdir / 'wandb'})" if bucket else ""
+            print(f"{NAME} ran offline{copy}; to upload this run:\n{line}", file=sys.stderr)
         else:
             print(f"Weights & Biases: {self._run.url}", file=sys.stderr)
 

@@ -1,0 +1,82 @@
+"""A worker's log in its run's bucket: complete, bounded, without secrets, also after a kill."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.fake_cloud import ROOT
+from vit_scale.storage import log_upload, paths
+from vit_scale.storage.log_upload import LogUpload
+
+SECRET = """k"ey'\\7"""
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name, _ in paths.entries(folder)}
+
+
+def test_parts_are_bounded_and_end_with_a_line(bucket, tmp_path, monkeypatch):
+    """The newest parts remain; a line that is not complete waits for its end."""
+    monkeypatch.setattr(log_upload, "PART", 100)
+    monkeypatch.setattr(log_upload, "KEEP", 3)
+    target, log = paths.parse(f"{bucket}/parts"), tmp_path / "train.log"
+    log.write_text("begin")
+    upload = LogUpload(log, target, "host", [])
+    upload.save()
+    assert not target.exists()
+    lines = "".join(f"line {number:02}\n" for number in range(60))
+    with log.open("a") as stream:
+        stream.write("\n" + lines + "no end")
+    upload.save()
+    upload.save(last=True)
+    parts = contents(target)
+    assert list(parts) == ["host.002.log", "host.003.log", "host.004.log", "host.005.log"]
+    whole = f"begin\n{lines}no end".encode()
+    assert whole.endswith(b"".join(parts.values())) and max(map(len, parts.values())) <= 100
+    assert all(part.endswith(b"\n") for part in list(parts.values())[:-1])
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Start launch/agent.sh's verbs on a worker whose trainer is a script."""
+    home = tmp_path / "home"
+    venv, code = home / "venv" / "bin", home / "code" / "c0de"
+    venv.mkdir(parents=True)
+    code.mkdir(parents=True)
+    (code / "vit_scale").symlink_to(ROOT / "vit_scale")
+    python = f'#!/bin/bash\nexec "{sys.executable}" "$@"\n'
+    for name, text in {"python": python, "vit-scale": ""}.items():
+        (venv / name).write_text(text)
+        (venv / name).chmod(0o755)
+    shutil.copy(ROOT / "launch" / "agent.sh", home / "agent.sh")
+
+    def call(*words: str, stdin: str = "") -> str:
+        environment = {**os.environ, "VIT_SCALE_HOME": str(home), "VIT_SCALE_DEVICES": "/none"}
+        command = ["bash", str(home / "agent.sh"), *words]
+        done = subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    call.trainer = venv / "vit-scale"
+    yield call
+    call("stop", "run", "1", "0")
+
+
+def test_a_killed_trainers_log_is_in_the_bucket_before_the_attempt_has_ended(bucket, worker):
+    """Secrets that it printed are not, however they are quoted."""
+    script = f"#!/bin/bash\ncat <<'X'\nfirst {SECRET}\n{SECRET!r}\nX\nsleep 1\nkill -KILL $$\n"
+    worker.trainer.write_text(script)
+    worker("secrets", "run", stdin=f"KEY={SECRET}\n#END\n")
+    worker("start", "run", "1", "c0de", "1", "train", "--workdir", f"{bucket}/run", "--process=3")
+    until = time.monotonic() + 60
+    while '"running"' in (status := worker("status", "run", "1")):
+        assert time.monotonic() < until
+    assert '"state": "ended", "code": 137' in status
+    ((name, text),) = contents(paths.parse(f"{bucket}/run/logs/a1")).items()
+    assert name.endswith("-3.000.log") and text.startswith(b"first ******")
+    assert b"ey" not in text

@@ -1,0 +1,89 @@
+"""Copy a growing log to its run's bucket, where it outlives the machine and whoever watches.
+
+    python -m vit_scale.storage.log_upload LOG --workdir gs://BUCKET/RUN [the trainer's arguments]
+
+launch/agent.sh runs this beside the trainer, whose exit code appears in the log's folder as `rc`
+when it has ended. The log becomes aATTEMPT/HOST.PART.log: parts of PART bytes, of which the
+newest KEEP remain, without the values of the variables that VIT_SCALE_SECRETS names.
+"""
+
+import contextlib
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+from vit_scale.storage import files, paths
+
+EVERY = 60  # seconds
+PART, KEEP = 8 << 20, 8  # bytes, parts
+
+
+class LogUpload:
+    """The parts of `log` in the folder `target`; `save` uploads what has been added."""
+
+    def __init__(self, log: pathlib.Path, target: pathlib.Path, name: str, secrets: Sequence[str]):
+        self.log, self.target, self.name = log, target, name
+        self.secrets = [form for value in secrets for form in _forms(value)]
+        self.start = self.part = self.saved = (
+            0  # offset and number of the current part; bytes of it
+        )
+
+    def save(self, last: bool = False) -> None:
+        """Upload the complete lines of the current part, and go on to the next. Raises OSError."""
+        while True:
+            with self.log.open("rb") as stream:
+                stream.seek(self.start)
+                text = stream.read(PART)
+            full = len(text) == PART
+            if full or not last:  # a part ends with a line, so that no secret is cut in two
+                text = text[: text.rfind(b"\n") + 1] or text * full
+            if len(text) > self.saved:
+                for secret in self.secrets:
+                    text = text.replace(secret, b"*" * len(secret))
+                files.write(self._path(self.part), text)
+                self.saved = len(text)
+            if not full:
+                return
+            self.start, self.saved, self.part = self.start + len(text), 0, self.part + 1
+            if self.part > KEEP:
+                self._path(self.part - KEEP - 1).unlink(missing_ok=True)
+
+    def _path(self, part: int) -> pathlib.Path:
+        return self.target / f"{self.name}.{part:03}.log"
+
+
+def _forms(value: str) -> set[bytes]:
+    """Return a secret as a log may show it: plain, and within JSON's or Python's quotes."""
+    escaped = value.replace("\\", "\\\\")
+    plain = {value, escaped, escaped.replace('"', '\\"'), escaped.replace("'", "\\'")}
+    return {form.encode(errors="surrogateescape") for form in plain}
+
+
+def main(log: str, arguments: Sequence[str]) -> None:
+    workdir = paths.parse(arguments[arguments.index("--workdir") + 1])
+    numbers = [word.partition("=")[2] for word in arguments if word.startswith("--process=")]
+    name = "-".join([socket.gethostname(), *numbers])
+    names = os.environ.get("VIT_SCALE_SECRETS", "").split()
+    secrets = [value for name in names if len(value := os.environ.get(name, "")) >= 6]
+    folder = workdir / "logs" / f"a{os.environ.get('ATTEMPT', '1')}"
+    upload = LogUpload(pathlib.Path(log), folder, name, secrets)
+    last = False
+    while not last:
+        last = wait_for(pathlib.Path(log).with_name("rc"), EVERY)
+        with contextlib.suppress(OSError):  # the next one tries again
+            upload.save(last)
+
+
+def wait_for(file: pathlib.Path, seconds: float) -> bool:
+    """Wait for `file`, up to `seconds`; return whether it exists."""
+    until = time.monotonic() + seconds
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    return file.exists()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
