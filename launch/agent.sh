@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The worker's side of a run: launch/tpu copies this script to every host and calls its verbs there.
 #
-#   agent.sh install                     create the folders
 #   agent.sh prepare SHA EXTRA [SETUP]   unpack the code, create the environment, run SETUP, print a fingerprint
 #   agent.sh secrets RUN                 read NAME=VALUE lines from standard input, ended by #END
 #   agent.sh start RUN ATTEMPT SHA PORT ARGUMENT...    run vit-scale ARGUMENT..., detached
@@ -10,6 +9,7 @@
 #   agent.sh lease RUN WATCHER           record that WATCHER watches this run
 #   agent.sh stop RUN ATTEMPT GRACE      send SIGTERM to the trainer, and SIGKILL to its group after GRACE seconds
 #   agent.sh stacks RUN ATTEMPT          send SIGUSR1 to the trainer, which prints its threads' stacks
+#   agent.sh profile RUN ATTEMPT         have the trainer trace its next steps (SIGUSR2); print the trace's folder
 #   agent.sh reap RUN PATIENCE COMMAND...  run COMMAND once nothing runs and no launcher has called for PATIENCE s, until it succeeds
 #   agent.sh disarm RUN                  cancel reap: keep the machine
 #   agent.sh gc [COPIES]                 remove old code and logs
@@ -99,11 +99,6 @@ newest() {  # RUN_FOLDER: print the number of its latest attempt, or 0
 }
 
 # --- code and environment ---------------------------------------------------------------------------------------
-
-install() {
-  mkdir -p "$home/incoming" "$home/code" "$home/runs" "$home/data"
-  echo "installed"
-}
 
 free_gb() { df -Pk "$home" | awk 'NR == 2 { print int($4 / 1048576) }'; }
 
@@ -244,17 +239,17 @@ start() {  # RUN ATTEMPT SHA PORT ARGUMENT...
 }
 
 wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of its process group
-  local run=$home/runs/$1 attempt=$home/runs/$1/a$2 code=$home/code/$3 line
+  local run=$home/runs/$1 attempt=$home/runs/$1/a$2 code=$home/code/$3 line uploader tries
   echo "$$ $(started $$)" | put "$attempt/group"
   exec 9>&-
   export RUN_ID=$1 ATTEMPT=$2 RUN_DIR=$run JAX_COORDINATOR_PORT=$4 VIT_SCALE_HEARTBEAT=$attempt/heartbeat.json
   export TPU_LOG_DIR=${TPU_LOG_DIR:-disabled} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PYTHONPATH=$code
   unset LD_PRELOAD LC_ALL
   shift 4
-  printf '%q ' vit-scale "$@" | put "$attempt/command"
+  printf 'vit-scale %s' "$*" | sed 's/[\\"]/\\&/g' | put "$attempt/command"  # a string in JSON
   if [[ -e $run/secrets ]]; then
     while IFS= read -r line; do
-      if [[ $line == *=* ]]; then export "${line%%=*}=${line#*=}"; fi
+      if [[ $line == *=* ]]; then export "${line%%=*}=${line#*=}" VIT_SCALE_SECRETS+=" ${line%%=*}"; fi
     done <"$run/secrets"
     rm -f "$run/secrets"
   fi
@@ -263,17 +258,24 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
     "$venv/bin/vit-scale" "$@" &
     echo $! | put "$attempt/pid"
     exec 2>/dev/null  # keeps bash's job messages out of the trainer's log
-    wait $!
+    if [[ " $* " == *" --workdir gs://"* ]]; then
+      "$venv/bin/python" -m vit_scale.storage.log_upload "$attempt/train.log" "$@" >/dev/null &
+      uploader=$!
+    fi
+    wait "$(<"$attempt/pid")"
     record "$attempt" $?
+    # Until the log is in the bucket, half a minute at most, the attempt is still running.
+    for ((tries = 0; tries < 60; tries++)); do kill -0 "${uploader:--}" || break; sleep 0.5; done
   else
     record "$attempt" 70
   fi
   kill -KILL -- -$$  # surviving children, and this process
 }
 
-ask_to_stop() {  # ATTEMPT_FOLDER SIGNAL
+send_signal() {  # ATTEMPT_FOLDER SIGNAL
   local pid
-  read -r pid 2>/dev/null <"$1/pid" && kill "-$2" "$pid" 2>/dev/null
+  until read -r pid 2>/dev/null <"$1/pid" || ! alive "$1"; do sleep 0.05; done
+  kill "-$2" "$pid" 2>/dev/null
 }
 
 stop() {  # RUN ATTEMPT GRACE
@@ -285,7 +287,7 @@ stop() {  # RUN ATTEMPT GRACE
   if (($3 == 0)); then touch "$attempt/stopped"; kill_all "$attempt"; echo "killed"; return; fi
   if [[ ! -e $attempt/stopped ]]; then  # a second SIGTERM would end the trainer without saving
     touch "$attempt/stopped"
-    ask_to_stop "$attempt" TERM
+    send_signal "$attempt" TERM
     setsid bash "$self" kill_later "$attempt" "$3" </dev/null >/dev/null 2>&1 9>&- &
   fi
   echo "asked to stop"
@@ -293,7 +295,19 @@ stop() {  # RUN ATTEMPT GRACE
 
 kill_later() { sleep "$2"; kill_all "$1"; }
 
-stacks() { if alive "$home/runs/$1/a$2"; then ask_to_stop "$home/runs/$1/a$2" USR1 || true; fi; }
+stacks() { if alive "$home/runs/$1/a$2"; then send_signal "$home/runs/$1/a$2" USR1 || true; fi; }
+
+profile() {  # RUN ATTEMPT
+  local attempt=$home/runs/$1/a$2 log=$home/runs/$1/a$2/train.log size
+  # Before its first heartbeat a trainer may not handle the signal yet, and would end.
+  [[ -e $attempt/heartbeat.json ]] || fail 75 "training has not begun"
+  size=$(stat -c %s "$log")
+  send_signal "$attempt" USR2
+  until tail -c "+$((size + 1))" "$log" | sed -n 's/^vit-scale: profile of .*: \(.*\); to open it.*/\1/p' | grep .; do
+    alive "$attempt" || fail 75 "training has ended"
+    sleep 1
+  done
+}
 
 lease() {  # RUN WATCHER
   mkdir -p "$home/runs/$1"
@@ -301,20 +315,27 @@ lease() {  # RUN WATCHER
 }
 
 status() {  # RUN ATTEMPT|last [OFFSET [WATCHER]]
-  local run=$home/runs/$1 number=$2 offset=${3:-0} attempt state=absent rc="" ended="" size=0
+  local run=$home/runs/$1 number=$2 offset=${3:-0} attempt state=absent code="" ended="" size=0 watcher="" watched="" stopped=false
   if [[ $number == last ]]; then number=$(newest "$run"); fi
   attempt=$run/a$number
   if [[ -n ${4:-} ]]; then lease "$1" "$4"; fi
   if [[ -e $attempt/group ]]; then
-    # In this order: an attempt that ends in between is not lost.
-    if alive "$attempt"; then state=running; else state=lost; fi
-    if read -r rc ended 2>/dev/null <"$attempt/rc"; then state=ended; fi
+    state=running  # until nothing of it runs, though its exit code may be known
+    if ! alive "$attempt"; then
+      state=lost
+      if read -r code ended 2>/dev/null <"$attempt/rc"; then state=ended; fi
+    fi
     size=$(stat -c %s "$attempt/train.log" 2>/dev/null || echo 0)
   fi
-  echo "#STATUS attempt=$number state=$state rc=$rc ended=$ended now=$(date +%s.%N) free_gb=$(free_gb) stopped=$([[ -e $attempt/stopped ]] && echo 1 || echo 0)"
-  echo "#SITTER $(cat "$run/sitter" 2>/dev/null)"
-  echo "#HEARTBEAT $(cat "$attempt/heartbeat.json" 2>/dev/null | tr -d '\n')"
-  echo "#LOG $offset $size"
+  if [[ -e $attempt/stopped ]]; then stopped=true; fi
+  read -r watcher watched 2>/dev/null <"$run/sitter"
+  cat <<END
+#STATUS {"attempt": $number, "state": "$state", "code": ${code:-null}, "ended": ${ended:-null}, "now": $(date +%s.%N),
+"free_gb": $(free_gb), "stopped": $stopped, "watcher": "$watcher", "watched_at": ${watched:-0},
+"command": "$(cat "$attempt/command" 2>/dev/null)", "heartbeat": $(cat "$attempt/heartbeat.json" 2>/dev/null || echo null),
+"log_offset": $offset, "log_size": $size}
+#LOG
+END
   if ((size > offset)); then tail -c "+$((offset + 1))" "$attempt/train.log" | head -c 262144; fi
   return 0  # whatever tail's status once head closes the pipe
 }
@@ -363,28 +384,12 @@ reaper() {
 
 # --- the command line -------------------------------------------------------------------------------------------
 
-arguments() {  # MINIMUM COUNT USAGE
-  (($2 >= $1)) || fail 64 "usage: agent.sh $3"
-}
-
+# The verbs, and how many arguments each has at least.
+declare -A least=([prepare]=2 [show]=2 [gc]=0 [secrets]=1 [start]=5 [wrap]=5 [status]=2 [stop]=3 [kill_later]=2
+  [stacks]=2 [profile]=2 [lease]=2 [reap]=3 [reaper]=3 [disarm]=1)
 trap 'code=$?; if ((code == 255)); then exit 254; fi' EXIT
 verb=${1:-}
 shift || true
-case $verb in
-  install) install ;;
-  prepare) arguments 2 $# "prepare SHA EXTRA [SETUP]"; prepare "$@" ;;
-  show) arguments 2 $# "show SHA ARGUMENT..."; show "$@" ;;
-  gc) gc "$@" ;;
-  secrets) arguments 1 $# "secrets RUN"; secrets "$@" ;;
-  start) arguments 5 $# "start RUN ATTEMPT SHA PORT ARGUMENT..."; start "$@" ;;
-  wrap) wrap "$@" ;;
-  status) arguments 2 $# "status RUN ATTEMPT|last [OFFSET [WATCHER]]"; status "$@" ;;
-  stop) arguments 3 $# "stop RUN ATTEMPT GRACE"; stop "$@" ;;
-  kill_later) kill_later "$@" ;;
-  stacks) arguments 2 $# "stacks RUN ATTEMPT"; stacks "$@" ;;
-  lease) arguments 2 $# "lease RUN WATCHER"; lease "$@" ;;
-  disarm) arguments 1 $# "disarm RUN"; disarm "$@" ;;
-  reap) arguments 3 $# "reap RUN PATIENCE COMMAND..."; reap "$@" ;;
-  reaper) reaper "$@" ;;
-  *) fail 64 "unknown verb '$verb'" ;;
-esac
+[[ -n ${least[${verb:-none}]:-} ]] || fail 64 "unknown verb '$verb'"
+(($# >= least[$verb])) || fail 64 "usage: $(grep -m 1 "agent.sh $verb " "$0" | cut -c5-)"
+"$verb" "$@"

@@ -18,6 +18,7 @@ from launch.tpu.transport import Workers, free_port, on_all
 
 POLL = 10  # seconds between status calls
 LOST, MISSED = 180, 3  # seconds, and status calls, without an answer from a worker of a READY node
+RATE_LIMITED = r"\b429\b|(?i:rate.?limit.?exceeded)|Quota exceeded for quota metric"
 PATIENCE = 60  # seconds the others have to exit once one has exited with 0 or 42
 TAIL = 64_000  # characters of each log kept for the diagnosis
 LONGEST_LINE = 200_000  # bytes
@@ -75,11 +76,8 @@ class Attempt:
     def start(self) -> Cause | None:
         """Start it on every worker; on failure stop all of them and return the cause."""
         answers = on_all(range(self.workers.count), self._send_secrets)
-        port = (
-            free_port()
-            if self.plan.target == "local"
-            else worker_commands.port(self.plan.run, self.number)
-        )
+        port = worker_commands.port(self.plan.run, self.number)
+        port = free_port() if self.plan.target == "local" else port
         if all(answer is None for answer in answers.values()):
             answers = on_all(range(self.workers.count), lambda i: self._start(i, port))
         refused = {worker: answer for worker, answer in answers.items() if answer}
@@ -149,7 +147,8 @@ class Attempt:
         result = self.workers.agent(worker, *words)
         reply = agent_status.parse(result)
         if reply is None:
-            view.error, view.missed = last_error(result.err), view.missed + 1
+            view.error = last_error(result.err)
+            view.missed += not re.search(RATE_LIMITED, result.err)  # by the API, not the worker
             return []
         self._update(view, reply, now)
         return self._read_log(view, reply)
@@ -186,7 +185,7 @@ class Attempt:
         view.offset += len(whole)
         view.tail = (view.tail + text)[-TAIL:]
         lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-        return [printable(line) for line in lines if line.strip()]
+        return [line for line in lines if line.strip()]
 
     # --- the result
 
@@ -287,10 +286,6 @@ class Attempt:
         at = -1.0 if view.worker in self.reasons else view.ended
         message = str(view.heartbeat.get("words") or "")
         return WorkerExit(view.worker, code, at, view.tail[-8000:], message, stopped, reason)
-
-
-def printable(line: str) -> str:
-    return line.encode(errors="replace").decode()
 
 
 def last_error(text: str) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.tpu import bundle, doctor, flags, fleet, verbs, worker_commands
+from launch.tpu import bundle, doctor, flags, fleet, profile, verbs, worker_commands
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu
 from launch.tpu.exit_codes import Exit, Stop
@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "logs": verbs.logs,
     "stop": verbs.stop,
     "ssh": verbs.ssh,
+    "profile": profile.profile,
     "delete": fleet.delete,
     "list": fleet.listing,
     "gc": fleet.collect,
@@ -52,7 +53,8 @@ def run(args, overrides: list[str]) -> int:
             print(f"{what:8} {text}")
         print("\n".join(worker_commands.dry_run(plan)))
         return Exit.DONE
-    if journal.state["result"] == Exit.DONE and not args.again:
+    same = journal.state["arguments"] in (None, plan.arguments)
+    if journal.state["result"] == Exit.DONE and same and not args.again:
         print(f"tpu_vm: {plan.run} is done, see {plan.workdir}; --again reruns it", file=sys.stderr)
         steps = max(journal.state["progress"].values(), default=0)
         print(json.dumps({"run": plan.run, "result": "done", "code": Exit.DONE, "steps": steps}))

@@ -31,6 +31,8 @@ COLLATERAL = (
 DISAGREE = (
     r"hosts disagree: process \d+ differs from process 0|is not the same folder on process \d+"
 )
+# A message of the trainer that refuses to resume: its config or data has changed.
+CHANGED = r"workdir \S.* holds a run (with (a )?different|that began with different) "
 NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 
@@ -71,9 +73,11 @@ def last_line(tail: str) -> str:
 
 def is_mismatch(end: WorkerExit) -> bool:
     """Return whether it exited because code, config, data or folder differ between hosts."""
-    if end.code in (None, Trainer.DONE, Trainer.RESUMABLE):
-        return False
-    return bool(re.search(DISAGREE, f"{end.message}\n{last_line(end.tail)}"))
+    return end.code not in (None, Trainer.DONE, Trainer.RESUMABLE) and says(end, DISAGREE)
+
+
+def says(end: WorkerExit, pattern: str) -> bool:
+    return bool(re.search(pattern, f"{end.message}\n{last_line(end.tail)}"))
 
 
 def is_collateral(end: WorkerExit) -> bool:
@@ -89,7 +93,7 @@ def is_collateral(end: WorkerExit) -> bool:
 def classify(end: WorkerExit) -> str:
     if end.code == Agent.TPU_HELD:
         return "busy"
-    if end.code in (Trainer.DIVERGED, Trainer.USAGE):
+    if end.code in (Trainer.DIVERGED, Trainer.USAGE) or says(end, CHANGED):
         return "fatal"
     if is_mismatch(end):
         return "input"
@@ -115,6 +119,8 @@ def diagnose(ends: list[WorkerExit]) -> Cause:
     kind = classify(first) if own else "infra"
     message = first.reason or first.message or last_line(first.tail) or "no message"
     line = f"{_describe_exit(first)}: {message}"
+    if says(first, CHANGED):
+        line += "; or rerun with --fresh, which trains in a new folder on the same machine"
     return Cause(kind, first.worker, line, signature(first.code, message))
 
 

@@ -20,6 +20,7 @@ VERBS = {
     "list": "list every machine that the launcher created in --zones",
     "gc": "delete forgotten machines: expired, preempted, suspended, failed",
     "ssh": "open a shell on a worker, or run -- COMMAND on all",
+    "profile": "trace the next ten steps on every worker, for xprof",
     "doctor": "check gcloud, account, project, zone and SSH keys",
 }
 PROVISIONING = {
@@ -162,6 +163,7 @@ def _add_policy_flags(add: Callable) -> None:
     add("--orphan", **TIME, default="1h", help="worker 0 deletes an idle machine (0: never)")
     add("--detach", action="store_true", help="watch in the background; follow with `logs -f`")
     add("--dry-run", action="store_true", help="print every command without running any")
+    add("--fresh", action="store_true", help="train in a folder of this config's own, WORKDIR-HASH")
     add("--again", action="store_true", help="run again although the run is done")
 
 

@@ -1,8 +1,8 @@
 """Build and run gcloud commands, and classify their errors.
 
 gcloud uses one exit code for errors with opposite remedies, so ERRORS matches their text.
-`ssh --worker=all` is never used: it hides which host failed, reruns a command after a dropped
-connection, and does not return while one host hangs.
+`ssh --worker=all` only prints ssh's command lines here: to run a command it hides which host
+failed, reruns it after a dropped connection, and does not return while one host hangs.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 TPUS = ["gcloud", "compute", "tpus"]
 # Flags of `create` that only gcloud alpha has.
@@ -150,17 +151,16 @@ def listing(kind: str, zone: str, project: str) -> list[str]:
     return [*TPUS, kind, "list", *location(zone, project), "--format=json"]
 
 
-def ssh(tpu: Tpu, node: str, worker: int, command: str = "") -> list[str]:
+def ssh(tpu: Tpu, node: str, worker: int | str, command: str = "") -> list[str]:
     flags = [f"--ssh-flag={flag}" for flag in SSH]
     run = ["--command", command] if command else []
     start = [*_tpu_vm(tpu), "ssh", node, *tpu.location, "--worker", str(worker)]
     return [*start, *_ssh_route(tpu), *flags, *run]
 
 
-def copy(tpu: Tpu, node: str, worker: int, files: list[str], folder: str) -> list[str]:
-    flags = [f"--scp-flag={flag}" for flag in SSH]
-    start = [*_tpu_vm(tpu), "scp", *files, f"{node}:{folder}", *tpu.location]
-    return [*start, "--worker", str(worker), *_ssh_route(tpu), *flags]
+def ssh_lines(tpu: Tpu, node: str) -> list[str]:
+    """Print, for each of a node's workers, the command line of ssh that runs `true` there."""
+    return [*ssh(tpu, node, "all", "true"), "--dry-run"]
 
 
 def _tpu_vm(tpu: Tpu) -> list[str]:
@@ -188,37 +188,34 @@ def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) ->
     """Run a command in its own session, so that Ctrl-C reaches only the launcher.
 
     After `timeout` seconds its process group is killed and the code is 124. It is 127 if there is
-    no such program.
+    no such program. The output goes to files, because a surviving child may hold it open.
     """
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Result(127, b"", f"{command[0]}: {error.strerror}")
-    try:
-        out, err = process.communicate(stdin, timeout=timeout)
-        return Result(process.returncode, out, err.decode(errors="replace"))
-    except subprocess.TimeoutExpired as expired:
-        _end(process)
-        lines = (expired.stderr or b"").decode(errors="replace").strip().splitlines()
-        detail = f": {lines[-1]}" if lines else ""
-        lines = [*lines[:-1], f"no answer in {timeout:.0f} s{detail}"]
-        return Result(124, b"", "\n".join(lines))
-    except BaseException:
-        _end(process)
-        raise
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": out, "stderr": err}
+        try:
+            process = subprocess.Popen(command, start_new_session=True, **streams)
+        except OSError as error:
+            return Result(127, b"", f"{command[0]}: {error.strerror}")
+        try:
+            process.communicate(stdin, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            lines = _written(err).decode(errors="replace").strip().splitlines()
+            detail = f": {lines[-1]}" if lines else ""
+            lines = [*lines[:-1], f"no answer in {timeout:.0f} s{detail}"]
+            return Result(124, b"", "\n".join(lines))
+        except BaseException:
+            _end(process)
+            raise
+        return Result(process.returncode, _written(out), _written(err).decode(errors="replace"))
+
+
+def _written(file: IO[bytes]) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def _end(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream:  # a surviving child may hold it open
-            with contextlib.suppress(OSError):
-                stream.close()

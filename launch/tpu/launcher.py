@@ -4,13 +4,12 @@ It may be stopped anywhere and resumed by rerunning the same command: each step 
 exists, and adopts it. shutdown.py handles interrupts and what becomes of the machine.
 """
 
-import contextlib
 import os
+import re
 import secrets
 import socket
 import threading
 import traceback
-from collections.abc import Iterator
 
 from launch.tpu import agent_status, retry_policy, worker_commands
 from launch.tpu.agent_status import AgentStatus
@@ -25,7 +24,7 @@ from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.provision import Provisioner
 from launch.tpu.shutdown import Interrupted, Shutdown
-from launch.tpu.transport import GcloudWorkers, Workers
+from launch.tpu.transport import AGENT, GcloudWorkers, Workers
 
 WATCH = 30  # seconds between status checks of a machine that trains
 LEASE = 300  # seconds for which another machine's launcher is taken to watch the run
@@ -59,6 +58,8 @@ class Launcher:
     def run(self) -> int:
         """Run until done; return the exit code. The last line printed is a JSON object."""
         self.shutdown.handle_signals()
+        if self.journal.state["arguments"] != self.plan.arguments:  # another training
+            self.journal.state.update(arguments=self.plan.arguments, progress={})
         self.journal.state.update(failures=[], restarts=0, result=None)
         self.journal.state["sitter"] = self.watcher
         self.journal.save()
@@ -155,7 +156,8 @@ class Launcher:
             self.new_attempt(number).stop(self.plan.args.grace)
 
     def _record(self, argv: list[str]) -> None:
-        self.journal.write("gcloud", argv=argv)
+        if f"{AGENT} status" not in argv[-1]:  # of which there are thousands an hour
+            self.journal.write("gcloud", argv=argv)
 
     def check(self) -> None:
         """Raise Gone if the machine no longer exists."""
@@ -175,8 +177,7 @@ class Launcher:
         self.attempt = attempt = self.find_attempt()
         self.shutdown.workers_known, self.training = True, attempt is not None
         if attempt is None:
-            with self.lease():
-                self.provisioner.prepare()
+            self.prepare()
             number = self.journal.state["attempt"] + 1
             self.journal.state["attempt"] = number
             self.journal.save()
@@ -212,7 +213,13 @@ class Launcher:
         number, state = max(reply.attempt for reply in replies), self.journal.state
         state["attempt"] = max(state["attempt"], number)
         running = any(reply.state == "running" for reply in replies)
-        if number == 0 or (number <= state.get("settled", 0) and not running):
+        commands = [reply.command for reply in replies if reply.attempt == number]
+        same = all(is_command(command, self.plan.arguments) for command in commands)
+        if running and not same:
+            keep = f"launch/tpu_vm.sh stop --keep --name {self.plan.name}"
+            line = f"attempt {number} still trains ({commands[0]}); to stop it: {keep}"
+            raise Stop(Exit.USAGE, line)
+        if number == 0 or (not running and (number <= state.get("settled", 0) or not same)):
             return None
         attempt = self.new_attempt(number)
         self.poll_until_known(attempt)
@@ -249,28 +256,24 @@ class Launcher:
             if result.code:
                 self.journal.write("reap", error=last_error(result.err))
 
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[None]:
-        """Keep telling worker 0 that the run is watched during a long operation."""
-        ended = threading.Event()
+    def prepare(self) -> None:
+        """Prepare the workers, and keep telling worker 0 that the run is watched."""
+        done = threading.Event()
 
         def renew() -> None:
             while True:
                 self.workers.agent(0, "lease", self.plan.run, self.watcher)
-                if ended.wait(LEASE / 4 * self.clock.scale):
+                if done.wait(LEASE / 4 * self.clock.scale):
                     return
 
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
+        threading.Thread(target=renew, daemon=True).start()
         try:
-            yield
+            self.provisioner.prepare()
         finally:
-            ended.set()
-            thread.join()
+            done.set()
 
     def watch(self, attempt: Attempt) -> Cause:
         """Follow the attempt to its end and return the cause. Raises Gone, Stop or Interrupted."""
-        progress = ""
         while True:
             attempt.poll()
             self.record_progress()
@@ -282,17 +285,8 @@ class Launcher:
                 if cause.kind != "done":
                     self.is_ready()
                 return cause
-            progress = self.report_progress(attempt, progress)
             self.check_machine(attempt)
             self.pause(10)
-
-    def report_progress(self, attempt: Attempt, previous: str) -> str:
-        steps = [view.heartbeat.get("step", 0) for view in attempt.views]
-        phases = sorted({view.heartbeat.get("phase", "start") for view in attempt.views})
-        line = f"step {max(steps)}, {'/'.join(phases)}"
-        if line != previous:
-            self.journal.write("progress", step=max(steps), phases=phases, cost=self.billing.cost)
-        return line
 
     def check_machine(self, attempt: Attempt) -> None:
         """Check limits, and the node now and then, sooner if a worker does not answer."""
@@ -333,6 +327,12 @@ class Launcher:
                 return self.shutdown.report(code, line, deleted=False)
             self.end_attempt(self.attempt)
         return self.shutdown.report(code, line, self.shutdown.apply_policy(code))
+
+
+def is_command(command: str, arguments: list[str]) -> bool:
+    """Return whether an attempt's command, if it has one, has these arguments, on any worker."""
+    command = re.sub(r" --(coordinator|process|processes)=\S+", "", command).strip()
+    return command in ("", " ".join(["vit-scale", *arguments]))
 
 
 def started_in_part(attempt: Attempt) -> bool:

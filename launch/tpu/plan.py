@@ -9,13 +9,14 @@ import pathlib
 import re
 import urllib.request
 from dataclasses import dataclass, field
+from typing import Any
 
 from launch.tpu import accelerators, bundle, cloud_tpu, gcloud, preflight, secret
 from launch.tpu.accelerators import Accelerator
 from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.flags import PASSED, Values
 from launch.tpu.gcloud import Tpu
-from launch.tpu.transport import chips_here, on_a_tpu_vm
+from launch.tpu.transport import chips_here
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # leaves room for suffixes, up to 63
@@ -26,7 +27,7 @@ class Plan:
     args: argparse.Namespace
     target: str  # vm | here | local
     name: str
-    run: str  # the run's ID: equal for equal commands, on any machine
+    run: str  # the run's ID: equal for one name and --workdir, on any machine
     folder: pathlib.Path  # the run's journal, on this machine
     hosts: int
     config: str
@@ -73,14 +74,15 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
         devices = accelerator.devices * tpu.slices if accelerator else None
     resolved = preflight.resolve(root, config, overrides, devices, install=not args.dry_run)
     workdir = resolve_workdir(args, values, name, root, target)
+    run = f"{name}-{digest(workdir)}"
+    if args.fresh:
+        workdir = f"{workdir}-{digest([config, overrides])}"
     if target == "vm":
         preflight.check_workdir(workdir, hosts, args.existing, args.workdir_is_mounted)
     commands = preflight.check_data(resolved, target != "vm") if resolved else []
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
     code = bundle.make(root, secret.redactable(secrets))
-    identity = json.dumps([config, overrides, workdir]).encode()
-    run = f"{name}-{hashlib.sha256(identity).hexdigest()[:8]}"
     plan = Plan(
         args=args,
         target=target,
@@ -108,6 +110,10 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     return plan
 
 
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
 def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
     """Return vm, here or local, and for local the number of workers."""
     word, _, number = args.target.partition(":")
@@ -121,7 +127,7 @@ def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
         return args.target, 1
     if values.get("type") or args.existing:
         return "vm", 1
-    if on_a_tpu_vm():
+    if chips_here():
         return "here", 1
     missing = "no TPU was requested, and this machine has none: "
     raise Stop(Exit.USAGE, missing + "pass --type v4-32 --zone ZONE, or --target local:4")
@@ -261,6 +267,9 @@ def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[st
         lines.append(("resolve", f"{plan.hosts} workers on this machine"))
     code = f"code {plan.code.description}, {plan.code.sha[:12]}"
     lines.append(("resolve", f"{code}, {len(plan.code.data) / 1e6:.1f} MB"))
+    if names := plan.code.left_out:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        lines.append(("resolve", f"left out, as they hold keys: {', '.join(names[:5])}{more}"))
     if plan.setup:
         lines.append(("resolve", f"setup on each worker: {plan.setup}"))
     if plan.secrets:

@@ -39,26 +39,16 @@ class Provisioner:
         The first SSH connection updates the node's metadata, and concurrent updates conflict:
         worker 0 goes first.
         """
-        self.plan.folder.mkdir(parents=True, exist_ok=True)
-        file = commands.code_file(self.plan)
-        if not file.exists():
-            for old in self.plan.folder.glob("*.tgz"):
-                old.unlink()
-            partial = file.with_suffix(".part")
-            partial.write_bytes(self.plan.code.data)
-            partial.replace(file)
         self.retry_on_all("reach", [0], self._upload)
         self.retry_on_all("reach", range(1, self.workers.count), self._upload)
 
     def _upload(self, worker: int) -> gcloud.Result:
-        result = self.workers.shell(worker, commands.probe(self.plan.code.sha), b"", 90)
-        if result.code:
-            return result
-        files = [str(commands.AGENT)]
-        if b"have" not in result.out:
-            files.append(str(commands.code_file(self.plan)))
-        result = self.workers.copy(worker, files, commands.INCOMING, 600)
-        return result if result.code else self.workers.shell(worker, commands.install(), b"", 60)
+        code, agent = self.plan.code, commands.AGENT.read_bytes()
+        result = self.workers.shell(worker, commands.probe(code.sha), b"", 90)
+        if result.code == 0 and b"have" not in result.out:
+            line = commands.receive(f"{code.sha}.tgz", code.data)
+            result = self.workers.shell(worker, line, code.data, 600)
+        return result if result.code else self.workers.shell(worker, commands.install(), agent, 60)
 
     def retry_on_all(self, what: str, workers, call, tries: int = 4) -> dict[int, gcloud.Result]:
         """Call all workers, retrying on failure. Raises Gone, or Stop with a worker's error."""

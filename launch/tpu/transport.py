@@ -5,11 +5,12 @@ Each call goes to one worker, has a time limit, and may be repeated: the agent i
 
 import concurrent.futures
 import glob
-import os
 import pathlib
+import re
 import shlex
-import shutil
 import socket
+import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,10 @@ from launch.tpu.clock import Clock
 
 HOME = ".vit_scale"  # in a worker's home folder, as in agent.sh
 AGENT = f"bash {HOME}/agent.sh"
-PARALLEL = 16  # concurrent gcloud processes; each takes 65 MB and most of a second of CPU
+# gcloud processes at a time; each takes 91 MB and most of a second of CPU.
+FEW = threading.Semaphore(16)
+SSH_FAILED = (127, 255)  # no such program, no connection
+RENEW = 60  # seconds
 
 
 def agent_command(*arguments: Any) -> str:
@@ -35,10 +39,6 @@ class Workers:
     def shell(self, worker: int, line: str, stdin: bytes, limit: float) -> gcloud.Result:
         raise NotImplementedError
 
-    def copy(self, worker: int, files: list[str], folder: str, limit: float) -> gcloud.Result:
-        """Copy files to `folder` below the worker's home folder."""
-        raise NotImplementedError
-
     def arguments(self, attempt_port: int) -> list[str]:
         """Return the trainer's flags on these workers; {worker} stands for the number."""
         return []
@@ -48,24 +48,63 @@ class Workers:
 
 
 class GcloudWorkers(Workers):
-    """The workers of TPU VMs, slice by slice; `hosts` lists (node, number of workers)."""
+    """The workers of TPU VMs, slice by slice; `hosts` lists (node, number of workers).
+
+    The first call goes through gcloud, which adds the SSH key to the node; then gcloud prints
+    ssh's command line for each of the node's workers, and ssh runs without it, over a connection
+    that stays open. A call whose connection fails goes through gcloud again: IP addresses change.
+    """
 
     def __init__(self, tpu: gcloud.Tpu, hosts: list[tuple[str, int]], clock: Clock, record):
         self.tpu, self.clock, self.record = tpu, clock, record
         self.hosts = [(node, index) for node, count in hosts for index in range(count)]
         self.count = len(self.hosts)
+        self.direct: dict[int, list[str]] = {}  # ssh's command line, by worker
+        self.asked: dict[str, float] = {}  # when gcloud was asked for a node's
+        self.lock = threading.Lock()
+        # The path of a socket may have only 100 bytes.
+        self.sockets = tempfile.TemporaryDirectory(prefix="vit_scale-", dir="/tmp")
 
     def shell(self, worker, line, stdin, limit):
         node, index = self.hosts[worker]
-        return self._run(gcloud.ssh(self.tpu, node, index, line), stdin, limit)
+        if worker in self.direct:
+            result = self._run([*self.direct[worker], line], stdin, limit)
+            if result.code not in SSH_FAILED:
+                return result
+        with FEW:
+            result = self._run(gcloud.ssh(self.tpu, node, index, line), stdin, limit)
+        if result.code == 0 and not self.tpu.iap:  # each connection would be a gcloud process
+            self._ask(node)
+        return result
 
-    def copy(self, worker, files, folder, limit):
-        node, index = self.hosts[worker]
-        return self._run(gcloud.copy(self.tpu, node, index, files, folder), b"", limit)
+    def _ask(self, node: str) -> None:
+        """Ask gcloud, at most once in RENEW seconds, for the command lines of a node's workers."""
+        with self.lock:
+            if self.clock.now() < self.asked.get(node, -RENEW) + RENEW:
+                return
+            self.asked[node] = self.clock.now()
+        printed = self._run(gcloud.ssh_lines(self.tpu, node), b"", 60).out.decode()
+        lines = [line for line in printed.splitlines() if line.endswith(" -- true")]
+        workers = [i for i, (name, _) in enumerate(self.hosts) if name == node]
+        if len(lines) == len(workers):  # in the order of the workers
+            commands = [shared_ssh(line, self.sockets.name) for line in lines]
+            self.direct.update(zip(workers, commands, strict=True))
 
     def _run(self, argv, stdin, limit):
         self.record(argv)
         return gcloud.run(argv, stdin, self.clock.limit(limit))
+
+
+def shared_ssh(line: str, sockets: str) -> list[str]:
+    """Return ssh's command line, without a command, for calls that share one connection.
+
+    `line` is what gcloud prints to run `true`: without quotes, although paths may have spaces.
+    """
+    options, _, host = line.removesuffix(" -- true").rpartition(" ")
+    program, *flags = re.split(r" (?=-[io])", options.replace(" -T ", " "))
+    pairs = [(flag[:2], flag[3:]) if flag[2] == " " else (flag,) for flag in flags]
+    shared = ("-oControlMaster=auto", f"-oControlPath={sockets}/%C", "-oControlPersist=60")
+    return [program, "-T", *(word for pair in pairs for word in pair), *shared, host, "--"]
 
 
 class LocalWorkers(Workers):
@@ -89,15 +128,6 @@ class LocalWorkers(Workers):
         argv = ["env", "-C", str(home), *(f"{name}={value}" for name, value in variables.items())]
         return gcloud.run([*argv, "bash", "-c", line], stdin, self.clock.limit(limit))
 
-    def copy(self, worker, files, folder, limit):
-        target = self.homes[worker] / folder
-        try:
-            for file in files:
-                shutil.copy(file, target)
-        except OSError as error:
-            return gcloud.Result(1, b"", str(error))
-        return gcloud.Result(0, b"", "")
-
     def arguments(self, attempt_port):
         if self.count == 1:
             return []
@@ -114,14 +144,10 @@ def free_port() -> int:
 def on_all(workers: Iterable[int], call: Callable[[int], Any]) -> dict[int, Any]:
     """Return {worker: call(worker)}, called concurrently."""
     workers = list(workers)
-    with concurrent.futures.ThreadPoolExecutor(min(PARALLEL, len(workers) or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(workers) or 1) as pool:
         return dict(zip(workers, pool.map(call, workers), strict=True))
 
 
 def chips_here() -> int | None:
     """Count this host's TPU chips by their device files; None if there are none."""
     return len(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")) or None
-
-
-def on_a_tpu_vm() -> bool:
-    return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))

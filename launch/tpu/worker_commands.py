@@ -1,7 +1,6 @@
 """Commands for the workers, as text: a run executes them, a dry run prints them."""
 
 import hashlib
-import pathlib
 import shlex
 
 from launch.tpu import gcloud, preflight
@@ -16,14 +15,20 @@ INCOMING = f"{HOME}/incoming/"
 def probe(sha: str) -> str:
     """Open the first connection; the worker prints "have" if it has the code."""
     code = f"{HOME}/code/{sha}"
-    return f"mkdir -p {INCOMING} && if test -d {code}; then echo have; else echo ready; fi"
+    folders = f"mkdir -p {INCOMING} {HOME}/code {HOME}/runs {HOME}/data"
+    return f"{folders} && if test -d {code}; then echo have; else echo ready; fi"
+
+
+def receive(name: str, content: bytes) -> str:
+    """Receive a file over standard input, which is empty if gcloud repeats the call."""
+    check = f"echo {hashlib.sha256(content).hexdigest()}  {INCOMING}{name} | sha256sum -c --status"
+    return f"cat >{INCOMING}{name} && {check}"
 
 
 def install() -> str:
-    """Install the uploaded agent if its checksum matches."""
-    sha = hashlib.sha256(AGENT.read_bytes()).hexdigest()
-    check = f"echo {sha}  {INCOMING}agent.sh | sha256sum -c --status"
-    return f"{check} && mv -f {INCOMING}agent.sh {HOME}/agent.sh && {agent_command('install')}"
+    """Receive the agent."""
+    received = receive("agent.sh", AGENT.read_bytes())
+    return f"{received} && mv -f {INCOMING}agent.sh {HOME}/agent.sh"
 
 
 def prepare(plan: Plan) -> str:
@@ -49,10 +54,6 @@ def port(run: str, attempt: int) -> int:
     return 20000 + int(hashlib.sha256(f"{run} {attempt}".encode()).hexdigest(), 16) % 12000
 
 
-def code_file(plan: Plan) -> pathlib.Path:
-    return plan.folder / f"{plan.code.sha}.tgz"
-
-
 def dry_run(plan: Plan) -> list[str]:
     """List every command of a run with one attempt, in order; of the workers', the first's."""
     tpu = plan.tpu
@@ -63,14 +64,14 @@ def dry_run(plan: Plan) -> list[str]:
     def ssh(text: str) -> str:
         return shlex.join(gcloud.ssh(tpu, node, 0, text))
 
-    files = [str(AGENT), str(code_file(plan))]
     lines = [shlex.join(gcloud.describe(tpu))]
     if not plan.args.existing:
         lines.append(shlex.join(gcloud.create(tpu)))
     if tpu.queue:
         lines += [shlex.join(gcloud.describe_node(tpu, name)) for name in tpu.nodes]
-    upload = gcloud.copy(tpu, node, 0, files, INCOMING)
-    lines += [ssh(probe(plan.code.sha)), shlex.join(upload), ssh(install())]
+    lines += [ssh(probe(plan.code.sha)), shlex.join(gcloud.ssh_lines(tpu, node))]
+    lines.append(f"{ssh(receive(f'{plan.code.sha}.tgz', plan.code.data))} <<< 'the code'")
+    lines.append(f"{ssh(install())} <<< 'launch/agent.sh'")
     if not plan.args.existing and plan.args.orphan:
         lines.append(ssh(reap(plan, tpu)))
     lines += [ssh(agent_command("status", plan.run, "last")), ssh(prepare(plan))]

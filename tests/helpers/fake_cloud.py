@@ -83,7 +83,8 @@ class Rig:
         for where in (self.bin, self.tools):
             (where / "client.py").write_text(CLIENT)
             started = shlex.join([sys.executable, "-SE", str(where / "client.py")])
-            script(where / "gcloud", f'#!/bin/bash\nexec {started} "$@"\n')
+            for name in ("gcloud", "ssh"):
+                script(where / name, f'#!/bin/bash\nexec {started} "$@"\n')
         script(self.tools / "uv", UV)
         script(self.tools / "df", DF)
         script(self.tools / "sudo", "#!/bin/bash\nexit 1\n")
@@ -93,6 +94,7 @@ class Rig:
             "config": {"project": "p"},
             "hosts": hosts,
             "scale": SCALE,
+            "ssh": str(self.bin / "ssh"),
             "quota": 9,
             "no_zone": [],
             "timelines": [["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]],

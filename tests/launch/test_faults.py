@@ -231,7 +231,7 @@ def test_a_connection_dropped_during_start(rig, how):
 @pytest.mark.slow
 def test_all_workers_start_or_none(rig):
     """After a start that fails on one worker, the next attempt starts on the same machine."""
-    rig.inject(fault("--worker 1 .*agent.sh start", "error:connection reset", times=3))
+    rig.inject(fault("--worker 1 .*agent.sh start", "error:connection reset", times=6))
     code, result, err = rig.run()
     assert code == 0, err
     assert "did not start" in err
@@ -272,9 +272,9 @@ def test_a_creation_whose_response_is_lost(rig):
     assert rig.is_empty() and rig.attempts() == {1: [0, 1]}
 
 
-@pytest.mark.parametrize("do", ["truncate", slow("fail")])
-def test_a_damaged_code_upload_is_retried(rig, do):
-    rig.inject(fault("scp .*--worker 1", do))
+@pytest.mark.parametrize("file", ["agent.sh", slow("tgz")])
+def test_a_damaged_upload_is_retried(rig, file):
+    rig.inject(fault(f"--worker 1 .*cat >.*{file}", "before", times=2))
     code, _, err = rig.run()
     assert code == 0, err
 
@@ -323,7 +323,7 @@ def test_an_existing_vm_is_used_and_left_alone(rig):
 
 def test_a_machine_of_another_run_is_left_alone(rig):
     rig.run("--on-success", "keep")
-    other = rig.run("--config.steps=3")
+    other = rig.run("--workdir", str(rig.elsewhere))
     assert other.code == 64 and "belongs to run vit-" in other.result["cause"]
     for node in rig.cloud.nodes.values():
         node["labels"] = {}
@@ -422,6 +422,30 @@ def test_a_retry_reuses_the_kept_machine(rig):
     assert len(rig.calls("create")) == 1 and rig.is_empty()
 
 
+def test_a_changed_config_on_a_kept_machine(rig):
+    """One that may resume goes on with the run; another is refused in a line, or begins afresh."""
+    keep = ("--on-failure", "keep", "--on-success", "keep")
+    rig.trainer_faults(fault_at(0, 2, "exit2"))
+    assert rig.run(*keep).code == 1
+    rig.trainer_faults()
+    code, _, err = rig.run(*keep, "--config.log.every=5")
+    assert code == 0 and "already exists: adopted" in err, err
+    assert rig.attempts() == {1: [0, 1], 2: [0, 1]}
+    rig.trainer_faults(fault_at(0, 12, "changed"))
+    refused = rig.run(*keep, "--config.steps=18")
+    assert (refused.code, refused.result["attempts"]) == (1, 3), "it is not tried again"
+    assert "different config (optim.lr: 0.1 -> 0.2); use another" in refused.result["cause"]
+    assert "rerun with --fresh" in refused.result["cause"]
+    for _ in range(2):
+        code, result, err = rig.run("--config.steps=8", "--fresh")
+        assert (code, result["steps"]) == (0, 8), err
+    assert "is done" in err, "the same command does not train again"
+    (folder,) = rig.workdir.parent.glob("work dir-*")
+    assert (folder / "checkpoint").read_text() == "8"
+    assert (rig.workdir / "checkpoint").read_text() == "12"
+    assert len(rig.calls("create")) == 1 and rig.is_empty()
+
+
 def journal(rig: Rig) -> str:
     file = rig.run_folder() / "journal.jsonl"
     return file.read_text() if file.exists() else ""
@@ -435,7 +459,7 @@ def test_a_kept_machine_is_deleted_after_its_time(rig):
 
 
 WHEN = ["agent.sh start"]
-WHEN += map(slow, ["create", "describe", "scp", "agent.sh prepare", "agent.sh status .* 1 [1-9]"])
+WHEN += map(slow, ["create", "describe", "cat >", "agent.sh prepare", "agent.sh status .* 1 [1-9]"])
 
 
 @pytest.mark.parametrize("when", WHEN)

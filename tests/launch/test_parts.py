@@ -1,9 +1,12 @@
 """Unit tests of the launcher: types, diagnosis, retries, commands, bundles, billing; the agent."""
 
+import io
 import json
 import pathlib
 import re
+import shlex
 import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -19,12 +22,14 @@ from launch.tpu import (
     retry_policy,
     secret,
 )
+from launch.tpu.agent_status import AgentStatus, parse
 from launch.tpu.attempt import last_error
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit
 from launch.tpu.exit_codes import Stop
-from launch.tpu.journal import Journal
+from launch.tpu.gcloud import Result
+from launch.tpu.journal import Journal, Terminal
 from tests.helpers.fake_cloud import ROOT, machine
 from vit_scale import errors
 
@@ -308,6 +313,22 @@ def test_bundle(tree, tmp_path):
     assert bundle.make(tree, []).sha != made.sha
 
 
+def test_key_files_are_left_out_and_named(tree):
+    """If git does not track them; .env files in any case."""
+    (tree / "account.json").write_text('{"type": "service_account", "private_key": "x"}')
+    (tree / "table.json").write_text('{"rows": []}')
+    (tree / "launch" / "tls.pem").write_text("x")
+    (tree / ".env.local").write_text("A=b")
+    left_out = [".env", ".env.local", "account.json", "launch/tls.pem"]
+    assert bundle.make(tree, []).left_out == left_out
+    subprocess.run(["git", "-C", str(tree), "add", "launch/tls.pem"], check=True)
+    made = bundle.make(tree, [])
+    assert made.left_out == left_out[:3]
+    with tarfile.open(fileobj=io.BytesIO(made.data)) as tar:
+        names = set(tar.getnames())
+    assert "launch/tls.pem" in names and "table.json" in names and not names & set(left_out[:3])
+
+
 def test_a_bundle_contains_the_whole_package_and_no_results():
     """Folders named runs hold results, except for the package's own."""
     names = bundle.files(ROOT)
@@ -334,6 +355,50 @@ def test_secrets_from_a_file(tmp_path, monkeypatch):
     file.chmod(0o640)
     with pytest.raises(Stop, match="chmod 600"):
         secret.collect([], str(file))
+
+
+AWKWARD = """it's "p\\a" ünï $x"""
+
+
+def test_secrets_are_redacted_however_they_are_quoted(tmp_path):
+    """By JSON, Python and a shell, also one within another; logs keep their length in bytes."""
+    journal = Journal(tmp_path, quiet=True)
+    journal.redacted = secret.redactable({"A": AWKWARD, "short": "x"})
+    shell = shlex.quote(f"--key={AWKWARD}")
+    texts = [AWKWARD, json.dumps(AWKWARD), json.dumps(AWKWARD, ensure_ascii=False), repr(AWKWARD)]
+    texts += [repr(ValueError(f"no {AWKWARD}")), shell, json.dumps({"argv": [shell]})]
+    for text in [*texts, *map(json.dumps, texts), *map(repr, texts)]:
+        assert "ünï" not in journal.redact(text) and "**" in journal.redact(text), text
+        assert "p\\" not in journal.redact(text) and "\\xfc" not in journal.redact(text), text
+    assert len(journal.redact(AWKWARD)) == len(AWKWARD.encode())
+    journal.write("bug", text=repr(ValueError(AWKWARD)), argv=[shell])
+    journal.put("launch.json", json.dumps({"argv": [AWKWARD]}))
+    for name in ("journal.jsonl", "launch.json"):
+        content = (tmp_path / name).read_text()
+        assert "u00fc" not in content and "xfc" not in content and "***" in content
+
+
+def test_escape_codes_do_not_reach_the_terminal(tmp_path, monkeypatch):
+    """Colours, titles, cursor movements, C1 codes, reversed text; the log keeps them."""
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", Terminal(shown))
+    raw = "a\x1b[31mred\x1b[0m \x1b]0;title\x07b\x1b]8;;http://x\x1b\\c\x9b2Jd\x08\r\u202ee\x1b"
+    journal = Journal(tmp_path)
+    journal.print_log(0, raw)
+    journal.say("cause", raw)
+    print(raw, "tab\there", file=sys.stderr)
+    clean = "ared bc2Jde"
+    assert shown.getvalue() == f"[w00] {clean}\ncause    {clean}\n{clean} tab\there\n"
+    journal.add_log(1, 0, raw)
+    assert journal.log_file(1, 0).read_bytes() == raw.encode()
+
+
+def test_the_launcher_prints_without_escape_codes():
+    """Whatever prints: here, an error that repeats a flag."""
+    command = [sys.executable, "-I", str(ROOT / "launch" / "tpu"), "--x\x1b[31m"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 64 and "unrecognized arguments: --x" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 class FakeClock(Clock):
@@ -409,7 +474,11 @@ class Agent:
         )
 
     def state(self, attempt="last") -> str:
-        return self("status", "run", attempt).stdout.split()[2].partition("=")[2]
+        return self.status(attempt).state
+
+    def status(self, attempt="last", offset=0) -> AgentStatus:
+        done = self("status", "run", attempt, offset)
+        return parse(Result(done.returncode, done.stdout.encode(), ""))
 
 
 @pytest.fixture
@@ -454,10 +523,10 @@ def test_stop_asks_first_and_kills_without_grace(agent):
         assert agent("stop", "run", 1, 30).stdout == "asked to stop\n"
     while agent.state() == "running":
         pass
-    assert "rc=42" in agent("status", "run", 1).stdout
+    assert agent.status(1).code == 42
     agent("start", "run", 2, "c0de", 1, "train")
     assert agent("stop", "run", 2, 0).stdout == "killed\n"
-    assert "state=ended rc=137" in agent("status", "run", 2).stdout
+    assert (agent.status(2).state, agent.status(2).code) == ("ended", 137)
 
 
 def test_the_agent_never_exits_with_255(agent):
@@ -468,8 +537,7 @@ def test_the_agent_never_exits_with_255(agent):
     agent("start", "run", 1, "c0de", 1, "train")
     while agent.state() == "running":
         pass
-    status = agent("status", "run", 1)
-    assert (status.returncode, "rc=255" in status.stdout) == (0, True)
+    assert agent.status(1).code == 255
 
 
 def test_agent_secrets(agent):
@@ -484,6 +552,27 @@ def test_agent_secrets(agent):
         pass
     assert (agent.home / "code/c0de/out").read_text() == '$(touch x) "b"\n', "not evaluated"
     assert not file.exists()
+
+
+TRACED = "vit-scale: profile of steps 1 to 10: /a b/steps_1-10; to open it: xprof --logdir /a b"
+
+
+def test_a_profile_waits_for_the_trainers_heartbeat(agent):
+    """A trainer that has not begun to handle it would end."""
+    script = (
+        f"#!/bin/bash\ntrap \"echo '{TRACED}'\" USR2\nwhile sleep 0.05; do echo on >began; done\n"
+    )
+    (agent.home / "venv/bin/vit-scale").write_text(script)
+    agent("start", "run", 1, "c0de", 1, "train", 'a "b"\\n')
+    while not (agent.home / "code/c0de/began").exists():
+        pass
+    early = agent("profile", "run", 1)
+    assert (early.returncode, "training has not begun" in early.stderr) == (75, True)
+    (agent.home / "runs/run/a1/heartbeat.json").write_text("{}")
+    assert agent("profile", "run", 1).stdout == "/a b/steps_1-10\n"
+    log = (agent.home / "runs/run/a1/train.log").read_text().splitlines()
+    assert (log, agent.state()) == ([TRACED], "running"), "once"
+    assert agent.status(1).command == 'vit-scale train a "b"\\n'
 
 
 def test_gc_removes_old_code_and_logs(agent):
@@ -505,10 +594,10 @@ def test_gc_removes_old_code_and_logs(agent):
 def test_the_log_is_read_from_an_offset(agent):
     agent("start", "run", 1, "c0de", 1, "train", "one")
     agent("stop", "run", 1, 0)
-    whole = agent("status", "run", 1, 0).stdout.partition("#LOG ")[2]
-    assert whole == "0 10\ntrain one\n"
-    assert agent("status", "run", 1, 6).stdout.endswith("#LOG 6 10\none\n")
-    json.loads(agent("status", "run", 1).stdout.partition("#HEARTBEAT ")[2].split("\n")[0] or "{}")
+    whole, rest = agent.status(1), agent.status(1, 6)
+    assert (whole.log_offset, whole.log_size, whole.log) == (0, 10, b"train one\n")
+    assert (rest.log_offset, rest.log_size, rest.log) == (6, 10, b"one\n")
+    assert whole.heartbeat is None and whole.stopped and whole.free_gb > 0
 
 
 def is_reaped(agent, *command: str, patience: int = 1, seconds: float = 6) -> bool:

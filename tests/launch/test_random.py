@@ -21,7 +21,7 @@ SSH = "tpu-vm ssh .*agent.sh"
 CALLS = (
     "create",
     "describe",
-    "scp",
+    "cat >",
     f"{SSH} prepare",
     f"{SSH} start",
     f"{SSH} status",
@@ -29,7 +29,7 @@ CALLS = (
     "delete",
 )
 STOCKOUT = 'There is no more capacity in the zone "us-a"; you can try in another zone'
-ERRORS = ("error:HTTP 503: backend error", "before", "after", "hang", "fail", "truncate", "lost")
+ERRORS = ("error:HTTP 503: backend error", "before", "after", "hang", "always", "lost")
 MACHINE = ("preempt:PREEMPTED", "preempt:UNKNOWN", "preempt:GONE", "preempt:SUSPENDED", "repair")
 TRAINER = (
     "raise",

@@ -24,7 +24,7 @@ from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
 from launch.tpu.plan import Plan
 from launch.tpu.provision import Provisioner
-from launch.tpu.transport import Workers
+from launch.tpu.transport import GcloudWorkers, Workers, on_all
 
 RUN = "vit-1"
 OURS = {"managed-by": "vit_scale", "run": RUN, "owner": "ada"}
@@ -67,6 +67,8 @@ class Table:
         entries = self.requests if kind == "queued-resources" else self.nodes
         if self.on.get(verb):
             return self.on[verb].pop(0)
+        if "--dry-run" in argv:
+            return Result(1, b"", "ERROR: unrecognized arguments: --dry-run")
         if verb == "ssh":
             worker = int(argv[argv.index("--worker") + 1])
             return self.agent(worker, argv[-1])
@@ -117,10 +119,14 @@ def table(monkeypatch) -> Table:
     return made
 
 
-def status(state: str, number: int = 1, more: str = "") -> Result:
-    text = f"#STATUS attempt={number} state={state} rc= ended= now=5 free_gb=9 stopped=0\n"
-    beat = '{"run": "x", "step": 7, "phase": "train"}' if state == "running" else ""
-    return Result(0, f"{text}#SITTER {more}\n#HEARTBEAT {beat}\n#LOG 0 0\n".encode(), "")
+def status(state: str, number: int = 1, more: str = "", command: str = "") -> Result:
+    watcher, _, watched = more.partition(" ")
+    content = {"attempt": number, "state": state, "code": None, "ended": None, "now": 5}
+    content |= {"free_gb": 9, "stopped": False, "watcher": watcher, "watched_at": int(watched or 0)}
+    content |= {"command": command, "log_offset": 0, "log_size": 0, "heartbeat": None}
+    if state == "running":
+        content["heartbeat"] = {"run": "x", "step": 7, "phase": "train"}
+    return Result(0, f"#STATUS {json.dumps(content)}\n#LOG\n".encode(), "")
 
 
 NO_ANSWER = Result(124, b"", "no answer in 60 s")
@@ -347,6 +353,96 @@ def test_a_partially_started_attempt_is_stopped(table, tmp_path):
     assert attempt is None and made.workers.did("agent.sh stop vit-1 1 0") == [0, 1]
     made, attempt = adopt(tmp_path, [status("running")], [status("absent", 0)])
     assert attempt is not None, "an attempt that made steps is adopted"
+
+
+def test_an_attempt_with_other_arguments_is_not_adopted(table, tmp_path):
+    """If it runs, it is left alone; if it is over, it says nothing about this training."""
+    mine = status("running", command="vit-scale train --coordinator=localhost:7 --process=0 ")
+    assert adopt(tmp_path, [mine], [mine])[1] is not None
+    other = status("running", command="vit-scale train --config.steps=9")
+    with pytest.raises(Stop, match=r"attempt 1 still trains \(vit-scale train --config.steps=9\)"):
+        adopt(tmp_path, [other], [other])
+    over = status("ended", command="vit-scale train --config.steps=9")
+    assert adopt(tmp_path, [over], [over])[1] is None
+
+
+RATE = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) RESOURCE_EXHAUSTED: Quota exceeded for quota metric"
+
+
+@pytest.mark.parametrize("error, lost", [(RATE, False), ("HTTP 429: slow", False), ("255", True)])
+def test_a_rate_limit_is_no_lost_worker(table, tmp_path, error, lost):
+    running = status("running")
+    made = launcher(tmp_path)
+    made.workers = TwoWorkers([running], [running, Result(1, b"", error)])
+    attempt = made.new_attempt(1)
+    for _ in range(30):
+        attempt.poll()
+        made.clock.sleep(10)
+    cause = attempt.find_cause(lambda: True)
+    assert (cause is not None and "unreachable" in cause.line) == lost
+
+
+class SshHosts:
+    """gcloud and ssh of a TPU VM with 64 hosts: answers calls of `gcloud.run`, and counts them."""
+
+    def __init__(self):
+        self.gcloud, self.ssh, self.broken, self.moved = [], [], set(), 0
+
+    def __call__(self, argv, stdin=b"", timeout=None):
+        if "--dry-run" in argv:
+            self.gcloud.append("--dry-run")
+            options = "/bin/ssh -T -i /a b/key -o CheckHostIP=no -o File=/c d -oBatchMode=yes"
+            hosts = [f"me@10.{self.moved}.0.{i}" for i in range(64)]
+            lines = "".join(f"{options} {host} -- true\n" for host in hosts)
+            return Result(0, f"Generating public/private rsa key pair.\n{lines}".encode(), "")
+        if argv[0] == "gcloud":
+            self.gcloud.append(int(argv[argv.index("--worker") + 1]))
+            return Result(0, b"through gcloud", "")
+        self.ssh.append(argv)
+        worker = int(argv[argv.index("--") - 1].rpartition(".")[2])
+        return Result(255 if worker in self.broken else 0, stdin, "")
+
+
+@pytest.fixture
+def hosts(monkeypatch) -> SshHosts:
+    made = SshHosts()
+    monkeypatch.setattr(gcloud, "run", made)
+    return made
+
+
+def ask_all(workers: GcloudWorkers) -> dict:
+    return on_all(range(workers.count), lambda i: workers.agent(i, "status", "x", 1, stdin=b"x"))
+
+
+def test_watching_64_hosts_takes_no_gcloud_process(hosts, tmp_path):
+    workers = GcloudWorkers(tpu(), [("vit", 64)], FakeClock(), lambda argv: None)
+    workers.agent(0, "status", "x", 1)
+    assert hosts.gcloud == [0, "--dry-run"], "one call adds the key, one prints all addresses"
+    assert [result.out for result in ask_all(workers).values()] == [b"x"] * 64
+    assert len(hosts.gcloud) == 2 and len(hosts.ssh) == 64
+    argv = next(argv for argv in hosts.ssh if "me@10.0.0.9" in argv)
+    options = ["-i", "/a b/key", "-o", "CheckHostIP=no", "-o", "File=/c d", "-oBatchMode=yes"]
+    assert argv[:9] == ["/bin/ssh", "-T", *options]
+    assert argv[-3:] == ["me@10.0.0.9", "--", "bash .vit_scale/agent.sh status x 1"]
+    (path,) = (word.partition("=")[2] for word in argv if word.startswith("-oControlPath"))
+    longest = path.replace("%C", "c" * 40) + ".0123456789abcdef"  # ssh's temporary name
+    assert len(longest) < 100 and "-oControlMaster=auto" in argv
+    assert pathlib.Path(path).parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_failed_connection_is_made_again_through_gcloud(hosts, tmp_path):
+    """Other exit codes are the command's own; an address that has changed is asked for again."""
+    clock = FakeClock()
+    workers = GcloudWorkers(tpu(), [("vit", 64)], clock, lambda argv: None)
+    workers.agent(0, "status", "x", 1)
+    hosts.broken, hosts.moved = {7}, 9
+    clock.sleep(100)
+    assert workers.agent(7, "start", "x").out == b"through gcloud"
+    assert hosts.gcloud == [0, "--dry-run", 7, "--dry-run"]
+    workers.agent(8, "start", "x")
+    assert "me@10.9.0.8" in hosts.ssh[-1]
+    workers.agent(7, "start", "x")
+    assert hosts.gcloud[4:] == [7], "but not for each call"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -621,8 +717,8 @@ def test_the_lease_is_renewed_while_workers_are_prepared(table, tmp_path):
     made = launcher(tmp_path)
     made.workers = TwoWorkers([], [])
     made.clock.scale = 0.0001
-    with made.lease():
-        time.sleep(0.2)
+    made.provisioner = SimpleNamespace(prepare=lambda: time.sleep(0.2))
+    made.prepare()
     assert len(made.workers.did(f"agent.sh lease {RUN}")) > 2
 
 

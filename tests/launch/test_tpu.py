@@ -116,6 +116,7 @@ def test_a_dry_run_prints_the_commands_of_the_real_run(rig):
         for line in dry.stdout.splitlines()
         if line.startswith("gcloud ")
     }
+    rig.inject({"match": "--dry-run", "do": "error:none", "times": 99})  # so gcloud does it all
     assert rig.end(rig.start(*flags, WANDB_API_KEY=SENTINEL)).code == 0
     real = {without_expiry(argv) for argv in rig.calls() if not is_periodic(argv)}
     assert real == {without_expiry(argv) for argv in printed if not is_periodic(argv)}
@@ -270,6 +271,23 @@ def test_status_logs_list_delete(rig):
     assert "vit deleted" in deleted.stderr and rig.is_empty()
     assert "TPU vit does not exist" in rig.verb("delete", "--name", "vit", "--yes").stderr
     assert "no machines" in rig.verb("list", "--zone", "us-a").stderr
+
+
+def test_profile_fetches_the_traces_of_all_workers(rig):
+    rig.profile(FAKE_SECONDS="0.4")
+    process = rig.start(*rig.flags())
+    rig.wait_for(lambda: len(rig.starts()) == 2)
+    rig.wait_for(lambda: list(rig.run_folder().glob("a1/w01.log")))
+    done = rig.verb("profile", "--name", "vit")
+    assert done.returncode == 0, done.stderr
+    folder = rig.run_folder() / "profile"
+    assert {file.name: file.read_text() for file in folder.rglob("*.pb")} == {
+        f"process_{number}.xplane.pb": f"trace of {number}" for number in (0, 1)
+    }
+    assert done.stdout.endswith(f"xprof --logdir '{folder}'\n")
+    assert rig.end(process).code == 0
+    idle = rig.verb("profile", "--name", "vit")
+    assert idle.returncode == 78 and "has no workers" in idle.stderr
 
 
 @pytest.mark.slow

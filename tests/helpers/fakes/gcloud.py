@@ -55,11 +55,10 @@ FLAGS = {
     "tpu-vm delete": {"--async"},
     "tpu-vm update": {"--update-labels", "--async"},
     "tpu-vm ssh": SSH | {"--command", "--ssh-flag", "--dry-run"},
-    "tpu-vm scp": SSH | {"--scp-flag", "--recurse"},
     "accelerator-types list": set(),
 }
-SWITCHES = {"--quiet", "--spot", "--reserved", "--internal-ips", "--async", "--force", "--recurse"}
-SWITCHES |= {"--internal-ip", "--tunnel-through-iap", "--plain"}
+SWITCHES = {"--quiet", "--spot", "--reserved", "--internal-ips", "--async", "--force"}
+SWITCHES |= {"--internal-ip", "--tunnel-through-iap", "--plain", "--dry-run"}
 TERMINAL = ("PREEMPTED", "TERMINATED")
 SWITCHES_OF_CREATE = {"--best-effort", "--shielded-secure-boot"}
 
@@ -79,7 +78,7 @@ def parse(argv):
     if command not in FLAGS:
         raise Refusal(f"Invalid choice: {command!r}", 2)
     known = COMMON | FLAGS[command]
-    if alpha and command in ("tpu-vm ssh", "tpu-vm scp"):
+    if alpha and command == "tpu-vm ssh":
         known |= {"--tunnel-through-iap", "--batch-size"}
     if alpha and command.endswith(" create"):
         known |= ALPHA | ({"--best-effort", "--max-run-duration"} if "queued" in command else set())
@@ -384,6 +383,13 @@ class Cloud:
 
     def ssh(self, call, flags, name, due):
         node, index = self.find_node(flags, name), flags.get("--worker", "0")
+        if "--dry-run" in flags:
+            for number in range(self.settings["hosts"]) if index == "all" else [index]:
+                host = f"tester@{name}.{flags['--zone']}.{number}"
+                call.print(
+                    f"{self.settings['ssh']} -T -i /a key -o IdentitiesOnly=yes {host} -- true"
+                )
+            return 0
         if not index.isdigit():
             raise Refusal("FAKE: never use --worker=all nor a list", 99)
         index = int(index)
@@ -394,7 +400,7 @@ class Cloud:
         command = ["env", "-i", *self.environment(node, index), "bash", "-c", flags["--command"]]
         home = self.worker_folder(node, index) / "home"
         given = call.stdin
-        for attempt in range(10):
+        for attempt in range(1 if "--direct" in flags else 10):
             code = 255
             if not ("before" in due and attempt == 0) and "always" not in due:
                 streams = {"stdin": given, "stdout": call.stdout, "stderr": call.stderr}
@@ -403,30 +409,15 @@ class Cloud:
                 self.find_node(flags, name)  # it may have gone meanwhile
             if "after" in due and attempt == 0:
                 code = 255
-            if code != 255:
+            if code != 255 or "--direct" in flags:
                 break
             call.complain("Retrying: SSH command error: [/usr/bin/ssh] exited with code [255].")
             given = subprocess.DEVNULL  # the second try has nothing to read
             self.closing.wait(5 * self.settings["scale"])
-        if code:
+        if code and "--direct" not in flags:
             text = f"Command execution on worker {index} failed with exit status {code}."
             call.complain(f"##### {text} Continuing.")
         return code
-
-    def scp(self, flags, names, due):
-        *files, target = names
-        name, _, folder = target.partition(":")
-        node, index = self.find_node(flags, name), int(flags["--worker"])
-        home = self.worker_folder(node, index) / "home"
-        if "fail" in due or not (home / folder).is_dir():
-            raise Refusal("SSH command error: [/usr/bin/scp] exited with code [1].")
-        for file in files:
-            copied = home / folder / pathlib.Path(file).name
-            shutil.copy(file, copied)
-            if "truncate" in due:
-                with copied.open("r+b") as stream:
-                    stream.truncate(copied.stat().st_size // 2)
-        return 0
 
     def spoil(self, due):
         """Faults of the machine itself."""
@@ -467,8 +458,23 @@ class Cloud:
             entries = getattr(self, kind).items()
             return [dict(entry) for key, entry in entries if key.startswith(f"{zone}/")]
 
+    def run_ssh(self, call):
+        """Run ssh itself, by the command line that `ssh --dry-run` has printed."""
+        *_, host, _, line = call.argv
+        name, zone, worker = host.partition("@")[2].split(".")
+        flags = {"--zone": zone, "--worker": worker, "--command": line, "--direct": "true"}
+        due = self.due(f"tpu-vm ssh {name} --zone {zone} --worker {worker} --command {line}")
+        try:
+            self.spoil(due)
+            return self.ssh(call, flags, name, due)
+        except Refusal as refusal:
+            call.complain(f"ssh: {refusal}")
+            return 255
+
     def run(self, call):
         argv = call.argv
+        if argv[0] == "-T":
+            return self.run_ssh(call)
         if argv[:2] == ["config", "get-value"]:
             call.print(self.settings["config"].get(argv[2], "(unset)"))
             return 0
@@ -506,6 +512,4 @@ class Cloud:
                 node["labels"].update(labels(flags["--update-labels"]))
         elif verb == "ssh":
             return self.ssh(call, flags, names[0], due)
-        elif verb == "scp":
-            return self.scp(flags, names, due)
         return 0

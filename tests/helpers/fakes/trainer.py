@@ -60,10 +60,18 @@ class Trainer:
         self.told = False
         self.step = 0
         signal.signal(signal.SIGTERM, self.tell)
+        signal.signal(signal.SIGUSR2, self.profile)
         signal.signal(signal.SIGUSR1, lambda *_: print("stack of thread 1: wait()", flush=True))
 
     def tell(self, *_):
         self.told = True
+
+    def profile(self, *_):
+        folder = self.workdir / f"profile/plugins/profile/steps_1-10-{self.number}"
+        folder.mkdir(parents=True)
+        (folder / f"process_{self.number}.xplane.pb").write_text(f"trace of {self.number}")
+        place = f"{folder}; to open it: xprof --logdir {self.workdir}/profile"
+        print(f"vit-scale: profile of steps 1 to 10: {place}", flush=True)
 
     def beat(self, phase, code=None, words=""):
         content = {"run": str(self.workdir), "step": self.step, "phase": phase, "time": time.time()}
@@ -106,6 +114,13 @@ class Trainer:
         if what == "raise":
             print("Traceback (most recent call last):\n  File x\nValueError: image 3 is corrupt")
             self.end(1, "image 3 is corrupt")
+        elif what == "changed":  # a run resumes with its own config only
+            line = (
+                "(optim.lr: 0.1 -> 0.2); use another --workdir, or the config it was started with"
+            )
+            where = f"workdir {self.workdir} holds a run with a different config"
+            print(f"vit-scale: {where} {line}", file=sys.stderr, flush=True)
+            self.end(1, f"{where} {line}")
         elif what == "disagree":  # before any heartbeat of its own: both find it out
             line = "hosts disagree: process 1 differs from process 0 (x is 1)"
             heard = f"process 1: {line}" if self.number != 1 else line
