@@ -265,6 +265,8 @@ def log() -> dict:
         "project": "vit_scale",  # project in Weights & Biases
         "tensorboard": True,  # write event files to WORKDIR/tensorboard
         "images": 16,  # augmented training images logged at the first step; 0: none
+        "profile": (0, 0),  # trace of training for xprof: its first step, counted from 1, and how
+        # many steps; 0 steps: none. The first step compiles. SIGUSR2 traces the next ten
     }
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vit_scale.distributed import preemption
+from vit_scale.distributed import preemption, profile_request
 from vit_scale.errors import USAGE, UserError, printable
 
 UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
@@ -16,6 +16,7 @@ UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
 
 def train(args, overrides: Sequence[str]) -> None:
     preemption.install()
+    profile_request.install()
     from vit_scale import api, config
     from vit_scale.runs import report
     from vit_scale.storage import paths

@@ -166,8 +166,9 @@ class CNN(Classifier):
 
     def __call__(self, images, key=None, mask=None):
         x = self.constrain(images)
-        for stage in in_order(self.stages):
-            x = self.constrain(stage(x, mask))
+        for number, stage in enumerate(in_order(self.stages)):
+            with jax.named_scope(f"stage_{number:02}"):
+                x = self.constrain(stage(x, mask))
         x = x.reshape(x.shape[0], -1)
         for dense in in_order(self.dense):
             x = jax.nn.relu(dense(x))
@@ -219,8 +220,9 @@ class ResNetFeatures(nnx.Module):
 
     def __call__(self, images: Float[Array, "b H W 3"], mask: Mask) -> Float[Array, "b h w c"]:
         x = self.constrain(jax.nn.relu(self.norm(self.conv(images), mask)))
-        for block in in_order(self.layers):
-            x = self.constrain(block(x, mask))
+        for number, block in enumerate(in_order(self.layers)):
+            with jax.named_scope(f"block_{number:02}"):
+                x = self.constrain(block(x, mask))
         return x
 
 

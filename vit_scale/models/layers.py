@@ -198,10 +198,12 @@ class Block(nnx.Module):
         `drop_path` is this block's rate of stochastic depth.
         """
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
-        attended = self.attention(self.norm1(x), first, rope)
-        x = x[:, :first] + self.branch("scale1", attended, drop_path, keys[0], keys[1])
-        added = self.mlp(self.norm2(x), keys[2])
-        return x + self.branch("scale2", added, drop_path, keys[3], keys[4])
+        with jax.named_scope("attention"):
+            attended = self.attention(self.norm1(x), first, rope)
+            x = x[:, :first] + self.branch("scale1", attended, drop_path, keys[0], keys[1])
+        with jax.named_scope("mlp"):
+            added = self.mlp(self.norm2(x), keys[2])
+            return x + self.branch("scale2", added, drop_path, keys[3], keys[4])
 
     def branch(self, scale: str, x: Array, drop_path, dropout_key, path_key) -> Array:
         """Return what is added to the residual stream; `scale` names the branch's LayerScale."""

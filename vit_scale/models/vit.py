@@ -119,16 +119,17 @@ class ViT(nnx.Module):
         tokens = x = self.transform(x, blocks_key, rope)[:, : self.shape.read]
         if hasattr(self, "norm") and not self.shape.fc_norm:
             tokens = x = self.norm(x)
-        x = self.pooled(x, pool_key)
-        if hasattr(self, "norm") and self.shape.fc_norm:
-            x = self.norm(x)
-        x = x.astype(jnp.float32)
-        if self.shape.representation:
-            x = jnp.tanh(self.representation(x))
-        logits = self.head(x)
-        if not self.shape.distilled:
-            return logits, logits
-        return logits, self.head_dist(tokens[:, 1].astype(jnp.float32))
+        with jax.named_scope("head"):
+            x = self.pooled(x, pool_key)
+            if hasattr(self, "norm") and self.shape.fc_norm:
+                x = self.norm(x)
+            x = x.astype(jnp.float32)
+            if self.shape.representation:
+                x = jnp.tanh(self.representation(x))
+            logits = self.head(x)
+            if not self.shape.distilled:
+                return logits, logits
+            return logits, self.head_dist(tokens[:, 1].astype(jnp.float32))
 
     def pooled(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b p"]:
         """Return one vector for each image: of width 2 d for [CLS] beside the mean of patches."""
@@ -166,6 +167,7 @@ class ViT(nnx.Module):
         fixed = fixed if kept is None else fixed.keep(kept)
         return lambda _: fixed
 
+    @jax.named_scope("patch_embedding")
     def tokens(
         self, images: Float[Array, "b H W 3"], mask: Bool[Array, "b"] | None = None
     ) -> Float[Array, "b n d"]:
@@ -177,7 +179,8 @@ class ViT(nnx.Module):
         if self.nearest_grid and self.shape.pixels != images.shape[1:3]:
             resized = (images.shape[0], *self.shape.pixels, images.shape[3])
             images = jax.image.resize(images, resized, "linear", antialias=True)
-        x = self.stem(images, mask) if self.shape.stem else images
+        with jax.named_scope("stem"):
+            x = self.stem(images, mask) if self.shape.stem else images
         grid, width = self.shape.grid, self.shape.size.width
         match self.posemb_kind:
             case "learned":
@@ -202,6 +205,7 @@ class ViT(nnx.Module):
         if self.scan:
             graph, stacked = nnx.split(self.blocks)
 
+            @jax.named_scope("blocks")
             def step(x, layer):
                 params, rate, key = layer
                 return self.constrain(nnx.merge(graph, params)(x, rate, key, rope=rope)), None
@@ -212,6 +216,7 @@ class ViT(nnx.Module):
 
             first = self.shape.read if i == depth - 1 else None
 
+            @jax.named_scope(f"block_{i:02}")
             def block(x, params, rate, key, graph=graph, first=first):
                 return self.constrain(nnx.merge(graph, params)(x, rate, key, first, rope))
 

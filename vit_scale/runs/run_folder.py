@@ -7,6 +7,7 @@
     damaged/         checkpoints that failed verification (checkpoint/)
     metrics.jsonl    a row of metrics per line (tracking/writers.py)
     tensorboard/     event files (tracking/writers.py)
+    profile/         traces of steps, for xprof (tracking/profiler.py)
     wandb/           Weights & Biases' own files (tracking/wandb_writer.py)
     wandb_id.txt     the id of its Weights & Biases run, for resuming
     rollbacks.json   where training diverged and went back (rollbacks.py)

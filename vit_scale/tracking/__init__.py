@@ -5,7 +5,16 @@ Guaranteed: a masked example counts nowhere; logging never waits for the newest 
 TensorBoard, Weights & Biases or terminal never ends a run.
 """
 
+from vit_scale.tracking.profiler import Profiler
 from vit_scale.tracking.provenance import git_state, parameter_table, versions
 from vit_scale.tracking.tracker import TrackedRun, Tracker, publish
 
-__all__ = ["TrackedRun", "Tracker", "git_state", "parameter_table", "publish", "versions"]
+__all__ = [
+    "Profiler",
+    "TrackedRun",
+    "Tracker",
+    "git_state",
+    "parameter_table",
+    "publish",
+    "versions",
+]

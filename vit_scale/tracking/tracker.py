@@ -162,6 +162,11 @@ class Tracker:
         self._log_if_due()
         self._write("write_images", step, {name: np.asarray(images)})
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write a text to TensorBoard and Weights & Biases."""
+        self._log_if_due()
+        self._write("write_texts", step, {name: text})
+
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Time a phase of the loop: "data" waits for the next batch, any other is a pause.
@@ -172,7 +177,11 @@ class Tracker:
         if name != "data":
             self._finish_pending()
             self._log_if_due()
-        with watchdog.phase(name), self._speed.timing(wait=name == "data"):
+        with (
+            watchdog.phase(name),
+            self._speed.timing(wait=name == "data"),
+            jax.profiler.TraceAnnotation(name),
+        ):
             if name != "data":
                 self._upload()
             yield

@@ -40,12 +40,14 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
         augment_key, model_key = jax.random.split(key)
         if cfg.augment.until < 1:
             batch = {**batch, "late": state.step >= cfg.augment.until * cfg.steps}
-        with jax.sharding.use_abstract_mesh(abstract):  # what runs image by image splits by it
+        # What runs image by image splits by the mesh.
+        with jax.sharding.use_abstract_mesh(abstract), jax.named_scope("augmentation"):
             examples = objective.prepare(batch, augment_key, *teacher)
         grads, outputs = gradients(loss, state.params, examples, model_key, cfg.optim.accumulate)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
-        updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
+            params = apply_updates(state.params, updates)
         params = unite(params, outputs["statistics"])
         ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
         new, finite = TrainState(state.step + 1, params, opt_state, ema), is_finite(outputs, grads)

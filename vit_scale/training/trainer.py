@@ -32,7 +32,7 @@ from vit_scale.runs.rollbacks import Rollback
 from vit_scale.runs.run_folder import Run
 from vit_scale.runs.watchdog import Watchdog, phase
 from vit_scale.storage import paths
-from vit_scale.tracking import TrackedRun, Tracker
+from vit_scale.tracking import Profiler, TrackedRun, Tracker
 from vit_scale.tracking.metrics import TrainMetrics
 from vit_scale.training.description import describe, identity, summarise
 from vit_scale.training.evaluator import Evaluate
@@ -137,13 +137,16 @@ class Training:
         with tracker(self.setup, self.run, start, self.quiet) as track:
             if start and self.is_selected(start):  # stopped before or during this evaluation
                 self.select(state, start, track)
-            with phase("train"):
+            profiler = Profiler(self.run.path, cfg, track, self.quiet)
+            with phase("train"), profiler:
                 for finished, batch in track.waiting(self.batches(start)):
-                    state, measures = self.step(state, batch)
+                    step = finished + 1
+                    with profiler.step(step):
+                        state, measures = self.step(state, batch)
                     if finished == 0 and cfg.log.images:  # after it: training shows sooner
                         track.images("train/images", 0, sample_images(self.setup, batch))
-                    step = finished + 1
                     track(step, measures)
+                    profiler.after(step)
                     guard(step, measures.nonfinite.total)
                     self.after(state, step, guard, track)
             with phase("checkpoint"):

@@ -68,6 +68,7 @@ def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
     augment.check(cfg.augment)
     data.check_crop(cfg)
     check_groups(cfg)
+    check_profile(cfg)
     check_method(cfg.init.resample)
     compiler_options(cfg.mesh, mesh)
     check_model(cfg, mesh)
@@ -79,6 +80,19 @@ def check_groups(cfg: ConfigDict) -> None:
     """Raise UserError for a batch that does not consist of whole pairs."""
     if cfg.augment.mix == "pair" and cfg.data.batch % 2:
         raise UserError(f"augment.mix=pair needs an even data.batch, not {cfg.data.batch}")
+
+
+def check_profile(cfg: ConfigDict) -> None:
+    """Raise UserError where log.profile is not a range of the run's steps."""
+    profile = tuple(cfg.log.profile)
+    if len(profile) != 2 or not all(isinstance(n, int) and n >= 0 for n in profile):
+        raise UserError(f"log.profile={profile} is not (STEP, STEPS), such as (100, 5)")
+    first, steps = profile
+    if steps and not 1 <= first <= first + steps - 1 <= cfg.steps:
+        raise UserError(
+            f"log.profile={profile} are the steps {first} to {first + steps - 1}, and the run has "
+            f"steps 1 to {cfg.steps}"
+        )
 
 
 def validate_evaluation(cfg: ConfigDict, mesh: AnyMesh) -> None:
