@@ -6,8 +6,8 @@ import unicodedata
 
 SIMILAR = 0.6  # difflib's ratio from which a name is suggested for a misspelt one
 DONE, FAILED, USAGE, RESUMABLE, DIVERGED = 0, 1, 2, 42, 43
-# Errors of a disk that is full, over quota, read-only or failing: a run is resumable once that is
-# repaired.
+# Errors of a disk that is full, over quota, read-only or failing, or of a lost bucket: a run is
+# resumable once that is repaired.
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from vit_scale.distributed import multihost
@@ -153,8 +154,8 @@ def test_the_flags_belong_together(options):
 @pytest.mark.parametrize(
     ("process", "code", "line"),
     [
-        (0, 1, "vit-scale: not all 2 processes connected within 3 s; start the same command"),
-        (1, 1, "vit-scale: not all 2 processes connected within 3 s; start the same command"),
+        (0, 42, "vit-scale: not all 2 processes connected within 3 s; start the same command"),
+        (1, 42, "vit-scale: not all 2 processes connected within 3 s; start the same command"),
         (2, 2, "vit-scale: --process 2, --processes 2: process_id and num_processes must be"),
     ],
 )
@@ -168,3 +169,52 @@ def test_a_missing_process_is_an_error_after_the_stated_time(run_cli, process, c
     output = [text for text in done.stderr.splitlines() if text.startswith("vit-scale")]
     assert len(output) == 1 and output[0].startswith(line)
     assert "Traceback" not in done.stderr and "stack trace" not in done.stderr
+
+
+HELD = "The TPU is already in use by process with pid 7. Not attempting to load libtpu.so"
+
+
+@pytest.mark.parametrize(
+    ("words", "explicit"),
+    [
+        (f"Unable to initialize backend 'tpu': ABORTED: {HELD}\nin this process.", True),
+        (f"Backend 'tpu' failed to initialize: ABORTED: {HELD} in this process.", False),
+        ("UNKNOWN: TPU initialization failed: open(/dev/vfio/0): Device or resource busy", True),
+    ],
+)
+def test_an_accelerator_of_another_process_may_be_free_later(monkeypatch, words, explicit):
+    """Jax uses the CPU instead, unless it was told which platform to use."""
+
+    def devices(platform=None, devices=jax.devices):
+        if platform == "tpu" or explicit:
+            raise RuntimeError(words)
+        return devices()
+
+    monkeypatch.setattr(jax, "devices", devices)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", before if explicit else None)
+    try:
+        with pytest.raises(UserError) as caught:
+            multihost.open_devices()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert caught.value.code == 42
+    line = str(caught.value)
+    assert line.startswith("the accelerator is in use by another process (") and "\n" not in line
+    assert words.splitlines()[0].rpartition(": ")[2] in line
+
+
+def test_a_machine_without_a_tpu_uses_its_cpu(monkeypatch):
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        assert multihost.open_devices() == jax.devices()
+    finally:
+        jax.config.update("jax_platforms", before)
+
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'tpu': UNAVAILABLE: no TPU")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(RuntimeError, match="UNAVAILABLE"):
+        multihost.open_devices()

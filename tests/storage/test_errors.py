@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 
 import pytest
 
@@ -11,6 +12,11 @@ from vit_scale.storage.errors import DAMAGED, exit_code, os_errors, reason, user
 FULL = os.strerror(errno.ENOSPC)
 HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": 503})
 Anonymous = type("Anonymous", (OSError,), {"__module__": "gcsfs.retry", "code": 401})
+
+
+def http_error(code: int) -> Exception:
+    """What gcsfs raises for an answer with this status."""
+    return type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": code})("refused")
 
 
 def translated(error: Exception, **opts) -> str:
@@ -58,8 +64,35 @@ def test_errors_of_objects_look_like_errors_of_files(tmp_path):
         raise ValueError("a bug")
 
 
-def test_only_errors_of_the_disk_are_resumable():
-    assert exit_code(OSError(errno.ENOSPC, FULL)) == RESUMABLE
-    assert exit_code(PermissionError(errno.EACCES, "Permission denied")) == FAILED
-    assert exit_code(HttpError("x")) == FAILED
-    assert reason(ValueError("a bug")) is None
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, FULL), RESUMABLE),
+        (PermissionError(errno.EACCES, "Permission denied"), FAILED),
+        (FileNotFoundError(errno.ENOENT, "no such object"), FAILED),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), FAILED),
+        (HttpError("backend error"), RESUMABLE),
+        (http_error(429), RESUMABLE),
+        (http_error(403), FAILED),
+        (OSError("Forbidden: https://storage/b"), FAILED),
+        (Anonymous("Anonymous caller"), FAILED),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), RESUMABLE),
+        (TimeoutError("timed out"), RESUMABLE),
+        (socket.gaierror(-3, "Temporary failure in name resolution"), RESUMABLE),
+        (ValueError("a bug"), FAILED),
+    ],
+    ids=repr,
+)
+def test_what_another_try_may_help_is_resumable(error, code, tmp_path):
+    """A bucket's own failures stay so once they look like those of a file."""
+    assert exit_code(error) == code
+    if reason(error) is None:
+        return
+    with pytest.raises(UserError) as caught, user_errors("cannot read"):
+        raise error
+    assert caught.value.code == code
+    try:
+        with os_errors(tmp_path):
+            raise error
+    except OSError as translated:
+        assert exit_code(translated) == code or isinstance(error, BrokenPipeError)

@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
+from vit_scale.distributed import multihost
 from vit_scale.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -35,7 +36,7 @@ def make_mesh(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> M
 
     Raises UserError, with the product, where the sizes don't multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = multihost.open_devices() if devices is None else devices
     slices, by_process = count_slices(devices, cfg)
     inside, across = axis_sizes(cfg, len(devices), slices)
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}

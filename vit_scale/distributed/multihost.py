@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import sys
 import threading
@@ -39,8 +40,9 @@ def join(
     process 0, the number of `processes`, and this one's index, `process`. Without a cluster a
     process runs alone.
 
-    Raises UserError where some of the three are missing or invalid. Ends the process, with one
-    line, where not all have connected within `wait` seconds.
+    Raises UserError where some of the three are missing or invalid, and where another process has
+    the devices. Ends the process, with one line and the exit code of a resumable run, where not all
+    have connected within `wait` seconds.
     """
     if jax.distributed.is_initialized():
         return
@@ -65,12 +67,13 @@ def join(
                 f"--process {process}, --processes {processes}: {error}", USAGE
             ) from None
         except jax.errors.JaxRuntimeError as error:  # a RuntimeError, too
-            raise UserError(f"the processes failed to connect: {_first_line(error)}") from error
+            reason = f"the processes failed to connect: {_first_line(error)}"
+            raise UserError(reason, RESUMABLE) from error
         except RuntimeError:
             if coordinator is None:
                 return  # a notebook that has used its devices already: it runs alone
             raise
-        jax.process_count()  # opens the devices, which needs all processes as well
+        open_devices()  # which needs all processes as well
 
 
 @contextlib.contextmanager
@@ -84,7 +87,7 @@ def _time_limit(wait: int, failure: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(FAILED)
+        os._exit(RESUMABLE)
 
     timer = threading.Timer(wait, end)
     timer.daemon = True
@@ -95,13 +98,57 @@ def _time_limit(wait: int, failure: str) -> Iterator[None]:
         timer.cancel()
 
 
+def open_devices() -> list[jax.Device]:
+    """Return all devices of all processes; the first call opens them.
+
+    Raises UserError, resumable, where another process has them: jax alone would use the CPU where
+    it can't open a TPU.
+    """
+    try:
+        devices = jax.devices()
+        chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+        if devices[0].platform == "cpu" and not chosen:
+            _raise_if_busy(_tpu_error())
+    except RuntimeError as error:
+        _raise_if_busy(error)
+        raise
+    return devices
+
+
+def _tpu_error() -> RuntimeError | None:
+    try:
+        jax.devices("tpu")
+    except RuntimeError as error:
+        return error
+    return None
+
+
+def _raise_if_busy(error: RuntimeError | None) -> None:
+    if match := BUSY.search(str(error)):
+        raise UserError(
+            f"the accelerator is in use by another process ({match[0].strip()}): stop that one, or "
+            "rerun the same command once it has ended",
+            RESUMABLE,
+        ) from error
+
+
+# How libtpu, the kernel and CUDA say so.
+BUSY = re.compile(
+    r".*(already in use by|multi-process lockfile|Device or resource busy|busy or unavailable).*"
+)
+
+
 def leave(code: int, error: BaseException | None = None) -> None:
     """Exit a failed process at once if there are others; return if there are none.
 
     Python's normal exit would wait for the others, while they wait for a step that never comes.
     Prints the traceback of an unexpected `error`.
     """
-    if has_peers():
+    try:
+        peers = has_peers()
+    except RuntimeError:  # the devices can't be opened
+        peers = True
+    if peers:
         if error:
             traceback.print_exception(error)
         sys.stdout.flush()

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_scale.errors import UserError, nearest
+from vit_scale.errors import FAILED, RESUMABLE, UserError, nearest
 from vit_scale.pretrained import weight_files
 from vit_scale.pretrained.weight_files import FILE_NAMES, INDEX_SUFFIX, METADATA_FILES, SUFFIXES
 from vit_scale.storage.download import Unreachable
@@ -225,7 +225,8 @@ def _failure(error: Exception, source: str, repository: str, nowhere: str) -> Us
         reason = "HF_HUB_OFFLINE is set" if hub.is_offline_mode() else "the Hub can't be reached"
         return Unreachable(
             f"{nowhere}{HUB}{repository} is not in the cache, and {reason}; on a machine with a "
-            f"network run `hf download {repository} --local-dir DIR`, and give DIR"
+            f"network run `hf download {repository} --local-dir DIR`, and give DIR",
+            FAILED if hub.is_offline_mode() else RESUMABLE,
         )
     return UserError(
         f"cannot download {source}: {one_line(error)}; rerun the same command", exit_code(error)

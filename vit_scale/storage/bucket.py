@@ -13,7 +13,7 @@ import fsspec
 from etils.epath.gpath import PosixGPath
 
 from vit_scale.errors import UserError
-from vit_scale.storage.errors import os_errors
+from vit_scale.storage.errors import exit_code, os_errors
 
 SCHEME = "gs://"
 INSTALL = "launch/environment.sh gs in a clone, or pip install gcsfs"
@@ -91,7 +91,8 @@ def check_bucket(bucket: str) -> None:
             f"bucket {SCHEME}{bucket} does not exist: create it, or correct the name"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {SCHEME}{bucket}: {error.strerror}") from error
+        line = f"cannot read {SCHEME}{bucket}: {error.strerror}"
+        raise UserError(line, exit_code(error)) from error
 
 
 def listing(folder: pathlib.Path) -> dict[str, dict]:

@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import re
+import socket
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -12,12 +13,16 @@ from collections.abc import Iterator
 from vit_scale.errors import FAILED, RESUMABLE, STORAGE, UserError
 
 LOGIN = "no credentials: run `gcloud auth application-default login`, or use a service account"
-# Object storage's clients. Some of their exceptions are not OSErrors; the others lack `strerror`.
-CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "fsspec")
+# Network clients. Some of their exceptions are not OSErrors; the others lack `strerror`.
+CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "fsspec", "http", "urllib")
 # How Orbax and TensorStore quote the system or the bucket in exceptions of any type.
 QUOTED = ("RESOURCE_EXHAUSTED", "gs://", *map(os.strerror, STORAGE))
 # What numpy's and json's readers raise for a damaged file.
 DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+NETWORK = (  # errors of connections
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),
+    *(errno.ENETUNREACH, errno.EHOSTUNREACH),
+)
 LONGEST = 300  # characters of a reason
 
 
@@ -25,11 +30,13 @@ LONGEST = 300  # characters of a reason
 def user_errors(
     failure: str,
     advice: str = "",
-    code: int = FAILED,
+    code: int | None = None,
     also: tuple[type[Exception], ...] = (),
     quoted: bool = False,
 ) -> Iterator[None]:
     """Turn storage errors into UserError("FAILURE: REASON; ADVICE", code).
+
+    Without a `code` it is `exit_code`'s.
 
     REASON is one line:
       OSError: its strerror, and its filename unless FAILURE has it.
@@ -54,6 +61,7 @@ def user_errors(
         file = str(getattr(error, "filename", None) or "")
         if file not in failure:
             text += f" ({file})"
+        code = exit_code(error) if code is None else code
         raise UserError(f"{failure}: {text}{advice and f'; {advice}'}", code) from error
 
 
@@ -61,8 +69,9 @@ def user_errors(
 def os_errors(path: pathlib.PurePath) -> Iterator[None]:
     """Turn what object storage's clients raise about `path` into an OSError like a disk's.
 
-    A missing object is a FileNotFoundError; any other failure an OSError(EIO). Both have a
-    `strerror` and a `filename`. Exceptions of other packages pass unchanged.
+    A missing object is a FileNotFoundError; what the storage refuses is a PermissionError, and
+    any other failure an OSError(EIO). All have a `strerror` and a `filename`. Exceptions of other
+    packages pass unchanged.
     """
     try:
         yield
@@ -72,7 +81,8 @@ def os_errors(path: pathlib.PurePath) -> Iterator[None]:
         text = reason(error)
         if text is None:
             raise
-        raise OSError(errno.EIO, text, str(path)) from error
+        number = errno.EACCES if _is_refusal(error) else errno.EIO
+        raise OSError(number, text, str(path)) from error
 
 
 def reason(error: BaseException) -> str | None:
@@ -89,8 +99,27 @@ def reason(error: BaseException) -> str | None:
 
 
 def exit_code(error: BaseException) -> int:
-    """Return RESUMABLE for a disk that is full, read-only or failing, else FAILED."""
-    return RESUMABLE if getattr(error, "errno", None) in STORAGE else FAILED
+    """Return RESUMABLE where another try may help, else FAILED.
+
+    It may for a disk that is full, read-only or failing, and for a bucket or network that does not
+    answer or answers with an error of its own (5xx, 408, 429).
+    """
+    if getattr(error, "errno", None) in STORAGE + NETWORK:
+        return RESUMABLE
+    client = type(error).__module__.partition(".")[0] in CLIENTS
+    lost = client or isinstance(error, TimeoutError | socket.gaierror)
+    return RESUMABLE if lost and not _is_refusal(error) else FAILED
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Tell whether a server refused a request that it will refuse again."""
+    status = str(getattr(error, "code", None) or getattr(error, "status", ""))
+    permanent = re.fullmatch(r"4\d\d", status) and status not in ("408", "429")
+    login = type(error).__name__ in ("DefaultCredentialsError", "RefreshError")
+    # gcsfs raises 403 as an OSError with nothing but a text.
+    text = reason(error) or ""
+    forbidden = isinstance(error, PermissionError) or text.startswith((LOGIN, "Forbidden: "))
+    return bool(permanent) or login or forbidden
 
 
 def one_line(error: BaseException) -> str:

@@ -75,7 +75,8 @@ def read_source(setup: Setup) -> pretrained.Pretrained:
         raise UserError(
             f"{error}; or pretrain it yourself: vit-scale train --config {cfg.init.instead}, then "
             f"--config.init.source=runs/{config.title(cfg.init.instead)} "
-            "(empty: from random parameters)"
+            "(empty: from random parameters)",
+            error.code,
         ) from error
 
 
