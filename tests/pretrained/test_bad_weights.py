@@ -1,5 +1,6 @@
 """Broken and unsupported weight files: each is a one-line error, and no code is executed."""
 
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from tests.helpers.tiny import tiny_config
 from vit_scale import cli, config, pretrained
 from vit_scale.errors import UserError
 from vit_scale.pretrained import Hints, weight_files
+from vit_scale.storage import download
 from vit_scale.storage.download import Unreachable
 from vit_scale.training.init_state import check_source, init_state
 from vit_scale.training.setup import make_setup
@@ -274,7 +276,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Serves the golden files; downloads are cached in `tmp_path`."""
+    """Serves the golden files, as if by https://; downloads are cached in `tmp_path`."""
+    monkeypatch.setattr(download, "UNENCRYPTED", "none")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -310,7 +313,6 @@ def test_metadata_beside_weights_is_downloaded_too(server):
 
 def test_checksums_are_verified(server):
     import base64
-    import hashlib
 
     content = (GOLDEN / "google.npz").read_bytes()
     server.checksum = base64.b64encode(bytes(16)).decode()
@@ -321,6 +323,58 @@ def test_checksums_are_verified(server):
     refused(f"{server.url}/google-gap.npz", "has MD5")
     refused(f"{server.url}/google.npz#sha256={'0' * 64}", "has SHA256")
     refused(f"{server.url}/google.npz#crc=1", "is neither md5=HEX nor sha256=HEX")
+
+
+def test_http_needs_a_checksum_and_takes_only_the_file_that_it_covers(server, monkeypatch):
+    monkeypatch.setattr(download, "UNENCRYPTED", "http://")
+    refused(f"{server.url}/google.npz", "is neither encrypted nor verified", "#sha256=HEX")
+    assert server.asked == []
+    content = (GOLDEN / "huggingface/model.safetensors").read_bytes()
+    checksum = f"#sha256={hashlib.sha256(content).hexdigest()}"
+    with pytest.raises(UserError):  # without config.json nothing says how many heads it has
+        pretrained.load_model(f"{server.url}/huggingface/model.safetensors{checksum}", Hints())
+    assert server.asked == ["/huggingface/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../../google.npz",
+        "a/../../../../google.npz",
+        "%2e%2e/%2E./../google.npz",
+        "a/%2e%2e/google.npz",
+        "..%5c..%5cgoogle.npz",
+        "..\\..\\google.npz",
+        "..%2f..%2fgoogle.npz",
+        "./google.npz",
+    ],
+)
+def test_an_address_that_leads_elsewhere_is_refused(server, path, tmp_path):
+    refused(f"{server.url}/{path}", "has a . or .. in its path")
+    assert server.asked == [] and not list(tmp_path.rglob("*.npz*"))
+
+
+def test_a_host_that_leads_elsewhere_is_refused(tmp_path, server):
+    refused("https://../google.npz", "can't be cached: .. leads to another folder")
+    refused("https://user:secret@../google.npz", "can't be cached: .. leads to another folder")
+
+
+def test_addresses_that_differ_in_their_query_are_different_files(server, tmp_path):
+    server.asked.clear()
+    one, other = (pretrained.load_model(f"{server.url}/google.npz?id={i}").path for i in "12")
+    assert one != other and server.asked == ["/google.npz?id=1", "/google.npz?id=2"]
+    cached = tmp_path / "cache/vit_scale/weights"
+    assert cached in one.parents and one.name == other.name == "google.npz"
+    pretrained.load_model(f"{server.url}/huggingface/model.safetensors?key=a")
+    assert "/huggingface/config.json?key=a" in server.asked
+
+
+def test_an_index_names_only_files_beside_it(server, tmp_path):
+    for name in ("..", "../model.safetensors", "/etc/hostname", ""):
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"cls": name}}))
+        with pytest.raises(UserError, match="which is not in its folder"):
+            weight_files.shard_names(index)
 
 
 def test_an_address_without_a_weight_file(server):

@@ -26,13 +26,13 @@ from tests.laws.test_laws import (
     undisturbed,
 )
 from vit_scale import checkpoint, cli, config, pretrained
-from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.errors import FAILED, RESUMABLE, UserError
 from vit_scale.runs import lock
 from vit_scale.runs.json_files import read_json
 from vit_scale.runs.lock import Lease
 from vit_scale.runs.run_folder import Run
 from vit_scale.storage import cache, compare_and_swap, files, paths
-from vit_scale.storage.bucket import check_bucket, file_system
+from vit_scale.storage.bucket import ObjectPath, check_bucket, file_system
 from vit_scale.training import trainer
 
 STEPS, EVERY = 12, 3
@@ -403,8 +403,8 @@ def new_process():
     file_system.cache_clear(), check_bucket.cache_clear()
 
 
-def refusal(capsys, *arguments) -> str:
-    assert cli.main([*map(str, arguments)]) in (1, 2)
+def refusal(capsys, *arguments, codes=(1, 2)) -> str:
+    assert cli.main([*map(str, arguments)]) in codes
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -454,15 +454,46 @@ def test_a_storage_error_midway_is_a_one_line_error(monkeypatch, capsys):
         raise HttpError({"code": 503, "message": "backend\nerror"})
 
     monkeypatch.setattr(report, "rows", refuse)
-    assert refusal(capsys, "show", "run") == "vit-scale: storage: backend error, 503"
+    line = refusal(capsys, "show", "run", codes=(RESUMABLE,))
+    assert line == "vit-scale: storage: backend error, 503"
+
+
+def test_an_address_leads_to_no_file_outside_of_the_cache(bucket):
+    for address in ("gs://bucket/../../run", "gs://../run", "gs://bucket/a/../../../run"):
+        with pytest.raises(UserError, match=r"can't be cached: \.\. leads to another folder"):
+            cache.local(ObjectPath(address))
+
+
+def test_a_bucket_that_can_t_be_reached_is_resumable(new_process, monkeypatch, capsys):
+    """At the start of training, and after all of gcsfs's own tries."""
+    import asyncio
+
+    pause = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, *rest: pause(0, *rest))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    arguments = ("train", "--config", "quickstart", "--workdir", "gs://bucket/lost")
+    line = refusal(capsys, *arguments, codes=(RESUMABLE,))
+    assert line.startswith("vit-scale: cannot read gs://bucket: ")
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(401, "no credentials: run `gcloud auth"), (403, "Forb")]
+    ("code", "message", "exit_code"),
+    [
+        (401, "no credentials: run `gcloud auth", FAILED),
+        (403, "Forb", FAILED),
+        (503, "caller may not, 503", RESUMABLE),
+    ],
 )
-def test_a_refused_bucket_is_a_one_line_error(new_process, monkeypatch, capsys, code, message):
-    """Without credentials, and without permission."""
+def test_a_refused_bucket_is_a_one_line_error(
+    new_process, monkeypatch, capsys, code, message, exit_code
+):
+    """Without credentials, without permission, and while it is down."""
+    import asyncio
+
     import fsspec
+
+    pause = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds, *rest: pause(0, *rest))
 
     class Refuse(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -478,7 +509,7 @@ def test_a_refused_bucket_is_a_one_line_error(new_process, monkeypatch, capsys, 
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{server.server_port}")
         monkeypatch.setenv("NO_GCE_CHECK", "true")
-        line = refusal(capsys, "eval", "gs://bucket/run")
+        line = refusal(capsys, "eval", "gs://bucket/run", codes=(exit_code,))
         server.shutdown()
     assert line.startswith(f"vit-scale: cannot read gs://bucket: {message}")
     fsspec.get_filesystem_class("gcs").clear_instance_cache()

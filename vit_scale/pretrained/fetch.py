@@ -1,9 +1,11 @@
 """Fetch weights to the local disk: from a bucket, an HTTP server, or the Hugging Face Hub.
 
 An interrupted download resumes. It is verified against the checksum in the address
-(https://.../B_16.npz#sha256=HEX) or from the server, and cached by its address.
+(https://.../B_16.npz#sha256=HEX), which http:// must have, or from the server, and cached by its
+address.
 """
 
+import hashlib
 import os
 import pathlib
 import urllib.parse
@@ -54,18 +56,28 @@ def _download(address: str) -> pathlib.Path:
     """Download a file and the metadata beside it to the cache."""
     url, _, checksum = address.partition("#")
     parts = urllib.parse.urlsplit(url)
-    name = pathlib.PurePosixPath(parts.path).name
+    folder, _, name = parts.path.rpartition("/")
+    if {".", ".."} & set(urllib.parse.unquote(parts.path).replace("\\", "/").split("/")):
+        raise UserError(f"{url} has a . or .. in its path: give the address that it stands for")
     if not name.endswith((*weight_files.SUFFIXES, weight_files.INDEX_SUFFIX)):
         raise UserError(
             f"{url} is not a weight file ({', '.join(weight_files.SUFFIXES)}); for a folder, give "
             f"the address of its {weight_files.SAFETENSORS}"
         )
-    file = cache.folder("weights", parts.netloc, *parts.path.strip("/").split("/"))
+    host = parts.netloc.rpartition("@")[2]  # without a password
+    query = [hashlib.sha256(parts.query.encode()).hexdigest()[:16]] if parts.query else []
+    file = cache.folder("weights", host, *parts.path.strip("/").split("/")[:-1], *query, name)
+
+    def beside(other: str) -> str:
+        return parts._replace(path=f"{folder}/{other}").geturl()
+
     download.fetch(url, file, checksum)
     if name.endswith(weight_files.INDEX_SUFFIX):
         for shard in weight_files.shard_names(file):
-            download.fetch(url.removesuffix(name) + shard, file.with_name(shard), "")
+            download.fetch(beside(shard), file.with_name(shard))
+    # A checksum covers one file: by http:// nothing else is taken.
+    metadata = () if url.startswith(download.UNENCRYPTED) else weight_files.METADATA_FILES
     if name.endswith((".safetensors", ".bin", weight_files.INDEX_SUFFIX)):
-        for beside in weight_files.METADATA_FILES:
-            download.fetch_optional(url.removesuffix(name) + beside, file.with_name(beside))
+        for other in metadata:
+            download.fetch_optional(beside(other), file.with_name(other))
     return file

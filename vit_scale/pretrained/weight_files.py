@@ -55,7 +55,8 @@ def shard_names(index: pathlib.Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} is not an index of shards: it has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
-    if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+    paths = {name: pathlib.PurePath(name) for name in names}
+    if outside := [n for n, path in paths.items() if path.name != n or n in ("", "..")]:
         raise UserError(f"{index} lists {outside[0]}, which is not in its folder")
     return names
 

@@ -22,7 +22,12 @@ STREAMS = 8  # files that `stage` copies at the same time
 
 
 def folder(*parts: str) -> pathlib.Path:
-    """Return a path in the cache. Nothing is created."""
+    """Return a path in the cache. Nothing is created.
+
+    Raises UserError where a part, such as one of an address, would lead out of it.
+    """
+    if outside := [part for part in parts if part in (".", "..") or "/" in part]:
+        raise UserError(f"{'/'.join(parts)} can't be cached: {outside[0]} leads to another folder")
     top = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     return top.joinpath("vit_scale", *parts)
 

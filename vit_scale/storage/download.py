@@ -18,9 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vit_scale.errors import UserError
+from vit_scale.storage.errors import exit_code
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without a byte
+UNENCRYPTED = "http://"
 
 
 class Unreachable(UserError):
@@ -34,16 +36,17 @@ def fetch(url: str, file: Path, checksum: str = "") -> None:
     server sends is checked, as Google Cloud Storage's does. If several processes of this machine
     want a file, one downloads it and the others wait.
 
-    Raises UserError if the checksum differs, and removes the partial file; raises Unreachable, a
-    subclass, if the network fails, and keeps it.
+    Raises UserError if the checksum differs, and removes the partial file; for http:// without a
+    checksum; and Unreachable, a subclass, if the network fails: then the partial file stays.
     """
+    _check_encrypted(url, checksum)
     partial = file.with_name(f"{file.name}.partial")
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(partial):
                 if not file.exists():
-                    sent = _receive(url, partial)
+                    sent = _receive(url, partial, checksum)
                     _check_partial(partial, checksum or sent)
                     os.replace(partial, file)
                     return
@@ -52,7 +55,8 @@ def fetch(url: str, file: Path, checksum: str = "") -> None:
         reason = getattr(error, "reason", None) or error
         raise Unreachable(
             f"cannot download {url}: {reason}; rerun the same command to resume, or download it "
-            f"by other means to {file} and rerun"
+            f"by other means to {file} and rerun",
+            exit_code(error),
         ) from error
 
 
@@ -72,23 +76,65 @@ def _locked(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if partial.exists() and not partial.stat().st_size:
-                partial.unlink()
+            if not partial.exists() or not partial.stat().st_size:
+                partial.unlink(missing_ok=True)
+                _version_file(partial).unlink(missing_ok=True)
 
 
-def _receive(url: str, partial: Path) -> str:
+def _check_encrypted(url: str, checksum: str) -> None:
+    """Raise UserError for a file that anybody on its way could have changed unnoticed."""
+    if url.startswith(UNENCRYPTED) and not checksum:
+        raise UserError(
+            f"{url} is neither encrypted nor verified: use https://, or add the file's checksum, "
+            f"{url}#sha256=HEX"
+        )
+
+
+def _version_file(partial: Path) -> Path:
+    """Return the file that tells which version of the server's file a partial file is of."""
+    return partial.with_name(f"{partial.name}.version")
+
+
+def _version(headers: Message) -> str:
+    """Return what If-Range takes, an ETag or a date; "" if the server sends neither."""
+    tag = headers.get("ETag", "")
+    return headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
+
+
+def _resumption(partial: Path, checksum: str) -> dict[str, str]:
+    """Return the headers that ask for the rest of a partial file, or {} if all of it is needed.
+
+    Without the version that it is of, its end must fit its start by the checksum.
+    """
+    start, version = partial.stat().st_size, _version_file(partial)
+    known = version.read_text().strip() if version.exists() else ""
+    if not start or not (known or checksum):
+        return {}
+    return {"Range": f"bytes={start}-"} | ({"If-Range": known} if known else {})
+
+
+def _receive(url: str, partial: Path, checksum: str) -> str:
     """Append the rest of `url` to `partial`; return the checksum that the server sends, or ""."""
-    start = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    headers = _resumption(partial, checksum)
+    start = partial.stat().st_size if headers else 0
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing comes after `start`: the checksum decides
-            return _sent_checksum(error.headers)
-        raise
+        if error.code != 416:
+            raise
+        # Nothing comes after `start`: the checksum decides, or the size.
+        if error.headers.get("Content-Range", "").rpartition("/")[2] not in ("", "*", str(start)):
+            partial.write_bytes(b"")
+            raise OSError("the file has changed on the server") from error
+        return _sent_checksum(error.headers)
     with response:
-        if response.status != 206:  # the server can't resume
+        _check_encrypted(response.geturl(), checksum)  # where it redirects to
+        if response.status != 206:  # the server can't resume, or has another version now
             start = 0
+            partial.write_bytes(b"")  # before its version is another
+            if version := _version(response.headers):
+                _version_file(partial).write_text(version)
         length = response.headers["Content-Length"]
         total = start + int(length) if length else None
         bar_options = {"desc": partial.stem, "unit": "B", "unit_scale": True, "disable": None}
@@ -100,7 +146,9 @@ def _receive(url: str, partial: Path) -> str:
                 stream.write(chunk)
                 bar.update(len(chunk))
             if total is not None and stream.tell() != total:
-                raise OSError(f"connection closed after {stream.tell()} of {total} bytes")
+                raise http.client.HTTPException(
+                    f"connection closed after {stream.tell()} of {total} bytes"
+                )
         return _sent_checksum(response.headers)
 
 
