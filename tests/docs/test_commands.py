@@ -22,7 +22,8 @@ COMMANDS = [
 ]
 FILES = (".py", ".json", ".npz", ".safetensors")
 # sbatch's own, before the script.
-SBATCH = ("--nodes", "--gres", "--time")
+SBATCH = {"--array", "--cpus-per-task", "--gres", "--mem", "--nodes", "--oversubscribe"}
+SBATCH |= {"--signal", "--time"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +86,8 @@ def docker(words: list[str]) -> None:
 
 def slurm(words: list[str]) -> None:
     script = words.index("launch/slurm.sbatch")
-    assert set(words[:script:2]) <= set(SBATCH)
-    vit_scale(["train", *words[script + 1 :]])
+    assert {word for word in words[:script] if word.startswith("--")} <= SBATCH
+    vit_scale(["train", *(word.replace("%a", "1") for word in words[script + 1 :])])
 
 
 def environment(words: list[str]) -> None:
@@ -190,7 +191,8 @@ def options() -> set[str]:
             if isinstance(action, argparse._SubParsersAction):
                 queue += action.choices.values()
     others = {"--build-arg", "--env-file"}  # of docker and xpk
-    return known_flags | others | {"--hosts", "--strict", "--local-dir"}  # shells, mkdocs, hf
+    others |= {"--hosts", "--strict", "--local-dir"}  # of shells, mkdocs, hf
+    return known_flags | SBATCH | others
 
 
 @pytest.mark.parametrize("name", [name for name in documents() if "results/" not in name])

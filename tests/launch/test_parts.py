@@ -670,7 +670,7 @@ def test_exit_codes_are_the_same_everywhere():
     codes = set(re.findall(r"\bfail (\d+) ", agent))
     assert codes == {str(int(code)) for code in exit_codes.Agent if code}
     slurm = (ROOT / "launch" / "slurm.sbatch").read_text()
-    assert f"if ((code == {exit_codes.Trainer.RESUMABLE:d})); then" in slurm
+    assert f"if ((code == {exit_codes.Trainer.RESUMABLE:d} || code >= 128))" in slurm
     local = (ROOT / "launch" / "local.sh").read_text()
     usage = "0 done, 1 failed, 2 usage, 42 stopped but resumable, 43 diverged"
     assert usage in local
