@@ -98,6 +98,7 @@ def download(root: pathlib.Path) -> None:
     for package in archives.parent.glob("*.deb"):
         subprocess.run(["dpkg", "--extract", package, partial], check=True)
     partial.rename(root)
+    shutil.rmtree(archives.parent)
 
 
 def free_ports(count: int) -> list[int]:
@@ -182,6 +183,7 @@ class Cluster:
             self._daemons.append(
                 subprocess.Popen(
                     [self.sbin / program, *options],
+                    cwd=self.folder,
                     env=self.environment | variables,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -214,8 +216,10 @@ class Cluster:
         return pids
 
     def lose(self, node: str) -> None:
-        """Let a node vanish: its daemon, its steps and their tasks."""
+        """Let a node vanish: its daemon, its steps and their tasks, and what it had on its disk."""
         assert self._kill("SLURMD_NODENAME", node)
+        # slurmd would fail to start the job's script where it still has the one of before.
+        shutil.rmtree(self.folder / f"spool.{node}")
 
     def restore(self, node: str) -> None:
         """Start a node, and wait until it can have jobs."""

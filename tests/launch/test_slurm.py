@@ -264,17 +264,18 @@ def test_the_vit_scale_of_a_container_is_run(clone):
     assert clone.output(job).startswith("0: task 0 of 1")
 
 
-def submit_and_wait(clone: Clone) -> tuple[str, int]:
+def submit_and_wait(clone: Clone, **variables: str) -> tuple[str, int]:
     """Submit a job that waits; return its number and the PID of its second trainer."""
-    job = clone.submit(WAIT="1")
+    job = clone.submit(WAIT="1", **variables)
     files = [clone.free.with_name(f"free.{number}") for number in (0, 1)]
     wait_until(lambda: all(file.exists() for file in files), 60, lambda: clone.describe(job))
     return job, int(files[1].read_text())
 
 
 def test_a_job_that_was_told_to_stop_goes_on(clone):
-    """scancel --signal sends what sbatch --signal does: to the trainers, not to the script."""
+    """As sbatch --signal, scancel --signal reaches the trainers; the script gets one of its own."""
     job, _ = submit_and_wait(clone)
+    clone.cluster.run("scancel", "--batch", "--signal", "TERM", job)
     clone.cluster.run("scancel", "--signal", "TERM", job)
     assert clone.end(job) == ("COMPLETED", "0:0", 1)
     assert clone.output(job).count("saved") == 2
@@ -346,6 +347,13 @@ def lose_the_second_node(clone: Clone, job: str) -> None:
 
 def requeue(clone: Clone, job: str) -> None:
     clone.cluster.run("scontrol", "requeue", job)
+
+
+@pytest.mark.slow
+def test_being_preempted_does_not_count_as_a_failure(clone):
+    job, _ = submit_and_wait(clone, CODES="0 42 0", MAX_FAILURES="1")
+    preempt(clone, job)
+    assert clone.end(job) == ("FAILED", "42:0", 1), clone.describe(job)
 
 
 @pytest.mark.slow
