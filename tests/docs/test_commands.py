@@ -84,6 +84,16 @@ def docker(words: list[str]) -> None:
     assert "--target" not in words or words[words.index("--target") + 1] in stages
 
 
+def sky(words: list[str]) -> None:
+    """The job's file exists, and so do the variables that are set."""
+    assert words[:2] == ["jobs", "launch"]
+    job = (ROOT / words[2]).read_text()
+    assert set(words[3::2]) <= {"--gpus", "--secret", "--env"}
+    for word in words[4::2]:
+        variable, is_set, _ = word.partition("=")
+        assert not is_set or re.search(rf"^  {variable}: ", job, re.MULTILINE), variable
+
+
 def slurm(words: list[str]) -> None:
     script = words.index("launch/slurm.sbatch")
     assert {word for word in words[:script] if word.startswith("--")} <= SBATCH
@@ -122,6 +132,7 @@ def nothing(words: list[str]) -> None:
     assert not words
 
 
+OTHER_PROGRAMS = ("gcloud", "kill", "kubectl", "mkdocs", "pip", "sed", "source", "wandb", "xprof")
 KNOWN = {
     "vit-scale": vit_scale,
     "launch/local.sh": local,
@@ -134,11 +145,8 @@ KNOWN = {
     "sbatch": slurm,
     "python": python,
     "docker": docker,
-    "kubectl": lambda words: None,
-    "mkdocs": lambda words: None,
-    "sed": lambda words: None,
-    "source": lambda words: None,
-}
+    "sky": sky,
+} | dict.fromkeys(OTHER_PROGRAMS, lambda words: None)
 
 
 @pytest.mark.parametrize("words", COMMANDS)
