@@ -84,8 +84,7 @@ def _end_with_parent() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
+    with socket.create_server(("localhost", 0)) as listener:
         return listener.getsockname()[1]
 
 

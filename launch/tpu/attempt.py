@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from launch.tpu import agent_status, secret, worker_commands
+from launch.tpu import agent_status, gcloud, secret, worker_commands
 from launch.tpu.agent_status import AgentStatus
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit, diagnose, last_line
@@ -18,7 +18,6 @@ from launch.tpu.transport import Workers, free_port, on_all
 
 POLL = 10  # seconds between status calls
 LOST, MISSED = 180, 3  # seconds, and status calls, without an answer from a worker of a READY node
-RATE_LIMITED = r"\b429\b|(?i:rate.?limit.?exceeded)|Quota exceeded for quota metric"
 PATIENCE = 60  # seconds the others have to exit once one has exited with 0 or 42
 TAIL = 64_000  # characters of each log kept for the diagnosis
 LONGEST_LINE = 200_000  # bytes
@@ -148,7 +147,8 @@ class Attempt:
         reply = agent_status.parse(result)
         if reply is None:
             view.error = last_error(result.err)
-            view.missed += not re.search(RATE_LIMITED, result.err)  # by the API, not the worker
+            limited = re.search(gcloud.RATE_LIMIT, result.err, re.I)  # by the API, not the worker
+            view.missed += not limited
             return []
         self._update(view, reply, now)
         return self._read_log(view, reply)

@@ -91,7 +91,7 @@ class CloudTpu:
             raise Stop(Exit.INFRASTRUCTURE, f"invalid JSON from: {shlex.join(argv)}") from None
 
     def describe_node(self, name: str, patience: int = TRIES) -> dict | None:
-        return self.read_json(gcloud.describe_node(self.tpu, name), patience)
+        return self.read_json(gcloud.describe(self.tpu, name), patience)
 
     def is_ours(self, labels: dict) -> bool:
         """Return whether these labels are this run's, or any run's if the run is unknown."""

@@ -37,10 +37,6 @@ class Agent(enum.IntEnum):
     DONE, USAGE, DAMAGED, SETUP_FAILED, DISK_FULL, BUSY, TPU_HELD = 0, 64, 65, 70, 71, 75, 79
 
 
-# Exit codes of runs that can be resumed: saved, killed by a signal, or the machine lost.
-RESTARTABLE = (Trainer.RESUMABLE, *range(127, 256))
-
-
 class Stop(Exception):
     """Ends the launcher with exit code `code`; the message is one line for the user."""
 

@@ -59,7 +59,7 @@ def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
         if not (args.zone and args.name):
             raise
         project = flags.Values(args, ROOT).get_or_gcloud("project", "project")
-        tpu = Tpu(args.name, args.zone, project, "", "", queue=not args.no_queue)
+        tpu = Tpu(args.name, args.zone, project, queue=not args.no_queue)
         journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
         return cloud_tpu.CloudTpu(tpu, Clock(), journal, owned=True), False
     if run.cloud is None or not run.cloud.owned:
@@ -117,7 +117,7 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
     def add(name: str, nodes: list[dict], fallback: dict, **options) -> None:
         """Add a machine; what its nodes do not report comes from `fallback`."""
         route: dict = {"iap": args.iap, "internal_ip": args.internal_ip}
-        tpu = Tpu(name, zone, project, "", "", **route, **options)
+        tpu = Tpu(name, zone, project, **route, **options)
         states = [node["state"] for node in nodes if node.get("state") in DEAD_STATES]
         state = next(iter(states), fallback.get("state", ""))
         get = ChainMap(*nodes, fallback).get
@@ -141,7 +141,7 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
 
 def read_list(argv: list[str]) -> list[dict]:
     journal = Journal(FOLDER / "list", quiet=True)
-    client = cloud_tpu.CloudTpu(Tpu("", "", "", "", ""), Clock(), journal)
+    client = cloud_tpu.CloudTpu(Tpu("", "", ""), Clock(), journal)
     try:
         return json.loads(client.call(argv) or b"[]")
     except ApiError as error:

@@ -19,10 +19,10 @@ TPUS = ["gcloud", "compute", "tpus"]
 # Flags of `create` that only gcloud alpha has.
 ALPHA = {"best-effort", "boot-disk", "reservation", "provisioning-model", "max-run-duration"}
 ALPHA |= {"network-config", "autocheckpoint-enabled", "workload-type"}
-KEEPALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")
-SSH = ("-oConnectTimeout=15", *KEEPALIVE, "-oBatchMode=yes")
+SSH = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=4", "BatchMode=yes")
 CHATTER = re.compile(r"^(Using ssh batch|SSH: Attempting|Warning: Permanently added).*\n", re.M)
 RATE_LIMIT = r"quota metric|rate.?limit.?exceeded|too many requests|per.?minute"
+RATE_LIMIT += r"|\bHTTP(Error)? 429\b|'status': '429'"
 
 # (pattern, kind): the first match decides.
 ERRORS = (
@@ -82,8 +82,8 @@ class Tpu:
     name: str
     zone: str
     project: str
-    type: str
-    runtime: str
+    type: str = ""
+    runtime: str = ""
     model: str = "on-demand"  # a key of flags.PROVISIONING
     queue: bool = True  # a queued resource, or a TPU VM created directly
     slices: int = 1
@@ -127,13 +127,10 @@ def create(tpu: Tpu) -> list[str]:
     return [*command, *required, *flags, "--async", "--quiet"]
 
 
-def describe(tpu: Tpu) -> list[str]:
-    kind = "queued-resources" if tpu.queue else "tpu-vm"
-    return [*TPUS, kind, "describe", tpu.name, *tpu.location, "--format=json"]
-
-
-def describe_node(tpu: Tpu, node: str) -> list[str]:
-    return [*TPUS, "tpu-vm", "describe", node, *tpu.location, "--format=json"]
+def describe(tpu: Tpu, node: str = "") -> list[str]:
+    """Describe the request, or one of its nodes."""
+    kind = "queued-resources" if tpu.queue and not node else "tpu-vm"
+    return [*TPUS, kind, "describe", node or tpu.name, *tpu.location, "--format=json"]
 
 
 def delete(tpu: Tpu) -> list[str]:
@@ -152,26 +149,17 @@ def listing(kind: str, zone: str, project: str) -> list[str]:
 
 
 def ssh(tpu: Tpu, node: str, worker: int | str, command: str = "") -> list[str]:
-    flags = [f"--ssh-flag={flag}" for flag in SSH]
+    """Run a command on a worker, or open a shell; only gcloud alpha goes through IAP."""
+    start = ["gcloud", *["alpha"] * tpu.iap, *TPUS[1:], "tpu-vm", "ssh", node, *tpu.location]
+    route = ["--tunnel-through-iap"] if tpu.iap else ["--internal-ip"] * tpu.internal_ip
+    flags = [f"--ssh-flag=-o{option}" for option in SSH]
     run = ["--command", command] if command else []
-    start = [*_tpu_vm(tpu), "ssh", node, *tpu.location, "--worker", str(worker)]
-    return [*start, *_ssh_route(tpu), *flags, *run]
+    return [*start, "--worker", str(worker), *route, *flags, *run]
 
 
 def ssh_lines(tpu: Tpu, node: str) -> list[str]:
     """Print, for each of a node's workers, the command line of ssh that runs `true` there."""
     return [*ssh(tpu, node, "all", "true"), "--dry-run"]
-
-
-def _tpu_vm(tpu: Tpu) -> list[str]:
-    """Return the command group; only alpha reaches a TPU VM through IAP."""
-    return ["gcloud", "alpha", "compute", "tpus", "tpu-vm"] if tpu.iap else [*TPUS, "tpu-vm"]
-
-
-def _ssh_route(tpu: Tpu) -> list[str]:
-    if tpu.iap:
-        return ["--tunnel-through-iap"]
-    return ["--internal-ip"] if tpu.internal_ip else []
 
 
 def error(text: str) -> ApiError:

@@ -221,8 +221,7 @@ def existing_type(values: Values, name: str, zone: str, project: str) -> str:
     """Ask the API for an existing TPU VM's type; "" if it cannot be described."""
     if values.args.dry_run:
         return ""
-    argv = gcloud.describe_node(Tpu(name, zone, project, "", ""), name)
-    result = gcloud.run(argv, timeout=60)
+    result = gcloud.run(gcloud.describe(Tpu(name, zone, project, queue=False)), timeout=60)
     values.sources["type"] = "the TPU VM itself"
     return json.loads(result.out).get("acceleratorType", "") if result.code == 0 else ""
 

@@ -136,8 +136,7 @@ class LocalWorkers(Workers):
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
+    with socket.create_server(("localhost", 0)) as listener:
         return listener.getsockname()[1]
 
 

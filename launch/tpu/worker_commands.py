@@ -68,7 +68,7 @@ def dry_run(plan: Plan) -> list[str]:
     if not plan.args.existing:
         lines.append(shlex.join(gcloud.create(tpu)))
     if tpu.queue:
-        lines += [shlex.join(gcloud.describe_node(tpu, name)) for name in tpu.nodes]
+        lines += [shlex.join(gcloud.describe(tpu, name)) for name in tpu.nodes]
     lines += [ssh(probe(plan.code.sha)), shlex.join(gcloud.ssh_lines(tpu, node))]
     lines.append(f"{ssh(receive(f'{plan.code.sha}.tgz', plan.code.data))} <<< 'the code'")
     lines.append(f"{ssh(install())} <<< 'launch/agent.sh'")

@@ -2,15 +2,14 @@
 
 The Cloud TPU API (v2 and v2alpha1) and the little of the Compute API that `ssh` asks are served on
 loopback, from the state of fakes/gcloud.py: the same nodes, requests and workers, and the same
-faults, which match "METHOD PATH" here. A worker's address is one of 127.0.0.0/8. The real ssh and
-scp connect to it, on another port than 22, and reach the processes that the fake gcloud starts.
+faults, which match "METHOD PATH" here. A worker's address is one of 127.0.0.0/8. The real ssh
+connects to it, on another port than 22, and reaches the processes that the fake gcloud starts.
 """
 
 import asyncio
 import http.server
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -24,9 +23,7 @@ from tests.helpers.fakes.gcloud import TERMINAL, Cloud, Refusal
 GCLOUD = shutil.which("gcloud")
 NEEDED = {
     "gcloud": GCLOUD,
-    "ssh, scp and ssh-keygen (openssh-client)": all(
-        map(shutil.which, ("ssh", "scp", "ssh-keygen"))
-    ),
+    "ssh and ssh-keygen (openssh-client)": all(map(shutil.which, ("ssh", "ssh-keygen"))),
     "asyncssh": importlib.util.find_spec("asyncssh"),
 }
 MISSING = ", ".join(name for name, there in NEEDED.items() if not there)
@@ -203,21 +200,12 @@ class Ssh:
             def validate_public_key(self, username, key):
                 return True
 
-        class Files(asyncssh.SFTPServer):
-            def __init__(self, channel):
-                home = find(channel.get_extra_info("sockname")[0])[1]
-                super().__init__(channel, chroot=os.fspath(home))
-
-            def exit(self):
-                self.channel.exit(0)  # scp takes silence for a failure
-
         self.server = await asyncssh.listen(
             "0.0.0.0",
             0,
             server_factory=Login,
             server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
             process_factory=self.serve,
-            sftp_factory=Files,
             encoding=None,
         )
         self.port = self.server.get_port()
@@ -252,7 +240,8 @@ class Ssh:
         child = await asyncio.create_subprocess_exec(
             *words, cwd=home, stdin=pipe, stdout=pipe, stderr=pipe
         )
-        await process.redirect(child.stdin, child.stdout, child.stderr)
+        # The end of its output would close a session without input before its exit code is sent.
+        await process.redirect(child.stdin, child.stdout, child.stderr, send_eof=False)
         code = await child.wait()
         await process.stdout.drain()
         process.exit(255 if code < 0 else code)  # killed with its machine: the connection drops
@@ -271,7 +260,7 @@ class Ssh:
 
 
 class RealRig(Rig):
-    """A rig whose gcloud, ssh and scp are the real ones."""
+    """A rig whose gcloud and ssh are the real ones."""
 
     def __init__(self, folder: pathlib.Path, hosts: int = 2, **settings: Any):
         super().__init__(folder, hosts, **settings)
@@ -284,9 +273,8 @@ class RealRig(Rig):
         for where in (self.bin, self.tools):
             (where / "gcloud").unlink()
             (where / "gcloud").symlink_to(GCLOUD)
-        for tool, flag in (("ssh", "-p"), ("scp", "-P")):
-            real = shutil.which(tool)
-            script(self.bin / tool, f'#!/bin/bash\nexec {real} {flag} {self.ssh.port} "$@"\n')
+        real = shutil.which("ssh")
+        script(self.bin / "ssh", f'#!/bin/bash\nexec {real} -p {self.ssh.port} "$@"\n')
         (folder / "token").write_text("word\n")
         self.profile(**self.cloud_sdk())
 

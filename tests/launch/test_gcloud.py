@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh with the real gcloud, ssh and scp, against a stand-in of the cloud's APIs.
+"""launch/tpu_vm.sh with the real gcloud and ssh, against a stand-in of the cloud's APIs.
 
 What the fake gcloud of the other tests can't show: the requests that reach the API, what gcloud
 makes of its answers, and the quoting on the way to a worker. Each gcloud process takes most of a

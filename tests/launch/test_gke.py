@@ -16,7 +16,7 @@ import yaml
 
 from launch import gke
 from launch.tpu import accelerators, bundle
-from launch.tpu.exit_codes import RESTARTABLE, Stop
+from launch.tpu.exit_codes import Stop, Trainer
 from tests.helpers.documents import ROOT, blocks, documents
 from tests.helpers.fake_cloud import machine, script
 from tests.helpers.real_tools import python_of
@@ -221,7 +221,7 @@ def test_what_xpk_makes_of_the_command(clone, capsys, tmp_path, monkeypatch):
     assert jobset["spec"]["replicatedJobs"][0]["replicas"] == 2
     (rule,) = job["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
-    assert sorted(rule["onExitCodes"]["values"]) == sorted(RESTARTABLE)
+    assert sorted(rule["onExitCodes"]["values"]) == [Trainer.RESUMABLE, *range(127, 256)]
     assert pod["terminationGracePeriodSeconds"] == 150
     assert container["securityContext"] == {"privileged": True}
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/dev/shm"]
