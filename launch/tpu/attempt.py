@@ -7,14 +7,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from launch.tpu import agent_status, gcloud, secret, worker_commands
-from launch.tpu.agent_status import AgentStatus
+from launch.tpu import gcloud, secret, worker_commands
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit, diagnose, last_line
 from launch.tpu.exit_codes import Agent, Trainer
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
-from launch.tpu.transport import Workers, free_port, on_all
+from launch.tpu.transport import AgentStatus, Workers, free_port, last_error, on_all
 
 POLL = 10  # seconds between status calls
 LOST, MISSED = 180, 3  # seconds, and status calls, without an answer from a worker of a READY node
@@ -114,8 +113,7 @@ class Attempt:
         """Stop it on every worker, with `grace` seconds to save; return once it has ended."""
         self.stopping = True
         seconds = max(1, round(grace * self.clock.scale)) if grace else 0
-        words = ("stop", self.plan.run, self.number, seconds)
-        answers = on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
+        answers = self.workers.agents("stop", self.plan.run, self.number, seconds)
         self.stopped |= {i for i, answer in answers.items() if b"nothing runs" not in answer.out}
         until = self.clock.now() + grace + 30
         self.poll()
@@ -144,7 +142,7 @@ class Attempt:
         view, now = self.views[worker], self.clock.now()
         words = ("status", self.plan.run, self.number, view.offset, self.watcher)
         result = self.workers.agent(worker, *words)
-        reply = agent_status.parse(result)
+        reply = AgentStatus.parse(result)
         if reply is None:
             view.error = last_error(result.err)
             limited = re.search(gcloud.RATE_LIMIT, result.err, re.I)  # by the API, not the worker
@@ -256,8 +254,7 @@ class Attempt:
     def _end_stalled(self, view: View, reason: str) -> Cause:
         phase, step = view.heartbeat.get("phase", "start"), view.heartbeat.get("step", 0)
         self.reasons[view.worker] = f"{reason}, in phase {phase} after step {step}; see its log"
-        words = ("stacks", self.plan.run, self.number)
-        on_all(range(self.workers.count), lambda i: self.workers.agent(i, *words))
+        self.workers.agents("stacks", self.plan.run, self.number)
         self.clock.sleep(5)
         self.stop(10)
         return self.finish()
@@ -286,12 +283,3 @@ class Attempt:
         at = -1.0 if view.worker in self.reasons else view.ended
         message = str(view.heartbeat.get("words") or "")
         return WorkerExit(view.worker, code, at, view.tail[-8000:], message, stopped, reason)
-
-
-def last_error(text: str) -> str:
-    """Return the last line of the agent's own, else the last error of gcloud's."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("agent: ")]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    line = (own or errors or lines or ["no answer"])[-1]
-    return re.sub(r"^(agent: |ERROR: \S+ )", "", line)[:300]

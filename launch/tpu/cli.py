@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from launch.tpu import bundle, doctor, flags, fleet, profile, verbs, worker_commands
+from launch.tpu import bundle, doctor, flags, fleet, verbs, worker_commands
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu
 from launch.tpu.exit_codes import Exit, Stop
@@ -21,7 +21,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "logs": verbs.logs,
     "stop": verbs.stop,
     "ssh": verbs.ssh,
-    "profile": profile.profile,
+    "profile": verbs.profile,
     "delete": fleet.delete,
     "list": fleet.listing,
     "gc": fleet.collect,

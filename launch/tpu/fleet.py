@@ -8,15 +8,14 @@ import sys
 import time
 from collections import ChainMap
 
-from launch.tpu import accelerators, agent_status, billing, cloud_tpu, flags, gcloud
-from launch.tpu.agent_status import AgentStatus
+from launch.tpu import accelerators, billing, cloud_tpu, flags, gcloud
 from launch.tpu.clock import Clock
 from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
 from launch.tpu.run_registry import FOLDER, RegisteredRun, describe_owner
-from launch.tpu.transport import HOME, GcloudWorkers, agent_command, on_all
+from launch.tpu.transport import HOME, AgentStatus, GcloudWorkers, agent_command, on_all
 
 DEAD_STATES = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
@@ -201,7 +200,7 @@ def in_use(machine: Machine) -> str:
     ask = agent_command("status", machine.labels.get("run", ""), "last")
     line = f"if test -e {HOME}/agent.sh; then {ask}; else echo no agent; fi"
     answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
-    replies = [agent_status.parse(result) for result in answers.values()]
+    replies = [AgentStatus.parse(result) for result in answers.values()]
     if any(reply and in_use_now(reply, clock) for reply in replies):
         return "in use"
     idle = [

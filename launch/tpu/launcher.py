@@ -11,10 +11,9 @@ import socket
 import threading
 import traceback
 
-from launch.tpu import agent_status, retry_policy, worker_commands
-from launch.tpu.agent_status import AgentStatus
+from launch.tpu import retry_policy, worker_commands
 from launch.tpu.allocation import POLL, Allocation, Gone
-from launch.tpu.attempt import Attempt, last_error
+from launch.tpu.attempt import Attempt
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu, Status
@@ -24,7 +23,7 @@ from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.provision import Provisioner
 from launch.tpu.shutdown import Interrupted, Shutdown
-from launch.tpu.transport import AGENT, GcloudWorkers, Workers
+from launch.tpu.transport import AGENT, AgentStatus, GcloudWorkers, Workers, last_error
 
 WATCH = 30  # seconds between status checks of a machine that trains
 LEASE = 300  # seconds for which another machine's launcher is taken to watch the run
@@ -207,7 +206,7 @@ class Launcher:
             range(self.workers.count),
             lambda i: self.workers.agent(i, "status", self.plan.run, "last"),
         )
-        replies = [reply for result in results.values() if (reply := agent_status.parse(result))]
+        replies = [reply for result in results.values() if (reply := AgentStatus.parse(result))]
         assert len(replies) == len(results), results
         self.check_watcher(replies[0])
         number, state = max(reply.attempt for reply in replies), self.journal.state

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from launch.tpu import clock as clocks
 from launch.tpu import gcloud, preflight
 from launch.tpu import worker_commands as commands
-from launch.tpu.attempt import last_error
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import refuse
 from launch.tpu.exit_codes import Agent, Exit, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
-from launch.tpu.transport import Workers, on_all
+from launch.tpu.transport import Workers, last_error, on_all
 
 SHOWN = 15  # last lines of a failed worker's output to print
 

@@ -1,10 +1,11 @@
-"""Call the agent on each worker, through gcloud or on this machine.
+"""Call the agent on each worker, through gcloud or on this machine, and parse its answers.
 
 Each call goes to one worker, has a time limit, and may be repeated: the agent is idempotent.
 """
 
 import concurrent.futures
 import glob
+import json
 import pathlib
 import re
 import shlex
@@ -12,7 +13,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.tpu import gcloud
 from launch.tpu.clock import Clock
@@ -30,6 +31,42 @@ def agent_command(*arguments: Any) -> str:
     return f"{AGENT} {shlex.join(map(str, arguments))}"
 
 
+class AgentStatus(NamedTuple):
+    """A worker's answer to `status`; times are seconds on the worker's clock."""
+
+    state: str  # absent | running | ended | lost
+    attempt: int
+    code: int | None
+    ended: float | None
+    now: float
+    stopped: bool  # the attempt was asked to stop
+    free_gb: int
+    watcher: str  # the launcher that watches the run, as HOST:PID:ID
+    watched_at: float  # when that launcher last called; 0 for never
+    command: str  # of the trainer, unquoted
+    heartbeat: dict | None  # None before the first
+    log_offset: int
+    log_size: int
+    log: bytes  # from the requested offset
+
+    @staticmethod
+    def parse(result: gcloud.Result) -> "AgentStatus | None":
+        """Parse the answer; None if the call failed or its answer is incomplete."""
+        head, complete, log = result.out.partition(b"#STATUS ")[2].partition(b"\n#LOG\n")
+        if result.code or not complete:
+            return None
+        return AgentStatus(**json.loads(head.decode(errors="replace"), strict=False), log=log)
+
+
+def last_error(text: str) -> str:
+    """Return the last line of the agent's own, else the last error of gcloud's."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("agent: ")]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    line = (own or errors or lines or ["no answer"])[-1]
+    return re.sub(r"^(agent: |ERROR: \S+ )", "", line)[:300]
+
+
 class Workers:
     """The workers of a run, by number."""
 
@@ -45,6 +82,10 @@ class Workers:
 
     def agent(self, worker: int, *arguments: Any, stdin: bytes = b"", limit: float = 60):
         return self.shell(worker, agent_command(*arguments), stdin, limit)
+
+    def agents(self, *arguments: Any) -> dict[int, gcloud.Result]:
+        """Call the same verb on all workers."""
+        return on_all(range(self.count), lambda i: self.agent(i, *arguments))
 
 
 class GcloudWorkers(Workers):

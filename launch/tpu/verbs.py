@@ -1,17 +1,19 @@
-"""The verbs status, logs, stop and ssh, for one run."""
+"""The verbs status, logs, stop, ssh and profile, for one run."""
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import subprocess
 import sys
 
-from launch.tpu import agent_status, cloud_tpu, gcloud
-from launch.tpu.attempt import last_error
+from launch.tpu import cloud_tpu, gcloud
 from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.run_registry import RegisteredRun
-from launch.tpu.transport import on_all
+from launch.tpu.transport import AgentStatus, last_error, on_all
+
+TRACING = 600  # seconds for ten steps and for writing their trace
 
 
 def status(args: argparse.Namespace) -> int:
@@ -20,8 +22,7 @@ def status(args: argparse.Namespace) -> int:
     status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
     rows = []
     if status.kind in ("ready", "unhealthy"):
-        workers = run.workers()
-        answers = on_all(range(workers.count), lambda i: workers.agent(i, "status", run.id, "last"))
+        answers = run.workers().agents("status", run.id, "last")
         rows = [worker_row(worker, result) for worker, result in answers.items()]
     hours, price = state["billed"] / 3600, request["price"]
     content = {
@@ -48,7 +49,7 @@ def status(args: argparse.Namespace) -> int:
 
 def worker_row(worker: int, result: gcloud.Result) -> dict:
     """Parse a worker's answer to `status` into a row of the table."""
-    reply = agent_status.parse(result)
+    reply = AgentStatus.parse(result)
     if reply is None:
         return {"worker": worker, "state": "not reached", "why": last_error(result.err)}
     beat = reply.heartbeat or {}
@@ -165,3 +166,32 @@ def ssh(args: argparse.Namespace, words: list[str]) -> int:
         for shown in text.splitlines():
             print(f"[w{worker:02}] {shown}")
     return Exit.INFRASTRUCTURE if any(result.code for result in results.values()) else Exit.DONE
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Trace the next ten steps on every worker, and print where the traces are. Raises Stop."""
+    run = RegisteredRun(args)
+    workers = run.workers()
+
+    def trace(worker: int) -> str:
+        """Return the path of the worker's trace, on the worker or in a bucket."""
+        result = workers.agent(worker, "profile", run.id, number, limit=TRACING)
+        if result.code:
+            raise Stop(Exit.INFRASTRUCTURE, f"[w{worker:02}] no trace: {last_error(result.err)}")
+        return result.out.decode().strip()
+
+    for worker, result in workers.agents("status", run.id, "last").items():
+        reply = AgentStatus.parse(result)
+        if reply is None or reply.state != "running":
+            raise Stop(Exit.REFUSED, f"[w{worker:02}] does not train, or does not answer")
+        number = reply.attempt
+    for worker, path in on_all(range(workers.count), trace).items():
+        folder = path
+        if run.cloud and not path.startswith("gs://"):
+            folder = f"{run.folder}/profile/plugins/profile/{pathlib.PurePath(path).name}"
+            result = workers.shell(worker, f"tar -cz -C {shlex.quote(path)} .", b"", TRACING)
+            os.makedirs(folder, exist_ok=True)
+            if result.code or gcloud.run(["tar", "-xzC", folder], result.out).code:
+                raise Stop(Exit.INFRASTRUCTURE, f"[w{worker:02}] {path} was not fetched")
+    print(f"{folder}; to open it: xprof --logdir {shlex.quote(folder.partition('/plugins/')[0])}")
+    return Exit.DONE

@@ -22,14 +22,13 @@ from launch.tpu import (
     retry_policy,
     secret,
 )
-from launch.tpu.agent_status import AgentStatus, parse
-from launch.tpu.attempt import last_error
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.diagnosis import Cause, WorkerExit
 from launch.tpu.exit_codes import Stop
 from launch.tpu.gcloud import Result
 from launch.tpu.journal import Journal, Terminal
+from launch.tpu.transport import AgentStatus, last_error
 from tests.helpers.fake_cloud import ROOT, machine
 from vit_scale import errors
 
@@ -478,7 +477,7 @@ class Agent:
 
     def status(self, attempt="last", offset=0) -> AgentStatus:
         done = self("status", "run", attempt, offset)
-        return parse(Result(done.returncode, done.stdout.encode(), ""))
+        return AgentStatus.parse(Result(done.returncode, done.stdout.encode(), ""))
 
 
 @pytest.fixture
