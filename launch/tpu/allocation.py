@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from launch.tpu import clock as clocks
 from launch.tpu import gcloud
 from launch.tpu.billing import Billing
+from launch.tpu.clock import elapsed
 from launch.tpu.cloud_tpu import TRIES, CloudTpu, Status, refuse
 from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError
@@ -62,7 +62,7 @@ class Allocation:
                 sick = self.clock.now()
             if status.detail != shown and status.kind != "absent":
                 shown = status.detail
-                waited = clocks.text(self.clock.now() - began)
+                waited = elapsed(self.clock.now() - began)
                 self.journal.say("acquire", f"{self.cloud.tpu.name}: {shown} ({waited})")
             # A machine that already existed may be training, whatever its reported health.
             if status.kind == "ready" or (status.kind == "unhealthy" and not self.created):
@@ -112,7 +112,7 @@ class Allocation:
             raise Stop(Exit.INFRASTRUCTURE, f"{self.plan.name}: {status.detail}; check --type")
         elif status.kind in ("recovering", "unhealthy") and now - sick > REPAIR:
             if existing:
-                raise Stop(Exit.INFRASTRUCTURE, f"{status.detail} for {clocks.text(now - sick)}")
+                raise Stop(Exit.INFRASTRUCTURE, f"{status.detail} for {elapsed(now - sick)}")
             self.rescue(status)
             self.remove()
         self.renew()
@@ -196,7 +196,7 @@ class Allocation:
         limit = self.plan.args.valid_until
         waited = self.clock.now() - began
         if limit and waited > limit:
-            raise Stop(Exit.NO_CAPACITY, f"no machine within {clocks.text(waited)}: --valid-until")
+            raise Stop(Exit.NO_CAPACITY, f"no machine within {elapsed(waited)}: --valid-until")
 
     def check(self, patience: int = TRIES) -> None:
         """Raise Gone if the machine no longer exists. A 404 must repeat three times to count."""

@@ -29,7 +29,7 @@ class Clock:
         return max(seconds * self.scale, min(seconds, float(os.environ.get("LAUNCH_LEAST", 5))))
 
 
-def text(seconds: float) -> str:
+def elapsed(seconds: float) -> str:
     """Format seconds as 02:04:09."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"

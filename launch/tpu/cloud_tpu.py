@@ -12,9 +12,8 @@ import shlex
 import time
 from typing import NamedTuple
 
-from launch.tpu import clock as clocks
 from launch.tpu import gcloud
-from launch.tpu.clock import Clock
+from launch.tpu.clock import Clock, elapsed
 from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
@@ -207,7 +206,7 @@ class CloudTpu:
             if not requested or "DELETING" not in json.dumps(resource.get("state", "")):
                 requested = self._ask_to_delete(self.tpu) or requested
             self.clock.sleep(10)
-        late = f"{self.tpu.name} still exists {clocks.text(DELETION)} after its deletion began"
+        late = f"{self.tpu.name} still exists {elapsed(DELETION)} after its deletion began"
         raise Stop(Exit.INFRASTRUCTURE, f"{late}; run: {shlex.join(gcloud.delete(self.tpu))}")
 
     def _exists(self) -> dict | None:

@@ -33,13 +33,10 @@ class Plan:
     config: str
     workdir: str
     arguments: list[str]  # of vit-scale
-    steps: int | None
     setup: str  # a command that each worker runs before training
     secrets: dict[str, str]
     code: bundle.Bundle
-    overrides: list[str] = field(default_factory=list)
-    devices: int | None = None  # of all hosts; None if unknown
-    unchecked: bool = False  # the config could not be checked here: worker 0 does
+    show: list[str] = field(default_factory=list)  # by which worker 0 checks the config, if set
     tpu: Tpu | None = None
     zones: list[str] = field(default_factory=list)
     accelerator: Accelerator | None = None
@@ -83,6 +80,7 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
     code = bundle.make(root, secret.redactable(secrets))
+    show = preflight.show_arguments(config, overrides, devices)
     plan = Plan(
         args=args,
         target=target,
@@ -93,15 +91,10 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
         config=config,
         workdir=workdir,
         arguments=["train", "--config", config, "--workdir", workdir, *overrides],
-        steps=sum(part["steps"] for part in preflight.stages(resolved).values())
-        if resolved
-        else None,
         setup=" && ".join(commands),
         secrets=secrets,
         code=code,
-        overrides=overrides,
-        devices=devices,
-        unchecked=resolved is None and target == "vm",
+        show=show if resolved is None and target == "vm" else [],
         tpu=tpu and dataclasses.replace(tpu, labels=cloud_tpu.labels(run)),
         zones=zones,
         accelerator=accelerator,
@@ -241,17 +234,14 @@ def resolve_workdir(args, values: Values, name: str, root: pathlib.Path, target:
 
 def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[str, str]]:
     """Summarize every resolved value with its source."""
-    sources = values.sources
-    unchecked = "" if resolved else ", to be checked by worker 0"
-    lines = [("resolve", f"config {plan.config}{unchecked}")]
+    sources, lines = values.sources, [f"config {plan.config}, to be checked by worker 0"]
     if resolved:
         batch = f"global batch {resolved['global_batch']}"
         size = f"{resolved['parameters'] / 1e6:.1f} M parameters"
-        lines[0] = ("resolve", f"config {plan.config}: {size}, {batch}, {plan.steps} steps")
-    lines.append(("resolve", f"workdir {plan.workdir} ({sources.get('workdir', 'default')})"))
-    if plan.tpu and not plan.accelerator:
-        lines.append(("resolve", f"type: that of TPU VM {plan.name}, once described"))
-    elif plan.tpu and plan.accelerator:
+        steps = sum(stage["steps"] for stage in preflight.stages(resolved).values())
+        lines = [f"config {plan.config}: {size}, {batch}, {steps} steps"]
+    lines.append(f"workdir {plan.workdir} ({sources.get('workdir', 'default')})")
+    if plan.tpu and plan.accelerator:
         tpu, slice_ = plan.tpu, plan.accelerator
         many, each = (f"{tpu.slices} x ", " each") if tpu.slices > 1 else ("", "")
         size = f"{slice_.chips} chips, {slice_.hosts} hosts{each}"
@@ -260,37 +250,37 @@ def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[st
         runtime = f"runtime {tpu.runtime} ({'flag' if plan.args.runtime else 'table'})"
         zones = f"zone {', '.join(plan.zones)} ({sources['zone']})"
         project = f"{tpu.project or 'of gcloud'} ({sources.get('project', 'gcloud config')})"
-        lines.append(("resolve", f"{kind}, {model}, {runtime}"))
-        lines.append(("resolve", f"{zones}, project {project}"))
+        lines += [f"{kind}, {model}, {runtime}", f"{zones}, project {project}"]
+    elif plan.tpu:
+        lines.append(f"type: that of TPU VM {plan.name}, once described")
     else:
-        lines.append(("resolve", f"{plan.hosts} workers on this machine"))
+        lines.append(f"{plan.hosts} workers on this machine")
     code = f"code {plan.code.description}, {plan.code.sha[:12]}"
-    lines.append(("resolve", f"{code}, {len(plan.code.data) / 1e6:.1f} MB"))
+    lines.append(f"{code}, {len(plan.code.data) / 1e6:.1f} MB")
     if names := plan.code.left_out:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        lines.append(("resolve", f"left out, as they hold keys: {', '.join(names[:5])}{more}"))
+        lines.append(f"left out, as they hold keys: {', '.join(names[:5])}{more}")
     if plan.setup:
-        lines.append(("resolve", f"setup on each worker: {plan.setup}"))
+        lines.append(f"setup on each worker: {plan.setup}")
     if plan.secrets:
-        lines.append(("resolve", f"secrets over stdin: {', '.join(sorted(plan.secrets))}"))
-    if plan.tpu:
-        lines.append(("cost", cost_line(plan)))
-    return lines
+        lines.append(f"secrets over stdin: {', '.join(sorted(plan.secrets))}")
+    summary = [("resolve", line) for line in lines]
+    return [*summary, ("cost", cost_line(plan))] if plan.tpu else summary
 
 
 def cost_line(plan: Plan) -> str:
     args, price = plan.args, plan.price
-    if price is None:
-        rate = "price unknown (pass --price USD_PER_CHIP_HOUR)"
-    else:
+    if price is None and args.max_cost:
+        raise Stop(Exit.USAGE, "--max-cost needs a price: pass --price USD_PER_CHIP_HOUR")
+    rate = "price unknown (pass --price USD_PER_CHIP_HOUR)"
+    if price is not None:
         bound = "at most " if plan.tpu and plan.tpu.model == "spot" and args.price is None else ""
         source = "--price" if args.price is not None else accelerators.PRICE_SOURCE
         rate = f"{bound}${price:.2f}/h ({source})"
     limits = [f"{args.max_hours:g} h"] * bool(args.max_hours)
     limits += [f"${args.max_cost:g}"] * bool(args.max_cost)
-    if args.max_cost and price is None:
-        raise Stop(Exit.USAGE, "--max-cost needs a price: pass --price USD_PER_CHIP_HOUR")
-    policy = f"on success: {args.on_success}, on failure: {args.on_failure}, "
-    policy += f"on Ctrl-C: {args.on_interrupt or 'detach'}"
-    policy = "the machine is kept" if args.existing else policy
+    policy = "the machine is kept"
+    if not args.existing:
+        policy = f"on success: {args.on_success}, on failure: {args.on_failure}, "
+        policy += f"on Ctrl-C: {args.on_interrupt or 'detach'}"
     return f"{rate}, limit {' and '.join(limits) or 'none'}; {policy}"

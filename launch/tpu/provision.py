@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from launch.tpu import clock as clocks
 from launch.tpu import gcloud, preflight
 from launch.tpu import worker_commands as commands
-from launch.tpu.clock import Clock
+from launch.tpu.clock import Clock, elapsed
 from launch.tpu.cloud_tpu import refuse
 from launch.tpu.exit_codes import Agent, Exit, Stop
 from launch.tpu.journal import Journal
@@ -17,20 +17,16 @@ from launch.tpu.transport import Workers, last_error, on_all
 SHOWN = 15  # last lines of a failed worker's output to print
 
 
+@dataclass
 class Provisioner:
     """Prepares `workers`. `check` raises Gone if their machine is gone; `pause` waits."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        workers: Workers,
-        clock: Clock,
-        journal: Journal,
-        check: Callable[[], None],
-        pause: Callable[[float], None],
-    ):
-        self.plan, self.workers, self.clock, self.journal = plan, workers, clock, journal
-        self.check, self.pause = check, pause
+    plan: Plan
+    workers: Workers
+    clock: Clock
+    journal: Journal
+    check: Callable[[], None]
+    pause: Callable[[float], None]
 
     def upload(self) -> None:
         """Copy the code and the agent to every worker. Raises Gone or Stop.
@@ -80,7 +76,7 @@ class Provisioner:
 
     def prepare(self) -> None:
         """Prepare every worker for a start. Raises Stop."""
-        if self.plan.unchecked:
+        if self.plan.show:
             self.prepare_workers()
             self.check_config()
             if not self.plan.setup:
@@ -105,7 +101,7 @@ class Provisioner:
             raise Stop(Exit.SETUP_FAILED, f"cannot check config: [w00] {last_error(result.err)}")
         downloads = preflight.check_data(resolved, local=self.plan.target != "vm")
         self.plan.setup = " && ".join([self.plan.setup] * bool(self.plan.setup) + downloads)
-        self.plan.unchecked = False
+        self.plan.show = []
         self.journal.say("prepare", "worker 0 checked the config")
 
     def prepare_workers(self) -> None:
@@ -124,7 +120,7 @@ class Provisioner:
                 raise Stop(Exit.SETUP_FAILED, f"[w{outlier[0]:02}] differs again: {outlier[1]}")
         names = [name for name in ("python", "jax", "libtpu") if name in prints[0]]
         shown = ", ".join(f"{name} {prints[0][name]}" for name in names)
-        took = clocks.text(self.clock.now() - began)
+        took = elapsed(self.clock.now() - began)
         self.journal.say("prepare", f"{count}/{count} workers equal: {shown} ({took})")
 
     def fingerprints(self, results: dict[int, gcloud.Result]) -> dict[int, dict]:

@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import time
+from dataclasses import dataclass
 
 from launch.tpu import gcloud
 from launch.tpu.allocation import Allocation
@@ -32,22 +33,18 @@ class Interrupted(Exception):
         self.stop, self.keep = stop, keep
 
 
+@dataclass
 class Shutdown:
-    """`machine` is None if the workers are on this machine; `watcher` is the launcher's ID."""
+    """The end of a run, and what leads to it."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        clock: Clock,
-        journal: Journal,
-        billing: Billing,
-        machine: Allocation | None,
-        watcher: str,
-    ):
-        self.plan, self.clock, self.journal, self.billing = plan, clock, journal, billing
-        self.machine, self.watcher = machine, watcher
-        self.signals = 0
-        self.workers_known = False  # whether it is known what trains on them
+    plan: Plan
+    clock: Clock
+    journal: Journal
+    billing: Billing
+    machine: Allocation | None  # None if the workers are on this machine
+    watcher: str  # the launcher's ID
+    signals: int = 0  # received so far
+    workers_known: bool = False  # whether it is known what trains on them
 
     # --- interrupts
 

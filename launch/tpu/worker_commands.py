@@ -3,7 +3,7 @@
 import hashlib
 import shlex
 
-from launch.tpu import gcloud, preflight
+from launch.tpu import gcloud
 from launch.tpu.flags import seconds
 from launch.tpu.plan import ROOT, Plan
 from launch.tpu.transport import HOME, agent_command
@@ -33,14 +33,12 @@ def install() -> str:
 
 def prepare(plan: Plan) -> str:
     extra = "tpu" if plan.target != "local" else ""
-    return agent_command("prepare", plan.code.sha, extra, "" if plan.unchecked else plan.setup)
+    return agent_command("prepare", plan.code.sha, extra, "" if plan.show else plan.setup)
 
 
 def show(plan: Plan) -> str:
     """Resolve the config on a worker, if this machine cannot."""
-    return agent_command(
-        "show", plan.code.sha, *preflight.show_arguments(plan.config, plan.overrides, plan.devices)
-    )
+    return agent_command("show", plan.code.sha, *plan.show)
 
 
 def start(plan: Plan, attempt: int, port: int, arguments: list[str]) -> str:
@@ -75,7 +73,7 @@ def dry_run(plan: Plan) -> list[str]:
     if not plan.args.existing and plan.args.orphan:
         lines.append(ssh(reap(plan, tpu)))
     lines += [ssh(agent_command("status", plan.run, "last")), ssh(prepare(plan))]
-    if plan.unchecked:
+    if plan.show:
         lines.append(ssh(show(plan)))
     if plan.secrets:
         names = " ".join(f"{name}=..." for name in sorted(plan.secrets))

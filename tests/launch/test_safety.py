@@ -11,7 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.tpu import cli, cloud_tpu, flags, fleet, gcloud, run_registry, verbs, worker_commands
+from launch.tpu import (
+    cli,
+    cloud_tpu,
+    flags,
+    fleet,
+    gcloud,
+    preflight,
+    run_registry,
+    verbs,
+    worker_commands,
+)
 from launch.tpu.allocation import Gone
 from launch.tpu.attempt import Attempt
 from launch.tpu.billing import Billing
@@ -166,7 +176,6 @@ def plan(folder: pathlib.Path, *words: str, **more) -> Plan:
         config="x",
         workdir="gs://b/x",
         arguments=["train"],
-        steps=12,
         setup="",
         secrets={},
         code=Bundle("c0de", b"", "x"),
@@ -739,7 +748,7 @@ class ShowingWorkers(TwoWorkers):
 
 def prepare_workers(folder: pathlib.Path, reply: Result) -> ShowingWorkers:
     workers, clock = ShowingWorkers(reply), FakeClock()
-    made = plan(folder, unchecked=True, devices=8, overrides=["--config.seed=1"])
+    made = plan(folder, show=preflight.show_arguments("x", ["--config.seed=1"], 8))
     journal = Journal(folder, quiet=True)
     Provisioner(made, workers, clock, journal, lambda: None, clock.sleep).prepare()
     return workers
