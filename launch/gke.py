@@ -71,7 +71,8 @@ def command(args: argparse.Namespace, overrides: list[str]) -> str:
         raise Stop(Exit.REFUSED, f"--name {args.name!r}: up to 40 of a-z, 0-9, -; a letter first")
     check_code(config, args.image)
     preflight.check_workdir(args.workdir, slice_.hosts, kept=False, mounted=False)
-    resolved = preflight.resolve(ROOT, config, overrides, slice_.devices * args.num_slices)
+    devices = slice_.devices * args.num_slices
+    resolved = preflight.resolve(ROOT, preflight.show_arguments(config, overrides, devices))
     downloads = preflight.check_data(resolved, local=False) if resolved else []
     train = ["vit-scale", "train", "--config", config, "--workdir", args.workdir, *overrides]
     return " && ".join([*downloads, shlex.join(train)])

@@ -83,14 +83,11 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def start(hosts: int, devices: int, command: list[str], ended: Ended) -> list[Host]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    cluster = ["--coordinator", f"localhost:{free_port()}", "--processes", str(hosts)]
+    with socket.create_server(("localhost", 0)) as listener:  # on a port that is free
+        port = listener.getsockname()[1]
+    cluster = ["--coordinator", f"localhost:{port}", "--processes", str(hosts)]
     return [
         Host(number, [*command, *cluster, "--process", str(number)], environment, ended)
         for number in range(hosts)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from launch.tpu import gcloud
 from launch.tpu.billing import Billing
@@ -24,28 +25,27 @@ class Gone(Exception):
     """The machine is gone, or will not come back."""
 
 
+@dataclass
 class Allocation:
-    """The run's slices in the cloud.
+    """The run's slices in the cloud."""
 
-    Attributes:
-      created: this launcher created the machine, so no unknown training runs on it.
-      requested: a creation request is unanswered; the machine may exist.
-      fresh: the machine has not been READY yet.
-      pause: waits; raises Interrupted when the user asks the launcher to end.
-      claim: called once the machine is, or is about to be, this run's.
-      rescue: called with the last status before removing a machine that may still be training.
-    """
+    plan: Plan
+    cloud: CloudTpu
+    billing: Billing
+    pause: Callable[[float], None]  # raises Interrupted when the user asks the launcher to end
+    # Called once the machine is, or is about to be, this run's.
+    claim: Callable[[], None] = lambda: None
+    # Called with the last status before removing a machine that may still be training.
+    rescue: Callable[[Status], None] = lambda status: None
+    created: bool = False  # by this launcher, so no unknown training runs on it
+    requested: bool = False  # a creation request is unanswered; the machine may exist
+    fresh: bool = True  # it has not been READY yet
+    zone: int = 0  # index in the plan's zones
+    shortages: int = 0
+    refusals: int = 0
 
-    def __init__(
-        self, plan: Plan, cloud: CloudTpu, billing: Billing, pause: Callable[[float], None]
-    ):
-        self.plan, self.cloud, self.billing, self.pause = plan, cloud, billing, pause
-        self.clock, self.journal = cloud.clock, cloud.journal
-        self.zone, self.shortages, self.refusals, self.created = 0, 0, 0, False
-        self.fresh = True
-        self.requested = False
-        self.claim: Callable[[], None] = lambda: None
-        self.rescue: Callable[[Status], None] = lambda status: None
+    def __post_init__(self) -> None:
+        self.clock, self.journal = self.cloud.clock, self.cloud.journal
         self.checked_at = self.renewed = self.clock.now()
 
     def acquire(self) -> Status:
@@ -129,9 +129,6 @@ class Allocation:
             self.requested = error.kind == "transient"
             self.no_capacity(error, began)
             return
-        except Stop:
-            self.requested = False
-            raise
         self.requested = False
         self.cloud.owned = self.created = created
         self.refusals = 0 if created else self.refusals + 1
@@ -157,20 +154,16 @@ class Allocation:
         if self.plan.args.existing:
             self.claim()
             return
-        run = status.labels.get("run", "")
+        run, problem = status.labels.get("run", ""), ""
         if status.labels.get("managed-by") != "vit_scale":
-            raise Stop(
-                Exit.USAGE,
-                f"TPU {self.plan.name} exists and was not created by this launcher: "
-                "choose another --name, or use it as it is with --existing",
-            )
-        if run != self.plan.run:
-            raise Stop(
-                Exit.USAGE,
-                f"TPU {self.plan.name} belongs to run {run}, which has another config or workdir: "
-                "choose another --name, or delete that machine: launch/tpu_vm.sh delete --name "
-                f"{self.plan.name}",
-            )
+            problem = "exists and was not created by this launcher: choose another --name, or use "
+            problem += "it as it is with --existing"
+        elif run != self.plan.run:
+            problem = f"belongs to run {run}, which has another config or workdir: choose another "
+            problem += "--name, or delete that machine: launch/tpu_vm.sh delete --name "
+            problem += self.plan.name
+        if problem:
+            raise Stop(Exit.USAGE, f"TPU {self.plan.name} {problem}")
         self.claim()
         self.cloud.owned = True
         self.renewed = self.clock.now() - RENEW - 1  # an adopted machine may be about to expire

@@ -78,8 +78,9 @@ class CloudTpu:
             self.clock.sleep(delay * random.uniform(0.8, 1.2))
             delay = min(2 * delay, LONGEST)
 
-    def read_json(self, argv: list[str], patience: int = TRIES) -> dict | None:
-        """Run a describe command; None if the resource does not exist. Raises Stop if refused."""
+    def describe(self, node: str = "", patience: int = TRIES) -> dict | None:
+        """Describe the request, or a node; None if it does not exist. Raises Stop if refused."""
+        argv = gcloud.describe(self.tpu, node)
         try:
             return json.loads(self.call(argv, patience))
         except ApiError as error:
@@ -89,20 +90,17 @@ class CloudTpu:
         except ValueError:
             raise Stop(Exit.INFRASTRUCTURE, f"invalid JSON from: {shlex.join(argv)}") from None
 
-    def describe_node(self, name: str, patience: int = TRIES) -> dict | None:
-        return self.read_json(gcloud.describe(self.tpu, name), patience)
-
     def is_ours(self, labels: dict) -> bool:
         """Return whether these labels are this run's, or any run's if the run is unknown."""
         run = self.tpu.labels.get("run")
         return labels.get("managed-by") == "vit_scale" and run in (None, labels.get("run"))
 
     def status(self, patience: int = TRIES) -> Status:
-        resource = self.read_json(gcloud.describe(self.tpu), patience)
+        resource = self.describe(patience=patience)
+        if self.tpu.queue and resource:
+            return self._request(resource, patience)
         if self.tpu.queue:
-            return (
-                self._request(resource, patience) if resource else self._without_request(patience)
-            )
+            return self._without_request(patience)
         if resource is None:
             return Status("absent", f"TPU {self.tpu.name} does not exist")
         if resource.get("queuedResource") and self.is_ours(resource.get("labels", {})):
@@ -113,7 +111,7 @@ class CloudTpu:
     def _without_request(self, patience: int) -> Status:
         """Check for nodes without a request: left over, created without a queue, or another's."""
         for name in self.tpu.nodes:
-            node = self.describe_node(name, patience)
+            node = self.describe(name, patience)
             if node is None:
                 continue
             status = self._node(name, node)
@@ -145,7 +143,7 @@ class CloudTpu:
         return status if status.labels else status._replace(labels=labels)
 
     def _nodes(self, names: list[str], patience: int) -> Status:
-        nodes = {name: self.describe_node(name, patience) for name in names}
+        nodes = {name: self.describe(name, patience) for name in names}
         # It may not be listed yet, or be gone although its request is still ACTIVE.
         self.missing = 0 if all(nodes.values()) else self.missing + 1
         kind = "gone" if self.missing >= 3 else "waiting"
@@ -178,7 +176,7 @@ class CloudTpu:
     def create(self) -> bool:
         """Request the machine; False if the name exists already, whoever owns it.
 
-        Raises Stop, or ApiError for a stockout.
+        Raises ApiError.
         """
         self.journal.say("acquire", f"requesting {self.tpu.name} in {self.tpu.zone}")
         labels = {**self.tpu.labels, "expires": expiry()}
@@ -186,11 +184,9 @@ class CloudTpu:
         try:
             self.call(gcloud.create(self.tpu), patience=5)
         except ApiError as error:
-            if error.kind == "exists":
-                return False
-            if error.kind in CODES:
-                raise refuse(error) from None
-            raise
+            if error.kind != "exists":
+                raise
+            return False
         return True
 
     def delete(self) -> None:
@@ -211,10 +207,10 @@ class CloudTpu:
 
     def _exists(self) -> dict | None:
         """Return the request or one of its nodes, or None; another run's machine does not count."""
-        resource = self.read_json(gcloud.describe(self.tpu))
+        resource = self.describe()
         if resource is None and self.tpu.queue:  # a node may outlive its request
             for name in self.tpu.nodes:
-                node = self.describe_node(name)
+                node = self.describe(name)
                 if node and self._is_leftover(node):
                     resource = node
                     self._ask_to_delete(dataclasses.replace(self.tpu, name=name, queue=False))

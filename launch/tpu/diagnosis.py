@@ -1,13 +1,16 @@
-"""Diagnose why an attempt ended: one worker is the cause, the others exit because of it.
+"""Diagnose why an attempt ended, and decide whether, when and on which machine to retry.
 
-The cause is the earliest exit that is not collateral. Tables of log signatures are read from the
-top; the trainer's own final message, in its heartbeat, outranks its exit code.
+One worker is the cause, the others exit because of it: the cause is the earliest exit that is not
+collateral. Tables of log signatures are read from the top; the trainer's own final message, in its
+heartbeat, outranks its exit code.
 """
 
 import re
 from typing import NamedTuple
 
-from launch.tpu.exit_codes import Agent, Trainer
+from launch.tpu.exit_codes import Agent, Exit, Stop, Trainer
+
+DELAYS = (10, 30, 120, 300)  # seconds before the next attempt, by failures in a row
 
 # (pattern in the end of the log, kind), unless the exit code is 0
 SIGNATURES = (
@@ -135,3 +138,44 @@ def _describe_exit(end: WorkerExit) -> str:
 def signature(code: int | None, line: str) -> str:
     """Return the message without numbers and addresses, which differ between equal failures."""
     return f"{code}: " + re.sub(r"0x[0-9a-f]+|\d+", "N", line)[:200]
+
+
+class Retry(NamedTuple):
+    delay: float  # seconds
+    recreate: bool  # the machine
+
+
+def decide(state: dict, cause: Cause, progressed: bool, failures: int, restarts: int) -> Retry:
+    """Return how to retry after an attempt ended with `cause`. Raises Stop to give up.
+
+    Only progress justifies cost: a failure counts unless the run got further than before, even if
+    the trainer says that it can resume. Preemptions do not; --max-hours and --max-cost bound them.
+
+    Args:
+      state: the journal's, where failures and restarts are counted.
+      progressed: whether the run got further than before.
+      failures: limit of consecutive failures without progress.
+      restarts: limit of restarts for causes outside the training.
+    """
+    if progressed:
+        state["failures"] = []
+    if cause.kind in ("fatal", "input"):
+        raise Stop(Exit.FAILED if cause.kind == "fatal" else Exit.BAD_INPUT, cause.text)
+    row, preempted = state["failures"], cause.kind == "preempted"
+    if not preempted:
+        row.append(f"{cause.kind} {cause.signature}")
+    if not preempted and len(row) >= failures:
+        if cause.kind == "busy":
+            raise Stop(Exit.TPU_HELD, cause.text)
+        if len(set(row[-failures:])) == 1 and failures > 1:
+            raise Stop(Exit.CRASH_LOOP, f"{failures} times in a row without progress: {cause.text}")
+        raise Stop(Exit.FAILED if cause.kind == "user" else Exit.INFRASTRUCTURE, cause.text)
+    if cause.kind != "user":
+        state["restarts"] += 1
+        if state["restarts"] > restarts:
+            raise Stop(Exit.INFRASTRUCTURE, f"--max-restarts {restarts} reached: {cause.text}")
+    if preempted:
+        return Retry(DELAYS[0], recreate=False)  # the allocation replaces the machine
+    infra_failures = sum(not entry.startswith("user ") for entry in row)
+    delay = 0 if cause.kind == "port" else DELAYS[min(len(row), len(DELAYS)) - 1]
+    return Retry(delay, cause.kind != "user" and infra_failures >= 2)

@@ -74,12 +74,17 @@ def confirm(args: argparse.Namespace, what: str) -> bool:
     return input(f"{what}? [y/N] ").strip().lower() == "y"
 
 
+def client(tpu: Tpu) -> cloud_tpu.CloudTpu:
+    """Return access to a machine that may be deleted."""
+    return cloud_tpu.CloudTpu(tpu, Clock(), Journal(FOLDER / "list", quiet=True), owned=True)
+
+
 class Machine:
     """A machine with the launcher's labels."""
 
     def __init__(self, tpu: Tpu, state: str, labels: dict, created: str, kind: str):
         self.state, self.labels, self.kind = state, labels, kind
-        self.tpu = dataclasses.replace(tpu, labels={"run": labels.get("run", "")})
+        self.cloud = client(dataclasses.replace(tpu, labels={"run": labels.get("run", "")}))
         self.hours = billing.age(created) / 3600
         expires = labels.get("expires", "")
         # A queued request has no label to renew, and may wait for days.
@@ -92,8 +97,8 @@ class Machine:
         with contextlib.suppress(Stop):  # a type that is not in the table
             price = accelerators.parse(self.kind).price
         return {
-            "name": self.tpu.name,
-            "zone": self.tpu.zone,
+            "name": self.cloud.tpu.name,
+            "zone": self.cloud.tpu.zone,
             "type": self.kind,
             "state": self.state,
             "run": self.labels.get("run"),
@@ -139,10 +144,8 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
 
 
 def read_list(argv: list[str]) -> list[dict]:
-    journal = Journal(FOLDER / "list", quiet=True)
-    client = cloud_tpu.CloudTpu(Tpu("", "", ""), Clock(), journal)
     try:
-        return json.loads(client.call(argv) or b"[]")
+        return json.loads(client(Tpu("", "", "")).call(argv) or b"[]")
     except ApiError as error:
         raise cloud_tpu.refuse(error) from None
 
@@ -176,9 +179,8 @@ def collect(args: argparse.Namespace) -> int:
             continue
         if not confirm(args, f"delete {text}"):
             continue
-        journal = Journal(FOLDER / "list", quiet=True)
         try:
-            cloud_tpu.CloudTpu(machine.tpu, Clock(), journal, owned=True).delete()
+            machine.cloud.delete()
             print(f"deleted: {text}")
         except Stop as stop:
             print(f"NOT deleted: {text}: {stop}")
@@ -192,11 +194,10 @@ def in_use(machine: Machine) -> str:
     It is unused if every worker reports that nothing runs and that no launcher has asked recently.
     Its labels do not decide: they cannot always be renewed.
     """
-    clock = Clock()
-    status = cloud_tpu.CloudTpu(machine.tpu, clock, Journal(FOLDER / "list", quiet=True)).status()
+    clock, status = machine.cloud.clock, machine.cloud.status()
     if status.kind in ("absent", "gone", "failed"):
         return ""
-    workers = GcloudWorkers(machine.tpu, status.hosts, clock, lambda argv: None)
+    workers = GcloudWorkers(machine.cloud.tpu, status.hosts, clock, lambda argv: None)
     ask = agent_command("status", machine.labels.get("run", ""), "last")
     line = f"if test -e {HOME}/agent.sh; then {ask}; else echo no agent; fi"
     answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))

@@ -11,13 +11,13 @@ import socket
 import threading
 import traceback
 
-from launch.tpu import retry_policy, worker_commands
+from launch.tpu import worker_commands
 from launch.tpu.allocation import POLL, Allocation, Gone
 from launch.tpu.attempt import Attempt
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu, Status
-from launch.tpu.diagnosis import Cause
+from launch.tpu.diagnosis import Cause, decide
 from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
@@ -99,7 +99,7 @@ class Launcher:
             progress = self.record_progress()
             progressed = any(step > before.get(run, 0) for run, step in progress.items())
             args = self.plan.args
-            retry = retry_policy.decide(
+            retry = decide(
                 self.journal.state, cause, progressed, args.max_failures, args.max_restarts
             )
             self.journal.save()

@@ -69,7 +69,8 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     hosts = accelerator.hosts * tpu.slices if tpu and accelerator else count
     if tpu:
         devices = accelerator.devices * tpu.slices if accelerator else None
-    resolved = preflight.resolve(root, config, overrides, devices, install=not args.dry_run)
+    show = preflight.show_arguments(config, overrides, devices)
+    resolved = preflight.resolve(root, show, install=not args.dry_run)
     workdir = resolve_workdir(args, values, name, root, target)
     run = f"{name}-{digest(workdir)}"
     if args.fresh:
@@ -80,7 +81,6 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
     code = bundle.make(root, secret.redactable(secrets))
-    show = preflight.show_arguments(config, overrides, devices)
     plan = Plan(
         args=args,
         target=target,

@@ -44,21 +44,15 @@ def show_arguments(config: str, overrides: list[str], devices: int | None) -> li
     return ["show", "--config", config, "--json", *flag, *overrides]
 
 
-def resolve(
-    root: pathlib.Path,
-    config: str,
-    overrides: list[str],
-    devices: int | None,
-    install: bool = False,
-) -> dict | None:
-    """Resolve the config for `devices`; None if `vit-scale` is not available here.
+def resolve(root: pathlib.Path, show: list[str], install: bool = False) -> dict | None:
+    """Run `vit-scale show`; None if `vit-scale` is not available here.
 
     With `install`, .venv is created if there is none. Raises Stop if vit-scale refuses the config.
     """
-    argv = [str(root / ".venv" / "bin" / "vit-scale"), *show_arguments(config, overrides, devices)]
+    argv = [str(root / ".venv" / "bin" / "vit-scale"), *show]
     script = [str(root / "launch" / "environment.sh")]
     if not os.path.exists(argv[0]) and not install:
-        print(f"config {config} not checked here: run launch/environment.sh", file=sys.stderr)
+        print(f"config {show[2]} not checked here: run launch/environment.sh", file=sys.stderr)
         return None
     if not os.path.exists(argv[0]) and subprocess.run(script, stdout=sys.stderr).returncode:
         return None  # as without Python 3.11 and uv

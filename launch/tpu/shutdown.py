@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-from launch.tpu import gcloud
 from launch.tpu.allocation import Allocation
 from launch.tpu.billing import Billing
 from launch.tpu.clock import Clock
@@ -151,9 +150,11 @@ class Shutdown:
         state = self.journal.state
         state["result"] = code
         self.journal.save()
-        machine = "none"
-        if self.machine:
-            machine = "deleted" if deleted else self.describe_kept(self.machine.cloud.tpu)
+        machine = "deleted" if deleted else "none"
+        if self.machine and not deleted and (self.owned or self.plan.args.existing):
+            tpu, price = self.machine.cloud.tpu, self.plan.price
+            rate = "unknown price" if price is None else f"${price:.2f}/h"
+            machine = f"kept ({tpu.name}, {tpu.zone}, {rate})"
         result = {
             "run": self.plan.run,
             "result": line if code == Exit.INTERRUPTED else code.result,
@@ -169,9 +170,3 @@ class Shutdown:
         self.journal.release_lock()
         print_line(json.dumps(result), sys.stdout)
         return code
-
-    def describe_kept(self, tpu: gcloud.Tpu) -> str:
-        if not self.owned and not self.plan.args.existing:
-            return "none"
-        price = "unknown price" if self.plan.price is None else f"${self.plan.price:.2f}/h"
-        return f"kept ({tpu.name}, {tpu.zone}, {price})"

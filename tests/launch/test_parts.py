@@ -19,7 +19,6 @@ from launch.tpu import (
     exit_codes,
     flags,
     gcloud,
-    retry_policy,
     secret,
 )
 from launch.tpu.billing import Billing
@@ -181,7 +180,7 @@ def outcomes(causes, progressed=False, failures=3, restarts=100):
     state, results = new_state(), []
     for cause in causes:
         try:
-            results.append(tuple(retry_policy.decide(state, cause, progressed, failures, restarts)))
+            results.append(tuple(diagnosis.decide(state, cause, progressed, failures, restarts)))
         except Stop as stop:
             results.append(stop.code)
     return results
