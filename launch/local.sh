@@ -39,23 +39,21 @@ case ${1:-} in
   -h | --help) usage; exit ;;
 esac
 
-hosts="" devices=1 flags=()
+pod=() flags=()
 while (($#)); do
   case $1 in
-    --hosts) hosts=${2:?"--hosts needs a number"}; shift 2 ;;
-    --hosts=*) hosts=${1#*=}; shift ;;
-    --devices) devices=${2:?"--devices needs a number"}; shift 2 ;;
-    --devices=*) devices=${1#*=}; shift ;;
+    --hosts | --devices) pod+=("$1=${2:?"$1 needs a number"}"); shift 2 ;;
+    --hosts=* | --devices=*) pod+=("$1"); shift ;;
     *) flags+=("$1"); shift ;;
   esac
 done
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -z $hosts ]] || ACCELERATOR=cpu
+((${#pod[@]} == 0)) || ACCELERATOR=cpu
 extra=$(accelerator)
 "$here/environment.sh" ${extra:+"$extra"}
 train=("$here/../.venv/bin/vit-scale" train "${flags[@]}")
-if [[ -n $hosts ]]; then
-  exec "$here/../.venv/bin/python" "$here/pod.py" --hosts "$hosts" --devices "$devices" "${train[@]}"
+if ((${#pod[@]})); then
+  exec "$here/../.venv/bin/python" "$here/pod.py" "${pod[@]}" "${train[@]}"
 fi
 exec "${train[@]}"

@@ -71,10 +71,8 @@ def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
         listed = ", ".join(f"{name} {sizes[name] / 1e6:.0f} MB" for name in largest)
         total = sum(sizes.values()) / 1e6
-        raise Stop(
-            Exit.BAD_INPUT,
-            f"code is {total:.0f} MB, the limit is {LARGEST / 1e6:.0f} MB; largest: {listed}",
-        )
+        limit = f"the limit is {LARGEST / 1e6:.0f} MB"
+        raise Stop(Exit.BAD_INPUT, f"code is {total:.0f} MB, {limit}; largest: {listed}")
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in names:

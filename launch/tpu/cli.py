@@ -60,11 +60,8 @@ def run(args, overrides: list[str]) -> int:
         print(json.dumps({"run": plan.run, "result": "done", "code": Exit.DONE, "steps": steps}))
         return Exit.DONE
     if not journal.acquire_lock():
-        raise Stop(
-            Exit.USAGE,
-            f"process {journal.watcher()} already watches {plan.run}: launch/tpu_vm.sh logs -f "
-            f"--name {plan.name}",
-        )
+        other = f"process {journal.watcher()} already watches {plan.run}"
+        raise Stop(Exit.USAGE, f"{other}: launch/tpu_vm.sh logs -f --name {plan.name}")
     (plan.folder / "stop").unlink(missing_ok=True)  # a request to an earlier launcher
     if args.detach:
         return detach(plan, journal)

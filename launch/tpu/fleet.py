@@ -14,8 +14,8 @@ from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import ApiError, Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
-from launch.tpu.run_registry import FOLDER, RegisteredRun, describe_owner
 from launch.tpu.transport import HOME, AgentStatus, GcloudWorkers, agent_command, on_all
+from launch.tpu.verbs import FOLDER, RegisteredRun, describe_owner
 
 DEAD_STATES = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
@@ -36,11 +36,8 @@ def delete(args: argparse.Namespace) -> int:
     owner = labels.get("owner", "")
     own = cloud.is_ours(labels) and (registered or owner == cloud_tpu.owner())
     if not own and args.owner not in ("all", owner):
-        raise Stop(
-            Exit.USAGE,
-            f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}; to delete it, pass "
-            f"--owner {owner}",
-        )
+        problem = f"{cloud.tpu.name} not deleted: it {describe_owner(labels)}"
+        raise Stop(Exit.USAGE, f"{problem}; to delete it, pass --owner {owner}")
     cloud.tpu = dataclasses.replace(cloud.tpu, labels={"run": labels.get("run", "")})
     status = cloud.status()  # with its run known, a node without a request is recognised
     if not confirm(args, f"delete {cloud.tpu.name} ({status.detail}; it {describe_owner(labels)})"):
@@ -58,9 +55,7 @@ def find_machine(args: argparse.Namespace) -> tuple[cloud_tpu.CloudTpu, bool]:
         if not (args.zone and args.name):
             raise
         project = flags.Values(args, ROOT).get_or_gcloud("project", "project")
-        tpu = Tpu(args.name, args.zone, project, queue=not args.no_queue)
-        journal = Journal(FOLDER / f"delete-{args.name}", quiet=True)
-        return cloud_tpu.CloudTpu(tpu, Clock(), journal, owned=True), False
+        return client(Tpu(args.name, args.zone, project, queue=not args.no_queue)), False
     if run.cloud is None or not run.cloud.owned:
         raise Stop(Exit.USAGE, "this run's machine was not created by this launcher: not deleted")
     return run.cloud, True
@@ -172,8 +167,8 @@ def collect(args: argparse.Namespace) -> int:
         if mine not in ("all", machine.labels.get("owner")):
             print(f"another's: {text}")
             continue
-        find_machine = machine.expired or (machine.left and not args.expired)
-        use = "in use" if not find_machine else "" if machine.left else in_use(machine)
+        forgotten = machine.expired or (machine.left and not args.expired)
+        use = "in use" if not forgotten else "" if machine.left else in_use(machine)
         if use:
             print(f"{use}: {text}")
             continue

@@ -290,11 +290,10 @@ class Launcher:
     def check_machine(self, attempt: Attempt) -> None:
         """Check limits, and the node now and then, sooner if a worker does not answer."""
         self.billing.check(self.plan.args.max_hours, self.plan.args.max_cost)
-        now = self.clock.now()
-        silent = any(view.error for view in attempt.views)
-        if self.machine and now - self.machine.checked_at > (POLL if silent else WATCH):
-            self.is_ready()
         if self.machine:
+            silent = any(view.error for view in attempt.views)
+            if self.clock.now() - self.machine.checked_at > (POLL if silent else WATCH):
+                self.is_ready()
             self.machine.renew()
 
     # --- end

@@ -141,11 +141,9 @@ def here(args: argparse.Namespace) -> tuple[str, int | None]:
     names = {"name": "NODE_ID", "zone": "ZONE", "project": "CONSUMER_PROJECT_ID"}
     identity = {key: environment.get(variable, "") for key, variable in names.items()}
     if not all(identity.values()):
-        raise Stop(
-            Exit.USAGE,
-            f"this is one host of a {accelerator.type} whose name is unknown: training on one host "
-            "hangs; use --existing --name NODE --zone ZONE --type TYPE",
-        )
+        problem = f"this is one host of a {accelerator.type} whose name is unknown: training on "
+        problem += "one host hangs; use --existing --name NODE --zone ZONE --type TYPE"
+        raise Stop(Exit.USAGE, problem)
     for key, value in {**identity, "type": accelerator.type}.items():
         setattr(args, key, value)
     args.existing = args.internal_ip = True
@@ -176,9 +174,8 @@ def resolve_tpu(
     if not kind and not (args.existing and args.dry_run):
         raise Stop(Exit.USAGE, "--type is required, such as v4-32")
     if kind and kind.startswith("tpu"):
-        raise Stop(
-            Exit.REFUSED, f"{kind}: TPU7x and later are only on GKE: launch/gke.py --type {kind}"
-        )
+        problem = f"{kind}: TPU7x and later are only on GKE"
+        raise Stop(Exit.REFUSED, f"{problem}: launch/gke.py --type {kind}")
     accelerator = accelerators.parse(kind, args.price) if kind else None
     if args.num_slices < 1:
         raise Stop(Exit.USAGE, f"--num-slices {args.num_slices} must be at least 1")

@@ -25,10 +25,8 @@ def check_name(root: pathlib.Path, config: str) -> str:
         if not path.is_file():
             raise Stop(Exit.BAD_INPUT, f"config file {name} does not exist")
         if root not in path.parents:
-            raise Stop(
-                Exit.BAD_INPUT,
-                f"config {name} is outside {root}, and workers get only that: move it there",
-            )
+            problem = f"config {name} is outside {root}, and workers get only that"
+            raise Stop(Exit.BAD_INPUT, f"{problem}: move it there")
         return f"./{path.relative_to(root)}{colon}{argument}"
     names = sorted(file.stem for file in (root / "configs").glob("*.py") if file.stem != "base")
     if name not in names:
@@ -113,8 +111,6 @@ def check_workdir(workdir: str, hosts: int, kept: bool, mounted: bool) -> None:
         return
     problem = f"workdir {workdir} is on a worker's disk" if workdir else "no workdir"
     why = "all hosts must share one" if hosts > 1 else "a local one is deleted with the machine"
-    raise Stop(
-        Exit.BAD_INPUT,
-        f"{problem}, and {why}: pass --workdir gs://BUCKET/RUN, or set BUCKET=gs://BUCKET in "
-        "launch/tpu.env (for a mounted path: --workdir-is-mounted)",
-    )
+    remedy = "pass --workdir gs://BUCKET/RUN, or set BUCKET=gs://BUCKET in launch/tpu.env (for a "
+    remedy += "mounted path: --workdir-is-mounted)"
+    raise Stop(Exit.BAD_INPUT, f"{problem}, and {why}: {remedy}")

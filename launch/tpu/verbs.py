@@ -1,4 +1,6 @@
-"""The verbs status, logs, stop, ssh and profile, for one run."""
+"""The runs launched from this clone, by their folders in runs/tpu, and the verbs for one run:
+status, logs, stop, ssh and profile.
+"""
 
 import argparse
 import json
@@ -8,22 +10,87 @@ import shlex
 import subprocess
 import sys
 
-from launch.tpu import cloud_tpu, gcloud
+from launch.tpu import flags, gcloud, transport
+from launch.tpu.clock import Clock
+from launch.tpu.cloud_tpu import CloudTpu, Status
 from launch.tpu.exit_codes import Exit, Stop
-from launch.tpu.run_registry import RegisteredRun
-from launch.tpu.transport import AgentStatus, last_error, on_all
+from launch.tpu.gcloud import Tpu
+from launch.tpu.journal import Journal
+from launch.tpu.plan import ROOT
+from launch.tpu.transport import AgentStatus, Workers, last_error, on_all
 
+FOLDER = ROOT / "runs" / "tpu"
 TRACING = 600  # seconds for ten steps and for writing their trace
+
+
+class RegisteredRun:
+    """A run launched from this clone. `args` name it; by default the latest."""
+
+    REACHABLE = ("ready", "unhealthy", "recovering")  # statuses in which workers may answer
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.clock = args, Clock()
+        values = flags.Values(args, ROOT)
+        name = values.get("name")
+        requests = [path for path in FOLDER.glob("*/launch.json") if has_name(path, name)]
+        if not requests:
+            problem = f"no run{name and f' named {name}'} was launched from this clone"
+            raise Stop(Exit.USAGE, f"{problem}: pass --name, or see `list`")
+        self.folder = max(requests, key=lambda path: path.stat().st_mtime).parent
+        self.request = json.loads((self.folder / "launch.json").read_text())
+        self.journal = Journal(self.folder, quiet=True)
+        self.id, self.name = self.request["run"], self.request["name"]
+        self.cloud: CloudTpu | None = None
+        if self.request["tpu"]:
+            # An earlier launcher's request may have other fields, of its creation.
+            known = {k: v for k, v in self.request["tpu"].items() if k in Tpu.__dataclass_fields__}
+            zone = args.zone or self.journal.state["zone"] or known["zone"]
+            tpu = Tpu(**{**known, "zone": zone})
+            owned = not self.request["existing"]
+            self.cloud = CloudTpu(tpu, self.clock, self.journal, owned)
+
+    def workers(self) -> Workers:
+        """Return its workers. Raises Stop if there are none."""
+        if self.cloud is None:
+            homes = sorted(self.folder.glob("worker-*")) or [pathlib.Path.home()]
+            return transport.LocalWorkers(homes, "", 0, self.clock)
+        status = self.status()
+        if status.kind not in self.REACHABLE:
+            raise Stop(Exit.REFUSED, f"{self.name} has no workers: {status.detail}")
+        tpu, hosts = self.cloud.tpu, status.hosts
+        return transport.GcloudWorkers(tpu, hosts, self.clock, lambda argv: None)
+
+    def status(self) -> Status:
+        """Return the machine's status. Raises Stop if another run has it by now."""
+        if self.cloud is None:
+            return Status("ready", "this machine")
+        status = self.cloud.status()
+        if self.cloud.owned and status.kind != "absent" and not self.cloud.is_ours(status.labels):
+            problem = f"{self.name} no longer belongs to {self.id}"
+            raise Stop(Exit.USAGE, f"{problem}: it {describe_owner(status.labels)}")
+        return status
+
+
+def describe_owner(labels: dict) -> str:
+    """Say who owns a machine with these labels, as the rest of a sentence."""
+    if labels.get("managed-by") != "vit_scale":
+        return "was not created by this launcher"
+    return f"belongs to run {labels.get('run')} of {labels.get('owner')}"
+
+
+def has_name(path: pathlib.Path, name: str) -> bool:
+    try:
+        return not name or json.loads(path.read_text())["name"] == name
+    except (OSError, ValueError):
+        return False
 
 
 def status(args: argparse.Namespace) -> int:
     run = RegisteredRun(args)
     state, request = run.journal.state, run.request
-    status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
-    rows = []
+    status, rows = run.status(), []
     if status.kind in ("ready", "unhealthy"):
-        answers = run.workers().agents("status", run.id, "last")
-        rows = [worker_row(worker, result) for worker, result in answers.items()]
+        rows = worker_rows(run.workers(), run.id, "last")
     hours, price = state["billed"] / 3600, request["price"]
     content = {
         "run": run.id,
@@ -45,6 +112,12 @@ def status(args: argparse.Namespace) -> int:
         cells = [f"{key} {value}" for key, value in entry.items() if value not in ("", None)]
         print("  ".join(cells))
     return Exit.DONE
+
+
+def worker_rows(workers: Workers, run: str, attempt: int | str) -> list[dict]:
+    """Ask every worker for its status, for a table."""
+    answers = workers.agents("status", run, attempt)
+    return [worker_row(worker, result) for worker, result in answers.items()]
 
 
 def worker_row(worker: int, result: gcloud.Result) -> dict:
@@ -102,7 +175,7 @@ def stop(args: argparse.Namespace) -> int:
             run.clock.sleep(2)
         print((run.folder / "journal.jsonl").read_text().splitlines()[-1])
         return Exit.DONE
-    status = run.status() if run.cloud else cloud_tpu.Status("ready", "this machine")
+    status = run.status()
     if status.kind == "absent":
         raise Stop(Exit.REFUSED, f"{run.name} has no workers: {status.detail}")
     if status.kind in run.REACHABLE:  # nothing trains on a machine in any other status
@@ -119,19 +192,13 @@ def stop_workers(run: RegisteredRun, args: argparse.Namespace) -> None:
     Raises Stop if the machine is kept and some workers cannot be reached: they may still train.
     """
     workers, clock = run.workers(), run.clock
-    everyone = range(workers.count)
-
-    def ask(*words) -> list[dict]:
-        answers = on_all(everyone, lambda i: workers.agent(i, *words))
-        return [worker_row(worker, result) for worker, result in answers.items()]
-
-    rows = ask("status", run.id, "last")
+    rows = worker_rows(workers, run.id, "last")
     number = max([run.journal.state["attempt"], *(entry.get("attempt", 0) for entry in rows)])
     seconds = max(1, round(args.grace * clock.scale))
     until = clock.now() + args.grace + 60
     while True:  # idempotent: unreachable workers are asked again
-        on_all(everyone, lambda i: workers.agent(i, "stop", run.id, number, seconds))
-        rows = ask("status", run.id, number)
+        workers.agents("stop", run.id, number, seconds)
+        rows = worker_rows(workers, run.id, number)
         left = [entry for entry in rows if entry["state"] in ("running", "not reached")]
         if not left or clock.now() > until:
             break

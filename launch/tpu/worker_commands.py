@@ -62,12 +62,11 @@ def dry_run(plan: Plan) -> list[str]:
     def ssh(text: str) -> str:
         return shlex.join(gcloud.ssh(tpu, node, 0, text))
 
-    lines = [shlex.join(gcloud.describe(tpu))]
-    if not plan.args.existing:
-        lines.append(shlex.join(gcloud.create(tpu)))
-    if tpu.queue:
-        lines += [shlex.join(gcloud.describe(tpu, name)) for name in tpu.nodes]
-    lines += [ssh(probe(plan.code.sha)), shlex.join(gcloud.ssh_lines(tpu, node))]
+    cloud = [gcloud.describe(tpu)]
+    cloud += [gcloud.create(tpu)] * (not plan.args.existing)
+    cloud += [gcloud.describe(tpu, name) for name in tpu.nodes] * tpu.queue
+    lines = [*map(shlex.join, cloud), ssh(probe(plan.code.sha))]
+    lines.append(shlex.join(gcloud.ssh_lines(tpu, node)))
     lines.append(f"{ssh(receive(f'{plan.code.sha}.tgz', plan.code.data))} <<< 'the code'")
     lines.append(f"{ssh(install())} <<< 'launch/agent.sh'")
     if not plan.args.existing and plan.args.orphan:

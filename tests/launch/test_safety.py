@@ -18,7 +18,6 @@ from launch.tpu import (
     fleet,
     gcloud,
     preflight,
-    run_registry,
     verbs,
     worker_commands,
 )
@@ -258,9 +257,9 @@ def run_folder(table, tmp_path, monkeypatch) -> pathlib.Path:
     """The folder of a run, as a launcher writes it."""
     folder = tmp_path / "runs" / RUN
     folder.mkdir(parents=True)
-    for module in (run_registry, fleet):
+    for module in (verbs, fleet):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "runs")
-    for module in (run_registry, verbs, fleet, cloud_tpu):
+    for module in (verbs, fleet, cloud_tpu):
         if hasattr(module, "Clock"):
             monkeypatch.setattr(module, "Clock", FakeClock)
     request = {"run": RUN, "name": "vit", "tpu": vars(tpu()), "existing": False, "price": None}
