@@ -17,7 +17,7 @@ from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import Tpu
 from launch.tpu.journal import Journal
 from launch.tpu.plan import ROOT
-from launch.tpu.transport import AgentStatus, Workers, last_error, on_all
+from launch.tpu.transport import AgentStatus, last_error, on_all
 
 FOLDER = ROOT / "runs" / "tpu"
 TRACING = 600  # seconds for ten steps and for writing their trace
@@ -29,9 +29,8 @@ class RegisteredRun:
     REACHABLE = ("ready", "unhealthy", "recovering")  # statuses in which workers may answer
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.clock = args, Clock()
-        values = flags.Values(args, ROOT)
-        name = values.get("name")
+        self.clock = Clock()
+        name = flags.Values(args, ROOT).get("name")
         requests = [path for path in FOLDER.glob("*/launch.json") if has_name(path, name)]
         if not requests:
             problem = f"no run{name and f' named {name}'} was launched from this clone"
@@ -49,7 +48,7 @@ class RegisteredRun:
             owned = not self.request["existing"]
             self.cloud = CloudTpu(tpu, self.clock, self.journal, owned)
 
-    def workers(self) -> Workers:
+    def workers(self) -> transport.Workers:
         """Return its workers. Raises Stop if there are none."""
         if self.cloud is None:
             homes = sorted(self.folder.glob("worker-*")) or [pathlib.Path.home()]
@@ -114,7 +113,7 @@ def status(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def worker_rows(workers: Workers, run: str, attempt: int | str) -> list[dict]:
+def worker_rows(workers: transport.Workers, run: str, attempt: int | str) -> list[dict]:
     """Ask every worker for its status, for a table."""
     answers = workers.agents("status", run, attempt)
     return [worker_row(worker, result) for worker, result in answers.items()]
