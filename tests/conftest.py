@@ -6,6 +6,7 @@ The environment is set before anything imports jax, and is inherited by every pr
 import gc
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -84,6 +85,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first, so that no worker is left with one at the end."""
     rank = {ROOT / "tests" / file: number for number, file in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals() -> None:
+    """Let processes that the tests start receive SIGUSR2, which a training here has blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
 
 
 @pytest.fixture(scope="module", autouse=True)

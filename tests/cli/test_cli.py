@@ -229,7 +229,7 @@ def test_a_field_that_there_is_not_is_not_one_that_is_ignored(learnt, capsys):
         ("model.dept", "did you mean model.depth?"),
         ("data.fractal.clases", "did you mean data.fractal.classes?"),
         ("optim.zzz", "valid: optim.accumulate, optim.b1, optim.b2, optim.clip"),
-        ("log.quantity", "valid: log.every, log.images, log.project"),
+        ("log.quantity", "valid: log.every, log.images, log.profile"),
         ("nonsense", "valid: augment.*, checkpoint.*, data.*, distill.*, divergence.*, eval.*"),
     ],
 )

@@ -36,7 +36,8 @@ def user_errors(
 ) -> Iterator[None]:
     """Turn storage errors into UserError("FAILURE: REASON; ADVICE", code).
 
-    Without a `code` it is `exit_code`'s.
+    Without a `code` it is `exit_code`'s, except that a read-only disk is FAILED: before training
+    has begun it is a wrong folder, which another try does not change.
 
     REASON is one line:
       OSError: its strerror, and its filename unless FAILURE has it.
@@ -61,7 +62,9 @@ def user_errors(
         file = str(getattr(error, "filename", None) or "")
         if file not in failure:
             text += f" ({file})"
-        code = exit_code(error) if code is None else code
+        if code is None:
+            read_only = getattr(error, "errno", None) == errno.EROFS
+            code = FAILED if read_only else exit_code(error)
         raise UserError(f"{failure}: {text}{advice and f'; {advice}'}", code) from error
 
 
