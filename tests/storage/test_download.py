@@ -197,13 +197,20 @@ def test_http_needs_a_checksum(tmp_path, server):
 def test_https_that_redirects_to_http_needs_a_checksum(tmp_path, server, monkeypatch):
     """The first address stands for an encrypted one."""
     first, second = (server.url.replace("127.0.0.1", host) for host in ("localhost", "127.0.0.1"))
-    monkeypatch.setattr(download, "UNENCRYPTED", "http://127")
+    monkeypatch.setattr(download, "UNENCRYPTED", ("http://127",))
     monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
     server.redirects = {"/moved": second}
     address = first.replace("/cifar-10-python.tar.gz", "/moved")
     with pytest.raises(UserError, match=f"{second} is neither encrypted nor verified"):
         download.fetch(address, tmp_path / "file")
+    # Who changes what is not encrypted may redirect to an encrypted address.
+    hop = second.replace("/cifar-10-python.tar.gz", "/hop")
+    server.redirects = {"/moved": hop, "/hop": first}
+    with pytest.raises(UserError, match=f"{hop} is neither encrypted nor verified"):
+        download.fetch(address, tmp_path / "file")
     assert names(tmp_path) == []
+    download.fetch(address, tmp_path / "file", f"md5={MD5}")
+    assert (tmp_path / "file").read_bytes() == WHOLE
 
 
 def test_a_complete_partial_file_is_used(tmp_path, server):

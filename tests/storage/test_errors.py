@@ -3,6 +3,9 @@
 import errno
 import os
 import socket
+import ssl
+from http.client import InvalidURL
+from urllib.error import URLError
 
 import pytest
 
@@ -79,6 +82,11 @@ def test_errors_of_objects_look_like_errors_of_files(tmp_path):
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), RESUMABLE),
         (TimeoutError("timed out"), RESUMABLE),
         (socket.gaierror(-3, "Temporary failure in name resolution"), RESUMABLE),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), FAILED),
+        (URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known")), FAILED),
+        (URLError(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")), RESUMABLE),
+        (URLError(ssl.SSLCertVerificationError(1, "certificate verify failed")), FAILED),
+        (InvalidURL("URL can't contain control characters"), FAILED),
         (ValueError("a bug"), FAILED),
     ],
     ids=repr,

@@ -23,6 +23,7 @@ from tests.laws.test_laws import (
     settings,
 )
 from vit_scale import cli
+from vit_scale.distributed import profile_request
 from vit_scale.errors import UserError
 from vit_scale.storage import cache, files, paths
 from vit_scale.tracking import Profiler
@@ -147,7 +148,20 @@ def test_training_goes_on_where_a_trace_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "move", lambda *paths: 1 / 0)
     profile(tmp_path / "run", (1, 2), 3, written)
     assert "division by zero; training continues" in capsys.readouterr().err
+    assert written == []
     assert [path.name for path in (tmp_path / "run/profile").iterdir()] == ["plugins"]
+
+
+def test_a_request_leaves_the_planned_trace(tmp_path, monkeypatch):
+    requests, written = iter([False, True]), []
+    monkeypatch.setattr(profile_request, "take", lambda: next(requests, False))
+    profile(tmp_path, (14, 2), 16, written)
+    sessions = tmp_path / "profile/plugins/profile"
+    assert [traced(sessions / name) for name in ("steps_2-11", "steps_14-15")] == [
+        list(range(2, 12)),
+        [14, 15],
+    ]
+    assert len(written) == 2
 
 
 def test_a_trace_that_training_leaves_early_is_written(tmp_path):

@@ -22,7 +22,7 @@ from vit_scale.storage.errors import exit_code
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without a byte
-UNENCRYPTED = "http://"
+UNENCRYPTED = ("http://", "ftp://")
 
 
 class Unreachable(UserError):
@@ -90,6 +90,17 @@ def _check_encrypted(url: str, checksum: str) -> None:
         )
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects; without a checksum, each of them must be encrypted."""
+
+    def __init__(self, checksum: str):
+        self._checksum = checksum
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        _check_encrypted(newurl, self._checksum)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _version_file(partial: Path) -> Path:
     """Return the file that tells which version of the server's file a partial file is of."""
     return partial.with_name(f"{partial.name}.version")
@@ -119,7 +130,8 @@ def _receive(url: str, partial: Path, checksum: str) -> str:
     start = partial.stat().st_size if headers else 0
     request = urllib.request.Request(url, headers=headers)
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        opener = urllib.request.build_opener(_Redirects(checksum))
+        response = opener.open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
@@ -129,7 +141,6 @@ def _receive(url: str, partial: Path, checksum: str) -> str:
             raise OSError("the file has changed on the server") from error
         return _sent_checksum(error.headers)
     with response:
-        _check_encrypted(response.geturl(), checksum)  # where it redirects to
         if response.status != 206:  # the server can't resume, or has another version now
             start = 0
             partial.write_bytes(b"")  # before its version is another

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import http.client
 import os
 import pathlib
 import re
 import socket
+import ssl
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -115,7 +117,13 @@ def exit_code(error: BaseException) -> int:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Tell whether a server refused a request that it will refuse again."""
+    """Tell whether a server refused a request that it will refuse again, or can't be meant."""
+    if isinstance(cause := getattr(error, "reason", None), BaseException):  # of urllib's URLError
+        return _is_refusal(cause)
+    if isinstance(error, http.client.InvalidURL | ssl.SSLCertVerificationError):
+        return True
+    if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+        return True  # no such host
     status = str(getattr(error, "code", None) or getattr(error, "status", ""))
     permanent = re.fullmatch(r"4\d\d", status) and status not in ("408", "429")
     login = type(error).__name__ in ("DefaultCredentialsError", "RefreshError")

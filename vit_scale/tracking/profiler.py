@@ -46,7 +46,8 @@ class Profiler:
     def step(self, step: int) -> Iterator[None]:
         """Name the code inside as a step in traces; begin a trace that is due."""
         if not self._steps and step in self._planned:
-            self._start(step, self._planned[-1])
+            last, self._planned = self._planned[-1], range(0)  # not again, should it fail
+            self._start(step, last)
         elif not self._steps and profile_request.take():
             self._start(step, min(step + REQUESTED - 1, self._end))
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -57,10 +58,10 @@ class Profiler:
         if self._steps and step == self._steps[1]:
             with self._track.timer("profile"):  # waits for the device
                 session = self._stop()
-            self._track.text(step, "profile", str(session))
+            if session:
+                self._track.text(step, "profile", str(session))
 
     def _start(self, first: int, last: int) -> None:
-        self._planned = range(0)  # not again, should it fail
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # each Python call, which slows the host down
         with self._track.timer("profile"), self._one_line_errors(first, last):
@@ -68,21 +69,22 @@ class Profiler:
             jax.profiler.start_trace(self._partial, profiler_options=options)
             self._steps = first, last
 
-    def _stop(self) -> Path:
-        """Write the trace in progress; return its folder."""
+    def _stop(self) -> Path | None:
+        """Write the trace in progress; return its folder, or None if that failed."""
         (first, last), self._steps = self._steps or (0, 0), None
-        session = self._folder / "plugins" / "profile" / f"steps_{first}-{last}"
+        session, written = self._folder / f"plugins/profile/steps_{first}-{last}", False
         with self._one_line_errors(first, last):
             jax.profiler.stop_trace()
             session.mkdir(parents=True, exist_ok=True)
             for file in filter(Path.is_file, self._partial.rglob("*")):
                 # By process: those of one machine have one host name.
                 files.move(file, session / f"process_{jax.process_index()}.{file.name}")
+            written = True
             if not self._quiet:
                 line = f"profile of steps {first} to {last}: {session}"
                 print_line(f"{line}; to open it: xprof --logdir {self._folder}")
         shutil.rmtree(self._partial, ignore_errors=True)
-        return session
+        return session if written else None
 
     @contextlib.contextmanager
     def _one_line_errors(self, first: int, last: int) -> Iterator[None]:
