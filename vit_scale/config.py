@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from vit_scale.errors import USAGE, UserError, nearest
 
@@ -108,18 +108,34 @@ def override(cfg: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 
     Raises UserError for unknown keys and for values of the wrong type.
     """
+    overrides, known = list(overrides), fields(cfg)
+    only = ConfigDict()  # what is overridden, because config_flags formats a whole config as text
     for item in overrides:
         key, equals, _ = item.partition("=")
-        _refuse_unknown(key, fields(cfg), "")
+        _refuse_unknown(key, known, "")
         if not equals:
             raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE", USAGE)
+        _copy_field(cfg, only, key)
     values, arguments = flags.FlagValues(), [f"--config.{item}" for item in overrides]
     config_flags.DEFINE_config_dict(
-        "config", cfg, flag_values=values, sys_argv=["vit-scale", *arguments]
+        "config", only, flag_values=values, sys_argv=["vit-scale", *arguments]
     )
-    cfg = _parse(values, arguments, "")
+    cfg.update_from_flattened_dict(fields(_parse(values, arguments, "")))
+    cfg.lock()
     _refuse_wrong_tuples(cfg)
     return cfg
+
+
+def _copy_field(source: ConfigDict, target: ConfigDict, key: str) -> None:
+    """Copy one field, such as "optim.lr", with its type where it has no value yet."""
+    *blocks, name = key.split(".")
+    for block in blocks:
+        source = source[block]
+        if block not in target:
+            target[block] = ConfigDict()
+        target = target[block]
+    value = source[name]
+    target[name] = config_dict.placeholder(source.get_type(name)) if value is None else value
 
 
 def _parse(values: flags.FlagValues, arguments: list[str], where: str) -> ConfigDict:

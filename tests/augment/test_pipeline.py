@@ -352,6 +352,7 @@ print("agrees")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

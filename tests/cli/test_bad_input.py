@@ -364,6 +364,7 @@ def test_an_image_that_is_corrupt_stops_the_run_or_is_counted(user, copied):
     assert '"n": 11' in (skipping / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_named_by_a_worker_too(user, copied, run_cli):
     file = copied / "train" / "class_1" / "001.jpg"
     file.write_bytes(file.read_bytes()[:100])
@@ -540,6 +541,7 @@ ls "$DISK/run/checkpoints"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not namespaces(), reason="needs a small disk of its own: unshare and tmpfs")
 def test_a_disk_that_is_full_at_the_second_checkpoint(user):
     """A run of 6 steps, and room for its first checkpoint only; then room is made."""

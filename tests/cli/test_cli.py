@@ -486,6 +486,7 @@ def test_pack_then_train_from_the_pack(jpegs, tmp_path, capsys):
 # Stages, and the default workdir
 
 
+@pytest.mark.slow
 def test_stages_end_to_end_in_the_default_workdir(tmp_path, run_cli):
     """The quickstart, tiny: pretrain, then the same classes from scratch and from there."""
     fields = (

@@ -100,6 +100,7 @@ def test_it_is_resumed(run, expected):
         np.testing.assert_allclose(values, expected[f"report/{key}"], atol=CLOSE, rtol=0)
 
 
+@pytest.mark.slow
 def test_stopped_once_more_it_comes_to_the_same_bits(run, monkeypatch, tmp_path):
     uninterrupted = resumed(shutil.copytree(run, tmp_path / "other"))
     with monkeypatch.context() as patch:
