@@ -1,7 +1,10 @@
 """A worker's log in its run's bucket: complete, bounded, without secrets, also after a kill."""
 
+import json
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from vit_scale.storage import log_upload, paths
 from vit_scale.storage.log_upload import LogUpload
 
 SECRET = """k"ey'\\7"""
+AWKWARD = """it's "p\\a" ünï $x"""  # as in tests/launch/test_parts.py
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -39,6 +43,24 @@ def test_parts_are_bounded_and_end_with_a_line(bucket, tmp_path, monkeypatch):
     whole = f"begin\n{lines}no end".encode()
     assert whole.endswith(b"".join(parts.values())) and max(map(len, parts.values())) <= 100
     assert all(part.endswith(b"\n") for part in list(parts.values())[:-1])
+
+
+def test_secrets_are_redacted_however_they_are_quoted(tmp_path):
+    """By JSON, Python and a shell, also one within another; a log keeps its length in bytes."""
+    shell = shlex.quote(f"--key={AWKWARD}")
+    texts = [AWKWARD, json.dumps(AWKWARD), json.dumps(AWKWARD, ensure_ascii=False), repr(AWKWARD)]
+    texts += [ascii(AWKWARD), repr(ValueError(f"no {AWKWARD}")), shell]
+    texts += [json.dumps({"argv": [shell]}), "not \udcff\U0001f600UTF-8"]
+    lines = [*texts, *map(json.dumps, texts), *map(repr, texts), *map(ascii, texts)]
+    log = tmp_path / "train.log"
+    log.write_bytes("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+    (tmp_path / "logs").mkdir()
+    secrets = [AWKWARD[:8], AWKWARD, "\udcff\U0001f600UTF"]
+    LogUpload(log, tmp_path / "logs", "host", secrets).save(last=True)
+    shown = (tmp_path / "logs" / "host.000.log").read_bytes()
+    assert len(shown) == log.stat().st_size
+    for line, found in zip(lines, shown.splitlines(), strict=True):
+        assert b"***" in found and not re.search(rb"p.*a|n.*x|\$|UTF", found), (line, found)
 
 
 @pytest.fixture

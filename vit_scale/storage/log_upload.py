@@ -8,8 +8,10 @@ newest KEEP remain, without the values of the variables that VIT_SCALE_SECRETS n
 """
 
 import contextlib
+import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
@@ -26,7 +28,7 @@ class LogUpload:
 
     def __init__(self, log: pathlib.Path, target: pathlib.Path, name: str, secrets: Sequence[str]):
         self.log, self.target, self.name = log, target, name
-        self.secrets = [form for value in secrets for form in _forms(value)]
+        self.secrets = [_pattern(value) for value in sorted(secrets, key=len, reverse=True)]
         self.start = self.part = self.saved = (
             0  # offset and number of the current part; bytes of it
         )
@@ -42,7 +44,7 @@ class LogUpload:
                 text = text[: text.rfind(b"\n") + 1] or text * full
             if len(text) > self.saved:
                 for secret in self.secrets:
-                    text = text.replace(secret, b"*" * len(secret))
+                    text = secret.sub(lambda match: b"*" * len(match[0]), text)
                 files.write(self._path(self.part), text)
                 self.saved = len(text)
             if not full:
@@ -55,11 +57,23 @@ class LogUpload:
         return self.target / f"{self.name}.{part:03}.log"
 
 
-def _forms(value: str) -> set[bytes]:
-    """Return a secret as a log may show it: plain, and within JSON's or Python's quotes."""
-    escaped = value.replace("\\", "\\\\")
-    plain = {value, escaped, escaped.replace('"', '\\"'), escaped.replace("'", "\\'")}
-    return {form.encode(errors="surrogateescape") for form in plain}
+def _pattern(value: str) -> re.Pattern[bytes]:
+    """Return what matches a secret, however JSON, Python or a shell quotes it.
+
+    As in launch/tpu/secret.py, which this package may not import.
+    """
+    return re.compile("".join(map(_quoted, value)).encode(errors="surrogateescape"))
+
+
+def _quoted(character: str) -> str:
+    """Return a pattern of a character and of its escape sequences, which may be escaped again."""
+    if character.isascii() and character.isalnum():
+        return character
+    if character == "'":
+        return r"""\\*'(?:\\*"\\*'\\*"\\*')?"""  # a shell's '"'"'
+    escaped = (ascii(character)[1:-1], json.dumps(character)[1:-1])
+    forms = [form.replace("\\", r"\\+") for form in escaped if form.startswith("\\")]
+    return rf"\\*(?:{'|'.join([re.escape(character), *forms])})"
 
 
 def main(log: str, arguments: Sequence[str]) -> None:
