@@ -137,7 +137,8 @@ def described(sub: argparse.ArgumentParser, skip: set[str] = frozenset()) -> lis
         ("", "", together),
         *((g.title, g.description, g._group_actions) for g in others),
     ]:
-        shown = [a for a in actions if a.dest not in skip and "--help" not in a.option_strings]
+        visible = (a for a in actions if a.help != argparse.SUPPRESS)
+        shown = [a for a in visible if a.dest not in skip and "--help" not in a.option_strings]
         if not shown:
             continue
         lines += [f"**{sentence(title)[:-1]}**", ""] if title else []
