@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers import slurm_cluster
 from tests.helpers.fake_cloud import script
 from tests.helpers.slurm_cluster import NODES, ROOT, Cluster, wait_until
 from vit_scale import checkpoint
@@ -127,6 +128,18 @@ class Clone:
     def fingerprints(self) -> dict[str, str]:
         """Return those of the last checkpoint's arrays."""
         return checkpoint.read_manifest(self.run / "checkpoints" / str(STEPS))["arrays"]
+
+
+def test_another_slurm_is_not_even_downloaded(tmp_path, monkeypatch):
+    """Its configuration may differ: see slurm_cluster.TESTED."""
+    monkeypatch.setattr(slurm_cluster, "CACHE", tmp_path / "cache")
+    script(tmp_path / "apt-cache", "#!/bin/sh\necho 'slurmctld:'; echo '  Candidate: 23.11.4-1'\n")
+    for tool in ("apt-get", "dpkg"):
+        script(tmp_path / tool, f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(pytest.skip.Exception, match=r"SLURM 23\.11\.4: "):
+        slurm_cluster.programs()
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.fixture(scope="module")
