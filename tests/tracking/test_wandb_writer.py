@@ -234,7 +234,14 @@ def test_a_server_that_is_lost_on_the_way(cfg, tmp_path, online, capsys, lost, r
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
 
 
-def test_an_upload_that_does_not_end_is_left_to_its_command(cfg, tmp_path, online, capsys):
+@pytest.mark.parametrize("job, seconds", [("", 120), ("17", 30)])
+def test_an_upload_that_does_not_end_is_left_to_its_command(
+    cfg, tmp_path, online, capsys, monkeypatch, job, seconds
+):
+    """On SLURM earlier: a stop leaves two minutes, also for the checkpoint."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
     cfg.log.wandb, made = True, online("finish")
     with tracker(tmp_path, cfg) as track:
         track.scalars(1, {"a": 1})
@@ -242,10 +249,8 @@ def test_an_upload_that_does_not_end_is_left_to_its_command(cfg, tmp_path, onlin
     assert len(printed) == 2 and "Timed out waiting for the upload; the rest" in printed[0]
     assert command == ["wandb", "sync", str(Path(made[0].dir).parent)]
     settings = made[0].settings
-    assert settings.finish_timeout_raises and (settings.finish_timeout, settings.init_timeout) == (
-        wandb_writer.FINISH,
-        wandb_writer.BEGIN,
-    )
+    assert settings.finish_timeout_raises
+    assert (settings.finish_timeout, settings.init_timeout) == (seconds, wandb_writer.BEGIN)
 
 
 def test_wandbs_process_is_killed(cfg, tmp_path, forgotten, capsys):
