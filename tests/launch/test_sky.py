@@ -58,6 +58,27 @@ def test_the_trainer_gets_the_environment_as_words(tmp_path):
     assert done.returncode == 42
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_setup_has_uv_where_python_is_too_old(tmp_path, found):
+    """SkyPilot's own in ~/.local/bin, which need not be on PATH, or else pip's."""
+    home, tools = tmp_path / "home", tmp_path / "tools"
+    uv = home / ".local" / "bin" / "uv"
+    for folder in (tools, uv.parent, tmp_path / "launch"):
+        folder.mkdir(parents=True)
+    if found:
+        script(uv, "#!/bin/sh\n")
+    script(tmp_path / "launch" / "environment.sh", '#!/bin/sh\necho "$1"; command -v uv\nexit 3\n')
+    pip = f'#!/bin/sh\necho "$*"; echo "#!/bin/sh" >{uv}; /bin/chmod +x {uv}\n'
+    script(tools / "python3", pip)
+    environment = {"HOME": str(home), "PATH": str(tools)}
+    done = subprocess.run(
+        ["/bin/bash", "-c", TASK["setup"]], cwd=tmp_path, env=environment, capture_output=True
+    )
+    first = str(uv) if found else "-m pip install --user uv"
+    assert done.stdout.decode().splitlines() == [first, "tpu", str(uv)]
+    assert done.returncode == 3
+
+
 def test_the_slice_has_its_software():
     resources = TASK["resources"]
     slice_ = accelerators.parse(resources["accelerators"].removeprefix("tpu-"))
@@ -79,7 +100,7 @@ def test_the_real_skypilot_reads_it(tmp_path):
     assert json.loads(line.removeprefix("RESULT")) == {
         "name": "vit",
         "workdir": ".",
-        "setup": "launch/environment.sh tpu",
+        "setup": TASK["setup"],
         "run": TASK["run"],
         "envs": {**TASK["envs"], "WORKDIR": "gs://b/vit"},
         "spot": True,
