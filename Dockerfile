@@ -4,6 +4,7 @@
 #   docker build -t IMAGE --build-arg ACCELERATOR=gpu .   for GPUs, or cpu
 #   docker build -t IMAGE --target dependencies .         without the code, for launch/gke.py --base-image
 #
+# pip installs pinned versions; the base image, python:PYTHON-slim, moves, unless PYTHON names a whole version.
 # It contains this folder's files as they are, without those of .dockerignore. The TPU image runs as
 # root: the device plugin leaves /dev/vfio and /dev/accel* to root, and locking memory needs a privilege.
 ARG PYTHON=3.12
