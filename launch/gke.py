@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     top = flags.Parser(prog="launch/gke.py", description=__doc__.partition("\n")[0])
     add, image = top.add_argument, top.add_mutually_exclusive_group(required=True)
     add("--config", required=True, help="a config of configs/, NAME:ARGUMENT, or a path below here")
-    add("--name", required=True, help="name of the workload")
+    named = flags.matching(NAME.pattern, "up to 40 of a-z, 0-9 and -, a letter first")
+    add("--name", required=True, type=named, help="name of the workload")
     add("--type", required=True, help="accelerator type, such as v6e-64")
     add("--cluster", "--xpk", required=True, help="GKE cluster that xpk has set up")
     image.add_argument("--base-image", help="image of the dependencies; xpk adds the code")
@@ -43,21 +44,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def not_in_xpk(value: str) -> str:
-    raise argparse.ArgumentTypeError(
-        "xpk has no such flag: complete its manifest, as shown in docs/distributed.md"
-    )
+    raise argparse.ArgumentTypeError("xpk has no such flag: see GKE in docs/distributed.md")
+
+
+def copied(root: pathlib.Path) -> list[str]:
+    """List what xpk adds to an image though git does not track it: all but .dockerignore."""
+    lines = (root / ".dockerignore").read_text().splitlines()
+    excluded = [f"-x{line if line.startswith('**/') else f'/{line}'}" for line in lines]
+    return (bundle._git(root, "ls-files", "-z", "--others", *excluded) or b"").decode().split("\0")
 
 
 def check_code(config: str, image: str | None) -> None:
-    """Raise Stop if the container would not have the config, or this repository's edits."""
+    """Raise Stop if the container would lack the config or this folder's edits, or have a key."""
     name = config.partition(":")[0]
     file = name.removeprefix("./") if name.startswith("./") else f"configs/{name}.py"
-    if file not in bundle.files(ROOT):
-        raise Stop(Exit.BAD_INPUT, f"config {file} is ignored by git, and not copied into images")
+    others = [] if image else copied(ROOT)
+    if file not in [*bundle.files(ROOT), *others]:
+        raise Stop(Exit.BAD_INPUT, f"config {file}: images may lack what git or docker ignores")
+    if keys := [name for name in others if bundle._holds_key(ROOT, name)]:
+        raise Stop(Exit.BAD_INPUT, f"xpk would copy keys, so move them: {', '.join(keys)}")
     code = bundle.describe(ROOT)
     if image and code.endswith("+changes"):
-        problem = f"{image} may lack uncommitted edits: commit them and build it again"
-        raise Stop(Exit.BAD_INPUT, f"{problem}, or let xpk add this folder to a --base-image")
+        raise Stop(Exit.BAD_INPUT, f"{image} may lack uncommitted edits: use a --base-image")
     if image:
         print(f"gke: {image} must have been built from this code, {code}", file=sys.stderr)
 
@@ -67,8 +75,8 @@ def command(args: argparse.Namespace, overrides: list[str]) -> str:
     config, slice_ = preflight.check_name(ROOT, args.config), accelerators.parse(args.type)
     if not slice_.gke:
         raise Stop(Exit.REFUSED, f"type {slice_.type} is not supported on GKE")
-    if not NAME.fullmatch(args.name):
-        raise Stop(Exit.REFUSED, f"--name {args.name!r}: up to 40 of a-z, 0-9, -; a letter first")
+    if args.num_slices < 1:
+        raise Stop(Exit.USAGE, f"--num-slices {args.num_slices} must be at least 1")
     check_code(config, args.image)
     preflight.check_workdir(args.workdir, slice_.hosts, kept=False, mounted=False)
     devices = slice_.devices * args.num_slices

@@ -17,7 +17,7 @@ from launch.tpu.exit_codes import Exit, Stop
 LARGEST = 50_000_000  # bytes of all files
 NEVER = (".git", ".venv", ".data", "tpu.env", "__pycache__")
 OUTPUTS = ("runs", "wandb")  # of trainings; the package has a folder of such a name itself
-KEYS = (".pem", ".key", ".p12", ".pfx")
+KEYS = (".pem", ".key", ".p12", ".pfx", "id_rsa", "id_ecdsa", "id_ed25519")
 
 
 class Bundle(NamedTuple):

@@ -64,6 +64,7 @@ def clone(tmp_path, monkeypatch) -> pathlib.Path:
     root = tmp_path / "a clone"
     (root / "configs").mkdir(parents=True)
     (root / "configs" / "tiny.py").write_text("")
+    shutil.copy(ROOT / ".dockerignore", root)
     (root / ".gitignore").write_text(".venv\n/log\n/private\n")
     git(root, "init", "-q")
     git(root, "add", ".")
@@ -136,15 +137,41 @@ def test_edits_reach_the_container_or_are_refused(clone, capsys):
 
 
 def test_a_config_that_is_not_copied_is_refused(clone, capsys, monkeypatch):
+    """xpk copies what git ignores, unlike an image that was built from a commit."""
     monkeypatch.chdir(clone)
-    for name in ("private", "shared"):
+    for name in ("private", "shared", "runs"):
         (clone / name).mkdir()
         (clone / name / "mine.py").write_text("")
-    common = [*ARGUMENTS, "--type", "v6e-64", *BASE, "--config"]
-    assert gke.main([*common, "shared/mine.py"]) == 0
-    assert "--config ./shared/mine.py" in capsys.readouterr().out
-    assert gke.main([*common, "private/mine.py"]) == 65
-    assert "private/mine.py is ignored by git" in capsys.readouterr().err
+    common = [*ARGUMENTS, "--type", "v6e-64"]
+    for folder in ("shared", "private"):
+        assert gke.main([*common, *BASE, "--config", f"{folder}/mine.py"]) == 0
+        assert f"--config ./{folder}/mine.py" in capsys.readouterr().out
+    assert gke.main([*common, *BASE, "--config", "runs/mine.py"]) == 65
+    assert "config runs/mine.py: images may lack what" in capsys.readouterr().err
+    assert gke.main([*common, "--image", "I:1", "--config", "private/mine.py"]) == 65
+    assert "config private/mine.py: images may lack what" in capsys.readouterr().err
+
+
+def test_keys_are_not_given_to_xpk(clone, capsys):
+    """Unless .dockerignore keeps them from images, or git tracks them."""
+    common = [*ARGUMENTS, "--type", "v6e-64"]
+    key = '{"type": "service_account", "private_key": "x"}'
+    kept = [".env", "a/b.pem", "a/b.pfx", ".ssh/id_rsa", "id_ed25519", "my-credentials.json"]
+    for name in [*kept, "runs/x.json", ".venv/lib/cacert.pem", ".data/y.json"]:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(key)
+    (clone / "tracked.json").write_text(key)
+    git(clone, "add", "tracked.json")
+    (clone / "data.json").write_text("{}")
+    assert gke.main([*common, *BASE]) == 0
+    capsys.readouterr()
+    for name in ("my-project-0123abcd.json", "private/runs/my-project.json"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(key)
+    assert gke.main([*common, *BASE]) == 65
+    out, err = capsys.readouterr()
+    names = "my-project-0123abcd.json, private/runs/my-project.json"
+    assert (out, err) == ("", f"gke: xpk would copy keys, so move them: {names}\n")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +180,8 @@ def test_a_config_that_is_not_copied_is_refused(clone, capsys, monkeypatch):
         (["--type", "v3-32", *BASE], 78, "v3-32 is not supported on GKE"),
         (["--type", "v4-32", *BASE, "--workdir", "runs/x"], 65, "is on a worker's disk"),
         (["--type", "v4-32", *BASE, "--config", "tony"], 65, "did you mean tiny"),
-        (["--type", "v4-32", *BASE, "--name", "a_b"], 78, "--name 'a_b'"),
+        (["--type", "v4-32", *BASE, "--name", "a_b"], 64, "argument --name: 'a_b' is not up to"),
+        (["--type", "v4-32", *BASE, "--num-slices", "0"], 64, "--num-slices 0 must be at least 1"),
         (["--type", "v4-32"], 64, "--base-image --image is required"),
         (["--type", "v4-32", *BASE, "--image", "I"], 64, "not allowed with"),
     ],
@@ -324,6 +352,7 @@ def test_every_type_that_both_know(clone, capsys, tmp_path):
 EXCLUDED = [
     *[".git/HEAD", ".venv/bin/python", ".data/x", "runs/vit/report.json", "wandb/x", "site/x"],
     *["launch/tpu.env", ".env", "a/.env.local", "my.pem", "a/b.key", "a/my-credentials-1.json"],
+    *["a/b.pfx", "a/id_rsa", "id_ed25519"],
     *["configs/__pycache__/x.pyc", ".cache/x", ".ruff_cache/x", "a/wandb/x"],
 ]
 INCLUDED = ["vit_scale/runs/lock.py", "configs/mine.py", "launch/tpu.env.example", "mine/data.py"]
@@ -335,6 +364,8 @@ def test_ignored_files_are_those_of_the_bundle():
     for name in [*bundle.NEVER, *bundle.OUTPUTS]:
         patterns = (name, f"{name}*", f"**/{name}", f"**/{name}*", f"launch/{name}")
         assert set(patterns) & set(ignored), name
+    for name in bundle.KEYS:
+        assert {f"**/*{name}", f"**/{name}*"} & set(ignored), name
     for line in (ROOT / ".gitignore").read_text().split():
         name = line.strip("/")
         assert {name, f"**/{name}"} & set(ignored) or name.endswith("_cache"), name

@@ -317,14 +317,15 @@ def test_key_files_are_left_out_and_named(tree):
     (tree / "table.json").write_text('{"rows": []}')
     (tree / "launch" / "tls.pem").write_text("x")
     (tree / ".env.local").write_text("A=b")
-    left_out = [".env", ".env.local", "account.json", "launch/tls.pem"]
+    (tree / "id_rsa").write_text("x")
+    left_out = [".env", ".env.local", "account.json", "id_rsa", "launch/tls.pem"]
     assert bundle.make(tree, []).left_out == left_out
     subprocess.run(["git", "-C", str(tree), "add", "launch/tls.pem"], check=True)
     made = bundle.make(tree, [])
-    assert made.left_out == left_out[:3]
+    assert made.left_out == left_out[:4]
     with tarfile.open(fileobj=io.BytesIO(made.data)) as tar:
         names = set(tar.getnames())
-    assert "launch/tls.pem" in names and "table.json" in names and not names & set(left_out[:3])
+    assert "launch/tls.pem" in names and "table.json" in names and not names & set(left_out[:4])
 
 
 def test_a_bundle_contains_the_whole_package_and_no_results():
