@@ -65,7 +65,7 @@ def check_code(config: str, image: str | None) -> None:
         raise Stop(Exit.BAD_INPUT, f"xpk would copy keys, so move them: {', '.join(keys)}")
     code = bundle.describe(ROOT)
     if image and code.endswith("+changes"):
-        raise Stop(Exit.BAD_INPUT, f"{image} may lack uncommitted edits: use a --base-image")
+        raise Stop(Exit.BAD_INPUT, f"{image} may lack your edits: commit them, or use --base-image")
     if image:
         print(f"gke: {image} must have been built from this code, {code}", file=sys.stderr)
 

@@ -130,7 +130,7 @@ def test_edits_reach_the_container_or_are_refused(clone, capsys):
     (clone / "configs" / "tiny.py").write_text("edited")
     assert gke.main(image) == 65
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1) and "I:1 may lack uncommitted edits" in err
+    assert (out, len(err.splitlines())) == ("", 1) and "I:1 may lack your edits" in err
     assert f"--script-dir {shlex.quote(str(clone))}" in shlex.join(
         words_of(capsys, "--type", "v6e-64", *BASE)
     )
