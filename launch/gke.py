@@ -51,7 +51,7 @@ def copied(root: pathlib.Path) -> list[str]:
     """List what xpk adds to an image though git does not track it: all but .dockerignore."""
     lines = (root / ".dockerignore").read_text().splitlines()
     excluded = [f"-x{line if line.startswith('**/') else f'/{line}'}" for line in lines]
-    return (bundle._git(root, "ls-files", "-z", "--others", *excluded) or b"").decode().split("\0")
+    return (bundle.git(root, "ls-files", "-z", "--others", *excluded) or b"").decode().split("\0")
 
 
 def check_code(config: str, image: str | None) -> None:
@@ -61,7 +61,7 @@ def check_code(config: str, image: str | None) -> None:
     others = [] if image else copied(ROOT)
     if file not in [*bundle.files(ROOT), *others]:
         raise Stop(Exit.BAD_INPUT, f"config {file}: images may lack what git or docker ignores")
-    if keys := [name for name in others if bundle._holds_key(ROOT, name)]:
+    if keys := [name for name in others if bundle.holds_key(ROOT, name)]:
         raise Stop(Exit.BAD_INPUT, f"xpk would copy keys, so move them: {', '.join(keys)}")
     code = bundle.describe(ROOT)
     if image and code.endswith("+changes"):

@@ -27,7 +27,7 @@ class Bundle(NamedTuple):
     left_out: list[str] = []  # noqa: RUF012, files that hold a key
 
 
-def _git(root: pathlib.Path, *arguments: str) -> bytes | None:
+def git(root: pathlib.Path, *arguments: str) -> bytes | None:
     command = ["git", "-C", str(root), *arguments]
     try:
         return subprocess.run(command, capture_output=True, check=True).stdout
@@ -37,7 +37,7 @@ def _git(root: pathlib.Path, *arguments: str) -> bytes | None:
 
 def files(root: pathlib.Path) -> list[str]:
     """List relative paths, sorted; without git, every file that is not hidden."""
-    listing = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listing = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listing is None:
         names = [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
         names = [name for name in names if not name.startswith(".") and "/." not in name]
@@ -53,18 +53,18 @@ def _wanted(root: pathlib.Path, name: str) -> bool:
     return not never and not output and (root / name).is_file()
 
 
-def _holds_key(root: pathlib.Path, name: str) -> bool:
+def holds_key(root: pathlib.Path, name: str) -> bool:
     """Return whether it is a .env file, or a file with a private key that git does not track."""
     if any(part.startswith(".env") for part in pathlib.PurePath(name).parts):
         return True
     account = name.endswith(".json") and b'"private_key"' in (root / name).read_bytes()
-    return (account or name.endswith(KEYS)) and not _git(root, "ls-files", "--", name)
+    return (account or name.endswith(KEYS)) and not git(root, "ls-files", "--", name)
 
 
 def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
     """Pack `root`. Raises Stop if it is too large or contains what `redacted` matches."""
     names = files(root)
-    left_out = [name for name in names if _holds_key(root, name)]
+    left_out = [name for name in names if holds_key(root, name)]
     names = [name for name in names if name not in left_out]
     sizes = {name: (root / name).stat().st_size for name in names}
     if sum(sizes.values()) > LARGEST:
@@ -88,12 +88,12 @@ def make(root: pathlib.Path, redacted: list[str]) -> Bundle:
 
 
 def describe(root: pathlib.Path) -> str:
-    head = _git(root, "rev-parse", "--short", "HEAD")
+    head = git(root, "rev-parse", "--short", "HEAD")
     if head is None:
         return "no git"
-    return head.decode().strip() + ("+changes" if _git(root, "status", "--porcelain") else "")
+    return head.decode().strip() + ("+changes" if git(root, "status", "--porcelain") else "")
 
 
 def changes(root: pathlib.Path) -> str:
     """Return the diff against the last commit."""
-    return (_git(root, "diff", "HEAD") or b"").decode(errors="replace")
+    return (git(root, "diff", "HEAD") or b"").decode(errors="replace")
