@@ -55,16 +55,20 @@ started() {  # PID: its start time in clock ticks since boot, which with the PID
   [[ ${fields[0]} != Z ]] && echo "${fields[19]}"
 }
 
-alive() {  # ATTEMPT_FOLDER: succeed if any process of the attempt is running
-  local group ticks now stat fields
-  { read -r group ticks <"$1/group"; } 2>/dev/null || return 1
-  if now=$(started "$group"); then [[ $now == "$ticks" ]]; return; fi
+members() {  # GROUP: print the PIDs of its processes
+  local stat fields
   for stat in /proc/[0-9]*/stat; do
     { read -r stat <"$stat"; } 2>/dev/null || continue
     read -ra fields <<<"${stat##*) }"
-    if [[ ${fields[2]} == "$group" && ${fields[0]} != Z ]]; then return 0; fi
+    if [[ ${fields[2]} == "$1" && ${fields[0]} != Z ]]; then echo "${stat%% *}"; fi
   done
-  return 1
+}
+
+alive() {  # ATTEMPT_FOLDER: succeed if any process of the attempt is running
+  local group ticks now
+  { read -r group ticks <"$1/group"; } 2>/dev/null || return 1
+  if now=$(started "$group"); then [[ $now == "$ticks" ]]; return; fi
+  [[ -n $(members "$group") ]]
 }
 
 record() {  # ATTEMPT_FOLDER CODE: record the exit code; the first one counts
@@ -72,8 +76,16 @@ record() {  # ATTEMPT_FOLDER CODE: record the exit code; the first one counts
 }
 
 kill_all() {  # ATTEMPT_FOLDER
-  local group tries
+  local group uploader pid tries
   read -r group _ 2>/dev/null <"$1/group" || return 0
+  if alive "$1" && read -r uploader 2>/dev/null <"$1/uploader"; then
+    # The leader ends itself once the log, with its last lines, is in the bucket.
+    for pid in $(members "$group"); do
+      ((pid == group || pid == uploader)) || kill -KILL "$pid" 2>/dev/null
+    done
+    record "$1" 137
+    for ((tries = 0; tries < 300; tries++)); do alive "$1" || break; sleep 0.1; done
+  fi
   for ((tries = 0; tries < 100; tries++)); do
     alive "$1" || break
     kill -KILL -- "-$group" 2>/dev/null
@@ -239,7 +251,7 @@ start() {  # RUN ATTEMPT SHA PORT ARGUMENT...
 }
 
 wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of its process group
-  local run=$home/runs/$1 attempt=$home/runs/$1/a$2 code=$home/code/$3 line uploader tries
+  local run=$home/runs/$1 attempt=$home/runs/$1/a$2 code=$home/code/$3 line trainer uploader tries
   echo "$$ $(started $$)" | put "$attempt/group"
   exec 9>&-
   export RUN_ID=$1 ATTEMPT=$2 RUN_DIR=$run JAX_COORDINATOR_PORT=$4 VIT_SCALE_HEARTBEAT=$attempt/heartbeat.json
@@ -256,13 +268,15 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
   if cd "$code"; then
     umask 022
     "$venv/bin/vit-scale" "$@" &
-    echo $! | put "$attempt/pid"
+    trainer=$!  # its file is empty if the disk is full
+    echo "$trainer" | put "$attempt/pid"
     exec 2>/dev/null  # keeps bash's job messages out of the trainer's log
     if [[ " $* " == *" --workdir gs://"* ]]; then
       "$venv/bin/python" -m vit_scale.storage.log_upload "$attempt/train.log" "$@" >/dev/null &
       uploader=$!
+      echo "$uploader" | put "$attempt/uploader"
     fi
-    wait "$(<"$attempt/pid")"
+    wait "$trainer"
     record "$attempt" $?
     # Until the log is in the bucket, half a minute at most, the attempt is still running.
     for ((tries = 0; tries < 60; tries++)); do kill -0 "${uploader:--}" || break; sleep 0.5; done
@@ -273,8 +287,11 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
 }
 
 send_signal() {  # ATTEMPT_FOLDER SIGNAL
-  local pid
-  until read -r pid 2>/dev/null <"$1/pid" || ! alive "$1"; do sleep 0.05; done
+  local pid tries
+  for ((tries = 0; tries < 100; tries++)); do
+    if read -r pid 2>/dev/null <"$1/pid" || ! alive "$1"; then break; fi
+    sleep 0.05
+  done
   kill "-$2" "$pid" 2>/dev/null
 }
 
@@ -298,20 +315,24 @@ kill_later() { sleep "$2"; kill_all "$1"; }
 stacks() { if alive "$home/runs/$1/a$2"; then send_signal "$home/runs/$1/a$2" USR1 || true; fi; }
 
 profile() {  # RUN ATTEMPT
-  local attempt=$home/runs/$1/a$2 log=$home/runs/$1/a$2/train.log size
+  local attempt=$home/runs/$1/a$2 log=$home/runs/$1/a$2/train.log size line tries
   # Before its first heartbeat a trainer may not handle the signal yet, and would end.
   [[ -e $attempt/heartbeat.json ]] || fail 75 "training has not begun"
   size=$(stat -c %s "$log")
   send_signal "$attempt" USR2
-  until tail -c "+$((size + 1))" "$log" | sed -n 's/^vit-scale: profile of .*: \(.*\); to open it.*/\1/p' | grep .; do
+  for ((tries = 0; tries < 600; tries++)); do
+    line=$(tail -c "+$((size + 1))" "$log" | grep -m 1 -E '^vit-scale: (no )?profile of .*; (to open it|training continues)')
+    [[ $line != "vit-scale: no "* ]] || fail 75 "${line#vit-scale: }"
+    if [[ -n $line ]]; then sed 's/^vit-scale: profile of .*: \(.*\); to open it.*/\1/' <<<"$line"; return; fi
     alive "$attempt" || fail 75 "training has ended"
     sleep 1
   done
+  fail 75 "the trainer has written no profile in 600 s"
 }
 
 lease() {  # RUN WATCHER
   mkdir -p "$home/runs/$1"
-  echo "$2 $(date +%s)" | put "$home/runs/$1/sitter"
+  echo "$2 $(date +%s)" | put "$home/runs/$1/sitter"  # the watcher; earlier agents read this name
 }
 
 status() {  # RUN ATTEMPT|last [OFFSET [WATCHER]]

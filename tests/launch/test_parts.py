@@ -528,6 +528,30 @@ def test_stop_asks_first_and_kills_without_grace(agent):
     assert (agent.status(2).state, agent.status(2).code) == ("ended", 137)
 
 
+def test_a_trainer_goes_on_if_its_pid_cannot_be_written(agent):
+    """As on a full disk."""
+    (agent.home / "runs/run/a1/pid").mkdir(parents=True)
+    (agent.home / "venv/bin/vit-scale").write_text("#!/bin/bash\nsleep 0.5\nexit 7\n")
+    agent("start", "run", 1, "c0de", 1, "train")
+    while agent.state() == "running":
+        pass
+    assert agent.status(1).code == 7
+
+
+def test_the_last_lines_of_a_killed_trainer_reach_the_bucket(agent):
+    """The trainer is killed first; the attempt runs until its log has been uploaded."""
+    copied = agent.home / "copied"
+    upload = f"until grep -q 137 \"${{3%/*}}/rc\"; do :; done 2>/dev/null\ncp \"$3\" '{copied}'\n"
+    (agent.home / "venv/bin/python").write_text(f"#!/bin/bash\n{upload}")
+    (agent.home / "venv/bin/python").chmod(0o755)
+    agent("start", "run", 1, "c0de", 1, "train", "--workdir", "gs://b/x")
+    while not (agent.home / "code/c0de/starts").exists():
+        pass
+    assert agent("stop", "run", 1, 0).stdout == "killed\n"
+    assert copied.read_text() == "train --workdir gs://b/x\n"
+    assert (agent.status(1).state, agent.status(1).code) == ("ended", 137)
+
+
 def test_the_agent_never_exits_with_255(agent):
     """ssh uses 255 for its own errors."""
     for words in (["nonsense"], ["start"], ["status"], ["secrets"], []):
@@ -572,6 +596,19 @@ def test_a_profile_waits_for_the_trainers_heartbeat(agent):
     log = (agent.home / "runs/run/a1/train.log").read_text().splitlines()
     assert (log, agent.state()) == ([TRACED], "running"), "once"
     assert agent.status(1).command == 'vit-scale train a "b"\\n'
+
+
+def test_a_profile_that_fails_is_an_error(agent):
+    failed = "no profile of steps 1 to 10: OSError: disk full; training continues"
+    trap = f"trap \"echo 'vit-scale: {failed}'\" USR2"
+    script = f"#!/bin/bash\n{trap}\nwhile sleep 0.05; do echo on >began; done\n"
+    (agent.home / "venv/bin/vit-scale").write_text(script)
+    agent("start", "run", 1, "c0de", 1, "train")
+    while not (agent.home / "code/c0de/began").exists():
+        pass
+    (agent.home / "runs/run/a1/heartbeat.json").write_text("{}")
+    done = agent("profile", "run", 1)
+    assert (done.returncode, done.stderr, agent.state()) == (75, f"agent: {failed}\n", "running")
 
 
 def test_gc_removes_old_code_and_logs(agent):
