@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,21 @@ def test_attempts_without_progress_are_limited(clone):
         "slurm: 1 attempts in a row got no further than step 5; giving up",
     ]
     assert not list((clone.root / ".cache" / "slurm").iterdir())
+
+
+def test_a_job_outlasts_a_restart_of_the_controller_and_says_that_it_was_not_requeued(clone):
+    path = clone.cluster.environment["PATH"]
+    fake, real = clone.home / "scontrol", shutil.which("scontrol", path=path)
+    fails = '[[ "$*" == "show job "[0-9]* && ! -e $0.asked ]] && touch "$0.asked"'
+    fake_requeue = '[[ $1 == requeue ]] && echo "scontrol: no" >&2'
+    lines = ["#!/bin/bash", f"{fails} && exit 1", f"{fake_requeue} && exit 1", f'exec {real} "$@"']
+    script(fake, "\n".join(lines) + "\n")
+    job = clone.submit(STEPS="5", CODES="42", PATH=f"{clone.home}:{path}")
+    assert clone.end(job) == ("FAILED", "42:0", 0)
+    assert messages(clone, job) == [
+        "slurm: exit code 42 after step 5; requeueing the job",
+        "slurm: the job could not be requeued (see above); to resume, submit it again",
+    ]
 
 
 @pytest.mark.slow
