@@ -48,6 +48,7 @@ while (($#)); do
   esac
 done
 
+[[ ${pod[*]-} != --devices=* || ${pod[*]} == *--hosts=* ]] || { echo "local: --devices needs --hosts N" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ((${#pod[@]} == 0)) || ACCELERATOR=cpu
 extra=$(accelerator)

@@ -144,9 +144,7 @@ def stop(pod: list[Host]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--hosts", type=int, required=True, help="number of processes")
-    parser.add_argument(
-        "--devices", type=int, default=1, help="virtual devices of each (default: 1)"
-    )
+    parser.add_argument("--devices", type=int, default=1, help="virtual devices each (default: 1)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="command of each host")
     args = parser.parse_args(argv)
     if args.hosts < 1 or args.devices < 1 or not args.command:

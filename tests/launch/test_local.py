@@ -253,6 +253,12 @@ def test_usage(clone, arguments, code, stream):
     assert clone.calls() == [], "nothing is installed to print a help text"
 
 
+def test_devices_without_hosts_are_refused(clone):
+    result = clone.run("local.sh", "--config", "x", "--devices", "2")
+    assert (result.returncode, result.stderr) == (2, "local: --devices needs --hosts N\n")
+    assert clone.calls() == []
+
+
 def test_accelerator_selects_the_extra(clone):
     clone.run("local.sh", "--config", "x", ACCELERATOR="tpu")
     assert installed_extras(clone) == ["[tpu]"]
