@@ -80,9 +80,7 @@ kill_all() {  # ATTEMPT_FOLDER
   read -r group _ 2>/dev/null <"$1/group" || return 0
   if alive "$1" && read -r uploader 2>/dev/null <"$1/uploader"; then
     # The leader ends itself once the log, with its last lines, is in the bucket.
-    for pid in $(members "$group"); do
-      ((pid == group || pid == uploader)) || kill -KILL "$pid" 2>/dev/null
-    done
+    for pid in $(members "$group"); do ((pid == group || pid == uploader)) || kill -KILL "$pid" 2>/dev/null; done
     record "$1" 137
     for ((tries = 0; tries < 300; tries++)); do alive "$1" || break; sleep 0.1; done
   fi
@@ -289,7 +287,7 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
 send_signal() {  # ATTEMPT_FOLDER SIGNAL
   local pid tries
   for ((tries = 0; tries < 100; tries++)); do
-    if read -r pid 2>/dev/null <"$1/pid" || ! alive "$1"; then break; fi
+    { read -r pid <"$1/pid" || ! alive "$1"; } 2>/dev/null && break
     sleep 0.05
   done
   kill "-$2" "$pid" 2>/dev/null

@@ -64,8 +64,10 @@ class Allocation:
                 shown = status.detail
                 waited = elapsed(self.clock.now() - began)
                 self.journal.say("acquire", f"{self.cloud.tpu.name}: {shown} ({waited})")
-            # A machine that already existed may be training, whatever its reported health.
-            if status.kind == "ready" or (status.kind == "unhealthy" and not self.created):
+            late = status.kind == "short" and self.clock.now() - sick > LATE
+            # A machine that already existed may be training, whatever the API reports of it.
+            adopted = not (self.created or self.plan.args.existing)
+            if status.kind == "ready" or (adopted and (status.kind == "unhealthy" or late)):
                 self.billing.begin(status.created)
                 self.journal.state["zone"] = self.cloud.tpu.zone
                 self.journal.save()
@@ -74,11 +76,12 @@ class Allocation:
             self._advance(status, began, sick)
 
     def expect_all(self, status: Status) -> Status:
-        """Return the status, of kind short if the machine has fewer workers than its type."""
+        """Say if it has other than its type's number of workers; of kind short, if fewer."""
         count, expected = sum(number for _, number in status.hosts), self.plan.hosts
-        if status.kind not in ("ready", "unhealthy") or count >= expected:
+        if status.kind not in ("ready", "unhealthy") or count == expected:
             return status
-        return status._replace(kind="short", detail=f"it has {count} workers, not {expected}")
+        kind = "short" if count < expected else status.kind
+        return status._replace(kind=kind, detail=f"it has {count} workers, not {expected}")
 
     def find_zone(self) -> None:
         """Look for this run's machine in all zones before one is created."""
@@ -107,8 +110,6 @@ class Allocation:
         elif status.kind == "gone":
             self.remove()
         elif status.kind == "short" and (existing or now - sick > LATE):
-            if not existing and not self.created:  # it may be training
-                self.rescue(status)
             raise Stop(Exit.INFRASTRUCTURE, f"{self.plan.name}: {status.detail}; check --type")
         elif status.kind in ("recovering", "unhealthy") and now - sick > REPAIR:
             if existing:
@@ -138,11 +139,6 @@ class Allocation:
         if not created:
             self.pause(EXISTS_DELAYS[self.refusals - 1])
 
-    def adopt_requested(self) -> None:
-        """Take ownership of a machine created by a request that was never answered. Raises Stop."""
-        if self.requested and not self.cloud.owned:
-            self.cloud.owned = self.cloud.is_ours(self.cloud.status(patience=3).labels)
-
     def renew(self, since: float = math.inf) -> None:
         """Renew the expiry label once an hour; it was last set before `since`, if given."""
         if self.cloud.owned and self.clock.now() - min(self.renewed, since) > RENEW:
@@ -159,9 +155,8 @@ class Allocation:
             problem = "exists and was not created by this launcher: choose another --name, or use "
             problem += "it as it is with --existing"
         elif run != self.plan.run:
-            problem = f"belongs to run {run}, which has another config or workdir: choose another "
-            problem += "--name, or delete that machine: launch/tpu_vm.sh delete --name "
-            problem += self.plan.name
+            problem = f"belongs to run {run}, not to {self.plan.run}: choose another --name, or "
+            problem += f"delete that machine: launch/tpu_vm.sh delete --name {self.plan.name}"
         if problem:
             raise Stop(Exit.USAGE, f"TPU {self.plan.name} {problem}")
         self.claim()

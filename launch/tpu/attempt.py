@@ -15,7 +15,6 @@ from launch.tpu.journal import Journal
 from launch.tpu.plan import Plan
 from launch.tpu.transport import AgentStatus, Workers, free_port, last_error, on_all
 
-POLL = 10  # seconds between status calls
 LOST, MISSED = 180, 3  # seconds, and status calls, without an answer from a worker of a READY node
 PATIENCE = 60  # seconds the others have to exit once one has exited with 0 or 42
 TAIL = 64_000  # characters of each log kept for the diagnosis
@@ -113,14 +112,19 @@ class Attempt:
         """Stop it on every worker, with `grace` seconds to save; return once it has ended."""
         self.stopping = True
         seconds = max(1, round(grace * self.clock.scale)) if grace else 0
-        answers = self.workers.agents("stop", self.plan.run, self.number, seconds)
-        self.stopped |= {i for i, answer in answers.items() if b"nothing runs" not in answer.out}
+        words = ("stop", self.plan.run, self.number, seconds)
+        unasked = list(range(self.workers.count))
         until = self.clock.now() + grace + 30
-        self.poll()
-        while any(view.state == "running" for view in self.views) and self.clock.now() < until:
-            self.clock.sleep(min(POLL, 3))
+        while True:  # idempotent: workers that were not reached are asked again
+            answers = on_all(unasked, lambda i: self.workers.agent(i, *words))
+            self.stopped |= {i for i, reply in answers.items() if b"nothing runs" not in reply.out}
+            unasked = [i for i, reply in answers.items() if reply.code]
             self.poll()
-        if grace and any(view.state in ("running", "unknown") for view in self.views):
+            left = any(view.state in ("running", "unknown") for view in self.views)
+            if not left or self.clock.now() >= until:
+                break
+            self.clock.sleep(3)
+        if grace and left:
             self.stop(0)
 
     # --- follow

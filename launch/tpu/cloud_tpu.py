@@ -21,7 +21,7 @@ from launch.tpu.journal import Journal
 TERMINAL = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDING", "HIDDEN")
 RECOVERING = ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNKNOWN")
 CODES = dict.fromkeys(("quota", "zone", "invalid", "api"), Exit.REFUSED)
-CODES |= dict.fromkeys(("auth", "permission", "agent", "key"), Exit.NOT_PERMITTED)
+CODES |= dict.fromkeys(("auth", "permission", "agent", "key", "missing"), Exit.NOT_PERMITTED)
 TRIES, LONGEST = 12, 60  # for an API that does not answer; seconds between the last tries
 DELETION = 1200  # seconds a deletion may take
 EXPIRES = 24 * 3600  # seconds until `gc` may delete a machine, unless its launcher renews the label
@@ -68,8 +68,8 @@ class CloudTpu:
             result = gcloud.run(argv, timeout=self.clock.limit(120))
             if result.code == 0:
                 return result.out
-            if result.code == 127:
-                raise Stop(Exit.NOT_PERMITTED, "gcloud is missing: https://cloud.google.com/sdk")
+            if result.code in (127, gcloud.NOT_STARTED):  # 127: gcloud's own Python is missing
+                raise ApiError("missing", "gcloud is missing")
             error = gcloud.error(result.err)
             patience -= 1
             if error.kind != "transient" or patience <= 0:

@@ -14,11 +14,8 @@ DELAYS = (10, 30, 120, 300)  # seconds before the next attempt, by failures in a
 
 # (pattern in the end of the log, kind), unless the exit code is 0
 SIGNATURES = (
-    (
-        r"already in use by process with pid|libtpu multi-process lockfile"
-        r"|/dev/vfio/\d+\)?: Device or resource busy",
-        "busy",
-    ),
+    (r"already in use by process with pid|libtpu multi-process lockfile", "busy"),
+    (r"/dev/vfio/\d+\)?: Device or resource busy", "busy"),
     (r"Failed to start RPC server", "port"),
     (r"No space left on device|Disk quota exceeded", "disk"),
     (r"RESOURCE_EXHAUSTED.*(hbm|memory)", "user"),

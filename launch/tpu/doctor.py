@@ -49,8 +49,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _check_zone(report, zone: str, project: str, kind: str) -> None:
     # Without tpu-vm it would ask API v1, of the former TPU nodes.
-    argv = [*gcloud.TPUS, "tpu-vm", "accelerator-types", "list", *gcloud.location(zone, project)]
-    result = gcloud.run([*argv, "--format=value(type)"], timeout=60)
+    location = gcloud.Tpu("", zone, project).location
+    argv = [*gcloud.TPUS, "tpu-vm", "accelerator-types", "list", *location, "--format=value(type)"]
+    result = gcloud.run(argv, timeout=60)
     if result.code:
         error = gcloud.error(result.err)
         report(False, f"zone {zone}: {error}", gcloud.REMEDIES.get(error.kind, ""))

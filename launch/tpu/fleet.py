@@ -20,7 +20,6 @@ from launch.tpu.verbs import FOLDER, RegisteredRun, describe_owner
 DEAD_STATES = ("SUSPENDED", "FAILED", "PREEMPTED", "TERMINATED", "STOPPED")
 QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 RECENT = 900  # seconds since a launcher last asked a worker
-NOT_REACHED = "in use, not reached"
 
 
 def delete(args: argparse.Namespace) -> int:
@@ -99,7 +98,7 @@ class Machine:
             "run": self.labels.get("run"),
             "owner": self.labels.get("owner"),
             "hours": round(self.hours, 1),
-            "usd_per_hour": None if self.left else price,
+            "usd_per_hour": None if self.left else price and price * self.cloud.tpu.slices,
             "forgotten": self.expired or self.left,
         }
 
@@ -124,8 +123,9 @@ def list_machines(args: argparse.Namespace) -> list[Machine]:
         machines.append(Machine(tpu, state, labels or {}, created or "", kind or ""))
 
     for zone in zones:
-        requests = read_list(gcloud.listing("queued-resources", zone, project))
-        listed = read_list(gcloud.listing("tpu-vm", zone, project))
+        location = Tpu("", zone, project).location
+        requests = read_list(gcloud.listing("queued-resources", location))
+        listed = read_list(gcloud.listing("tpu-vm", location))
         nodes = {node["name"].rpartition("/")[2]: node for node in listed}
         for request in requests:
             names = cloud_tpu.node_names(request)
@@ -195,15 +195,14 @@ def in_use(machine: Machine) -> str:
     workers = GcloudWorkers(machine.cloud.tpu, status.hosts, clock, lambda argv: None)
     ask = agent_command("status", machine.labels.get("run", ""), "last")
     line = f"if test -e {HOME}/agent.sh; then {ask}; else echo no agent; fi"
-    answers = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60))
-    replies = [AgentStatus.parse(result) for result in answers.values()]
+    results = on_all(range(workers.count), lambda i: workers.shell(i, line, b"", 60)).values()
+    replies = [AgentStatus.parse(result) for result in results]
     if any(reply and in_use_now(reply, clock) for reply in replies):
         return "in use"
-    idle = [
-        reply or result.out == b"no agent\n"
-        for reply, result in zip(replies, answers.values(), strict=True)
-    ]
-    return "" if idle and all(idle) else NOT_REACHED
+    if any(result.out.startswith(b"#STATUS attempt=") for result in results):
+        return "agent of an earlier version, use delete"
+    idle = [AgentStatus.parse(result) or result.out == b"no agent\n" for result in results]
+    return "" if idle and all(idle) else "in use, not reached"
 
 
 def in_use_now(reply: AgentStatus, clock: Clock) -> bool:

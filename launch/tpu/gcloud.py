@@ -31,11 +31,8 @@ ERRORS = (
     (r"no more capacity in the zone|not enough resources available|stockout", "stockout"),
     (r"Quota limit .* exceeded|Quota '.*' (exceeded|exhausted)|quota .* exceeded", "quota"),
     (r"Insufficient reserved capacity", "quota"),
-    (
-        r"authenticated account to use|reauth|not currently have an active account"
-        r"|gcloud auth login|invalid_grant|UNAUTHENTICATED",
-        "auth",
-    ),
+    (r"authenticated account to use|reauth|not currently have an active account", "auth"),
+    (r"gcloud auth login|invalid_grant|UNAUTHENTICATED", "auth"),
     (r"SSH Key is not present in the SSH agent", "agent"),
     (r"Permission denied \(publickey", "key"),
     (r"has not been used in project|SERVICE_DISABLED|it is disabled", "api"),
@@ -48,6 +45,7 @@ ERRORS = (
 # gcloud appends this to every 401, 403 and 404.
 ACCOUNT = re.compile(r"[. ]*This command is authenticated (as|with) [^\n]*")
 REMEDIES = {
+    "missing": "install it: https://cloud.google.com/sdk",
     "quota": "request quota (console: IAM & Admin, Quotas), choose another zone or type, or delete "
     "leftovers that still use it: launch/tpu_vm.sh gc",
     "auth": "run: gcloud auth login",
@@ -59,6 +57,7 @@ REMEDIES = {
     "permission": "this account needs the role TPU Admin in the project",
     "invalid": "check --type, --runtime and --zone",
 }
+NOT_STARTED = 256  # the code of a program that could not be started; no process has it
 
 
 class Result(NamedTuple):
@@ -102,11 +101,7 @@ class Tpu:
 
     @property
     def location(self) -> list[str]:
-        return location(self.zone, self.project)
-
-
-def location(zone: str, project: str) -> list[str]:
-    return ["--zone", zone, *(["--project", project] if project else [])]
+        return ["--zone", self.zone, *(["--project", self.project] if self.project else [])]
 
 
 def create(tpu: Tpu) -> list[str]:
@@ -143,9 +138,9 @@ def renew(tpu: Tpu, node: str, expires: str) -> list[str]:
     return [*command, "--update-labels", f"expires={expires}", "--async", "--quiet"]
 
 
-def listing(kind: str, zone: str, project: str) -> list[str]:
-    """List resources of `kind`, queued-resources or tpu-vm."""
-    return [*TPUS, kind, "list", *location(zone, project), "--format=json"]
+def listing(kind: str, location: list[str]) -> list[str]:
+    """List resources of `kind`, queued-resources or tpu-vm, at the `location` of a Tpu."""
+    return [*TPUS, kind, "list", *location, "--format=json"]
 
 
 def ssh(tpu: Tpu, node: str, worker: int | str, command: str = "") -> list[str]:
@@ -175,15 +170,15 @@ def error(text: str) -> ApiError:
 def run(command: list[str], stdin: bytes = b"", timeout: float | None = None) -> Result:
     """Run a command in its own session, so that Ctrl-C reaches only the launcher.
 
-    After `timeout` seconds its process group is killed and the code is 124. It is 127 if there is
-    no such program. The output goes to files, because a surviving child may hold it open.
+    After `timeout` seconds its process group is killed and the code is 124; it is NOT_STARTED if
+    there is no such program. The output goes to files: a surviving child may hold it open.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": out, "stderr": err}
         try:
             process = subprocess.Popen(command, start_new_session=True, **streams)
         except OSError as error:
-            return Result(127, b"", f"{command[0]}: {error.strerror}")
+            return Result(NOT_STARTED, b"", f"{command[0]}: {error.strerror}")
         try:
             process.communicate(stdin, timeout=timeout)
         except subprocess.TimeoutExpired:

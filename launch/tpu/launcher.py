@@ -60,7 +60,8 @@ class Launcher:
         if self.journal.state["arguments"] != self.plan.arguments:  # another training
             self.journal.state.update(arguments=self.plan.arguments, progress={})
         self.journal.state.update(failures=[], restarts=0, result=None)
-        self.journal.state["sitter"] = self.watcher
+        self.journal.state["watcher"] = self.watcher
+        self.journal.state.pop("sitter", None)  # the same, of an earlier launcher
         self.journal.save()
         try:
             self.train()
@@ -135,9 +136,6 @@ class Launcher:
         if self.machine:
             status = self.machine.acquire()
             self.workers = self.workers_of(status)
-            if self.workers.count != self.plan.hosts:
-                expected = f"{self.workers.count} workers, {self.plan.hosts} expected"
-                self.journal.say("acquire", expected)
         self.provisioner = Provisioner(
             self.plan, self.workers, self.clock, self.journal, self.check, self.pause
         )
@@ -176,6 +174,9 @@ class Launcher:
         self.attempt = attempt = self.find_attempt()
         self.shutdown.workers_known, self.training = True, attempt is not None
         if attempt is None:
+            if self.workers.count < self.plan.hosts:
+                few = f"{self.workers.count} workers, not {self.plan.hosts}; check --type"
+                raise Stop(Exit.INFRASTRUCTURE, f"{self.plan.name}: it has {few}")
             self.prepare()
             number = self.journal.state["attempt"] + 1
             self.journal.state["attempt"] = number
@@ -206,8 +207,10 @@ class Launcher:
             range(self.workers.count),
             lambda i: self.workers.agent(i, "status", self.plan.run, "last"),
         )
+        for worker, result in results.items():
+            if AgentStatus.parse(result) is None:
+                raise Stop(Exit.INFRASTRUCTURE, f"[w{worker:02}] gave no valid answer to `status`")
         replies = [reply for result in results.values() if (reply := AgentStatus.parse(result))]
-        assert len(replies) == len(results), results
         self.check_watcher(replies[0])
         number, state = max(reply.attempt for reply in replies), self.journal.state
         state["attempt"] = max(state["attempt"], number)
@@ -301,7 +304,8 @@ class Launcher:
     def interrupted(self, interrupted: Interrupted) -> int:
         if not interrupted.stop:
             return self.shutdown.report(Exit.INTERRUPTED, "detached", deleted=False)
-        self.shutdown.reset_signals()
+        self.shutdown.signals = 0  # these are being handled
+        self.clock.wake.clear()
         if self.attempt:
             self.journal.say("stop", f"attempt {self.attempt.number}: saving, then stopping")
             self.end_attempt(self.attempt)

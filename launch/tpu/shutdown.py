@@ -81,11 +81,6 @@ class Shutdown:
             time.sleep(WINDOW * min(1.0, self.clock.scale * 10))
         raise Interrupted(stop=choice == "stop" or self.signals > 1)
 
-    def reset_signals(self) -> None:
-        """Forget the signals received so far, once they are being handled."""
-        self.signals = 0
-        self.clock.wake.clear()
-
     # --- the machine
 
     @property
@@ -128,15 +123,18 @@ class Shutdown:
                 return False
             self.clock.sleep(min(5, report - self.clock.now()))
         self.clock.wake.clear()
-        return self.journal.acquire_lock() and self.journal.state.get("sitter") == self.watcher
+        locked, state = self.journal.acquire_lock(), self.journal.state
+        return locked and state.get("sitter", state["watcher"]) == self.watcher
 
     def release(self) -> bool:
         """Delete the machine; return whether it is gone. A failure is printed, not raised."""
         if not (self.machine and self.responsible):
             return False
         try:
-            self.machine.adopt_requested()
-            if not self.owned:
+            cloud = self.machine.cloud
+            if self.machine.requested and not cloud.owned:  # the request was never answered
+                cloud.owned = cloud.is_ours(cloud.status(patience=3).labels)
+            if not cloud.owned:
                 return False
             self.machine.remove()
             return True

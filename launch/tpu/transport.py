@@ -22,7 +22,6 @@ HOME = ".vit_scale"  # in a worker's home folder, as in agent.sh
 AGENT = f"bash {HOME}/agent.sh"
 # gcloud processes at a time; each takes 91 MB and most of a second of CPU.
 FEW = threading.Semaphore(16)
-SSH_FAILED = (127, 255)  # no such program, no connection
 RENEW = 60  # seconds
 
 
@@ -51,11 +50,16 @@ class AgentStatus(NamedTuple):
 
     @staticmethod
     def parse(result: gcloud.Result) -> "AgentStatus | None":
-        """Parse the answer; None if the call failed or its answer is incomplete."""
+        """Parse the answer; None if the call failed or its answer is incomplete or malformed."""
         head, complete, log = result.out.partition(b"#STATUS ")[2].partition(b"\n#LOG\n")
         if result.code or not complete:
             return None
-        return AgentStatus(**json.loads(head.decode(errors="replace"), strict=False), log=log)
+        try:
+            fields = json.loads(head.decode(errors="replace"), strict=False)
+            known = {name: fields[name] for name in AgentStatus._fields[:-1]}
+            return AgentStatus(**known, log=log)
+        except (ValueError, TypeError, KeyError):
+            return None
 
 
 def last_error(text: str) -> str:
@@ -110,7 +114,7 @@ class GcloudWorkers(Workers):
         node, index = self.hosts[worker]
         if worker in self.direct:
             result = self._run([*self.direct[worker], line], stdin, limit)
-            if result.code not in SSH_FAILED:
+            if result.code not in (255, gcloud.NOT_STARTED):  # the command's own exit code
                 return result
         with FEW:
             result = self._run(gcloud.ssh(self.tpu, node, index, line), stdin, limit)

@@ -241,7 +241,7 @@ def profile(args: argparse.Namespace) -> int:
 
     def trace(worker: int) -> str:
         """Return the path of the worker's trace, on the worker or in a bucket."""
-        result = workers.agent(worker, "profile", run.id, number, limit=TRACING)
+        result = workers.agent(worker, "profile", run.id, number, limit=TRACING + 60)
         if result.code:
             raise Stop(Exit.INFRASTRUCTURE, f"[w{worker:02}] no trace: {last_error(result.err)}")
         return result.out.decode().strip()

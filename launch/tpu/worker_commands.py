@@ -15,14 +15,14 @@ INCOMING = f"{HOME}/incoming/"
 def probe(sha: str) -> str:
     """Open the first connection; the worker prints "have" if it has the code."""
     code = f"{HOME}/code/{sha}"
-    folders = f"mkdir -p {INCOMING} {HOME}/code {HOME}/runs {HOME}/data"
+    folders = f"umask 077 && mkdir -p {INCOMING} {HOME}/code {HOME}/runs {HOME}/data"
     return f"{folders} && if test -d {code}; then echo have; else echo ready; fi"
 
 
 def receive(name: str, content: bytes) -> str:
     """Receive a file over standard input, which is empty if gcloud repeats the call."""
     check = f"echo {hashlib.sha256(content).hexdigest()}  {INCOMING}{name} | sha256sum -c --status"
-    return f"cat >{INCOMING}{name} && {check}"
+    return f"umask 077 && cat >{INCOMING}{name} && {check}"
 
 
 def install() -> str:

@@ -325,6 +325,7 @@ def test_a_machine_of_another_run_is_left_alone(rig):
     rig.run("--on-success", "keep")
     other = rig.run("--workdir", str(rig.elsewhere))
     assert other.code == 64 and "belongs to run vit-" in other.result["cause"]
+    assert ", not to vit-" in other.result["cause"]
     for node in rig.cloud.nodes.values():
         node["labels"] = {}
     for request in rig.cloud.requests.values():

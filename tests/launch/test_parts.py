@@ -259,7 +259,7 @@ def test_a_hanging_process_is_killed_with_its_children():
     """Even if a grandchild keeps the output open."""
     result = gcloud.run(["bash", "-c", "setsid sleep 30 & sleep 30"], timeout=0.3)
     assert result.code == 124
-    assert gcloud.run(["no-such-program-here"]).code == 127
+    assert gcloud.run(["no-such-program-here"]).code == gcloud.NOT_STARTED
     assert gcloud.run(["cat"], b"given", timeout=10).out == b"given"
 
 
@@ -270,6 +270,24 @@ def test_last_error_skips_noise():
     assert last_error(f"agent: the disk is full\n{noise}") == "the disk is full"
     assert last_error("a\nERROR: (gcloud.tpus) no such thing\nb") == "no such thing"
     assert last_error("") == "no answer"
+
+
+@pytest.mark.parametrize(
+    "old, new, parsed",
+    [
+        (b'"attempt": 3', b'"attempt": 3, "later": 1', True),
+        (b'"attempt": 3', b'"attempt": ', False),
+        (b'"attempt": 3, ', b"", False),
+        (b"{", b"[{", False),
+    ],
+)
+def test_a_status_of_another_version_or_malformed_is_no_error(old, new, parsed):
+    fields = dict.fromkeys(AgentStatus._fields[:-1], 3)
+    out = f"#STATUS {json.dumps(fields)}\n#LOG\n".encode().replace(old, new)
+    if new == b"[{":
+        out = out.replace(b"}", b"}]")
+    reply = AgentStatus.parse(Result(0, out, ""))
+    assert (reply is not None and reply.attempt == 3) == parsed
 
 
 @pytest.fixture
@@ -541,7 +559,7 @@ def test_a_trainer_goes_on_if_its_pid_cannot_be_written(agent):
 def test_the_last_lines_of_a_killed_trainer_reach_the_bucket(agent):
     """The trainer is killed first; the attempt runs until its log has been uploaded."""
     copied = agent.home / "copied"
-    upload = f"until grep -q 137 \"${{3%/*}}/rc\"; do :; done 2>/dev/null\ncp \"$3\" '{copied}'\n"
+    upload = f'until grep -q 137 "${{3%/*}}/rc"; do :; done 2>/dev/null\ncp "$3" \'{copied}\'\n'
     (agent.home / "venv/bin/python").write_text(f"#!/bin/bash\n{upload}")
     (agent.home / "venv/bin/python").chmod(0o755)
     agent("start", "run", 1, "c0de", 1, "train", "--workdir", "gs://b/x")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.tpu import (
+    accelerators,
     cli,
     cloud_tpu,
     flags,
@@ -374,6 +375,31 @@ def test_an_attempt_with_other_arguments_is_not_adopted(table, tmp_path):
     assert adopt(tmp_path, [over], [over])[1] is None
 
 
+def test_a_malformed_status_names_the_worker(table, tmp_path):
+    with pytest.raises(Stop, match=r"\[w01\] gave no valid answer") as stop:
+        adopt(tmp_path, [status("running")], [Result(0, b"#STATUS {\n#LOG\n", "")])
+    assert stop.value.code == 75
+
+
+def test_a_lost_request_to_stop_is_repeated(table, tmp_path):
+    """Else the worker would be killed without having saved."""
+    made = launcher(tmp_path)
+    made.workers = TwoWorkers([status("ended")], [NO_ANSWER, status("running")])
+    answer, lost = made.workers.shell, [NO_ANSWER]
+
+    def shell(worker, line, stdin, limit):
+        result = answer(worker, line, stdin, limit)
+        if "agent.sh stop" not in line or worker == 0:
+            return result
+        made.workers.answers = made.workers.answers if lost else [[status("ended")]] * 2
+        return lost.pop() if lost else result
+
+    made.workers.shell = shell
+    made.new_attempt(1).stop(60)
+    assert sorted(made.workers.did("agent.sh stop vit-1 1 60")) == [0, 1, 1]
+    assert made.workers.did("agent.sh stop vit-1 1 0") == []
+
+
 RATE = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) RESOURCE_EXHAUSTED: Quota exceeded for quota metric"
 
 
@@ -395,6 +421,7 @@ class SshHosts:
 
     def __init__(self):
         self.gcloud, self.ssh, self.broken, self.moved = [], [], set(), 0
+        self.code = 255  # of the broken
 
     def __call__(self, argv, stdin=b"", timeout=None):
         if "--dry-run" in argv:
@@ -408,7 +435,7 @@ class SshHosts:
             return Result(0, b"through gcloud", "")
         self.ssh.append(argv)
         worker = int(argv[argv.index("--") - 1].rpartition(".")[2])
-        return Result(255 if worker in self.broken else 0, stdin, "")
+        return Result(self.code if worker in self.broken else 0, stdin, "")
 
 
 @pytest.fixture
@@ -451,6 +478,11 @@ def test_a_failed_connection_is_made_again_through_gcloud(hosts, tmp_path):
     assert "me@10.9.0.8" in hosts.ssh[-1]
     workers.agent(7, "start", "x")
     assert hosts.gcloud[4:] == [7], "but not for each call"
+    hosts.code = gcloud.NOT_STARTED
+    assert workers.agent(7, "start", "x").out == b"through gcloud"
+    hosts.code, calls = 127, len(hosts.gcloud)
+    assert workers.agent(7, "start", "x").code == 127, "which may have done something"
+    assert len(hosts.gcloud) == calls
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -562,7 +594,26 @@ def test_a_request_of_several_nodes_may_show_their_number_only(table, tmp_path, 
     cloud = CloudTpu(tpu(slices=2), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
     assert cloud.status().hosts == [("vit-0", 2), ("vit-1", 2)]
     assert verb("list", "--json") == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)["machines"]] == ["vit"]
+    rows = json.loads(capsys.readouterr().out)["machines"]
+    price = 2 * accelerators.parse("v4-16").price
+    assert [(row["name"], row["usd_per_hour"]) for row in rows] == [("vit", price)]
+
+
+def idle_agent(worker: int, line: str) -> Result:
+    return status("absent", 0) if "agent.sh status" in line else Result(0, b"", "")
+
+
+def test_an_adopted_machine_with_fewer_workers_than_its_type_goes_on(table, tmp_path):
+    """It may train, and the API be wrong; if nothing runs on it, it is deleted."""
+    table.request()
+    table.node(networkEndpoints=[{}])
+    made = launcher(tmp_path)
+    made.journal.state["attempt"] = 3
+    assert made.machine.acquire().kind == "short" and made.clock.now() > 1e6 + 300
+    assert table.did("agent.sh stop") == table.did(" delete ") == []
+    table.agent = idle_agent
+    assert launcher(tmp_path).run() == 75
+    assert table.did("agent.sh start") == [] and table.requests == {}
 
 
 @pytest.mark.parametrize("words, waits", [([], True), (["--existing"], False)])
@@ -571,6 +622,7 @@ def test_fewer_workers_than_the_type_has_end_the_run_before_training(table, tmp_
     table.request()
     table.node(networkEndpoints=[{}])
     made = launcher(tmp_path, *words)
+    made.machine.created = not words
     began = made.clock.now()
     with pytest.raises(Stop, match="vit: it has 1 workers, not 2; check --type") as stop:
         made.machine.acquire()
@@ -607,6 +659,14 @@ def test_ctrl_c_withdraws_a_request_whose_creation_got_no_response(table, tmp_pa
     assert table.requests == {} and len(table.did("create")) == 5
 
 
+def test_without_gcloud_nothing_is_requested(table, tmp_path):
+    made = launcher(tmp_path)
+    table.on["create"] = [Result(gcloud.NOT_STARTED, b"", "gcloud: No such file")]
+    with pytest.raises(Stop, match="gcloud is missing; install it: https") as stop:
+        made.machine.acquire()
+    assert (stop.value.code, made.machine.requested) == (77, False)
+
+
 def test_a_ready_machine_with_unreachable_workers_is_kept(table, tmp_path):
     table.request()
     table.node()
@@ -614,6 +674,23 @@ def test_a_ready_machine_with_unreachable_workers_is_kept(table, tmp_path):
     made = launcher(tmp_path)
     assert made.run() == 75
     assert "vit" in table.requests
+
+
+@pytest.mark.parametrize(
+    "later, mine", [({}, True), ({"watcher": "other"}, False), ({"sitter": "other"}, False)]
+)
+def test_a_kept_machine_is_deleted_unless_another_launcher_has_used_it(
+    table, tmp_path, later, mine
+):
+    """Also one of an earlier version, which writes the key's former name."""
+    (tmp_path / "state.json").write_text('{"sitter": "before"}')
+    made = launcher(tmp_path)
+    made.train = lambda: None
+    assert made.run() == 0
+    made.machine.cloud.owned = True
+    state = made.journal.state
+    made.journal.release_lock = lambda: made.journal.put("state.json", json.dumps(state | later))
+    assert made.shutdown.keep(60) is mine
 
 
 def test_labels_are_renewed(table, tmp_path):
@@ -651,6 +728,7 @@ def collect(*words: str) -> int:
     return verb("gc", "--zone", "z", "--yes", *words)
 
 
+EARLIER = Result(0, b"#STATUS attempt=1 state=ended rc=0 now=5\n#LOG\n", "")
 EXPIRED = {**OURS, "expires": "1000"}
 
 
@@ -662,6 +740,8 @@ EXPIRED = {**OURS, "expires": "1000"}
         ([status("ended"), NO_ANSWER], False, "in use, not reached: "),
         ([status("ended"), status("running")], False, "in use: "),
         ([status("absent", 0, "me:1:x 1"), status("absent", 0)], False, "in use: "),
+        ([EARLIER, EARLIER], False, "agent of an earlier version, use delete: "),
+        ([EARLIER, status("running")], False, "in use: "),
         ([status("ended"), status("ended")], True, "deleted: "),
     ],
 )
@@ -705,6 +785,18 @@ def test_durations_are_checked_when_flags_are_parsed():
     with pytest.raises(Stop, match="'1h30m' is not a duration") as stop:
         flags.parser().parse_args(["--valid-until", "1h30m"])
     assert stop.value.code == 64
+
+
+def test_what_is_uploaded_is_not_readable_by_others(tmp_path):
+    command = f"{worker_commands.probe('c0de')} && {worker_commands.receive('x', b'code')}"
+    umask = os.umask(0o022)
+    try:
+        done = gcloud.run(["env", "-C", str(tmp_path), "bash", "-c", command], b"code")
+    finally:
+        os.umask(umask)
+    assert (done.code, done.out) == (0, b"ready\n")
+    modes = [path.stat().st_mode & 0o077 for path in tmp_path.rglob("*")]
+    assert modes == [0] * 6
 
 
 # --- worker 0's reaper
