@@ -87,7 +87,9 @@ POLICIES = "delete|keep|keep:TIME"
 POLICY: dict[str, Any] = {"metavar": POLICIES}
 POLICY["type"] = matching(f"delete|keep(:{DURATION})?", POLICIES)
 WORKER: dict[str, Any] = {"type": matching(r"all|\d+", "all or a number"), "metavar": "I|all"}
-GCLOUD: dict[str, Any] = {"type": matching("--[a-z].*", "--NAME or --NAME=VALUE"), "default": []}
+OTHER = "--(?!(labels|zone|project|async|quiet|node-id|node-count|node-prefix)(=|$))[a-z].*"
+UNSET = "--NAME or --NAME=VALUE of a flag that the launcher does not set itself"
+GCLOUD: dict[str, Any] = {"type": matching(OTHER, UNSET), "default": []}
 
 
 def parser() -> Parser:

@@ -231,7 +231,8 @@ def resolve_workdir(args, values: Values, name: str, root: pathlib.Path, target:
 
 def describe(plan: Plan, values: Values, resolved: dict | None) -> list[tuple[str, str]]:
     """Summarize every resolved value with its source."""
-    sources, lines = values.sources, [f"config {plan.config}, to be checked by worker 0"]
+    checked = "to be checked by worker 0" if plan.show else "not checked here"
+    sources, lines = values.sources, [f"config {plan.config}, {checked}"]
     if resolved:
         batch = f"global batch {resolved['global_batch']}"
         size = f"{resolved['parameters'] / 1e6:.1f} M parameters"

@@ -147,6 +147,8 @@ def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
     assert dry.stderr == "config tiny not checked here: run launch/environment.sh\n"
     assert not (rig.root / ".venv").exists(), "it installs nothing"
     assert "config tiny, to be checked by worker 0" in dry.stdout
+    words = ["--config", "tiny", "--target", "local:2", "--dry-run"]
+    assert "config tiny, not checked here" in rig.verb(*words, PATH=str(path)).stdout
     wrong = rig.verb(*rig.flags(), "--dry-run", "--config", "tinny", PATH=str(path))
     assert wrong.returncode == 65 and "did you mean tiny?" in wrong.stderr
 
@@ -190,6 +192,8 @@ def test_the_launcher_runs_on_python_310(rig):
         (["--no-queue", "--num-slices", "2"], 64, "--num-slices needs a queued resource"),
         (["--best-effort"], 64, "argument --best-effort: not allowed with argument --spot"),
         (["--gcloud-flag=range"], 64, "'range' is not --NAME or --NAME=VALUE"),
+        (["--gcloud-flag=--labels=a=b"], 64, "of a flag that the launcher does not set itself"),
+        (["--gcloud-flag=--async"], 64, "of a flag that the launcher does not set itself"),
         (["--worker", "x"], 64, "'x' is not all or a number"),
         (["--on-failure", "keep:soon"], 64, "'keep:soon' is not delete|keep|keep:TIME"),
         (["--grace", "soon"], 64, "'soon' is not a duration"),
