@@ -286,10 +286,7 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
 
 send_signal() {  # ATTEMPT_FOLDER SIGNAL
   local pid tries
-  for ((tries = 0; tries < 100; tries++)); do
-    { read -r pid <"$1/pid" || ! alive "$1"; } 2>/dev/null && break
-    sleep 0.05
-  done
+  for ((tries = 0; tries < 100; tries++)); do { read -r pid <"$1/pid" || ! alive "$1"; } 2>/dev/null && break; sleep 0.05; done
   kill "-$2" "$pid" 2>/dev/null
 }
 
@@ -321,7 +318,8 @@ profile() {  # RUN ATTEMPT
   for ((tries = 0; tries < 600; tries++)); do
     line=$(tail -c "+$((size + 1))" "$log" | grep -m 1 -E '^vit-scale: (no )?profile of .*; (to open it|training continues)')
     [[ $line != "vit-scale: no "* ]] || fail 75 "${line#vit-scale: }"
-    if [[ -n $line ]]; then sed 's/^vit-scale: profile of .*: \(.*\); to open it.*/\1/' <<<"$line"; return; fi
+    line=${line#vit-scale: profile of *: }
+    if [[ -n $line ]]; then echo "${line%; to open it*}"; return; fi
     alive "$attempt" || fail 75 "training has ended"
     sleep 1
   done
