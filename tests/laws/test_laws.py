@@ -141,7 +141,7 @@ def test_the_undisturbed_run_trains_at_every_step(whole):
     "step",
     [
         pytest.param(2, id="no-checkpoint", marks=pytest.mark.slow),
-        pytest.param(4, id="at-checkpoint"),
+        pytest.param(4, id="at-checkpoint", marks=pytest.mark.slow),
         pytest.param(7, id="after-it"),
     ],
 )

@@ -156,6 +156,7 @@ def test_misuse_is_refused(tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_greedy_soup_is_selected_by_the_split_and_evaluates(cifar, tmp_path, capsys):
     fields = ("model.classes=10", "data.train=train[:90%]", f"data.path={cifar}", "eval.batch=512")
     model = tiny_model(*fields)

@@ -84,6 +84,7 @@ def test_scanned_blocks_share_their_names():
         assert part in names, part
 
 
+@pytest.mark.slow
 def test_sigusr2_to_all_processes_traces_the_next_ten_steps(jpegs, tmp_path):
     """A cluster's tool signals data workers too, which must survive it."""
     fields = {"data__name": "folder", "data__path": jpegs, "data__train": "train"}
