@@ -16,9 +16,9 @@ def python_of(command: str, package: str) -> str:
 
     Skips the test without a package registry.
     """
-    found = shutil.which(command)
-    if found:
-        return str(pathlib.Path(found).resolve().parent / "python")
+    path = shutil.which(command)
+    if path:
+        return str(pathlib.Path(path).resolve().parent / "python")
     folder = pathlib.Path(tempfile.gettempdir()) / f"vit_scale-{command}-{package.split('==')[-1]}"
     if not (folder / "bin" / command).exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)

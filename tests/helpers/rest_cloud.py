@@ -224,11 +224,11 @@ class Ssh:
     async def serve(self, process: Any) -> None:
         address = process.get_extra_info("sockname")[0]
         self.commands.append((address, process.command or ""))
-        found = self.find(address)
-        if found is None:
+        worker = self.find(address)
+        if worker is None:
             process.exit(255)
             return
-        environment, home = found
+        environment, home = worker
         words = [
             "env",
             "-i",

@@ -205,15 +205,15 @@ class Cluster:
     def processes(self, variable: str, value: str) -> list[int]:
         """Return the cluster's processes that have `variable` in their environment."""
         wanted = {f"{variable}={value}".encode(), f"SLURM_CONF={self.conf}".encode()}
-        found = []
+        pids = []
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
             try:
                 variables = (folder / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue  # it has ended, or belongs to another user
             if wanted <= set(variables):
-                found.append(int(folder.name))
-        return found
+                pids.append(int(folder.name))
+        return pids
 
     def _kill(self, variable: str, value: str) -> list[int]:
         pids = self.processes(variable, value)

@@ -58,14 +58,14 @@ def test_the_trainer_gets_the_environment_as_words(tmp_path):
     assert done.returncode == 42
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_setup_has_uv_where_python_is_too_old(tmp_path, found):
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_setup_has_uv_where_python_is_too_old(tmp_path, has_uv):
     """SkyPilot's own in ~/.local/bin, which need not be on PATH, or else pip's."""
     home, tools = tmp_path / "home", tmp_path / "tools"
     uv = home / ".local" / "bin" / "uv"
     for folder in (tools, uv.parent, tmp_path / "launch"):
         folder.mkdir(parents=True)
-    if found:
+    if has_uv:
         script(uv, "#!/bin/sh\n")
     script(tmp_path / "launch" / "environment.sh", '#!/bin/sh\necho "$1"; command -v uv\nexit 3\n')
     pip = f'#!/bin/sh\necho "$*"; echo "#!/bin/sh" >{uv}; /bin/chmod +x {uv}\n'
@@ -74,7 +74,7 @@ def test_setup_has_uv_where_python_is_too_old(tmp_path, found):
     done = subprocess.run(
         ["/bin/bash", "-c", TASK["setup"]], cwd=tmp_path, env=environment, capture_output=True
     )
-    first = str(uv) if found else "-m pip install --user uv"
+    first = str(uv) if has_uv else "-m pip install --user uv"
     assert done.stdout.decode().splitlines() == [first, "tpu", str(uv)]
     assert done.returncode == 3
 

@@ -89,9 +89,9 @@ class Pods:
         )
 
     def command(self, name: str, overrides: list[str]) -> list[str]:
-        given = [f"--config.{field}" for field in [*self.fields, *overrides]]
+        flags = [f"--config.{field}" for field in [*self.fields, *overrides]]
         place = ["--workdir", str(self.folder / name), "--quiet"]
-        return ["train", "--config", "vit_tutorial_cifar", *given, *place]
+        return ["train", "--config", "vit_tutorial_cifar", *flags, *place]
 
     def copy_of_first_half(self, name: str, to: str) -> None:
         """As a run that was killed just after its checkpoint in the middle."""
@@ -110,18 +110,18 @@ class Pods:
 
 @pytest.fixture(scope="module")
 def pods(cifar, tmp_path_factory) -> Pods:
-    found = Pods(tmp_path_factory.mktemp("pods"), cifar)
+    result = Pods(tmp_path_factory.mktemp("pods"), cifar)
     runs = {f"8 devices, {mesh}": mesh_flags(mesh) for mesh in MESHES}
     runs["8 devices, 1-8-1"] += SAVED
-    found.start(1, 8, runs, ["8-1-1"], state=mesh_flags("1-8-1"))
-    found.start(4, 2, {}, ["2-2-2"])
+    result.start(1, 8, runs, ["8-1-1"], state=mesh_flags("1-8-1"))
+    result.start(4, 2, {}, ["2-2-2"])
     runs = {"2 processes": mesh_flags("2-4-1") + SAVED, "LoRA": [*mesh_flags("2-2-2"), *LORA]}
-    found.start(2, 4, runs, ["8-1-1"])
-    found.copy_of_first_half("8 devices, 1-8-1", "8 devices to 1")
-    found.copy_of_first_half("2 processes", "2 processes to 1")
+    result.start(2, 4, runs, ["8-1-1"])
+    result.copy_of_first_half("8 devices, 1-8-1", "8 devices to 1")
+    result.copy_of_first_half("2 processes", "2 processes to 1")
     alone = {"1 device": [], "LoRA on 1 device": LORA}
-    found.start(1, 1, alone | {"8 devices to 1": SAVED, "2 processes to 1": SAVED})
-    return found
+    result.start(1, 1, alone | {"8 devices to 1": SAVED, "2 processes to 1": SAVED})
+    return result
 
 
 # Law 2: same batch, any hosts
@@ -149,16 +149,16 @@ def global_batch(folder: pathlib.Path, pod: str, step: int) -> dict[str, np.ndar
 @pytest.mark.parametrize("step", [7, 8])
 @pytest.mark.parametrize("pod", PODS[1:])
 def test_the_global_batch_is_the_same_to_the_byte(pods, pod, step):
-    expected, found = (global_batch(pods.folder, name, step) for name in (PODS[0], pod))
+    expected, result = (global_batch(pods.folder, name, step) for name in (PODS[0], pod))
     assert expected["host/image"].shape == (16, 32, 32, 3)
-    assert {"host/label", "host/mask", "device/image"} < expected.keys() == found.keys()
+    assert {"host/label", "host/mask", "device/image"} < expected.keys() == result.keys()
     assert any(name.startswith("draw/") for name in expected)
     for name, whole in expected.items():
         if name.startswith("device/"):
-            np.testing.assert_allclose(found[name], whole, rtol=0, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(result[name], whole, rtol=0, atol=1e-6, err_msg=name)
         else:
-            assert found[name].dtype == whole.dtype
-            assert found[name].tobytes() == whole.tobytes(), name
+            assert result[name].dtype == whole.dtype
+            assert result[name].tobytes() == whole.tobytes(), name
 
 
 def test_batches_of_other_steps_differ(pods):
@@ -174,8 +174,8 @@ def test_each_process_loads_only_its_part(pods):
     rows = []
     for file in files:
         with np.load(file) as held:
-            found = {key.rsplit("/", 2)[1] for key in held if key.startswith("host/label")}
-            rows.append(sorted(map(int, found)))
+            result = {key.rsplit("/", 2)[1] for key in held if key.startswith("host/label")}
+            rows.append(sorted(map(int, result)))
     assert len(files) == 4
     assert sorted(rows) == [[0], [4], [8], [12]]
 
@@ -200,9 +200,9 @@ def trained(pods) -> Callable[[str], str]:
 
 @pytest.mark.parametrize("name", EVERY_CURVE)
 def test_the_loss_curve_is_that_of_one_device(pods, trained, name):
-    expected, found = pods.losses("1 device"), pods.losses(trained(name))
-    assert list(found) == list(expected) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+    expected, result = pods.losses("1 device"), pods.losses(trained(name))
+    assert list(result) == list(expected) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(result.values()), list(expected.values()), rtol=0, atol=1e-5)
 
 
 def test_the_loss_curve_of_adapters_is_that_of_one_device(pods):
@@ -221,10 +221,10 @@ def test_it_learned_something_to_agree_on(pods):
 
 @pytest.mark.parametrize("name", EVERY_CURVE)
 def test_evaluation_counts_every_image_once(pods, trained, name):
-    expected, found = (pods.report(run)["eval"] for run in ("1 device", trained(name)))
-    assert found["n"] == expected["n"] == 60
-    assert found["accuracy"] == expected["accuracy"]
-    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    expected, result = (pods.report(run)["eval"] for run in ("1 device", trained(name)))
+    assert result["n"] == expected["n"] == 60
+    assert result["accuracy"] == expected["accuracy"]
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
 # Law 1 on other devices: a checkpoint moves
@@ -243,21 +243,21 @@ def test_a_checkpoint_continues_on_fewer(pods, name, whole):
         pods.copy_of_first_half(whole, name)
         pods.start(1, 2, {name: ["mesh.tensor=2", *SAVED]})
     assert checkpoint.finished_steps(pods.folder / name) == [MIDDLE, STEPS]
-    expected, found = pods.losses(whole), pods.losses(name)
-    assert list(found) == list(range(1, STEPS + 1))
+    expected, result = pods.losses(whole), pods.losses(name)
+    assert list(result) == list(range(1, STEPS + 1))
     first = range(1, MIDDLE + 1)
-    assert [found[step] for step in first] == [expected[step] for step in first]
-    assert any(found[step] != expected[step] for step in range(MIDDLE + 1, STEPS + 1)) or (
+    assert [result[step] for step in first] == [expected[step] for step in first]
+    assert any(result[step] != expected[step] for step in range(MIDDLE + 1, STEPS + 1)) or (
         pods.report(name)["devices"] != pods.report(whole)["devices"]
     )
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(list(result.values()), list(expected.values()), rtol=0, atol=1e-5)
 
 
 def test_the_pods_were_what_they_are_called(pods):
-    found = {name: pods.report(name)["devices"] for name in ("1 device", *CURVES)}
-    assert found["1 device"] == {"kind": "cpu", "count": 1, "hosts": 1}
-    assert {(d["count"], d["hosts"]) for n, d in found.items() if n[0] == "8"} == {(8, 1)}
-    assert found["2 processes"] == {"kind": "cpu", "count": 8, "hosts": 2}
+    result = {name: pods.report(name)["devices"] for name in ("1 device", *CURVES)}
+    assert result["1 device"] == {"kind": "cpu", "count": 1, "hosts": 1}
+    assert {(d["count"], d["hosts"]) for n, d in result.items() if n[0] == "8"} == {(8, 1)}
+    assert result["2 processes"] == {"kind": "cpu", "count": 8, "hosts": 2}
     assert jax.device_count() == 1  # nothing of this is in the test's own process
 
 
@@ -266,8 +266,8 @@ def test_the_pods_were_what_they_are_called(pods):
 
 def test_fsdp_over_8_holds_an_eighth_on_each_device(pods):
     """Of the ViT-Ti/16 with AdamW: 5.7 M parameters of 4 bytes, moments of 2 and of 4."""
-    found = json.loads((pods.folder / "state_bytes.json").read_text())
+    result = json.loads((pods.folder / "state_bytes.json").read_text())
     for name, whole in (("params", 4 * 5_717_224), ("opt_state", 6 * 5_717_224)):
-        assert len(found[name]) == 8
-        for held in found[name].values():
+        assert len(result[name]) == 8
+        for held in result[name].values():
             assert whole / 8 <= held <= 1.1 * whole / 8

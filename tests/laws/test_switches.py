@@ -306,8 +306,8 @@ def test_the_data_switches_change_the_images(jpegs):
     """Fields that reach the step only as pixels."""
 
     def first(split="train", **fields):
-        given = {"name": "folder", "path": jpegs, "resolution": 16, **fields}
-        cfg = config.override(config.base(), [f"data.{k}={v}" for k, v in given.items()])
+        values = {"name": "folder", "path": jpegs, "resolution": 16, **fields}
+        cfg = config.override(config.base(), [f"data.{k}={v}" for k, v in values.items()])
         source = open_split(cfg.data, split)
         return len(source), source.read(np.arange(3)), source.decodes
 
