@@ -259,9 +259,10 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
   printf 'vit-scale %s' "$*" | sed 's/[\\"]/\\&/g' | put "$attempt/command"  # a string in JSON
   if [[ -e $run/secrets ]]; then
     while IFS= read -r line; do
-      if [[ $line == *=* ]]; then export "${line%%=*}=${line#*=}" VIT_SCALE_SECRETS+=" ${line%%=*}"; fi
+      if [[ $line == *=* ]]; then export "${line%%=*}=${line#*=}"; fi
     done <"$run/secrets"
     rm -f "$run/secrets"
+    export -n VIT_SCALE_REDACT  # a form of the secrets, for the upload of the log alone
   fi
   if cd "$code"; then
     umask 022
@@ -270,7 +271,8 @@ wrap() {  # RUN ATTEMPT SHA PORT ARGUMENT...: run the attempt as the leader of i
     echo "$trainer" | put "$attempt/pid"
     exec 2>/dev/null  # keeps bash's job messages out of the trainer's log
     if [[ " $* " == *" --workdir gs://"* ]]; then
-      "$venv/bin/python" -m vit_scale.storage.log_upload "$attempt/train.log" "$@" >/dev/null &
+      VIT_SCALE_REDACT=${VIT_SCALE_REDACT:-} \
+        "$venv/bin/python" -m vit_scale.storage.log_upload "$attempt/train.log" "$@" >/dev/null &
       uploader=$!
       echo "$uploader" | put "$attempt/uploader"
     fi

@@ -58,7 +58,8 @@ def _unquoted(value: str) -> str:
 
 
 def encode(values: dict[str, str]) -> bytes:
-    return "".join(f"{name}={value}\n" for name, value in values.items()).encode() + b"#END\n"
+    pairs = {**values, "VIT_SCALE_REDACT": "|".join(redactable(values))}  # by the logs' upload
+    return "".join(f"{name}={value}\n" for name, value in pairs.items()).encode() + b"#END\n"
 
 
 def redactable(values: dict[str, str]) -> list[str]:

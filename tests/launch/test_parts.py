@@ -368,7 +368,7 @@ def test_secrets_from_a_file(tmp_path, monkeypatch):
     file.write_text("export A='b c'\n# no=1\nB=d=e\n")
     file.chmod(0o600)
     assert secret.collect(["A"], str(file)) == {"A": "b c", "B": "d=e"}
-    assert secret.encode({"A": "b c"}) == b"A=b c\n#END\n"
+    assert secret.encode({"A": "b c"}) == b"A=b c\nVIT_SCALE_REDACT=\n#END\n"
     file.chmod(0o640)
     with pytest.raises(Stop, match="chmod 600"):
         secret.collect([], str(file))

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from launch.tpu.secret import encode, redactable
 from tests.helpers.fake_cloud import ROOT
 from vit_scale.storage import log_upload, paths
 from vit_scale.storage.log_upload import LogUpload
@@ -30,7 +31,7 @@ def test_parts_are_bounded_and_end_with_a_line(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(log_upload, "KEEP", 3)
     target, log = paths.parse(f"{bucket}/parts"), tmp_path / "train.log"
     log.write_text("begin")
-    upload = LogUpload(log, target, "host", [])
+    upload = LogUpload(log, target, "host")
     upload.save()
     assert not target.exists()
     lines = "".join(f"line {number:02}\n" for number in range(60))
@@ -55,12 +56,13 @@ def test_secrets_are_redacted_however_they_are_quoted(tmp_path):
     log = tmp_path / "train.log"
     log.write_bytes("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
     (tmp_path / "logs").mkdir()
-    secrets = [AWKWARD[:8], AWKWARD, "\udcff\U0001f600UTF"]
-    LogUpload(log, tmp_path / "logs", "host", secrets).save(last=True)
+    secrets = {"a": AWKWARD[:8], "b": AWKWARD, "c": "\udcff\U0001f600UTF-8"}
+    LogUpload(log, tmp_path / "logs", "host", "|".join(redactable(secrets))).save(last=True)
     shown = (tmp_path / "logs" / "host.000.log").read_bytes()
     assert len(shown) == log.stat().st_size
-    for line, found in zip(lines, shown.splitlines(), strict=True):
-        assert b"***" in found and not re.search(rb"p.*a|n.*x|\$|UTF", found), (line, found)
+    for line, redacted in zip(lines, shown.splitlines(), strict=True):
+        assert b"***" in redacted, line
+        assert not re.search(rb"p.*a|n.*x|\$|UTF", redacted), (line, redacted)
 
 
 @pytest.fixture
@@ -91,9 +93,10 @@ def worker(tmp_path):
 
 def test_a_killed_trainers_log_is_in_the_bucket_before_the_attempt_has_ended(bucket, worker):
     """Secrets that it printed are not, however they are quoted."""
-    script = f"#!/bin/bash\ncat <<'X'\nfirst {SECRET}\n{SECRET!r}\nX\nsleep 1\nkill -KILL $$\n"
+    script = f"#!/bin/bash\ncat <<'X'\nfirst {SECRET}\n{SECRET!r}\nX\n"
+    script += 'echo "pattern ${VIT_SCALE_REDACT-absent}"\nsleep 1\nkill -KILL $$\n'
     worker.trainer.write_text(script)
-    worker("secrets", "run", stdin=f"KEY={SECRET}\n#END\n")
+    worker("secrets", "run", stdin=encode({"KEY": SECRET}).decode())
     worker("start", "run", "1", "c0de", "1", "train", "--workdir", f"{bucket}/run", "--process=3")
     until = time.monotonic() + 60
     while '"running"' in (status := worker("status", "run", "1")):
@@ -101,4 +104,4 @@ def test_a_killed_trainers_log_is_in_the_bucket_before_the_attempt_has_ended(buc
     assert '"state": "ended", "code": 137' in status
     ((name, text),) = contents(paths.parse(f"{bucket}/run/logs/a1")).items()
     assert name.endswith("-3.000.log") and text.startswith(b"first ******")
-    assert b"ey" not in text
+    assert b"ey" not in text and b"pattern absent" in text

@@ -4,11 +4,11 @@
 
 launch/agent.sh runs this beside the trainer, whose exit code appears in the log's folder as `rc`
 when it has ended. The log becomes aATTEMPT/HOST.PART.log: parts of PART bytes, of which the
-newest KEEP remain, without the values of the variables that VIT_SCALE_SECRETS names.
+newest KEEP remain, without what the pattern in VIT_SCALE_REDACT matches, which launch/tpu/secret.py
+makes of the secrets.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import re
@@ -21,17 +21,16 @@ from vit_scale.storage import files, paths
 
 EVERY = 60  # seconds
 PART, KEEP = 8 << 20, 8  # bytes, parts
+NOTHING = rb"(?!)"  # the pattern that never matches
 
 
 class LogUpload:
     """The parts of `log` in the folder `target`; `save` uploads what has been added."""
 
-    def __init__(self, log: pathlib.Path, target: pathlib.Path, name: str, secrets: Sequence[str]):
+    def __init__(self, log: pathlib.Path, target: pathlib.Path, name: str, redacted: str = ""):
         self.log, self.target, self.name = log, target, name
-        self.secrets = [_pattern(value) for value in sorted(secrets, key=len, reverse=True)]
-        self.start = self.part = self.saved = (
-            0  # offset and number of the current part; bytes of it
-        )
+        self.redacted = re.compile(redacted.encode(errors="surrogateescape") or NOTHING)
+        self.start = self.part = self.saved = 0  # current part: offset, number, bytes uploaded
 
     def save(self, last: bool = False) -> None:
         """Upload the complete lines of the current part, and go on to the next. Raises OSError."""
@@ -43,8 +42,7 @@ class LogUpload:
             if full or not last:  # a part ends with a line, so that no secret is cut in two
                 text = text[: text.rfind(b"\n") + 1] or text * full
             if len(text) > self.saved:
-                for secret in self.secrets:
-                    text = secret.sub(lambda match: b"*" * len(match[0]), text)
+                text = self.redacted.sub(lambda match: b"*" * len(match[0]), text)
                 files.write(self._path(self.part), text)
                 self.saved = len(text)
             if not full:
@@ -57,33 +55,12 @@ class LogUpload:
         return self.target / f"{self.name}.{part:03}.log"
 
 
-def _pattern(value: str) -> re.Pattern[bytes]:
-    """Return what matches a secret, however JSON, Python or a shell quotes it.
-
-    As in launch/tpu/secret.py, which this package may not import.
-    """
-    return re.compile("".join(map(_quoted, value)).encode(errors="surrogateescape"))
-
-
-def _quoted(character: str) -> str:
-    """Return a pattern of a character and of its escape sequences, which may be escaped again."""
-    if character.isascii() and character.isalnum():
-        return character
-    if character == "'":
-        return r"""\\*'(?:\\*"\\*'\\*"\\*')?"""  # a shell's '"'"'
-    escaped = (ascii(character)[1:-1], json.dumps(character)[1:-1])
-    forms = [form.replace("\\", r"\\+") for form in escaped if form.startswith("\\")]
-    return rf"\\*(?:{'|'.join([re.escape(character), *forms])})"
-
-
 def main(log: str, arguments: Sequence[str]) -> None:
     workdir = paths.parse(arguments[arguments.index("--workdir") + 1])
     numbers = [word.partition("=")[2] for word in arguments if word.startswith("--process=")]
     name = "-".join([socket.gethostname(), *numbers])
-    names = os.environ.get("VIT_SCALE_SECRETS", "").split()
-    secrets = [value for name in names if len(value := os.environ.get(name, "")) >= 6]
     folder = workdir / "logs" / f"a{os.environ.get('ATTEMPT', '1')}"
-    upload = LogUpload(pathlib.Path(log), folder, name, secrets)
+    upload = LogUpload(pathlib.Path(log), folder, name, os.environ.get("VIT_SCALE_REDACT", ""))
     last = False
     while not last:
         last = wait_for(pathlib.Path(log).with_name("rc"), EVERY)
