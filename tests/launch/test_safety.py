@@ -2,7 +2,6 @@
 fake clock, without processes or waiting."""
 
 import dataclasses
-import errno
 import json
 import os
 import pathlib
@@ -12,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from launch.tpu import (
-    accelerators,
-    cli,
     cloud_tpu,
     flags,
     fleet,
@@ -22,172 +19,24 @@ from launch.tpu import (
     verbs,
     worker_commands,
 )
-from launch.tpu.allocation import Gone
-from launch.tpu.attempt import Attempt
 from launch.tpu.billing import Billing
-from launch.tpu.bundle import Bundle
-from launch.tpu.clock import Clock
 from launch.tpu.cloud_tpu import CloudTpu
 from launch.tpu.exit_codes import Stop
-from launch.tpu.gcloud import Result, Tpu
+from launch.tpu.gcloud import Result
 from launch.tpu.journal import Journal
-from launch.tpu.launcher import Launcher
-from launch.tpu.plan import Plan
 from launch.tpu.provision import Provisioner
-from launch.tpu.transport import GcloudWorkers, Workers, on_all
-
-RUN = "vit-1"
-OURS = {"managed-by": "vit_scale", "run": RUN, "owner": "ada"}
-NOTE = "This command is authenticated as a which is the active account specified by [core/account]"
-
-
-class Table:
-    """A fake gcloud with nodes and requests; `on` overrides the next answers of a verb."""
-
-    def __init__(self):
-        self.requests, self.nodes, self.calls = {}, {}, []
-        self.on: dict[str, list[Result]] = {}
-        self.agent = lambda worker, line: Result(0, b"", "")
-
-    def request(self, name="vit", state="ACTIVE", labels=OURS, nodes=()):
-        spec = [{"nodeId": n, "node": {"labels": labels}} for n in nodes or [name]]
-        self.requests[name] = {
-            "name": f"projects/p/locations/z/queuedResources/{name}",
-            "state": {"state": state},
-            "tpu": {"nodeSpec": spec},
-        }
-
-    def node(self, name="vit", request="vit", labels=OURS, **more):
-        self.nodes[name] = {
-            "name": f"projects/p/locations/z/nodes/{name}",
-            "state": "READY",
-            "health": "HEALTHY",
-            "networkEndpoints": [{}, {}],
-            "labels": labels,
-            "queuedResource": request and f"projects/p/locations/z/queuedResources/{request}",
-            **more,
-        }
-
-    def __call__(self, argv, stdin=b"", timeout=None):
-        words = [word for word in argv if word not in ("gcloud", "alpha", "compute", "tpus")]
-        self.calls.append(" ".join(argv))
-        if words[0] == "config":
-            return Result(0, b"p", "")
-        kind, verb, name = words[:3]
-        entries = self.requests if kind == "queued-resources" else self.nodes
-        if self.on.get(verb):
-            return self.on[verb].pop(0)
-        if "--dry-run" in argv:
-            return Result(1, b"", "ERROR: unrecognized arguments: --dry-run")
-        if verb == "ssh":
-            worker = int(argv[argv.index("--worker") + 1])
-            return self.agent(worker, argv[-1])
-        if verb == "list":
-            return Result(0, json.dumps(list(entries.values())).encode(), "")
-        if verb == "create":
-            if name in entries or name in self.nodes:
-                return Result(1, b"", f"ERROR: ALREADY_EXISTS: Resource '{name}' already exists")
-            labels = dict(pair.split("=") for pair in argv[argv.index("--labels") + 1].split(","))
-            self.request(name, "WAITING_FOR_RESOURCES", labels)
-            return Result(0, b"", "")
-        if name not in entries:
-            return Result(1, b"", f"ERROR: NOT_FOUND: Resource '{name}' was not found. {NOTE}")
-        if verb == "delete":
-            del entries[name]
-            for node, entry in list(self.nodes.items()):
-                if kind == "queued-resources" and entry["queuedResource"].endswith(f"/{name}"):
-                    del self.nodes[node]
-            return Result(0, b"", "")
-        return Result(0, json.dumps(entries[name]).encode(), "")
-
-    def did(self, *words) -> list[str]:
-        return [line for line in self.calls if all(word in line for word in words)]
-
-
-class FakeClock(Clock):
-    """A clock on which sleeping takes no time."""
-
-    def __init__(self):
-        super().__init__()
-        self.time, self.asleep = 1e6, 0.0
-
-    def now(self):
-        return self.time
-
-    def wall(self):
-        return self.time + self.asleep
-
-    def sleep(self, seconds):
-        self.time += seconds
-
-
-@pytest.fixture
-def table(monkeypatch) -> Table:
-    made = Table()
-    monkeypatch.setattr(gcloud, "run", made)
-    monkeypatch.setenv("USER", "ada")
-    return made
-
-
-def status(state: str, number: int = 1, more: str = "", command: str = "") -> Result:
-    watcher, _, watched = more.partition(" ")
-    content = {"attempt": number, "state": state, "code": None, "ended": None, "now": 5}
-    content |= {"free_gb": 9, "stopped": False, "watcher": watcher, "watched_at": int(watched or 0)}
-    content |= {"command": command, "log_offset": 0, "log_size": 0, "heartbeat": None}
-    if state == "running":
-        content["heartbeat"] = {"run": "x", "step": 7, "phase": "train"}
-    return Result(0, f"#STATUS {json.dumps(content)}\n#LOG\n".encode(), "")
-
-
-NO_ANSWER = Result(124, b"", "no answer in 60 s")
-
-
-class TwoWorkers(Workers):
-    """Two workers that answer `status` from lists; the last answer repeats."""
-
-    count = 2
-
-    def __init__(self, *answers):
-        self.answers, self.lines = [list(a) for a in answers], []
-
-    def shell(self, worker, line, stdin, limit):
-        self.lines.append((worker, line))
-        if "agent.sh status" not in line:
-            return Result(0, b"", "")
-        remaining = self.answers[worker]
-        return remaining.pop(0) if len(remaining) > 1 else remaining[0]
-
-    def did(self, words: str) -> list[int]:
-        return [worker for worker, line in self.lines if words in line]
-
-
-def tpu(**more) -> Tpu:
-    return Tpu("vit", "z", "p", "v4-16", "r", labels=dict(OURS), **more)
-
-
-def plan(folder: pathlib.Path, *words: str, **more) -> Plan:
-    return Plan(
-        args=flags.parser().parse_args(["--config", "x", *words]),
-        target="vm",
-        name="vit",
-        run=RUN,
-        folder=folder,
-        hosts=2,
-        config="x",
-        workdir="gs://b/x",
-        arguments=["train"],
-        setup="",
-        secrets={},
-        code=Bundle("c0de", b"", "x"),
-        **{"tpu": tpu(), "zones": ["z"], **more},
-    )
-
-
-def launcher(folder: pathlib.Path, *words: str, **more) -> Launcher:
-    clock, journal = FakeClock(), Journal(folder, quiet=True)
-    made = plan(folder, *words, **more)
-    return Launcher(made, CloudTpu(made.tpu, clock, journal), None, clock, journal)
-
+from tests.helpers.fake_launcher import (
+    NO_ANSWER,
+    OURS,
+    RUN,
+    FakeClock,
+    TwoWorkers,
+    launcher,
+    plan,
+    status,
+    tpu,
+    verb,
+)
 
 # --- ownership of machines
 
@@ -268,11 +117,6 @@ def run_folder(table, tmp_path, monkeypatch) -> pathlib.Path:
     return folder
 
 
-def verb(*words: str) -> int:
-    args = flags.parser().parse_args([*words, "--name", "vit"])
-    return cli.VERBS[args.verb](args)
-
-
 @pytest.mark.parametrize("words", [["stop"], ["delete", "--yes"]])
 def test_another_runs_machine_is_neither_stopped_nor_deleted(table, run_folder, words):
     table.request(labels={**OURS, "run": "vit-2", "owner": "eve"})
@@ -330,306 +174,6 @@ def test_delete_finds_a_plain_node_by_name(table, run_folder):
     with pytest.raises(Stop, match="of eve; to delete it, pass --owner eve"):
         verb("delete", "--yes", "--zone", "z")
     assert "vit" in table.nodes
-
-
-# --- running attempts
-
-
-def adopt(folder, *answers, number=1) -> tuple[Launcher, Attempt | None]:
-    made = launcher(folder)
-    made.workers = TwoWorkers(*answers)
-    made.check = lambda: None
-    made.provisioner = Provisioner(
-        made.plan, made.workers, made.clock, made.journal, made.check, made.pause
-    )
-    return made, made.find_attempt()
-
-
-def test_an_attempt_is_adopted_if_a_worker_does_not_answer(table, tmp_path):
-    """One failed status call does not end training."""
-    running = status("running")
-    made, attempt = adopt(tmp_path, [running], [running, NO_ANSWER, NO_ANSWER, running])
-    assert attempt and [view.state for view in attempt.views] == ["running", "running"]
-    made, attempt = adopt(tmp_path, [running], [running, NO_ANSWER])
-    assert attempt and attempt.views[1].state == "unknown"
-    assert made.workers.did("agent.sh stop") == []
-
-
-def test_a_partially_started_attempt_is_stopped(table, tmp_path):
-    """If all workers agree and no step was made."""
-    started = Result(0, status("running").out.replace(b'"step": 7', b'"step": 0'), "")
-    made, attempt = adopt(tmp_path, [started], [status("absent", 0), status("absent", 0)])
-    assert attempt is None and made.workers.did("agent.sh stop vit-1 1 0") == [0, 1]
-    made, attempt = adopt(tmp_path, [status("running")], [status("absent", 0)])
-    assert attempt is not None, "an attempt that made steps is adopted"
-
-
-def test_an_attempt_with_other_arguments_is_not_adopted(table, tmp_path):
-    """If it runs, it is left alone; if it is over, it says nothing about this training."""
-    mine = status("running", command="vit-scale train --coordinator=localhost:7 --process=0 ")
-    assert adopt(tmp_path, [mine], [mine])[1] is not None
-    other = status("running", command="vit-scale train --config.steps=9")
-    with pytest.raises(Stop, match=r"attempt 1 still trains \(vit-scale train --config.steps=9\)"):
-        adopt(tmp_path, [other], [other])
-    over = status("ended", command="vit-scale train --config.steps=9")
-    assert adopt(tmp_path, [over], [over])[1] is None
-
-
-def test_a_malformed_status_names_the_worker(table, tmp_path):
-    with pytest.raises(Stop, match=r"\[w01\] gave no valid answer") as stop:
-        adopt(tmp_path, [status("running")], [Result(0, b"#STATUS {\n#LOG\n", "")])
-    assert stop.value.code == 75
-
-
-def test_a_lost_request_to_stop_is_repeated(table, tmp_path):
-    """Else the worker would be killed without having saved."""
-    made = launcher(tmp_path)
-    made.workers = TwoWorkers([status("ended")], [NO_ANSWER, status("running")])
-    answer, lost = made.workers.shell, [NO_ANSWER]
-
-    def shell(worker, line, stdin, limit):
-        result = answer(worker, line, stdin, limit)
-        if "agent.sh stop" not in line or worker == 0:
-            return result
-        made.workers.answers = made.workers.answers if lost else [[status("ended")]] * 2
-        return lost.pop() if lost else result
-
-    made.workers.shell = shell
-    made.new_attempt(1).stop(60)
-    assert sorted(made.workers.did("agent.sh stop vit-1 1 60")) == [0, 1, 1]
-    assert made.workers.did("agent.sh stop vit-1 1 0") == []
-
-
-RATE = "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) RESOURCE_EXHAUSTED: Quota exceeded for quota metric"
-
-
-@pytest.mark.parametrize("error, lost", [(RATE, False), ("HTTP 429: slow", False), ("255", True)])
-def test_a_rate_limit_is_no_lost_worker(table, tmp_path, error, lost):
-    running = status("running")
-    made = launcher(tmp_path)
-    made.workers = TwoWorkers([running], [running, Result(1, b"", error)])
-    attempt = made.new_attempt(1)
-    for _ in range(30):
-        attempt.poll()
-        made.clock.sleep(10)
-    cause = attempt.find_cause(lambda: True)
-    assert (cause is not None and "unreachable" in cause.line) == lost
-
-
-class SshHosts:
-    """gcloud and ssh of a TPU VM with 64 hosts: answers calls of `gcloud.run`, and counts them."""
-
-    def __init__(self):
-        self.gcloud, self.ssh, self.broken, self.moved = [], [], set(), 0
-        self.code = 255  # of the broken
-
-    def __call__(self, argv, stdin=b"", timeout=None):
-        if "--dry-run" in argv:
-            self.gcloud.append("--dry-run")
-            options = "/bin/ssh -T -i /a b/key -o CheckHostIP=no -o File=/c d -oBatchMode=yes"
-            hosts = [f"me@10.{self.moved}.0.{i}" for i in range(64)]
-            lines = "".join(f"{options} {host} -- true\n" for host in hosts)
-            return Result(0, f"Generating public/private rsa key pair.\n{lines}".encode(), "")
-        if argv[0] == "gcloud":
-            self.gcloud.append(int(argv[argv.index("--worker") + 1]))
-            return Result(0, b"through gcloud", "")
-        self.ssh.append(argv)
-        worker = int(argv[argv.index("--") - 1].rpartition(".")[2])
-        return Result(self.code if worker in self.broken else 0, stdin, "")
-
-
-@pytest.fixture
-def hosts(monkeypatch) -> SshHosts:
-    made = SshHosts()
-    monkeypatch.setattr(gcloud, "run", made)
-    return made
-
-
-def ask_all(workers: GcloudWorkers) -> dict:
-    return on_all(range(workers.count), lambda i: workers.agent(i, "status", "x", 1, stdin=b"x"))
-
-
-def test_watching_64_hosts_takes_no_gcloud_process(hosts, tmp_path):
-    workers = GcloudWorkers(tpu(), [("vit", 64)], FakeClock(), lambda argv: None)
-    workers.agent(0, "status", "x", 1)
-    assert hosts.gcloud == [0, "--dry-run"], "one call adds the key, one prints all addresses"
-    assert [result.out for result in ask_all(workers).values()] == [b"x"] * 64
-    assert len(hosts.gcloud) == 2 and len(hosts.ssh) == 64
-    argv = next(argv for argv in hosts.ssh if "me@10.0.0.9" in argv)
-    options = ["-i", "/a b/key", "-o", "CheckHostIP=no", "-o", "File=/c d", "-oBatchMode=yes"]
-    assert argv[:9] == ["/bin/ssh", "-T", *options]
-    assert argv[-3:] == ["me@10.0.0.9", "--", "bash .vit_scale/agent.sh status x 1"]
-    (path,) = (word.partition("=")[2] for word in argv if word.startswith("-oControlPath"))
-    longest = path.replace("%C", "c" * 40) + ".0123456789abcdef"  # ssh's temporary name
-    assert len(longest) < 100 and "-oControlMaster=auto" in argv
-    assert pathlib.Path(path).parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_failed_connection_is_made_again_through_gcloud(hosts, tmp_path):
-    """Other exit codes are the command's own; an address that has changed is asked for again."""
-    clock = FakeClock()
-    workers = GcloudWorkers(tpu(), [("vit", 64)], clock, lambda argv: None)
-    workers.agent(0, "status", "x", 1)
-    hosts.broken, hosts.moved = {7}, 9
-    clock.sleep(100)
-    assert workers.agent(7, "start", "x").out == b"through gcloud"
-    assert hosts.gcloud == [0, "--dry-run", 7, "--dry-run"]
-    workers.agent(8, "start", "x")
-    assert "me@10.9.0.8" in hosts.ssh[-1]
-    workers.agent(7, "start", "x")
-    assert hosts.gcloud[4:] == [7], "but not for each call"
-    hosts.code = gcloud.NOT_STARTED
-    assert workers.agent(7, "start", "x").out == b"through gcloud"
-    hosts.code, calls = 127, len(hosts.gcloud)
-    assert workers.agent(7, "start", "x").code == 127, "which may have done something"
-    assert len(hosts.gcloud) == calls
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_bug_in_the_launcher_does_not_end_training(table, tmp_path, capsys, training):
-    """Nor does it delete the machine that trains."""
-    table.request()
-    table.node()
-    made = launcher(tmp_path)
-    made.machine.cloud.owned = made.machine.created = made.shutdown.workers_known = True
-    made.machine.fresh = False
-
-    def fail():
-        if training:
-            made.workers = TwoWorkers([status("running")])
-            made.arm_reaper = lambda: None
-            made.provisioner = SimpleNamespace(
-                upload=lambda: None,
-                prepare=lambda: None,
-                retry_on_all=lambda what, workers, call: {0: status("running")},
-            )
-            made.workers.count = 1
-            made.watch = lambda attempt: 1 / 0
-            made.run_attempt()
-        raise KeyError("a mistake")
-
-    made.train = fail
-    assert made.run() == 70
-    assert bool(table.requests) == training
-    assert "bug in the launcher" in json.loads(capsys.readouterr().out)["cause"]
-
-
-class ClosedTerminal:
-    """A closed terminal."""
-
-    def __init__(self, number: int):
-        self.number, self.writes = number, 0
-
-    def write(self, text):
-        self.writes += 1
-        raise OSError(errno.EIO, "gone")
-
-    def flush(self):
-        raise BrokenPipeError
-
-    def fileno(self):
-        return self.number
-
-
-def test_a_closed_terminal_and_a_full_disk_are_not_errors(table, tmp_path, monkeypatch):
-    streams = [ClosedTerminal(os.open(os.devnull, os.O_WRONLY)) for _ in range(2)]
-    journal = Journal(tmp_path / "runs")
-    with monkeypatch.context() as patch:
-        patch.setattr("sys.stderr", streams[0])
-        patch.setattr("sys.stdout", streams[1])
-        journal.say("event", "x")
-        journal.print_log(0, "x")
-        made = launcher(tmp_path / "runs")
-        made.journal.quiet = False
-        made.train = lambda: None
-        assert made.run() == 0
-    assert [stream.writes > 0 for stream in streams] == [True, True]
-    (tmp_path / "file").write_text("")  # no folder can be created below a file
-    full = Journal(tmp_path / "file" / "run", quiet=True)
-    full.write("event")
-    full.save()
-    full.add_log(1, 0, "x")
-    assert full.read_log(1, 0) == "" and full.put("x", "y") is False
-
-
-def test_an_unhealthy_machine_is_used_until_it_is_in_repair(table, tmp_path):
-    table.request()
-    table.node(health="UNHEALTHY_MAINTENANCE")
-    made = launcher(tmp_path)
-    made.machine.check()
-    assert made.machine.acquire().kind == "unhealthy", "it is adopted, as it may be training"
-    table.nodes["vit"]["state"] = "REPAIRING"
-    with pytest.raises(Gone):
-        made.machine.check()
-
-
-def test_a_machine_in_repair_is_asked_to_save_before_it_is_deleted(table, tmp_path):
-    table.request()
-    table.node(state="REPAIRING")
-    made = launcher(tmp_path, "--grace", "1m")
-    made.journal.state["attempt"] = 3
-    table.on["create"] = [Result(1, b"", "PERMISSION_DENIED: Permission 'x' denied")]
-    with pytest.raises(Stop):
-        made.machine.acquire()
-    lines = [" ".join(line.split()) for line in table.calls]
-    stop = next(i for i, line in enumerate(lines) if "agent.sh stop vit-1 3 60" in line)
-    delete = next(i for i, line in enumerate(lines) if " delete " in line)
-    assert stop < delete
-
-
-def test_missing_slices_are_gone_after_three_status_checks(table, tmp_path):
-    table.request(nodes=["vit-0", "vit-1", "vit-2"])
-    cloud = CloudTpu(tpu(slices=3), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
-    assert [cloud.status().kind for _ in range(3)] == ["waiting", "waiting", "gone"]
-
-
-def test_a_request_of_several_nodes_may_show_their_number_only(table, tmp_path, capsys):
-    """The API has one spec for all slices; the names of the nodes follow from it."""
-    table.request()
-    many = {"nodeCount": 2, "nodeIdPrefix": "vit"}
-    spec = {"multisliceParams": many, "node": {"labels": OURS, "acceleratorType": "v4-16"}}
-    table.requests["vit"]["tpu"]["nodeSpec"] = [spec]
-    for name in ("vit-0", "vit-1"):
-        table.node(name)
-    cloud = CloudTpu(tpu(slices=2), FakeClock(), Journal(tmp_path, quiet=True), owned=True)
-    assert cloud.status().hosts == [("vit-0", 2), ("vit-1", 2)]
-    assert verb("list", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["machines"]
-    price = 2 * accelerators.parse("v4-16").price
-    assert [(row["name"], row["usd_per_hour"]) for row in rows] == [("vit", price)]
-
-
-def idle_agent(worker: int, line: str) -> Result:
-    return status("absent", 0) if "agent.sh status" in line else Result(0, b"", "")
-
-
-def test_an_adopted_machine_with_fewer_workers_than_its_type_goes_on(table, tmp_path):
-    """It may train, and the API be wrong; if nothing runs on it, it is deleted."""
-    table.request()
-    table.node(networkEndpoints=[{}])
-    made = launcher(tmp_path)
-    made.journal.state["attempt"] = 3
-    assert made.machine.acquire().kind == "short" and made.clock.now() > 1e6 + 300
-    assert table.did("agent.sh stop") == table.did(" delete ") == []
-    table.agent = idle_agent
-    assert launcher(tmp_path).run() == 75
-    assert table.did("agent.sh start") == [] and table.requests == {}
-
-
-@pytest.mark.parametrize("words, waits", [([], True), (["--existing"], False)])
-def test_fewer_workers_than_the_type_has_end_the_run_before_training(table, tmp_path, words, waits):
-    """A new machine has five minutes to list them all; nothing is started."""
-    table.request()
-    table.node(networkEndpoints=[{}])
-    made = launcher(tmp_path, *words)
-    made.machine.created = not words
-    began = made.clock.now()
-    with pytest.raises(Stop, match="vit: it has 1 workers, not 2; check --type") as stop:
-        made.machine.acquire()
-    assert (stop.value.code, made.clock.now() - began > 300) == (75, waits)
-    assert table.did("agent.sh start") == []
-    table.node()
-    assert made.machine.acquire().kind == "ready"
 
 
 # --- the queue
