@@ -176,7 +176,10 @@ def write_secrets(home: pathlib.Path, content: str, mode: int) -> None:
 
 @pytest.mark.parametrize(
     "folder, mode, code, message",
-    [("elsewhere", 0o600, 64, "submit from there"), ("a clone", 0o644, 65, "run: chmod 600")],
+    [
+        ("elsewhere", 0o600, 64, "submit from there"),
+        ("a clone", 0o644, 65, "secrets.env is readable by others; run: chmod 600"),
+    ],
 )
 def test_mistakes_are_refused_in_a_line(tmp_path, folder, mode, code, message):
     """Before anything of SLURM is used."""
