@@ -49,7 +49,7 @@ def dense(param: str | tuple[str, ...], key: str, layout: str = "linear") -> Seq
 
 
 def attention(prefix: str, *keys: str) -> Sequence[KeyMapping]:
-    """The mappings of a block's separate layers of queries, keys and values, in this order."""
+    """Return the mappings of a block's separate query, key and value layers, in this order."""
     parts = zip(("query", "key", "value"), keys, strict=True)
     rows = [
         dense(f"blocks/{{i}}/attention/{part}", prefix + key, "to_heads") for part, key in parts
