@@ -55,7 +55,9 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
         raise Stop(Exit.USAGE, "--config NAME is required; see launch/tpu_vm.sh --help")
     values = Values(args, root)
     config = preflight.check_name(root, args.config)
-    name = values.get("name", re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(config).stem.lower()))
+    file, _, argument = config.partition(":")
+    default = f"{pathlib.PurePath(file).stem} {argument}".lower().strip()
+    name = values.get("name", re.sub(r"[^a-z0-9]+", "-", default))
     if not NAME.fullmatch(name):
         raise Stop(Exit.USAGE, f"--name {name!r}: use at most 40 of a-z, 0-9 and -, a letter first")
     target, count = choose_target(args, values)
@@ -110,12 +112,10 @@ def digest(content: Any) -> str:
 def choose_target(args: argparse.Namespace, values: Values) -> tuple[str, int]:
     """Return vm, here or local, and for local the number of workers."""
     word, _, number = args.target.partition(":")
-    if word == "local":
-        if number and not (number.isdigit() and int(number) > 0):
-            raise Stop(Exit.USAGE, f"invalid --target {args.target}: use local:N, for N workers")
-        return "local", int(number or 1)
-    if args.target not in ("auto", "vm", "here"):
+    if not re.fullmatch(r"auto|vm|here|local(:0*[1-9]\d*)?", args.target):
         raise Stop(Exit.USAGE, f"invalid --target {args.target}: use auto, vm, here or local:N")
+    if word == "local":
+        return "local", int(number or 1)
     if args.target != "auto":
         return args.target, 1
     if values.get("type") or args.existing:

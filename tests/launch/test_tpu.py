@@ -153,6 +153,19 @@ def test_a_dry_run_needs_no_gcloud_and_no_environment(rig):
     assert wrong.returncode == 65 and "did you mean tiny?" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    "config, name",
+    [("tiny", "tiny"), ("tiny:S/16", "tiny-s-16"), ("tiny:S/16,recipe=a", "tiny-s-16-recipe-a")],
+)
+def test_a_run_is_named_after_its_config_and_argument(rig, config, name):
+    """So is its machine, and its folder in the bucket."""
+    words = ["--config", config, "--zone", "us-a", "--type", "v4-16", "--bucket", "gs://b"]
+    dry = rig.verb(*words, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert f"workdir gs://b/{name} (flag)" in dry.stdout
+    assert f"queued-resources describe {name} --zone us-a" in dry.stdout
+
+
 def old_python() -> str | None:
     installed = sorted(pathlib.Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10"))
     return str(installed[-1]) if installed else shutil.which("python3.10")
@@ -182,6 +195,7 @@ def test_the_launcher_runs_on_python_310(rig):
         (["--nmae", "x"], 64, "unrecognized arguments: --nmae (did you mean --name?)"),
         (["--workdir", "runs/x"], 65, "workdir runs/x is on a worker's disk, and all hosts must"),
         (["--target", "moon"], 64, "invalid --target moon: use auto"),
+        (["--target", "local:0"], 64, "invalid --target local:0: use auto"),
         (["--type", "tpu7x-16"], 78, "only on GKE: launch/gke.py --type tpu7x-16"),
         (["--type", "tpu8x-16"], 78, "only on GKE: launch/gke.py --type tpu8x-16"),
         (
