@@ -120,7 +120,7 @@ def model() -> dict:
         "depth": placeholder(int),  # number of blocks, instead of the size's; ResNets: layers
         "heads": placeholder(int),  # attention heads, instead of the size's
         "mlp": placeholder(int),  # MLP width, instead of the size's; cnn: first dense layer
-        "classes": 1000,  # outputs of the head
+        "classes": 1000,  # outputs of the head; 0: no head (self-supervised objectives)
         "registers": 0,  # register tokens, behind [CLS] (Darcet et al. 2024)
         "swiglu": placeholder(bool),  # gated MLP (Shazeer 2020); None: as the size has it
         "norm": "layernorm",  # layernorm | rmsnorm (Zhang & Sennrich 2019)

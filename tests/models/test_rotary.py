@@ -9,7 +9,7 @@ from tests.helpers.tiny import random_params, tiny_config, tiny_model
 from tests.models.test_vit import plain_logits
 from vit_scale.errors import UserError
 from vit_scale.models import rotary
-from vit_scale.models.layers import drop_patches
+from vit_scale.models.layers import keep_patches, kept_patches, random_patches
 from vit_scale.models.parameters import stack
 
 GRID, WIDTH = (2, 3), 8  # patches, channels of a head
@@ -144,17 +144,21 @@ def test_coordinates_change_in_training_alone(field):
 
 def test_dropped_patches():
     x = jnp.arange(2 * 10 * 3, dtype=jnp.float32).reshape(2, 10, 3)
-    kept, tokens = drop_patches(x, 2, 0.5, jax.random.key(0))
+
+    def drop(key: int):
+        return keep_patches(x, 2, random_patches(jax.random.key(key), 2, 8, kept_patches(8, 0.5)))
+
+    kept, tokens = drop(0)
     assert kept.shape == (2, 2 + 4, 3)
     for image in range(2):
         order = np.asarray(tokens[image])
         assert list(order[:2]) == [0, 1] and (np.diff(order) > 0).all() and order[-1] < 10
         np.testing.assert_array_equal(kept[image], x[image, order])
-    draws = [drop_patches(x, 2, 0.5, jax.random.key(i))[1] for i in range(20)]
+    draws = [drop(i)[1] for i in range(20)]
     counts = np.bincount(np.stack(draws)[:, :, 2:].reshape(-1), minlength=10)[2:]
     assert counts.min() > 8 and counts.sum() == 20 * 2 * 4  # of 40: each about half
     assert (np.asarray(tokens[0]) != np.asarray(tokens[1])).any()
-    assert drop_patches(x, 2, 0.99, jax.random.key(0))[0].shape == (2, 3, 3)
+    assert kept_patches(8, 0.99) == 1
 
 
 @pytest.mark.parametrize("kind", ["axial", "dinov3"])
@@ -180,8 +184,7 @@ def test_patches_keep_their_positions_when_others_are_dropped(kind):
     key = jax.random.key(5)
     dropped = jax.jit(vit.apply)(params, images, key)
     embed_key = jax.random.split(key, 3)[0]
-    _, tokens = drop_patches(jnp.zeros((2, 4, 16)), 0, 0.5, jax.random.fold_in(embed_key, 1))
-    assert tokens.shape == (2, 2)
+    tokens = random_patches(jax.random.fold_in(embed_key, 1), 2, 4, 2)
     double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for image, kept, logits in zip(images, np.asarray(tokens), np.asarray(dropped), strict=True):
         where = [divmod(int(n), 2) for n in kept]

@@ -582,7 +582,7 @@ def test_unknown_remat_names_the_nearest():
         ("model.attention=flash", "model.attention='flash' is unknown; "),
         ("model.dropout=1.0", "model.dropout=1.0 must be at least 0 and below 1"),
         ("model.drop_path=-0.1", "model.drop_path=-0.1 must be at least 0 and below 1"),
-        ("model.classes=0", "0 classes: each must be at least 1"),
+        ("model.classes=-1", "model.classes=-1 must be at least 0 (0: no head)"),
         ("model.depth=0", "each must be at least 1"),
         ("model.representation=-1", "model.representation=-1 must be at least 0"),
         ("model.norm_epsilon=0.0", "model.norm_epsilon=0.0 above 0"),

@@ -11,9 +11,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vit_scale.errors import UserError
 from vit_scale.models import convnets, flops, spec
 from vit_scale.models.layers import Block, kept_patches
 from vit_scale.models.vit import ViT, identity
+
+
+class Encoded(NamedTuple):
+    """Images as vectors, for objectives that learn without a classification head."""
+
+    pooled: Float[Array, "b p"]  # what a head would read, in float32
+    tokens: Float[Array, "b n d"]  # after the last block, and the final norm unless it is fc_norm's
 
 
 class Outputs(NamedTuple):
@@ -39,9 +47,13 @@ class Model:
     abstract_params: dict  # what `init` returns, as jax.ShapeDtypeStruct
     apply: Callable  # (params, images [b, H, W, 3], key or None) -> logits [b, c]
     train: Callable  # (params, images [b, H, W, 3], key, mask [b]) -> Outputs
+    # (params, images, kind, layer) -> features [b, f], as `ViT.features`.
+    features: Callable
     shape: Any  # spec.Shape or convnets.Shape
     # (params, images, reduce) -> as `ViT.attention`; None for a model without attention.
     attention: Callable | None
+    # (params, images, key, patches, hidden) -> Encoded, as `ViT.encode`; None for a convnet.
+    encode: Callable | None
     count_macs: Callable[[bool], int]  # (training)
 
     @functools.cached_property
@@ -84,10 +96,25 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
     def attention(params, images, reduce):
         return nnx.merge(graph, params).attention(images, reduce)
 
-    common = init, abstract_params, apply, train
+    def encode(params, images, key=None, patches=None, hidden=None):
+        merged = nnx.merge(graph, params)
+        tokens = merged.encode(images, key, patches=patches, hidden=hidden)
+        pool_key = None if key is None else jax.random.split(key, 3)[2]
+        return Encoded(merged.pool_tokens(tokens, pool_key).astype(jnp.float32), tokens)
+
+    def features(params, images, kind="pooled", layer=None):
+        merged = nnx.merge(graph, params)
+        if isinstance(shape, spec.Shape):
+            return merged.features(images, kind, layer)
+        if kind != "pooled" or layer is not None:
+            raise UserError(f"{cfg.variant} has pooled features only, not {kind} of layer {layer}")
+        return merged.pooled(images)
+
+    common = init, abstract_params, apply, train, features, shape
     if isinstance(shape, spec.Shape):
-        return Model(*common, shape, attention, lambda train: _vit_macs(cfg, image, shape, train))
-    return Model(*common, shape, None, lambda _: _forward_macs(build(cfg, image), image))
+        macs = functools.partial(_vit_macs, cfg, image, shape)
+        return Model(*common, attention, encode, macs)
+    return Model(*common, None, None, lambda _: _forward_macs(build(cfg, image), image))
 
 
 def arrays(module: nnx.Module) -> dict:

@@ -129,9 +129,15 @@ def in_order(modules: nnx.Dict) -> Iterator:
 class Classifier(nnx.Module):
     """Map images to float32 class logits; `constrain` is applied to the feature maps in between."""
 
+    head: nnx.Linear
+
     def __call__(
         self, images: Float[Array, "b H W 3"], key: Array | None = None, mask: Mask = None
     ) -> Float[Array, "b c"]:
+        return self.head(self.pooled(images, mask))
+
+    def pooled(self, images: Float[Array, "b H W 3"], mask: Mask = None) -> Float[Array, "b d"]:
+        """Return what the head reads, in float32."""
         raise NotImplementedError
 
     def heads(self, images, key: Array | None, mask: Mask) -> tuple[Array, Array]:
@@ -164,7 +170,7 @@ class CNN(Classifier):
         self.dense = numbered(linear(pair, cfg, rngs) for pair in widths)
         self.head = new_head(mlp // 2, cfg, rngs)
 
-    def __call__(self, images, key=None, mask=None):
+    def pooled(self, images, mask=None):
         x = self.constrain(images)
         for number, stage in enumerate(in_order(self.stages)):
             with jax.named_scope(f"stage_{number:02}"):
@@ -172,7 +178,7 @@ class CNN(Classifier):
         x = x.reshape(x.shape[0], -1)
         for dense in in_order(self.dense):
             x = jax.nn.relu(dense(x))
-        return self.head(x.astype(jnp.float32))
+        return x.astype(jnp.float32)
 
 
 # ResNet
@@ -231,9 +237,8 @@ class ResNet(Classifier):
         self.features = ResNetFeatures(size, cfg, rngs, constrain)
         self.head = new_head(size.channels, cfg, rngs)
 
-    def __call__(self, images, key=None, mask=None):
-        x = self.features(images, mask).astype(jnp.float32)
-        return self.head(x.mean((1, 2)))
+    def pooled(self, images, mask=None):
+        return self.features(images, mask).astype(jnp.float32).mean((1, 2))
 
 
 def network(

@@ -221,18 +221,20 @@ def kept_patches(count: int, rate: float) -> int:
     return max(1, int(count * (1 - rate)))
 
 
-def drop_patches(
-    x: Float[Array, "b n d"], before: int, rate: float, key: Array
-) -> tuple[Float[Array, "b m d"], Int[Array, "b m"]]:
-    """Keep a random set of each image's patches, at least one, and the tokens before them.
+def random_patches(key: Array, b: int, count: int, kept: int) -> Int[Array, "b m"]:
+    """Draw `kept` of `count` patches for each of `b` images, in rising order."""
+    order = jnp.argsort(jax.random.uniform(key, (b, count)), axis=1)
+    return jnp.sort(order[:, :kept], axis=1)
 
-    As timm and FLIP (Li et al. 2023, arXiv 2212.00794). Returns the tokens and their indices, which
-    stay in order.
+
+def keep_patches(
+    x: Float[Array, "b n d"], before: int, patches: Int[Array, "b p"]
+) -> tuple[Float[Array, "b m d"], Int[Array, "b m"]]:
+    """Keep some of each image's patches and the `before` tokens before them.
+
+    As timm and FLIP (Li et al. 2023, arXiv 2212.00794). Returns the tokens and their indices.
     """
-    b, n, _ = x.shape
-    count = kept_patches(n - before, rate)
-    order = jnp.argsort(jax.random.uniform(key, (b, n - before)), axis=1)[:, :count]
-    tokens = jnp.pad(jnp.sort(order, axis=1) + before, ((0, 0), (before, 0)))
+    tokens = jnp.pad(patches + before, ((0, 0), (before, 0)))
     tokens = tokens.at[:, :before].set(jnp.arange(before))
     return jnp.take_along_axis(x, tokens[..., None], axis=1), tokens
 

@@ -66,7 +66,9 @@ def adapted(model: Model, cfg: ConfigDict) -> Model:
         abstract_params=jax.eval_shape(init, jax.random.key(0)),
         apply=merged(model.apply),
         train=merged(model.train),
+        features=merged(model.features),
         attention=model.attention and merged(model.attention),
+        encode=model.encode and merged(model.encode),
     )
 
 

@@ -100,8 +100,10 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
     """
     check_choices(cfg)
     stem_name, size, patch = parse(cfg)
-    if min(size.width, size.depth, size.heads, size.mlp, patch, cfg.classes) < 1:
-        raise UserError(f"{size}, patch {patch}, {cfg.classes} classes: each must be at least 1")
+    if min(size.width, size.depth, size.heads, size.mlp, patch) < 1:
+        raise UserError(f"{size}, patch {patch}: each must be at least 1")
+    if cfg.classes < 0:
+        raise UserError(f"model.classes={cfg.classes} must be at least 0 (0: no head)")
     if size.width % size.heads:
         raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
     rotary.check(cfg, size.width // size.heads)
@@ -150,6 +152,8 @@ def check_choices(cfg: ConfigDict) -> None:
             raise UserError(
                 f"model.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}"
             )
+    if cfg.distilled and not cfg.classes:
+        raise UserError("model.distilled=True is a second head: it needs model.classes above 0")
     if cfg.distilled and cfg.pool != "cls":
         raise UserError(f"model.distilled=True needs pool=cls, not {cfg.pool}")
     if cfg.class_token and cfg.pool not in ("gap", "map"):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
@@ -24,9 +24,11 @@ from vit_scale.models.layers import (
     PatchEmbed,
     Rope,
     drop,
-    drop_patches,
+    keep_patches,
+    kept_patches,
     make_norm,
     new_head,
+    random_patches,
 )
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import shape
@@ -82,6 +84,8 @@ class ViT(nnx.Module):
             self.pre_norm = make_norm(cfg, size.width, rngs)
         if cfg.pool == "map":
             self.pool = AttentionPool(cfg, size, rngs)
+        if not cfg.classes:
+            return
         if cfg.representation:
             self.representation = nnx.Linear(self.shape.pooled, cfg.representation, rngs=rngs)
         self.head = new_head(cfg.representation or self.shape.pooled, cfg, rngs)
@@ -93,7 +97,8 @@ class ViT(nnx.Module):
     ) -> Float[Array, "b c"]:
         """Return float32 logits; with a distillation token, the mean of both heads'.
 
-        Dropout and drop path are on with a key, and off without one.
+        Without classes they are the pooled features. Dropout and drop path are on with a key, and
+        off without one.
         """
         logits, distilled = self.heads(images, key)
         return logits if distilled is logits else (logits + distilled) / 2
@@ -109,27 +114,81 @@ class ViT(nnx.Module):
         Without a distillation token they are the same array. `mask` selects the examples that enter
         the batch statistics of a hybrid's stem.
         """
-        embed_key, blocks_key, pool_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x, kept, before = self.tokens(images, mask), None, self.shape.before
-        if embed_key is not None and self.dropout:
-            x = drop(x, self.dropout, embed_key, x.shape)
-        if embed_key is not None and self.patch_drop:
-            x, kept = drop_patches(x, before, self.patch_drop, jax.random.fold_in(embed_key, 1))
-        rope = self.rope(None if embed_key is None else jax.random.fold_in(embed_key, 2), kept)
-        tokens = x = self.transform(x, blocks_key, rope)[:, : self.shape.read]
-        if hasattr(self, "norm") and not self.shape.fc_norm:
-            tokens = x = self.norm(x)
+        tokens = x = self.encode(images, key, mask, read=self.shape.read)
         with jax.named_scope("head"):
-            x = self.pooled(x, pool_key)
-            if hasattr(self, "norm") and self.shape.fc_norm:
-                x = self.norm(x)
+            x = self.pool_tokens(x, None if key is None else jax.random.split(key, 3)[2])
             x = x.astype(jnp.float32)
+            if not hasattr(self, "head"):
+                return x, x
             if self.shape.representation:
                 x = jnp.tanh(self.representation(x))
             logits = self.head(x)
             if not self.shape.distilled:
                 return logits, logits
             return logits, self.head_dist(tokens[:, 1].astype(jnp.float32))
+
+    def encode(
+        self,
+        images: Float[Array, "b H W 3"],
+        key: Array | None = None,
+        mask: Bool[Array, "b"] | None = None,
+        read: int | None = None,
+        patches: Int[Array, "b m"] | None = None,
+        hidden: tuple[Bool[Array, "b p"], Float[Array, "d"]] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Return the tokens after the last block and the final norm, unless that is `fc_norm`'s.
+
+        Args:
+          images: normalised pixels.
+          key: of dropout, drop path, and random positions; None: they are off.
+          mask: the examples that enter the batch statistics of a hybrid's stem.
+          read: compute only so many of the first tokens in the last block; None: all.
+          patches: the patches to encode, in rising order; None: all, or those that model.patch_drop
+            keeps.
+          hidden: which patches are replaced by a vector, which their positions are added to.
+        """
+        embed_key, blocks_key, _ = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x, kept, before = self.tokens(images, mask, hidden), None, self.shape.before
+        if embed_key is not None and self.dropout:
+            x = drop(x, self.dropout, embed_key, x.shape)
+        if patches is None and embed_key is not None and self.patch_drop:
+            count = kept_patches(x.shape[1] - before, self.patch_drop)
+            draw = jax.random.fold_in(embed_key, 1)
+            patches = random_patches(draw, x.shape[0], x.shape[1] - before, count)
+        if patches is not None:
+            x, kept = keep_patches(x, before, patches)
+        rope = self.rope(None if embed_key is None else jax.random.fold_in(embed_key, 2), kept)
+        x = self.transform(x, blocks_key, rope, read)[:, :read]
+        return self.norm(x) if hasattr(self, "norm") and not self.shape.fc_norm else x
+
+    def features(
+        self, images: Float[Array, "b H W 3"], kind: str = "pooled", layer: int | None = None
+    ) -> Float[Array, "b f"]:
+        """Return one float32 vector for each image; training does not use this method.
+
+        Args:
+          images: normalised pixels.
+          kind: `pooled` (what the head reads), `cls`, `mean` (of the patch tokens), or `cls_mean`
+            (both, concatenated).
+          layer: the block whose tokens are taken, counted from 0, or from the end if negative, with
+            the final norm; None: the last.
+        """
+        x, rope = self.tokens(images), self.rope(None, None)
+        for block in self.layers()[: None if layer is None else layer % self.shape.size.depth + 1]:
+            x = self.constrain(block(x, rope=rope))
+        if hasattr(self, "norm") and not (self.shape.fc_norm and kind == "pooled"):
+            x = self.norm(x)
+        if kind == "pooled":
+            return self.pool_tokens(x, None).astype(jnp.float32)
+        mean = x[:, self.shape.before :].mean(axis=1)
+        vectors = {"cls": x[:, 0], "mean": mean}
+        parts = [vectors[part] for part in kind.split("_")]
+        return jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+
+    def pool_tokens(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b p"]:
+        """Return what the head reads of the tokens that `encode` returns."""
+        x = self.pooled(x, key)
+        return self.norm(x) if hasattr(self, "norm") and self.shape.fc_norm else x
 
     def pooled(self, x: Float[Array, "b n d"], key: Array | None) -> Float[Array, "b p"]:
         """Return one vector for each image: of width 2 d for [CLS] beside the mean of patches."""
@@ -169,36 +228,51 @@ class ViT(nnx.Module):
 
     @jax.named_scope("patch_embedding")
     def tokens(
-        self, images: Float[Array, "b H W 3"], mask: Bool[Array, "b"] | None = None
+        self,
+        images: Float[Array, "b H W 3"],
+        mask: Bool[Array, "b"] | None = None,
+        hidden: tuple[Bool[Array, "b p"], Float[Array, "d"]] | None = None,
     ) -> Float[Array, "b n d"]:
         """Return [CLS], the distillation token and registers, if any, then the patches row by row.
 
         All but registers include their position embeddings. The distillation token is DeiT's
-        (Touvron et al. 2021, arXiv 2012.12877).
+        (Touvron et al. 2021, arXiv 2012.12877). `mask` and `hidden` are those of `encode`.
         """
         if self.nearest_grid and self.shape.pixels != images.shape[1:3]:
             resized = (images.shape[0], *self.shape.pixels, images.shape[3])
             images = jax.image.resize(images, resized, "linear", antialias=True)
         with jax.named_scope("stem"):
             x = self.stem(images, mask) if self.shape.stem else images
-        grid, width = self.shape.grid, self.shape.size.width
-        match self.posemb_kind:
-            case "learned":
-                position = self.posemb[...]
-            case "sincos2d":
-                position = sincos2d(grid, width)
-            case _:
-                position = jnp.zeros((*grid, width))
+        position = self.positions()
         cls = [self.cls[...]] if self.shape.class_token else []
         dist = [self.dist[...]] if self.shape.distilled else []
         registers = list(self.registers[...]) if self.shape.registers else []
         x = self.embed(x, position, before=[*cls, *dist, *registers])
+        if hidden is not None:
+            which, vector = hidden
+            instead = (vector + position.reshape(-1, vector.shape[-1])).astype(x.dtype)
+            patches = jnp.where(which[..., None], instead, x[:, self.shape.before :])
+            x = jnp.concatenate([x[:, : self.shape.before], patches], axis=1)
         return self.pre_norm(x) if hasattr(self, "pre_norm") else x
 
+    def positions(self) -> Float[Array, "h w d"]:
+        """Return the position embeddings of the patches."""
+        grid, width = self.shape.grid, self.shape.size.width
+        match self.posemb_kind:
+            case "learned":
+                return self.posemb[...]
+            case "sincos2d":
+                return sincos2d(grid, width)
+        return jnp.zeros((*grid, width))
+
     def transform(
-        self, x: Float[Array, "b n d"], key: Array | None, rope: Rope | None = None
+        self,
+        x: Float[Array, "b n d"],
+        key: Array | None,
+        rope: Rope | None = None,
+        read: int | None = None,
     ) -> Float[Array, "b n d"]:
-        """Return the tokens after the last block; unrolled, only those that the heads read."""
+        """Return the tokens after the last block; unrolled, only the first `read` of them."""
         depth, x = self.shape.size.depth, self.constrain(x)
         rates = jnp.linspace(self.first_drop_path, self.drop_path, depth)
         keys = None if key is None else jax.random.split(key, depth)
@@ -214,7 +288,7 @@ class ViT(nnx.Module):
         for i in range(depth):
             graph, params = nnx.split(self.blocks[str(i)])
 
-            first = self.shape.read if i == depth - 1 else None
+            first = read if i == depth - 1 else None
 
             @jax.named_scope(f"block_{i:02}")
             def block(x, params, rate, key, graph=graph, first=first):
