@@ -139,6 +139,7 @@ SWITCHES = {
     "optim.b2": (".9",),
     "optim.moment": ("bfloat16",),
     "optim.weight_decay": (".1",),
+    "optim.weight_decay_end": (".4",),
     "optim.clip": ("0.",),
     "optim.accumulate": ("2",),
     "optim.ema": (".9",),

@@ -23,7 +23,7 @@ from vit_scale.models.build import build
 from vit_scale.models.parameters import named
 from vit_scale.models.position_embeddings import resample
 from vit_scale.pretrained import adapt
-from vit_scale.training.objectives import distillation
+from vit_scale.training.objectives import Context, Objective, distillation
 from vit_scale.training.objectives import teacher as teachers
 from vit_scale.training.optimizer import trained
 from vit_scale.training.setup import make_setup
@@ -35,13 +35,20 @@ MASK = np.array([1, 0, 1, 1, 1, 1, 0, 1], bool)
 TAUGHT = np.random.RandomState(5).randn(8, 4) * 2
 
 
+def taught_examples(objective: Objective) -> dict:
+    """Examples with what a teacher that returns its parameters makes of them: TAUGHT."""
+    examples = objective.prepare(random_batch() | {"mask": MASK}, KEY)
+    assert objective.teach
+    return objective.teach(examples, Context(jnp.int32(0), jnp.asarray(TAUGHT), None))[0]
+
+
 def losses(kind: str, *overrides: str) -> tuple[dict, float]:
     """Outputs and loss of a student whose teacher says TAUGHT, whatever it sees."""
     overrides = ("model.dropout=0.0", *overrides)
     cfg = tiny_config("objective=distillation", f"distill.kind={kind}", *overrides)
     model = tiny_model(*(item for item in overrides if item.startswith("model.")))
     objective = distillation(model, cfg, lambda params, images: params)
-    examples = objective.prepare(random_batch() | {"mask": MASK}, KEY, jnp.asarray(TAUGHT))
+    examples = taught_examples(objective)
     params = random_params(model)
     value, outputs = jax.jit(objective.loss)(params, examples, KEY)
     out = jax.jit(model.train)(params, examples["image"], KEY, MASK)
@@ -189,7 +196,9 @@ def test_a_step_learns_from_what_the_average_of_the_teacher_says(teacher):
     state, metrics = step(begun(program), batch, *given)
     key = jax.random.fold_in(jax.random.key(program.cfg.seed), 1)
     augment_key, _ = jax.random.split(key)
-    examples = jax.jit(program.objective.prepare)(batch, augment_key, *given)
+    examples = jax.jit(program.objective.prepare)(batch, augment_key)
+    context = Context(jnp.int32(1), given[0], None)
+    examples = jax.jit(program.objective.teach)(examples, context)[0]
     pixels = np.asarray(examples["image"]) * 0.5 + 0.5
     cnn = build(convnet_config("cnn").model, (16, 16))
     images = jnp.asarray((pixels - 0.3) / 0.5, jnp.float32)
@@ -207,7 +216,7 @@ def test_a_step_learns_from_what_the_average_of_the_teacher_says(teacher):
 def test_micro_batches_add_up_with_their_teachers_words():
     cfg = tiny_config(*DISTILL)
     objective = distillation(tiny_model(), cfg, lambda params, images: params)
-    examples = objective.prepare(random_batch() | {"mask": MASK}, KEY, jnp.asarray(TAUGHT))
+    examples = taught_examples(objective)
     loss, params = jax.jit(objective.loss), random_params(tiny_model())
     parts = [jax.tree.map(lambda x, i=i: x[i::2], examples) for i in (0, 1)]
     found = sum(loss(params, part, KEY)[0] for part in parts)

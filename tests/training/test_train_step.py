@@ -8,6 +8,7 @@ import pytest
 from tests.helpers.tiny import random_batch, random_params, tiny_config
 from vit_scale.distributed.sharding import shard_batch
 from vit_scale.models.parameters import named
+from vit_scale.tracking.metrics import to_floats
 from vit_scale.training.optimizer import update_ema
 from vit_scale.training.setup import make_setup
 from vit_scale.training.train_state import TrainState
@@ -22,6 +23,7 @@ STEP = (
     "augment.flip=True",
 )
 MASK = np.array([1, 0, 1, 1, 1, 1, 0, 0], bool)
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +91,8 @@ def test_accumulated_steps_are_the_same_step(setup, step):
     found, other = jit_train_step(accumulating)(new_state(accumulating), batch)
     for name, leaf in named(found.opt_state).items():
         np.testing.assert_allclose(leaf, named(expected.opt_state)[name], atol=1e-5, err_msg=name)
-    other = other.compute()
-    for key, value in metrics.compute().items():
+    other = to_floats(other)
+    for key, value in to_floats(metrics).items():
         np.testing.assert_allclose(other[key], value, rtol=1e-5, err_msg=key)
 
 
@@ -147,3 +149,35 @@ def test_it_learns(setup, step):
         losses.append(float(metrics.compute()["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert state.step == 20
+
+
+# A loss of the whole batch together
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_loss_of_the_whole_batch_has_the_same_gradient_in_parts(parts):
+    """Of pairs of examples, with noise of its own in each part, and parameters of its own."""
+    draw = np.random.RandomState(0)
+    params = {"a": jnp.asarray(draw.randn(3, 5)), "b": jnp.asarray(draw.randn(5))}
+    examples = {"x": jnp.asarray(draw.randn(8, 3)), "mask": jnp.asarray(MASK)}
+
+    def loss(params, examples, key):
+        embeddings = jnp.tanh(examples["x"] @ params["a"])
+        losses = (embeddings**2).sum(-1)
+        outputs = {"loss": losses, "mask": examples["mask"], "embeddings": embeddings}
+        return (losses * examples["mask"]).sum() / 8, outputs
+
+    def coupled(params, embeddings, mask, key):
+        pairs = (embeddings * params["b"]) @ embeddings.T * mask * mask[:, None]
+        value = jnp.exp(pairs / 4).mean() + jax.random.normal(key)
+        return value, {"pairs": value}
+
+    whole = gradients(loss, params, examples, KEY, 1, coupled)
+    result = gradients(loss, params, examples, KEY, parts, coupled)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), result, whole)
+    alone = gradients(loss, params, examples, KEY, parts)[0]
+    assert np.abs(alone["a"] - whole[0]["a"]).max() > 0.1 and not np.any(alone["b"])
+    losses, measure = whole[1]["loss"], whole[1]["measures"]["pairs"]
+    np.testing.assert_allclose(
+        losses - measure, (np.tanh(examples["x"] @ params["a"]) ** 2).sum(-1), rtol=1e-4
+    )

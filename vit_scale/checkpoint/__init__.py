@@ -18,6 +18,7 @@ from vit_scale.checkpoint.io import (
     read_description,
     read_manifest,
     read_selection,
+    stored_shapes,
     verify,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "read_manifest",
     "read_selection",
     "score",
+    "stored_shapes",
     "verify",
 ]

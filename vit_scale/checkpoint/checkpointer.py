@@ -43,7 +43,7 @@ from vit_scale.storage import files, paths
 from vit_scale.storage.errors import user_errors
 
 DAMAGED = "damaged"  # where a run keeps checkpoints that failed verification
-TREES = ("params", "ema", "opt_state")
+TREES = ("params", "ema", "opt_state", "objective")
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
@@ -126,8 +126,11 @@ class Checkpoints:
         return self._metrics[step]
 
     def save(self, step: int, trees: Mapping, description: dict) -> None:
-        """Start writing a checkpoint of {"params": ..., "opt_state": ..., "ema": ... or None}."""
-        trees = {name: trees[name] for name in TREES if trees[name] is not None}
+        """Start writing a checkpoint of {"params": ..., "opt_state": ..., "ema": ... or None}.
+
+        `trees` may also have the state of an "objective".
+        """
+        trees = {name: trees[name] for name in TREES if trees.get(name) is not None}
         for name in PARAMETERS & trees.keys() if self._frozen else ():
             trees[name] = select(trees[name], lambda leaf: leaf not in self._frozen)
         self._check_workdir()
@@ -170,7 +173,7 @@ class Checkpoints:
         of a different model and for a damaged one.
         """
         path = self.folder / str(step)
-        target = {name: target[name] for name in TREES if target[name] is not None}
+        target = {name: target[name] for name in TREES if target.get(name) is not None}
         with multihost.shared_errors():  # a host that can't read must not leave others comparing
             parts = read_unverified(path, target)
         return verified(parts)

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -121,6 +121,24 @@ def read_unverified(path: pathlib.Path, target: Mapping) -> list[Part]:
         if shapes:
             parts.append(Part(folder, base, _read_trees(folder, {"params": shapes}), tree))
     return parts
+
+
+def stored_shapes(path: pathlib.Path, prefix: str, sharding: jax.sharding.Sharding) -> dict:
+    """Return the shapes of the arrays in a checkpoint whose names begin with `prefix`, nested.
+
+    `prefix` is a tree and what is in it, such as "params/objective/", and not part of the result.
+    """
+    shapes: dict = {}
+    for name, fingerprint in read_manifest(path)["arrays"].items():
+        if name.startswith(prefix):
+            dtype, _, sizes = fingerprint.partition(" ")[0].removesuffix("]").partition("[")
+            leaf: Any = jax.ShapeDtypeStruct(
+                tuple(int(size) for size in sizes.split(",") if size), dtype, sharding=sharding
+            )
+            for part in reversed(name.removeprefix(prefix).split("/")):
+                leaf = {part: leaf}
+            shapes = unite(shapes, leaf)
+    return shapes
 
 
 def verified(parts: list[Part]) -> dict:

@@ -54,6 +54,7 @@ class Model:
     attention: Callable | None
     # (params, images, key, patches, hidden) -> Encoded, as `ViT.encode`; None for a convnet.
     encode: Callable | None
+    constrain: Callable  # shards the tokens between blocks
     count_macs: Callable[[bool], int]  # (training)
 
     @functools.cached_property
@@ -113,8 +114,8 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
     common = init, abstract_params, apply, train, features, shape
     if isinstance(shape, spec.Shape):
         macs = functools.partial(_vit_macs, cfg, image, shape)
-        return Model(*common, attention, encode, macs)
-    return Model(*common, None, None, lambda _: _forward_macs(build(cfg, image), image))
+        return Model(*common, attention, encode, constrain, macs)
+    return Model(*common, None, None, constrain, lambda _: _forward_macs(build(cfg, image), image))
 
 
 def arrays(module: nnx.Module) -> dict:

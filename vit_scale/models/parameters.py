@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+OBJECTIVE = "objective"  # what an objective trains besides the model; no part of the model
+
 # The matrices of the blocks and of attention pooling: their input and output axes, counted from the
 # end. A leading layer axis (stacked blocks) means one matrix per layer.
 MATRICES = {
@@ -43,6 +45,13 @@ def is_statistic(name: str) -> bool:
 def parameters(tree) -> list:
     """Return the leaves that are not statistics, in jax's order."""
     return [leaf for name, leaf in named(tree).items() if not is_statistic(name)]
+
+
+def of_model(params: dict) -> dict:
+    """Return the parameters without those that belong to the objective."""
+    if OBJECTIVE not in params:
+        return params
+    return {name: leaf for name, leaf in params.items() if name != OBJECTIVE}
 
 
 def unite(params: dict, others: dict) -> dict:

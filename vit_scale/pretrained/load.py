@@ -14,6 +14,7 @@ from vit_scale.distributed.mesh import have_cudnn
 from vit_scale.errors import UserError, printable
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted, merge
+from vit_scale.models.parameters import OBJECTIVE, of_model
 from vit_scale.pretrained import hub
 from vit_scale.pretrained.fetch import fetch_weights
 from vit_scale.pretrained.hints import NO_HINTS, Hints
@@ -107,7 +108,9 @@ def load_run(source: pathlib.Path) -> Pretrained:
         model.abstract_params,
     )
     tree = "ema" if checkpoint.has_ema(folder) else "params"
-    params = checkpoint.read(folder, {tree: target})[tree]
+    owned = checkpoint.stored_shapes(folder, f"{tree}/{OBJECTIVE}/", device)
+    target |= {OBJECTIVE: owned} if owned else {}
+    params = of_model(checkpoint.read(folder, {tree: target})[tree])
     if cfg.lora.rank:
         params = jax.jit(merge, static_argnums=1)(params, cfg.lora.alpha / cfg.lora.rank)
         cfg.lora.rank = 0

@@ -69,16 +69,46 @@ class Share(metrics.Metric):
 
 
 @_pytree
+class Measures(metrics.Metric):
+    """Means over unmasked examples, by name; of booleans, exact shares."""
+
+    means: dict[str, metrics.Metric]
+
+    @classmethod
+    def empty(cls) -> "Measures":
+        return cls({})
+
+    @classmethod
+    def from_model_output(cls, measured: Mapping[str, Array], mask: Bool[Array, "b"]) -> "Measures":
+        return cls(
+            {
+                name: Share.from_model_output(values, mask)
+                if values.dtype == bool
+                else metrics.Average.from_model_output(values.astype(jnp.float32), mask)
+                for name, values in measured.items()
+            }
+        )
+
+    def merge(self, other: "Measures") -> "Measures":
+        merged = {**self.means, **other.means}
+        both = self.means.keys() & other.means.keys()
+        return Measures(merged | {name: self.means[name].merge(other.means[name]) for name in both})
+
+    def compute(self) -> dict[str, Any]:
+        return {name: mean.compute() for name, mean in self.means.items()}
+
+
+@_pytree
 class TrainMetrics(metrics.Collection):
     """The metrics of one train step, or of several merged.
 
-    Loss and accuracy are means over unmasked examples; the norms of the gradient and of the update,
-    which includes the learning rate, are means over steps; the parameters' norm and the learning
-    rate are those of the last step.
+    Loss, accuracy and other measures are means over unmasked examples; the norms of the gradient
+    and of the update, which includes the learning rate, are means over steps; the parameters' norm
+    and the learning rate are those of the last step.
     """
 
     loss: metrics.Average
-    accuracy: Share
+    measures: Measures  # such as accuracy
     gradient_norm: metrics.Average
     update_norm: metrics.Average
     parameter_norm: metrics.LastValue
@@ -99,19 +129,22 @@ class TrainMetrics(metrics.Collection):
         """Compute the metrics of one step.
 
         Args:
-          outputs: per-example "loss" (float), "correct" (bool) and "mask" (bool), each [b].
+          outputs: per-example "loss" (float) and "mask" (bool), each [b]; with labels "correct"
+            (bool), whose mean is the accuracy; {name: [b]} of "measures", if there are others.
           grads: of the mean loss, before clipping.
           change: the update that was added to the parameters.
           params: the parameters before the step.
           learning_rate: of this step.
           finite: whether its loss and gradient are finite.
         """
-        loss, correct, mask = outputs["loss"], outputs["correct"], outputs["mask"]
-        _check_shapes(loss=loss, correct=correct, mask=mask)
+        loss, mask = outputs["loss"], outputs["mask"]
+        measured = {"accuracy": outputs["correct"]} if "correct" in outputs else {}
+        measured |= outputs.get("measures", {})
+        _check_shapes(loss=loss, mask=mask, **measured)
         return dataclasses.replace(
             cls.empty(),
             loss=metrics.Average.from_model_output(loss.astype(jnp.float32), mask),
-            accuracy=Share.from_model_output(correct, mask),
+            measures=Measures.from_model_output(measured, mask),
             gradient_norm=metrics.Average.from_model_output(norm(grads)),
             update_norm=metrics.Average.from_model_output(norm(change)),
             parameter_norm=metrics.LastValue.from_model_output(norm(params)),
@@ -161,7 +194,10 @@ def reduce(collections: Sequence[Any]) -> dict[str, float]:
     """
     fetched = jax.tree.map(_widen, jax.device_get(list(collections)))
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan, without a warning
-        values = functools.reduce(lambda left, right: left.merge(right), fetched).compute()
+        merged = functools.reduce(lambda left, right: left.merge(right), fetched).compute()
+    values: dict[str, Any] = {}
+    for name, value in merged.items():
+        values |= value if isinstance(value, dict) else {name: value}
     return {name: np.asarray(value).item() for name, value in values.items()}
 
 

@@ -4,6 +4,8 @@ A run resumes from its newest intact checkpoint (`recover`); without one it is i
 (`init_state`), from `init.source` where that is set. Fine-tuning is nothing but initialisation.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,11 @@ from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.sharding import shard
 from vit_scale.errors import UserError
 from vit_scale.models.lora import is_adapter
-from vit_scale.models.parameters import count, is_statistic, named, select, unite
+from vit_scale.models.parameters import count, is_statistic, named, of_model, select, unite
 from vit_scale.models.spec import Shape
 from vit_scale.storage.download import Unreachable
 from vit_scale.training.optimizer import trained
-from vit_scale.training.setup import Setup
+from vit_scale.training.setup import Setup, init_params
 from vit_scale.training.train_state import TrainState
 
 
@@ -55,7 +57,7 @@ def store_frozen(
 
 def _train_state(setup: Setup, step: int, trees: dict) -> TrainState:
     finished = jax.device_put(np.int32(step), setup.state.step.sharding)
-    return TrainState(finished, trees["params"], trees["opt_state"], trees.get("ema"))
+    return TrainState(step=finished, **{"ema": None, **trees})
 
 
 def read_source(setup: Setup) -> pretrained.Pretrained:
@@ -99,8 +101,8 @@ def check_source(setup: Setup, classes: tuple[str, ...], ids: tuple[str, ...] = 
 
 
 def _base(params: dict) -> dict:
-    """Return the parameters without those of adapters, which no source has."""
-    return select(params, lambda name: not is_adapter(name))
+    """Return the parameters without those of adapters and objectives, which no source has."""
+    return select(of_model(params), lambda name: not is_adapter(name))
 
 
 def _trained_line(setup: Setup, params: dict) -> str:
@@ -121,9 +123,8 @@ def init_state(
     cfg = setup.cfg
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     options = cpu_options(setup.mesh)
-    make_params = jax.jit(
-        setup.model.init, out_shardings=shardings.params, compiler_options=options
-    )
+    init = functools.partial(init_params, setup.model, setup.objective)
+    make_params = jax.jit(init, out_shardings=shardings.params, compiler_options=options)
     params = make_params(jax.random.key(cfg.seed))
     if cfg.init.source:
         with multihost.shared_errors():
@@ -145,6 +146,8 @@ def init_state(
     if not quiet and (line := _trained_line(setup, params)):
         print(line)
     make_opt_state = jax.jit(setup.optimizer.init, out_shardings=shardings.opt_state)
-    ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else None  # a copy: both are donated
+    # A copy, because both are donated.
+    ema = None if setup.state.ema is None else jax.tree.map(jnp.copy, params)
     step = jax.device_put(np.int32(0), shardings.step)
-    return TrainState(step, params, make_opt_state(params), ema)
+    own = jax.device_put(setup.objective.state, shardings.objective)
+    return TrainState(step, params, make_opt_state(params), ema, own)

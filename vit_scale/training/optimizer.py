@@ -26,8 +26,21 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.lora import is_adapter
-from vit_scale.models.parameters import MATRICES, is_statistic, map_named, name_of, named
-from vit_scale.training.schedules import SCHEDULES, Schedule, make_schedule, milestone_steps
+from vit_scale.models.parameters import (
+    MATRICES,
+    OBJECTIVE,
+    is_statistic,
+    map_named,
+    name_of,
+    named,
+)
+from vit_scale.training.schedules import (
+    SCHEDULES,
+    Schedule,
+    make_schedule,
+    make_weight_decay,
+    milestone_steps,
+)
 
 # Direction
 
@@ -81,7 +94,7 @@ def _matrix_axes(name: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
 # By name
 
 # The names that `optim.train` has for sets of parameters; any other value is a regular expression.
-TRAIN = {"all": "", "head": r"^head(_dist)?/"}
+TRAIN = {"all": "", "head": rf"^(head(_dist)?|{OBJECTIVE})/"}
 
 
 def decayed(name: str) -> bool:
@@ -148,6 +161,22 @@ def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
+def _hold(pattern: str, steps: int) -> optax.GradientTransformation:
+    """Leave the parameters of these names as they are for the first `steps` updates."""
+
+    def hold(updates, state, params=None):
+        begun = state.count >= steps
+        updates = map_named(
+            lambda name, leaf: jnp.where(begun, leaf, 0) if re.search(pattern, name) else leaf,
+            updates,
+        )
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32)), hold
+    )
+
+
 def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
     """A tree of bools: True for each parameter that is trained, False for each frozen one.
 
@@ -172,7 +201,7 @@ def trained(cfg: ConfigDict, params: PyTree) -> PyTree:
 
 
 def make_optimizer(
-    cfg: ConfigDict, steps: int, params: PyTree
+    cfg: ConfigDict, steps: int, params: PyTree, held: tuple[str, int] | None = None
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Build the optimizer of an `optim` block for a run of `steps`.
 
@@ -183,13 +212,15 @@ def make_optimizer(
       cfg: the `optim` block.
       steps: updates in the whole run.
       params: the parameters, or their shapes.
+      held: a regular expression of the parameters that get no update in the first so many steps.
 
     Returns:
       (optimizer, schedule); its updates are added by `apply_updates`.
     """
     schedule = make_schedule(cfg, steps)
     decay = optax.add_decayed_weights(
-        cfg.weight_decay, lambda tree: map_named(lambda name, leaf: decayed(name), tree)
+        make_weight_decay(cfg, steps),
+        lambda tree: map_named(lambda name, leaf: decayed(name), tree),
     )
     chain = optax.chain(
         optax.clip_by_global_norm(cfg.clip) if cfg.clip else optax.identity(),
@@ -199,6 +230,7 @@ def make_optimizer(
         if cfg.layer_decay != 1
         else optax.identity(),
         optax.scale_by_learning_rate(schedule),
+        *([_hold(*held)] if held else []),
     )
     labels = jax.tree.map(lambda train: "trained" if train else "frozen", trained(cfg, params))
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels), schedule
@@ -231,6 +263,7 @@ BOUNDS = {  # lowest allowed, first not allowed
     "b1": (0, 1),
     "b2": (0, 1),
     "weight_decay": (0, math.inf),
+    "weight_decay_end": (0, math.inf),
     "clip": (0, math.inf),
     "accumulate": (1, math.inf),
     "ema": (0, 1),
@@ -245,7 +278,7 @@ def check(cfg: ConfigDict, steps: int) -> None:
                 f"optim.{field}={cfg[field]!r} is unknown; {nearest(cfg[field], valid)}"
             )
     for field, (low, high) in BOUNDS.items():
-        if not low <= cfg[field] < high:
+        if cfg[field] is not None and not low <= cfg[field] < high:
             limit = "finite" if high == math.inf else f"below {high}"
             raise UserError(f"optim.{field}={cfg[field]} must be at least {low} and {limit}")
     if not 0 < cfg.layer_decay <= 1:

@@ -41,6 +41,22 @@ SCHEDULES = {  # from the end of the warm-up, which is their step 0
 }
 
 
+def make_weight_decay(cfg: ConfigDict, steps: int) -> float | Schedule:
+    """Return the weight decay: a number, or its cosine from `weight_decay` to `weight_decay_end`.
+
+    As DINO's (Caron et al. 2021), it reaches the end at `steps`.
+    """
+    if cfg.weight_decay_end is None or cfg.weight_decay_end == cfg.weight_decay:
+        return cfg.weight_decay
+    return cosine(cfg.weight_decay, cfg.weight_decay_end, steps)
+
+
+def cosine(first: float, last: float, steps: int) -> Schedule:
+    """Return half a period of a cosine from `first` at step 0 to `last` at `steps`, and on."""
+    fall = optax.cosine_decay_schedule(1.0, max(steps, 1))
+    return lambda step: last + (first - last) * fall(step)
+
+
 def milestone_steps(cfg: ConfigDict, steps: int) -> list[int]:
     """Return the steps at which `piecewise` multiplies the learning rate."""
     return [round(fraction * steps) for fraction in cfg.milestones]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vit_scale.config import image_size, to_json
@@ -17,13 +18,16 @@ from vit_scale.distributed.sharding import batch_sharding, device_bytes, shardin
 from vit_scale.models import flops
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted
-from vit_scale.models.parameters import count, named
+from vit_scale.models.parameters import OBJECTIVE, count, named
 from vit_scale.pretrained import with_source_model
+from vit_scale.training import objectives
 from vit_scale.training.objectives import Objective, make_objective
 from vit_scale.training.objectives.teacher import Teacher, open_teacher
-from vit_scale.training.optimizer import make_optimizer
+from vit_scale.training.optimizer import check_trained, make_optimizer
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.validation import check_model, validate
+
+OWN = 0x6F776E  # folded into the key of initialisation, for the objective's parameters
 
 
 class Setup(NamedTuple):
@@ -60,15 +64,17 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
     # instead of the batch.
     constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh))
     model = adapted(build(cfg.model, image_size(cfg), constrain), cfg.lora)
-    params = model.abstract_params
     teacher = open_teacher(cfg, mesh, constrain)
     objective = make_objective(model, cfg, teacher.logits if teacher else None)
-    optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params)
+    params = abstract_params(model, objective)
+    check_trained(cfg.optim, params)
+    optimizer, schedule = make_optimizer(cfg.optim, cfg.steps, params, objective.held)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
         params,
         jax.eval_shape(optimizer.init, params),
-        params if cfg.optim.ema else None,
+        params if cfg.optim.ema or objective.decay else None,
+        jax.eval_shape(lambda: objective.state),
     )
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -76,6 +82,29 @@ def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = Non
         shardings(state, mesh),
     )
     return Setup(cfg, mesh, model, objective, optimizer, schedule, state, teacher)
+
+
+def init_params(model: Model, objective: Objective, key: Array) -> dict:
+    """Return random parameters of the model, and those of the objective, if it has any."""
+    params = model.init(key)
+    if objective.init is None:
+        return params
+    return {**params, OBJECTIVE: objective.init(jax.random.fold_in(key, OWN))}
+
+
+def abstract_params(model: Model, objective: Objective) -> dict:
+    """Return what `init_params` returns, as jax.ShapeDtypeStruct."""
+    if objective.init is None:
+        return model.abstract_params
+    own = jax.eval_shape(objective.init, jax.random.key(0))
+    return {**model.abstract_params, OBJECTIVE: own}
+
+
+def flops_per_image(model: Model, objective: Objective) -> int:
+    """Return the FLOPs of training on one image."""
+    if objective.count_flops:
+        return objective.count_flops()
+    return flops.training_flops(model.training_macs)
 
 
 def parameter_layout(setup: Setup) -> dict:
@@ -101,11 +130,14 @@ def summary(cfg: ConfigDict) -> dict:
     """
     cfg = with_source_model(cfg)
     check_model(cfg)
+    objectives.check(cfg)
     model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
+    objective = make_objective(model, cfg)
+    check_trained(cfg.optim, abstract_params(model, objective))
     return {
         "parameters": count(model.abstract_params),
         "tokens": model.shape.tokens,
-        "flops_per_image": flops.training_flops(model.training_macs),
+        "flops_per_image": flops_per_image(model, objective),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "config": to_json(cfg),

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from vit_scale.models.parameters import of_model
+
 
 class TrainState(NamedTuple):
     """Everything that changes from step to step, and nothing else."""
@@ -10,8 +12,9 @@ class TrainState(NamedTuple):
     params: Any  # nested dict; running statistics of batch normalisation included
     opt_state: Any
     ema: Any  # exponential moving average of the parameters, or None
+    objective: Any = None  # the objective's own state, or None
 
     @property
     def eval_params(self) -> Any:
-        """The parameters to evaluate and export: the average where the run keeps one."""
-        return self.params if self.ema is None else self.ema
+        """The model's parameters to evaluate and export: the average where the run keeps one."""
+        return of_model(self.params if self.ema is None else self.ema)

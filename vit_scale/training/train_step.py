@@ -4,7 +4,7 @@ Its randomness comes from (seed, step) alone, so a resumed run repeats the unint
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from vit_scale.distributed.mesh import compiler_options
 from vit_scale.distributed.sharding import batch_sharding
 from vit_scale.models.parameters import parameters, unite
 from vit_scale.tracking.metrics import TrainMetrics, norm
+from vit_scale.training.objectives import Context
 from vit_scale.training.optimizer import apply_updates, trained, update_ema
 from vit_scale.training.setup import Setup
 from vit_scale.training.train_state import TrainState
@@ -29,11 +30,19 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
     is_trained = trained(cfg.optim, setup.state.params)
     abstract = setup.mesh.abstract_mesh
 
-    def loss(params, examples, key):
+    def without_frozen(loss):
         # No gradient flows to frozen parameters: a linear probe costs a forward pass.
-        frozen = jax.lax.stop_gradient(params)
-        params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
-        return objective.loss(params, examples, key)
+        def of_trained(params, *rest):
+            frozen = jax.lax.stop_gradient(params)
+            params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
+            return loss(params, *rest)
+
+        return of_trained
+
+    losses = (
+        without_frozen(objective.loss),
+        objective.coupled and without_frozen(objective.coupled),
+    )
 
     def train_step(state: TrainState, batch: dict, *teacher) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
@@ -42,15 +51,23 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
             batch = {**batch, "late": state.step >= cfg.augment.until * cfg.steps}
         # What runs image by image splits by the mesh.
         with jax.sharding.use_abstract_mesh(abstract), jax.named_scope("augmentation"):
-            examples = objective.prepare(batch, augment_key, *teacher)
-        grads, outputs = gradients(loss, state.params, examples, model_key, cfg.optim.accumulate)
+            examples = objective.prepare(batch, augment_key)
+        own = state.objective
+        if objective.teach:
+            context = Context(state.step, teacher[0] if teacher else state.ema, own)
+            with jax.named_scope("teacher"):
+                examples, own = objective.teach(examples, context)
+        rows = state.params, examples, model_key, cfg.optim.accumulate
+        grads, outputs = gradients(losses[0], *rows, losses[1])
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         with jax.named_scope("optimizer"):
             updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
             params = apply_updates(state.params, updates)
         params = unite(params, outputs["statistics"])
-        ema = None if state.ema is None else update_ema(state.ema, params, cfg.optim.ema)
-        new, finite = TrainState(state.step + 1, params, opt_state, ema), is_finite(outputs, grads)
+        decay = objective.decay(state.step) if objective.decay else cfg.optim.ema
+        ema = None if state.ema is None else update_ema(state.ema, params, decay)
+        new = TrainState(state.step + 1, params, opt_state, ema, own)
+        finite = is_finite(outputs, grads)
         if cfg.divergence.skip:
             new = keep_finite(finite, new, state)
         # Norms of the update itself and of the old parameters: any other norm keeps a TPU from
@@ -92,24 +109,85 @@ def keep_finite(finite: jax.Array, new: TrainState, old: TrainState) -> TrainSta
     return jax.tree.map(choose, new, old)
 
 
-def gradients(loss: Callable, params, examples: dict, key, parts: int) -> tuple[Any, dict]:
+def gradients(
+    loss: Callable, params, examples: dict, key, parts: int, coupled: Callable | None = None
+) -> tuple[Any, dict]:
     """Return the gradients of the global batch's loss, and the outputs per example.
 
     The batch is processed in `parts` micro-batches. Part i holds the examples i, i + parts, ..., so
-    that each device keeps its own examples.
+    that each device keeps its own examples. `loss` and `coupled` are those of `Objective`.
     """
-    gradient = jax.grad(loss, has_aux=True)
+    losses = Losses(loss, coupled)
+    key, coupled_key = (key, None) if coupled is None else jax.random.split(key)
     if parts == 1:
-        return gradient(params, examples, key)
+        return jax.grad(_whole, argnums=1, has_aux=True)(losses, params, examples, key, coupled_key)
+    shared, slopes = _coupled_gradients(losses, params, examples, key, coupled_key, parts)
 
-    def split(x):
-        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    def part_loss(params, part):
+        examples, key, slopes = part
+        value, outputs = loss(params, examples, key)
+        if slopes is not None:  # the chain rule: the coupled loss's gradient to the embeddings
+            value += (outputs.pop("embeddings") * slopes).sum()
+        return value, outputs
 
     def add_part(total, part):
-        grads, outputs = gradient(params, *part)
+        grads, outputs = jax.grad(part_loss, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, total, grads), outputs
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    keys = jax.random.split(key, parts)
-    grads, outputs = jax.lax.scan(add_part, zeros, (jax.tree.map(split, examples), keys))
-    return grads, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+    grads, more = shared or (jax.tree.map(jnp.zeros_like, params), None)
+    rows = (split(examples, parts), jax.random.split(key, parts), split(slopes, parts))
+    grads, outputs = jax.lax.scan(add_part, grads, rows)
+    return grads, _with_coupled(unsplit(outputs), more)
+
+
+class Losses(NamedTuple):
+    loss: Callable
+    coupled: Callable | None
+
+
+def _whole(losses: Losses, params, examples: dict, key, coupled_key) -> tuple[jax.Array, dict]:
+    value, outputs = losses.loss(params, examples, key)
+    if losses.coupled is None:
+        return value, outputs
+    embeddings = outputs.pop("embeddings")
+    shared, measures = losses.coupled(params, embeddings, examples["mask"], coupled_key)
+    return value + shared, _with_coupled(outputs, (shared, measures))
+
+
+def _coupled_gradients(losses: Losses, params, examples, key, coupled_key, parts: int):
+    """Return ((gradients, (loss, measures)), slopes at the embeddings) of the coupled loss.
+
+    The embeddings are computed once more, so that no more than a part's activations are kept (Gao
+    et al. 2021, arXiv 2101.06983). Without a coupled loss both are None.
+    """
+    if losses.coupled is None:
+        return None, None
+
+    def embed(_, part):
+        return None, losses.loss(params, *part)[1]["embeddings"]
+
+    parted = (split(examples, parts), jax.random.split(key, parts))
+    embeddings = unsplit(jax.lax.scan(embed, None, parted)[1])
+    coupled = jax.value_and_grad(losses.coupled, argnums=(0, 1), has_aux=True)
+    value, (grads, slopes) = coupled(params, embeddings, examples["mask"], coupled_key)
+    return (grads, value), slopes
+
+
+def _with_coupled(outputs: dict, more: tuple[jax.Array, dict] | None) -> dict:
+    """Add the coupled loss and its measures, which are of all examples alike, to the outputs."""
+    if more is None:
+        return outputs
+    shared, measures = more
+    spread = {name: jnp.full_like(outputs["loss"], value) for name, value in measures.items()}
+    known = outputs.get("measures", {})
+    return {**outputs, "loss": outputs["loss"] + shared, "measures": known | spread}
+
+
+def split(tree: Any, parts: int) -> Any:
+    """Return arrays [b, ...] as [parts, b / parts, ...]; part i has the rows i, i + parts, ..."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def unsplit(tree: Any) -> Any:
+    """Undo `split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)

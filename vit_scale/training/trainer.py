@@ -24,7 +24,6 @@ from vit_scale.distributed.accelerators import mfu, peak_flops
 from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
-from vit_scale.models.flops import training_flops
 from vit_scale.pretrained import with_commit, with_source_model
 from vit_scale.runs import compilation_cache, rollbacks
 from vit_scale.runs.resume import resumed_config
@@ -45,7 +44,7 @@ from vit_scale.training.init_state import (
     store_frozen,
 )
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
-from vit_scale.training.setup import Setup, make_setup
+from vit_scale.training.setup import Setup, flops_per_image, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import jit_train_step
@@ -271,7 +270,7 @@ def utilisation(setup: Setup, images_per_second: float) -> float | None:
     kind = jax.devices()[0].device_kind
     if peak_flops(kind) is None:  # then counting the model's FLOPs would be wasted
         return None
-    per_image = training_flops(setup.model.training_macs)
+    per_image = flops_per_image(setup.model, setup.objective)
     return mfu(images_per_second, per_image, jax.device_count(), kind)
 
 

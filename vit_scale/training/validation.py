@@ -22,8 +22,6 @@ from vit_scale.distributed.mesh import (
 from vit_scale.distributed.sharding import batch_rows, check_batch
 from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
-from vit_scale.models.build import build
-from vit_scale.models.lora import adapted
 from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
 from vit_scale.models.vit import remat_policy
@@ -119,9 +117,6 @@ def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnet
     check_combination(cfg, shape, mesh.shape["tensor"] if mesh else 1)
     if mesh:
         check_attention(cfg, mesh, shape)
-    if cfg.lora.rank or cfg.optim.freeze or cfg.optim.train not in optimizer.TRAIN:
-        model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
-        optimizer.check_trained(cfg.optim, model.abstract_params)
     return shape
 
 

@@ -13,9 +13,9 @@ from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
 from vit_scale.training.objectives.distillation import check_distill, distillation
 from vit_scale.training.objectives.losses import check_loss
-from vit_scale.training.objectives.objective import Objective
+from vit_scale.training.objectives.objective import Context, Objective
 
-__all__ = ["OBJECTIVES", "Objective", "check", "make_objective"]
+__all__ = ["OBJECTIVES", "Context", "Objective", "check", "make_objective"]
 
 OBJECTIVES = {"classification": classification, "distillation": distillation}
 LEARN_CLASSES = ("classification", "distillation")  # not the vectors of data.target

@@ -27,12 +27,11 @@ def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Obj
     distillation token where the model has one (model.distilled), else its only logits. "correct"
     refers to what the model predicts: the mean of both.
     """
-    assert teacher is not None
     plain, t = classification(model, cfg), cfg.distill
 
-    def prepare(batch, key, teacher_params):
-        examples = plain.prepare(batch, key)
-        return examples | {"teacher": teacher(teacher_params, examples["image"])}
+    def teach(examples, context):
+        assert teacher is not None
+        return examples | {"teacher": teacher(context.teacher, examples["image"])}, None
 
     def distance(logits, taught):
         if t.kind == "hard":
@@ -46,7 +45,7 @@ def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Obj
         losses += t.weight * distance(out.distilled, examples["teacher"])
         return reduce_losses(losses, out, examples)
 
-    return Objective(prepare, loss)
+    return Objective(plain.prepare, loss, teach)
 
 
 def check_distill(cfg: ConfigDict) -> None:
