@@ -22,6 +22,10 @@ def get_config() -> ConfigDict:
             "model": model(),
             "lora": lora(),
             "distill": distill(),
+            "views": views(),
+            "mae": mae(),
+            "dino": dino(),
+            "lejepa": lejepa(),
             "optim": optim(),
             "mesh": mesh(),
             "init": init(),
@@ -182,6 +186,62 @@ def distill() -> dict:
         "kind": "hard",  # hard (the teacher's most likely class) | soft (its probabilities)
         "weight": 0.5,  # weight of the teacher's loss; the labels' loss has the rest
         "temperature": 1.0,  # soft: divisor of both models' logits
+    }
+
+
+def views() -> dict:
+    return {  # crops of an image, of objective=dino and lejepa; augment.scale is of global crops
+        "globals": 2,  # crops at data.resolution
+        "locals": 0,  # small crops, which only the student sees
+        "local_resolution": 96,  # height and width of small crops in pixels
+        "local_scale": (0.05, 0.25),  # area of a small crop, as a fraction of the image
+        # Probabilities of the first global crop, the others, and small ones; instead of augment's.
+        "blur": (1.0, 0.1, 0.5),  # DINO's
+        "solarize": (0.0, 0.2, 0.0),  # DINO's
+    }
+
+
+def mae() -> dict:
+    return {  # of objective=mae (He et al. 2022)
+        "mask": 0.75,  # fraction of the patches that are hidden
+        "width": 512,  # token width of the decoder
+        "depth": 8,  # blocks of the decoder
+        "heads": 16,  # attention heads of the decoder
+        "mlp": placeholder(int),  # MLP width of the decoder; None: four times its width
+        "normalise": True,  # predict pixels normalised by the mean and variance of their patch
+    }
+
+
+def dino() -> dict:
+    return {  # of objective=dino: self-distillation (Caron et al. 2021), and iBOT's and DINOv2's
+        "prototypes": 65_536,  # outputs of the head
+        "hidden": 2048,  # width of the head's hidden layers
+        "bottleneck": 256,  # width of the vector before the prototypes
+        "layers": 3,  # layers of the head, up to that vector
+        "student_temperature": 0.1,  # divisor of the student's logits
+        "teacher_temperature": 0.04,  # divisor of the teacher's logits, after its warm-up
+        "teacher_temperature_start": 0.04,  # and at step 0
+        "teacher_warmup": 0,  # steps of the linear change between the two
+        "momentum": 0.996,  # decay of the average that is the teacher, at step 0
+        "momentum_end": 1.0,  # and at the last step, on a cosine
+        "centring": "mean",  # of the teacher's logits: mean (a running one) | sinkhorn (DINOv2)
+        "centre_momentum": 0.9,  # decay of the running mean
+        "freeze_prototypes": 0,  # steps at the start in which the prototypes stay as they are
+        "ibot": 0.0,  # weight of the loss of hidden patches (Zhou et al. 2022); 0: off
+        "ibot_head": "shared",  # of patches: shared (that of images: iBOT) | own (DINOv2)
+        "mask": (0.1, 0.5),  # range of the fraction of patches that are hidden
+        "mask_share": 0.5,  # fraction of the global crops that have hidden patches
+        "koleo": 0.0,  # weight of KoLeo (Sablayrolles et al. 2019), 0.1 in DINOv2; 0: off
+    }
+
+
+def lejepa() -> dict:
+    return {  # of objective=lejepa (Balestriero & LeCun 2025)
+        "weight": 0.05,  # weight of normality (SIGReg); agreement has the rest
+        "slices": 1024,  # random directions in which normality is tested, new ones at each step
+        "hidden": 2048,  # width of the projector's hidden layers
+        "width": 128,  # width of its output
+        "layers": 3,  # its layers
     }
 
 

@@ -44,6 +44,10 @@ RULES = {
     r"(head(_dist)?|representation)/kernel": ("fsdp", None),  # d c
     r"(\w*conv\d*|convs/\d+)/kernel": (None, None, None, "fsdp"),  # p p i o
     r"dense/\d+/kernel": ("fsdp", None),  # i o
+    # Of objectives: a decoder's first and last layer, and the layers of projection heads.
+    r"(project|predict)/kernel": ("fsdp", None),  # d w, w p
+    r"layers/\d+/kernel": ("fsdp", None),  # i o
+    r"prototypes/kernel": ("fsdp", "tensor"),  # w c
 }
 
 

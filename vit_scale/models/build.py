@@ -39,6 +39,26 @@ class Outputs(NamedTuple):
         return (self.logits + self.distilled) / 2
 
 
+class Part(NamedTuple):
+    """A module as pure functions, for what an objective trains besides the model."""
+
+    init: Callable  # (key) -> params
+    apply: Callable  # (params, *arguments) -> what the module returns
+
+
+def part(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
+    """Build the module that `make` returns. Nothing is allocated."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(params=jax.random.key(0)))))
+
+    def init(key):
+        return arrays(make(nnx.Rngs(params=key)))
+
+    def apply(params, *arguments):
+        return nnx.merge(graph, params)(*arguments)
+
+    return Part(init, apply)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Pure functions over a nested dict of float32 parameters and running statistics."""
@@ -52,8 +72,8 @@ class Model:
     shape: Any  # spec.Shape or convnets.Shape
     # (params, images, reduce) -> as `ViT.attention`; None for a model without attention.
     attention: Callable | None
-    # (params, images, key, patches, hidden) -> Encoded, as `ViT.encode`; None for a convnet.
-    encode: Callable | None
+    # (params, images, key, patches, hidden) -> Encoded, as `ViT.encode`; not of a convnet.
+    encode: Callable
     constrain: Callable  # shards the tokens between blocks
     count_macs: Callable[[bool], int]  # (training)
 
@@ -98,6 +118,8 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
         return nnx.merge(graph, params).attention(images, reduce)
 
     def encode(params, images, key=None, patches=None, hidden=None):
+        if not isinstance(shape, spec.Shape):
+            raise UserError(f"{cfg.variant} has no tokens to encode")
         merged = nnx.merge(graph, params)
         tokens = merged.encode(images, key, patches=patches, hidden=hidden)
         pool_key = None if key is None else jax.random.split(key, 3)[2]
@@ -115,7 +137,11 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
     if isinstance(shape, spec.Shape):
         macs = functools.partial(_vit_macs, cfg, image, shape)
         return Model(*common, attention, encode, constrain, macs)
-    return Model(*common, None, None, constrain, lambda _: _forward_macs(build(cfg, image), image))
+
+    def forward_macs(training):
+        return _forward_macs(build(cfg, image), image)
+
+    return Model(*common, None, encode, constrain, forward_macs)
 
 
 def arrays(module: nnx.Module) -> dict:

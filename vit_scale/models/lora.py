@@ -68,7 +68,7 @@ def adapted(model: Model, cfg: ConfigDict) -> Model:
         train=merged(model.train),
         features=merged(model.features),
         attention=model.attention and merged(model.attention),
-        encode=model.encode and merged(model.encode),
+        encode=merged(model.encode),
     )
 
 

@@ -123,8 +123,8 @@ def _scale_by_trust_ratio() -> optax.GradientTransformation:
             name = name_of(path)
             if not decayed(name):
                 return update
-            layers = name.startswith("blocks/") and not name.split("/")[1].isdigit()
-            axes = tuple(range(int(layers), update.ndim))
+            layers = re.search(r"(^|/)blocks/(?!\d)", name) is not None
+            axes = tuple(range(layers, update.ndim))
             size, own = (jnp.sqrt(jnp.square(x).sum(axes, keepdims=True)) for x in (update, param))
             return update * jnp.where((size == 0) | (own == 0), 1, own / size)
 

@@ -12,12 +12,21 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
 from vit_scale.training.objectives.distillation import check_distill, distillation
+from vit_scale.training.objectives.lejepa import lejepa
 from vit_scale.training.objectives.losses import check_loss
+from vit_scale.training.objectives.masked_autoencoder import masked_autoencoder
 from vit_scale.training.objectives.objective import Context, Objective
+from vit_scale.training.objectives.self_distillation import self_distillation
+from vit_scale.training.objectives.self_supervised import check_self_supervised
 
 __all__ = ["OBJECTIVES", "Context", "Objective", "check", "make_objective"]
 
-OBJECTIVES = {"classification": classification, "distillation": distillation}
+SELF_SUPERVISED = {"mae": masked_autoencoder, "dino": self_distillation, "lejepa": lejepa}
+OBJECTIVES = {
+    "classification": classification,
+    "distillation": distillation,
+    **SELF_SUPERVISED,
+}
 LEARN_CLASSES = ("classification", "distillation")  # not the vectors of data.target
 
 
@@ -35,6 +44,8 @@ def check(cfg: ConfigDict) -> None:
         raise UserError(
             f"objective={cfg.objective!r} is unknown; {nearest(cfg.objective, OBJECTIVES)}"
         )
+    if cfg.objective in SELF_SUPERVISED:
+        check_self_supervised(cfg)
     check_loss(cfg)
     if cfg.data.target != "class" and cfg.objective in LEARN_CLASSES:
         raise UserError(

@@ -1,0 +1,107 @@
+"""What all objectives that need no labels have in common, and what they refuse."""
+
+from ml_collections import ConfigDict
+
+from vit_scale import config
+from vit_scale.augment.multi_crop import check_views
+from vit_scale.config import fields, image_size
+from vit_scale.errors import UserError, nearest
+from vit_scale.models.spec import Shape, resolve
+
+CENTRINGS = ("mean", "sinkhorn")
+IBOT_HEADS = ("shared", "own")
+UNUSED = {  # fields of labels and heads, which would be ignored
+    **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing"), "mixes labels"),
+    **dict.fromkeys(("model.representation",), "is part of a classification head"),
+    "loss": "is of labels",
+}
+NOT_DINO = {"optim.ema": "is an average beside the teacher, which is one already"}
+NOT_MAE = {"model.patch_drop": "hides patches beside mae.mask", "model.fc_norm": "needs a head"}
+COUNTS = {
+    "mae": ("width", "depth", "heads"),
+    "dino": ("prototypes", "hidden", "bottleneck", "layers"),
+    "lejepa": ("slices", "hidden", "width", "layers"),
+}
+
+
+def check_self_supervised(cfg: ConfigDict) -> None:
+    """Raise UserError for a config whose self-supervised objective can't work, or ignores a field.
+
+    `cfg` is the whole config.
+    """
+    name, values, default = cfg.objective, fields(cfg), fields(config.base())
+    unused = UNUSED | {"dino": NOT_DINO, "mae": NOT_MAE, "lejepa": {}}[name]
+    for field, why in unused.items():
+        if values[field] != default[field]:
+            raise UserError(
+                f"{field}={values[field]} {why}: with objective={name} it must be {default[field]}"
+            )
+    if cfg.model.classes:
+        raise UserError(
+            f"objective={name} learns no classes: set model.classes=0, not {cfg.model.classes}"
+        )
+    shape = resolve(cfg.model, image_size(cfg))
+    if not isinstance(shape, Shape) or (shape.stem and shape.stem.batch_norm):
+        raise UserError(
+            f"objective={name} needs a ViT without batch normalisation, not {cfg.model.variant}"
+        )
+    for field in COUNTS[name]:
+        if cfg[name][field] < 1:
+            raise UserError(f"{name}.{field}={cfg[name][field]} must be at least 1")
+    if name != "mae":
+        check_views(cfg, shape.patch)
+    {"mae": _check_mae, "dino": _check_dino, "lejepa": _check_lejepa}[name](cfg, shape)
+
+
+def _check_mae(cfg: ConfigDict, shape: Shape) -> None:
+    if shape.stem:
+        raise UserError(
+            f"objective=mae hides patches of pixels, and {cfg.model.variant} has convolutions "
+            "before them, which see all"
+        )
+    patches = shape.grid[0] * shape.grid[1]
+    visible = int(patches * (1 - cfg.mae.mask))
+    if not 0 < visible < patches:
+        raise UserError(
+            f"mae.mask={cfg.mae.mask} leaves {visible} of {patches} patches visible: it must hide "
+            "some, and leave some"
+        )
+    if cfg.mae.width % cfg.mae.heads or cfg.mae.width % 4:
+        raise UserError(
+            f"mae.width={cfg.mae.width} must be divisible by mae.heads={cfg.mae.heads} and by 4"
+        )
+
+
+def _check_dino(cfg: ConfigDict, shape: Shape) -> None:
+    d = cfg.dino
+    for field, valid in (("centring", CENTRINGS), ("ibot_head", IBOT_HEADS)):
+        if d[field] not in valid:
+            raise UserError(f"dino.{field}={d[field]!r} is unknown; {nearest(d[field], valid)}")
+    for field in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
+        if not d[field] > 0:
+            raise UserError(f"dino.{field}={d[field]} must be above 0")
+    for field in ("momentum", "momentum_end", "centre_momentum", "mask_share"):
+        if not 0 <= d[field] <= 1:
+            raise UserError(f"dino.{field}={d[field]} must be from 0 to 1")
+    for field in ("teacher_warmup", "freeze_prototypes", "ibot", "koleo"):
+        if not d[field] >= 0:
+            raise UserError(f"dino.{field}={d[field]} must be at least 0")
+    if not d.ibot:
+        return
+    if len(d.mask) != 2 or not 0 < d.mask[0] <= d.mask[1] < 1:
+        raise UserError(f"dino.mask={d.mask} must be two fractions, 0 < low <= high < 1")
+    patches = shape.grid[0] * shape.grid[1]
+    if int(patches * d.mask[1]) < 1:
+        raise UserError(f"dino.mask={d.mask} hides none of {patches} patches")
+    if shape.pooled != shape.size.width:
+        raise UserError(
+            f"dino.ibot={d.ibot} needs pooled vectors as wide as tokens, {shape.size.width}: "
+            f"model.pool={shape.pool} gives {shape.pooled}"
+        )
+
+
+def _check_lejepa(cfg: ConfigDict, shape: Shape) -> None:
+    if not 0 < cfg.lejepa.weight < 1:
+        raise UserError(f"lejepa.weight={cfg.lejepa.weight} must be between 0 and 1")
+    if cfg.data.batch < 2:
+        raise UserError(f"data.batch={cfg.data.batch}: objective=lejepa needs several examples")
