@@ -311,6 +311,9 @@ def evaluation() -> dict:
         "every": 1000,  # steps; 0: only at the end
         "final": "test",  # evaluated at the end, last and best step; empty: none
         "batch": 256,  # global batch of evaluation
+        "probe": "",  # measure features instead of the head's predictions: knn (of 20 neighbours);
+        # for objectives without labels
+        "bank": "",  # split with the neighbours of eval.probe=knn; empty: data.train
         "fit": "shorter",  # of files: shorter (resize the shorter side, crop the centre: timm) |
         # shortest_edge (the same, rounded like transformers) | stretch (transformers' ViT) |
         # cover (in one step, as files are decoded for training)

@@ -149,5 +149,5 @@ def init_state(
     # A copy, because both are donated.
     ema = None if setup.state.ema is None else jax.tree.map(jnp.copy, params)
     step = jax.device_put(np.int32(0), shardings.step)
-    own = jax.device_put(setup.objective.state, shardings.objective)
+    own = shard(setup.objective.state, shardings.objective)
     return TrainState(step, params, make_opt_state(params), ema, own)

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_scale import config
-from vit_scale.augment.pipeline import train_images
 from vit_scale.checkpoint import Checkpoints, all_steps
 from vit_scale.data import Batch, Source, pinned, train_batches
 from vit_scale.distributed import multihost, preemption
@@ -250,14 +248,20 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def sample_images(setup: Setup, batch: dict) -> np.ndarray:
-    """Return the first images of the first batch as the model sees them, uint8 [n, H, W, 3]."""
+    """Return the first images of the first batch as the model sees them, uint8 [n, H, W, 3].
+
+    Of an objective that compares crops they are the global crops, those of an image side by side.
+    """
     cfg = setup.cfg
     key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 0))[0]
     first = {name: jnp.asarray(leaf[: cfg.log.images]) for name, leaf in batch.items()}
 
     def augment(batch: dict, key: jax.Array) -> jax.Array:
-        size = config.image_size(cfg)
-        return train_images(batch, key, cfg.augment, size, cfg.model.classes)[0]
+        examples = setup.objective.prepare(batch, key)
+        if "image" in examples:
+            return examples["image"]
+        crops = examples["global"]
+        return crops.reshape(-1, *crops.shape[2:])[: cfg.log.images]
 
     # Compiled as one: operation by operation it took ten seconds.
     images = jax.jit(augment, compiler_options=cpu_options(setup.mesh))(first, key)

@@ -194,7 +194,7 @@ def validate_inputs(
 
     Raises UserError.
     """
-    for source in filter(None, splits):
+    for source in filter(None, splits) if cfg.objective not in objectives.SELF_SUPERVISED else ():
         check_classes(source, cfg)
     check_teacher_classes(teacher, splits.train.classes)
     train, evaluation = (len(batch_rows(n, mesh)) for n in (cfg.data.batch, cfg.eval.batch))

@@ -42,7 +42,7 @@ class Objective(NamedTuple):
     teach: Callable | None = None
     coupled: Callable | None = None
     init: Callable | None = None  # (key) -> parameters of its own, a nested dict
-    state: Any = None  # its state before the first step, arrays; None: it has none
+    state: Any = None  # its state before the first step, arrays of numpy; None: it has none
     # (step) -> decay of an average of the parameters, which is the teacher, and is evaluated.
     decay: Callable | None = None
     # (regular expression, steps): parameters that are not updated in the first steps.

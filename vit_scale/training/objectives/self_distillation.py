@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
@@ -154,12 +155,12 @@ def _hidden_patches(hidden: Bool[Array, "b v p"], most: int) -> dict[str, Array]
     return {"hidden": hidden, "patches": order, "patch_weight": chosen / count}
 
 
-def _new_state(cfg: ConfigDict) -> dict[str, Array] | None:
+def _new_state(cfg: ConfigDict) -> dict[str, np.ndarray] | None:
     """Return the centres before the first step; None where Sinkhorn-Knopp needs none."""
     if cfg.dino.centring == "sinkhorn":
         return None
     names = ("centre", "patch_centre") if cfg.dino.ibot else ("centre",)
-    return {name: jnp.zeros(cfg.dino.prototypes) for name in names}
+    return {name: np.zeros(cfg.dino.prototypes, np.float32) for name in names}
 
 
 def teacher_temperature(cfg: ConfigDict, step: Array) -> Float[Array, ""]:

@@ -48,6 +48,11 @@ def check_self_supervised(cfg: ConfigDict) -> None:
     for field in COUNTS[name]:
         if cfg[name][field] < 1:
             raise UserError(f"{name}.{field}={cfg[name][field]} must be at least 1")
+    if not cfg.eval.probe and (cfg.eval.split or cfg.eval.final):
+        raise UserError(
+            f"objective={name} predicts no classes that eval.split={cfg.eval.split} and "
+            f"eval.final={cfg.eval.final} could measure: set eval.probe=knn, or both to ''"
+        )
     if name != "mae":
         check_views(cfg, shape.patch)
     {"mae": _check_mae, "dino": _check_dino, "lejepa": _check_lejepa}[name](cfg, shape)
