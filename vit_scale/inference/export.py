@@ -153,8 +153,11 @@ def _export_huggingface(run: str | os.PathLike, folder: pathlib.Path) -> FolderE
         "config.json": config,
         "preprocessor_config.json": huggingface_preprocessor(loaded.cfg, processor_view),
     }
-    name = f"transformers.{kind}ForImageClassification"
-    lines = [f'{folder}: {name}.from_pretrained("{folder}")', *notes]
+    name, options = f"transformers.{kind}ForImageClassification", ""
+    if not loaded.classes:  # the pooler is a layer that no run has
+        name, config["architectures"] = f"transformers.{kind}Model", [f"{kind}Model"]
+        options = ", add_pooling_layer=False" if kind == "ViT" else ""
+    lines = [f'{folder}: {name}.from_pretrained("{folder}"{options})', *notes]
     return FolderExport(loaded, "transformers", arrays, contents, lines)
 
 
@@ -183,6 +186,8 @@ def _library_view(loaded: Pretrained, fit: str) -> tuple[View, list[str]]:
 def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     loaded = _load_vit(run)
     cfg = loaded.cfg
+    if not loaded.classes:
+        raise UserError(f"{run} has no head, which a .npz has: export to safetensors-timm")
     if file.suffix != ".npz":
         raise UserError(f"--out {file} must end in .npz")
     if cfg.model.class_token or cfg.model.distilled:
@@ -233,14 +238,14 @@ EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str] | Fol
 
 
 def _load_vit(run: str | os.PathLike) -> Pretrained:
-    """Load a model. Raises UserError unless it is a ViT with a head."""
+    """Load a model. Raises UserError unless it is a ViT with a head, or was trained without one."""
     loaded = load_model(run)
     loaded.print_notes()
     if not isinstance(loaded.model.shape, Shape):
         raise UserError(
             f"{run} is a {loaded.cfg.model.variant}, not a ViT: it can only be exported to jax"
         )
-    if not loaded.classes:
+    if not loaded.classes and loaded.cfg.model.classes:
         raise UserError(f"{run} has no classification head to export")
     return loaded
 

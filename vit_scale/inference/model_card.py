@@ -67,12 +67,13 @@ def model_card(
     named = repository or description.get("name") or _repository(base) or loaded.path.stem
     name = named.rpartition("/")[2]
     results = _results(loaded, report)
+    task = "image-classification" if loaded.classes else "image-feature-extraction"
     stated = licence.lower() or (hub.licence(base) if base else "") or UNKNOWN
     metadata = {
         "license": stated,
         "library_name": library,
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "vision-transformer", "vit_scale", library],
+        "pipeline_tag": task,
+        "tags": [task, "vision-transformer", "vit_scale", library],
         **_hub_datasets(loaded),
         **({"base_model": _repository(base)} if base else {}),
         **_model_index(name, loaded, results),
@@ -188,10 +189,13 @@ def _architecture(loaded: Pretrained) -> str:
         f"{shape.grid[0]} x {shape.grid[1]} of them",
         "pooling": shape.pool,
         "normalisation": f"mean {tuple(cfg.augment.mean)}, std {tuple(cfg.augment.std)}",
-        "classes": f"{len(classes):,}: {shown}{', ...' if len(classes) > 10 else ''}",
+        "classes": f"{len(classes):,}: {shown}{', ...' if len(classes) > 10 else ''}"
+        if classes
+        else "none: it has no head",
     }
+    kind = "An image classifier" if classes else "A backbone without a head"
     made = "trained" if loaded.data else "converted"
-    return f"An image classifier, {made} with vit_scale.\n\n{_table(('', ''), rows.items())}"
+    return f"{kind}, {made} with vit_scale.\n\n{_table(('', ''), rows.items())}"
 
 
 def _data(description: dict) -> str:

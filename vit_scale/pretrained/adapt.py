@@ -92,7 +92,7 @@ def adapt(
         rows.append(Adaptation(name, tuple(leaf.shape), action))
     for name in available.keys() - required:
         shape = tuple(available[name].shape)
-        if name in REPRESENTATION and not same_classes:
+        if name in (*HEAD, *REPRESENTATION) and not same_classes:
             rows.append(Adaptation(name, shape, "dropped: part of the old head"))
         else:
             problems.append(f"{name} {shape} is not in the model")

@@ -55,7 +55,7 @@ def dinov2_arrays(params: Arrays, shape: Shape) -> Arrays:
         for layer in ("up", "gate") if shape.size.swiglu else ("up",):
             absent[f"{block}mlp/{layer}/bias"] = np.zeros(mlp, np.float32)
     params = absent | params
-    if shape.pool != "cls_gap":
+    if shape.pool != "cls_gap" and "head/kernel" in params:
         head = params["head/kernel"]
         halves = [head, np.zeros_like(head)]
         params["head/kernel"] = np.concatenate(halves if shape.pool == "cls" else halves[::-1])

@@ -24,7 +24,7 @@ def describe(setup: Setup, name: str, splits: Splits) -> dict:
         "name": name,
         "cwd": os.getcwd(),  # relative paths in the config start here
         "config": config.to_json(setup.cfg),
-        "classes": list(splits.train.classes),
+        "classes": list(splits.train.classes) if setup.cfg.model.classes else [],
         "data": {**sets["train"], "sets": sets},
         "devices": devices(),
         "git": git_state(pathlib.Path(__file__).parent),
