@@ -363,3 +363,20 @@ def test_eight_devices_agree_with_one():
         check=False,
     )
     assert done.stdout == "agrees\n", done.stderr
+
+
+def test_halves_between_two_levels_are_rounded_up():
+    """However they are computed: float32 is not exact to the last bit on every mesh."""
+    cfg = base().augment
+    cfg.update({"crop": "resized", "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "grey": 1e-9})
+    images = np.random.RandomState(0).randint(0, 256, (16, 4, 4, 3)).astype(np.uint8)
+    batch = {"image": images, "label": np.zeros(16, np.int32), "mask": np.ones(16, bool)}
+    result, _ = pipeline.train_images(batch, jax.random.key(0), cfg, (8, 8), 2)
+    levels = np.round(127.5 * (np.asarray(result, np.float64) + 1))
+    weights = np.zeros((8, 4))
+    for row, centre in enumerate((np.arange(8) + 0.5) / 2 - 0.5):
+        near = np.clip([np.floor(centre), np.floor(centre) + 1], 0, 3).astype(int)
+        np.add.at(weights[row], near, [1 - centre % 1, centre % 1])
+    exact = np.einsum("bhwc,Hh,Ww->bHWc", images.astype(float), weights, weights)
+    assert ((exact % 1) == 0.5).sum() > 100
+    np.testing.assert_array_equal(levels, np.floor(exact + 0.5))

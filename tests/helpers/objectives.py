@@ -16,6 +16,6 @@ SELF_SUPERVISED = {
     ),
     "lejepa": (
         *("objective=lejepa", *VIT, *CROPS),
-        *("lejepa.hidden=16", "lejepa.width=8", "lejepa.slices=16", "lejepa.weight=0.5"),
+        *("lejepa.hidden=16", "lejepa.width=8", "lejepa.slices=16"),
     ),
 }

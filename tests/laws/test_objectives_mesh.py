@@ -20,7 +20,7 @@ FIELDS = {
     "steps": STEPS,
     "checkpoint.every": 0,
     "optim.lr": 0.003,
-    "optim.warmup": 0,
+    "optim.warmup": 2,
     "log.every": 1,
     "log.images": 0,
     "model.dropout": 0.0,

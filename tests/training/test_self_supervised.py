@@ -228,7 +228,7 @@ def test_the_projector_equals_torchs():
     for i, (number, shape) in enumerate(((0, (7, 4)), (3, (3, 7)))):
         weight = draw(f"projector/{number}.weight", shape)
         bias = draw(f"projector/{number}.bias", shape[:1])
-        params["layers"][str(i)] = {"kernel": weight.T, "bias": bias}
+        params["layers"][str(i)] = {"kernel": weight.T} | ({"bias": bias} if i else {})
     params["scales"]["0"], params["shifts"]["0"] = (
         draw(f"projector/1.{name}", (7,)) for name in ("weight", "bias")
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
+from vit_scale.augment.colour import NUDGE
 from vit_scale.augment.draws import draw
 from vit_scale.augment.erasing import MODES as ERASING_MODES
 from vit_scale.augment.erasing import draw_boxes, erase
@@ -59,7 +60,9 @@ def train_images(
     late = batch.get("late", jnp.bool_(False))
     if made := make(cfg, size):
         drawn = draw_operations(jax.random.fold_in(key, OPERATIONS), b, made)
-        levels = jnp.round(images).astype(jnp.uint8)
+        # Halves are common, since crops are enlarged by whole factors, and their float32 is not
+        # exact: without the nudge two meshes would round some of them differently.
+        levels = jnp.floor(images + (0.5 + NUDGE)).astype(jnp.uint8)
         changed = functools.partial(apply_operations, drawn=drawn, made=made)
         if cfg.until < 1:
             levels = jax.lax.cond(late, lambda levels: levels, changed, levels)

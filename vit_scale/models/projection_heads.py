@@ -61,7 +61,11 @@ class Projector(nnx.Module):
     def __init__(self, width: int, hidden: int, out: int, layers: int, rngs: nnx.Rngs):
         widths = [width, *[hidden] * (layers - 1), out]
         pairs = list(itertools.pairwise(widths))
-        self.layers = nnx.Dict({str(i): nnx.Linear(*p, rngs=rngs) for i, p in enumerate(pairs)})
+        # Without a bias before a normalisation, which would subtract it.
+        last = len(pairs) - 1
+        self.layers = nnx.Dict(
+            {str(i): nnx.Linear(*p, use_bias=i == last, rngs=rngs) for i, p in enumerate(pairs)}
+        )
         self.scales = nnx.Dict(
             {str(i): nnx.Param(jnp.ones(n)) for i, (_, n) in enumerate(pairs[:-1])}
         )
