@@ -17,6 +17,8 @@ from vit_scale.data import Source, align, are_disjoint, open_evaluation
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import USAGE, UserError
+from vit_scale.evaluation import KNN, PROBES, Layer, Settings
+from vit_scale.evaluation import probe as probe_features
 from vit_scale.pretrained import average as averaging
 from vit_scale.storage import paths
 from vit_scale.training.evaluator import Evaluate
@@ -100,11 +102,7 @@ def evaluate(
     cfg = copy.deepcopy(source.cfg)
     cfg.mesh = base().mesh  # this machine's devices, not those of the training
     cfg = overridden(cfg, overrides)
-    split = split or cfg.eval.final
-    if not split:
-        raise UserError(
-            f"{run} has no eval.final split: give a split, such as test (--split test)", USAGE
-        )
+    split = _final_split(run, split, cfg)
     measure, examples, line = _evaluation(source, cfg, split, real)
     if not quiet:
         source._replace(notes=(*source.notes, *filter(None, [line]))).print_notes()
@@ -118,6 +116,15 @@ def evaluate(
         "set": examples.name,
         **result,
     }
+
+
+def _final_split(run: str | os.PathLike, split: str | None, cfg: ConfigDict) -> str:
+    """Return `split`, or else the config's eval.final. Raises UserError where that is empty."""
+    if not (split := split or cfg.eval.final):
+        raise UserError(
+            f"{run} has no eval.final split: give a split, such as test (--split test)", USAGE
+        )
+    return split
 
 
 def _evaluation(
@@ -135,6 +142,64 @@ def _evaluation(
         return evaluate(shard(params, shardings(params, mesh)), examples)
 
     return measure, examples, line
+
+
+def probe(
+    run: str | os.PathLike,
+    train: str | None = None,
+    split: str | None = None,
+    *,
+    knn: int = KNN().k,
+    temperature: float = KNN().temperature,
+    feature: str = Layer().kind,
+    layer: int | None = None,
+    shots: Sequence[int] = Settings().shots,
+    draws: int = Settings().draws,
+    only: Sequence[str] = PROBES,
+    cache: str | os.PathLike | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> dict:
+    """Measure how good the features of a run's model, or of external weights, are.
+
+    Args:
+      run: a run's folder, RUN/checkpoints/STEP, or a file of weights; it needs no head.
+      train: the split that classifiers are fitted to; default: the run's data.train.
+      split: the split that is classified; default: the run's eval.final.
+      knn: the number of neighbours.
+      temperature: of the neighbours' weights, exp(similarity / temperature).
+      feature: pooled (what a head reads), cls, mean (of the patch tokens), or cls_mean (both).
+      layer: the block whose tokens are taken, from 0, or from the end if negative; default: last.
+      shots: numbers of training images a class of the few-shot classifiers.
+      draws: of those images.
+      only: which of knn, linear, few_shot and statistics to measure.
+      cache: folder for features; default: RUN/features, and none for external weights.
+      quiet: don't print what had to be assumed about external weights.
+      **overrides: config fields by their dotted names: `**{"data.path": "DIR"}`.
+
+    Returns:
+      What was measured on which splits, and the result of each probe by its name, such as {...,
+      "knn": {"accuracy": in [0, 1], "n": ..., "interval": of 95 %, "k": ..., ...}, ...}.
+
+    Raises:
+      UserError: there is no such run or split, or a setting can't work with them.
+    """
+    source = pretrained.load_model(run, pretrained.convert_hints(as_items(overrides)))
+    cfg = copy.deepcopy(source.cfg)
+    cfg.mesh = base().mesh
+    cfg = overridden(cfg, overrides)
+    if source.data is None and "data.name" not in overrides:
+        raise UserError(
+            f"{run} has no data set of its own: give one, such as --config.data.name=folder "
+            "--config.data.path=DIR",
+            USAGE,
+        )
+    split = _final_split(run, split, cfg)
+    if not quiet:
+        source.print_notes()
+    settings = Settings(Layer(feature, layer), KNN(knn, temperature), shots, draws, only)
+    folder = paths.parse(cache) if cache else None
+    return probe_features(source, cfg, train or cfg.data.train, split, settings, folder)
 
 
 def average(

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from vit_scale.evaluation.intervals import wilson_interval
 from vit_scale.inspect import curves, embeddings, predictions
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
 from vit_scale.inspect.predictions import Predictions
@@ -174,8 +175,8 @@ def test_calibration_equals_a_plain_loop():
 
 def test_interval_is_wilson_s():
     """Wilson 1927; the values are those of Newcombe 1998, table I, for 81 of 263 and 0 of 20."""
-    assert predictions.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert predictions.wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
 # Curves and samples

@@ -29,6 +29,7 @@ LAYERS = (
     {"data"},
     {"runs"},
     {"pretrained", "tracking"},
+    {"evaluation"},
     {"inference", "training"},
     {"inspect", "plan"},
     {"api"},
@@ -59,11 +60,11 @@ HOMES = {
     "ml_collections": ("ml-collections", {"config", "cli"}),
     "ml_collections.ConfigDict": ("ml-collections", set()),  # the type, for annotations
     "numpy": ("numpy", set()),
-    "optax": ("optax", {"training"}),
+    "optax": ("optax", {"evaluation", "training"}),
     "orbax": ("orbax-checkpoint", {"checkpoint"}),
     "PIL": ("pillow", {"data"}),
     "safetensors": ("safetensors", {"pretrained"}),
-    "scipy": ("scipy", {"data"}),
+    "scipy": ("scipy", {"data", "evaluation"}),
     "simplejpeg": ("simplejpeg", {"data"}),
     "tensorflow_datasets": ("tensorflow-datasets", {"data"}),  # an extra
     "tensorboardX": ("tensorboardX", {"tracking"}),

@@ -50,6 +50,69 @@ def evaluate(args, overrides: Sequence[str]) -> None:
         )
 
 
+def probe(args, overrides: Sequence[str]) -> None:
+    from vit_scale import api
+    from vit_scale.runs import report
+
+    refuse_unused(overrides, "probe", PROBE, args.split)
+    join_hosts(args)
+    result = api.probe(
+        args.run,
+        args.train,
+        args.split,
+        knn=args.knn,
+        temperature=args.temperature,
+        feature=args.feature,
+        layer=args.layer,
+        shots=args.shots,
+        draws=args.draws,
+        only=args.only,
+        cache=args.cache,
+        quiet=args.quiet,
+        **as_fields(overrides),
+    )
+    if args.quiet:
+        return
+    if args.json:
+        print(json.dumps(result))
+        return
+    layer = "after the last block" if result["layer"] is None else f"after block {result['layer']}"
+    print(
+        f"{result['set']} by {result['train_n']:,} images of {result['train']}: "
+        f"{result['dimensions']} features, {result['feature']}, {layer} (step {result['step']:,})"
+    )
+    if rows := accuracies(result):
+        print(report.table(rows))
+    if statistics := result.get("statistics"):
+        names = ("effective_rank", "alignment", "uniformity")
+        values = {name: statistics[name] for name in names if statistics[name] is not None}
+        texts = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        print(f"{', '.join(texts)}, n {statistics['n']:,}")
+
+
+def accuracies(result: dict) -> list[dict]:
+    """Return a row of each accuracy of a probe, for a table."""
+    rows = []
+    for name in ("knn", "linear", "few_shot"):
+        for one in result.get(name, []) if name == "few_shot" else filter(None, [result.get(name)]):
+            settings = {
+                "knn": "k {k}, temperature {temperature}",
+                "linear": "L2 {strength:.1e}",
+                "few_shot": "{shots} a class, {draws} draws",
+            }[name]
+            low, high = (f"{100 * bound:.2f}" for bound in one["interval"])
+            rows.append(
+                {
+                    "probe": name,
+                    "accuracy": one["accuracy"],
+                    "95 % interval": f"{low} to {high} %",
+                    "n": one["n"],
+                    "settings": settings.format(**one),
+                }
+            )
+    return rows
+
+
 def as_fields(overrides: Sequence[str]) -> dict[str, str]:
     """Return overrides "FIELD=VALUE" by field. Raises UserError for one without a value."""
     fields: dict[str, str] = {}
@@ -273,6 +336,13 @@ def refuse(overrides: Sequence[str], verb: str) -> None:
 # (blocks and fields of a run's config that a verb reads, those in them that it ignores). A run's
 # model, optimizer, and augmentation can't be overridden.
 EVAL = (("data", "eval", "mesh", "init.classes", "augment.mean", "augment.std"), UNUSED)
+PROBE = (
+    (
+        *("data", "eval", "mesh", "augment.mean", "augment.std"),
+        *("init.dialect", "init.tree", "init.image", "init.architecture", "init.resample"),
+    ),
+    UNUSED,
+)
 INSPECT = (
     ("data", "eval", "log.project", "init.classes", "augment.mean", "augment.std"),
     UNUSED - {"data.train"},
@@ -291,6 +361,8 @@ def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str
         within = any(name == one or name.startswith(f"{one}.") for one in read)
         if not within or name in unused:
             instead = "; give --split" if name == "eval.split" else ""
+            if verb == "probe" and name == "data.train":
+                instead = "; give --train"
             raise UserError(f"vit-scale {verb} has no use for --config.{name}{instead}", USAGE)
         if name == "eval.final" and split:
             raise UserError(f"--split {split} or --config.{override}, not both", USAGE)

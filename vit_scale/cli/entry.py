@@ -54,7 +54,7 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-COMPUTING_VERBS = ("train", "eval", "predict")
+COMPUTING_VERBS = ("train", "eval", "probe", "predict")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 

@@ -37,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     add_train_flags(verb("train", commands.train, text))
     text = "evaluate a run on every image of a split"
     add_eval_flags(verb("eval", commands.evaluate, text))
+    text = "measure a model's features: kNN, linear and few-shot classifiers, statistics"
+    add_probe_flags(verb("probe", commands.probe, text))
     text = "print the most likely classes of images"
     add_predict_flags(verb("predict", commands.predict, text))
     text = "print the sizes, costs, and fields of a config, or a table of the results of runs"
@@ -91,6 +93,37 @@ def add_eval_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help=JSON)
     add_host_flags(sub)
     sub.epilog = "--config.data.name=folder --config.data.path=DIR evaluates on another data set."
+
+
+def add_probe_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", metavar="RUN", help=f"{RUN}, or weights of another library")
+    text = "split to fit classifiers to (default: data.train of the run)"
+    sub.add_argument("--train", metavar="SPLIT", help=text)
+    sub.add_argument("--split", help=SPLIT)
+    text = "number of neighbours (default: 20)"
+    sub.add_argument("--knn", type=positive, default=20, metavar="K", help=text)
+    text = "of the neighbours' weights, exp(similarity / T) (default: 0.07)"
+    sub.add_argument("--temperature", type=float, default=0.07, metavar="T", help=text)
+    text = (
+        "pooled (what a head reads), cls, mean (of the patch tokens) or cls_mean (default: pooled)"
+    )
+    sub.add_argument("--feature", default="pooled", metavar="KIND", help=text)
+    text = "block to take tokens after, from 0, or from the end if negative (default: the last)"
+    sub.add_argument("--layer", type=int, metavar="N", help=text)
+    text = "training images a class of the few-shot classifiers (default: 5 10)"
+    sub.add_argument("--shots", type=positive, nargs="+", default=(5, 10), metavar="N", help=text)
+    text = "draws of these images (default: 5)"
+    sub.add_argument("--draws", type=positive, default=5, metavar="N", help=text)
+    probes = ("knn", "linear", "few_shot", "statistics")
+    text = f"what to measure: {', '.join(probes)} (default: all)"
+    sub.add_argument(
+        "--only", nargs="+", choices=probes, default=probes, metavar="PROBE", help=text
+    )
+    text = "folder for the features (default: RUN/features; none for external weights)"
+    sub.add_argument("--cache", metavar="DIR", help=text)
+    sub.add_argument("--json", action="store_true", help=JSON)
+    add_host_flags(sub)
+    sub.epilog = "--config.data.name=folder --config.data.path=DIR probes on another data set."
 
 
 def add_predict_flags(sub: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from vit_scale import config
 from vit_scale.checkpoint.integrity import Damaged, check_checksum, fingerprints, with_checksum
 from vit_scale.data import Source, checksum, describe
 from vit_scale.distributed import multihost
+from vit_scale.errors import UserError, printable
 from vit_scale.evaluation.features import Features, Layer
 from vit_scale.storage import files
 from vit_scale.storage.errors import one_line, user_errors
@@ -62,7 +63,7 @@ def cached(
 ) -> Features:
     """Return features from the folder, or compute and store them there; None: no cache.
 
-    All hosts read the same file, or all compute. Raises UserError where it can't be written.
+    All hosts read the same file, or all compute. A folder that can't be written is no error.
     """
     if folder is None:
         return compute()
@@ -76,12 +77,18 @@ def cached(
     if features is not None and everywhere:
         return features
     features = compute()
-    with multihost.shared_errors():
-        if multihost.is_first():
-            with user_errors(f"cannot write {path}"):
+    if multihost.is_first():
+        try:
+            with user_errors(f"features are not cached: cannot write {path}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 files.write(path, _encode(features, description))
+        except UserError as error:
+            _say(str(error))
     return features
+
+
+def _say(line: str) -> None:
+    print(f"vit-scale: {printable(line)}", file=sys.stderr)
 
 
 def _encode(features: Features, description: Mapping) -> bytes:
@@ -105,8 +112,7 @@ def _read(path: pathlib.Path, description: Mapping) -> Features | None:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         if multihost.is_first():
-            line = f"{path} is damaged ({one_line(error)}): computing the features again"
-            print(f"vit-scale: {line}", file=sys.stderr)
+            _say(f"{path} is damaged ({one_line(error)}): computing the features again")
         return None
     return features
 

@@ -1,6 +1,5 @@
 """Features of every example of a set: each once, for every batch size, mesh and number of hosts."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -61,13 +60,16 @@ class Layer(NamedTuple):
             )
 
 
+POOLED = Layer()
+
+
 class Extract:
     """A compiled function from (params, source) to the features of all its readable examples.
 
     Raises UserError for a source without a readable image, and for features that are not finite.
     """
 
-    def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh, layer: Layer = Layer()):
+    def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh, layer: Layer = POOLED):
         layer.check(model)
         self.cfg, self.mesh = cfg, mesh
         _, view = views(cfg, are_files(cfg.data))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 LEVEL = 0.95
 
@@ -20,7 +20,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return Student's 95 % interval of the mean of independent `values`; None of a single one."""
     if len(values) < 2:
         return None
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1)
+    half = special.stdtrit(len(values) - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1)
     mean, half = float(np.mean(values)), float(half / len(values) ** 0.5)
     return mean - half, mean + half
 

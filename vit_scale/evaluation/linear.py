@@ -29,8 +29,10 @@ from vit_scale.runs import watchdog
 
 # From the strongest to the weakest: each solution is the start of the next.
 STRENGTHS = tuple(float(10**exponent) for exponent in np.arange(1.0, -6.1, -0.5))
+PATIENCE = 3  # weaker strengths that are no better
 FOLDS = 5  # that each class's examples are dealt to
-TOLERANCE = 1e-6  # of the gradient's largest entry
+TOLERANCE = 1e-6  # of the gradient's largest entry; near the limit of float32
+ROUGH = 1e-5  # the same, while a strength is chosen
 ITERATIONS = 1000  # at most, of a fit
 SEGMENT = 100  # iterations between two heartbeats
 
@@ -51,9 +53,7 @@ def measure_scale(features: Float[np.ndarray, "n d"]) -> Scale:
     mean = features.mean(axis=0, dtype=np.float64)
     deviation = features.std(axis=0, dtype=np.float64)
     constant = deviation <= 1e-6 * np.abs(mean)
-    return Scale(
-        mean.astype(np.float32), np.where(constant, 1, deviation).astype(np.float32)
-    )
+    return Scale(mean.astype(np.float32), np.where(constant, 1, deviation).astype(np.float32))
 
 
 class Fit(NamedTuple):
@@ -61,11 +61,7 @@ class Fit(NamedTuple):
 
     params: Params
     iterations: int
-    gradient: float  # its largest entry
-
-    @property
-    def converged(self) -> bool:
-        return self.gradient <= TOLERANCE
+    converged: bool
 
 
 class Examples:
@@ -87,11 +83,16 @@ class Examples:
         self.labels = _on_devices(labels.astype(np.int32), mesh)
 
     def fit(
-        self, strength: float, weights: Float[np.ndarray, "n"] | None = None, start: Any = None
+        self,
+        strength: float,
+        weights: Float[np.ndarray, "n"] | None = None,
+        start: Params | None = None,
+        tolerance: float = TOLERANCE,
     ) -> Fit:
         """Return the solution for the examples of weight 1, from the parameters `start` or zero.
 
-        No weights: all examples. It ends after ITERATIONS at the latest (`Fit.converged`).
+        No weights: all examples. It ends where no entry of the gradient exceeds `tolerance`, or
+        after ITERATIONS, not converged.
         """
         chosen = np.ones(self.n) if weights is None else weights
         data = (self.features, self.labels, self._placed(chosen / chosen.sum()))
@@ -103,22 +104,19 @@ class Examples:
         )
         begin, advance = _solver(self.mesh)
         state, done, gradient = begin(params), 0, np.inf
-        while done < ITERATIONS and gradient > TOLERANCE:
-            params, state, steps, gradient = advance(params, state, data, np.float32(strength))
+        while done < ITERATIONS and gradient > tolerance:
+            numbers = np.float32(strength), np.float32(tolerance)
+            params, state, steps, gradient = advance(params, state, data, *numbers)
             done, gradient = done + int(steps), float(gradient)
             watchdog.beat()
             preemption.check("while probing")
-            if steps < SEGMENT:
-                break
-        return Fit(params, done, gradient)
+        return Fit(params, done, gradient <= tolerance)
 
     def hits(self, params: Params, weights: Float[np.ndarray, "n"]) -> int:
         """Return how many of the examples of weight 1 are classified correctly."""
         return int(_hits(self.mesh)(params, self.features, self.labels, self._placed(weights)))
 
-    def predict(
-        self, params: Params, features: Float[np.ndarray, "m d"]
-    ) -> Int[np.ndarray, "m"]:
+    def predict(self, params: Params, features: Float[np.ndarray, "m d"]) -> Int[np.ndarray, "m"]:
         """Return the classes of other features, not yet standardised."""
         placed = _on_devices(self.scale(features), self.mesh)
         return np.asarray(_predict(self.mesh)(params, placed))[: len(features)]
@@ -144,7 +142,7 @@ def _solver(mesh: Mesh):
     search = optax.scale_by_zoom_linesearch(max_linesearch_steps=30, initial_guess_strategy="one")
     optimizer = optax.lbfgs(memory_size=10, linesearch=search)
 
-    def advance(params, state, data, strength):
+    def advance(params, state, data, strength, tolerance):
         features, labels, weights = data
 
         def objective(params):
@@ -166,7 +164,7 @@ def _solver(mesh: Mesh):
 
         def unfinished(carry):
             _, _, count, gradient = carry
-            return (count < SEGMENT) & (gradient > TOLERANCE)
+            return (count < SEGMENT) & (gradient > tolerance)
 
         start = params, state, jnp.int32(0), jnp.float32(jnp.inf)
         return jax.lax.while_loop(unfinished, step, start)
@@ -224,16 +222,23 @@ def choose_strength(
 ) -> tuple[float, float]:
     """Return the strength with the most hits in the folds `held_out` in turn, and their share.
 
-    Of equally good strengths, the strongest is taken.
+    Of equally good strengths, the strongest is taken. The path ends where PATIENCE weaker ones in a
+    row were no better: the weakest take longest to fit.
     """
-    hits = np.zeros(len(STRENGTHS), np.int64)
-    for number in held_out:
-        inside, start = folds != number, None
-        for index, strength in enumerate(STRENGTHS):
-            start = examples.fit(strength, inside, start).params
-            hits[index] += examples.hits(start, ~inside)
-    best = int(hits.argmax())
-    return STRENGTHS[best], float(hits[best] / np.isin(folds, held_out).sum())
+    starts: dict[int, Params | None] = dict.fromkeys(held_out)
+    best, most, worse = STRENGTHS[0], -1, 0
+    for strength in STRENGTHS:
+        hits = 0
+        for fold in held_out:
+            fit = examples.fit(strength, folds != fold, starts[fold], ROUGH)
+            hits += examples.hits(fit.params, folds == fold)
+            starts[fold] = fit.params
+        worse += 1
+        if hits > most:
+            best, most, worse = strength, hits, 0
+        if worse == PATIENCE:
+            break
+    return best, most / int(np.isin(folds, held_out).sum())
 
 
 def evaluate(

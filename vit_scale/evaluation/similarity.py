@@ -92,9 +92,7 @@ def _padded(queries: np.ndarray, chunk: int) -> Float[np.ndarray, "b d"]:
     return np.concatenate([part, np.zeros((CHUNK - len(part), part.shape[1]), part.dtype)])
 
 
-def _similarities(
-    queries: Float[Array, "q d"], block: Float[Array, "r d"]
-) -> Float[Array, "q r"]:
+def _similarities(queries: Float[Array, "q d"], block: Float[Array, "r d"]) -> Float[Array, "q r"]:
     # In full precision: an accelerator's default rounds to 8 or 11 bits.
     return jnp.einsum("qd,rd->qr", queries, block, precision=jax.lax.Precision.HIGHEST)
 
@@ -158,7 +156,5 @@ def _compiled(local, mesh: Mesh, inputs: int):
     """Return `local`, of a device's blocks and `inputs` equal on all devices, as a program."""
     specs = (PartitionSpec(AXES), *(PartitionSpec(),) * inputs)
     return jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
-        )
+        jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     )

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_scale.evaluation.intervals import wilson_interval
 from vit_scale.inspect import plots
 from vit_scale.inspect.curves import median_speed
 from vit_scale.inspect.html import Note, Part, Picture, Table
 from vit_scale.inspect.inspected_run import InspectedRun
-from vit_scale.inspect.predictions import Predictions, calibration, wilson_interval
+from vit_scale.inspect.predictions import Predictions, calibration
 
 
 class Inspection(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 
 from vit_scale.data import Source
 from vit_scale.errors import printable
+from vit_scale.evaluation.intervals import wilson_interval
 from vit_scale.inspect import plots, predictions
 from vit_scale.inspect.html import Note, Part, Picture, Table
 from vit_scale.inspect.inspected_run import InspectedRun
@@ -23,7 +24,7 @@ def show_mistakes(run: InspectedRun, result: Predictions, source: Source) -> lis
     classes = tuple(map(printable, run.classes))
     suffix = run.title_suffix(result.n, f"images of {result.source}")
     matrix = predictions.confusion(result.labels, result.predicted, len(classes))
-    low, high = predictions.wilson_interval(int(result.correct.sum()), result.n)
+    low, high = wilson_interval(int(result.correct.sum()), result.n)
     caption = (
         f"Accuracy {100 * result.accuracy:.2f} % (95 % interval {100 * low:.2f} to "
         f"{100 * high:.2f} %), cross-entropy {result.losses.mean():.4f}, n = {result.n:,}."

@@ -98,11 +98,3 @@ def calibration(
     gaps = np.nan_to_num(np.abs(accuracy - mean_confidence))
     ece = float((counts * gaps).sum() / len(labels))
     return Calibration(edges, counts, mean_confidence, accuracy, ece, len(labels))
-
-
-def wilson_interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion `hits` / n; 95 % with the default z."""
-    share, spread = hits / n, z * z / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
-    return centre - half, centre + half

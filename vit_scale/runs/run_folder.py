@@ -14,6 +14,7 @@
     heartbeats/      PROCESS.json: step, phase and final status of each process (watchdog.py)
     goodput.json     the seconds of each attempt by phase (goodput.py)
     programs/        compiled programs, on accelerators (compilation_cache.py)
+    features/        cached features of `vit-scale probe` (evaluation/cache.py)
     inspect/         the page of `vit-scale inspect`; compare/ for several runs (inspect/)
     .lock            held by the process that writes here (lock.py)
 
