@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit_scale.api import evaluate, show, train
+    from vit_scale.api import evaluate, probe, show, train
     from vit_scale.inference.predictor import load
     from vit_scale.models.build import build
     from vit_scale.models.position_embeddings import resample
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "evaluate": "api",
     "load": "inference.predictor",
+    "probe": "api",
     "show": "api",
     "train": "api",
     "ViT": "models.vit",
     "build": "models.build",
     "resample": "models.position_embeddings",
 }
-__all__ = ["ViT", "__version__", "build", "evaluate", "load", "resample", "show", "train"]
+__all__ = ["ViT", "__version__", "build", "evaluate", "load", "probe", "resample", "show", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,6 @@ scikit-learn's; an accuracy comes with its number of examples, an interval, and 
 
 from vit_scale.evaluation.features import KINDS, Extract, Features, Layer
 from vit_scale.evaluation.knn import KNN
-from vit_scale.evaluation.probe import PROBES, Settings, probe
+from vit_scale.evaluation.probing import PROBES, Settings, probe
 
 __all__ = ["KINDS", "KNN", "PROBES", "Extract", "Features", "Layer", "Settings", "probe"]
