@@ -77,7 +77,7 @@ def learnt(jpegs, tmp_path_factory) -> pathlib.Path:
 def test_help_lists_the_verbs(run_cli):
     done = run_cli("--help")
     assert done.returncode == 0
-    for verb in ("train", "eval", "predict", "inspect", "show", "plan", "data"):
+    for verb in ("train", "eval", "probe", "predict", "inspect", "show", "plan", "data"):
         assert re.search(rf"^ +{verb} +\w+", done.stdout, re.M), verb
     assert done.stderr == ""
 
@@ -85,7 +85,7 @@ def test_help_lists_the_verbs(run_cli):
 @pytest.mark.parametrize(
     "verb",
     [
-        *([verb] for verb in ("train", "eval", "predict", "inspect", "show", "plan")),
+        *([verb] for verb in ("train", "eval", "probe", "predict", "inspect", "show", "plan")),
         *(["data", verb] for verb in ("download", "pack")),
     ],
 )

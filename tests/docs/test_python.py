@@ -65,7 +65,7 @@ def untrained(monkeypatch):
 
 def test_the_page_on_python_has_the_signatures():
     page = documents()["docs/python.md"]
-    for name in ("train", "evaluate", "show"):
+    for name in ("train", "evaluate", "probe", "show"):
         parameters = inspect.signature(getattr(api, name)).parameters.values()
         plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
         assert f"`{name}{inspect.Signature(plain)}`" in page

@@ -71,7 +71,7 @@ def probe(
       "dimensions"} and, by the name of each probe, its result.
 
     Raises:
-      UserError: a setting, a split, or the set can't be used.
+      UserError: a setting, a split, or the set can't be used, or hosts differ in model or images.
     """
     settings.check()
     mesh = make_mesh(cfg.mesh)
@@ -84,11 +84,9 @@ def probe(
     folder, placed = cache or cache_folder(source), shard(params, shardings(params, mesh))
 
     def features(images: Source, name: str) -> Features:
-        compute = functools.partial(extract, placed, images)
-        if folder is None:
-            return compute()
         description = describe_features(cfg, params, images, name, settings.layer)
-        return cached(folder, description, compute)
+        multihost.check_same(description)
+        return cached(folder, description, functools.partial(extract, placed, images))
 
     fitted, tested = features(sources[0], train), features(sources[1], split)
     return {
