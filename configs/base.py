@@ -260,8 +260,8 @@ def optim() -> dict:
         "b2": 0.999,  # adamw, lamb, lion, muon's Adam: decay of the second moment
         "moment": "float32",  # dtype of the first moment: float32 | bfloat16
         "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
-        # Weight decay of the last step, on a cosine from the first (DINO); None: constant.
-        "weight_decay_end": placeholder(float),
+        "weight_decay_end": placeholder(float),  # weight decay of the last step, on a cosine
+        # from that of the first (DINO); None: it stays the same
         "clip": 1.0,  # maximum global gradient norm; 0: off
         "accumulate": 1,  # micro-batches that the global batch is split into
         "ema": 0.0,  # decay of the exponential moving average of the weights; 0: off

@@ -158,6 +158,7 @@ OTHERS = (
     *("model.head_bias",),  # of the initial state: tests/models/test_vit.py
     *("augment.resample",),  # of image files before the step: tests/augment/test_random_crop.py
     *("stages", "objective", "distill.", "data.", "mesh.", "init.", "eval.", "log.", "checkpoint."),
+    *("views.", "mae.", "dino.", "lejepa."),  # training/test_self_supervised_switches.py
     *("divergence.", "watchdog."),  # test_guard.py, test_watchdog.py
 )
 MORE = [  # further values of a switch that is in the table

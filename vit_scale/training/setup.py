@@ -130,7 +130,8 @@ def summary(cfg: ConfigDict) -> dict:
     """
     cfg = with_source_model(cfg)
     check_model(cfg)
-    objectives.check(cfg)
+    if cfg.objective in objectives.SELF_SUPERVISED:
+        objectives.check(cfg)
     model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
     objective = make_objective(model, cfg)
     check_trained(cfg.optim, abstract_params(model, objective))

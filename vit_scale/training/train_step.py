@@ -30,19 +30,8 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
     is_trained = trained(cfg.optim, setup.state.params)
     abstract = setup.mesh.abstract_mesh
 
-    def without_frozen(loss):
-        # No gradient flows to frozen parameters: a linear probe costs a forward pass.
-        def of_trained(params, *rest):
-            frozen = jax.lax.stop_gradient(params)
-            params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
-            return loss(params, *rest)
-
-        return of_trained
-
-    losses = (
-        without_frozen(objective.loss),
-        objective.coupled and without_frozen(objective.coupled),
-    )
+    loss = of_trained(objective.loss, is_trained)
+    coupled = objective.coupled and of_trained(objective.coupled, is_trained)
 
     def train_step(state: TrainState, batch: dict, *teacher) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
@@ -58,7 +47,7 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
             with jax.named_scope("teacher"):
                 examples, own = objective.teach(examples, context)
         rows = state.params, examples, model_key, cfg.optim.accumulate
-        grads, outputs = gradients(losses[0], *rows, losses[1])
+        grads, outputs = gradients(loss, *rows, coupled)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         with jax.named_scope("optimizer"):
             updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
@@ -88,6 +77,20 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
         donate_argnums=0,
         compiler_options=compiler_options(cfg.mesh, setup.mesh),
     )
+
+
+def of_trained(loss: Callable, is_trained) -> Callable:
+    """Return a loss of which no gradient flows to frozen parameters.
+
+    So a linear probe costs a forward pass.
+    """
+
+    def of_trained_params(params, *rest):
+        frozen = jax.lax.stop_gradient(params)
+        params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
+        return loss(params, *rest)
+
+    return of_trained_params
 
 
 def is_finite(outputs: dict, grads) -> jax.Array:
