@@ -3,7 +3,7 @@
     vit-scale train --config mae_imagenet --config.data.path=IMAGENET
     vit-scale train --config mae_imagenet:L/16 --config.data.path=IMAGENET
 
-IMAGENET holds train/ and val/, with or without folders of classes. The recipe of He et al. 2022
+IMAGENET holds train/ and val/. The recipe of He et al. 2022
 (arXiv 2111.06377, table 8): AdamW, batch 4096, random resized crop and flip alone; published after
 fine-tuning: B 83.6 and L 85.9 % (1,600 epochs, table 3). Result: not measured yet.
 """
