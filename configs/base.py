@@ -16,7 +16,11 @@ def get_config() -> ConfigDict:
             "stages": (),  # train NAME:ARG in WORKDIR/ARG for each ARG in turn, instead of one run
             "objective": "classification",  # a name in vit_scale.training.objectives.OBJECTIVES
             "loss": "softmax",  # of the labels: softmax | sigmoid (binary cross-entropy, a sum over
-            # classes: big_vision) | binary (its mean; a mixed image has both classes: DeiT III)
+            # classes: big_vision) | binary (its mean; a mixed image has both classes: DeiT III) |
+            # focal (Lin et al. 2017, a sum over classes); of numbers: mse | mae | huber
+            "focal": focal(),
+            "class_weights": class_weights(),
+            "regression": regression(),
             "data": data(),
             "augment": augment(),
             "model": model(),
@@ -38,6 +42,29 @@ def get_config() -> ConfigDict:
     )
 
 
+def focal() -> dict:
+    return {  # of loss=focal (Lin et al. 2017, arXiv 1708.02002)
+        "gamma": 2.0,  # exponent of the error, by which well classified examples count less
+        "alpha": placeholder(float),  # weight of a present class, 1 - alpha of an absent; None: 1
+    }
+
+
+def class_weights() -> dict:
+    return {  # weights of the classes in the loss, from their counts in the training set
+        "kind": "none",  # none | balanced (inverse of the count) | effective (Cui et al. 2019)
+        "beta": 0.999,  # effective: counts saturate at 1 / (1 - beta)
+        "values": (),  # a weight for each class; filled in when a run begins
+    }
+
+
+def regression() -> dict:
+    return {  # of objective=regression
+        "mean": (),  # of each number in the training set; filled in when a run begins
+        "std": (),  # the model learns (number - mean) / std; filled in when a run begins
+        "delta": 1.0,  # loss=huber: error, in units of std, from which the loss is linear
+    }
+
+
 def data() -> dict:
     return {
         "name": "cifar10",  # folder | array_record | tar | huggingface | tfds | fractal, or a set
@@ -47,12 +74,13 @@ def data() -> dict:
         "image_column": "",  # huggingface, tfds: column of the images; empty: the only one
         "label_column": "",  # huggingface, tfds: column of the labels; empty: the only one
         "target": "class",  # of an image: class | classes (several: multi-hot) | value (numbers);
-        # the last two of tar, huggingface and array_record
+        # the last two of tar, huggingface, array_record, and folder (SPLIT.csv or SPLIT.json)
         "listing": "every",  # image files of a folder: every (that Pillow decodes) | common (nine
         # extensions, hidden folders inside a class too, class names up to a comma: older runs)
         "train": "train",  # split to train on: train, train[:45000], train[:98%]
         "mixture": (),  # sets to train on together instead, each with a weight:
         # (("folder:DIR", 0.7), ("tar:DIR", 0.3)); evaluation reads data.name at data.path
+        "sampling": "shuffle",  # shuffle | balanced (each class equally often, in epochs of its own)
         "slices": "example",  # how split slices are chosen: example (by path: the same for a packed
         # set, almost the same for one that grew) | position (in the list of files: older runs)
         "changed": False,  # resume although images were added or removed

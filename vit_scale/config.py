@@ -21,6 +21,8 @@ FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir
 # Removed fields, and what replaced them. Old runs that have one are read without it.
 REMOVED: dict[str, str] = {}
 NESTED = ("data.mixture",)  # whose tuples hold tuples: data/registry.py checks them
+# Tuples of numbers, empty until a run begins, which fills them in from its training set.
+FROM_DATA = ("class_weights.values", "regression.mean", "regression.std")
 # What runs computed before a field existed, where its default computes something else. A run that
 # lacks the field keeps this value, when it is read and when it is resumed.
 OLD_DEFAULTS: dict[str, Any] = {
@@ -153,11 +155,13 @@ def _refuse_wrong_tuples(cfg: ConfigDict) -> None:
     for key, default in fields(base()).items():
         if not isinstance(default, tuple) or key in NESTED:
             continue
-        strings = not default or isinstance(default[0], str)
+        strings = key not in FROM_DATA and (not default or isinstance(default[0], str))
         value, kind = values[key], str if strings else (int, float)
         if not isinstance(value, tuple) or not all(isinstance(v, kind) for v in value):
             raise UserError(
-                f"{key}={value!r} must be a tuple such as {default or ('a', 'b')}", USAGE
+                f"{key}={value!r} must be a tuple such as "
+                f"{default or (('a', 'b') if strings else (1.0, 2.0))}",
+                USAGE,
             )
 
 

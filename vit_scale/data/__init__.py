@@ -22,6 +22,7 @@ from vit_scale.data.registry import (
 )
 from vit_scale.data.sources import Batch, InMemory, Source, checksum
 from vit_scale.data.splits import Slice, are_disjoint, cut, split_name
+from vit_scale.data.statistics import class_counts, mean_and_std
 
 __all__ = [
     "Batch",
@@ -36,11 +37,13 @@ __all__ = [
     "check_crop",
     "check_shared_memory",
     "checksum",
+    "class_counts",
     "cut",
     "delivered_size",
     "describe",
     "eval_batches",
     "match",
+    "mean_and_std",
     "open_evaluation",
     "open_split",
     "open_training",

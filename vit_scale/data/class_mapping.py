@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vit_scale.augment.random_crop import Draws
-from vit_scale.data.sources import Batch, Source
+from vit_scale.data.sources import Batch, Source, labels_of
 from vit_scale.errors import UserError, nearest
 
 MODES = ("names", "order")  # of init.classes
@@ -131,10 +131,17 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self._source)
 
+    def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+        labels = labels_of(self._source, indices)
+        return self._reordered(labels) if self.targets else self._outputs[labels]
+
+    def _reordered(self, targets: Float[np.ndarray, "n t"]) -> Float[np.ndarray, "n c"]:
+        reordered = np.zeros((len(targets), self.targets), np.float32)
+        reordered[:, self._outputs] = targets
+        return reordered
+
     def read(self, indices: Int[np.ndarray, "n"], *draws: Sequence[Draws]) -> Batch:
         batch = self._source.read(indices, *draws)
         if "target" in batch:
-            target = np.zeros((len(batch["mask"]), self.targets), np.float32)
-            target[:, self._outputs] = batch["target"]
-            batch["target"] = target
+            batch["target"] = self._reordered(batch["target"])
         return {**batch, "label": np.where(batch["mask"], self._outputs[batch["label"]], 0)}

@@ -78,6 +78,20 @@ class EncodedImages:
         labels = self._labels
         return labels.vector(index) if isinstance(labels, Targets) else int(labels[index])
 
+    def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+        """Return the labels or targets at `indices`, of whose files none is read if they are known.
+
+        Those of a pack are in its records, of which classes are in its list of names, too.
+        """
+        stored = getattr(self, "_labels", None)
+        if isinstance(stored, Targets):
+            return stored.vectors(indices)
+        if stored is None and not self.targets and self.examples:
+            stored = self.examples.labels
+        if stored is not None:
+            return np.asarray(stored)[indices]
+        return np.stack([np.asarray(self.encoded(index)[1]) for index in indices.tolist()])
+
     def _identified(self, names: np.ndarray) -> Examples:
         """Return the examples of these names; a target counts by its hash."""
         labels = self._labels

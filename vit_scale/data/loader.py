@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vit_scale.augment.random_crop import ExampleDraws
 from vit_scale.data import workers as processes
+from vit_scale.data.balanced import BalancedOrder
 from vit_scale.data.mixtures import Mixture
 from vit_scale.data.sources import Batch, InMemory, Source, empty_batch
 from vit_scale.errors import UserError
@@ -42,8 +43,9 @@ def train_batches(
 
     Each epoch visits every example once, in its own order; a batch may span two epochs, so none is
     short. With cfg.repeats, a batch is that of as many fewer examples, several times over (repeated
-    augmentation, Hoffer et al. 2020); the last ones once less if the batch is not a multiple. Close
-    the iterator to end its workers.
+    augmentation, Hoffer et al. 2020); the last ones once less if the batch is not a multiple. With
+    cfg.sampling=balanced each class is visited equally often instead (`BalancedOrder`). Close the
+    iterator to end its workers.
 
     Args:
       source: the training set.
@@ -53,7 +55,8 @@ def train_batches(
       stop: the step after the last one.
       rows: this process's rows of the global batch; None: all.
     """
-    batches = TrainBatches(source, cfg.batch, seed, start, stop, rows, cfg.repeats)
+    balanced = BalancedOrder(source) if cfg.sampling == "balanced" else None
+    batches = TrainBatches(source, cfg.batch, seed, start, stop, rows, cfg.repeats, balanced)
     with contextlib.closing(_read(batches, cfg.workers)) as reader:
         yield from enumerate(reader, start)
 
@@ -102,8 +105,9 @@ class TrainBatches:
         stop: int | None,
         rows: Int[np.ndarray, "r"] | None,
         repeats: int = 1,
+        balanced: BalancedOrder | None = None,
     ):
-        self.source = source
+        self.source, self._balanced = source, balanced
         self._batch, self._seed, self._start = batch, seed, start
         self._repeats = repeats
         self._steps = max(0, (sys.maxsize if stop is None else stop) - start)
@@ -126,6 +130,8 @@ class TrainBatches:
         if not isinstance(self.source, Mixture):
             images = -(-self._batch // self._repeats)
             positions = step * images + self._rows % images
+            if self._balanced:
+                return self._balanced.examples(positions, self._seed)
             return shuffled(positions, len(self.source), self._seed)
         which, positions = self.source.chosen(step, self._batch, self._rows, self._seed)
         indices = np.empty_like(positions)

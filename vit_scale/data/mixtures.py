@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from vit_scale.augment.random_crop import Draws
 from vit_scale.data.class_mapping import Relabelled, is_numbered
-from vit_scale.data.sources import Batch, Source, empty_batch
+from vit_scale.data.sources import Batch, Source, empty_batch, labels_of
 from vit_scale.errors import UserError
 
 ROWS = 0x6D697874  # of the seed of the rows' order, to be independent of the examples' order
@@ -86,6 +86,19 @@ class Mixture:
 
     def index(self, which: int, examples: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
         return self._first[which] + examples
+
+    def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+        which = np.searchsorted(self._first, indices, side="right") - 1
+        shape = (len(indices), self.targets) if self.targets else len(indices)
+        labels = np.zeros(shape, np.float32 if self.targets else np.int32)
+        for number, source in enumerate(self.sources):
+            slots = np.flatnonzero(which == number)
+            part = labels_of(source, indices[slots] - self._first[number])
+            if self.targets:
+                labels[np.ix_(slots, self._labels[number])] = part
+            else:
+                labels[slots] = self._labels[number][part]
+        return labels
 
     def read(self, indices: Int[np.ndarray, "n"], draws: Sequence[Draws] = ()) -> Batch:
         which = np.searchsorted(self._first, indices, side="right") - 1

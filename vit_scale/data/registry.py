@@ -20,10 +20,12 @@ from vit_scale.data import (
     fractal,
     hugging_face,
     image_folder,
+    listed_images,
     photo_sets,
     tar_shards,
     tfds_sets,
 )
+from vit_scale.data.balanced import SAMPLINGS
 from vit_scale.data.encoded_images import EncodedImages, decoded_size
 from vit_scale.data.image_files import print_once
 from vit_scale.data.loader import in_memory
@@ -34,7 +36,7 @@ from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.data.targets import CLASS, KINDS
 from vit_scale.errors import UserError, nearest
 
-TARGETED = ("array_record", "huggingface", "tar")  # sets that can have several classes or numbers
+TARGETED = ("array_record", "folder", "huggingface", "tar")  # sets that can have several classes or numbers
 
 
 class DataSet(NamedTuple):
@@ -47,6 +49,11 @@ class DataSet(NamedTuple):
 
 def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
     return cfg.fractal.resolution, cfg.fractal.resolution
+
+
+def _folder(cfg: ConfigDict, split: str) -> Source:
+    """Open folders of classes, or the files that a listing labels."""
+    return (image_folder if cfg.target == CLASS else listed_images).source(cfg, split)
 
 
 FILE_SPLITS = ("train", "test", "val", "validation")
@@ -64,7 +71,7 @@ SETS = {  # by data.name
     "imagewoof": DataSet(("train", "val", "test"), photo_sets.imagewoof, decoded_size),
     "tiny_imagenet": DataSet(("train", "val", "test"), photo_sets.tiny_imagenet, decoded_size),
     "fractal": DataSet(("train", "test"), fractal.source, _fractal_size),
-    "folder": DataSet(FILE_SPLITS, image_folder.source, decoded_size),
+    "folder": DataSet(FILE_SPLITS, _folder, decoded_size),
     "array_record": DataSet(FILE_SPLITS, array_record.source, decoded_size),
     "tar": DataSet(FILE_SPLITS, tar_shards.source, decoded_size),
     "huggingface": DataSet(FILE_SPLITS, hugging_face.source, decoded_size),
@@ -168,6 +175,14 @@ def open_training(cfg: ConfigDict) -> Source:
     mixed.
     """
     crop, data = random_crop(cfg.augment), cfg.data
+    if data.sampling not in SAMPLINGS:
+        hint = nearest(data.sampling, SAMPLINGS)
+        raise UserError(f"data.sampling={data.sampling!r} is unknown; {hint}")
+    if data.sampling == "balanced" and data.mixture:
+        raise UserError(
+            "data.sampling=balanced cannot be combined with data.mixture, whose weights say how "
+            "often each set is visited"
+        )
     if not data.mixture:
         return open_split(data, data.train, crop=crop)
     sources = [open_split(part, data.train, crop=crop) for part in parts(data)]

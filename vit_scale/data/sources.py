@@ -37,6 +37,7 @@ class Source(Protocol):
     # Optional attributes:
     # examples: the identity of each example, or None (`Examples`)
     # recorded: metadata that a run saves, to detect later that the set has changed
+    # labels: a function of indices that returns what `read` does as "label" or "target", alone
     # targets: the length of the vectors that it has instead of labels; 0 or none: it has labels
     # crops: whether `read` takes a stream of random numbers for each example as well, to crop it
 
@@ -91,6 +92,9 @@ class InMemory:
     def __len__(self) -> int:
         return len(self._images)
 
+    def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+        return np.take(self._labels if self._target is None else self._target, indices, axis=0)
+
     def read(self, indices: Int[np.ndarray, "n"]) -> Batch:
         batch: Batch = {
             "image": np.take(self._images, indices, axis=0),
@@ -112,6 +116,14 @@ def empty_batch(source: Source, n: int) -> Batch:
     if length := getattr(source, "targets", 0):
         batch["target"] = np.zeros((n, length), np.float32)
     return batch
+
+
+def labels_of(source: Source, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+    """Return the labels [m], or targets [m, t], of the examples at `indices`."""
+    if own := getattr(source, "labels", None):
+        return own(indices)
+    batch = source.read(indices)
+    return batch.get("target", batch["label"])
 
 
 def check_labels(labels: Int[np.ndarray, "n"], classes: Sequence[str], where: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from vit_scale.augment.random_crop import Draws
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.sources import Batch, Source
+from vit_scale.data.sources import Batch, Source, labels_of
 from vit_scale.errors import UserError
 
 # The order of positions, for sets without names and for runs of older versions. Never change it:
@@ -49,6 +49,9 @@ class Slice:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+        return labels_of(self._source, self._indices[indices])
 
     def read(self, indices: Int[np.ndarray, "n"], *draws: Sequence[Draws]) -> Batch:
         return self._source.read(self._indices[indices], *draws)

@@ -47,6 +47,13 @@ class Targets:
         vector[own] = 1
         return vector
 
+    def vectors(self, indices: Int[np.ndarray, "m"]) -> Float[np.ndarray, "m t"]:
+        """Return the vectors at `indices`."""
+        vectors = np.zeros((len(indices), self.length), np.float32)
+        for slot, index in enumerate(indices.tolist()):
+            vectors[slot] = self.vector(index)
+        return vectors
+
     def part(self, positions: Int[np.ndarray, "m"]) -> "Targets":
         starts, ends = self._starts[positions], self._ends[positions]
         flat = [self._flat[start:end] for start, end in zip(starts, ends, strict=True)]

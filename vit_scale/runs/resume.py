@@ -53,6 +53,9 @@ def resumed_config(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
         return cfg
     cfg = config.with_old_defaults(cfg, stored["config"])
     recorded = config.dotted(stored["config"])
+    for field in config.FROM_DATA:  # also where images were added since
+        if recorded.get(field) and not config.fields(cfg)[field]:
+            cfg.update_from_flattened_dict({field: tuple(recorded[field])})
     _keep_revisions(cfg.data, stored["config"].get("data", {}))
     if cfg.model.variant == SOURCE:  # the run has the architecture that its source had
         old = config.from_json(stored["config"])
