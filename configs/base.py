@@ -53,7 +53,7 @@ def class_weights() -> dict:
     return {  # weights of the classes in the loss, from their counts in the training set
         "kind": "none",  # none | balanced (inverse of the count) | effective (Cui et al. 2019)
         "beta": 0.999,  # effective: counts saturate at 1 / (1 - beta)
-        "values": (),  # a weight for each class; filled in when a run begins
+        "weights": (),  # one for each class; filled in when a run begins
     }
 
 
@@ -80,7 +80,7 @@ def data() -> dict:
         "train": "train",  # split to train on: train, train[:45000], train[:98%]
         "mixture": (),  # sets to train on together instead, each with a weight:
         # (("folder:DIR", 0.7), ("tar:DIR", 0.3)); evaluation reads data.name at data.path
-        "sampling": "shuffle",  # shuffle | balanced (each class equally often, in epochs of its own)
+        "sampling": "shuffle",  # shuffle | balanced (each class equally often)
         "slices": "example",  # how split slices are chosen: example (by path: the same for a packed
         # set, almost the same for one that grew) | position (in the list of files: older runs)
         "changed": False,  # resume although images were added or removed

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vit_scale import config, pretrained
 from vit_scale.config import base
 from vit_scale.data import Source, align, are_disjoint, open_evaluation
+from vit_scale.data.targets import CLASS, CLASSES
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import USAGE, UserError
@@ -21,7 +22,7 @@ from vit_scale.evaluation import KNN, PROBES, Layer, Settings
 from vit_scale.evaluation import probe as probe_features
 from vit_scale.pretrained import average as averaging
 from vit_scale.storage import paths
-from vit_scale.training.evaluator import Evaluate
+from vit_scale.training.evaluator import Measure, make_measure
 from vit_scale.training.setup import summary
 from vit_scale.training.stages import train_stages
 from vit_scale.training.trainer import train as train_run
@@ -93,7 +94,10 @@ def evaluate(
 
     Returns:
       {"run": path, "step": ..., "split": ..., "set": name of the data set, "accuracy": in [0, 1],
-      "loss": mean cross-entropy, "n": examples evaluated}; with `real` no loss
+      "balanced_accuracy": mean of the classes' own, "loss": mean cross-entropy, "n": examples
+      evaluated}; with `real` neither of the middle two. Of a run with several classes an image
+      {..., "mAP": ..., "macro_f1": ..., "micro_f1": ..., "thresholds": of probabilities, those of
+      the run's eval.split, else 0.5}; of a regression {..., "r2": ..., "rmse": ..., "mae": ...}
 
     Raises:
       UserError: there is no such run or split, or its classes are not the model's.
@@ -103,12 +107,12 @@ def evaluate(
     cfg.mesh = base().mesh  # this machine's devices, not those of the training
     cfg = overridden(cfg, overrides)
     split = _final_split(run, split, cfg)
-    measure, examples, line = _evaluation(source, cfg, split, real)
+    measure, examples, line, _ = _evaluation(source, cfg, split, real)
     if not quiet:
         source._replace(notes=(*source.notes, *filter(None, [line]))).print_notes()
     result = measure(source.params)
     if real:
-        del result["loss"]  # of no label
+        del result["loss"], result["balanced_accuracy"]  # of no label
     return {
         "run": str(source.path),
         "step": source.step,
@@ -129,19 +133,24 @@ def _final_split(run: str | os.PathLike, split: str | None, cfg: ConfigDict) -> 
 
 def _evaluation(
     source: pretrained.Pretrained, cfg: ConfigDict, split: str, real: str | os.PathLike | None
-) -> tuple[Callable[[dict], dict], Source, str]:
-    """Return (parameters -> result, the examples, a line on how outputs map to classes)."""
+) -> tuple[Callable[[dict], dict], Source, str, Measure]:
+    """Return (parameters -> result, the examples, a line on how outputs map, what it measures)."""
+    if real and cfg.data.target != CLASS:
+        raise UserError(
+            f"--real judges one class an image, not data.target={cfg.data.target}", USAGE
+        )
     mesh = make_mesh(cfg.mesh)
     validate_evaluation(cfg, mesh)
     examples = open_evaluation(cfg, split, source.classes, real)
     check_classes(examples, cfg)
     examples, line = align(examples, source.classes, cfg.init.classes)
-    evaluate = Evaluate(cfg, source.model, mesh)
+    measure = make_measure(cfg, source.model, mesh)
+    selected = source.read_selection() if cfg.data.target == CLASSES else {}
 
-    def measure(params: dict) -> dict:
-        return evaluate(shard(params, shardings(params, mesh)), examples)
+    def of_params(params: dict) -> dict:
+        return measure(shard(params, shardings(params, mesh)), examples, selected)
 
-    return measure, examples, line
+    return of_params, examples, line, measure
 
 
 def probe(
@@ -216,8 +225,8 @@ def average(
     Args:
       runs: run folders, RUN/checkpoints/STEP, or files of weights.
       out: the new run's folder.
-      split: make a greedy soup by the accuracy on this split, such as "train[90%:]"; without it,
-        the uniform mean.
+      split: make a greedy soup by the accuracy (or mAP, or R^2) on this split, such as
+        "train[90%:]"; without it, the uniform mean.
       wise_ft: interpolate instead: the share of the second run, fine-tuned from the first.
       quiet: don't print the result of every evaluation, and what was averaged.
       **overrides: config fields of a greedy soup's evaluation: `**{"data.path": "DIR"}`.
@@ -234,9 +243,9 @@ def average(
         result = averaging.wise_ft(runs[0], runs[1], wise_ft)
     elif split:
         first = pretrained.load_model(runs[0])
-        measure, examples = _selection(first, split, overrides)
+        measure, examples, main = _selection(first, split, overrides)
         report(f"selecting by {examples.name}: {len(examples):,} images")
-        result = averaging.greedy_soup(runs, measure, report)
+        result = averaging.greedy_soup(runs, measure, report, main)
     else:
         result = averaging.soup(runs)
     pretrained.write_run(workdir, result.model, result.lines)
@@ -246,8 +255,8 @@ def average(
 
 def _selection(
     source: pretrained.Pretrained, split: str, overrides: Mapping[str, Any]
-) -> tuple[Callable[[dict], dict], Source]:
-    """Return what measures accuracy on a split that may select models, and its examples."""
+) -> tuple[Callable[[dict], dict], Source, str]:
+    """Return what measures a split that may select models, its examples, and the main result."""
     cfg = copy.deepcopy(source.cfg)
     cfg.mesh = base().mesh
     cfg = overridden(cfg, overrides)
@@ -260,8 +269,8 @@ def _selection(
                 "trained with data.train=train[:90%]",
                 USAGE,
             )
-    measure, examples, _ = _evaluation(source, cfg, split, None)
-    return measure, examples
+    measure, examples, _, kind = _evaluation(source, cfg, split, None)
+    return measure, examples, kind.main
 
 
 def show(config: str | ConfigDict, **overrides: Any) -> dict:

@@ -22,7 +22,7 @@ FOLDER = next(f for f in (HERE / "configs", HERE.parent / "configs") if f.is_dir
 REMOVED: dict[str, str] = {}
 NESTED = ("data.mixture",)  # whose tuples hold tuples: data/registry.py checks them
 # Tuples of numbers, empty until a run begins, which fills them in from its training set.
-FROM_DATA = ("class_weights.values", "regression.mean", "regression.std")
+FROM_DATA = ("class_weights.weights", "regression.mean", "regression.std")
 # What runs computed before a field existed, where its default computes something else. A run that
 # lacks the field keeps this value, when it is read and when it is resumed.
 OLD_DEFAULTS: dict[str, Any] = {

@@ -39,11 +39,15 @@ UNCROPPED = ("none", *FILE_CROPS)  # on the device
 def train_images(
     batch: dict[str, Array], key: PRNGKeyArray, cfg: ConfigDict, size: tuple[int, int], classes: int
 ) -> tuple[Float[Array, "b H W 3"], Float[Array, "b c"]]:
-    """Return augmented, normalised images of `size` = (H, W), and soft targets, which sum to 1.
+    """Return augmented, normalised images of `size` = (H, W), and soft targets.
+
+    Those of labels sum to 1: smoothing takes its share of the class and gives it to all classes
+    alike. With "target", an entry y becomes (1 - smoothing) y + smoothing / 2, as is usual for a
+    loss per class. Mixing mixes either.
 
     Args:
-      batch: uint8 "image" [b, h, w, 3], int "label" [b] and bool "mask" [b]; and bool "late" if
-        the step is after augment.until.
+      batch: uint8 "image" [b, h, w, 3], int "label" [b] and bool "mask" [b]; "target" [b, c]
+        instead of the label, if there is one; and bool "late" if the step is after augment.until.
       key: the step's.
       cfg: the config's augment block.
 
@@ -74,8 +78,11 @@ def train_images(
         box_key, fill_key = jax.random.split(jax.random.fold_in(key, ERASING))
         boxes = jnp.where(late, 0, draw_boxes(box_key, b, cfg, size))
         images = erase(images, boxes, fill_key, cfg.erase_mode)
-    targets = jax.nn.one_hot(batch["label"], classes)
-    targets = (1 - cfg.smoothing) * targets + cfg.smoothing / classes  # Szegedy et al. 2016
+    if "target" in batch:
+        targets = (1 - cfg.smoothing) * batch["target"] + cfg.smoothing / 2
+    else:
+        targets = jax.nn.one_hot(batch["label"], classes)
+        targets = (1 - cfg.smoothing) * targets + cfg.smoothing / classes  # Szegedy et al. 2016
     if "weight" in draws:
         if cfg.until < 1:
             draws["weight"] = jnp.where(late, 1.0, draws["weight"])

@@ -46,23 +46,24 @@ DAMAGED = "damaged"  # where a run keeps checkpoints that failed verification
 TREES = ("params", "ema", "opt_state", "objective")
 
 
-def score(metrics: Mapping[str, float] | None) -> float:
-    """Return what the best checkpoint maximises: accuracy on the selection split.
+def score(metrics: Mapping[str, Any] | None, main: str = "accuracy") -> float:
+    """Return what the best checkpoint maximises: the metric `main` on the selection split.
 
     NaN and missing metrics rank last; a NaN would otherwise hide the best.
     """
-    value = (metrics or {}).get("accuracy", -math.inf)
+    value = (metrics or {}).get(main, -math.inf)
     return -math.inf if math.isnan(value) else value
 
 
 class Checkpoints:
     """A run's folder of checkpoints; a context manager that waits for pending writes.
 
-    The `keep` newest checkpoints are preserved, and the best one. Raises UserError where storage
-    fails.
+    The `keep` newest checkpoints are preserved, and the best one, by its metric `main`. Raises
+    UserError where storage fails.
     """
 
-    def __init__(self, run: pathlib.Path, keep: int = 2):
+    def __init__(self, run: pathlib.Path, keep: int = 2, main: str = "accuracy"):
+        self._main = main
         self.run = paths.parse(run).absolute()
         self.folder = self.run / FOLDER
         self._metrics: dict[int, dict] = {}
@@ -102,7 +103,7 @@ class Checkpoints:
         return next(iter(self.rank()), None)
 
     def _score(self, step: int) -> tuple[float, int]:
-        return score(self.read_metrics(step)), step
+        return score(self.read_metrics(step), self._main), step
 
     def read_metrics(self, step: int) -> dict:
         """Return the metrics recorded for a step; {} if there are none.
@@ -156,7 +157,7 @@ class Checkpoints:
         self._base = {BASE: with_checksum(manifest)["checksum"]}
         self._frozen = set(named(frozen))
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of the checkpoint of `step`, after waiting until it is on disk."""
         self.wait()
         with multihost.shared_errors():

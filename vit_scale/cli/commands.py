@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from vit_scale.distributed import preemption, profile_request
 from vit_scale.errors import USAGE, UserError, printable
 
+LIKELIEST = 5  # classes that `predict` prints
 UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
 
 
@@ -33,6 +34,7 @@ def train(args, overrides: Sequence[str]) -> None:
 
 def evaluate(args, overrides: Sequence[str]) -> None:
     from vit_scale import api
+    from vit_scale.runs import report
 
     refuse_unused(overrides, "eval", EVAL, args.split)
     join_hosts(args)
@@ -43,11 +45,7 @@ def evaluate(args, overrides: Sequence[str]) -> None:
     if args.json:
         print(json.dumps(result))
     else:
-        loss = f"loss {result['loss']:.4f}, " if "loss" in result else ""
-        print(
-            f"{result['set']}: accuracy {100 * result['accuracy']:.2f} %, {loss}"
-            f"n {result['n']:,} (step {result['step']:,})"
-        )
+        print(f"{result['set']}: {report.format_results(result)} (step {result['step']:,})")
 
 
 def probe(args, overrides: Sequence[str]) -> None:
@@ -129,14 +127,34 @@ def predict(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "predict")
     predictor = load(args.run)
-    predictions = {image: predictor.top(image) for image in args.images}
-    if args.json:
-        print(json.dumps({image: by_class(top) for image, top in predictions.items()}))
+    one_class = predictor.target == "class"
+    count = LIKELIEST if one_class else len(predictor.classes)
+    predictions = {image: predictor.top(image, count) for image in args.images}
+    marked = {image: predictor.marked(top) for image, top in predictions.items()}
+    if not args.json:
+        for image, top in predictions.items():
+            print(printable(image))
+            print_prediction(top, predictor.target, marked[image])
         return
-    for image, top in predictions.items():
-        print(printable(image))
-        for name, probability in top:
-            print(f"  {100 * probability:6.2f} %  {printable(name)}")
+    contents: dict = {image: by_class(top) for image, top in predictions.items()}
+    if predictor.target == "classes":
+        contents = {
+            image: {"probabilities": content, "marked": marked[image]}
+            for image, content in contents.items()
+        }
+    print(json.dumps(contents))
+
+
+def print_prediction(top: Sequence[tuple[str, float]], target: str, marked: Sequence[str]) -> None:
+    """Print numbers, or the likeliest classes; of several an image, a star at those it has."""
+    if target == "value":
+        for name, value in top:
+            print(f"  {value:12.6g}  {printable(name)}")
+        return
+    for rank, (name, probability) in enumerate(top):
+        if rank < LIKELIEST or name in marked:
+            star = "* " if name in marked else "  "
+            print(f"  {100 * probability:6.2f} %{star}{printable(name)}")
 
 
 def by_class(top: Sequence[tuple[str, float]]) -> dict[str, float]:

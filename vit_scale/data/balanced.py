@@ -39,7 +39,9 @@ class BalancedOrder:
         """Return the example at each position of the stream."""
         rounds, offsets = np.divmod(positions, len(self._examples))
         chosen = np.empty_like(positions)
-        for slot, (number, offset) in enumerate(zip(rounds.tolist(), offsets.tolist(), strict=True)):
+        for slot, (number, offset) in enumerate(
+            zip(rounds.tolist(), offsets.tolist(), strict=True)
+        ):
             label = int(_round(len(self._examples), seed, number)[offset])
             own = self._examples[label]
             epoch, position = divmod(number, len(own))

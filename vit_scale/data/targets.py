@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
 
 KINDS = ("class", "classes", "value")  # of data.target
 CLASS, CLASSES, VALUE = KINDS
+DEFAULT_THRESHOLD = (
+    0.5  # probability from which a class is predicted whose threshold was never chosen
+)
 
 
 class Rows(NamedTuple):
@@ -65,6 +69,22 @@ class Targets:
         return np.array(
             [zlib.crc32(self.vector(i).astype("<f4").tobytes()) for i in range(len(self))], np.int64
         )
+
+
+def scale(cfg: ConfigDict) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]:
+    """Return the mean and the deviation by which a config's numbers are normalised.
+
+    0 and 1 for a config that is only planned, whose run would fill them in.
+    """
+    count = cfg.model.classes
+    mean, std = cfg.regression.mean or (0.0,) * count, cfg.regression.std or (1.0,) * count
+    return np.array(mean, np.float32), np.array(std, np.float32)
+
+
+def to_numbers(outputs: Float[Array, "b t"], cfg: ConfigDict) -> Float[Array, "b t"]:
+    """Return what the outputs of a model of data.target=value predict, in the numbers' units."""
+    mean, std = scale(cfg)
+    return outputs * std + mean
 
 
 def rows_of(values: Sequence, where: Callable[[int], str]) -> Rows:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import export as jax_export
+from ml_collections import ConfigDict
 
 from vit_scale.augment.view import View, view
 from vit_scale.config import image_size
 from vit_scale.data import are_files
+from vit_scale.data.targets import CLASSES, VALUE
 from vit_scale.errors import USAGE, UserError, nearest
 from vit_scale.inference.model_card import model_card
 from vit_scale.inference.predictor import Predictor, decode_size, load
@@ -90,12 +92,24 @@ def export(
         exported = EXPORTERS[kind](run, path)
         if isinstance(exported, list):
             return exported
+        exported = exported._replace(lines=[*exported.lines, *_outputs(exported.loaded.cfg)])
         _write_folder(path, exported, licence, push)
     if not push:
         return exported.lines
     files = (SAFETENSORS, hub.CARD, *exported.contents)
     message = f"{kind} by vit_scale, step {exported.loaded.step}"
     return [*exported.lines, hub.push(path, files, push, private, message)]
+
+
+def _outputs(cfg: ConfigDict) -> list[str]:
+    """Return a line on what the outputs of a model are that other libraries don't expect."""
+    if cfg.data.target == CLASSES:
+        return ["an image has several classes: probabilities are the sigmoid of the outputs"]
+    if cfg.data.target == VALUE:
+        return [
+            f"the outputs are numbers, minus {cfg.regression.mean}, divided by {cfg.regression.std}"
+        ]
+    return []
 
 
 def _check_flags(kind: str, push: str, private: bool, licence: str) -> None:
@@ -217,6 +231,8 @@ def _export_jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     artifact = jax_export.export(function, platforms=PLATFORMS)(images)
     files.write(file, bytes(artifact.serialize()))
     names = {"classes": list(predictor.classes), "size": [height, width]}
+    if predictor.thresholds:
+        names |= {"thresholds": list(predictor.thresholds)}
     write_json(file.with_name(file.name + ".json"), names)
     snippet = SNIPPET.format(path=str(file), height=height, width=width)
     return [f"{file}: for {', '.join(PLATFORMS)}; class names are in {file.name}.json", snippet]

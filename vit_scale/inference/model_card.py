@@ -18,6 +18,7 @@ from vit_scale.errors import printable
 from vit_scale.models.parameters import count
 from vit_scale.pretrained import Pretrained, hub
 from vit_scale.runs.json_files import read_json
+from vit_scale.runs.report import NAMES, format_value, shown
 from vit_scale.storage import paths
 
 UNKNOWN = "unknown"  # a licence's name on the Hub
@@ -35,11 +36,12 @@ PATHS = {"data.path": "DATA", "init.source": "SOURCE", "distill.teacher": "TEACH
 
 
 class Result(NamedTuple):
-    """An accuracy that a run measured on `n` examples; `note` says which parameters those were."""
+    """What a run measured on `n` examples; `note` says which parameters those were."""
 
     step: int
     split: str
-    accuracy: float
+    name: str  # of the run's main result, such as accuracy
+    value: float
     n: int
     note: str
 
@@ -117,25 +119,26 @@ def _origins(loaded: Pretrained, run: pathlib.Path, cwd: str) -> list[str]:
 
 
 def _results(loaded: Pretrained, report: dict) -> list[Result]:
-    """The accuracies in a run's report, and the one stored with the exported checkpoint."""
-    results = []
+    """The main results in a run's report, and the one stored with the exported checkpoint."""
+    results, stored = [], loaded.read_selection()
+    measured = report.get("eval") or stored
+    main = report.get("measure") or next((name for name in NAMES if name in measured), "")
     if last := report.get("eval"):
-        results.append(_result(last, "last step"))
+        results.append(_result(main, last, "last step"))
         if best := last.get("best"):
             selected = best["selected_by"]
-            how = f"{selected['accuracy']:.4f} on {selected['split']}, n = {selected['n']:,}"
-            results.append(_result(best, f"best step by its accuracy, {how}"))
-    if loaded.path.parent.name == checkpoint.FOLDER:
-        stored = checkpoint.read_selection(loaded.path)
-        if "accuracy" in stored:
-            split = {"split": loaded.cfg.eval.split, "step": loaded.step}
-            results.append(_result({**split, **stored}, "while training"))
+            how = f"{selected[main]:.4f} on {selected['split']}, n = {selected['n']:,}"
+            results.append(_result(main, best, f"best step by its {shown(main)}, {how}"))
+    if main in stored:
+        split = {"split": loaded.cfg.eval.split, "step": loaded.step}
+        results.append(_result(main, {**split, **stored}, "while training"))
     kept = {(one.step, one.split): one for one in reversed(results)}
     return [one for one in results if kept[one.step, one.split] is one]
 
 
-def _result(measured: dict, note: str) -> Result:
-    return Result(note=note, **{name: measured[name] for name in Result._fields[:-1]})
+def _result(main: str, measured: dict, note: str) -> Result:
+    step, split, n = (measured[name] for name in ("step", "split", "n"))
+    return Result(step, split, main, measured[main], n, note)
 
 
 def _hub_datasets(loaded: Pretrained) -> dict[str, list[str]]:
@@ -167,7 +170,11 @@ def _model_index(name: str, loaded: Pretrained, results: Sequence[Result]) -> di
                 "split": one.split,
             },
             "metrics": [
-                {"type": "accuracy", "value": one.accuracy, "name": f"accuracy (n = {one.n:,})"}
+                {
+                    "type": one.name,
+                    "value": one.value,
+                    "name": f"{shown(one.name)} (n = {one.n:,})",
+                }
             ],
         }
         for one in results
@@ -302,13 +309,14 @@ def _results_section(
     loaded: Pretrained, results: Sequence[Result], differences: Sequence[str]
 ) -> str:
     rows = [
-        (f"{one.step:,}", one.split, f"{100 * one.accuracy:.2f} %", f"{one.n:,}", one.note)
+        (f"{one.step:,}", one.split, format_value(one.name, one.value), f"{one.n:,}", one.note)
         for one in results
     ]
-    heads = ("step", "split", "accuracy", "n", "")
+    main = shown(results[0].name if results else "accuracy")
+    heads = ("step", "split", main, "n", "")
     text = _table(heads, rows) + "\n\nMeasured by vit_scale. " if rows else ""
     if all(one.step != loaded.step for one in results):
-        text += f"The accuracy of the exported parameters, step {loaded.step:,}, was not measured. "
+        text += f"The {main} of the exported parameters, step {loaded.step:,}, was not measured. "
     else:
         text += f"The exported parameters are those of step {loaded.step:,}. "
     lines = "".join(f"\n- {line}" for line in differences)

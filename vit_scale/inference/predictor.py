@@ -1,4 +1,4 @@
-"""Predict class probabilities of images, preprocessed as in the model's evaluation.
+"""Predict class probabilities, or numbers, of images, preprocessed as in the model's evaluation.
 
 An image file is decoded at the size at which evaluation decodes images, then resized to the model's
 input on the device. So a model that was trained on enlarged 32 px images gets files reduced to 32
@@ -7,9 +7,10 @@ px and enlarged in the same way.
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from vit_scale.augment.view import View
 from vit_scale.config import image_size
 from vit_scale.data import are_files, delivered_size, views
 from vit_scale.data.decode import Corrupt, decode
+from vit_scale.data.targets import CLASSES, DEFAULT_THRESHOLD, VALUE, to_numbers
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model
 from vit_scale.pretrained import Pretrained, load_model
@@ -33,6 +35,9 @@ from vit_scale.storage.errors import user_errors
 class Predictor:
     """A trained model as a function from uint8 images to class probabilities.
 
+    Of a model of several classes an image (data.target=classes), each class has a probability of its
+    own; of a regression (data.target=value) the outputs are numbers in the training set's units.
+
     Args:
       model: its pure functions.
       params: its parameters; the moving average, if the run kept one.
@@ -43,6 +48,8 @@ class Predictor:
       decode_size: (height, width) in pixels to which image files are decoded.
       decode_view: how files are resized and cropped when decoded.
       device_view: how decoded images are resized and cropped to `size` on the device.
+      thresholds: of several classes an image, the probability from which each is marked: that with
+        the highest F1 on the split that selects checkpoints, else 0.5.
     """
 
     model: Model
@@ -54,6 +61,12 @@ class Predictor:
     decode_size: tuple[int, int]
     decode_view: View
     device_view: View
+    thresholds: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def target(self) -> str:
+        """What an image has: one class ("class"), several ("classes"), or numbers ("value")."""
+        return self.cfg.data.target
 
     def preprocess(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
         """Resize to the model's input size, as in evaluation, and normalize."""
@@ -61,7 +74,10 @@ class Predictor:
 
     def probabilities(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b c"]:
         """Preprocess and classify images of any single size; a pure function, not compiled."""
-        return jax.nn.softmax(self.model.apply(params, self.preprocess(images)))
+        outputs = self.model.apply(params, self.preprocess(images))
+        if self.target == VALUE:
+            return to_numbers(outputs, self.cfg)
+        return jax.nn.sigmoid(outputs) if self.target == CLASSES else jax.nn.softmax(outputs)
 
     @functools.cached_property
     def _compiled(self) -> Callable:
@@ -74,12 +90,19 @@ class Predictor:
     def top(self, image: str | pathlib.Path, k: int = 5) -> list[tuple[str, float]]:
         """The k most likely (class, probability) pairs of an image file, in descending order.
 
-        Raises UserError if the file is missing or not an image.
+        Of a regression, the first k (name, number) pairs, in the order of the outputs. Raises UserError if the file is missing or not an image.
         """
         pixels = read_image(image, self.decode_size, self.decode_view, self.cfg.data.exif)
         (probabilities,) = self(pixels[None])
-        order = np.argsort(-probabilities, kind="stable")[:k]
-        return [(self.classes[i], float(probabilities[i])) for i in order]
+        order = np.argsort(-probabilities, kind="stable")
+        if self.target == VALUE:
+            order = np.arange(len(probabilities))
+        return [(self.classes[i], float(probabilities[i])) for i in order[:k]]
+
+    def marked(self, top: Sequence[tuple[str, float]]) -> list[str]:
+        """Return the classes of `top` whose probability reaches their threshold, if there are."""
+        thresholds = dict(zip(self.classes, self.thresholds, strict=False))
+        return [name for name, value in top if value >= thresholds.get(name, math.inf)]
 
 
 def decode_size(loaded: Pretrained, cfg: ConfigDict) -> tuple[int, int]:
@@ -112,6 +135,10 @@ def load(source: str | os.PathLike) -> Predictor:
         raise UserError(
             f"{source} has no classification head: train one with --config.init.source={source}"
         )
+    thresholds = ()
+    if cfg.data.target == CLASSES:
+        known = loaded.read_selection().get("thresholds")
+        thresholds = tuple(known or [DEFAULT_THRESHOLD] * len(loaded.classes))
     decode_view, device_view = views(cfg, are_files(cfg.data) or not loaded.data)
     return Predictor(
         loaded.model,
@@ -123,4 +150,5 @@ def load(source: str | os.PathLike) -> Predictor:
         decode_size=decode_size(loaded, cfg),
         decode_view=decode_view,
         device_view=device_view,
+        thresholds=thresholds,
     )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vit_scale import config, pretrained
 from vit_scale.augment.pipeline import eval_images
 from vit_scale.data import Source, align, are_files, eval_batches, open_evaluation, views
+from vit_scale.data.targets import CLASS
 from vit_scale.errors import UserError, printable
 from vit_scale.inference.predictor import decode_size
 from vit_scale.inspect import curves
@@ -92,6 +93,11 @@ class InspectedRun:
 
         Raises UserError if it is missing, or has other classes.
         """
+        if self.cfg.data.target != CLASS:
+            raise UserError(
+                f"inspect shows predictions of one class an image, and {self.folder} has "
+                f"data.target={self.cfg.data.target}: see vit-scale eval"
+            )
         source = open_evaluation(self.cfg, split, self.classes)
         check_classes(source, self.cfg)
         source, line = align(source, self.classes, self.cfg.init.classes)

@@ -19,10 +19,11 @@ from vit_scale.models.parameters import is_statistic, named, stack, unstack
 from vit_scale.models.spec import TRAINING_FIELDS, Shape
 from vit_scale.pretrained.adapt import HEAD, adapt, match_head
 from vit_scale.pretrained.load import Pretrained, load_model
+from vit_scale.runs.report import format_results
 
 # Fields of the `model` block that decide how a model is computed or how it began, not its function.
 IGNORED = ("variant", *TRAINING_FIELDS)
-Measure = Callable[[dict], dict]  # parameters -> {"accuracy": ..., "n": ...}
+Measure = Callable[[dict], dict]  # parameters -> {"accuracy": ..., "n": ..., ...}
 Source = str | os.PathLike
 
 
@@ -51,29 +52,35 @@ def soup(runs: Sequence[Source]) -> Average:
     return Average(first._replace(params=params), (f"mean of {', '.join(paths)}",))
 
 
-def greedy_soup(runs: Sequence[Source], measure: Measure, report: Callable[[str], None]) -> Average:
+def greedy_soup(
+    runs: Sequence[Source],
+    measure: Measure,
+    report: Callable[[str], None],
+    main: str = "accuracy",
+) -> Average:
     """Return the mean of those runs that don't lower its accuracy, with the config of the best.
 
-    The best run by itself comes first, then each of the others in the order of their accuracy.
-    `report` gets a line for every evaluation. Raises UserError as `soup` does.
+    The best run by itself comes first, then each of the others in the order of their accuracy, or
+    of another result, `main`. `report` gets a line for every evaluation. Raises UserError as `soup`
+    does.
     """
     first, own = load_model(runs[0]), []
     for index, run in enumerate(runs):
         model = load_model(run) if index else first
         check_alike(first, model)
         own.append(measure(model.params))
-        report(f"{model.path}: {_format(own[-1])}")
-    order = sorted(range(len(runs)), key=lambda index: -own[index]["accuracy"])  # stable
-    chosen, best = order[:1], own[order[0]]["accuracy"]
+        report(f"{model.path}: {format_results(own[-1], main)}")
+    order = sorted(range(len(runs)), key=lambda index: -own[index][main])  # stable
+    chosen, best = order[:1], own[order[0]][main]
     model = load_model(runs[order[0]])
     for index in order[1:]:
         mixed = mean(load_model(runs[one]).params for one in [*chosen, index])
         result = measure(mixed)
-        better = result["accuracy"] >= best
+        better = result[main] >= best
         names = " + ".join(str(runs[one]) for one in [*chosen, index])
-        report(f"{names}: {_format(result)}: {'kept' if better else 'not kept'}")
+        report(f"{names}: {format_results(result, main)}: {'kept' if better else 'not kept'}")
         if better:
-            model, best = model._replace(params=mixed), result["accuracy"]
+            model, best = model._replace(params=mixed), result[main]
             chosen = [*chosen, index]
     paths = ", ".join(str(load_model(runs[index]).path) for index in chosen)
     return Average(model, (f"greedy mean of {paths}",))
@@ -172,7 +179,3 @@ def _difference(left: Sequence[str], right: Sequence[str]) -> str:
         return f"{len(left)} and {len(right)}"
     index = next(i for i, (one, other) in enumerate(zip(left, right, strict=True)) if one != other)
     return f"{index} is {left[index]!r} and {right[index]!r}"
-
-
-def _format(result: dict) -> str:
-    return f"accuracy {100 * result['accuracy']:.2f} %, n {result['n']:,}"

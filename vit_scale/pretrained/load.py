@@ -48,6 +48,14 @@ class Pretrained(NamedTuple):
     data: dict[str, Any] | None = None
     source: str = ""
 
+    def read_selection(self) -> dict[str, Any]:
+        """Return what the run measured of this checkpoint on the split that selects; {} if not.
+
+        Raises UserError where that is damaged.
+        """
+        is_checkpoint = self.path.parent.name == checkpoint.FOLDER
+        return checkpoint.read_selection(self.path) if is_checkpoint else {}
+
     def print_notes(self) -> None:
         """Print the notes to standard error."""
         for note in self.notes:

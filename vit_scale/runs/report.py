@@ -1,7 +1,7 @@
 """Tables of results, generated from the report.json of run folders."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit_scale.errors import UserError, printable
@@ -21,7 +21,15 @@ def _result(report: dict) -> dict:
     return report.get("eval", {})  # a run may evaluate nothing
 
 
-COLUMNS = {
+def _result_columns(main: str) -> dict[str, Callable]:
+    """Return the columns of the last step's result `main`, and of the best step's."""
+    return {
+        main: lambda run, report: _result(report).get(main),
+        f"best {main}": lambda run, report: _result(report).get("best", {}).get(main),
+    }
+
+
+RUN_COLUMNS: dict[str, Callable] = {
     "run": lambda run, report: str(run),
     "initialised from": lambda run, report: report["init"] or "random",
     "trained on": lambda run, report: report["data"]["name"],
@@ -30,17 +38,54 @@ COLUMNS = {
     "parameters": lambda run, report: report["parameters"],
     "evaluated on": lambda run, report: _result(report).get("split"),
     "n": lambda run, report: _result(report).get("n"),
-    "accuracy": lambda run, report: _result(report).get("accuracy"),
-    "best accuracy": lambda run, report: _result(report).get("best", {}).get("accuracy"),
-    "images/s": lambda run, report: report["images_per_second"],
 }
-PERCENT = ("accuracy", "best accuracy")
+SPEED: dict[str, Callable] = {"images/s": lambda run, report: report["images_per_second"]}
+COLUMNS = {**RUN_COLUMNS, **_result_columns("accuracy"), **SPEED}
+SHARES = ("accuracy", "balanced_accuracy", "mAP", "macro_f1", "micro_f1")  # shown in percent
+# Of what an evaluation measures, how it is written; in the order of a line.
+NAMES = {
+    "accuracy": "accuracy",
+    "mAP": "mAP",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "r2": "R2",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "loss": "loss",
+}
 
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
-    """Return a row of results per run folder. Raises UserError for an unfinished run."""
+    """Return a row of results per run folder, with a column for the main result of each.
+
+    Raises UserError for an unfinished run.
+    """
     reports = [(run, _report(paths.parse(run))) for run in runs]
-    return [{name: cell(*pair) for name, cell in COLUMNS.items()} for pair in reports]
+    columns = dict(RUN_COLUMNS)
+    for _, report in reports:
+        columns |= _result_columns(report.get("measure", "accuracy"))
+    columns |= SPEED
+    return [{name: cell(*pair) for name, cell in columns.items()} for pair in reports]
+
+
+def shown(name: str) -> str:
+    """Return how a result's name is written: "macro F1" for "macro_f1"."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def format_value(name: str, value: float) -> str:
+    """Format the value of a result: "12.34 %" of an accuracy, "0.9876" of R2."""
+    return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4f}"
+
+
+def format_results(results: Mapping[str, Any], *names: str) -> str:
+    """Format what an evaluation measured, or `names` of it: "accuracy 12.34 %, n 10,000"."""
+    parts = [
+        f"{shown(name)} {format_value(name, results[name])}"
+        for name in names or NAMES
+        if name in results
+    ]
+    return ", ".join([*parts, f"n {results['n']:,}"])
 
 
 def goodput(run: str | pathlib.Path) -> dict[str, Any] | None:
@@ -79,8 +124,9 @@ def _text(name: str, value: Any) -> str:
         return "-"
     if isinstance(value, str):
         return printable(value)
-    if name in PERCENT:
-        return f"{100 * value:.2f} %"
+    result = name.removeprefix("best ")
+    if result in NAMES or result in SHARES:
+        return format_value(result, value)
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     return f"{value:,}"

@@ -69,6 +69,32 @@ class Share(metrics.Metric):
 
 
 @_pytree
+class ClassRecall(metrics.Metric):
+    """The mean of each class's recall (balanced accuracy), over the classes that occur; exact."""
+
+    hits: Int[Array, "c"]
+    count: Int[Array, "c"]
+
+    @classmethod
+    def empty(cls) -> "ClassRecall":
+        return cls(jnp.int32(0), jnp.int32(0))  # of any number of classes
+
+    @classmethod
+    def from_model_output(
+        cls, labels: Int[Array, "b"], hit: Bool[Array, "b"], mask: Bool[Array, "b"], classes: int
+    ) -> "ClassRecall":
+        zeros = jnp.zeros(classes, jnp.int32)
+        return cls(*(zeros.at[labels].add(one.astype(jnp.int32)) for one in (hit & mask, mask)))
+
+    def merge(self, other: "ClassRecall") -> "ClassRecall":
+        return ClassRecall(self.hits + other.hits, self.count + other.count)
+
+    def compute(self) -> Float[Array, ""]:
+        seen = self.count > 0
+        return (self.hits / (self.count + ~seen)).sum() / seen.sum()
+
+
+@_pytree
 class Measures(metrics.Metric):
     """Means over unmasked examples, by name; of booleans, exact shares."""
 
@@ -158,10 +184,14 @@ class TrainMetrics(metrics.Collection):
 
 @_pytree
 class EvalMetrics(metrics.Collection):
-    """Mean cross-entropy, top-1 accuracy, and `n`, the number of examples they average over."""
+    """Mean cross-entropy, top-1 accuracy, and `n`, the number of examples they average over.
+
+    Balanced accuracy is the mean of the classes' own accuracies.
+    """
 
     loss: metrics.Average
     accuracy: Share
+    balanced_accuracy: ClassRecall
     n: Count
 
     @classmethod
@@ -172,10 +202,12 @@ class EvalMetrics(metrics.Collection):
         _check_shapes(logits=logits[:, 0], labels=labels, mask=mask)
         log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
         loss = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+        hit = logits.argmax(-1) == labels
         return dataclasses.replace(
             cls.empty(),
             loss=metrics.Average.from_model_output(loss, mask),
-            accuracy=Share.from_model_output(logits.argmax(-1) == labels, mask),
+            accuracy=Share.from_model_output(hit, mask),
+            balanced_accuracy=ClassRecall.from_model_output(labels, hit, mask, logits.shape[1]),
             n=Count.from_model_output(mask),
         )
 

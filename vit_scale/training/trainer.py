@@ -32,7 +32,7 @@ from vit_scale.storage import paths
 from vit_scale.tracking import Profiler, TrackedRun, Tracker
 from vit_scale.tracking.metrics import TrainMetrics
 from vit_scale.training.description import describe, identity, summarise
-from vit_scale.training.evaluator import Evaluate
+from vit_scale.training.evaluator import Measure, make_measure
 from vit_scale.training.guard import Diverged, Guard, diverged_for_good
 from vit_scale.training.init_state import (
     check_source,
@@ -41,9 +41,11 @@ from vit_scale.training.init_state import (
     restore,
     store_frozen,
 )
+from vit_scale.training.measures import scalars
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
 from vit_scale.training.setup import Setup, flops_per_image, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
+from vit_scale.training.statistics import with_statistics
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import jit_train_step
 from vit_scale.training.validation import validate_inputs
@@ -72,7 +74,10 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         cfg = with_commit(pinned(with_checksum(resumed_config(cfg, workdir))))
         cfg = with_source_model(cfg)
         setup, splits = make_setup(cfg), open_splits(cfg)
+        if (completed := with_statistics(cfg, splits.train)) is not cfg:
+            cfg, setup = completed, make_setup(completed)
         validate_inputs(cfg, setup.mesh, splits, setup.teacher)
+        measure = make_measure(cfg, setup.model, setup.mesh)
         description = describe(setup, name, splits)
         if not all_steps(paths.parse(workdir)):
             check_source(setup, splits.train.classes, class_ids(splits.train))
@@ -84,10 +89,11 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         with (
             compilation_cache.cached(run.path, cfg.checkpoint.programs),
             Watchdog(run.path, cfg.watchdog) as watchdog,
-            Checkpoints(run.path, cfg.checkpoint.keep) as checkpoints,
+            Checkpoints(run.path, cfg.checkpoint.keep, measure.main) as checkpoints,
             watchdog.report_failure(),
         ):
-            report = Training(setup, splits, run, checkpoints, watchdog, quiet).to_the_end()
+            parts = (setup, splits, measure, run, checkpoints, watchdog)
+            report = Training(*parts, quiet).to_the_end()
         run.write_report(report)
     return report
 
@@ -99,6 +105,7 @@ class Training:
         self,
         setup: Setup,
         splits: Splits,
+        measure: Measure,
         run: Run,
         checkpoints: Checkpoints,
         watchdog: Watchdog,
@@ -106,8 +113,7 @@ class Training:
     ):
         self.setup, self.splits, self.run, self.quiet = setup, splits, run, quiet
         self.checkpoints, self.watchdog = checkpoints, watchdog
-        self.cfg = setup.cfg
-        self.evaluate = Evaluate(self.cfg, setup.model, setup.mesh)
+        self.cfg, self.measure = setup.cfg, measure
         self.train_step: Callable | None = None
         self.teacher: tuple = ()
 
@@ -149,11 +155,12 @@ class Training:
             with phase("checkpoint"):
                 checkpoints.wait()
             report = summarise(self.setup, self.splits, track)
-            report["config"] = self.run.description["name"]
+            report |= {"config": self.run.description["name"], "measure": self.measure.main}
             if self.splits.final:
                 with phase("eval"):
                     report["eval"] = self.final_results(self.splits.final)
-                track.scalars(cfg.steps, {"final/accuracy": report["eval"]["accuracy"]})
+                main = self.measure.main
+                track.scalars(cfg.steps, {f"final/{main}": report["eval"][main]})
         return report
 
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
@@ -204,17 +211,18 @@ class Training:
         measured = multihost.broadcast(self.checkpoints.read_metrics(step))
         if not measured:
             with track.timer("eval"):
-                measured = self.evaluate(state.eval_params, self.splits.selection)
+                measured = self.measure(state.eval_params, self.splits.selection)
             with track.timer("checkpoint"):
                 self.checkpoints.record(step, measured)
-        track.scalars(step, {f"eval/{key}": x for key, x in measured.items()})
+        track.scalars(step, {f"eval/{key}": x for key, x in scalars(measured).items()})
 
     def final_results(self, final: Source) -> dict:
         """Evaluate the last step on the final split and, under "best", the selected one."""
         cfg, checkpoints = self.cfg, self.checkpoints
 
         def result(state):
-            measured = self.evaluate(state.eval_params, final)
+            selected = multihost.broadcast(checkpoints.read_metrics(int(state.step)))
+            measured = self.measure(state.eval_params, final, selected)
             return {"split": cfg.eval.final, "step": int(state.step), **measured}
 
         last = chosen = result(restore(self.setup, checkpoints, cfg.steps))

@@ -12,6 +12,7 @@ from vit_scale import config, data
 from vit_scale.augment import pipeline as augment
 from vit_scale.augment.view import view
 from vit_scale.config import fields, image_size
+from vit_scale.data.targets import CLASS, VALUE
 from vit_scale.distributed.mesh import (
     AnyMesh,
     compiler_options,
@@ -26,6 +27,7 @@ from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
 from vit_scale.models.vit import remat_policy
 from vit_scale.training import objectives, optimizer
+from vit_scale.training.measures import check_memory
 from vit_scale.training.objectives.teacher import Teacher, check_teacher_classes
 from vit_scale.training.splits import Splits
 
@@ -196,6 +198,8 @@ def validate_inputs(
     """
     for source in filter(None, splits) if cfg.objective not in objectives.SELF_SUPERVISED else ():
         check_classes(source, cfg)
+    for source in filter(None, splits[1:] if cfg.data.target != CLASS else ()):
+        check_memory(source.name, len(source), cfg.model.classes)
     check_teacher_classes(teacher, splits.train.classes)
     train, evaluation = (len(batch_rows(n, mesh)) for n in (cfg.data.batch, cfg.eval.batch))
     parts = [(splits.train, train, cfg.steps)]
@@ -209,14 +213,10 @@ def validate_inputs(
 
 def check_classes(source: data.Source, cfg: ConfigDict) -> None:
     """Raise UserError where the model has more or fewer outputs than the data set has classes."""
-    if cfg.data.target != "class":
-        raise UserError(
-            f"{source.name} has vectors (data.target={cfg.data.target}), and only the predictions "
-            "of one class an image can be measured"
-        )
     classes, outputs = len(source.classes), cfg.model.classes
     if classes != outputs:
+        what = "numbers an image" if cfg.data.target == VALUE else "classes"
         raise UserError(
-            f"{source.name} has {classes} classes, the model model.classes={outputs}; "
+            f"{source.name} has {classes} {what}, the model model.classes={outputs}; "
             f"train it with --config.model.classes={classes}, or give another set"
         )

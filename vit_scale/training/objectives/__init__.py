@@ -8,26 +8,31 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from vit_scale.data.targets import KINDS
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.build import Model
+from vit_scale.training.objectives.class_weights import check_class_weights
 from vit_scale.training.objectives.classification import classification
 from vit_scale.training.objectives.distillation import check_distill, distillation
 from vit_scale.training.objectives.lejepa import lejepa
 from vit_scale.training.objectives.losses import check_loss
 from vit_scale.training.objectives.masked_autoencoder import masked_autoencoder
 from vit_scale.training.objectives.objective import Context, Objective
+from vit_scale.training.objectives.regression import check_regression, regression
 from vit_scale.training.objectives.self_distillation import self_distillation
 from vit_scale.training.objectives.self_supervised import check_self_supervised
 
-__all__ = ["OBJECTIVES", "Context", "Objective", "check", "make_objective"]
+__all__ = ["OBJECTIVES", "SELF_SUPERVISED", "Context", "Objective", "check", "make_objective"]
 
 SELF_SUPERVISED = {"mae": masked_autoencoder, "dino": self_distillation, "lejepa": lejepa}
 OBJECTIVES = {
     "classification": classification,
     "distillation": distillation,
+    "regression": regression,
     **SELF_SUPERVISED,
 }
-LEARN_CLASSES = ("classification", "distillation")  # not the vectors of data.target
+# What those that learn from labels take as data.target; the others ignore labels.
+TARGETS = {"classification": ("class", "classes"), "distillation": ("class",)}
 
 
 def make_objective(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
@@ -46,12 +51,14 @@ def check(cfg: ConfigDict) -> None:
         )
     if cfg.objective in SELF_SUPERVISED:
         check_self_supervised(cfg)
-    check_loss(cfg)
-    if cfg.data.target != "class" and cfg.objective in LEARN_CLASSES:
+    if cfg.data.target not in TARGETS.get(cfg.objective, KINDS):
         raise UserError(
             f"data.target={cfg.data.target} needs an objective that learns it; "
-            f"objective={cfg.objective} learns one class an image"
+            f"objective={cfg.objective} learns {' or '.join(TARGETS[cfg.objective])}"
         )
+    check_regression(cfg)
+    check_loss(cfg)
+    check_class_weights(cfg)
     check_distill(cfg.distill)
     if cfg.objective == "distillation" and not cfg.distill.teacher:
         raise UserError("objective=distillation needs --config.distill.teacher=RUN")

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy with soft targets."""
+"""Classification: cross-entropy with soft targets, of one class an image or of several."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,9 @@ from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
 from vit_scale.config import image_size
+from vit_scale.data.targets import CLASSES
 from vit_scale.models.build import Model
-from vit_scale.training.objectives.losses import LOSSES
+from vit_scale.training.objectives.losses import make_loss
 from vit_scale.training.objectives.objective import Objective, reduce_losses
 
 
@@ -17,9 +18,10 @@ def classification(model: Model, cfg: ConfigDict, teacher: Callable | None = Non
 
     The mean over the unmasked examples of the global batch. A model with two heads is trained on
     the mean of their logits, which is what it predicts. An example is "correct" where the class of
-    the largest logit is that of the largest target.
+    the largest logit is that of the largest target; one with several classes (data.target=classes)
+    is neither.
     """
-    size = image_size(cfg)
+    size, label_loss = image_size(cfg), make_loss(cfg)
 
     def prepare(batch, key):
         images, targets = train_images(batch, key, cfg.augment, size, cfg.model.classes)
@@ -28,7 +30,10 @@ def classification(model: Model, cfg: ConfigDict, teacher: Callable | None = Non
 
     def loss(params, examples, key):
         out = model.train(params, examples["image"], key, examples["mask"])
-        losses = LOSSES[cfg.loss](out.prediction, examples["target"])
-        return reduce_losses(losses, out, examples)
+        losses = label_loss(out.prediction, examples["target"])
+        total, outputs = reduce_losses(losses, out, examples)
+        if cfg.data.target == CLASSES:
+            del outputs["correct"]
+        return total, outputs
 
     return Objective(prepare, loss)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.classification import classification
-from vit_scale.training.objectives.losses import LOSSES
+from vit_scale.training.objectives.losses import make_loss
 from vit_scale.training.objectives.objective import Objective, reduce_losses
 
 KINDS = ("hard", "soft")
@@ -27,7 +27,7 @@ def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Obj
     distillation token where the model has one (model.distilled), else its only logits. "correct"
     refers to what the model predicts: the mean of both.
     """
-    plain, t = classification(model, cfg), cfg.distill
+    plain, label_loss, t = classification(model, cfg), make_loss(cfg), cfg.distill
 
     def teach(examples, context):
         assert teacher is not None
@@ -41,7 +41,7 @@ def distillation(model: Model, cfg: ConfigDict, teacher: Callable | None) -> Obj
 
     def loss(params, examples, key):
         out = model.train(params, examples["image"], key, examples["mask"])
-        losses = (1 - t.weight) * LOSSES[cfg.loss](out.logits, examples["target"])
+        losses = (1 - t.weight) * label_loss(out.logits, examples["target"])
         losses += t.weight * distance(out.distilled, examples["teacher"])
         return reduce_losses(losses, out, examples)
 
