@@ -215,11 +215,11 @@ def test_a_single_class_is_a_list_of_one(tmp_path):
 
 
 def test_what_does_not_learn_or_have_them_refuses_them():
-    message = refused(lambda: objectives.check(tiny_config("data.target=classes")))
+    message = refused(lambda: objectives.check(tiny_config("data.target=value")))
     assert message == (
-        "data.target=classes needs an objective that learns it; objective=classification learns "
-        "one class an image"
+        "data.target=value needs an objective that learns it; objective=classification learns "
+        "class or classes"
     )
-    assert "data.name=folder has one class an image; data.target=value needs array_record" in (
-        refused(lambda: data.open_split(block("", target="value"), "train"))
+    assert "data.name=tfds has one class an image; data.target=value needs array_record" in (
+        refused(lambda: data.open_split(block("", name="tfds", target="value"), "train"))
     )

@@ -39,6 +39,8 @@ def compute(*overrides: str, stored: int = 8) -> tuple[str, list[np.ndarray]]:
         "label": jax.ShapeDtypeStruct((b,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((b,), jnp.bool_),
     }
+    if program.cfg.data.target != "class":
+        batch["target"] = jax.ShapeDtypeStruct((b, program.cfg.model.classes), jnp.float32)
     (step,) = jax.make_jaxpr(jit_train_step(program))(program.state, batch).jaxpr.eqns
     traced, leaves = step.params["jaxpr"], len(jax.tree.leaves(program.state))
     used = [i < leaves for i in range(len(traced.jaxpr.outvars))]
@@ -52,11 +54,21 @@ def differ(left, right) -> bool:
     )
 
 
+NUMBERS = (
+    *("objective=regression", "loss=huber", "data.target=value"),
+    *("regression.mean=(1.,1.,1.)", "regression.std=(1.,1.,1.)"),
+)
 # field: what it is switched to, and what has to be on for it to mean anything
 SWITCHES = {
     "seed": ("1",),
     "steps": ("9",),
     "loss": ("sigmoid",),
+    "focal.gamma": ("1.", "loss=focal"),
+    "focal.alpha": (".3", "loss=focal"),
+    "class_weights.weights": ("(1.,2.,3.)", "class_weights.kind=balanced"),
+    "regression.mean": ("(9.,1.,1.)", *NUMBERS),
+    "regression.std": ("(9.,1.,1.)", *NUMBERS),
+    "regression.delta": (".5", *NUMBERS),
     "data.batch": ("8",),
     "data.resolution": ("16",),
     "data.width": ("16",),
@@ -153,6 +165,7 @@ SWITCHES = {
 # `objective` and `distill` are test_distill.py's. The others decide which pixels the step gets,
 # where it starts, or what is done beside it.
 OTHERS = (
+    *("class_weights.kind", "class_weights.beta"),  # tests/training/test_label_losses.py
     *("model.nearest_grid",),  # tests/models/test_rotary.py
     *("model.attention",),  # test_cudnn_is_another_attention_and_refused_off_a_gpu
     *("model.head_bias",),  # of the initial state: tests/models/test_vit.py
@@ -175,6 +188,7 @@ MORE = [  # further values of a switch that is in the table
     ("optim.name=muon", "optim.name=adamw"),
     ("optim.name=lamb", "optim.name=adamw"),
     ("loss=binary", "loss=sigmoid"),
+    ("loss=focal", "loss=sigmoid"),
     ("optim.schedule=linear", "optim.schedule=constant"),
     ("optim.train=bias$", "optim.train=head"),
     ("optim.train=bias$|^head/", "optim.train=bias$"),

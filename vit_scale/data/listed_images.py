@@ -5,9 +5,9 @@ and a number in each column. With data.target=classes the columns are the classe
 the image has the class, else 0; with data.target=value they are what the model is to predict. The
 same names, in any order, are the columns of every split.
 
-A JSON file is one object: {"FILE": ["cat", "dog"], ...} with data.target=classes, where the classes
-are the sorted names that the training listing has, and {"FILE": 1.5, ...} or {"FILE": [1.5, 2], ...}
-with data.target=value.
+A JSON file is one object. With data.target=classes it is {"FILE": ["cat", "dog"], ...}, where the
+classes are the sorted names that the training listing has, and with data.target=value it is
+{"FILE": 1.5, ...} or {"FILE": [1.5, 2], ...}.
 """
 
 import copy

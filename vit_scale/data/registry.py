@@ -36,12 +36,8 @@ from vit_scale.data.splits import ORDERS, Slice, cut, split_name
 from vit_scale.data.targets import CLASS, KINDS
 from vit_scale.errors import UserError, nearest
 
-TARGETED = (
-    "array_record",
-    "folder",
-    "huggingface",
-    "tar",
-)  # sets that can have several classes or numbers
+# Sets that can have several classes or numbers.
+TARGETED = ("array_record", "folder", "huggingface", "tar")
 
 
 class DataSet(NamedTuple):

@@ -17,9 +17,7 @@ from vit_scale.errors import UserError
 
 KINDS = ("class", "classes", "value")  # of data.target
 CLASS, CLASSES, VALUE = KINDS
-DEFAULT_THRESHOLD = (
-    0.5  # probability from which a class is predicted whose threshold was never chosen
-)
+DEFAULT_THRESHOLD = 0.5  # probability from which an image has a class, where none was chosen
 
 
 class Rows(NamedTuple):

@@ -35,8 +35,8 @@ from vit_scale.storage.errors import user_errors
 class Predictor:
     """A trained model as a function from uint8 images to class probabilities.
 
-    Of a model of several classes an image (data.target=classes), each class has a probability of its
-    own; of a regression (data.target=value) the outputs are numbers in the training set's units.
+    Of a model of several classes an image (data.target=classes), each class has a probability of
+    its own; a regression (data.target=value) returns numbers, in the training set's units.
 
     Args:
       model: its pure functions.
@@ -90,7 +90,8 @@ class Predictor:
     def top(self, image: str | pathlib.Path, k: int = 5) -> list[tuple[str, float]]:
         """The k most likely (class, probability) pairs of an image file, in descending order.
 
-        Of a regression, the first k (name, number) pairs, in the order of the outputs. Raises UserError if the file is missing or not an image.
+        Of a regression, the first k (name, number) pairs, in the order of the outputs. Raises
+        UserError if the file is missing or not an image.
         """
         pixels = read_image(image, self.decode_size, self.decode_view, self.cfg.data.exif)
         (probabilities,) = self(pixels[None])

@@ -51,6 +51,9 @@ def check(cfg: ConfigDict) -> None:
         )
     if cfg.objective in SELF_SUPERVISED:
         check_self_supervised(cfg)
+    if cfg.data.target not in KINDS:
+        hint = nearest(cfg.data.target, KINDS)
+        raise UserError(f"data.target={cfg.data.target!r} is unknown; {hint}")
     if cfg.data.target not in TARGETS.get(cfg.objective, KINDS):
         raise UserError(
             f"data.target={cfg.data.target} needs an objective that learns it; "
