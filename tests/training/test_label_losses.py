@@ -160,7 +160,11 @@ def test_a_run_takes_weights_and_scale_from_its_training_set_once():
         (["loss=mse"], "objective=classification has no loss=mse: set loss=softmax, sigmoid,"),
         ([*NUMBERS, "augment.smoothing=.1"], "augment.smoothing=0.1 is of classes"),
         ([*NUMBERS, "regression.delta=0."], "regression.delta=0.0 must be above 0"),
-        ([*NUMBERS, "regression.mean=(1.,)"], "regression.mean and regression.std go together"),
+        (
+            [*NUMBERS, "regression.mean=(1.,)"],
+            "regression.mean has 1 numbers, the model",
+        ),
+        ([*NUMBERS, "regression.std=(1.,1.,0.,1.)"], "regression.std=(1.0, 1.0, 0.0, 1.0) must be"),
         ([*NUMBERS, "class_weights.kind=balanced"], "objective=regression has none"),
         (["class_weights.kind=balance"], "is unknown; did you mean balanced"),
         (["class_weights.kind=effective", "class_weights.beta=1."], "above 0 and below 1"),

@@ -5,7 +5,6 @@ import copy
 from ml_collections import ConfigDict
 
 from vit_scale.data import Source, class_counts, mean_and_std
-from vit_scale.data.targets import VALUE
 from vit_scale.training.objectives.class_weights import compute_weights
 from vit_scale.training.validation import check_classes
 
@@ -18,7 +17,8 @@ def with_statistics(cfg: ConfigDict, train: Source) -> ConfigDict:
     without an example, and for another number of classes than the model has.
     """
     weighted = cfg.class_weights.kind != "none" and not cfg.class_weights.weights
-    scaled = cfg.objective == "regression" and cfg.data.target == VALUE and not cfg.regression.mean
+    missing = [name for name in ("mean", "std") if not cfg.regression[name]]
+    scaled = cfg.objective == "regression" and missing
     if not weighted and not scaled:
         return cfg
     check_classes(train, cfg)
@@ -27,6 +27,7 @@ def with_statistics(cfg: ConfigDict, train: Source) -> ConfigDict:
         weights = compute_weights(class_counts(train), cfg.class_weights, train.classes)
         cfg.class_weights.weights = tuple(weights.tolist())
     if scaled:
-        mean, std = mean_and_std(train)
-        cfg.regression.mean, cfg.regression.std = tuple(mean.tolist()), tuple(std.tolist())
+        for name, values in zip(("mean", "std"), mean_and_std(train), strict=True):
+            if name in missing:
+                cfg.regression[name] = tuple(values.tolist())
     return cfg

@@ -54,10 +54,6 @@ def check_regression(cfg: ConfigDict) -> None:
         )
     if not block.delta > 0:
         raise UserError(f"regression.delta={block.delta} must be above 0")
-    if bool(block.mean) != bool(block.std):
-        raise UserError(
-            "regression.mean and regression.std go together; leave both out, or neither"
-        )
     if not is_regression:
         return
     if cfg.augment.smoothing:
