@@ -48,6 +48,7 @@ def test_eval_values_by_hand():
     assert values == {
         "loss": pytest.approx((np.log(2) + np.log(4)) / 2, rel=1e-6),
         "accuracy": 0.5,
+        "balanced_accuracy": 0.5,
         "n": 2,
     }
     assert isinstance(values["n"], int) and isinstance(values["accuracy"], float)

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add_eval_flags(verb("eval", commands.evaluate, text))
     text = "measure a model's features: kNN, linear and few-shot classifiers, statistics"
     add_probe_flags(verb("probe", commands.probe, text))
-    text = "print the most likely classes of images"
+    text = "print the most likely classes of images, or the numbers that a regression predicts"
     add_predict_flags(verb("predict", commands.predict, text))
     text = "print the sizes, costs, and fields of a config, or a table of the results of runs"
     add_show_flags(verb("show", commands.show, text))

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.data import are_files, delivered_size
+from vit_scale.data.targets import CLASS
 from vit_scale.distributed.sharding import batch_sharding, device_bytes
 from vit_scale.errors import UserError
 from vit_scale.plan import topology
@@ -90,11 +91,14 @@ def batch_shapes(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return {
+    shapes = {
         "image": array((size, *delivered_size(cfg.data), 3), jnp.uint8),
         "label": array((size,), jnp.int32),
         "mask": array((size,), jnp.bool_),
     }
+    if cfg.data.target != CLASS:
+        shapes["target"] = array((size, cfg.model.classes), jnp.float32)
+    return shapes
 
 
 def needed_bytes(message: str) -> int | None:

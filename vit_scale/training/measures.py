@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import expit, logit
 
 from vit_scale.data.targets import CLASSES, DEFAULT_THRESHOLD, VALUE
 from vit_scale.errors import UserError
@@ -54,8 +53,8 @@ def several_classes(logits: Outputs, targets: Outputs, selected: Mapping | None)
         curve = make_curve(scores, present)
         precisions[label] = average_precision(curve)
         if selected is None and not np.isnan(precisions[label]):
-            thresholds[label] = expit(best_threshold(curve))
-        marked = scores >= logit(thresholds[label])
+            thresholds[label] = _probability(best_threshold(curve))
+        marked = _probability(scores) >= thresholds[label]
         counts[:, label] = (marked & present).sum(), marked.sum(), present.sum()
         loss += (np.logaddexp(0, scores) - scores * present).sum()
     macro, micro = f1_scores(*counts)
@@ -67,6 +66,11 @@ def several_classes(logits: Outputs, targets: Outputs, selected: Mapping | None)
         "loss": float(loss / logits.size),
         "thresholds": thresholds.tolist(),
     }
+
+
+def _probability(logits):
+    """Return the sigmoid, which rises strictly in float64 up to a logit of 36."""
+    return np.exp(-np.logaddexp(0, -logits))
 
 
 def numbers(predictions: Outputs, targets: Outputs, selected: Mapping | None) -> dict[str, Any]:
