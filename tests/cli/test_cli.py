@@ -19,6 +19,7 @@ from vit_scale.cli import commands
 from vit_scale.data.cifar import CLASSES
 from vit_scale.errors import USAGE, nearest
 
+MEASURED = ("n", "accuracy", "balanced_accuracy", "loss")
 HERE = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2])}
 TINY = (
     "--config.data.workers=0",
@@ -230,7 +231,10 @@ def test_a_field_that_there_is_not_is_not_one_that_is_ignored(learnt, capsys):
         ("data.fractal.clases", "did you mean data.fractal.classes?"),
         ("optim.zzz", "valid: optim.accumulate, optim.b1, optim.b2, optim.clip"),
         ("log.quantity", "valid: log.every, log.images, log.profile"),
-        ("nonsense", "valid: augment.*, checkpoint.*, data.*, distill.*, divergence.*, eval.*"),
+        (
+            "nonsense",
+            "valid: augment.*, checkpoint.*, class_weights.*, data.*, distill.*, divergence.*",
+        ),
     ],
 )
 def test_suggestions_are_near(name, says):
@@ -390,7 +394,7 @@ def test_the_report_names_config_devices_versions_and_speed(learnt):
     assert report["seconds"] > 0
     assert report["devices"]["count"] >= 1
     assert {"jax", "flax", "python"} <= report["versions"].keys()
-    assert set(report["eval"]) == {"split", "step", "n", "accuracy", "loss", "best"}
+    assert set(report["eval"]) == {*MEASURED, "split", "step", "best"}
     assert report["eval"]["best"]["selected_by"]["split"] == "test"
 
 
@@ -405,7 +409,7 @@ def test_eval_prints_n(learnt, capsys):
     out = ran(capsys, "eval", learnt)
     assert re.fullmatch(r".+: accuracy \d+\.\d\d %, loss \d+\.\d+, n 12 \(step 80\)\n", out)
     result = last(ran(capsys, "eval", learnt, "--split", "train[:50%]", "--json"))
-    assert set(result) == {"run", "step", "split", "set", "n", "accuracy", "loss"}
+    assert set(result) == {*MEASURED, "run", "step", "split", "set"}
     assert (result["n"], result["split"], result["step"]) == (24, "train[:50%]", 80)
     assert result["run"] == str(learnt / "checkpoints" / "80")
     assert result["accuracy"] > 0.9

@@ -74,7 +74,7 @@ def test_one_class_an_image_is_measured_by_its_accuracy():
 
 def test_several_classes_are_scikit_learns():
     logits, present = GOLDEN["several/logits"], GOLDEN["several/present"]
-    result = measures.several_classes(logits, present.astype(np.float32), None)
+    result = measures.summarise_classes(logits, present.astype(np.float32), None)
     average = GOLDEN["several/average_precision"].mean()
     assert result["mAP"] == pytest.approx(average, abs=1e-14), "of the classes that occur"
     assert result["macro_f1"] == pytest.approx(GOLDEN["several/best_f1"].mean(), abs=1e-14)
@@ -86,24 +86,25 @@ def test_several_classes_are_scikit_learns():
 def test_thresholds_are_those_of_the_split_that_selects():
     logits, hot = GOLDEN["several/logits"], GOLDEN["several/present"].astype(np.float32)
     first, other = slice(0, 30), slice(30, None)
-    selected = measures.several_classes(logits[first], hot[first], None)
-    result = measures.several_classes(logits[other], hot[other], selected)
+    selected = measures.summarise_classes(logits[first], hot[first], None)
+    result = measures.summarise_classes(logits[other], hot[other], selected)
     assert result["thresholds"] == selected["thresholds"]
-    best = measures.several_classes(logits[other], hot[other], None)
+    best = measures.summarise_classes(logits[other], hot[other], None)
     assert result["macro_f1"] < best["macro_f1"] and result["mAP"] == best["mAP"]
     half = np.full(4, expit(0.4999)).tolist()  # no score is between it and the golden 0.5
-    result = measures.several_classes(logits, hot, {"thresholds": half})
+    result = measures.summarise_classes(logits, hot, {"thresholds": half})
     for name in ("macro_f1", "micro_f1"):
         assert result[name] == pytest.approx(GOLDEN[f"several/{name}"], abs=1e-14)
-    unknown = measures.several_classes(logits, hot, {})
+    unknown = measures.summarise_classes(logits, hot, {})
     assert unknown["thresholds"] == [0.5] * 4
 
 
 def test_numbers_are_scikit_learns():
-    result = measures.numbers(GOLDEN["numbers/predictions"], GOLDEN["numbers/targets"], None)
+    made, wanted = (GOLDEN[f"numbers/{name}"] for name in ("predictions", "targets"))
+    result = measures.summarise_numbers(made, wanted, None)
     for name, value in result.items():
         assert value == pytest.approx(GOLDEN[f"numbers/{name}"], abs=1e-12), name
-    exact = measures.numbers(GOLDEN["numbers/targets"], GOLDEN["numbers/targets"], None)
+    exact = measures.summarise_numbers(wanted, wanted, None)
     assert exact == {"r2": 1.0, "rmse": 0.0, "mae": 0.0}
 
 

@@ -130,7 +130,7 @@ def predict(args, overrides: Sequence[str]) -> None:
     one_class = predictor.target == "class"
     count = LIKELIEST if one_class else len(predictor.classes)
     predictions = {image: predictor.top(image, count) for image in args.images}
-    marked = {image: predictor.marked(top) for image, top in predictions.items()}
+    marked = {image: predictor.mark(top) for image, top in predictions.items()}
     if not args.json:
         for image, top in predictions.items():
             print(printable(image))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from vit_scale.data.decode import Corrupt
@@ -23,7 +24,7 @@ from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.record_ranges import RecordRanges
 from vit_scale.data.shards import LABEL, READ
 from vit_scale.data.sources import MissingSplit
-from vit_scale.data.targets import CLASS
+from vit_scale.data.targets import CLASS, CLASSES, Rows, Targets
 from vit_scale.errors import UserError
 from vit_scale.storage import paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
@@ -44,6 +45,7 @@ class Records(EncodedImages):
                 f"--config.data.target={target}, or pack the set again"
             )
         self.targets = len(self.classes) if target != CLASS else 0
+        self._several = target == CLASSES
         shards = index["splits"][name]
         self._shards = [folder / shard["file"] for shard in shards]
         self._first = np.cumsum([0] + [shard["images"] for shard in shards])
@@ -70,8 +72,18 @@ class Records(EncodedImages):
     def examples(self) -> Examples | None:  # type: ignore[override]
         return _read_examples(self._names, len(self)) if self._names else None
 
+    @functools.cached_property
+    def _targets(self) -> Targets | None:
+        """The vectors in the list of names; None of a pack without one, or older than they are."""
+        rows = _read_target_rows(self._names) if self.targets and self._names else None
+        return Targets(rows, self.targets, self._several) if rows else None
+
+    def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
+        return self._targets.vectors(indices) if self._targets else super().labels(indices)
+
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_readers": {}}  # open files cannot be sent
+        state = super().__getstate__() | {"_readers": {}}  # open files cannot be sent
+        return {name: value for name, value in state.items() if name != "_targets"}
 
     def encoded(self, index: int) -> tuple[bytes, Label]:
         shard, position = self._locate(index)
@@ -156,6 +168,16 @@ def _read_examples(file: Path, n: int) -> Examples:
             f"{file} has {len(examples.files)} names for {n} images; pack the set again"
         )
     return examples
+
+
+def _read_target_rows(file: Path) -> Rows | None:
+    with (
+        user_errors(f"cannot read {file}", "pack the set again", also=DAMAGED),
+        np.load(io.BytesIO(file.read_bytes())) as stored,
+    ):
+        if "target_flat" not in stored:
+            return None
+        return Rows(stored["target_flat"], stored["target_ends"])
 
 
 def _check_size(file: Path, actual: int | None, size: int) -> None:

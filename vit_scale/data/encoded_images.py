@@ -79,10 +79,7 @@ class EncodedImages:
         return labels.vector(index) if isinstance(labels, Targets) else int(labels[index])
 
     def labels(self, indices: Int[np.ndarray, "m"]) -> np.ndarray:
-        """Return the labels or targets at `indices`, of whose files none is read if they are known.
-
-        Those of a pack are in its records, of which classes are in its list of names, too.
-        """
+        """Return the labels or targets at `indices`; images are read where they are not at hand."""
         stored = getattr(self, "_labels", None)
         if isinstance(stored, Targets):
             return stored.vectors(indices)

@@ -20,7 +20,8 @@ from vit_scale.data.encoded_images import CHOICES, EncodedImages
 from vit_scale.data.registry import SETS, are_files, open_split
 from vit_scale.data.shards import Shard, write_errors, write_shards
 from vit_scale.data.sources import MissingSplit
-from vit_scale.data.targets import CLASS
+from vit_scale.data.statistics import target_rows
+from vit_scale.data.targets import CLASS, CLASSES
 from vit_scale.errors import UserError, nearest
 from vit_scale.storage import files, paths
 
@@ -205,7 +206,7 @@ def _finish(
         for name, shards in plan.items()
     }
     names = {
-        name: _write_examples(out, name, images, positions[name])
+        name: _write_examples(out, name, images, positions[name], index.get("target"))
         for name, images in splits.items()
         if images.examples is not None
     }
@@ -225,12 +226,21 @@ def _write_index(out: Path, index: dict) -> None:
     files.write(out / INDEX, json.dumps(index, indent=1).encode())
 
 
-def _write_examples(out: Path, name: str, images: EncodedImages, positions: np.ndarray) -> str:
-    """Write the file name and label of each record of a split; return the name of the file."""
+def _write_examples(
+    out: Path, name: str, images: EncodedImages, positions: np.ndarray, target: str | None
+) -> str:
+    """Write the file name and label of each record of a split; return the name of the file.
+
+    With a `target`, which the records have too, its statistics need not read them.
+    """
     assert images.examples is not None
     content, file = io.BytesIO(), out / f"{name}-examples.npz"
     listed = {"files": images.examples.files, "labels": images.examples.labels}
-    np.savez_compressed(content, **{k: v[positions] for k, v in listed.items()})
+    listed = {key: values[positions] for key, values in listed.items()}
+    if target:
+        rows = target_rows(images, positions, target == CLASSES)
+        listed |= {"target_flat": rows.flat, "target_ends": rows.ends}
+    np.savez_compressed(content, **listed)  # type: ignore[arg-type]
     with write_errors(file):
         files.write(file, content.getvalue())
     return file.name

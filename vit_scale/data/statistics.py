@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vit_scale.data.sources import Source, labels_of
+from vit_scale.data.targets import Rows
 
 CHUNK = 8192  # examples whose labels, or vectors, are in memory at once
 
@@ -36,6 +37,17 @@ def mean_and_std(source: Source) -> tuple[Float[np.ndarray, "t"], Float[np.ndarr
     return mean, np.where(std > 0, std, 1.0)
 
 
-def _chunks(source: Source) -> Iterator[np.ndarray]:
-    for first in range(0, len(source), CHUNK):
-        yield labels_of(source, np.arange(first, min(first + CHUNK, len(source))))
+def target_rows(source: Source, positions: Int[np.ndarray, "m"], several: bool) -> Rows:
+    """Return the vectors at `positions` as rows: numbers, or the classes of each if `several`."""
+    flat: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    for part in _chunks(source, positions):
+        flat.append(np.nonzero(part)[1].astype(np.int32) if several else part.ravel())
+        lengths.append((part > 0).sum(1) if several else np.full(len(part), part.shape[1]))
+    return Rows(np.concatenate(flat), np.cumsum(np.concatenate(lengths)))
+
+
+def _chunks(source: Source, positions: Int[np.ndarray, "m"] | None = None) -> Iterator[np.ndarray]:
+    positions = np.arange(len(source)) if positions is None else positions
+    for first in range(0, len(positions), CHUNK):
+        yield labels_of(source, positions[first : first + CHUNK])

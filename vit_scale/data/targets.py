@@ -69,7 +69,7 @@ class Targets:
         )
 
 
-def scale(cfg: ConfigDict) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]:
+def read_scale(cfg: ConfigDict) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]:
     """Return the mean and the deviation by which a config's numbers are normalised.
 
     0 and 1 for a config that is only planned, whose run would fill them in.
@@ -81,7 +81,7 @@ def scale(cfg: ConfigDict) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t
 
 def to_numbers(outputs: Float[Array, "b t"], cfg: ConfigDict) -> Float[Array, "b t"]:
     """Return what the outputs of a model of data.target=value predict, in the numbers' units."""
-    mean, std = scale(cfg)
+    mean, std = read_scale(cfg)
     return outputs * std + mean
 
 

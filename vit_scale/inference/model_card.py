@@ -18,7 +18,7 @@ from vit_scale.errors import printable
 from vit_scale.models.parameters import count
 from vit_scale.pretrained import Pretrained, hub
 from vit_scale.runs.json_files import read_json
-from vit_scale.runs.report import NAMES, format_value, shown
+from vit_scale.runs.report import NAMES, format_name, format_value
 from vit_scale.storage import paths
 
 UNKNOWN = "unknown"  # a licence's name on the Hub
@@ -31,7 +31,10 @@ LOADERS = {
 OURS = 'import vit_scale\n\nmodel = vit_scale.load("{ours}")\nprint(model.top("image.jpg"))'
 # Fields of where a run executes and what it writes; and those whose paths are of one machine.
 PUBLIC = (paths.HUB, "https://", "http://")
-LEFT_OUT = ("stages", "log.", "checkpoint.", "watchdog.", "mesh.", "data.workers", "data.threads")
+LEFT_OUT = (
+    *("stages", "log.", "checkpoint.", "watchdog.", "mesh.", "data.workers", "data.threads"),
+    *config.FROM_DATA,
+)
 PATHS = {"data.path": "DATA", "init.source": "SOURCE", "distill.teacher": "TEACHER"}
 
 
@@ -128,7 +131,7 @@ def _results(loaded: Pretrained, report: dict) -> list[Result]:
         if best := last.get("best"):
             selected = best["selected_by"]
             how = f"{selected[main]:.4f} on {selected['split']}, n = {selected['n']:,}"
-            results.append(_result(main, best, f"best step by its {shown(main)}, {how}"))
+            results.append(_result(main, best, f"best step by its {format_name(main)}, {how}"))
     if main in stored:
         split = {"split": loaded.cfg.eval.split, "step": loaded.step}
         results.append(_result(main, {**split, **stored}, "while training"))
@@ -173,7 +176,7 @@ def _model_index(name: str, loaded: Pretrained, results: Sequence[Result]) -> di
                 {
                     "type": one.name,
                     "value": one.value,
-                    "name": f"{shown(one.name)} (n = {one.n:,})",
+                    "name": f"{format_name(one.name)} (n = {one.n:,})",
                 }
             ],
         }
@@ -312,7 +315,7 @@ def _results_section(
         (f"{one.step:,}", one.split, format_value(one.name, one.value), f"{one.n:,}", one.note)
         for one in results
     ]
-    main = shown(results[0].name if results else "accuracy")
+    main = format_name(results[0].name if results else "accuracy")
     heads = ("step", "split", main, "n", "")
     text = _table(heads, rows) + "\n\nMeasured by vit_scale. " if rows else ""
     if all(one.step != loaded.step for one in results):

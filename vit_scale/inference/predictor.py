@@ -100,7 +100,7 @@ class Predictor:
             order = np.arange(len(probabilities))
         return [(self.classes[i], float(probabilities[i])) for i in order[:k]]
 
-    def marked(self, top: Sequence[tuple[str, float]]) -> list[str]:
+    def mark(self, top: Sequence[tuple[str, float]]) -> list[str]:
         """Return the classes of `top` whose probability reaches their threshold, if there are."""
         thresholds = dict(zip(self.classes, self.thresholds, strict=False))
         return [name for name, value in top if value >= thresholds.get(name, math.inf)]

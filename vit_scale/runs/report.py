@@ -21,11 +21,30 @@ def _result(report: dict) -> dict:
     return report.get("eval", {})  # a run may evaluate nothing
 
 
+SHARES = ("accuracy", "balanced_accuracy", "mAP", "macro_f1", "micro_f1")  # shown in percent
+# Of what an evaluation measures, how it is written; in the order of a line.
+NAMES = {
+    "accuracy": "accuracy",
+    "mAP": "mAP",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "r2": "R2",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "loss": "loss",
+}
+
+
+def format_name(name: str) -> str:
+    """Return how a result's name is written: "macro F1" for "macro_f1"."""
+    return NAMES.get(name, name.replace("_", " "))
+
+
 def _result_columns(main: str) -> dict[str, Callable]:
     """Return the columns of the last step's result `main`, and of the best step's."""
     return {
-        main: lambda run, report: _result(report).get(main),
-        f"best {main}": lambda run, report: _result(report).get("best", {}).get(main),
+        format_name(main): lambda run, report: _result(report).get(main),
+        f"best {format_name(main)}": lambda run, report: _result(report).get("best", {}).get(main),
     }
 
 
@@ -39,20 +58,9 @@ RUN_COLUMNS: dict[str, Callable] = {
     "evaluated on": lambda run, report: _result(report).get("split"),
     "n": lambda run, report: _result(report).get("n"),
 }
+RESULTS = {format_name(name): name for name in {*NAMES, *SHARES}}  # by column
 SPEED: dict[str, Callable] = {"images/s": lambda run, report: report["images_per_second"]}
 COLUMNS = {**RUN_COLUMNS, **_result_columns("accuracy"), **SPEED}
-SHARES = ("accuracy", "balanced_accuracy", "mAP", "macro_f1", "micro_f1")  # shown in percent
-# Of what an evaluation measures, how it is written; in the order of a line.
-NAMES = {
-    "accuracy": "accuracy",
-    "mAP": "mAP",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "r2": "R2",
-    "rmse": "RMSE",
-    "mae": "MAE",
-    "loss": "loss",
-}
 
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
@@ -68,11 +76,6 @@ def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
     return [{name: cell(*pair) for name, cell in columns.items()} for pair in reports]
 
 
-def shown(name: str) -> str:
-    """Return how a result's name is written: "macro F1" for "macro_f1"."""
-    return NAMES.get(name, name.replace("_", " "))
-
-
 def format_value(name: str, value: float) -> str:
     """Format the value of a result: "12.34 %" of an accuracy, "0.9876" of R2."""
     return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4f}"
@@ -81,7 +84,7 @@ def format_value(name: str, value: float) -> str:
 def format_results(results: Mapping[str, Any], *names: str) -> str:
     """Format what an evaluation measured, or `names` of it: "accuracy 12.34 %, n 10,000"."""
     parts = [
-        f"{shown(name)} {format_value(name, results[name])}"
+        f"{format_name(name)} {format_value(name, results[name])}"
         for name in names or NAMES
         if name in results
     ]
@@ -125,8 +128,8 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return printable(value)
     result = name.removeprefix("best ")
-    if result in NAMES or result in SHARES:
-        return format_value(result, value)
+    if result in RESULTS:
+        return format_value(RESULTS[result], value)
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     return f"{value:,}"

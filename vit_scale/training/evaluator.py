@@ -72,7 +72,7 @@ class Evaluate:
         self, params: dict, source: Source, selected: Mapping | None = None
     ) -> dict[str, Any]:
         total = EvalMetrics.empty()
-        for part in outputs(self._eval_step, params, source, self.cfg, self.mesh):
+        for part in evaluate_batches(self._eval_step, params, source, self.cfg, self.mesh):
             total = total.merge(part)
             jax.block_until_ready(total)  # else all batches would wait on the device
         result = to_floats(total)
@@ -105,7 +105,7 @@ class EvaluateVectors:
             np.empty((len(source), self.cfg.model.classes), np.float32) for _ in range(2)
         )
         n = 0
-        for part in outputs(self._eval_step, params, source, self.cfg, self.mesh):
+        for part in evaluate_batches(self._eval_step, params, source, self.cfg, self.mesh):
             values, wanted, mask = map(np.asarray, part)
             count = int(mask.sum())
             made[n : n + count], targets[n : n + count] = values[mask], wanted[mask]
@@ -130,7 +130,7 @@ def jit_eval_step(cfg: ConfigDict, model: Model, mesh: Mesh, measure: Callable) 
     )
 
 
-def outputs(
+def evaluate_batches(
     eval_step: Callable, params: dict, source: Source, cfg: ConfigDict, mesh: Mesh
 ) -> Iterator[Any]:
     """Yield what `eval_step` makes of each batch of a source, with a progress bar."""

@@ -22,6 +22,7 @@ from vit_scale.tracking.precision_recall import (
 )
 
 Outputs = Float[np.ndarray, "n t"]
+Results = dict[str, Any]
 
 
 class Summary(NamedTuple):
@@ -32,10 +33,10 @@ class Summary(NamedTuple):
     """
 
     main: str
-    summarise: Callable[[Outputs, Outputs, Mapping | None], dict[str, Any]]
+    summarise: Callable[[Outputs, Outputs, Mapping | None], Results]
 
 
-def several_classes(logits: Outputs, targets: Outputs, selected: Mapping | None) -> dict[str, Any]:
+def summarise_classes(logits: Outputs, targets: Outputs, selected: Mapping | None) -> Results:
     """Return mAP, F1, the thresholds that F1 is at, and the loss, of images with several classes.
 
     mAP is the mean of the average precision over the classes that have a positive example. The
@@ -73,13 +74,13 @@ def _probability(logits):
     return np.exp(-np.logaddexp(0, -logits))
 
 
-def numbers(predictions: Outputs, targets: Outputs, selected: Mapping | None) -> dict[str, Any]:
+def summarise_numbers(made: Outputs, targets: Outputs, selected: Mapping | None) -> Results:
     """Return R^2, the root mean squared error, and the mean absolute error.
 
     Each is the mean over an image's numbers. R^2 of a number that is the same in all images is 1
     where it is predicted exactly, else 0, as in scikit-learn.
     """
-    errors = predictions.astype(np.float64) - targets
+    errors = made.astype(np.float64) - targets
     deviations = targets - targets.mean(0, dtype=np.float64)
     squares, total = np.square(errors).sum(0), np.square(deviations).sum(0)
     constant = np.where(squares == 0, 1.0, 0.0)
@@ -91,7 +92,7 @@ def numbers(predictions: Outputs, targets: Outputs, selected: Mapping | None) ->
     }
 
 
-SUMMARIES = {CLASSES: Summary("mAP", several_classes), VALUE: Summary("r2", numbers)}
+SUMMARIES = {CLASSES: Summary("mAP", summarise_classes), VALUE: Summary("r2", summarise_numbers)}
 
 
 def check_memory(name: str, images: int, outputs: int) -> None:
@@ -110,6 +111,6 @@ def _part(name: str) -> str:
     return f"{name.split()[-1].partition('[')[0]}[:10%]"
 
 
-def scalars(results: Mapping[str, Any]) -> dict[str, float]:
+def select_scalars(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the results that a curve can have: not the thresholds."""
     return {name: value for name, value in results.items() if not isinstance(value, Sequence)}

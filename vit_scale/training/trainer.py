@@ -41,7 +41,7 @@ from vit_scale.training.init_state import (
     restore,
     store_frozen,
 )
-from vit_scale.training.measures import scalars
+from vit_scale.training.measures import select_scalars
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
 from vit_scale.training.setup import Setup, flops_per_image, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
@@ -214,7 +214,7 @@ class Training:
                 measured = self.measure(state.eval_params, self.splits.selection)
             with track.timer("checkpoint"):
                 self.checkpoints.record(step, measured)
-        track.scalars(step, {f"eval/{key}": x for key, x in scalars(measured).items()})
+        track.scalars(step, {f"eval/{key}": x for key, x in select_scalars(measured).items()})
 
     def final_results(self, final: Source) -> dict:
         """Evaluate the last step on the final split and, under "best", the selected one."""

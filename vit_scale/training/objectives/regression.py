@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
 from vit_scale.config import image_size
-from vit_scale.data.targets import VALUE, scale
+from vit_scale.data.targets import VALUE, read_scale
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.losses import make_number_loss
@@ -21,7 +21,7 @@ def regression(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -
     CutMix mix the numbers. "mae" is measured in the numbers' own units.
     """
     size, number_loss = image_size(cfg), make_number_loss(cfg)
-    mean, std = scale(cfg)
+    mean, std = read_scale(cfg)
 
     def prepare(batch, key):
         scaled = batch | {"target": (batch["target"] - mean) / std}
