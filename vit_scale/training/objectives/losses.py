@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
@@ -49,6 +50,8 @@ def make_focal(cfg: ConfigDict) -> Callable:
 PER_CLASS = {"sigmoid": sigmoid, "binary": binary}  # whose terms are of one class each
 LABELS = ("softmax", *PER_CLASS, "focal")  # losses of classes
 NUMBERS = ("mse", "mae", "huber")  # losses of numbers
+# Of the objectives that learn from labels.
+LOSSES_OF = {"classification": LABELS, "distillation": LABELS, "regression": NUMBERS}
 
 
 def make_loss(cfg: ConfigDict) -> Loss:
@@ -58,7 +61,7 @@ def make_loss(cfg: ConfigDict) -> Loss:
     its target: by the weight of its class, or of both classes of a mixed image by their shares
     (Cui et al. 2019). Of images with several classes, each class's own term is multiplied.
     """
-    weights = jnp.array(cfg.class_weights.weights, jnp.float32)
+    weights = np.array(cfg.class_weights.weights, np.float32)
     per_class = make_focal(cfg.focal) if cfg.loss == "focal" else PER_CLASS.get(cfg.loss)
     loss: Callable = per_class or optax.softmax_cross_entropy
     if not weights.size:  # also of a config that is only planned
@@ -82,10 +85,10 @@ def check_loss(cfg: ConfigDict) -> None:
     """Raise UserError for an unknown loss, or one that doesn't fit the targets or the smoothing."""
     if cfg.loss not in (*LABELS, *NUMBERS):
         raise UserError(f"loss={cfg.loss!r} is unknown; {nearest(cfg.loss, (*LABELS, *NUMBERS))}")
-    wanted = NUMBERS if cfg.objective == "regression" else LABELS
-    if cfg.loss not in wanted:
+    wanted = LOSSES_OF.get(cfg.objective)
+    if wanted and cfg.loss not in wanted:
         raise UserError(f"objective={cfg.objective} has no loss={cfg.loss}: set {_any(wanted)}")
-    if cfg.data.target == CLASSES and cfg.loss == "softmax":
+    if wanted and cfg.data.target == CLASSES and cfg.loss == "softmax":
         raise UserError(
             "data.target=classes gives images several classes, and loss=softmax has one an image: "
             f"set {_any(LABELS[1:])}"
