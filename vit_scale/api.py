@@ -139,6 +139,12 @@ def _evaluation(
         raise UserError(
             f"--real judges one class an image, not data.target={cfg.data.target}", USAGE
         )
+    if not source.classes:
+        raise UserError(
+            f"{source.path} has no classification head to evaluate: vit-scale probe measures its "
+            "features"
+        )
+    cfg.eval.probe = cfg.eval.bank = ""
     mesh = make_mesh(cfg.mesh)
     validate_evaluation(cfg, mesh)
     examples = open_evaluation(cfg, split, source.classes, real)

@@ -76,9 +76,8 @@ def final_state(run: pathlib.Path) -> dict[str, np.ndarray]:
     (*_, step) = checkpoint.finished_steps(run)
     folder = run / "checkpoints" / str(step)
     cfg = config.from_json(checkpoint.read_description(folder)["config"])
-    target = {k: v for k, v in make_setup(cfg).state._asdict().items() if k != "step"}
-    if target["ema"] is None:
-        del target["ema"]
+    state = make_setup(cfg).state._asdict()
+    target = {name: tree for name, tree in state.items() if name != "step" and tree is not None}
     leaves = jax.tree_util.tree_leaves_with_path(checkpoint.read(folder, target))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -22,6 +22,7 @@ from vit_scale.errors import UserError
 from vit_scale.models.build import Model
 from vit_scale.runs import watchdog
 from vit_scale.tracking.metrics import EvalMetrics, to_floats
+from vit_scale.training.feature_measure import NearestNeighbours
 from vit_scale.training.measures import SUMMARIES, check_memory
 from vit_scale.training.validation import check_classes
 
@@ -41,8 +42,10 @@ class Measure(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def make_measure(cfg: ConfigDict, model: Model, mesh: Mesh) -> Measure:
-    """Return what the checkpoints of a config are measured by."""
+def make_measure(cfg: ConfigDict, model: Model, mesh: Mesh, bank: Source | None = None) -> Measure:
+    """Return what the checkpoints of a config are measured by; `bank` is that of its splits."""
+    if bank is not None:
+        return NearestNeighbours(cfg, model, mesh, bank)
     return (EvaluateVectors if cfg.data.target in SUMMARIES else Evaluate)(cfg, model, mesh)
 
 

@@ -13,17 +13,18 @@ class Splits(NamedTuple):
     train: Source
     selection: Source | None  # chooses the best checkpoint
     final: Source | None  # reported at the end
+    bank: Source | None = None  # the neighbours of eval.probe=knn
 
 
 def open_splits(cfg: ConfigDict) -> Splits:
     """Open the splits that the config names. Raises UserError where one can't be opened."""
-    train = open_training(cfg)
-
+    train, e = open_training(cfg), cfg.eval
+    evaluated = (e.split or e.final) and e.probe
     return Splits(
         train,
         *(
             open_evaluation(cfg, split, train.classes) if split else None
-            for split in (cfg.eval.split, cfg.eval.final)
+            for split in (e.split, e.final, (e.bank or cfg.data.train) if evaluated else "")
         ),
     )
 

@@ -77,7 +77,7 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
         if (completed := with_statistics(cfg, splits.train)) is not cfg:
             cfg, setup = completed, make_setup(completed)
         validate_inputs(cfg, setup.mesh, splits, setup.teacher)
-        measure = make_measure(cfg, setup.model, setup.mesh)
+        measure = make_measure(cfg, setup.model, setup.mesh, splits.bank)
         description = describe(setup, name, splits)
         if not all_steps(paths.parse(workdir)):
             check_source(setup, splits.train.classes, class_ids(splits.train))

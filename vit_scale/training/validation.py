@@ -27,6 +27,7 @@ from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
 from vit_scale.models.vit import remat_policy
 from vit_scale.training import objectives, optimizer
+from vit_scale.training.feature_measure import check_probe
 from vit_scale.training.measures import check_memory
 from vit_scale.training.objectives.teacher import Teacher, check_teacher_classes
 from vit_scale.training.splits import Splits
@@ -99,6 +100,7 @@ def validate_evaluation(cfg: ConfigDict, mesh: AnyMesh) -> None:
     """Check what evaluation alone reads of `cfg`. Raises UserError."""
     check_batch(cfg.eval.batch, mesh)
     view(cfg.eval)
+    check_probe(cfg)
 
 
 def check_counts(cfg: ConfigDict) -> None:
@@ -206,9 +208,9 @@ def validate_inputs(
     if splits.selection:  # evaluated while the training pipeline keeps its prefetched batches
         parts.append((splits.selection, evaluation, -(-len(splits.selection) // cfg.eval.batch)))
     data.check_shared_memory(parts, cfg.data.workers)
-    if splits.final:
-        final = (splits.final, evaluation, -(-len(splits.final) // cfg.eval.batch))
-        data.check_shared_memory([final], cfg.data.workers)
+    for source in filter(None, (splits.final, splits.bank)):
+        part = (source, evaluation, -(-len(source) // cfg.eval.batch))
+        data.check_shared_memory([part], cfg.data.workers)
 
 
 def check_classes(source: data.Source, cfg: ConfigDict) -> None:

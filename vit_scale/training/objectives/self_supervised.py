@@ -50,8 +50,8 @@ def check_self_supervised(cfg: ConfigDict) -> None:
             raise UserError(f"{name}.{field}={cfg[name][field]} must be at least 1")
     if not cfg.eval.probe and (cfg.eval.split or cfg.eval.final):
         raise UserError(
-            f"objective={name} predicts no classes that eval.split={cfg.eval.split} and "
-            f"eval.final={cfg.eval.final} could measure: set eval.probe=knn, or both to ''"
+            f"objective={name} predicts no classes, so that eval.split={cfg.eval.split!r} and "
+            f"eval.final={cfg.eval.final!r} can't be measured: set eval.probe=knn, or both to ''"
         )
     if name != "mae":
         check_views(cfg, shape.patch)
