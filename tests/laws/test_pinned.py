@@ -7,7 +7,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -27,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("default_compile")
 CLOSE = 1e-5  # another processor and another jax round otherwise
 # A key's bias adds the same to all scores of a query: its gradient is zero but for rounding, which
 # Adam divides by its own size. So it moves by up to the learning rate a step, by the noise of one
-# jax; no output depends on it. Measured: 1.45e-5 between jax 0.10 and 0.12.
+# jax and one processor; no output depends on it. Measured: 1.45e-5 between jax 0.10 and 0.12,
+# 1.53e-5 between two processors.
 ONLY_NOISE = "blocks/attention/key/bias"
 LEARNING_RATE = 3e-3
-MADE_WITH = "0.10."
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +90,7 @@ def test_it_is_resumed(run, expected):
     found, golden = resumed(run), part(expected, "resumed/")
     assert found.keys() == golden.keys()
     for name, leaf in golden.items():
-        noise = name.endswith(ONLY_NOISE) and not jax.__version__.startswith(MADE_WITH)
-        close = LEARNING_RATE if noise else CLOSE
+        close = LEARNING_RATE if name.endswith(ONLY_NOISE) else CLOSE
         np.testing.assert_allclose(found[name], leaf, atol=close, rtol=0, err_msg=name)
     report = json.loads((run / "report.json").read_text())["eval"]
     for key, result in (("last", report), ("best", report["best"])):
