@@ -25,10 +25,9 @@ def get_config(variant: str = "S/16"):
     cfg.data.name = "folder"
     cfg.data.batch = BATCH
     cfg.data.resolution = 224
-    cfg.data.load = 256
     cfg.data.workers = 16
 
-    cfg.augment.update({"crop": "resized", "scale": (0.25, 1.0), "flip": True})
+    cfg.augment.update({"crop": "torchvision", "scale": (0.25, 1.0), "flip": True})
     cfg.augment.update({"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_chance": 0.8, "grey": 0.2})
     cfg.augment.update({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})
     cfg.views.update({"locals": 8, "local_resolution": 96, "local_scale": (0.05, 0.25)})

@@ -13,7 +13,7 @@ import pytest
 from tests.augment.test_view import png
 from vit_scale.augment.geometry import flip
 from vit_scale.augment.random_crop import CROPS, ExampleDraws, RandomCrop
-from vit_scale.data.decode import decode, decode_crop
+from vit_scale.data.decode import decode, decode_crops
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[1] / "golden" / "random_crop.npz"))
 RATIO = {"torchvision": (3 / 4, 4 / 3), "inception": (0.75, 1.33)}
@@ -78,7 +78,8 @@ def test_pixels_are_those_of_the_reference():
         kind, size, resample = name.split("/")
         draws = DRAWS[kind](GOLDEN[f"{name}/numbers"])
         photo = png(GOLDEN[f"photo/{size}"])
-        ours = decode_crop(photo, (24, 24), a_crop(kind, resample=resample), draws, True, "pillow")
+        crops = [(a_crop(kind, resample=resample), (24, 24))]
+        (ours,) = decode_crops(photo, crops, draws, True, "pillow")
         theirs = GOLDEN[f"{name}/pixels"]
         if kind == "torchvision":
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
@@ -126,7 +127,9 @@ def test_a_random_filter_is_bilinear_or_bicubic():
     assert set(filters) == {"bilinear", "bicubic"} and 150 < filters.count("bilinear") < 250
     photo = png(GOLDEN["photo/57x33"])
     same = [
-        decode_crop(photo, (24, 24), a_crop("torchvision", resample=r), ExampleDraws(0, 0, 0))
+        decode_crops(photo, [(a_crop("torchvision", resample=r), (24, 24))], ExampleDraws(0, 0, 0))[
+            0
+        ]
         for r in ("bilinear", "bicubic", "lanczos")
     ]
     assert len({pixels.tobytes() for pixels in same}) == 3
@@ -137,11 +140,11 @@ def test_no_pixel_outside_of_the_box_counts():
     photo = GOLDEN["photo/57x33"].copy()
     crop = a_crop("torchvision", (0.2, 0.3))
     top, left, height, width = crop.draw((57, 33), ExampleDraws(0, 0, 0))[0]
-    before = decode_crop(png(photo), (24, 24), crop, ExampleDraws(0, 0, 0))
+    (before,) = decode_crops(png(photo), [(crop, (24, 24))], ExampleDraws(0, 0, 0))
     inside = photo[top : top + height, left : left + width].copy()
     photo[:] = 255
     photo[top : top + height, left : left + width] = inside
-    after = decode_crop(png(photo), (24, 24), crop, ExampleDraws(0, 0, 0))
+    (after,) = decode_crops(png(photo), [(crop, (24, 24))], ExampleDraws(0, 0, 0))
     np.testing.assert_array_equal(before, after)
     assert (before != decode(png(photo), (24, 24))).any()
 

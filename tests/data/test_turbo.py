@@ -9,7 +9,7 @@ from PIL import Image
 from tests.augment.test_random_crop import GOLDEN
 from vit_scale.augment.random_crop import ExampleDraws, RandomCrop
 from vit_scale.data import turbo
-from vit_scale.data.decode import RESAMPLES, TURNS, Corrupt, decode_crop
+from vit_scale.data.decode import RESAMPLES, TURNS, Corrupt, decode_crops
 
 PHOTO = GOLDEN["photo/57x33"]
 WHOLE = RandomCrop("torchvision", (1.0, 1.0), (3 / 4, 4 / 3), "bicubic")
@@ -30,7 +30,7 @@ def smooth(height: int, width: int, scale: float = 1.0) -> np.ndarray:
 
 def both(data: bytes, size=(24, 20), crop=CROP, draw=0, exif=True) -> list[np.ndarray]:
     return [
-        decode_crop(data, size, crop, ExampleDraws(0, 0, draw), exif, decoder).astype(int)
+        decode_crops(data, [(crop, size)], ExampleDraws(0, 0, draw), exif, decoder)[0].astype(int)
         for decoder in ("turbo", "pillow")
     ]
 
@@ -113,7 +113,7 @@ def test_a_damaged_jpeg_is_read_or_refused_as_by_pillow():
     for damaged in (data[:-40], data[:20], b"\xff\xd8\xff"):
         for decoder in ("turbo", "pillow"):
             with pytest.raises(Corrupt):
-                decode_crop(damaged, (24, 20), CROP, ExampleDraws(0, 0, 0), True, decoder)
+                decode_crops(damaged, [(CROP, (24, 20))], ExampleDraws(0, 0, 0), True, decoder)
 
 
 def test_a_large_jpeg_is_reduced_as_it_is_decoded(monkeypatch):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
+from vit_scale.augment.random_crop import CROPS as FILE_CROPS
 from vit_scale.errors import UserError
 
 # Kinds of crops, in the order of views.blur and views.solarize: the first global crop, the other
@@ -27,7 +28,8 @@ def multi_crop(
     """Return normalised crops: "global" [b, g, H, W, 3], and "local" [b, l, h, w, 3] if any.
 
     Args:
-      batch: of the data pipeline, as for `train_images`.
+      batch: of the data pipeline, as for `train_images`; or already cropped, "image" [b, g, H, W,
+        3] and "local" [b, l, h, w, 3].
       key: the step's.
       cfg: the whole config, of which `views` and `augment` are read.
       size: (H, W) of the global crops.
@@ -55,11 +57,16 @@ def _crops(
     augment.blur, augment.solarize = cfg.views.blur[kind], cfg.views.solarize[kind]
     if kind == LOCAL:
         augment.scale = cfg.views.local_scale
-    b = len(batch["image"])
-    repeated = {name: jnp.repeat(batch[name], count, axis=0) for name in ("image", "label", "mask")}
-    repeated |= {"late": batch["late"]} if "late" in batch else {}
-    own = jax.random.fold_in(key, KEY + kind)
-    images, _ = train_images(repeated, own, augment, size, classes=1)
+    b, own = len(batch["mask"]), jax.random.fold_in(key, KEY + kind)
+    if cfg.augment.crop in FILE_CROPS:  # already cropped, as the files were decoded
+        crops = {FIRST: batch["image"][:, :1], OTHERS: batch["image"][:, 1:]}
+        source = batch["local"] if kind == LOCAL else crops[kind]
+        images = source.reshape(b * count, *source.shape[2:])
+    else:
+        images = jnp.repeat(batch["image"], count, axis=0)
+    rows = {"image": images, "label": jnp.zeros(b * count, int), "mask": jnp.ones(b * count, bool)}
+    rows |= {"late": batch["late"]} if "late" in batch else {}
+    images, _ = train_images(rows, own, augment, size, classes=1)
     return images.reshape(b, count, *images.shape[1:])
 
 
@@ -81,10 +88,11 @@ def check_views(cfg: ConfigDict, patch: int) -> None:
         )
     if views.locals < 0:
         raise UserError(f"views.locals={views.locals} must be at least 0")
-    if cfg.augment.crop != "resized":
+    if cfg.augment.crop not in ("resized", *FILE_CROPS):
         raise UserError(
             f"augment.crop={cfg.augment.crop} makes one crop of an image, and objective="
-            f"{cfg.objective} compares several: set augment.crop=resized"
+            f"{cfg.objective} compares several: set augment.crop=resized, or of image files "
+            "torchvision"
         )
     resolution = views.local_resolution
     if views.locals and (resolution < 2 * patch or resolution % patch):

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 ATTEMPTS = {"torchvision": 10, "inception": 100}
+COMPARING = ("dino", "lejepa")  # objectives that compare several crops of an image
 RANDOM = ("bilinear", "bicubic")  # of which augment.resample=random takes either
 RESAMPLES = (*RANDOM, "lanczos", "random")
 
@@ -71,6 +72,21 @@ class RandomCrop(NamedTuple):
         if self.resample == "random":
             return box, RANDOM[draws.below(2)]
         return box, self.resample
+
+
+class MultiCrop(NamedTuple):
+    """How training makes several crops of each image file: the config's `views` block."""
+
+    large: RandomCrop
+    globals: int  # crops at the model's size
+    small: RandomCrop
+    locals: int
+    local_size: tuple[int, int]  # (height, width) of the small ones
+
+    def sized(self, size: tuple[int, int]) -> list[tuple[RandomCrop, tuple[int, int]]]:
+        """Return each crop with its size, the large ones, which have `size`, first."""
+        small = [(self.small, self.local_size)] * self.locals
+        return [(self.large, size)] * self.globals + small
 
 
 def _torchvision(
@@ -150,3 +166,13 @@ def random_crop(cfg: ConfigDict) -> RandomCrop | None:
     if cfg.crop not in CROPS:
         return None
     return RandomCrop(cfg.crop, tuple(cfg.scale), tuple(cfg.ratio), cfg.resample)
+
+
+def file_crop(cfg: ConfigDict) -> RandomCrop | MultiCrop | None:
+    """Return how a whole config crops image files for training, or None if the device does."""
+    large, views = random_crop(cfg.augment), cfg.views
+    if large is None or cfg.objective not in COMPARING:
+        return large
+    small = large._replace(scale=tuple(views.local_scale))
+    local = (views.local_resolution, views.local_resolution)
+    return MultiCrop(large, views.globals, small, views.locals, local)

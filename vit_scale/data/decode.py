@@ -1,7 +1,7 @@
 """Decode image files to RGB pixels of one size, or explain why they cannot be decoded."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -70,52 +70,62 @@ def _apply_view(image: Image.Image, size: tuple[int, int], view: View) -> Image.
     return image.crop((left, top, left + width, top + height))
 
 
-def decode_crop(
+def decode_crops(
     data: bytes,
-    size: tuple[int, int],
-    crop: RandomCrop,
+    crops: Sequence[tuple[RandomCrop, tuple[int, int]]],
     draws: Draws,
     exif: bool = True,
     decoder: str = "turbo",
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Decode to RGB pixels of `size` (height, width) the box that `crop` draws for this image.
+) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Decode an image once, and return the crops that are drawn for it as RGB pixels.
 
-    The box is cut out and then resized with antialiasing, so that no pixel outside of it counts.
-    With `exif` it is drawn for the image as a viewer would show it. `decoder` is "pillow", or
-    "turbo" (turbo.py), with which Pillow decodes only what is not an intact JPEG of RGB or grey.
-    Raises Corrupt.
+    Each has a size (height, width), to which its box is cut out and then resized with antialiasing,
+    so that no pixel outside of it counts. With `exif` boxes are drawn for the image as a viewer
+    would show it. `decoder` is "pillow", or "turbo" (turbo.py), with which Pillow decodes only what
+    is not an intact JPEG of RGB or grey. Raises Corrupt.
     """
     if decoder == "turbo":
         if stored := turbo.jpeg_size(data):
-            return _crop_jpeg(data, stored, size, crop, draws, exif)
+            return _crop_jpeg(data, stored, crops, draws, exif)
         pixels = np.asarray(_load(data, exif))
-        box, resample = crop.draw(pixels.shape[:2], draws)
-        return turbo.resize(_cut(pixels, box), size, resample)
-    image = _load(data, exif)
-    (top, left, height, width), resample = crop.draw((image.height, image.width), draws)
-    cut = image.crop((left, top, left + width, top + height))
-    return np.asarray(cut.resize((size[1], size[0]), RESAMPLES[resample]))
+        boxes = [crop.draw(pixels.shape[:2], draws) for crop, _ in crops]
+        return [
+            turbo.resize(_cut(pixels, box), size, resample)
+            for (box, resample), (_, size) in zip(boxes, crops, strict=True)
+        ]
+    image, cuts = _load(data, exif), []
+    for crop, size in crops:
+        (top, left, height, width), resample = crop.draw((image.height, image.width), draws)
+        cut = image.crop((left, top, left + width, top + height))
+        cuts.append(np.asarray(cut.resize((size[1], size[0]), RESAMPLES[resample])))
+    return cuts
 
 
 def _crop_jpeg(
     data: bytes,
     stored: tuple[int, int],
-    size: tuple[int, int],
-    crop: RandomCrop,
+    crops: Sequence[tuple[RandomCrop, tuple[int, int]]],
     draws: Draws,
     exif: bool,
-) -> np.ndarray:
-    """Decode a JPEG of `stored` (height, width), at a lower resolution where that suffices."""
+) -> list[np.ndarray]:
+    """Decode a JPEG of `stored` (height, width), at a lower resolution where all crops allow it."""
     turn = _jpeg_orientation(data) if exif else None
     upright = stored[::-1] if turn in TRANSPOSING else stored
-    box, resample = crop.draw(upright, draws)
-    factor = turbo.reduction((box.height, box.width), size)
+    boxes = [crop.draw(upright, draws) for crop, _ in crops]
+    sizes = [size for _, size in crops]
+    factor = min(
+        turbo.reduction((box.height, box.width), size)
+        for (box, _), size in zip(boxes, sizes, strict=True)
+    )
     pixels = turbo.decode_jpeg(data, stored, factor)
     if pixels is None:
         pixels, factor = np.asarray(_load(data, exif=False)), 1
     if turn is not None:
         pixels = NUMPY_TURNS[turn](pixels)
-    return turbo.resize(_cut(pixels, _scaled(box, factor)), size, resample)
+    return [
+        turbo.resize(_cut(pixels, _scaled(box, factor)), size, resample)
+        for (box, resample), size in zip(boxes, sizes, strict=True)
+    ]
 
 
 def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from vit_scale.augment.random_crop import Draws, RandomCrop
-from vit_scale.data.decode import TRAINING, Corrupt, decode, decode_crop
+from vit_scale.augment.random_crop import Draws, MultiCrop, RandomCrop
+from vit_scale.data.decode import TRAINING, Corrupt, decode, decode_crops
 from vit_scale.data.example_ids import Examples
 from vit_scale.data.sources import Batch, check_labels, empty_batch
 from vit_scale.data.targets import Targets
@@ -32,7 +32,8 @@ class EncodedImages:
 
     decodes = True
     view = TRAINING  # how images are cropped without draws
-    crop: RandomCrop | None = None  # how they are cropped for training, if not on the device
+    # How they are cropped for training, if not on the device.
+    crop: RandomCrop | MultiCrop | None = None
     examples: Examples | None = None  # the examples' identity, if known
     _labels: np.ndarray | Targets  # of all examples, in sources that have them at hand
     targets = 0  # the length of the vectors that it has instead of labels
@@ -62,6 +63,10 @@ class EncodedImages:
     @property
     def crops(self) -> bool:
         return self.crop is not None
+
+    @property
+    def multi_crop(self) -> MultiCrop | None:
+        return self.crop if isinstance(self.crop, MultiCrop) else None
 
     def encoded(self, index: int) -> tuple[bytes, Label]:
         """Return the file's bytes and the label of one example. Raises Corrupt."""
@@ -110,7 +115,7 @@ class EncodedImages:
             index = int(indices[slot])
             try:
                 data, label = self.encoded(index)
-                batch["image"][slot] = self._decode(data, draws[slot] if draws else None)
+                self._decode(batch, slot, data, draws[slot] if draws else None)
             except Corrupt as error:
                 if self._skip:
                     return
@@ -125,10 +130,19 @@ class EncodedImages:
             pass
         return batch
 
-    def _decode(self, data: bytes, draws: Draws | None) -> np.ndarray:
+    def _decode(self, batch: Batch, slot: int, data: bytes, draws: Draws | None) -> None:
+        """Write the pixels of one file into a batch."""
         if self.crop is None or draws is None:
-            return decode(data, self.size, self.view, self._exif)
-        return decode_crop(data, self.size, self.crop, draws, self._exif, self._decoder)
+            batch["image"][slot] = decode(data, self.size, self.view, self._exif)
+            return
+        crop, options = self.crop, (draws, self._exif, self._decoder)
+        if not isinstance(crop, MultiCrop):
+            (batch["image"][slot],) = decode_crops(data, [(crop, self.size)], *options)
+            return
+        crops = decode_crops(data, crop.sized(self.size), *options)
+        batch["image"][slot] = crops[: crop.globals]
+        if crop.locals:
+            batch["local"][slot] = crops[crop.globals :]
 
 
 class Part:

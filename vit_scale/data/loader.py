@@ -201,8 +201,7 @@ def shared_bytes(source: Source, rows: int, batches: int, workers: int) -> int:
     """Return the shared memory that reading `batches` of `rows` images needs at a time."""
     if not workers or not source.decodes:
         return 0
-    h, w = source.size
-    example = h * w * 3 + 4 + 1 + 4 * getattr(source, "targets", 0)  # image, label, mask, target
+    example = sum(values.nbytes for values in empty_batch(source, 1).values())  # type: ignore[attr-defined]
     return processes.in_flight(workers, batches) * rows * example
 
 

@@ -44,6 +44,7 @@ class Mixture:
         self.targets = len(self.classes) if getattr(sources[0], "targets", 0) else 0
         self.decodes = any(source.decodes for source in sources)
         self.crops = any(getattr(source, "crops", False) for source in sources)
+        self.multi_crop = getattr(sources[0], "multi_crop", None)
         self._first = np.cumsum([0] + [len(source) for source in sources])
 
     def __len__(self) -> int:
@@ -111,6 +112,8 @@ class Mixture:
             own = ([draws[slot] for slot in slots.tolist()],) if crops else ()
             part = source.read(indices[slots] - self._first[number], *own)
             batch["image"][slots], batch["mask"][slots] = part["image"], part["mask"]
+            if "local" in part:
+                batch["local"][slots] = part["local"]
             batch["label"][slots] = self._labels[number][part["label"]]
             if self.targets:
                 batch["target"][np.ix_(slots, self._labels[number])] = part["target"]

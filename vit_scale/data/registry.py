@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_scale.augment.random_crop import CROPS, RandomCrop, random_crop
+from vit_scale.augment.random_crop import CROPS, MultiCrop, RandomCrop, file_crop
 from vit_scale.augment.view import View, view
 from vit_scale.data import (
     array_record,
@@ -128,7 +128,10 @@ def check_crop(cfg: ConfigDict) -> None:
 
 
 def open_split(
-    cfg: ConfigDict, split: str, file_view: View | None = None, crop: RandomCrop | None = None
+    cfg: ConfigDict,
+    split: str,
+    file_view: View | None = None,
+    crop: RandomCrop | MultiCrop | None = None,
 ) -> Source:
     """Open a data set, or a part of one: `test`, `train[:45000]`, `train[98%:]` (see splits.py).
 
@@ -175,7 +178,7 @@ def open_training(cfg: ConfigDict) -> Source:
     `cfg` is the whole config. Raises UserError as `open_split` does, and for sets that cannot be
     mixed.
     """
-    crop, data = random_crop(cfg.augment), cfg.data
+    crop, data = file_crop(cfg), cfg.data
     if data.sampling not in SAMPLINGS:
         hint = nearest(data.sampling, SAMPLINGS)
         raise UserError(f"data.sampling={data.sampling!r} is unknown; {hint}")

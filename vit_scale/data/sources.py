@@ -11,6 +11,7 @@ from typing import NotRequired, Protocol, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from vit_scale.augment.random_crop import MultiCrop
 from vit_scale.errors import UserError
 
 
@@ -25,6 +26,7 @@ class Batch(TypedDict):
     label: Int[np.ndarray, "n"]  # int32
     mask: Bool[np.ndarray, "n"]  # False for padding and for corrupt images that are skipped
     target: NotRequired[Float[np.ndarray, "n t"]]  # float32, of sources with `targets` (targets.py)
+    local: NotRequired[UInt8[np.ndarray, "n l h w 3"]]  # small crops; then "image" is [n g H W 3]
 
 
 class Source(Protocol):
@@ -40,6 +42,7 @@ class Source(Protocol):
     # labels: a function of indices that returns what `read` does as "label" or "target", alone
     # targets: the length of the vectors that it has instead of labels; 0 or none: it has labels
     # crops: whether `read` takes a stream of random numbers for each example as well, to crop it
+    # multi_crop: the several crops that it makes of each example, or None (random_crop.MultiCrop)
 
     def __len__(self) -> int: ...
 
@@ -108,13 +111,17 @@ class InMemory:
 
 def empty_batch(source: Source, n: int) -> Batch:
     """Return `n` masked examples of zeros, as `source` delivers them."""
+    multi: MultiCrop | None = getattr(source, "multi_crop", None)
+    views = (multi.globals,) if multi else ()
     batch: Batch = {
-        "image": np.zeros((n, *source.size, 3), np.uint8),
+        "image": np.zeros((n, *views, *source.size, 3), np.uint8),
         "label": np.zeros(n, np.int32),
         "mask": np.zeros(n, bool),
     }
     if length := getattr(source, "targets", 0):
         batch["target"] = np.zeros((n, length), np.float32)
+    if multi and multi.locals:
+        batch["local"] = np.zeros((n, multi.locals, *multi.local_size, 3), np.uint8)
     return batch
 
 

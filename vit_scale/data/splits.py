@@ -37,6 +37,7 @@ class Slice:
         self.size = source.size
         self.decodes = source.decodes
         self.crops = getattr(source, "crops", False)
+        self.multi_crop = getattr(source, "multi_crop", None)
         self.targets = getattr(source, "targets", 0)
         self._source = source
         examples: Examples | None = getattr(source, "examples", None)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_scale import config
+from vit_scale.augment.random_crop import MultiCrop, file_crop
 from vit_scale.data import are_files, delivered_size
 from vit_scale.data.targets import CLASS
 from vit_scale.distributed.sharding import batch_sharding, device_bytes
@@ -91,11 +92,15 @@ def batch_shapes(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    multi = file_crop(cfg)
+    several = (multi.globals,) if isinstance(multi, MultiCrop) else ()
     shapes = {
-        "image": array((size, *delivered_size(cfg.data), 3), jnp.uint8),
+        "image": array((size, *several, *delivered_size(cfg.data), 3), jnp.uint8),
         "label": array((size,), jnp.int32),
         "mask": array((size,), jnp.bool_),
     }
+    if isinstance(multi, MultiCrop) and multi.locals:
+        shapes["local"] = array((size, multi.locals, *multi.local_size, 3), jnp.uint8)
     if cfg.data.target != CLASS:
         shapes["target"] = array((size, cfg.model.classes), jnp.float32)
     return shapes
