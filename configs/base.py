@@ -73,8 +73,9 @@ def data() -> dict:
         "path": ".data",  # folder of the data set; generated sets are cached there
         "image_column": "",  # huggingface, tfds: column of the images; empty: the only one
         "label_column": "",  # huggingface, tfds: column of the labels; empty: the only one
-        "target": "class",  # of an image: class | classes (several: multi-hot) | value (numbers);
-        # the last two of tar, huggingface, array_record, and folder (SPLIT.csv or SPLIT.json)
+        "target": "class",  # of an image: class | classes (several: multi-hot) | value (numbers),
+        # these two of tar, huggingface, array_record, and folder (SPLIT.csv or SPLIT.json) | none
+        # (no labels: every image file of a folder; for objectives that need none)
         "listing": "every",  # image files of a folder: every (that Pillow decodes) | common (nine
         # extensions, hidden folders inside a class too, class names up to a comma: older runs)
         "train": "train",  # split to train on: train, train[:45000], train[:98%]

@@ -3,6 +3,7 @@
     python tests/helpers/soak.py --schedules 100 --seed 0 --json
     python tests/helpers/soak.py --schedules 20 --hosts 2 --faults sigkill,freeze --jobs 2
     python tests/helpers/soak.py --schedules 8 --hosts 2 --faults sigterm --in-turn
+    python tests/helpers/soak.py --schedules 20 --objective dino
     python tests/helpers/soak.py --damage 150 --json
 
 A schedule is one run of soak_config.py with one to three faults, each at a random moment of a
@@ -66,9 +67,9 @@ class Failed(Exception):
 class Run:
     """One schedule's run folder, and the attempts made in it."""
 
-    def __init__(self, folder: pathlib.Path, data, hosts: int, nan=(), optimizer="adamw"):
+    def __init__(self, folder: pathlib.Path, data, hosts: int, nan=(), kind="adamw"):
         self.folder, self.data, self.hosts, self.nan = folder, data, hosts, list(nan)
-        self.optimizer = optimizer
+        self.kind = kind  # the argument of soak_config.py
         self.workdir = folder / "run"
         self.struck: list[dict] = []
         self.codes: list[int] = []
@@ -78,7 +79,7 @@ class Run:
         """Run the command once; its exit code."""
         log = self.folder / f"log-{len(self.codes)}"
         command = [sys.executable, str(TESTS / "soak_program.py"), "train"]
-        command += ["--config", f"{CONFIG}:{self.optimizer}"]
+        command += ["--config", f"{CONFIG}:{self.kind}"]
         command += [f"--config.data.path={self.data}", "--workdir", str(self.workdir), "--quiet"]
         if self.hosts > 1:
             pod = ["--hosts", str(self.hosts), "--devices", "1"]
@@ -253,8 +254,8 @@ class References:
     # NaN once, and skipped; and four in a row: the run goes back past them.
     NAN: ClassVar = {"once": [9], "often": [13, 14, 15, 16]}
 
-    def __init__(self, folder: pathlib.Path, data, hosts: int):
-        self.arguments = folder, data, hosts
+    def __init__(self, folder: pathlib.Path, data, hosts: int, objective: str = ""):
+        self.arguments, self.objective = (folder, data, hosts), objective
         self.runs: dict[str, Run] = {}
         self.lock = threading.Lock()  # of --jobs
 
@@ -262,9 +263,9 @@ class References:
         folder, data, hosts = self.arguments
         with self.lock:
             if name not in self.runs:
-                optimizer = "sgd" if name == "sgd" else "adamw"
+                kind = kind_of("sgd" if name == "sgd" else "adamw", self.objective)
                 nan = self.NAN.get(name, ())
-                self.runs[name] = undisturbed(folder / name, data, hosts, nan, optimizer)
+                self.runs[name] = undisturbed(folder / name, data, hosts, nan, kind)
         return self.runs[name]
 
 
@@ -283,7 +284,7 @@ def schedule(number: int, args, folder: pathlib.Path, whole: Run, others: Refere
         kinds = [kind for kind in kinds if kind != "nan"] or ["sigkill"]
     lasting, exact = phases(whole), True
     place = folder / f"{number:04}"
-    run = Run(place, whole.data, args.hosts, reference.nan, reference.optimizer)
+    run = Run(place, whole.data, args.hosts, reference.nan, reference.kind)
     if run.nan:
         run.struck.append({"fault": "nan", "phase": f"batches {run.nan}"})
     began = time.monotonic()
@@ -350,8 +351,13 @@ def damage_and_restore(number: int, seed: int, folder: pathlib.Path, whole: Run)
     }
 
 
-def undisturbed(folder: pathlib.Path, data, hosts: int, nan=(), optimizer="adamw") -> Run:
-    run = Run(folder, data, hosts, nan, optimizer)
+def kind_of(optimizer: str, objective: str) -> str:
+    """The argument of soak_config.py."""
+    return f"{optimizer},{objective}" if objective else optimizer
+
+
+def undisturbed(folder: pathlib.Path, data, hosts: int, nan=(), kind="adamw") -> Run:
+    run = Run(folder, data, hosts, nan, kind)
     if code := run.attempt():
         raise SystemExit(f"the undisturbed run ends with {code}:\n{run.errors()}")
     return run
@@ -383,6 +389,7 @@ def main(argv=None) -> int:
     parser.add_argument("--damage", type=int, help="instead: damage and restore, so many times")
     parser.add_argument("--faults", help=f"of {','.join(dict.fromkeys(ONE + SEVERAL))}")
     parser.add_argument("--hosts", type=int, default=1)
+    parser.add_argument("--objective", default="", help="mae, dino or lejepa")
     parser.add_argument("--jobs", type=int, default=1, help="schedules at the same time")
     parser.add_argument("--folder", type=pathlib.Path, help="where to work; a new one if not given")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -395,11 +402,12 @@ def main(argv=None) -> int:
         )
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     data = folder / "data"
-    whole = undisturbed(folder / "whole", data, args.hosts)
+    kind = kind_of("adamw", args.objective)
+    whole = undisturbed(folder / "whole", data, args.hosts, kind=kind)
     if args.damage:
         rows = (damage_and_restore(n, args.seed, folder, whole) for n in range(args.damage))
         return report(list(rows), args.json)
-    others = References(folder, data, args.hosts)
+    others = References(folder, data, args.hosts, args.objective)
     done = []
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         numbers = range(args.first, args.first + args.schedules)

@@ -1,13 +1,14 @@
 """The training that soak.py disturbs: seconds long, with everything on that keeps state.
 
-The argument is the optimizer. Adam makes a whole step of a gradient that is rounding alone, so that
-runs on different numbers of hosts part by more than rounding; with SGD they don't.
+The argument is OPTIMIZER[,OBJECTIVE]. Adam makes a whole step of a gradient that is rounding alone,
+so that runs on different numbers of hosts part by more than rounding; with SGD they don't.
 """
 
 from vit_scale.config import base
 
 
-def get_config(optimizer="adamw"):
+def get_config(argument="adamw"):
+    optimizer, _, objective = argument.partition(",")
     cfg = base()
     cfg.steps = 24
 
@@ -45,6 +46,25 @@ def get_config(optimizer="adamw"):
     cfg.log.wandb = False
     cfg.log.tensorboard = False
 
+    if objective:
+        self_supervised(cfg, objective)
     cfg.divergence.patience = 2
     cfg.watchdog.peer = 8.0
     return cfg
+
+
+def self_supervised(cfg, objective):
+    """Learn without labels, measured by nearest neighbours."""
+    cfg.objective = objective
+    cfg.augment.mixup = 0.0
+    cfg.augment.crop = "resized"
+    cfg.model.variant = "Ti/4"
+    cfg.model.classes = 0
+    cfg.optim.ema = 0.0
+    cfg.eval.probe = "knn"
+    cfg.views.update({"locals": 2, "local_resolution": 8})
+    cfg.views.update({"blur": (0.0, 0.0, 0.0), "solarize": (0.0, 0.0, 0.0)})  # of NaN they make 0
+    cfg.mae.update({"width": 8, "depth": 1, "heads": 2})
+    cfg.dino.update({"prototypes": 24, "hidden": 16, "bottleneck": 8, "ibot": 1.0, "koleo": 0.1})
+    cfg.dino.update({"momentum": 0.9, "freeze_prototypes": 4})
+    cfg.lejepa.update({"hidden": 16, "width": 8, "slices": 16})

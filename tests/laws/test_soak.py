@@ -32,6 +32,15 @@ def test_nothing_is_lost_in_the_long_run(tmp_path, capsys, hosts):
     assert result["failed"] == [] and result["held"] == 30
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["mae", "dino", "lejepa"])
+def test_nothing_is_lost_without_labels(tmp_path, capsys, objective):
+    """Teachers, centres and probes included."""
+    fields = ("--schedules", "20", "--seed", "3", "--objective", objective)
+    result = soaked(tmp_path, capsys, *fields)
+    assert result["failed"] == [] and result["held"] == 20
+
+
 def test_the_soak_sees_what_is_lost(tmp_path):
     """A run that differs, by an array, a step or a result, does not hold."""
 

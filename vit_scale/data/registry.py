@@ -24,6 +24,7 @@ from vit_scale.data import (
     photo_sets,
     tar_shards,
     tfds_sets,
+    unlabelled_images,
 )
 from vit_scale.data.balanced import SAMPLINGS
 from vit_scale.data.encoded_images import EncodedImages, decoded_size
@@ -33,7 +34,7 @@ from vit_scale.data.mixtures import Mixture, relabel
 from vit_scale.data.real_labels import with_real_labels
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
-from vit_scale.data.targets import CLASS, KINDS
+from vit_scale.data.targets import CLASS, KINDS, NONE
 from vit_scale.errors import UserError, nearest
 
 # Sets that can have several classes or numbers.
@@ -53,8 +54,9 @@ def _fractal_size(cfg: ConfigDict) -> tuple[int, int]:
 
 
 def _folder(cfg: ConfigDict, split: str) -> Source:
-    """Open folders of classes, or the files that a listing labels."""
-    return (image_folder if cfg.target == CLASS else listed_images).source(cfg, split)
+    """Open folders of classes, the files that a listing labels, or all files without labels."""
+    module = {CLASS: image_folder, NONE: unlabelled_images}.get(cfg.target, listed_images)
+    return module.source(cfg, split)
 
 
 FILE_SPLITS = ("train", "test", "val", "validation")
@@ -153,6 +155,11 @@ def open_split(
         raise UserError(
             f"data.name={cfg.name} has one class an image; data.target={cfg.target} needs "
             f"{', '.join(TARGETED)}"
+        )
+    if cfg.target == NONE and cfg.name != "folder":
+        raise UserError(
+            f"data.target=none is of image files in a folder: data.name={cfg.name} has labels, "
+            "which objectives without labels ignore"
         )
     whole = entry.source(cfg, split_name(split, entry.splits))
     if file_view and isinstance(whole, EncodedImages):

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
 
-KINDS = ("class", "classes", "value")  # of data.target
-CLASS, CLASSES, VALUE = KINDS
+KINDS = ("class", "classes", "value", "none")  # of data.target; none: there are no labels
+CLASS, CLASSES, VALUE, NONE = KINDS
 DEFAULT_THRESHOLD = 0.5  # probability from which an image has a class, where none was chosen
 
 

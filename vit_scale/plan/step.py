@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from vit_scale import config
 from vit_scale.augment.random_crop import MultiCrop, file_crop
 from vit_scale.data import are_files, delivered_size
-from vit_scale.data.targets import CLASS
+from vit_scale.data.targets import CLASSES, VALUE
 from vit_scale.distributed.sharding import batch_sharding, device_bytes
 from vit_scale.errors import UserError
 from vit_scale.plan import topology
@@ -101,7 +101,7 @@ def batch_shapes(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     }
     if isinstance(multi, MultiCrop) and multi.locals:
         shapes["local"] = array((size, multi.locals, *multi.local_size, 3), jnp.uint8)
-    if cfg.data.target != CLASS:
+    if cfg.data.target in (CLASSES, VALUE):
         shapes["target"] = array((size, cfg.model.classes), jnp.float32)
     return shapes
 

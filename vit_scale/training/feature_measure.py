@@ -47,7 +47,8 @@ def check_probe(cfg: ConfigDict) -> None:
         return
     if cfg.data.target != CLASS:
         raise UserError(
-            f"eval.probe=knn needs one class an image, not data.target={cfg.data.target}"
+            f"eval.probe=knn needs one class an image, not data.target={cfg.data.target}: set "
+            "eval.probe, eval.split and eval.final to ''"
         )
     bank = cfg.eval.bank or cfg.data.train
     for field in ("split", "final"):

@@ -12,7 +12,7 @@ from vit_scale import config, data
 from vit_scale.augment import pipeline as augment
 from vit_scale.augment.view import view
 from vit_scale.config import fields, image_size
-from vit_scale.data.targets import CLASS, VALUE
+from vit_scale.data.targets import CLASSES, VALUE
 from vit_scale.distributed.mesh import (
     AnyMesh,
     compiler_options,
@@ -200,7 +200,8 @@ def validate_inputs(
     """
     for source in filter(None, splits) if cfg.objective not in objectives.SELF_SUPERVISED else ():
         check_classes(source, cfg)
-    for source in filter(None, splits[1:] if cfg.data.target != CLASS else ()):
+    vectors = cfg.data.target in (CLASSES, VALUE)
+    for source in filter(None, splits[1:] if vectors else ()):
         check_memory(source.name, len(source), cfg.model.classes)
     check_teacher_classes(teacher, splits.train.classes)
     train, evaluation = (len(batch_rows(n, mesh)) for n in (cfg.data.batch, cfg.eval.batch))

@@ -32,7 +32,11 @@ OBJECTIVES = {
     **SELF_SUPERVISED,
 }
 # What those that learn from labels take as data.target; the others ignore labels.
-TARGETS = {"classification": ("class", "classes"), "distillation": ("class",)}
+TARGETS = {
+    "classification": ("class", "classes"),
+    "distillation": ("class",),
+    "regression": ("value",),
+}
 
 
 def make_objective(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
