@@ -36,6 +36,7 @@ class Pretrained(NamedTuple):
       notes: what was ignored or assumed of external weights.
       data: the description of the training set in the checkpoint; None for external weights.
       source: the address of external weights on the Hugging Face Hub, with their commit; else "".
+      owned: what the run's objective trained besides the model, such as MAE's decoder; else {}.
     """
 
     cfg: ConfigDict
@@ -47,6 +48,7 @@ class Pretrained(NamedTuple):
     notes: tuple[str, ...] = ()
     data: dict[str, Any] | None = None
     source: str = ""
+    owned: dict = {}  # noqa: RUF012
 
     def read_selection(self) -> dict[str, Any]:
         """Return what the run measured of this checkpoint on the split that selects; {} if not.
@@ -118,7 +120,8 @@ def load_run(source: pathlib.Path) -> Pretrained:
     tree = "ema" if checkpoint.has_ema(folder) else "params"
     owned = checkpoint.stored_shapes(folder, f"{tree}/{OBJECTIVE}/", device)
     target |= {OBJECTIVE: owned} if owned else {}
-    params = of_model(checkpoint.read(folder, {tree: target})[tree])
+    stored = checkpoint.read(folder, {tree: target})[tree]
+    params = of_model(stored)
     if cfg.lora.rank:
         params = jax.jit(merge, static_argnums=1)(params, cfg.lora.alpha / cfg.lora.rank)
         cfg.lora.rank = 0
@@ -130,6 +133,7 @@ def load_run(source: pathlib.Path) -> Pretrained:
         step=int(folder.name),
         path=folder,
         data=description.get("data"),
+        owned=stored.get(OBJECTIVE, {}),
     )
 
 
