@@ -20,15 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import colour_coded
-from tests.helpers.tiny import (
-    CLASSES,
-    random_batch,
-    random_params,
-    tiny_config,
-    tiny_model,
-    write_run,
-)
+from tests.helpers.tiny import CLASSES, random_batch, tiny_config
+from tests.inspect.conftest import N, arrays, run_of
 from vit_scale import cli, pretrained
 from vit_scale.errors import UserError
 from vit_scale.inspect import inspect
@@ -41,6 +34,7 @@ pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
 
 from vit_scale.inspect import (
     embeddings,
+    feature_sections,
     plots,
     prediction_sections,
     report,
@@ -49,36 +43,11 @@ from vit_scale.inspect import (
 )
 from vit_scale.inspect.inspected_run import InspectedRun
 
-N = 20  # images to evaluate on
 PICTURES = {
     "curves", "attention-heads", "attention-blocks", "rollout", "attention-distance", "patches",
-    "positions", "filters", "confusion", "mistakes", "calibration",
+    "positions", "filters", "features", "neighbours", "confusion", "mistakes", "calibration",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> pathlib.Path:
-    """`val/CLASS/*.png`, 20 images of 20 x 20 px, and as many in `train`."""
-    top = tmp_path_factory.mktemp("images")
-    for split in ("train", "val"):
-        for index, (image, label) in enumerate(colour_coded(N, len(CLASSES), 20, seed=3)):
-            file = top / split / CLASSES[label] / f"{index:02}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(file)
-    return top
-
-
-def run_of(folder, images, *overrides: str, seed=0) -> pathlib.Path:
-    """A finished run at step 5, with curves, whose parameters are random."""
-    fields = (f"data.path={images}", "data.name=folder", "eval.final=test", "data.workers=0")
-    cfg = tiny_config(*fields, *overrides)
-    model = tiny_model(*fields, *overrides)
-    write_run(folder, cfg, random_params(model, seed))
-    rows = [{"step": s, "train/loss": 3 - s / 5, "images_per_second": 40 + s} for s in range(1, 6)]
-    rows.append({"step": 5, "eval/loss": 2.5, "eval/accuracy": 0.25, "eval/n": N})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "report.json").write_text('{"devices": {"kind": "abacus", "count": 3}}')
-    return folder
+CLS = "attention-cls"  # of models with [CLS] only
 
 
 class Made(NamedTuple):
@@ -111,18 +80,13 @@ def made(images, tmp_path_factory) -> Iterator[Made]:
             (sections, "ROWS", 2),
             (prediction_sections, "WORST", 6),
             (samples, "SHOWN", 4),
+            (feature_sections, "QUERIES", 2),
         ):
             patch.setattr(module, name, count)  # tiles are what takes the time to draw
         patch.setattr(report, "rasterize", draw)
         patch.setattr(report, "publish", lambda *loaded: published.append(loaded))
         content = inspect([str(small), str(large)], out=str(top / "out"), wandb=True)
         yield Made(small, large, top / "out", content, figures, published)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are made but not rendered, which takes most of a report's time."""
-    monkeypatch.setattr(plots, "rasterize", lambda figure: np.zeros((2, 2, 3), np.uint8))
 
 
 class Page(html.parser.HTMLParser):
@@ -154,7 +118,7 @@ def test_the_page_needs_nothing_beside_it(made):
     page = Page(made.folder / "index.html")
     assert made.content["page"] == str(made.folder / "index.html")
     inlined = [link for link in page.references if not link.startswith("#")]
-    assert len(inlined) == len(list(made.folder.glob("*.png"))) == 2 * len(PICTURES) + 2
+    assert len(inlined) == len(list(made.folder.glob("*.png"))) == 2 * len(PICTURES) + 3
     beside = {file.read_bytes() for file in made.folder.glob("*.png")}
     for link in inlined:
         kind, data = link.split(",", 1)
@@ -187,13 +151,13 @@ def test_a_browser_shows_every_picture(made, tmp_path):
     command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                f"--user-data-dir={tmp_path / 'profile'}", copy.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert f'data-shown="{2 * len(PICTURES) + 2}"' in done.stdout, done.stderr[-2000:]
+    assert f'data-shown="{2 * len(PICTURES) + 3}"' in done.stdout, done.stderr[-2000:]
 
 
 def test_every_figure_of_every_run_is_written(made):
     names = {file.stem for file in made.folder.glob("*.png")}
     expected = {f"{run}-{picture}" for run in ("small", "large") for picture in PICTURES}
-    assert names == expected | {"comparison-curves", "comparison-measures"}
+    assert names == expected | {f"small-{CLS}", "comparison-curves", "comparison-measures"}
 
 
 def test_every_figure_names_its_step_and_n(made):
@@ -214,7 +178,8 @@ def test_the_numbers_are_those_of_eval(made, capsys):
         assert (row["n"], row["step"], row["accuracy"]) == (N, 5, expected["accuracy"])
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert json.loads((made.folder / "numbers.json").read_text()) == made.content
-    assert made.content["notes"] == []
+    (note,) = made.content["notes"]
+    assert note.startswith("large, step 5: Attention of [CLS]") and "(pool=gap)" in note
 
 
 def test_runs_are_compared_image_by_image(made):
@@ -243,7 +208,7 @@ def test_the_same_pictures_go_to_weights_and_biases(made):
     ):
         assert (project, title) == ("vit_scale", "tiny")
         assert set(shown) == {
-            *(f"inspect/{picture}" for picture in PICTURES),
+            *(f"inspect/{picture}" for picture in PICTURES | ({CLS} if name == "small" else set())),
             "inspect/comparison-curves",
             "inspect/comparison-measures",
         }
@@ -253,10 +218,6 @@ def test_the_same_pictures_go_to_weights_and_biases(made):
 
 
 # What the pictures show
-
-
-def arrays(figure) -> list[np.ndarray]:
-    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
 
 
 def weights_of(inspected: InspectedRun, images) -> jax.Array:
@@ -407,7 +368,10 @@ def test_a_model_without_attention_gets_the_rest(made, undrawn, tmp_path, monkey
     content = inspect([str(made.small)], out=str(tmp_path))
     assert any("this model has no attention" in note for note in content["notes"])
     names = {file.stem for file in tmp_path.glob("*.png")}
-    assert names == {"curves", "filters", "confusion", "mistakes", "calibration"}
+    assert names == {
+        *("curves", "filters", "features", "neighbours"),
+        *("confusion", "mistakes", "calibration"),
+    }
     assert "this model has no attention" in Page(tmp_path / "index.html").text
 
 
@@ -427,11 +391,12 @@ def test_a_run_without_its_data_and_source_is_inspected(made, undrawn, images, t
         content = inspect([str(step)], images=str(images / "val" / "cat"))
     notes = " ".join(content["notes"])
     assert "split test can't be opened: no such set" in notes
+    assert "Features: Not available: split train can't be opened" in notes
     assert "the run's init.source can't be loaded: it is gone" in notes
     folder = run / "inspect"
     assert content["page"] == str(folder / "index.html")
     assert {file.stem for file in folder.glob("*.png")} == PICTURES - {
-        "confusion", "mistakes", "calibration",
+        "features", "neighbours", "confusion", "mistakes", "calibration",
     }  # fmt: skip
     assert content["runs"][0]["accuracy"] is None and content["runs"][0]["n"] == 0
     assert "moved <i>&amp;" in Page(folder / "index.html").text, "escaped"
@@ -509,9 +474,13 @@ def test_the_command_prints_a_table_and_the_page(made, tmp_path, monkeypatch, ca
     content = json.loads(capsys.readouterr().out)
     assert content["given"] == [["a", "b"], "c", "test", "d", ["data.workers=0"], True]
     assert cli.main(["inspect", "a"]) == 0
-    header, *rows, page = capsys.readouterr().out.splitlines()
+    header, *rows, note, page = capsys.readouterr().out.splitlines()
     assert re.split(r"  +", header)[:5] == ["run", "step", "evaluated on", "n", "accuracy"]
-    assert len(rows) == 2 and page == str(made.folder / "index.html")
+    assert (
+        len(rows) == 2
+        and [note] == made.content["notes"]
+        and page == str(made.folder / "index.html")
+    )
     assert f"{100 * made.content['runs'][0]['accuracy']:.2f} %" in rows[0]
 
 

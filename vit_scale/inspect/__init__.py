@@ -1,10 +1,12 @@
 """Inspect trained models: the `vit-scale inspect` command, as a function.
 
 `inspect` writes one self-contained HTML page per call: training curves, attention, position
-embeddings, patch filters, mistakes and calibration of a run, and a comparison of several. Every
-figure names the run and the checkpoint's step, and the number of images behind it. Computation
-(attention, embeddings, predictions, curves) is separate from drawing (plots) and layout (sections,
-comparison, html). Inspection never changes a run's training program or its checkpoints.
+embeddings, patch filters, features and their neighbours, reconstructions of a masked autoencoder,
+mistakes and calibration of a run, and a comparison of several; of a run without a head all but the
+predictions. Every figure names the run and the checkpoint's step, and the number of images behind
+it. Computation (attention, embeddings, features, reconstruction, predictions, curves) is separate
+from drawing (plots) and layout (sections, comparison, html). Inspection never changes a run's
+training program or its checkpoints.
 """
 
 from collections.abc import Sequence

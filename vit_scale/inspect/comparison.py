@@ -8,21 +8,29 @@ import numpy as np
 from vit_scale.evaluation.intervals import wilson_interval
 from vit_scale.inspect import plots
 from vit_scale.inspect.curves import median_speed
+from vit_scale.inspect.feature_sections import Nearest
 from vit_scale.inspect.html import Note, Part, Picture, Table
 from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.predictions import Predictions, calibration
 
 
 class Inspection(NamedTuple):
-    """A run and its predictions on the labelled images; None if there are no such images."""
+    """A run, and what is measured of it.
+
+    Attributes:
+      run: it.
+      predictions: on the labelled images; None if there are no such images, or no head.
+      nearest: how often an image's nearest neighbour has its label; None without labels.
+    """
 
     run: InspectedRun
     predictions: Predictions | None
+    nearest: Nearest | None = None
 
 
 def measurements(inspection: Inspection) -> dict:
     """What is measured of one run, for JSON; None where it could not be."""
-    run, predictions = inspection
+    run, predictions, nearest = inspection
     devices = (run.report or run.metadata).get("devices", {})
     measured: dict = {"split": None, "n": 0, "accuracy": None, "loss": None, "ece": None}
     if predictions is not None:
@@ -37,6 +45,9 @@ def measurements(inspection: Inspection) -> dict:
         "run": str(run.folder),
         "step": run.step,
         **measured,
+        "nearest": nearest.share if nearest else None,
+        "nearest_n": nearest.n if nearest else 0,
+        "nearest_split": nearest.source if nearest else None,
         "parameters": run.parameter_count,
         "resolution": list(run.size),
         "images_per_second": median_speed(run.curves),
@@ -55,6 +66,7 @@ def format_row(row: dict) -> dict[str, str]:
         "accuracy": _percent(row["accuracy"]),
         "loss": "-" if loss is None else f"{loss:.4f}",
         "ECE": _percent(row["ece"]),
+        "nearest has the class": _percent(row["nearest"]),
         "parameters": f"{row['parameters']:,}",
         "resolution": " x ".join(map(str, row["resolution"])),
         "images/s": "-" if speed is None else f"{speed:,.0f} on {row['devices']}",
@@ -67,37 +79,49 @@ def compare(inspections: Sequence[Inspection]) -> list[Part]:
     names = [inspection.run.name for inspection in inspections]
     steps = ", ".join(f"{n} (step {row['step']:,})" for n, row in zip(names, rows, strict=True))
     curves = {inspection.run.name: inspection.run.curves for inspection in inspections}
+    objectives = [inspection.run.cfg.objective for inspection in inspections]
     return [
         Table(
             "Summary",
             [format_row(row) | {"run": name} for name, row in zip(names, rows, strict=True)],
         ),
-        Picture("measures", "Accuracy, parameters, speed", _caption(rows),
+        Picture("measures", f"{_quality(rows).capitalize()}, parameters, speed", _caption(rows),
                 plots.plot_comparison(names, _measures(rows), steps)),
         Picture("curves", "Training curves", "Solid lines: training. Dashed lines: evaluation.",
-                plots.plot_curves(curves, f"Training: {steps}")),
+                plots.plot_curves(curves, f"Training: {steps}", objectives)),
         _agreement(inspections),
     ]  # fmt: skip
 
 
+def _quality(rows: Sequence[dict]) -> str:
+    """What the runs are compared by: of runs that all have no head, by their features."""
+    return "accuracy" if any(row["n"] for row in rows) else "nearest"
+
+
 def _caption(rows: Sequence[dict]) -> str:
-    splits = {(row["split"], row["n"]) for row in rows if row["n"]}
-    text = "; ".join(f"n = {n:,} images of {split}" for split, n in sorted(splits))
+    what, prefix = "Accuracy", ""
+    if _quality(rows) == "nearest":
+        what, prefix = "The share of images whose nearest neighbour is of their class,", "nearest_"
+    measured = {(row[f"{prefix}split"], row[f"{prefix}n"]) for row in rows if row[f"{prefix}n"]}
+    text = "; ".join(f"n = {n:,} images of {split}" for split, n in sorted(measured))
     return (
-        f"Accuracy with its 95 % Wilson interval ({text or 'not measured'}). Training throughput "
+        f"{what} with its 95 % Wilson interval ({text or 'not measured'}). Training throughput "
         "is the median over the rows of metrics.jsonl, on the devices in the table."
     )
 
 
 def _measures(rows: Sequence[dict]) -> dict[str, dict]:
-    shares = [row["accuracy"] for row in rows]
+    quality = _quality(rows)
+    shares = [row[quality] for row in rows]
+    counts = [row["n" if quality == "accuracy" else "nearest_n"] for row in rows]
     bounds = [
-        wilson_interval(round(row["accuracy"] * row["n"]), row["n"]) if row["n"] else (0, 0)
-        for row in rows
+        (0, 0) if share is None else wilson_interval(round(share * n), n)
+        for share, n in zip(shares, counts, strict=True)
     ]
+    label = {"accuracy": "accuracy, %", "nearest": "nearest has the class, %"}[quality]
     speeds = [row["images_per_second"] for row in rows]
     return {
-        "accuracy, %": {
+        label: {
             "values": [share and 100 * share for share in shares],
             "low": [100 * low for low, _ in bounds],
             "high": [100 * high for _, high in bounds],
@@ -120,11 +144,11 @@ def _percent(share: float | None) -> str:
 
 def _agreement(inspections: Sequence[Inspection]) -> Part:
     """How often the first run and each other one are right about the same image."""
-    (first, one), *others = inspections
+    (first, one, _), *others = inspections
     rows, title = [], f"Agreement with {first.name}, step {first.step:,}, image by image"
-    for run, two in others:
+    for run, two, _ in others:
         if one is None or two is None or not _same_images(one, two):
-            return Note(title, "Not available: the runs were not evaluated on the same images.")
+            return Note(title, "Not available: the runs have no predictions of the same images.")
         hits = [one.correct & two.correct, one.correct & ~two.correct, two.correct & ~one.correct]
         both, only_one, only_two = (int(np.sum(correct)) for correct in hits)
         rows.append(

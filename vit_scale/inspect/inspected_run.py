@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from vit_scale import config, pretrained
@@ -18,6 +18,7 @@ from vit_scale.augment.pipeline import eval_images
 from vit_scale.data import Source, align, are_files, eval_batches, open_evaluation, views
 from vit_scale.data.targets import CLASS
 from vit_scale.errors import UserError, printable
+from vit_scale.evaluation.probing import cache_folder
 from vit_scale.inference.predictor import decode_size
 from vit_scale.inspect import curves
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
@@ -44,6 +45,7 @@ class InspectedRun:
         loaded = pretrained.load_model(source)
         self.cfg = config.override(loaded.cfg, overrides)
         self.model, self.params, self.classes = loaded.model, loaded.params, loaded.classes
+        self.owned, self.cache = loaded.owned, cache_folder(loaded)
         self.step, self.folder = loaded.step, loaded.path.parent.parent
         if not (self.folder / "run.json").is_file():
             raise UserError(
@@ -56,7 +58,7 @@ class InspectedRun:
         self.parameter_count = count(self.params)
         self.curves = curves.read_curves(self.folder)
         self._probabilities = jax.jit(
-            lambda params, images: jax.nn.softmax(self.model.apply(params, self._pixels(images)))
+            lambda params, images: jax.nn.softmax(self.model.apply(params, self.pixels(images)))
         )
 
     @functools.cached_property
@@ -70,18 +72,27 @@ class InspectedRun:
         file = self.folder / "report.json"
         return read_json(file) if file.exists() else None
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model predicts classes."""
+        return self.cfg.model.classes > 0
+
     def title_suffix(self, n: int | None = None, what: str = "") -> str:
         """What a figure is of, such as `cifar-32, step 450, n = 128 images of cifar10 test`."""
         counted = "" if n is None else f", n = {n:,} {what}"
         return f"{self.name}, step {self.step:,}{counted}"
 
-    def _pixels(self, images):
+    def pixels(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b H W 3"]:
         """The model's input, as in evaluation: resized and normalized."""
         return eval_images(images, self.cfg.augment, self.size, self.device_view)
 
     def display_pixels(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b H W 3"]:
         """Images resized to the model's input, to be shown: not normalized, clipped to [0, 1]."""
-        augment, pixels = self.cfg.augment, np.asarray(self._pixels(jnp.asarray(images)))
+        return self.denormalise(np.asarray(self.pixels(jnp.asarray(images))))
+
+    def denormalise(self, pixels: Float[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b H W 3"]:
+        """The model's input or a prediction of it, to be shown: clipped to [0, 1]."""
+        augment = self.cfg.augment
         return np.clip(pixels * np.float32(augment.std) + np.float32(augment.mean), 0, 1)
 
     def probabilities(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b c"]:
@@ -89,9 +100,9 @@ class InspectedRun:
         return np.asarray(self._probabilities(self.params, jnp.asarray(images)))
 
     def open_split(self, split: str) -> Source:
-        """Open a split, with labels in the order of the model's outputs.
+        """Open a split, with labels in the order of the model's outputs, or its own without a head.
 
-        Raises UserError if it is missing, or has other classes.
+        Raises UserError if it is missing, or has other classes than the model.
         """
         if self.cfg.data.target != CLASS:
             raise UserError(
@@ -99,6 +110,8 @@ class InspectedRun:
                 f"data.target={self.cfg.data.target}: see vit-scale eval"
             )
         source = open_evaluation(self.cfg, split, self.classes)
+        if not self.has_head:
+            return source
         check_classes(source, self.cfg)
         source, line = align(source, self.classes, self.cfg.init.classes)
         if line:
@@ -132,6 +145,11 @@ class InspectedRun:
         return self.model.shape.pool in ("cls", "cls_gap")
 
     @property
+    def has_cls(self) -> bool:
+        """Whether the first token is [CLS], which the head need not read."""
+        return self.model.shape.class_token
+
+    @property
     def patch_size(self) -> tuple[float, float]:
         """(height, width) of a patch in pixels of the model's input."""
         return self.size[0] / self.grid[0], self.size[1] / self.grid[1]
@@ -152,6 +170,7 @@ class InspectedRun:
         """Attention to each patch of each image, as multiples of uniform attention.
 
         heads: [b, l, k, h, w], from [CLS] if the model reads it, else the mean over all tokens.
+        cls: [b, k, h, w], from [CLS] in the last block; only of a model that has one.
         registers: [b, r, h, w], from each register in the last block, the mean over heads.
         rollout: [b, h, w], the share of each patch in the pooled vector.
         """
@@ -160,13 +179,15 @@ class InspectedRun:
 
         def reduce_block(weights):
             heads = weights[:, :, 0] if self.reads_cls else weights.mean(axis=2)
-            return {"heads": heads, "mean": weights.mean(axis=1)}
+            return {"heads": heads, "cls": weights[:, :, 0], "mean": weights.mean(axis=1)}
 
         def reduce_image(blocks, pooled):
             rolled = jnp.einsum("bn,bnm->bm", pooled, rollout(blocks["mean"]))
             tokens = rolled.shape[-1]
             maps = {"heads": blocks["heads"].swapaxes(0, 1), "rollout": rolled}
             maps["registers"] = blocks["mean"][-1][:, registers]
+            if self.has_cls:
+                maps["cls"] = blocks["cls"][-1]
             return jax.tree.map(lambda shares: on_grid(shares * tokens, self.grid), maps)
 
         return self._map_attention(images, reduce_block, reduce_image)
@@ -176,7 +197,7 @@ class InspectedRun:
 
         @jax.jit
         def compute(params, images):
-            pixels = self._pixels(images)
+            pixels = self.pixels(images)
             return reduce_image(*self.model.attention(params, pixels, reduce_block))
 
         parts = []

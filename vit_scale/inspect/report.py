@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vit_scale.data import Source
 from vit_scale.errors import UserError
-from vit_scale.inspect import plots, prediction_sections, samples, sections
+from vit_scale.inspect import feature_sections, plots, prediction_sections, samples, sections
 from vit_scale.inspect.comparison import Inspection, compare, measurements
 from vit_scale.inspect.html import Note, Section, file_name, render_page
 from vit_scale.inspect.inspected_run import InspectedRun
@@ -67,13 +67,23 @@ def inspect_run(
 ) -> tuple[Inspection, Section]:
     """Inspect one run. With `required`, a split that can't be opened is an error, else a note."""
     source, missing = open_source(run, split, required)
-    chosen = choose_samples(run, source, images)
+    shown, shown_split = source, split or run.cfg.eval.final
+    if source is None:
+        shown_split = run.cfg.data.train
+        with contextlib.suppress(UserError):
+            shown = run.open_split(shown_split)
+    chosen = choose_samples(run, shown, images)
     parts = sections.show_training(run)
     if chosen is None:
         parts.append(Note("Attention and patches", "Not available: no images; set --images DIR."))
     else:
         parts += sections.show_attention(run, chosen) + sections.show_patches(run, chosen)
+        parts += feature_sections.show_reconstructions(run, chosen)
     parts += sections.show_positions(run) + sections.show_filters(run)
+    more, nearest = feature_sections.show_features(run, shown, shown_split)
+    parts += more
+    if not run.has_head:
+        source, missing = None, "Not available: this model has no head (model.classes=0)."
     result = run.predict(source) if source else None
     if source and result:
         parts += prediction_sections.show_mistakes(run, result, source)
@@ -81,7 +91,7 @@ def inspect_run(
     else:
         parts.append(Note("Predictions", missing))
     title = f"{run.name}, step {run.step:,}"
-    return Inspection(run, result), Section(run.name, title, parts)
+    return Inspection(run, result, nearest), Section(run.name, title, parts)
 
 
 def open_source(run: InspectedRun, split: str | None, required: bool) -> tuple[Source | None, str]:
@@ -98,12 +108,9 @@ def open_source(run: InspectedRun, split: str | None, required: bool) -> tuple[S
 
 
 def choose_samples(run: InspectedRun, source: Source | None, images: str | None) -> Samples | None:
-    """Images to show: from the folder `images`, else from the split, else from the training set."""
+    """Images to show: from the folder `images`, else from the split."""
     if images:
         return samples.from_folder(images, run.decode_size, run.decode_view, exif=run.cfg.data.exif)
-    if source is None:
-        with contextlib.suppress(UserError):
-            source = run.open_split(run.cfg.data.train)
     chosen = samples.from_source(source) if source else None
     return chosen if chosen and len(chosen.images) else None
 

@@ -27,9 +27,7 @@ class Samples(NamedTuple):
 
     def to_show(self) -> "Samples":
         """At most SHOWN of the images, with as many different names as possible."""
-        first = [self.names.index(name) for name in dict.fromkeys(self.names)]
-        others = [i for i in range(len(self.names)) if i not in first]
-        chosen = sorted((evenly_spaced(first, SHOWN) + others)[:SHOWN])
+        chosen = varied(self.names, SHOWN)
         return Samples(self.images[chosen], tuple(self.names[i] for i in chosen), self.source)
 
 
@@ -37,6 +35,14 @@ def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` items at equal distances, including the first and the last."""
     indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[i] for i in indices]
+
+
+def varied(names: Sequence[Any], count: int) -> list[int]:
+    """Indices of at most `count` items, in order, with as many different names as possible."""
+    first = list({name: i for i, name in reversed(list(enumerate(names)))}.values())[::-1]
+    chosen = evenly_spaced(first, count)
+    others = [i for i in range(len(names)) if i not in first]
+    return sorted(chosen + evenly_spaced(others, count - len(chosen)))
 
 
 def from_source(source: Source, count: int = COUNT) -> Samples:

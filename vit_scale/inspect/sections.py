@@ -18,6 +18,7 @@ from vit_scale.storage import paths
 
 FILTERS = 28  # components shown, as in the ViT paper's figure 7
 ROWS = 6  # images whose attention maps are shown
+OVERLAYS = 4  # images that each head's map is laid over
 
 
 def show_training(run: InspectedRun) -> list[Part]:
@@ -25,13 +26,18 @@ def show_training(run: InspectedRun) -> list[Part]:
     if not run.curves:
         return [Note("Training curves", "Not available: the run has no metrics.jsonl.")]
     last = max(steps[-1] for steps, _ in run.curves.values())
-    figure = plots.plot_curves({run.name: run.curves}, f"Training: {run.name}, up to step {last:,}")
+    title = f"Training: {run.name}, up to step {last:,}"
+    figure = plots.plot_curves({run.name: run.curves}, title, [run.cfg.objective])
     caption = (
         f"Each point of a training curve is the mean over {run.cfg.log.every} steps of "
         f"{run.cfg.data.batch} images each, with augmentation (and mixup or CutMix, if enabled)."
     )
     if run.cfg.eval.split:
-        caption += f" Evaluation is on {run.cfg.eval.split}, without augmentation."
+        caption += f" Evaluation is on {run.cfg.eval.split}, without augmentation"
+        if run.cfg.eval.probe:
+            bank = run.cfg.eval.bank or run.cfg.data.train
+            caption += f": accuracy is that of {run.cfg.eval.probe} on features, from {bank}"
+        caption += "."
     return [Picture("curves", "Training curves", caption, figure)]
 
 
@@ -44,6 +50,7 @@ def show_attention(run: InspectedRun, samples: Samples) -> list[Part]:
     pixels, heads = list(run.display_pixels(shown.images)), maps["heads"]
     return [
         *_attention_maps(run, shown, pixels, heads),
+        _overlays(run, shown, pixels, maps),
         *_registers(run, shown, pixels, maps["registers"]),
         _rollout(run, shown, pixels, maps["rollout"]),
         _distances(run, samples),
@@ -79,6 +86,27 @@ def _attention_maps(
     ]
 
 
+def _overlays(run: InspectedRun, shown: Samples, pixels: list, maps: dict) -> Part:
+    """What each head of the last block attends to from [CLS], over the image, as in DINO."""
+    title = "Attention of [CLS] over the image, by head"
+    if not run.has_cls:
+        text = f"Not available: this model has no [CLS] (pool={run.model.shape.pool})."
+        return Note(title, text)
+    count = maps["cls"].shape[1]
+    rows, columns = min(OVERLAYS, len(pixels)), evenly_spaced(range(count), plots.MAX_COLUMNS - 1)
+    suffix = run.title_suffix(rows, f"images of {shown.source}")
+    figure = plots.plot_head_overlays(
+        pixels[:rows], shown.names[:rows], [f"head {i + 1}" for i in columns],
+        maps["cls"][:rows, columns], f"Attention of [CLS], last block, by head: {suffix}",
+    )  # fmt: skip
+    caption = (
+        f"Attention of [CLS] to each patch in the last of {run.model.shape.size.depth} blocks "
+        f"(Caron et al. 2021, figure 1), of {len(columns)} of {count} heads. Each map has its own "
+        "scale; above it is its maximum, relative to uniform attention over all tokens (1)."
+    )
+    return Picture("attention-cls", title, caption, figure)
+
+
 def _registers(run: InspectedRun, shown: Samples, pixels: list, maps: np.ndarray) -> list[Part]:
     """What each register attends to; nothing for a model without them."""
     count = maps.shape[1]
@@ -100,10 +128,11 @@ def _registers(run: InspectedRun, shown: Samples, pixels: list, maps: np.ndarray
 
 def _rollout(run: InspectedRun, shown: Samples, pixels: list, maps: np.ndarray) -> Picture:
     suffix = run.title_suffix(len(pixels), f"images of {shown.source}")
+    pooled = "the input of the classification head" if run.has_head else "the pooled features"
     caption = (
-        "Share of each patch in the input of the classification head, through all blocks and their "
-        "skip connections (Abnar & Zuidema 2020), relative to an equal share (1). In the last row, "
-        "each image is shaded by its map, which is scaled to its maximum."
+        f"Share of each patch in {pooled}, through all blocks and their skip connections (Abnar & "
+        "Zuidema 2020), relative to an equal share (1). In the last row, each image is shaded by "
+        "its map, which is scaled to its maximum."
     )
     figure = plots.plot_rollouts(pixels, shown.names, maps, f"Attention rollout: {suffix}")
     return Picture("rollout", "Attention rollout", caption, figure)

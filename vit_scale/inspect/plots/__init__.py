@@ -9,14 +9,22 @@ from vit_scale.inspect.plots.attention import (
     MAX_COLUMNS,
     plot_attention,
     plot_distances,
+    plot_head_overlays,
     plot_rollouts,
 )
 from vit_scale.inspect.plots.canvas import encode_png, rasterize
 from vit_scale.inspect.plots.embeddings import plot_filters, plot_patches, plot_similarities
+from vit_scale.inspect.plots.features import (
+    MAX_CLASSES,
+    plot_map,
+    plot_neighbours,
+    plot_reconstructions,
+)
 from vit_scale.inspect.plots.predictions import plot_confusion, plot_mistakes, plot_reliability
 from vit_scale.inspect.plots.training import plot_comparison, plot_curves
 
 __all__ = [
+    "MAX_CLASSES",
     "MAX_COLUMNS",
     "encode_png",
     "plot_attention",
@@ -25,8 +33,12 @@ __all__ = [
     "plot_curves",
     "plot_distances",
     "plot_filters",
+    "plot_head_overlays",
+    "plot_map",
     "plot_mistakes",
+    "plot_neighbours",
     "plot_patches",
+    "plot_reconstructions",
     "plot_reliability",
     "plot_rollouts",
     "plot_similarities",

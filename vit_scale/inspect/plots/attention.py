@@ -18,6 +18,7 @@ from vit_scale.inspect.plots.canvas import (
 )
 
 MAX_COLUMNS = 13  # tiles next to each other
+MAX_TILE = 2.0  # inches of a side
 
 
 def plot_attention(
@@ -39,6 +40,32 @@ def plot_attention(
                               cmap=COLOUR_MAP, vmin=0, vmax=top)  # fmt: skip
     bar = figure.colorbar(drawn, ax=panels, shrink=0.7, pad=0.01, aspect=40, extend="max")
     bar.set_label("attention / uniform attention", fontsize=8)
+    return figure
+
+
+def plot_head_overlays(
+    images: Sequence[Image], names: Sequence[str], columns: Sequence[str], maps, title: str
+) -> Figure:
+    """A row for each image: the image, and its maps [b, columns, h, w] laid over it in grey.
+
+    Each map has its own scale, from 0 to its maximum, which is written above it.
+    """
+    count = len(columns)
+    tile = min(WIDTH / (count + 1.4), MAX_TILE)
+    height, width = 0.5 + (tile + 0.25) * len(images), tile * (count + 1.4)
+    figure, panels = new_figure(title, len(images), count + 1, height, max(width, WIDTH / 1.5))
+    for row, (image, name) in enumerate(zip(images, names, strict=True)):
+        tiles = panels[row * (count + 1) :]
+        draw_tile(tiles[0], image, truncate(name))
+        grey = image.mean(axis=-1)
+        outline = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        for axes, column, shares in zip(tiles[1:], columns, maps[row], strict=False):
+            top = float(shares.max())
+            draw_tile(axes, grey, f"{column}\nmax {top:.1f}", cmap="gray", vmin=0, vmax=1)
+            drawn = axes.imshow(shares / max(top, 1e-6), extent=outline, alpha=0.65, vmin=0, vmax=1,
+                                cmap=COLOUR_MAP, interpolation="nearest")  # fmt: skip
+    bar = figure.colorbar(drawn, ax=panels, shrink=0.7, pad=0.01, aspect=40)
+    bar.set_label("attention / the map's maximum", fontsize=8)
     return figure
 
 

@@ -1,7 +1,7 @@
 """Plot training curves, and bars that compare runs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,21 +9,61 @@ from matplotlib.ticker import MaxNLocator
 
 from vit_scale.inspect.curves import Curve
 from vit_scale.inspect.plots.canvas import COLOURS, PERCENT, literal, new_figure
+from vit_scale.training.objectives import SELF_SUPERVISED
 
-PANELS = (  # (title, metrics, label of the y axis)
-    ("Loss", ("train/loss", "eval/loss"), "cross-entropy, nats"),
-    ("Accuracy", ("train/accuracy", "eval/accuracy"), "accuracy"),
-    ("Learning rate", ("train/learning_rate",), "learning rate"),
-    ("Gradient norm", ("train/gradient_norm",), "norm before clipping"),
+
+class Panel(NamedTuple):
+    """The metrics of one pair of axes, and the label of its y axis."""
+
+    title: str
+    metrics: tuple[str, ...]
+    unit: str
+
+
+LOSS, ACCURACY = ("train/loss", "eval/loss"), ("train/accuracy", "eval/accuracy")
+RATE = Panel("Learning rate", ("train/learning_rate",), "learning rate")
+NORM = Panel("Gradient norm", ("train/gradient_norm",), "norm before clipping")
+LOSS_UNITS = {"mae": "mean squared error", "lejepa": "weighted sum of both terms"}
+TERMS = (  # of the losses without labels, each drawn where a run has it
+    Panel("DINO: pooled features", ("train/dino",), "cross-entropy, nats"),
+    Panel("iBOT: hidden patches", ("train/ibot",), "cross-entropy, nats"),
+    Panel("KoLeo: spread of features", ("train/koleo",), "-log distance, sum over crops"),
+    Panel("LeJEPA: disagreement of crops", ("train/disagreement",), "mean squared distance"),
+    Panel("LeJEPA: distance from a Gaussian", ("train/normality",), "SIGReg statistic"),
 )
 LABELS = {"train": "training, augmented batches", "eval": "evaluation"}
 
 
-def plot_curves(runs: Mapping[str, Mapping[str, Curve]], title: str) -> Figure:
-    """Curves of one run, or of several in different colours: training solid, evaluation dashed."""
-    figure, panels = new_figure(title, 2, 2, 6.4)
+def choose_panels(curves: Sequence[Mapping[str, Curve]], objectives: Sequence[str]) -> list[Panel]:
+    """The panels of some runs: accuracy and the terms of losses only where one run has them."""
+    units = {LOSS_UNITS.get(objective, "cross-entropy, nats") for objective in objectives}
+    unit = units.pop() if len(units) == 1 else "each run's own unit"
+    recorded = set().union(*curves)
+    learns_classes = any(name not in SELF_SUPERVISED for name in objectives)
+    accuracy = [Panel("Accuracy", ACCURACY, "accuracy")]
+    return [
+        Panel("Loss", LOSS, unit),
+        *(accuracy if learns_classes or recorded & set(ACCURACY) else ()),
+        RATE,
+        NORM,
+        *(panel for panel in TERMS if recorded & set(panel.metrics)),
+    ]
+
+
+def plot_curves(
+    runs: Mapping[str, Mapping[str, Curve]], title: str, objectives: Sequence[str] = ()
+) -> Figure:
+    """Curves of one run, or of several in different colours: training solid, evaluation dashed.
+
+    `objectives` are those of the runs, by which there are other panels; none: classification.
+    """
+    chosen = choose_panels(list(runs.values()), objectives or ("classification",))
+    rows = -(-len(chosen) // 2)
+    figure, panels = new_figure(title, rows, 2, 3.2 * rows)
     several = len(runs) > 1
-    for axes, (name, metrics, unit) in zip(panels, PANELS, strict=True):
+    for axes in panels[len(chosen) :]:
+        axes.set_axis_off()
+    for axes, (name, metrics, unit) in zip(panels, chosen, strict=False):
         for number, (run, curves) in enumerate(runs.items()):
             for part, metric in enumerate(metrics):
                 if metric not in curves:
