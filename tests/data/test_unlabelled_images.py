@@ -67,7 +67,7 @@ def train(photos, run, *overrides: str) -> int:
     """MAE on the tutorial's config, in one step."""
     plain = ("augment.mixup=0", "augment.cutmix=0", "augment.smoothing=0", "model.dropout=0")
     fields = (*SIZES, *SELF_SUPERVISED["mae"], *plain, "data.name=folder")
-    fields = (*fields, "steps=1", "optim.schedule=constant")
+    fields = (*fields, "steps=1", "optim.schedule=constant", "data.train=train")
     fields = (*fields, "data.workers=0", "log.wandb=False", "log.tensorboard=False", *overrides)
     flags = [f"--config.{item}" for item in (*fields, f"data.path={photos / 'flat'}")]
     return cli.main(["train", "--config", "vit_tutorial_cifar", *flags, f"--workdir={run}"])
