@@ -137,3 +137,32 @@ def test_a_run_is_the_model_without_what_the_objective_owns(trained, tmp_path):
     for name, leaf in expected.items():
         np.testing.assert_array_equal(named(loaded.params)[name], leaf)
     assert count(loaded.params) < count(trained.last.params)
+
+
+LAYOUTS = {"remat": ("model.remat=full",), "unrolled": ("model.scan=False",)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SELF_SUPERVISED)
+def test_layouts_of_the_model_are_the_same_step(name):
+    """Rematerialised, and unrolled; bfloat16 and adapters are another, which trains too."""
+    plain = tuple(item for item in COMMON if "drop_path" not in item)
+
+    def first_step(*overrides: str) -> tuple[dict, dict]:
+        setup = make_setup(tiny_config(*SELF_SUPERVISED[name], *plain, *overrides))
+        state, metrics = jit_train_step(setup)(
+            init_state(setup, (), quiet=True), random_batch() | {"mask": MASK}
+        )
+        return leaves(state), to_floats(metrics)
+
+    _, expected = first_step()
+    for layout in LAYOUTS.values():
+        assert first_step(*layout)[1] == pytest.approx(expected, rel=1e-4)
+    _, rounded = first_step("model.dtype=bfloat16")
+    assert rounded["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert rounded["loss"] != expected["loss"]
+    adapted, measured = first_step("lora.rank=2", "optim.lr=0.1")
+    assert measured["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    changed = {key for key in adapted if "lora_b" in key and np.any(adapted[key])}
+    assert any(key.startswith("params/blocks") for key in changed)
+    assert any(key.startswith(f"params/{OBJECTIVE}/") for key in adapted)

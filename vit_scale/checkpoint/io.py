@@ -129,7 +129,13 @@ def stored_shapes(path: pathlib.Path, prefix: str, sharding: jax.sharding.Shardi
     `prefix` is a tree and what is in it, such as "params/objective/", and not part of the result.
     """
     shapes: dict = {}
-    for name, fingerprint in read_manifest(path)["arrays"].items():
+    manifest = read_manifest(path)
+    arrays = dict(manifest["arrays"])
+    if BASE in manifest:
+        tree = prefix.partition("/")[0]
+        for name, fingerprint in _read_base(path, manifest)[1]["arrays"].items():
+            arrays[name.replace("params", tree, 1)] = fingerprint
+    for name, fingerprint in arrays.items():
         if name.startswith(prefix):
             dtype, _, sizes = fingerprint.partition(" ")[0].removesuffix("]").partition("[")
             leaf: Any = jax.ShapeDtypeStruct(
