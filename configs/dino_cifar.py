@@ -7,7 +7,7 @@
 
 Caron et al. 2021 (arXiv 2104.14294) with fewer prototypes, small crops of 16 px, and no blur, as is
 usual at 32 px. The argument is SIZE/PATCH.
-Result: docs/self-supervised.md has small runs; this one is not measured yet.
+Result: not measured yet.
 """
 
 from vit_scale.config import base

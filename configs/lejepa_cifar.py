@@ -5,7 +5,7 @@
 
 Balestriero & LeCun 2025 (arXiv 2511.08544): no teacher, and one hyper-parameter, `lejepa.weight`.
 The argument is SIZE/PATCH.
-Result: docs/self-supervised.md has small runs; this one is not measured yet.
+Result: not measured yet.
 """
 
 from vit_scale.config import base

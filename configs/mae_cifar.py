@@ -5,7 +5,7 @@
 
 MAE (He et al. 2022, arXiv 2111.06377) with a decoder of 2 blocks; 16 of 64 patches are visible.
 Fine-tune with --config.model.class_token=True where the pool is not cls: MAE's encoder has a [CLS].
-Result: docs/self-supervised.md has small runs; this one is not measured yet.
+Result: not measured yet.
 """
 
 from vit_scale.config import base

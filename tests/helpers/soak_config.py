@@ -62,9 +62,13 @@ def self_supervised(cfg, objective):
     cfg.model.classes = 0
     cfg.optim.ema = 0.0
     cfg.eval.probe = "knn"
+    if objective == "mae":
+        cfg.mae.update({"width": 8, "depth": 1, "heads": 2})
+        return
     cfg.views.update({"locals": 2, "local_resolution": 8})
     cfg.views.update({"blur": (0.0, 0.0, 0.0), "solarize": (0.0, 0.0, 0.0)})  # of NaN they make 0
-    cfg.mae.update({"width": 8, "depth": 1, "heads": 2})
+    if objective == "lejepa":
+        cfg.lejepa.update({"hidden": 16, "width": 8, "slices": 16})
+        return
     cfg.dino.update({"prototypes": 24, "hidden": 16, "bottleneck": 8, "ibot": 1.0, "koleo": 0.1})
     cfg.dino.update({"momentum": 0.9, "freeze_prototypes": 4})
-    cfg.lejepa.update({"hidden": 16, "width": 8, "slices": 16})

@@ -2,7 +2,7 @@
 
 Large ("global") crops at the model's size and small ("local") ones (Caron et al. 2020, arXiv
 2006.09882). What is drawn for a crop depends on the step's key, the example's position in the
-global batch, and the crop's number alone.
+global batch, the crop's number, and how many crops there are, alone.
 """
 
 from collections.abc import Mapping

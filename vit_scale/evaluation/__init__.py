@@ -6,8 +6,18 @@ depend on the mesh, the batch or the number of hosts; kNN and the linear classif
 scikit-learn's; an accuracy comes with its number of examples, an interval, and its settings.
 """
 
-from vit_scale.evaluation.features import KINDS, Extract, Features, Layer
+from vit_scale.evaluation.features import KINDS, Extract, Features, Layer, NotFinite
 from vit_scale.evaluation.knn import KNN
 from vit_scale.evaluation.probing import PROBES, Settings, probe
 
-__all__ = ["KINDS", "KNN", "PROBES", "Extract", "Features", "Layer", "Settings", "probe"]
+__all__ = [
+    "KINDS",
+    "KNN",
+    "PROBES",
+    "Extract",
+    "Features",
+    "Layer",
+    "NotFinite",
+    "Settings",
+    "probe",
+]

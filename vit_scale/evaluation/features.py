@@ -63,10 +63,14 @@ class Layer(NamedTuple):
 POOLED = Layer()
 
 
+class NotFinite(UserError):
+    """Raised for features that are not finite."""
+
+
 class Extract:
     """A compiled function from (params, source) to the features of all its readable examples.
 
-    Raises UserError for a source without a readable image, and for features that are not finite.
+    Raises UserError for a source without a readable image, and NotFinite.
     """
 
     def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh, layer: Layer = POOLED):
@@ -108,7 +112,7 @@ class Extract:
         if not len(labels):
             raise UserError(f"{source.name}: none of its {len(source)} images could be read")
         if broken := int((~np.isfinite(values).all(axis=1)).sum()):
-            raise UserError(
+            raise NotFinite(
                 f"{source.name}: the features of {broken:,} of {len(labels):,} images are not "
                 "finite: the model has diverged, or its dtype overflows"
             )

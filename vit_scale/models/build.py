@@ -72,7 +72,8 @@ class Model:
     shape: Any  # spec.Shape or convnets.Shape
     # (params, images, reduce) -> as `ViT.attention`; None for a model without attention.
     attention: Callable | None
-    # (params, images, key, patches, hidden) -> Encoded, as `ViT.encode`; not of a convnet.
+    # (params, images, key, patches, hidden, tokens) -> Encoded, as `ViT.encode`; not of a convnet.
+    # With tokens=False only what is pooled is computed of them.
     encode: Callable
     constrain: Callable  # shards the tokens between blocks
     count_macs: Callable[[bool], int]  # (training)
@@ -117,13 +118,14 @@ def build(cfg: ConfigDict, image: tuple[int, int], constrain: Callable = identit
     def attention(params, images, reduce):
         return nnx.merge(graph, params).attention(images, reduce)
 
-    def encode(params, images, key=None, patches=None, hidden=None):
+    def encode(params, images, key=None, patches=None, hidden=None, tokens=True):
         if not isinstance(shape, spec.Shape):
             raise UserError(f"{cfg.variant} has no tokens to encode")
         merged = nnx.merge(graph, params)
-        tokens = merged.encode(images, key, patches=patches, hidden=hidden)
+        read = None if tokens else shape.read
+        encoded = merged.encode(images, key, read=read, patches=patches, hidden=hidden)
         pool_key = None if key is None else jax.random.split(key, 3)[2]
-        return Encoded(merged.pool_tokens(tokens, pool_key).astype(jnp.float32), tokens)
+        return Encoded(merged.pool_tokens(encoded, pool_key).astype(jnp.float32), encoded)
 
     def features(params, images, kind="pooled", layer=None):
         merged = nnx.merge(graph, params)

@@ -28,7 +28,7 @@ class PrototypeHead(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        widths = [width, *[hidden] * (layers - 1), bottleneck]
+        widths, self.exact = [width, *[hidden] * (layers - 1), bottleneck], dtype == "float32"
         small = nnx.initializers.truncated_normal(0.02)
         self.layers = nnx.Dict(
             {
@@ -47,12 +47,16 @@ class PrototypeHead(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n c"]:
-        """Return the cosine of each vector with each prototype, in float32."""
+        """Return the cosine of each vector with each prototype, as float32.
+
+        The product is in float32 unless the model computes in bfloat16.
+        """
         for i in range(len(self.layers)):
             x = self.layers[str(i)](x)
             x = x if i == len(self.layers) - 1 else gelu(x, approximate=False)
-        kernel = self.prototypes.kernel[...]
-        return unit(x.astype(jnp.float32)) @ unit(kernel, axis=0)
+        kernel = unit(self.prototypes.kernel[...], axis=0)
+        precision = "highest" if self.exact else None
+        return jnp.matmul(unit(x.astype(jnp.float32)), kernel, precision=precision)
 
 
 class Projector(nnx.Module):

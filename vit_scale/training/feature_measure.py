@@ -1,5 +1,6 @@
 """Measure features while they are trained: nearest neighbours, where nothing is predicted."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from vit_scale.data import Source, are_disjoint
 from vit_scale.data.targets import CLASS
 from vit_scale.errors import UserError, nearest
-from vit_scale.evaluation import KNN, Extract
+from vit_scale.evaluation import KNN, Extract, NotFinite
 from vit_scale.models.build import Model
 
 PROBES = ("", "knn")  # of eval.probe
@@ -19,18 +20,25 @@ class NearestNeighbours:
     """Classify features by their 20 nearest among those of `bank`, as `vit-scale probe` does.
 
     (params, source) -> {"n": ..., "accuracy": ..., "interval": of 95 %}. The features of the bank
-    are computed anew each time, because they change with the parameters.
+    are computed anew each time, because they change with the parameters. Of features that are not
+    finite the accuracy is NaN, so that training may recover.
+
+    Raises UserError for a bank of fewer images than neighbours.
     """
 
     main = "accuracy"
 
     def __init__(self, cfg: ConfigDict, model: Model, mesh: Mesh, bank: Source):
+        KNN().check(len(bank))
         self.extract, self.mesh, self.bank = Extract(cfg, model, mesh), mesh, bank
 
     def __call__(
         self, params: dict, source: Source, selected: Mapping | None = None
     ) -> dict[str, Any]:
-        queries, bank = self.extract(params, source), self.extract(params, self.bank)
+        try:
+            queries, bank = self.extract(params, source), self.extract(params, self.bank)
+        except NotFinite:
+            return {"n": len(source), "accuracy": math.nan, "interval": [0.0, 1.0]}
         result = KNN().evaluate(*bank, *queries, self.mesh)
         return {"n": result["n"], "accuracy": result["accuracy"], "interval": result["interval"]}
 

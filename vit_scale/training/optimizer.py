@@ -162,7 +162,10 @@ def _scale_by_layer(rate: float, blocks: int) -> optax.GradientTransformation:
 
 
 def _hold(pattern: str, steps: int) -> optax.GradientTransformation:
-    """Leave the parameters of these names as they are for the first `steps` updates."""
+    """Leave the parameters of these names as they are for the first `steps` updates.
+
+    As with a learning rate of 0, which DINOv2's code gives them: their moments are kept.
+    """
 
     def hold(updates, state, params=None):
         begun = state.count >= steps

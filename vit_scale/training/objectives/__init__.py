@@ -20,7 +20,7 @@ from vit_scale.training.objectives.masked_autoencoder import masked_autoencoder
 from vit_scale.training.objectives.objective import Context, Objective
 from vit_scale.training.objectives.regression import check_regression, regression
 from vit_scale.training.objectives.self_distillation import self_distillation
-from vit_scale.training.objectives.self_supervised import check_self_supervised
+from vit_scale.training.objectives.self_supervised import check_self_supervised, check_unread_blocks
 
 __all__ = ["OBJECTIVES", "SELF_SUPERVISED", "Context", "Objective", "check", "make_objective"]
 
@@ -53,6 +53,7 @@ def check(cfg: ConfigDict) -> None:
         raise UserError(
             f"objective={cfg.objective!r} is unknown; {nearest(cfg.objective, OBJECTIVES)}"
         )
+    check_unread_blocks(cfg)
     if cfg.objective in SELF_SUPERVISED:
         check_self_supervised(cfg)
     if cfg.data.target not in KINDS:

@@ -13,15 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from vit_scale.augment.multi_crop import local_size, multi_crop
+from vit_scale.augment.multi_crop import multi_crop
 from vit_scale.config import image_size
-from vit_scale.models.build import Model, build, part
-from vit_scale.models.flops import count_macs, training_flops
-from vit_scale.models.lora import adapted
-from vit_scale.models.parameters import OBJECTIVE, of_model
+from vit_scale.models.build import Model, part
+from vit_scale.models.flops import training_flops
+from vit_scale.models.parameters import OBJECTIVE
 from vit_scale.models.projection_heads import Projector
+from vit_scale.training.objectives.crop_encoder import (
+    count_crop_macs,
+    make_crop_encoder,
+    plain_model,
+)
 from vit_scale.training.objectives.objective import Objective
-from vit_scale.training.objectives.self_distillation import encode_crops, of_local_crops
 
 LARGEST, KNOTS = 3.0, 17  # of the frequencies at which characteristic functions are compared
 
@@ -35,21 +38,15 @@ def lejepa(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Ob
     crops of the global batch, also where the gradient is accumulated.
     """
     j = cfg.lejepa
-    small = None
-    if cfg.views.locals:
-        small = adapted(build(cfg.model, local_size(cfg), model.constrain), cfg.lora)
+    encoder = make_crop_encoder(model, cfg)
     projector = part(lambda rngs: Projector(model.shape.pooled, j.hidden, j.width, j.layers, rngs))
 
     def prepare(batch, key):
         return multi_crop(batch, key, cfg, image_size(cfg)) | {"mask": batch["mask"]}
 
     def loss(params, examples, key):
-        vectors = [encode_crops(model, of_model(params), examples["global"], key)[0]]
-        if small:
-            resampled, local_key = of_local_crops(params, small), jax.random.fold_in(key, 1)
-            vectors.append(encode_crops(small, resampled, examples["local"], local_key)[0])
         zeros = jnp.zeros(len(examples["mask"]))
-        embeddings = jnp.concatenate(vectors, axis=1)
+        embeddings = jnp.concatenate(encoder(params, examples, key), axis=1)
         outputs = {"loss": zeros, "mask": examples["mask"], "statistics": {}}
         return zeros.sum(), outputs | {"embeddings": embeddings}
 
@@ -105,7 +102,7 @@ def sliced_statistic(
     gaussian = jnp.exp(-jnp.square(frequencies) / 2)
     ends = jnp.ones(KNOTS).at[jnp.array([0, -1])].set(0.5)
     trapezoids = 2 * LARGEST / (KNOTS - 1) * ends * gaussian  # of both signs of the frequency
-    projected = jnp.einsum("bve,es->bvs", vectors, directions)
+    projected = jnp.einsum("bve,es->bvs", vectors, directions, precision="highest")
 
     def add(total, at):
         frequency, expected, share = at
@@ -121,16 +118,9 @@ def sliced_statistic(
 
 def _count_flops(cfg: ConfigDict) -> int:
     """Return the FLOPs of training on one image: of its crops, and of the projector."""
-    plain = cfg.copy_and_resolve_references()
-    plain.model.update({"remat": "none", "attention": "xla", "dropout": 0.0, "drop_path": 0.0})
-    plain.model.patch_drop, v, j = 0.0, cfg.views, cfg.lejepa
-    macs = 0
-    for count, size in ((v.globals, image_size(cfg)), (v.locals, local_size(cfg))):
-        if count:
-            model = build(plain.model, size)
-            images = jax.ShapeDtypeStruct((count, *size, 3), jnp.float32)
-            macs += count_macs(model.encode, model.abstract_params, images)
-    pooled = model.shape.pooled
-    widths = [pooled, *[j.hidden] * (j.layers - 1), j.width, j.slices]
+    model, plain = plain_model(cfg)
+    v, j = cfg.views, cfg.lejepa
+    widths = [model.shape.pooled, *[j.hidden] * (j.layers - 1), j.width, j.slices]
     products = sum(a * b for a, b in itertools.pairwise(widths))
-    return training_flops(macs + (v.globals + v.locals) * products)
+    crops = sum(count_crop_macs(make_crop_encoder(model, plain), plain))
+    return training_flops(crops + (v.globals + v.locals) * products)

@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
 from vit_scale.config import image_size
-from vit_scale.models.build import Model, Part, build, part
+from vit_scale.models.build import Model, Part, part
 from vit_scale.models.decoder import Decoder
 from vit_scale.models.flops import count_macs, training_flops
 from vit_scale.models.layers import Size
 from vit_scale.models.parameters import OBJECTIVE, of_model
+from vit_scale.training.objectives.crop_encoder import plain_model
 from vit_scale.training.objectives.objective import Objective
 
 EPSILON = 1e-6  # of the normalisation of a patch's pixels, as in MAE
@@ -126,9 +127,7 @@ def hidden_patches(cfg: ConfigDict, model: Model) -> int:
 
 def _count_flops(cfg: ConfigDict) -> int:
     """Return the FLOPs of training on one image: encoder and decoder, forward and backward."""
-    plain = cfg.copy_and_resolve_references()
-    plain.model.update({"remat": "none", "attention": "xla", "dropout": 0.0, "drop_path": 0.0})
-    model = build(plain.model, image_size(cfg))
+    model, plain = plain_model(cfg)
     decoder, size = make_decoder(model, plain), image_size(cfg)
     hidden = hidden_patches(cfg, model)
     draw = functools.partial(draw_hidden, b=1, patches=patch_count(model), hidden=hidden)

@@ -16,16 +16,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from vit_scale.augment.multi_crop import local_size, multi_crop
+from vit_scale.augment.multi_crop import multi_crop
 from vit_scale.augment.patch_masks import draw_blocks, draw_counts
 from vit_scale.config import image_size
-from vit_scale.models.build import Model, Part, build, part
+from vit_scale.models.build import Model, Part, part
 from vit_scale.models.flops import count_macs
-from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import OBJECTIVE, of_model
-from vit_scale.models.position_embeddings import resample
 from vit_scale.models.projection_heads import PrototypeHead
 from vit_scale.training.objectives import self_distillation_losses as losses
+from vit_scale.training.objectives.crop_encoder import (
+    CropEncoder,
+    count_crop_macs,
+    encode_crops,
+    make_crop_encoder,
+    plain_model,
+)
 from vit_scale.training.objectives.objective import Context, Objective
 from vit_scale.training.schedules import cosine
 
@@ -35,8 +40,7 @@ HIDING = 0x68696465  # folded into the step's key
 class Networks(NamedTuple):
     """What student and teacher are made of: functions of their parameters."""
 
-    model: Model
-    small: Model | None  # the same model for local crops
+    encoder: CropEncoder
     head: Part
 
 
@@ -49,7 +53,7 @@ def self_distillation(model: Model, cfg: ConfigDict, teacher: Callable | None = 
     """
     d, networks = cfg.dino, make_networks(model, cfg)
     g, grid = cfg.views.globals, model.shape.grid
-    most = int(grid[0] * grid[1] * d.mask[1]) if d.ibot else 0  # patches that are hidden
+    most = _most_hidden(cfg, grid)
 
     def prepare(batch, key):
         crops = multi_crop(batch, key, cfg, image_size(cfg))
@@ -71,11 +75,10 @@ def self_distillation(model: Model, cfg: ConfigDict, teacher: Callable | None = 
         return d.koleo * value, {"koleo": value}
 
     def init(key):
-        head_key, patch_key, token_key = jax.random.split(key, 3)
+        head_key, patch_key = jax.random.split(key)
         own = {"head": networks.head.init(head_key)}
         if d.ibot:
-            token = 0.02 * jax.random.normal(token_key, (model.shape.size.width,))
-            own |= {"mask_token": token}
+            own |= {"mask_token": jnp.zeros(model.shape.size.width)}
             if d.ibot_head == "own":
                 own |= {"patch_head": networks.head.init(patch_key)}
         return own
@@ -100,36 +103,7 @@ def make_networks(model: Model, cfg: ConfigDict) -> Networks:
     d, width = cfg.dino, model.shape.pooled
     sizes = (width, d.hidden, d.bottleneck, d.prototypes, d.layers, cfg.model.dtype)
     head = part(lambda rngs: PrototypeHead(*sizes, rngs))
-    small = None
-    if cfg.views.locals:
-        small = adapted(build(cfg.model, local_size(cfg), model.constrain), cfg.lora)
-    return Networks(model, small, head)
-
-
-def of_local_crops(params: dict, small: Model) -> dict:
-    """Return the model's parameters for local crops: positions resampled to their grid."""
-    params = of_model(params)
-    if "posemb" not in params:
-        return params
-    return {**params, "posemb": resample(params["posemb"], small.shape.grid, "bicubic")}
-
-
-def encode_crops(
-    model: Model,
-    params: dict,
-    crops: Float[Array, "b v H W 3"],
-    key: PRNGKeyArray | None,
-    hidden: tuple[Bool[Array, "b v p"], Float[Array, "d"]] | None = None,
-) -> tuple[Float[Array, "b v d"], Float[Array, "b v n d"]]:
-    """Encode all crops as one batch; return the pooled vectors and the patch tokens."""
-    b, v = crops.shape[:2]
-    if hidden is not None:
-        hidden = hidden[0].reshape(b * v, -1), hidden[1]
-    pooled, tokens = model.encode(
-        params, crops.reshape(b * v, *crops.shape[2:]), key, hidden=hidden
-    )
-    patches = tokens[:, model.shape.before :]
-    return pooled.reshape(b, v, -1), patches.reshape(b, v, *patches.shape[1:])
+    return Networks(make_crop_encoder(model, cfg), head)
 
 
 def draw_masks(
@@ -142,6 +116,11 @@ def draw_masks(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(block_key, jnp.arange(b * v))
     masks = jax.vmap(functools.partial(draw_blocks, grid=grid))(keys, count=counts)
     return masks.reshape(b, v, -1)
+
+
+def _most_hidden(cfg: ConfigDict, grid: tuple[int, int]) -> int:
+    """Return how many patches of a global crop are hidden at most."""
+    return int(grid[0] * grid[1] * cfg.dino.mask[1]) if cfg.dino.ibot else 0
 
 
 def _hidden_patches(hidden: Bool[Array, "b v p"], most: int) -> dict[str, Array]:
@@ -178,7 +157,8 @@ def _teach(
     d, params, state = cfg.dino, context.teacher, context.state
     own, temperature = params[OBJECTIVE], teacher_temperature(cfg, context.step)
     crops, counted = examples["global"], examples["mask"][:, None]
-    pooled, patches = encode_crops(networks.model, of_model(params), crops, None)
+    encoded = encode_crops(networks.encoder.model, of_model(params), crops, None, None, d.ibot > 0)
+    pooled, patches = encoded
 
     def targets(logits, weight, name):
         if state is None:
@@ -206,12 +186,9 @@ def _student_loss(
     """Return the student's loss and its outputs, as `Objective.loss`."""
     d, own = cfg.dino, params[OBJECTIVE]
     hidden = (examples["hidden"], own["mask_token"]) if d.ibot else None
-    crops = examples["global"]
-    pooled, patches = encode_crops(networks.model, of_model(params), crops, key, hidden)
-    vectors = [pooled]
-    if networks.small:
-        small, local_key = of_local_crops(params, networks.small), jax.random.fold_in(key, 1)
-        vectors.append(encode_crops(networks.small, small, examples["local"], local_key)[0])
+    crops, model = examples["global"], networks.encoder.model
+    pooled, patches = encode_crops(model, of_model(params), crops, key, hidden, d.ibot > 0)
+    vectors = [pooled, *networks.encoder.local(params, examples, key)]
     logits = networks.head.apply(own["head"], jnp.concatenate(vectors, axis=1))
     total = per_crop = losses.across_views(examples["target"], logits, d.student_temperature)
     measures = {"dino": per_crop}
@@ -230,24 +207,12 @@ def _student_loss(
 
 def _count_flops(cfg: ConfigDict) -> int:
     """Return the FLOPs of training on one image: the student's, thrice, and the teacher's."""
-    plain = cfg.copy_and_resolve_references()
-    plain.model.update({"remat": "none", "attention": "xla", "dropout": 0.0, "drop_path": 0.0})
-    plain.model.patch_drop, v = 0.0, cfg.views
-    networks = make_networks(build(plain.model, image_size(cfg)), plain)
-    params, head = networks.model.abstract_params, networks.head
-    head_params = jax.eval_shape(head.init, jax.random.key(0))
-
-    def macs(model: Model, params, count: int, size: tuple[int, int], patches: int) -> int:
-        crops = jax.ShapeDtypeStruct((1, count, *size, 3), jnp.float32)
-        encoder = count_macs(lambda p, x: encode_crops(model, p, x, None), params, crops)
-        vectors = jax.ShapeDtypeStruct((count * (1 + patches), model.shape.pooled), jnp.float32)
-        return encoder + count_macs(head.apply, head_params, vectors)
-
-    grid = networks.model.shape.grid
-    patches = int(grid[0] * grid[1] * cfg.dino.mask[1]) if cfg.dino.ibot else 0
-    large = macs(networks.model, params, v.globals, image_size(cfg), patches)
-    small = 0
-    if networks.small:
-        resampled = networks.small.abstract_params
-        small = macs(networks.small, resampled, v.locals, local_size(cfg), 0)
-    return 6 * (large + small) + 2 * large
+    model, plain = plain_model(cfg)
+    networks = make_networks(model, plain)
+    large, small = count_crop_macs(networks.encoder, plain)
+    head_params = jax.eval_shape(networks.head.init, jax.random.key(0))
+    vector = jax.ShapeDtypeStruct((1, model.shape.pooled), jnp.float32)
+    head, v = count_macs(networks.head.apply, head_params, vector), cfg.views
+    patches = _most_hidden(cfg, model.shape.grid)
+    large += v.globals * (1 + patches) * head
+    return 6 * (large + small + v.locals * head) + 2 * large

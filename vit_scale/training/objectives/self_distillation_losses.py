@@ -64,7 +64,9 @@ def across_views(
 
     The teacher's view i is the student's view i too: these pairs are left out (DINO, equation 3).
     """
-    entropies = -jnp.einsum("btc,bsc->bts", targets, jax.nn.log_softmax(logits / temperature))
+    log_probabilities = jax.nn.log_softmax(logits / temperature)
+    # A TPU's default rounds both to bfloat16.
+    entropies = -jnp.einsum("btc,bsc->bts", targets, log_probabilities, precision="highest")
     t, s = entropies.shape[1:]
     different = 1 - jnp.eye(t, s)
     return (entropies * different).sum((1, 2)) / different.sum()
@@ -91,7 +93,9 @@ def koleo(vectors: Float[Array, "b d"], mask: Bool[Array, "b"]) -> Float[Array, 
     """
     x = unit(vectors.astype(jnp.float32))
     pairs = mask[:, None] & mask & ~jnp.eye(len(x), dtype=bool)
-    nearest = jnp.where(pairs, jax.lax.stop_gradient(x @ x.T), -2).argmax(1)
+    similarities = jnp.matmul(x, x.T, precision="highest")
+    nearest = jnp.where(pairs, jax.lax.stop_gradient(similarities), -2).argmax(1)
     difference = x - x[nearest] + EPSILON
     distance = jnp.sqrt(jnp.square(difference).sum(-1))
-    return -(mask * jnp.log(distance + EPSILON)).sum() / jnp.maximum(mask.sum(), 1)
+    counted = pairs.any(1)  # an example alone has no neighbour
+    return -(counted * jnp.log(distance + EPSILON)).sum() / jnp.maximum(counted.sum(), 1)

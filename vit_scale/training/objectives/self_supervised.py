@@ -10,18 +10,46 @@ from vit_scale.models.spec import Shape, resolve
 
 CENTRINGS = ("mean", "sinkhorn")
 IBOT_HEADS = ("shared", "own")
-UNUSED = {  # fields of labels and heads, which would be ignored
+UNUSED = {  # fields that would be ignored
     **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing"), "mixes labels"),
-    **dict.fromkeys(("model.representation",), "is part of a classification head"),
-    "loss": "is of labels",
+    **dict.fromkeys(("model.representation", "model.head_bias"), "is part of a head"),
+    "loss": "is a loss of labels",
 }
-NOT_DINO = {"optim.ema": "is an average beside the teacher, which is one already"}
-NOT_MAE = {"model.patch_drop": "hides patches beside mae.mask", "model.fc_norm": "needs a head"}
+OF_VIEWS = {
+    f"augment.{name}": f"is set for each kind of crop by views.{name}"
+    for name in ("blur", "solarize")
+}
+UNUSED_BY = {
+    "mae": {
+        "model.patch_drop": "hides patches beside mae.mask",
+        "model.fc_norm": "normalises what a head reads",
+        "model.nearest_grid": "resizes images whose pixels are to be predicted",
+    },
+    "dino": {"optim.ema": "is an average beside the teacher, which is one already", **OF_VIEWS},
+    "lejepa": OF_VIEWS,
+}
+BLOCKS = {  # and the objectives that read them
+    "views": ("dino", "lejepa"),
+    **{name: (name,) for name in ("mae", "dino", "lejepa")},
+}
 COUNTS = {
     "mae": ("width", "depth", "heads"),
     "dino": ("prototypes", "hidden", "bottleneck", "layers"),
     "lejepa": ("slices", "hidden", "width", "layers"),
 }
+
+
+def check_unread_blocks(cfg: ConfigDict) -> None:
+    """Raise UserError for a changed field of a block that the objective of `cfg` doesn't read."""
+    values, default = fields(cfg), fields(config.base())
+    for block, readers in BLOCKS.items():
+        names = [name for name in default if name.startswith(f"{block}.")]
+        changed = [name for name in names if values[name] != default[name]]
+        if changed and cfg.objective not in readers:
+            raise UserError(
+                f"{changed[0]}={values[changed[0]]} is read by objective={' and '.join(readers)}, "
+                f"not {cfg.objective}: remove it"
+            )
 
 
 def check_self_supervised(cfg: ConfigDict) -> None:
@@ -30,11 +58,10 @@ def check_self_supervised(cfg: ConfigDict) -> None:
     `cfg` is the whole config.
     """
     name, values, default = cfg.objective, fields(cfg), fields(config.base())
-    unused = UNUSED | {"dino": NOT_DINO, "mae": NOT_MAE, "lejepa": {}}[name]
-    for field, why in unused.items():
+    for field, why in (UNUSED | UNUSED_BY[name]).items():
         if values[field] != default[field]:
             raise UserError(
-                f"{field}={values[field]} {why}: with objective={name} it must be {default[field]}"
+                f"{field}={values[field]} {why}: with objective={name} leave it at {default[field]}"
             )
     if cfg.model.classes:
         raise UserError(
@@ -88,11 +115,23 @@ def _check_dino(cfg: ConfigDict, shape: Shape) -> None:
     for field in ("momentum", "momentum_end", "centre_momentum", "mask_share"):
         if not 0 <= d[field] <= 1:
             raise UserError(f"dino.{field}={d[field]} must be from 0 to 1")
-    for field in ("teacher_warmup", "freeze_prototypes", "ibot", "koleo"):
+    for field in ("ibot", "koleo"):
         if not d[field] >= 0:
             raise UserError(f"dino.{field}={d[field]} must be at least 0")
+    for field in ("teacher_warmup", "freeze_prototypes"):
+        if not 0 <= d[field] < cfg.steps:
+            raise UserError(
+                f"dino.{field}={d[field]} must be at least 0 and fewer than steps={cfg.steps}"
+            )
     if not d.ibot:
         return
+    if cfg.model.patch_drop:
+        raise UserError(
+            f"model.patch_drop={cfg.model.patch_drop} leaves out patches that dino.ibot={d.ibot} "
+            "compares: set it to 0"
+        )
+    if not d.mask_share:
+        raise UserError(f"dino.ibot={d.ibot} with dino.mask_share=0 hides no patches")
     if len(d.mask) != 2 or not 0 < d.mask[0] <= d.mask[1] < 1:
         raise UserError(f"dino.mask={d.mask} must be two fractions, 0 < low <= high < 1")
     patches = shape.grid[0] * shape.grid[1]
