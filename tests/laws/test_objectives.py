@@ -1,5 +1,7 @@
 """The guarantees of docs/design.md for objectives that own parameters, state, and a teacher."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -84,19 +86,27 @@ def test_everything_that_is_trained_changes_and_the_teacher_follows(trained):
     assert set(trained.last.objective or ()) == centred
     for name in centred:
         assert np.abs(after[f"objective/{name}"]).max() > 1e-4
-    head = f"{OBJECTIVE}/head/prototypes/kernel"
-    assert np.abs(after[f"ema/{head}"] - before[f"params/{head}"]).max() > 0
-    moved = np.abs(after[f"params/{head}"] - before[f"params/{head}"]).max()
-    assert np.abs(after[f"ema/{head}"] - before[f"params/{head}"]).max() < moved
 
 
-def test_prototypes_wait_for_their_first_step(trained):
-    cfg = trained.setup.cfg
-    first, _ = trained.steps(trained.start(), 0, 1)
-    name = f"params/{OBJECTIVE}/head/prototypes/kernel"
-    if cfg.objective == "dino":
-        same = np.array_equal(leaves(first)[name], leaves(trained.first)[name])
-        assert same == bool(cfg.dino.freeze_prototypes)
+def test_the_teacher_is_an_average_and_prototypes_wait_for_their_first_step(trained):
+    """Its decay is a cosine from dino.momentum to momentum_end over the run."""
+    d, steps = trained.setup.cfg.dino, trained.setup.cfg.steps
+    states = [trained.first]
+    for number in range(2):
+        state = jax.tree.map(jax.numpy.copy, states[-1])
+        states.append(trained.steps(state, number, number + 1)[0])
+    prototypes = f"{OBJECTIVE}/head/prototypes/kernel"
+    if trained.setup.cfg.objective != "dino":
+        assert states[1].ema is None and prototypes not in named(states[1].params)
+        return
+    for number, (before, after) in enumerate(itertools.pairwise(map(leaves, states))):
+        share = (1 + np.cos(np.pi * number / steps)) / 2
+        decay = d.momentum_end + share * (d.momentum - d.momentum_end)
+        for name in ("cls", prototypes):
+            expected = decay * before[f"ema/{name}"] + (1 - decay) * after[f"params/{name}"]
+            np.testing.assert_allclose(after[f"ema/{name}"], expected, atol=1e-7)
+    first, second = (leaves(state)[f"params/{prototypes}"] for state in states[:2])
+    assert np.array_equal(first, second) == bool(d.freeze_prototypes)
 
 
 def test_masked_examples_are_never_looked_at(trained):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from vit_scale.cli import commands
+from vit_scale.cli import commands, data_commands
 from vit_scale.errors import USAGE, UserError
 
 RUN = "run folder, or RUN/checkpoints/STEP"
@@ -223,7 +223,7 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     )
     download.add_argument("set", metavar="SET", help=names)
     download.add_argument("--out", default=".data", help="folder to unpack into (default: .data)")
-    download.set_defaults(do=commands.download_data)
+    download.set_defaults(do=data_commands.download_data)
     text = "pack a set of image files into ArrayRecord files; resumable"
     pack = verbs.add_parser("pack", help=text, description=text, allow_abbrev=False)
     text = "folder with train/CLASS/*, and val or test; or another set, NAME:PATH, such as tar:DIR"
@@ -238,12 +238,12 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     pack.add_argument("--shorter-side", type=positive, default=0, metavar="PIXELS", help=text)
     text = "JPEG quality of reduced images (default: 95)"
     pack.add_argument("--quality", type=positive, default=95, help=text)
-    pack.set_defaults(do=commands.pack_data)
+    pack.set_defaults(do=data_commands.pack_data)
     text = "index tar shards (WebDataset's layout), or the file names of a tfds set"
     index = verbs.add_parser("index", help=text, description=text, allow_abbrev=False)
     index.add_argument("path", metavar="PATH", help="folder, or pattern such as DIR/{split}-*.tar")
     index.add_argument("--workers", type=int, help="number of processes (default: one per core)")
-    index.set_defaults(do=commands.index_data)
+    index.set_defaults(do=data_commands.index_data)
     text = "measure how fast this machine reads and decodes a config's training images"
     bench = verbs.add_parser("bench", help=text, description=text, allow_abbrev=False)
     bench.add_argument("--config", required=True, help=CONFIG)
@@ -252,7 +252,7 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     text = "also plan the config for this slice, and compare: v5e:4x4"
     bench.add_argument("--topology", help=text)
     bench.add_argument("--json", action="store_true", help=JSON)
-    bench.set_defaults(do=commands.bench_data)
+    bench.set_defaults(do=data_commands.bench_data)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
+from vit_scale.data.orders import permutation
 from vit_scale.data.sources import Source
 from vit_scale.data.statistics import all_labels
 from vit_scale.errors import UserError
@@ -49,17 +50,11 @@ class BalancedOrder:
         return chosen
 
 
-def _permutation(n: int, *seeds: int) -> Int[np.ndarray, "n"]:
-    # RandomState's stream is frozen (NEP 19), so upgrades of numpy do not change the order.
-    bits = np.random.MT19937(np.random.SeedSequence(seeds))
-    return np.random.RandomState(bits).permutation(n)
-
-
 @functools.lru_cache(maxsize=128)
 def _round(classes: int, seed: int, number: int) -> Int[np.ndarray, "c"]:
-    return _permutation(classes, seed, ROUNDS, number)
+    return permutation(classes, seed, ROUNDS, number)
 
 
 @functools.lru_cache(maxsize=4096)  # one for each class: as much memory as the list of examples
 def _epoch(n: int, seed: int, label: int, epoch: int) -> Int[np.ndarray, "n"]:
-    return _permutation(n, seed, EPOCHS, label, epoch)
+    return permutation(n, seed, EPOCHS, label, epoch)

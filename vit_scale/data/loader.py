@@ -25,6 +25,7 @@ from vit_scale.augment.random_crop import ExampleDraws
 from vit_scale.data import workers as processes
 from vit_scale.data.balanced import BalancedOrder
 from vit_scale.data.mixtures import Mixture
+from vit_scale.data.orders import permutation
 from vit_scale.data.sources import Batch, InMemory, Source, empty_batch
 from vit_scale.errors import UserError
 
@@ -175,9 +176,7 @@ def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarr
 
 @functools.lru_cache(maxsize=32)  # a batch may span two epochs, of each set of a mixture
 def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
-    # RandomState's stream is frozen (NEP 19), so upgrades of numpy do not change the order.
-    bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
-    return np.random.RandomState(bits).permutation(n)
+    return permutation(n, seed, epoch)
 
 
 def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch, None, None]:

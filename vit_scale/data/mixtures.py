@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from vit_scale.augment.random_crop import Draws
 from vit_scale.data.class_mapping import Relabelled, is_numbered
+from vit_scale.data.orders import permutation
 from vit_scale.data.sources import Batch, Source, empty_batch, labels_of
 from vit_scale.errors import UserError
 
@@ -81,8 +82,7 @@ class Mixture:
         counts = self.taken(step + 1, batch) - before
         which = np.repeat(np.arange(len(counts)), counts)
         position = np.concatenate([np.arange(n) for n in counts]) + before[which]
-        bits = np.random.MT19937(np.random.SeedSequence((seed, ROWS, step)))
-        order = np.random.RandomState(bits).permutation(batch)[rows]
+        order = permutation(batch, seed, ROWS, step)[rows]
         return which[order], position[order]
 
     def index(self, which: int, examples: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:

@@ -7,18 +7,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from vit_scale.augment.pipeline import eval_images
 from vit_scale.config import image_size
-from vit_scale.data import Source, are_files, eval_batches, views
-from vit_scale.distributed import multihost, preemption
+from vit_scale.data import Source, are_files, views
 from vit_scale.distributed.mesh import cpu_options
-from vit_scale.distributed.sharding import batch_rows, batch_sharding, shard_batch, shardings
+from vit_scale.distributed.sharding import batch_sharding, shardings
 from vit_scale.errors import UserError, nearest
+from vit_scale.evaluation.batches import evaluate_batches
 from vit_scale.models.build import Model
 from vit_scale.models.spec import Shape
-from vit_scale.runs import watchdog
 
 KINDS = ("pooled", "cls", "mean", "cls_mean")
 
@@ -92,22 +90,12 @@ class Extract:
         )
 
     def __call__(self, params: dict, source: Source) -> Features:
-        size, parts = self.cfg.eval.batch, []
-        rows = batch_rows(size, self.mesh)
-        with tqdm(
-            total=len(source),
-            desc=f"features {source.name}",
-            unit="image",
-            disable=None if multihost.is_first() else True,
-            leave=False,
-        ) as bar:
-            for batch in eval_batches(source, size, rows, self.cfg.data.workers):
-                placed = shard_batch(batch, self.mesh, size)
-                features, labels, mask = map(np.asarray, self._extract(params, placed))
-                parts.append(Features(features[mask], labels[mask]))
-                watchdog.beat()
-                preemption.check(f"while computing features of {source.name}")
-                bar.update(min(size, len(source) - bar.n))
+        parts = []
+        for part in evaluate_batches(
+            self._extract, params, source, self.cfg, self.mesh, "features of"
+        ):
+            features, labels, mask = map(np.asarray, part)
+            parts.append(Features(features[mask], labels[mask]))
         values, labels = map(np.concatenate, zip(*parts, strict=True))
         if not len(labels):
             raise UserError(f"{source.name}: none of its {len(source)} images could be read")

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from vit_scale.data.orders import permutation
 from vit_scale.errors import UserError
 from vit_scale.evaluation.intervals import mean_interval, wilson_interval
-from vit_scale.evaluation.linear import FOLDS, Examples, choose_strength, deal, seeded_order
+from vit_scale.evaluation.linear import FOLDS, Examples, choose_strength, deal
 
 SHOTS = (5, 10)
 DRAWS = 5
@@ -48,7 +49,7 @@ def draw(labels: Int[np.ndarray, "n"], shots: int, seed: int, number: int) -> In
     chosen = []
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        chosen.append(own[seeded_order(len(own), seed, number, int(label))[:shots]])
+        chosen.append(own[permutation(len(own), seed, number, int(label))[:shots]])
     return np.sort(np.concatenate(chosen))
 
 

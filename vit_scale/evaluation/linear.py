@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from vit_scale.data.orders import permutation
 from vit_scale.distributed import preemption
 from vit_scale.distributed.mesh import AXES
 from vit_scale.distributed.sharding import shard
@@ -206,15 +207,8 @@ def deal(labels: Int[np.ndarray, "n"], seed: int, folds: int = FOLDS) -> Int[np.
     fold = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        fold[own[seeded_order(len(own), seed, int(label))]] = np.arange(len(own)) % folds
+        fold[own[permutation(len(own), seed, int(label))]] = np.arange(len(own)) % folds
     return fold
-
-
-def seeded_order(n: int, *seeds: int) -> Int[np.ndarray, "n"]:
-    """Return a permutation of n that depends on the seeds alone."""
-    # RandomState's stream is frozen (NEP 19), so upgrades of numpy do not change the order.
-    bits = np.random.MT19937(np.random.SeedSequence(seeds))
-    return np.random.RandomState(bits).permutation(n)
 
 
 def choose_strength(

@@ -9,10 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from vit_scale.models.layers import Block, Size, make_norm
+from vit_scale.models.layers import Size, make_norm
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
-from vit_scale.models.vit import identity, remat_policy
+from vit_scale.models.stacked_blocks import remat_policy, stacked_blocks
+from vit_scale.models.vit import identity
 
 PLAIN = {  # the blocks of a decoder are those of the first ViT, whatever the encoder's are
     "dropout": 0.0,
@@ -49,8 +50,7 @@ class Decoder(nnx.Module):
         options["dtype"] = jnp.dtype(cfg.dtype)
         self.project = nnx.Linear(shape.size.width, size.width, **options)
         self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (size.width,)))
-        stacked = nnx.vmap(lambda layer: Block(cfg, size, layer))(rngs.split(size.depth))
-        self.blocks = stacked
+        self.blocks = stacked_blocks(cfg, size, rngs)
         self.norm = make_norm(cfg, size.width, rngs)
         self.predict = nnx.Linear(size.width, shape.patch**2 * 3, **options)
 

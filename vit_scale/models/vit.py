@@ -5,7 +5,6 @@ function. Unrolled, the last block computes only the tokens that the heads read:
 a sixth of its work, and fewer dropout draws.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets, rotary
 from vit_scale.models.layers import (
     AttentionPool,
@@ -32,6 +30,7 @@ from vit_scale.models.layers import (
 )
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import shape
+from vit_scale.models.stacked_blocks import remat_policy, stacked_blocks, unstacked
 
 
 def identity(x: Array) -> Array:
@@ -76,7 +75,7 @@ class ViT(nnx.Module):
             small = nnx.initializers.normal(1e-6)
             self.registers = nnx.Param(small(rngs.params(), (self.shape.registers, size.width)))
         # Traced and compiled once for all blocks, also where they are unrolled.
-        stacked = nnx.vmap(lambda layer: Block(cfg, size, layer))(rngs.split(size.depth))
+        stacked = stacked_blocks(cfg, size, rngs)
         self.blocks: Any = stacked if cfg.scan else nnx.Dict(unstacked(stacked))
         if cfg.final_norm:
             self.norm = make_norm(cfg, size.width, rngs)
@@ -340,33 +339,3 @@ class ViT(nnx.Module):
         if self.scan:
             return list(unstacked(self.blocks).values())
         return [self.blocks[str(i)] for i in range(depth)]
-
-
-def unstacked(blocks: Block) -> dict[str, Block]:
-    """Return the blocks by number, of one whose arrays have a first axis of all blocks."""
-    graph, state = nnx.split(blocks)
-    leaves, structure = jax.tree.flatten(state)
-    # Without the barrier a compiler computes each slice by itself, and may round it differently.
-    leaves = jax.lax.optimization_barrier(leaves)
-    layers = zip(*map(jnp.unstack, leaves), strict=True)
-    return {
-        str(i): nnx.merge(graph, jax.tree.unflatten(structure, layer))
-        for i, layer in enumerate(layers)
-    }
-
-
-def remat_policy(name: str) -> Callable:
-    """Return jax.checkpoint with a named policy: `none` saves everything, `full` only the inputs.
-
-    Every other name is an attribute of jax.checkpoint_policies. Raises UserError for unknown ones.
-    """
-    if name == "none":
-        return lambda function, **_: function
-    if name == "full":
-        return jax.checkpoint
-    policies = {n for n in dir(jax.checkpoint_policies) if not n.startswith("_")}
-    if name not in policies:
-        raise UserError(
-            f"model.remat={name!r} is unknown; {nearest(name, {'none', 'full'} | policies)}"
-        )
-    return functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, name))

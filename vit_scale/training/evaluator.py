@@ -9,18 +9,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from vit_scale.augment.pipeline import eval_images
 from vit_scale.config import image_size
-from vit_scale.data import Source, are_files, eval_batches, views
+from vit_scale.data import Source, are_files, views
 from vit_scale.data.targets import VALUE, to_numbers
-from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.mesh import cpu_options
-from vit_scale.distributed.sharding import batch_rows, batch_sharding, shard_batch, shardings
+from vit_scale.distributed.sharding import batch_sharding, shardings
 from vit_scale.errors import UserError
+from vit_scale.evaluation.batches import evaluate_batches
 from vit_scale.models.build import Model
-from vit_scale.runs import watchdog
 from vit_scale.tracking.metrics import EvalMetrics, to_floats
 from vit_scale.training.feature_measure import NearestNeighbours
 from vit_scale.training.measures import SUMMARIES, check_memory
@@ -75,7 +73,7 @@ class Evaluate:
         self, params: dict, source: Source, selected: Mapping | None = None
     ) -> dict[str, Any]:
         total = EvalMetrics.empty()
-        for part in evaluate_batches(self._eval_step, params, source, self.cfg, self.mesh):
+        for part in evaluate(self._eval_step, params, source, self.cfg, self.mesh):
             total = total.merge(part)
             jax.block_until_ready(total)  # else all batches would wait on the device
         result = to_floats(total)
@@ -108,7 +106,7 @@ class EvaluateVectors:
             np.empty((len(source), self.cfg.model.classes), np.float32) for _ in range(2)
         )
         n = 0
-        for part in evaluate_batches(self._eval_step, params, source, self.cfg, self.mesh):
+        for part in evaluate(self._eval_step, params, source, self.cfg, self.mesh):
             values, wanted, mask = map(np.asarray, part)
             count = int(mask.sum())
             made[n : n + count], targets[n : n + count] = values[mask], wanted[mask]
@@ -133,26 +131,12 @@ def jit_eval_step(cfg: ConfigDict, model: Model, mesh: Mesh, measure: Callable) 
     )
 
 
-def evaluate_batches(
+def evaluate(
     eval_step: Callable, params: dict, source: Source, cfg: ConfigDict, mesh: Mesh
 ) -> Iterator[Any]:
-    """Yield what `eval_step` makes of each batch of a source, with a progress bar."""
+    """Yield what `eval_step` makes of each batch. Raises UserError for other classes."""
     check_classes(source, cfg)
-    batches = eval_batches(
-        source, cfg.eval.batch, batch_rows(cfg.eval.batch, mesh), cfg.data.workers
-    )
-    with tqdm(
-        total=len(source),
-        desc=f"evaluate {source.name}",
-        unit="image",
-        disable=None if multihost.is_first() else True,
-        leave=False,
-    ) as bar:
-        for batch in batches:
-            yield eval_step(params, shard_batch(batch, mesh, cfg.eval.batch))
-            watchdog.beat()
-            preemption.check(f"while evaluating {source.name}")
-            bar.update(min(cfg.eval.batch, len(source) - bar.n))
+    yield from evaluate_batches(eval_step, params, source, cfg, mesh, "evaluate")
 
 
 def _with_readable(result: dict[str, Any], source: Source) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.models import convnets
 from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
-from vit_scale.models.vit import remat_policy
+from vit_scale.models.stacked_blocks import remat_policy
 from vit_scale.training import objectives, optimizer
 from vit_scale.training.feature_measure import check_probe
 from vit_scale.training.measures import check_memory
