@@ -42,8 +42,11 @@ def _close(name: str, valid: list[str]) -> list[str]:
     leaves = {one.rpartition(".")[2]: one for one in valid if one.rpartition(".")[0] == block}
     if similar := difflib.get_close_matches(leaf, leaves, n=3, cutoff=SIMILAR):
         return [leaves[one] for one in similar]
-    if elsewhere := [one for one in valid if one.rpartition(".")[2] == leaf]:
-        return elsewhere[:3]
+    if elsewhere := {
+        one.rpartition(".")[0]: one for one in valid if one.rpartition(".")[2] == leaf
+    }:
+        similar = difflib.get_close_matches(block, elsewhere, n=1, cutoff=SIMILAR)
+        return [elsewhere[one] for one in similar] or list(elsewhere.values())[:3]
     # The block may be misspelt, if the last part is right.
     whole = difflib.get_close_matches(name, valid, n=3, cutoff=SIMILAR)
     return [one for one in whole if block and one.rpartition(".")[2] == leaf]

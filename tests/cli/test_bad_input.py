@@ -216,7 +216,7 @@ VALUES = {
     "model.variant=S": ["'S'", "S/16"],
     "model.variant=S/0": ["patch 0"],
     "model.heads=3": ["width 16 is not divisible by 3 heads"],
-    "model.classes=0": ["0 classes"],
+    "model.classes=0": ["3 classes", "model.classes=0", "--config.model.classes=3"],
     "model.classes=4": ["3 classes", "model.classes=4", "--config.model.classes=3"],
     "model.pool=mean": ["model.pool", "mean", "map"],
     "model.posemb=sincos": ["model.posemb", "sincos", "sincos2d"],

@@ -233,7 +233,7 @@ def test_a_field_that_there_is_not_is_not_one_that_is_ignored(learnt, capsys):
         ("log.quantity", "valid: log.every, log.images, log.profile"),
         (
             "nonsense",
-            "valid: augment.*, checkpoint.*, class_weights.*, data.*, distill.*, divergence.*",
+            "valid: augment.*, checkpoint.*, class_weights.*, data.*, dino.*, distill.*, diver",
         ),
     ],
 )

@@ -32,11 +32,7 @@ OBJECTIVES = {
     **SELF_SUPERVISED,
 }
 # What those that learn from labels take as data.target; the others ignore labels.
-TARGETS = {
-    "classification": ("class", "classes"),
-    "distillation": ("class",),
-    "regression": ("value",),
-}
+TARGETS = {"classification": ("class", "classes"), "distillation": ("class",)}
 
 
 def make_objective(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:

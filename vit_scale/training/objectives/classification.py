@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_scale.augment.pipeline import train_images
@@ -10,7 +9,7 @@ from vit_scale.config import image_size
 from vit_scale.data.targets import CLASSES
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.losses import make_loss
-from vit_scale.training.objectives.objective import Objective, reduce_losses
+from vit_scale.training.objectives.objective import Objective, example_weights, reduce_losses
 
 
 def classification(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
@@ -25,7 +24,7 @@ def classification(model: Model, cfg: ConfigDict, teacher: Callable | None = Non
 
     def prepare(batch, key):
         images, targets = train_images(batch, key, cfg.augment, size, cfg.model.classes)
-        weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
+        weight = example_weights(batch["mask"])
         return {"image": images, "target": targets, "mask": batch["mask"], "weight": weight}
 
     def loss(params, examples, key):

@@ -21,7 +21,7 @@ from vit_scale.models.flops import count_macs, training_flops
 from vit_scale.models.layers import Size
 from vit_scale.models.parameters import OBJECTIVE, of_model
 from vit_scale.training.objectives.crop_encoder import plain_model
-from vit_scale.training.objectives.objective import Objective
+from vit_scale.training.objectives.objective import Objective, example_weights
 
 EPSILON = 1e-6  # of the normalisation of a patch's pixels, as in MAE
 MASKING = 0x6D61736B  # folded into the step's key
@@ -47,7 +47,7 @@ def masked_autoencoder(model: Model, cfg: ConfigDict, teacher: Callable | None =
         images, _ = train_images(batch, key, cfg.augment, size, classes=1)
         draw = jax.random.fold_in(key, MASKING)
         patches = draw_hidden(draw, len(images), patch_count(model), count)
-        weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
+        weight = example_weights(batch["mask"])
         examples = {"image": images, "mask": batch["mask"], "weight": weight}
         return examples | patches._asdict()
 

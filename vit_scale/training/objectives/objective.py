@@ -9,7 +9,8 @@ loss of the whole batch together.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from vit_scale.models.build import Outputs
 
@@ -48,6 +49,11 @@ class Objective(NamedTuple):
     # (regular expression, steps): parameters that are not updated in the first steps.
     held: tuple[str, int] | None = None
     count_flops: Callable[[], int] | None = None  # of training, per image; None: those of the model
+
+
+def example_weights(mask: Bool[Array, "b"]) -> Float[Array, "b"]:
+    """Return the weights of a mean over the unmasked examples of the global batch."""
+    return mask / jnp.maximum(mask.sum(), 1)
 
 
 def reduce_losses(losses: Float[Array, "b"], out: Outputs, examples: dict) -> tuple[Array, dict]:

@@ -11,7 +11,7 @@ from vit_scale.data.targets import VALUE, read_scale
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model
 from vit_scale.training.objectives.losses import make_number_loss
-from vit_scale.training.objectives.objective import Objective
+from vit_scale.training.objectives.objective import Objective, example_weights
 
 
 def regression(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Objective:
@@ -26,7 +26,7 @@ def regression(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -
     def prepare(batch, key):
         scaled = batch | {"target": (batch["target"] - mean) / std}
         images, targets = train_images(scaled, key, cfg.augment, size, cfg.model.classes)
-        weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
+        weight = example_weights(batch["mask"])
         return {"image": images, "target": targets, "mask": batch["mask"], "weight": weight}
 
     def loss(params, examples, key):

@@ -31,7 +31,7 @@ from vit_scale.training.objectives.crop_encoder import (
     make_crop_encoder,
     plain_model,
 )
-from vit_scale.training.objectives.objective import Context, Objective
+from vit_scale.training.objectives.objective import Context, Objective, example_weights
 from vit_scale.training.schedules import cosine
 
 HIDING = 0x68696465  # folded into the step's key
@@ -57,7 +57,7 @@ def self_distillation(model: Model, cfg: ConfigDict, teacher: Callable | None = 
 
     def prepare(batch, key):
         crops = multi_crop(batch, key, cfg, image_size(cfg))
-        weight = batch["mask"] / jnp.maximum(batch["mask"].sum(), 1)
+        weight = example_weights(batch["mask"])
         examples = {**crops, "mask": batch["mask"], "weight": weight}
         if d.ibot:
             hidden = draw_masks(jax.random.fold_in(key, HIDING), len(weight), cfg, grid)
