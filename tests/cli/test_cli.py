@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vit_scale import checkpoint, cli, config, pretrained
-from vit_scale.cli import commands
+from vit_scale.cli import commands, data_commands
 from vit_scale.data.cifar import CLASSES
 from vit_scale.errors import USAGE, nearest
 
@@ -176,7 +176,7 @@ def test_ctrl_c_speaks_of_resuming_where_something_resumes(
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, verb, stop)
+    monkeypatch.setattr(data_commands if verb.endswith("_data") else commands, verb, stop)
     assert cli.main(arguments) == 130
     line = "vit-scale: stopped" + "; rerun the same command to resume" * resumes
     assert capsys.readouterr().err == f"{line}\n"
