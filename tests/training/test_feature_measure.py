@@ -15,7 +15,7 @@ FIELDS = (
     *SIZES,
     *SELF_SUPERVISED["mae"],
     *("data.batch=16", "eval.batch=24", "steps=6", "optim.lr=3e-3", "eval.every=3"),
-    *("eval.probe=knn", "data.train=train[:96]", "eval.split=train[96:]", "eval.final=test[:40]"),
+    *("eval.probe=knn", "data.train=train[:96]", "eval.split=train[96:160]", "eval.final=test[:40]"),
     *("log.wandb=False", "log.tensorboard=False", "log.every=1", "checkpoint.programs=False"),
 )
 
@@ -80,7 +80,7 @@ def test_killed_while_features_are_computed_nothing_is_lost(run, cifar, tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("eval.bank=train", "eval.split=train[96:] shares images with the neighbours"),
+        ("eval.bank=train", "eval.split=train[96:160] shares images with the neighbours"),
         ("eval.probe=kn", "eval.probe='kn' is unknown; did you mean knn"),
         ("eval.probe=", "set eval.probe=knn, or both to ''"),
     ],
