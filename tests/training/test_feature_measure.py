@@ -15,7 +15,12 @@ FIELDS = (
     *SIZES,
     *SELF_SUPERVISED["mae"],
     *("data.batch=16", "eval.batch=24", "steps=6", "optim.lr=3e-3", "eval.every=3"),
-    *("eval.probe=knn", "data.train=train[:96]", "eval.split=train[96:160]", "eval.final=test[:40]"),
+    *(
+        "eval.probe=knn",
+        "data.train=train[:96]",
+        "eval.split=train[96:160]",
+        "eval.final=test[:40]",
+    ),
     *("log.wandb=False", "log.tensorboard=False", "log.every=1", "checkpoint.programs=False"),
 )
 
