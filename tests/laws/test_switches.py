@@ -1,5 +1,6 @@
 """Every option has an effect: each field of a config changes what the train step computes."""
 
+import functools
 import re
 
 import jax
@@ -200,14 +201,7 @@ def test_every_field_is_a_switch_or_does_not_reach_the_step():
 @pytest.fixture(scope="module")
 def computed():
     """`compute`, each set of overrides once."""
-    known: dict = {}
-
-    def look_up(*overrides):
-        if overrides not in known:
-            known[overrides] = compute(*overrides)
-        return known[overrides]
-
-    return look_up
+    return functools.cache(compute)
 
 
 @pytest.mark.parametrize("field", SWITCHES)

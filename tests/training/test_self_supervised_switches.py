@@ -1,5 +1,6 @@
 """Every option of self-supervision has an effect on what is computed, or is refused."""
 
+import functools
 import re
 
 import jax
@@ -97,14 +98,7 @@ def test_every_field_of_self_supervision_is_a_switch():
 
 @pytest.fixture(scope="module")
 def computed():
-    known: dict = {}
-
-    def look_up(*overrides):
-        if overrides not in known:
-            known[overrides] = compute(*overrides)
-        return known[overrides]
-
-    return look_up
+    return functools.cache(compute)
 
 
 @pytest.mark.parametrize("field", SWITCHES)

@@ -50,6 +50,7 @@ def evaluate(args, overrides: Sequence[str]) -> None:
 
 def probe(args, overrides: Sequence[str]) -> None:
     from vit_scale import api
+    from vit_scale.evaluation import accuracy_rows
     from vit_scale.runs import report
 
     refuse_unused(overrides, "probe", PROBE, args.split)
@@ -79,36 +80,13 @@ def probe(args, overrides: Sequence[str]) -> None:
         f"{result['set']} by {result['train_n']:,} images of {result['train']}: "
         f"{result['dimensions']} features, {result['feature']}, {layer} (step {result['step']:,})"
     )
-    if rows := accuracies(result):
+    if rows := accuracy_rows(result):
         print(report.table(rows))
     if statistics := result.get("statistics"):
         names = ("effective_rank", "alignment", "uniformity")
         values = {name: statistics[name] for name in names if statistics[name] is not None}
         texts = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
         print(f"{', '.join(texts)}, n {statistics['n']:,}")
-
-
-def accuracies(result: dict) -> list[dict]:
-    """Return a row of each accuracy of a probe, for a table."""
-    rows = []
-    for name in ("knn", "linear", "few_shot"):
-        for one in result.get(name, []) if name == "few_shot" else filter(None, [result.get(name)]):
-            settings = {
-                "knn": "k {k}, temperature {temperature}",
-                "linear": "L2 {strength:.1e}",
-                "few_shot": "{shots} a class, {draws} draws",
-            }[name]
-            low, high = (f"{100 * bound:.2f}" for bound in one["interval"])
-            rows.append(
-                {
-                    "probe": name,
-                    "accuracy": one["accuracy"],
-                    "95 % interval": f"{low} to {high} %",
-                    "n": one["n"],
-                    "settings": settings.format(**one),
-                }
-            )
-    return rows
 
 
 def as_fields(overrides: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ scikit-learn's; an accuracy comes with its number of examples, an interval, and 
 
 from vit_scale.evaluation.features import KINDS, Extract, Features, Layer, NotFinite
 from vit_scale.evaluation.knn import KNN
-from vit_scale.evaluation.probing import PROBES, Settings, probe
+from vit_scale.evaluation.probing import PROBES, Settings, accuracy_rows, probe
 
 __all__ = [
     "KINDS",
@@ -19,5 +19,6 @@ __all__ = [
     "Layer",
     "NotFinite",
     "Settings",
+    "accuracy_rows",
     "probe",
 ]

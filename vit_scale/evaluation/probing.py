@@ -173,3 +173,26 @@ def cache_folder(source: Pretrained) -> pathlib.Path | None:
     """Return the folder of a run's cached features; None for external weights."""
     folder = source.path.parent
     return folder.parent / "features" if folder.name == checkpoint.FOLDER else None
+
+
+def accuracy_rows(result: dict) -> list[dict]:
+    """Return a row of each accuracy of a probe, for a table."""
+    rows = []
+    for name in ("knn", "linear", "few_shot"):
+        for one in result.get(name, []) if name == "few_shot" else filter(None, [result.get(name)]):
+            settings = {
+                "knn": "k {k}, temperature {temperature}",
+                "linear": "L2 {strength:.1e}",
+                "few_shot": "{shots} a class, {draws} draws",
+            }[name]
+            low, high = (f"{100 * bound:.2f}" for bound in one["interval"])
+            rows.append(
+                {
+                    "probe": name,
+                    "accuracy": one["accuracy"],
+                    "95 % interval": f"{low} to {high} %",
+                    "n": one["n"],
+                    "settings": settings.format(**one),
+                }
+            )
+    return rows

@@ -117,10 +117,10 @@ class EvaluateVectors:
 
 def jit_eval_step(cfg: ConfigDict, model: Model, mesh: Mesh, measure: Callable) -> Callable:
     """Return (params, batch) -> measure(logits, batch), jitted; its results are on every host."""
-    _, seen = views(cfg, are_files(cfg.data))
+    _, view = views(cfg, are_files(cfg.data))
 
     def eval_step(params, batch):
-        images = eval_images(batch["image"], cfg.augment, image_size(cfg), seen)
+        images = eval_images(batch["image"], cfg.augment, image_size(cfg), view)
         return measure(model.apply(params, images), batch)
 
     return jax.jit(

@@ -46,9 +46,9 @@ def summarise_classes(logits: Outputs, targets: Outputs, selected: Mapping | Non
     over examples and classes.
     """
     c = logits.shape[1]
-    known = (selected or {}).get("thresholds", [DEFAULT_THRESHOLD] * c)
+    stored = (selected or {}).get("thresholds", [DEFAULT_THRESHOLD] * c)
     precisions, counts, loss = np.full(c, np.nan), np.zeros((3, c), np.int64), 0.0
-    thresholds = np.array(known, np.float64)
+    thresholds = np.array(stored, np.float64)
     for label in range(c):
         scores, present = logits[:, label].astype(np.float64), targets[:, label] > 0
         curve = make_curve(scores, present)

@@ -144,6 +144,8 @@ def gradients(
 
 
 class Losses(NamedTuple):
+    """`Objective.loss` and `Objective.coupled`, which may be None."""
+
     loss: Callable
     coupled: Callable | None
 
@@ -182,8 +184,8 @@ def _with_coupled(outputs: dict, more: tuple[jax.Array, dict] | None) -> dict:
         return outputs
     shared, measures = more
     spread = {name: jnp.full_like(outputs["loss"], value) for name, value in measures.items()}
-    known = outputs.get("measures", {})
-    return {**outputs, "loss": outputs["loss"] + shared, "measures": known | spread}
+    of_examples = outputs.get("measures", {})
+    return {**outputs, "loss": outputs["loss"] + shared, "measures": of_examples | spread}
 
 
 def split(tree: Any, parts: int) -> Any:

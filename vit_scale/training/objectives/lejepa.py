@@ -55,10 +55,12 @@ def lejepa(model: Model, cfg: ConfigDict, teacher: Callable | None = None) -> Ob
         rows = jnp.repeat(mask, v)
         own = params[OBJECTIVE]["projector"]
         vectors = projector.apply(own, embeddings.reshape(b * v, width), rows).reshape(b, v, -1)
-        apart = disagreement(vectors, mask, cfg.views.globals)
-        odd = normality(vectors, mask, key, j.slices)
-        value = (1 - j.weight) * apart + j.weight * odd
-        return value, {"disagreement": apart, "normality": odd}
+        measures = {
+            "disagreement": disagreement(vectors, mask, cfg.views.globals),
+            "normality": normality(vectors, mask, key, j.slices),
+        }
+        value = (1 - j.weight) * measures["disagreement"] + j.weight * measures["normality"]
+        return value, measures
 
     return Objective(
         prepare,
