@@ -282,7 +282,8 @@ def optim() -> dict:
         "warmup": 0,  # steps of linear warm-up from 0
         "end": 0.0,  # cosine, linear: final learning rate, as a fraction of lr
         "timescale": 10_000,  # rsqrt: steps until lr starts to fall as 1/sqrt (Zhai et al. 2022)
-        "cooldown": 0,  # rsqrt: steps of linear fall to 0 at the end
+        "cooldown": 0,  # steps at the end in which any schedule falls to 0; with constant: WSD
+        "cooldown_shape": "linear",  # of that fall: linear | sqrt (1 - sqrt: Hägele et al. 2024)
         "milestones": (0.6, 0.85),  # piecewise: fractions of steps at which lr is multiplied
         "factor": 0.1,  # piecewise: the multiplier
         "b1": 0.9,  # adamw, lamb, lion, muon: decay of the first moment; sgd: momentum

@@ -14,7 +14,7 @@ def trained(monkeypatch) -> list:
     """The (config, workdir, name) of each run that would be trained."""
     runs: list = []
 
-    def train(cfg, workdir, name, quiet=False):
+    def train(cfg, workdir, name, quiet=False, until=None):
         runs.append((cfg, str(workdir), name))
         return {"step": cfg.steps}
 

@@ -35,6 +35,7 @@ def train(
     *,
     quiet: bool = False,
     watchdog: bool = False,
+    until: int | None = None,
     **overrides: Any,
 ) -> dict:
     """Train a config, or resume its run: the same call continues an interrupted one.
@@ -45,11 +46,13 @@ def train(
       workdir: folder of the run, on disk or "gs://..."; default: runs/NAME.
       quiet: print errors only.
       watchdog: end this process when training stalls, as the command line does.
+      until: save and stop after this step; a later call continues, as if it had not stopped.
       **overrides: config fields by their dotted names: `**{"optim.lr": 3e-4}`.
 
     Returns:
       The content of the run's report.json, such as {"step": 100, "eval": {"accuracy": ..., "n":
-      ...}, ...}; for a config of several stages, such a report for each stage by its name.
+      ...}, ...}; for a config of several stages, such a report for each stage by its name; {} where
+      `until` stopped it before its last step.
 
     Raises:
       UserError: the config, its data, or its weights can't work.
@@ -66,8 +69,9 @@ def train(
                 USAGE,
             )
         cfg = overridden(config, overrides)
-        return train_run(cfg, workdir, paths.parse(workdir).name, quiet)
-    return train_stages(config, as_items(overrides), workdir or default_workdir(config), quiet)
+        return train_run(cfg, workdir, paths.parse(workdir).name, quiet, until)
+    workdir = workdir or default_workdir(config)
+    return train_stages(config, as_items(overrides), workdir, quiet, until)
 
 
 def default_workdir(name: str) -> str:

@@ -41,8 +41,8 @@ def test_an_attempt_whose_steps_were_all_repeated_is_not_productive():
 
 
 def test_a_ledger_is_stored_and_a_rollback_is_a_new_attempt(tmp_path):
-    now = iter(range(100, 1000))
-    ledger = Ledger(tmp_path, clock=lambda: next(now))
+    now, cpu = iter(range(100, 1000)), iter(range(0, 7000, 7))
+    ledger = Ledger(tmp_path, clock=lambda: next(now), cpu_clock=lambda: next(cpu))
     ledger.begin_at(4)
     ledger.add("train", 2.0, 10)
     ledger.add("eval", 1.0, 10)
@@ -56,6 +56,10 @@ def test_a_ledger_is_stored_and_a_rollback_is_a_new_attempt(tmp_path):
     assert first["seconds"] == {"train": 5.0, "eval": 1.0}
     assert (second["start"], second["step"], second["code"]) == (8, 9, 42)
     assert (third["seconds"], third["code"]) == ({}, 0)
+    assert (first["cpu"], second["cpu"]) == (21, 7)
+    assert summarise([first, second])["cpu"] == 28
+    del first["cpu"]  # an older run's
+    assert summarise([first, second])["cpu"] is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"attempts": 3}'])

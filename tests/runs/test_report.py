@@ -67,7 +67,7 @@ def test_markdown(runs):
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, second)
     ]
-    assert cells[0] == list(report.COLUMNS)
+    assert cells[0] == list(report.rows(runs)[0])
     assert cells[1][1:] == [
         "runs/pretrain", "cifar10", "64 x 96", "12,000", "5,717,224", "test", "10,000", "87.65 %",
         "90.00 %", "1,235",
@@ -86,6 +86,22 @@ def test_speed_is_shown_for_every_device(tmp_path, kind, speed, shown):
     (row,) = report.rows([tmp_path])
     assert row["images/s"] == speed
     assert report.table([row], markdown=True).splitlines()[-1].split("|")[-2].strip() == shown
+
+
+def test_costs_are_shown_where_they_are_known(runs):
+    """CPU time is that of a run on CPUs only: elsewhere the device does the work."""
+    attempts = [{"began": 0, "seen": 9, "cpu": cpu, "start": 0, "step": 5, "seconds": {}}
+                for cpu in (60.0, 90.0)]  # fmt: skip
+    for run in runs:
+        (run / "goodput.json").write_text(json.dumps({"attempts": attempts}))
+    content = {**WITHOUT_RESULT, "flops": 170_000_000_000_000}
+    (runs[1] / "report.json").write_text(json.dumps(content))
+    first, second = report.rows(runs)
+    assert (first["FLOPs"], first["CPU min"]) == (None, None)
+    assert (second["FLOPs"], second["CPU min"]) == (1.7e14, 2.5)
+    line = report.table([second], markdown=True).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[-3:-1]] == ["1.70e14", "2.5"]
+    assert "CPU min" not in report.rows(runs[:1])[0]
 
 
 def test_text_is_aligned(runs):

@@ -90,6 +90,12 @@ SCHEDULE_VALUES = [
         {"schedule": "rsqrt", "timescale": 8, "cooldown": 20},
         {24: 1, 80: 0.603023, 90: 0.285714, 100: 0},
     ),
+    ({"schedule": "constant", "cooldown": 40}, {0: 2, 60: 2, 70: 1.5, 90: 0.5, 100: 0, 120: 0}),
+    (
+        {"schedule": "constant", "cooldown": 40, "cooldown_shape": "sqrt"},
+        {60: 2, 70: 1, 90: 2 - 3**0.5, 100: 0},
+    ),
+    ({"schedule": "cosine", "cooldown": 10}, {50: 1, 90: 0.0489435, 95: 0.5 * 0.0123117, 100: 0}),
     ({"schedule": "piecewise"}, {0: 2, 59: 2, 60: 0.2, 84: 0.2, 85: 0.02, 99: 0.02}),
     (
         {"schedule": "piecewise", "warmup": 10, "milestones": (0.5,), "factor": 0.5},
@@ -389,7 +395,8 @@ REFUSALS = [
     ({"layer_decay": 1.1}, "optim.layer_decay=1.1 must be above 0 and at most 1"),
     ({"warmup": -1}, "optim.warmup=-1 must be at least 0"),
     ({"warmup": 100}, "optim.warmup=100 must be fewer than the run's steps=100"),
-    ({"cooldown": 10}, "optim.cooldown=10 needs schedule=rsqrt: set it to 0 with constant"),
+    ({"cooldown": -10}, "optim.cooldown=-10 must be at least 0"),
+    ({"cooldown_shape": "sqr"}, "optim.cooldown_shape='sqr' is unknown; did you mean sqrt"),
     (
         {"schedule": "rsqrt", "warmup": 60, "cooldown": 41},
         r"optim.warmup=60 \+ cooldown=41 = 101 exceed steps=100",

@@ -58,12 +58,18 @@ def score(metrics: Mapping[str, Any] | None, main: str = "accuracy") -> float:
 class Checkpoints:
     """A run's folder of checkpoints; a context manager that waits for pending writes.
 
-    The `keep` newest checkpoints are preserved, and the best one, by its metric `main`. Raises
-    UserError where storage fails.
+    The `keep` newest checkpoints are preserved, the best one, by its metric `main`, and that of the
+    step `always`. Raises UserError where storage fails.
     """
 
-    def __init__(self, run: pathlib.Path, keep: int = 2, main: str = "accuracy"):
-        self._main = main
+    def __init__(
+        self,
+        run: pathlib.Path,
+        keep: int = 2,
+        main: str = "accuracy",
+        always: int | None = None,
+    ):
+        self._main, self._always = main, always
         self.run = paths.parse(run).absolute()
         self.folder = self.run / FOLDER
         self._metrics: dict[int, dict] = {}
@@ -263,7 +269,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _NewestAndBest(managers.PreservationPolicy):
-    """Preserve the newest checkpoints, and the best by the metrics that `record` wrote.
+    """Preserve the newest checkpoints, that of `always`, and the best by the recorded metrics.
 
     A checkpoint whose metrics can't be read might be the best, so it is preserved.
     """
@@ -275,6 +281,7 @@ class _NewestAndBest(managers.PreservationPolicy):
         steps = [info.step for info in checkpoints]
         measured = [step for step in steps[:-1] if self.checkpoints.read_metrics(step)]
         preserved = {*steps[-self.newest :], *self.checkpoints._unreadable}
+        preserved.add(self.checkpoints._always)
         if measured:
             preserved.add(max(measured, key=self.checkpoints._score))
         return [step in preserved for step in steps]

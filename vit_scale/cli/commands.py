@@ -24,8 +24,13 @@ def train(args, overrides: Sequence[str]) -> None:
 
     join_hosts(args)
     workdir = paths.parse(args.workdir or api.default_workdir(args.config))
-    api.train(args.config, workdir, quiet=args.quiet, watchdog=True, **as_fields(overrides))
-    if not args.quiet:
+    fields = as_fields(overrides)
+    results = api.train(
+        args.config, workdir, quiet=args.quiet, watchdog=True, until=args.until, **fields
+    )
+    if not args.quiet and not results:
+        print(f"{workdir}: stopped after step {args.until:,}; without --until it continues")
+    elif not args.quiet:
         stages = config.load(args.config, overrides).stages
         rows = report.rows([workdir / stage for stage in stages] or [workdir])
         print(report.table(rows))

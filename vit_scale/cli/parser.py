@@ -70,6 +70,8 @@ def add_train_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, help=CONFIG)
     sub.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
     sub.add_argument("--quiet", action="store_true", help="print errors only")
+    text = "save and stop after this step; without the flag, the same command then continues"
+    sub.add_argument("--until", type=positive, metavar="STEP", help=text)
     add_host_flags(sub)
     sub.epilog = "--config.FIELD=VALUE overrides a field, such as --config.optim.lr=3e-4."
 

@@ -2,13 +2,15 @@
 
 RUN/goodput.json has one entry per attempt; an attempt begins with the command, and again with each
 rollback to an earlier checkpoint. An entry holds its time range, its step range, the seconds of
-each phase, and the exit code. Steps that a later attempt repeats count as lost, as does the time
-between attempts. The term is Google's (ML Productivity Goodput, 2024).
+each phase, the CPU seconds of process 0, and the exit code. Steps that a later attempt repeats
+count as lost, as does the time between attempts. The term is Google's (ML Productivity Goodput,
+2024).
 """
 
 import contextlib
 import json
 import pathlib
+import resource
 import time
 from collections.abc import Sequence
 
@@ -18,19 +20,24 @@ FILE = "goodput.json"
 TRAIN = "train"  # the phase that is productive
 
 
+def cpu_seconds() -> float:
+    """Return the CPU time of this process, and of its child processes that have ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 class Ledger:
     """The account of this attempt, kept in the run's file by process 0."""
 
-    def __init__(self, run: pathlib.Path, clock=time.time):
-        self._file, self._clock = run / FILE, clock
+    def __init__(self, run: pathlib.Path, clock=time.time, cpu_clock=cpu_seconds):
+        self._file, self._clock, self._cpu_clock = run / FILE, clock, cpu_clock
         self._attempts = read(run)
         self._begin(0)
 
     def _begin(self, step: int) -> None:
-        now = self._clock()
-        self._attempts.append(
-            {"began": now, "seen": now, "start": step, "step": step, "seconds": {}, "code": None}
-        )
+        now, self._cpu_began = self._clock(), self._cpu_clock()
+        times = {"began": now, "seen": now, "cpu": 0.0, "seconds": {}}
+        self._attempts.append({**times, "start": step, "step": step, "code": None})
 
     def begin_at(self, step: int) -> None:
         """Set the first step of this attempt; if it has made steps already, begin a new attempt."""
@@ -45,6 +52,7 @@ class Ledger:
         this = self._attempts[-1]
         this["seconds"][phase] = this["seconds"].get(phase, 0.0) + seconds
         this["seen"], this["step"] = self._clock(), max(this["step"], step)
+        this["cpu"] = self._cpu_clock() - self._cpu_began
 
     def end(self, code: int) -> None:
         """Record the exit code."""
@@ -69,8 +77,9 @@ def summarise(attempts: Sequence[dict]) -> dict:
     """Divide the wall time, from the first attempt's start to the last's end, by its use.
 
     Returns {"goodput": productive / wall, "wall": seconds, "productive": seconds, "attempts": n,
-    "recomputed_steps": n, "lost": {"recomputed steps": seconds, "between attempts": seconds,
-    "compile": seconds, ...}}. "lost" has every phase but training, and no entry that is 0.
+    "recomputed_steps": n, "cpu": CPU seconds, "lost": {"recomputed steps": seconds, "between
+    attempts": seconds, "compile": seconds, ...}}. "lost" has every phase but training, and no entry
+    that is 0; "cpu" is None where an attempt did not record it.
     """
     wall = attempts[-1]["seen"] - attempts[0]["began"]
     lost: dict[str, float] = {}
@@ -93,12 +102,14 @@ def summarise(attempts: Sequence[dict]) -> dict:
                 lose(phase, seconds)
         if i:
             lose("between attempts", max(0.0, this["began"] - attempts[i - 1]["seen"]))
+    cpu = [this.get("cpu") for this in attempts]
     return {
         "goodput": productive / wall if wall > 0 else 0.0,
         "wall": wall,
         "productive": productive,
         "attempts": len(attempts),
         "recomputed_steps": recomputed,
+        "cpu": sum(cpu) if None not in cpu else None,
         "lost": {what: seconds for what, seconds in sorted(lost.items()) if seconds > 0},
     }
 

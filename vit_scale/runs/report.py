@@ -60,7 +60,16 @@ RUN_COLUMNS: dict[str, Callable] = {
 }
 RESULTS = {format_name(name): name for name in {*NAMES, *SHARES}}  # by column
 SPEED: dict[str, Callable] = {"images/s": lambda run, report: report["images_per_second"]}
-COLUMNS = {**RUN_COLUMNS, **_result_columns("accuracy"), **SPEED}
+COSTS: dict[str, Callable] = {  # shown where they are known
+    "FLOPs": lambda run, report: report.get("flops"),
+    "CPU min": lambda run, report: _cpu_minutes(run, report),
+}
+
+
+def _cpu_minutes(run: str | pathlib.Path, report: dict) -> float | None:
+    """Return the CPU time of a run on CPUs alone, in minutes."""
+    cpu = (goodput(run) or {}).get("cpu")
+    return cpu / 60 if cpu and report["devices"]["kind"] == "cpu" else None
 
 
 def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
@@ -73,6 +82,9 @@ def rows(runs: Sequence[str | pathlib.Path]) -> list[dict[str, Any]]:
     for _, report in reports:
         columns |= _result_columns(report.get("measure", "accuracy"))
     columns |= SPEED
+    for name, cell in COSTS.items():
+        if any(cell(*pair) is not None for pair in reports):
+            columns[name] = cell
     return [{name: cell(*pair) for name, cell in columns.items()} for pair in reports]
 
 
@@ -130,6 +142,8 @@ def _text(name: str, value: Any) -> str:
     result = name.removeprefix("best ")
     if result in RESULTS:
         return format_value(RESULTS[result], value)
+    if name == "FLOPs":
+        return f"{value:.2e}".replace("e+", "e")
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     return f"{value:,}"

@@ -4,6 +4,7 @@
     report.json      the results; written once, last
     checkpoints/     STEP/: arrays, manifest and selection.json (checkpoint/)
     base/            0/: the frozen parameters, if checkpoints leave them out (checkpoint.frozen)
+    extended/        STEPS/: what an extension to more steps replaced (extension.py)
     damaged/         checkpoints that failed verification (checkpoint/)
     metrics.jsonl    a row of metrics per line (tracking/writers.py)
     tensorboard/     event files (tracking/writers.py)
@@ -25,6 +26,7 @@ Weights & Biases' own files stay on the disk of the machine that trains (`cache.
 import os
 
 from vit_scale.distributed import multihost
+from vit_scale.runs.extension import extend
 from vit_scale.runs.json_files import read_json, write_json
 from vit_scale.runs.lock import Lock
 from vit_scale.runs.resume import check_same_config, check_same_data
@@ -67,11 +69,15 @@ class Run:
             self._lock.release()
 
     def _claim(self) -> None:
-        """Write run.json, or check that this config and data continue the run that is there."""
+        """Write run.json, or check that this config and data continue the run that is there.
+
+        A larger number of steps extends it.
+        """
         path = self.path / "run.json"
         if not path.exists():
             write_json(path, self.description)
             return
+        extend(self.path, self.description)
         stored = read_json(path)
         check_same_config(self.path, stored, self.description)
         if not (self.path / "report.json").exists():  # a finished run reads no data

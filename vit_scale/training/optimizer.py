@@ -35,6 +35,7 @@ from vit_scale.models.parameters import (
     named,
 )
 from vit_scale.training.schedules import (
+    COOLDOWNS,
     SCHEDULES,
     Schedule,
     make_schedule,
@@ -254,6 +255,7 @@ def update_ema(ema: PyTree, params: PyTree, decay: float) -> PyTree:
 CHOICES: dict[str, Collection[str]] = {
     "name": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "cooldown_shape": COOLDOWNS,
     "moment": ("float32", "bfloat16"),
 }
 BOUNDS = {  # lowest allowed, first not allowed
@@ -288,10 +290,6 @@ def check(cfg: ConfigDict, steps: int) -> None:
         raise UserError(f"optim.layer_decay={cfg.layer_decay} must be above 0 and at most 1")
     if cfg.warmup >= steps:
         raise UserError(f"optim.warmup={cfg.warmup} must be fewer than the run's steps={steps}")
-    if cfg.cooldown and cfg.schedule != "rsqrt":
-        raise UserError(
-            f"optim.cooldown={cfg.cooldown} needs schedule=rsqrt: set it to 0 with {cfg.schedule}"
-        )
     if cfg.warmup + cfg.cooldown > steps:
         total = cfg.warmup + cfg.cooldown
         raise UserError(

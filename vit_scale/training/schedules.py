@@ -41,6 +41,12 @@ SCHEDULES = {  # from the end of the warm-up, which is their step 0
 }
 
 
+COOLDOWNS: dict[str, Schedule] = {  # factors of the learning rate, of the fraction that is left
+    "linear": lambda left: left,
+    "sqrt": lambda left: 1 - jnp.sqrt(1 - left),  # Hägele et al. 2024
+}
+
+
 def make_weight_decay(cfg: ConfigDict, steps: int) -> float | Schedule:
     """Return the weight decay: a number, or its cosine from `weight_decay` to `weight_decay_end`.
 
@@ -66,7 +72,8 @@ def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
     """Build the learning rate as a function of the step, from 0 to `steps`, in float32.
 
     Warm-up rises linearly from 0 at step 0 to `lr` at step `warmup`. Cosine and linear reach
-    `lr * end` at `steps`; the cool-down of rsqrt lasts `cooldown` steps and reaches 0 at `steps`.
+    `lr * end` at `steps`. A cool-down multiplies any of them in the last `cooldown` steps, by what
+    falls from 1 to 0: with `constant` that is warm-up, stable, decay (WSD; Hu et al. 2024).
     """
     schedule = SCHEDULES[cfg.schedule](cfg, steps)
     if cfg.warmup:
@@ -75,8 +82,8 @@ def make_schedule(cfg: ConfigDict, steps: int) -> Schedule:
 
     def learning_rate(step):
         rate = jnp.asarray(schedule(step), jnp.float32)
-        if cfg.schedule == "rsqrt" and cfg.cooldown:
-            rate *= jnp.clip((steps - step) / cfg.cooldown, 0, 1)
+        if cfg.cooldown:
+            rate *= COOLDOWNS[cfg.cooldown_shape](jnp.clip((steps - step) / cfg.cooldown, 0, 1))
         return rate
 
     return learning_rate

@@ -9,26 +9,34 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.distributed import multihost
-from vit_scale.errors import UserError
+from vit_scale.errors import USAGE, UserError
 from vit_scale.runs.json_files import read_json
 from vit_scale.storage import paths
 from vit_scale.training.trainer import train
 
 
 def train_stages(
-    name: str, overrides: Iterable[str], workdir: str | os.PathLike, quiet: bool = False
+    name: str,
+    overrides: Iterable[str],
+    workdir: str | os.PathLike,
+    quiet: bool = False,
+    until: int | None = None,
 ) -> dict:
     """Train the config `name` in `workdir`, or each of its `stages` in WORKDIR/STAGE.
 
     A stage whose init.source is the name of another stage starts from what that one trained.
-    Returns the content of report.json, or {stage: its report}.
+    Returns the content of report.json, or {stage: its report}; {} where one run stopped `until` a
+    step. Raises UserError for `until` and several stages.
     """
     overrides, workdir = list(overrides), paths.parse(workdir)
     cfg = config.load(name, overrides)
     if not cfg.stages:
         begun = _begun({config.find(name)[1]: workdir})
         cfg = config.load(name, overrides, begun)
-        return train(cfg, workdir, config.title(name), quiet)
+        return train(cfg, workdir, config.title(name), quiet, until)
+    if until:
+        stages = ", ".join(f"{name}:{stage}" for stage in cfg.stages)
+        raise UserError(f"until={until} is of one run, and {name} has several: {stages}", USAGE)
     reports = {}
     for stage in cfg.stages:
         begun = _begun({one: workdir / one for one in cfg.stages})

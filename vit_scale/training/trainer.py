@@ -24,6 +24,7 @@ from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.pretrained import with_commit, with_source_model
 from vit_scale.runs import compilation_cache, rollbacks
+from vit_scale.runs.extension import first_of_cooldown
 from vit_scale.runs.resume import resumed_config
 from vit_scale.runs.rollbacks import Rollback
 from vit_scale.runs.run_folder import Run
@@ -51,7 +52,13 @@ from vit_scale.training.train_step import jit_train_step
 from vit_scale.training.validation import validate_inputs
 
 
-def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = False) -> dict:
+def train(
+    cfg: ConfigDict,
+    workdir: str | os.PathLike,
+    name: str,
+    quiet: bool = False,
+    until: int | None = None,
+) -> dict:
     """Train `cfg` in the folder `workdir`, resuming from its newest intact checkpoint.
 
     A finished run is left as it is.
@@ -61,9 +68,10 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
       workdir: folder of the run, on disk or in a bucket ("gs://...").
       name: name of the run, for its reports and trackers.
       quiet: print errors only.
+      until: save and stop after this step; a later call continues, as if it had not stopped.
 
     Returns:
-      The content of report.json.
+      The content of report.json; {} where it stopped before the last step.
 
     Raises:
       UserError: the config, the data, or the source of the weights can't work; raised before
@@ -83,18 +91,20 @@ def train(cfg: ConfigDict, workdir: str | os.PathLike, name: str, quiet: bool = 
             check_source(setup, splits.train.classes, class_ids(splits.train))
         same = identity(description, splits) if multihost.has_peers() else {}
     multihost.check_same(same)
+    stable = first_of_cooldown(cfg)  # an extension to more steps starts from its checkpoint
     with Run(workdir, description) as run, preemption.deferred():
         if run.report:
             return run.report
         with (
             compilation_cache.cached(run.path, cfg.checkpoint.programs),
             Watchdog(run.path, cfg.watchdog) as watchdog,
-            Checkpoints(run.path, cfg.checkpoint.keep, measure.main) as checkpoints,
+            Checkpoints(run.path, cfg.checkpoint.keep, measure.main, stable) as checkpoints,
             watchdog.report_failure(),
         ):
             parts = (setup, splits, measure, run, checkpoints, watchdog)
-            report = Training(*parts, quiet).to_the_end()
-        run.write_report(report)
+            report = Training(*parts, quiet, until).to_the_end()
+        if report:
+            run.write_report(report)
     return report
 
 
@@ -109,11 +119,13 @@ class Training:
         run: Run,
         checkpoints: Checkpoints,
         watchdog: Watchdog,
-        quiet,
+        quiet: bool,
+        until: int | None,
     ):
         self.setup, self.splits, self.run, self.quiet = setup, splits, run, quiet
         self.checkpoints, self.watchdog = checkpoints, watchdog
         self.cfg, self.measure = setup.cfg, measure
+        self.last = min(until or setup.cfg.steps, setup.cfg.steps)  # step that this call ends at
         self.train_step: Callable | None = None
         self.teacher: tuple = ()
 
@@ -126,7 +138,10 @@ class Training:
                 self.roll_back(error)
 
     def attempt(self) -> dict:
-        """Train from the newest checkpoint to the end; return the report. Raises Diverged."""
+        """Train from the newest checkpoint to `last`; return the report, {} before the end.
+
+        Raises Diverged.
+        """
         cfg, checkpoints = self.cfg, self.checkpoints
         with phase("restore"):
             state = recover(self.setup, checkpoints) or init_state(
@@ -154,6 +169,8 @@ class Training:
                     self.after(state, step, guard, track)
             with phase("checkpoint"):
                 checkpoints.wait()
+            if self.last < cfg.steps:
+                return {}
             report = summarise(self.setup, self.splits, track)
             report |= {"config": self.run.description["name"], "measure": self.measure.main}
             if self.splits.final:
@@ -166,8 +183,8 @@ class Training:
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield (finished steps, this host's part of the batch), skipping what rollbacks skip."""
         cfg, rows = self.cfg, batch_rows(self.cfg.data.batch, self.setup.mesh)
-        past = rollbacks.read(self.run.path)
-        for first, last, shift in rollbacks.batch_ranges(past, start, cfg.steps):
+        past, end = rollbacks.read(self.run.path), max(start, self.last)
+        for first, last, shift in rollbacks.batch_ranges(past, start, end):
             source = self.splits.train
             part = train_batches(source, cfg.data, cfg.seed, first + shift, last + shift, rows)
             with contextlib.closing(part):
@@ -190,6 +207,7 @@ class Training:
         self.checkpoints.check()
         selected = self.is_selected(step)
         saved = selected or due(step, cfg.checkpoint.every, cfg.steps) or stop
+        saved = saved or step in (self.last, first_of_cooldown(cfg))
         # Parameters after a non-finite step are not saved: training recovers or rolls back first.
         if saved and (guard.is_sound() or step == cfg.steps):
             with track.timer("checkpoint"):
