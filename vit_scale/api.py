@@ -75,7 +75,13 @@ def train(
 
 
 def default_workdir(name: str) -> str:
-    """Return the folder that a config trains in where none is named."""
+    """Return the folder that a config trains in where none is named.
+
+    Runs of a sweep by Weights & Biases, whose agent names them in the environment, have one each.
+    """
+    sweep, run = (os.environ.get(f"WANDB_{part}_ID") for part in ("SWEEP", "RUN"))
+    if sweep and run:
+        return f"runs/{config.title(name)}-sweep-{sweep}/{run}"
     return f"runs/{config.title(name)}"
 
 

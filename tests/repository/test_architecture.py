@@ -32,6 +32,7 @@ LAYERS = (
     {"evaluation"},
     {"inference", "training"},
     {"inspect", "plan"},
+    {"sweep"},
     {"api"},
     {"__init__"},
     {"cli"},
@@ -71,7 +72,7 @@ HOMES = {
     "torch": ("torch", {"pretrained"}),  # where it is there: PyTorch's pickles
     "tqdm": ("tqdm", set()),
     "wandb": ("wandb", {"tracking"}),
-    "yaml": ("pyyaml", {"inference"}),
+    "yaml": ("pyyaml", {"inference", "tracking"}),
 }
 
 NAMES_THAT_SAY_NOTHING = {"base_utils", "common", "helpers", "manager", "misc", "util", "utils"}

@@ -68,7 +68,7 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 AFTER_A_FAILURE = ("Event loop is closed", "Encountered error while reading array index")
-RESUMABLE_VERBS = ("train", "data")
+RESUMABLE_VERBS = ("train", "sweep", "data")
 
 
 def run(argv: Sequence[str]) -> int:

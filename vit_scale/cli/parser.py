@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from vit_scale.cli import commands, data_commands
+from vit_scale.cli import commands, data_commands, sweep_command
 from vit_scale.errors import USAGE, UserError
 
 RUN = "run folder, or RUN/checkpoints/STEP"
@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add_probe_flags(verb("probe", commands.probe, text))
     text = "print the most likely classes of images, or the numbers that a regression predicts"
     add_predict_flags(verb("predict", commands.predict, text))
+    text = "train a config with many values of some fields, and compare them on a held-out split"
+    add_sweep_flags(verb("sweep", sweep_command.sweep, text))
     text = "print the sizes, costs, and fields of a config, or a table of the results of runs"
     add_show_flags(verb("show", commands.show, text))
     text = "predict memory, speed, and cost on a TPU slice"
@@ -63,6 +65,13 @@ def positive(text: str) -> int:
     """Parse a positive integer."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def halving(text: str) -> int:
+    """Parse an integer of at least 2."""
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 2")
     return int(text)
 
 
@@ -132,6 +141,34 @@ def add_predict_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", metavar="RUN", help=RUN)
     sub.add_argument("images", metavar="IMAGE", nargs="+", help="file of an image")
     sub.add_argument("--json", action="store_true", help=JSON)
+
+
+def add_sweep_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, help=CONFIG)
+    text = "field and its values: optim.lr=1e-3,3e-3; several times for all combinations"
+    add = sub.add_argument
+    add("--grid", action="append", default=[], metavar="FIELD=VALUES", help=text)
+    text = "field and its range: augment.mixup=0,0.5; needs --random"
+    add("--uniform", action="append", default=[], metavar="FIELD=LOW,HIGH", help=text)
+    text = "the same, evenly in the logarithm: optim.lr=1e-4,1e-2"
+    add("--log-uniform", action="append", default=[], metavar="FIELD=LOW,HIGH", help=text)
+    add("--random", type=positive, metavar="N", help="draw N points instead of all of the grid")
+    add("--seed", type=int, default=0, help="of --random (default: 0)")
+    add("--parallel", type=positive, default=1, metavar="K", help="runs side by side (default: 1)")
+    text = "successive halving: at each rung, the best one in ETA runs continues"
+    add("--halving", type=halving, metavar="ETA", help=text)
+    add("--workdir", help="folder of the sweep (default: runs/NAME-sweep)")
+    text = (
+        "print the commands of the runs and train nothing; for another command than vit-scale "
+        "train, such as 'launch/tpu_vm.sh --name sweep-{number}'"
+    )
+    add("--commands", nargs="?", const="vit-scale train", metavar="COMMAND", help=text)
+    text = "write a W&B sweep, register it if there is an API key, and run its agent"
+    add("--wandb", action="store_true", help=text)
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    add("--json", action="store_true", help=JSON)
+    add("--quiet", action="store_true", help="print errors only")
+    sub.epilog = "--config.FIELD=VALUE sets a field of all runs."
 
 
 def add_show_flags(sub: argparse.ArgumentParser) -> None:

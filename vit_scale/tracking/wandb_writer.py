@@ -67,7 +67,7 @@ class WandbWriter(Writer):
             raise refused(error) from error
         mode: Any = "offline" if offline else os.environ.get("WANDB_MODE")
         if not mode:
-            mode = None if _has_key(wandb) else "offline"
+            mode = None if has_key(wandb) else "offline"
         if mode in (None, "online"):
             check_reachable(session.settings.base_url)
         finish = FINISH_SLURM if "SLURM_JOB_ID" in os.environ else FINISH  # wandb reads it once
@@ -189,12 +189,14 @@ def check_reachable(url: str) -> None:
         raise OSError(f"{url} can't be reached ({error.strerror or error})") from error
 
 
-def _has_key(wandb: Any) -> bool:
+def has_key(wandb: Any) -> bool:
     """Tell whether the environment, a netrc file or wandb's settings hold an API key."""
     return wandb.login(prompt=False, verify=False)
 
 
 def _run_id(path: Path) -> str:
+    """Return the id of a run, stored in its folder; in a W&B sweep its server gives the first."""
     if not path.exists():
-        files.write(path, f"{secrets.token_hex(4)}\n".encode())
+        given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        files.write(path, f"{given or secrets.token_hex(4)}\n".encode())
     return path.read_text().strip()

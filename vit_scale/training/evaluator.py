@@ -47,6 +47,13 @@ def make_measure(cfg: ConfigDict, model: Model, mesh: Mesh, bank: Source | None 
     return (EvaluateVectors if cfg.data.target in SUMMARIES else Evaluate)(cfg, model, mesh)
 
 
+def main_result(cfg: ConfigDict) -> str:
+    """Return the name of the result that a config's checkpoints are selected by: the `main`."""
+    if cfg.eval.probe:
+        return NearestNeighbours.main
+    return SUMMARIES[cfg.data.target].main if cfg.data.target in SUMMARIES else Evaluate.main
+
+
 class Evaluate:
     """Evaluate a model of one class an image.
 

@@ -1,0 +1,50 @@
+"""Stands for `vit-scale train` in the tests of sweeps: the accuracy follows from the fields.
+
+A learning rate of 9 diverges, one of 8 fails, one of 7 is preempted once, one of 6 waits for
+SIGTERM.
+"""
+
+import json
+import pathlib
+import signal
+import sys
+import time
+
+EVERY = 10
+
+
+def main(arguments: list[str]) -> int:
+    fields = dict(item[9:].split("=", 1) for item in arguments if item.startswith("--config."))
+    folder = pathlib.Path(arguments[arguments.index("--workdir") + 1])
+    lr, steps = float(fields["optim.lr"]), int(fields["steps"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "calls.txt").open("a").write(" ".join(arguments) + "\n")
+    if lr == 9:
+        print("vit-scale: training diverged")
+        return 43
+    if lr == 8:
+        print("vit-scale: something is wrong")
+        return 1
+    if lr == 7 and not (folder / "stopped").exists():
+        (folder / "stopped").touch()
+        print("vit-scale: the disk is full")
+        return 42
+    if lr == 6:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
+        (folder / "ready").touch()
+        time.sleep(60)
+    last = int(arguments[arguments.index("--until") + 1]) if "--until" in arguments else steps
+    rows = [
+        {"step": step, "eval/accuracy": 1 - abs(lr - 3) / 10 - 1 / (step + 1), "eval/n": 500}
+        for step in range(EVERY, last + 1, EVERY)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "checkpoints" / str(last) / "manifest").mkdir(parents=True, exist_ok=True)
+    if last == steps:
+        report = {"eval": {"split": "test", "accuracy": 0.5, "n": 10}}
+        (folder / "report.json").write_text(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
