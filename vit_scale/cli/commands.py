@@ -277,7 +277,8 @@ def export(args, overrides: Sequence[str]) -> None:
     from vit_scale.inference.export import export
 
     refuse(overrides, "export")
-    lines = export(args.run, args.format, args.out, args.push, args.private, args.license)
+    push = (args.push, args.private, args.license)
+    lines = export(args.run, args.format, args.out, *push, dtype=args.dtype)
     print("\n".join(lines))
 
 

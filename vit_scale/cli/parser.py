@@ -242,9 +242,12 @@ def add_average_flags(sub: argparse.ArgumentParser) -> None:
 
 def add_export_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", metavar="RUN", help=RUN)
-    sub.add_argument("--format", required=True, help="safetensors-timm, safetensors-hf, npz or jax")
-    text = "folder to write; for npz and jax, a file"
+    text = "safetensors (one file of this project), safetensors-timm, safetensors-hf, npz or jax"
+    sub.add_argument("--format", required=True, help=text)
+    text = "folder to write; for safetensors, npz and jax, a file"
     sub.add_argument("--out", required=True, metavar="PATH", help=text)
+    text = "of the parameters in safetensors: float32, float16 or bfloat16 (default: float32)"
+    sub.add_argument("--dtype", default="float32", help=text)
     text = "upload the folder to this repository of the Hugging Face Hub, made if need be"
     sub.add_argument("--push", default="", metavar="ORG/NAME", help=text)
     sub.add_argument("--private", action="store_true", help="make the repository private")

@@ -28,7 +28,7 @@ from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack, without_layer_scale
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
-from vit_scale.pretrained import Pretrained, hub, load_model
+from vit_scale.pretrained import Pretrained, hub, load_model, model_file
 from vit_scale.pretrained.dinov2_export import (
     class_name,
     dinov2_arrays,
@@ -50,6 +50,7 @@ from vit_scale.runs.json_files import write_json
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import user_errors
 
+FILE = "safetensors"  # the format of this project: one file
 PLATFORMS = ("cpu", "cuda", "tpu")
 SNIPPET = """\
 from jax import export
@@ -66,29 +67,33 @@ def export(
     push: str = "",
     private: bool = False,
     licence: str = "",
+    dtype: str = "float32",
 ) -> list[str]:
     """Write the model of `run` to `out`; return lines on how to load it, and on what differs.
 
     Args:
       run: a run's folder, RUN/checkpoints/STEP, or external weights (`pretrained.load_model`).
       kind: a key of EXPORTERS.
-      out: a folder, or a file for `npz` and `jax`.
+      out: a folder, or a file for `safetensors`, `npz` and `jax`.
       push: ORG/NAME of a repository on the Hugging Face Hub, to which the folder is uploaded.
       private: whether only its owners see the repository.
       licence: identifier for the model card of a folder, such as apache-2.0.
+      dtype: of the parameters in the one file of `safetensors`: float32, float16 or bfloat16.
 
     Raises:
       UserError: for an unknown `kind`, a model that the format can't express, a path that can't be
         written; before anything is written, where a push can't work.
     """
-    if kind not in EXPORTERS:
-        raise UserError(f"--format {kind!r} is unknown; {nearest(kind, EXPORTERS)}", USAGE)
-    _check_flags(kind, push, private, licence)
+    if kind not in (FILE, *EXPORTERS):
+        raise UserError(f"--format {kind!r} is unknown; {nearest(kind, (FILE, *EXPORTERS))}", USAGE)
+    _check_flags(kind, push, private, licence, dtype)
     path = paths.parse(out)
     if paths.in_bucket(path):
         raise UserError(f"--out {out} is in a bucket: export to a local path, then copy it")
     with user_errors(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == FILE:
+            return _export_file(run, path, dtype)
         exported = EXPORTERS[kind](run, path)
         if isinstance(exported, list):
             return exported
@@ -112,10 +117,13 @@ def _outputs(cfg: ConfigDict) -> list[str]:
     return []
 
 
-def _check_flags(kind: str, push: str, private: bool, licence: str) -> None:
+def _check_flags(kind: str, push: str, private: bool, licence: str, dtype: str) -> None:
     """Raise UserError for flags that don't apply, and where a push can't work."""
+    model_file.check_dtype(dtype)
+    if dtype != "float32" and kind != FILE:
+        raise UserError(f"--dtype is for the format {FILE}, not {kind}", USAGE)
     flags = {"--push": push, "--license": licence}
-    if "safetensors" not in kind and (given := [flag for flag in flags if flags[flag]]):
+    if not kind.startswith(f"{FILE}-") and (given := [flag for flag in flags if flags[flag]]):
         raise UserError(f"{given[0]} is for the formats safetensors-*, not {kind}", USAGE)
     if private and not push:
         raise UserError("--private is of a repository: give --push ORG/NAME too", USAGE)
@@ -220,6 +228,23 @@ def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
                 f"{value}: logits differ there"
             )
     return lines
+
+
+def _export_file(run: str | os.PathLike, file: pathlib.Path, dtype: str) -> list[str]:
+    """Write a model as one file, which `vit-scale` takes wherever it takes a run."""
+    loaded = load_model(run)
+    loaded.print_notes()
+    if file.suffix != ".safetensors":
+        raise UserError(f"--out {file} must end in .safetensors")
+    description = {
+        "classes": list(loaded.classes),
+        "step": loaded.step,
+        "data": loaded.data,
+        "selection": loaded.read_selection(),
+    }
+    model_file.write_model(file, loaded.params, loaded.cfg, description, dtype)
+    size = file.stat().st_size / 1e6
+    return [f"{file}: {size:.1f} MB, parameters in {dtype}; vit-scale predict {file} IMAGE"]
 
 
 def _export_jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:

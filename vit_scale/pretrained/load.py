@@ -3,7 +3,7 @@
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from vit_scale.errors import UserError, printable
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted, merge
 from vit_scale.models.parameters import OBJECTIVE, of_model
-from vit_scale.pretrained import hub
+from vit_scale.pretrained import hub, model_file
 from vit_scale.pretrained.fetch import fetch_weights
 from vit_scale.pretrained.hints import NO_HINTS, Hints
 from vit_scale.pretrained.import_weights import import_weights
@@ -37,6 +37,7 @@ class Pretrained(NamedTuple):
       data: the description of the training set in the checkpoint; None for external weights.
       source: the address of external weights on the Hugging Face Hub, with their commit; else "".
       owned: what the run's objective trained besides the model, such as MAE's decoder; else {}.
+      selection: of a model in one file, what was measured on the split that selects; else None.
     """
 
     cfg: ConfigDict
@@ -49,12 +50,15 @@ class Pretrained(NamedTuple):
     data: dict[str, Any] | None = None
     source: str = ""
     owned: dict = {}  # noqa: RUF012
+    selection: dict | None = None
 
     def read_selection(self) -> dict[str, Any]:
         """Return what the run measured of this checkpoint on the split that selects; {} if not.
 
         Raises UserError where that is damaged.
         """
+        if self.selection is not None:
+            return self.selection
         is_checkpoint = self.path.parent.name == checkpoint.FOLDER
         return checkpoint.read_selection(self.path) if is_checkpoint else {}
 
@@ -68,13 +72,18 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
     """Load a run or external weights.
 
     `source` is a run's folder, of which the newest checkpoint is loaded, or RUN/checkpoints/STEP,
-    on disk or in a bucket; or external weights in one of the `formats`, on disk, gs:// or https://:
-    a .npz, .safetensors or PyTorch file, or a folder with config.json beside it; or a model on the
-    Hugging Face Hub, hf://ORG/NAME[@REVISION][/FILE]. Raises UserError if it is missing, damaged or
+    on disk or in a bucket; or a model that `vit-scale export` wrote as one file; or external
+    weights in one of the `formats`, on disk, gs:// or https://: a .npz, .safetensors or PyTorch
+    file, or a folder with config.json beside it; or a model on the Hugging Face Hub,
+    hf://ORG/NAME[@REVISION][/FILE]. Raises UserError if it is missing, damaged or
     unsupported, or if `hints` are given for a run.
     """
     source = hub.pinned(source)
-    if path := fetch_weights(source):
+    path = fetch_weights(source)
+    if path and (described := model_file.read_description(path)):
+        _refuse_hints(source, hints)
+        return _load_file(path, described)
+    if path:
         imported = import_weights(path, hints)
         address = str(source) if hub.is_address(source) else ""
         origin = (f"{address}, licence: {hub.licence(address) or 'not stated'}",) if address else ()
@@ -88,7 +97,12 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
             notes=(*origin, *imported.notes),
             source=address,
         )
-    loaded = load_run(paths.parse(source))
+    _refuse_hints(source, hints)
+    return load_run(paths.parse(source))
+
+
+def _refuse_hints(source: str | os.PathLike, hints: Hints) -> None:
+    """Raise UserError for hints about a model of this project, which needs none."""
     fields = {"dialect": hints.format, "tree": hints.tree, "image": hints.trained_size}
     fields |= {"architecture": hints.architecture}
     for field, value in fields.items():
@@ -96,7 +110,22 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
             raise UserError(
                 f"init.{field} only applies to external weights, and {source} is a run: remove it"
             )
-    return loaded
+
+
+def _load_file(path: pathlib.Path, described: Mapping[str, Any]) -> Pretrained:
+    """Load a model that is one file."""
+    (first, *_) = jax.local_devices()
+    cfg = with_supported_attention(config.from_json(described["config"]), [first])
+    return Pretrained(
+        cfg,
+        build(cfg.model, config.image_size(cfg)),
+        model_file.read_params(path, cfg),
+        tuple(described["classes"]),
+        step=described["step"],
+        path=path,
+        data=described.get("data"),
+        selection=described.get("selection", {}),
+    )
 
 
 def load_run(source: pathlib.Path) -> Pretrained:

@@ -203,7 +203,12 @@ def write_npz(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
-def write_safetensors(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a .safetensors file atomically, marked as PyTorch's. Raises OSError."""
+PYTORCHS = {"format": "pt"}  # metadata, without which transformers refuses a file
+
+
+def write_safetensors(
+    file: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] = PYTORCHS
+) -> None:
+    """Write a .safetensors file atomically. Raises OSError."""
     with files.atomic(file) as temporary:
-        safetensors.numpy.save_file(dict(arrays), temporary, metadata={"format": "pt"})
+        safetensors.numpy.save_file(dict(arrays), temporary, metadata=dict(metadata))

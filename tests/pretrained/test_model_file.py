@@ -1,0 +1,111 @@
+"""model_file: a trained model as one file is used like the run that it comes from."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from PIL import Image
+
+from tests.helpers.tiny import (
+    CLASSES,
+    random_images,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
+from vit_scale import cli, load
+from vit_scale.errors import UserError
+from vit_scale.inference.export import export
+from vit_scale.models.parameters import named
+from vit_scale.pretrained import load_model
+from vit_scale.pretrained.hints import Hints
+
+PRIVATE = "/home/somebody/data"  # a path that must not be published
+
+
+@pytest.fixture
+def run(tmp_path):
+    cfg = tiny_config(f"data.path={PRIVATE}", f"init.source={PRIVATE}", "data.name=cifar10")
+    data = {"name": "cifar10 train", "images": 9}
+    return write_run(tmp_path / "run", cfg, random_params(tiny_model()), data=data)
+
+
+@pytest.fixture
+def file(run, tmp_path):
+    export(run, "safetensors", tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_a_file_predicts_what_its_run_predicts(run, file):
+    images = random_images(3)
+    one, other = load(run), load(file)
+    np.testing.assert_array_equal(one(images), other(images))
+    assert other.classes == CLASSES and other.step == 5
+    assert other.decode_size == one.decode_size and other.decode_view == one.decode_view
+    loaded = load_model(file)
+    assert loaded.data == {"name": "cifar10 train", "images": 9}
+    assert (loaded.cfg.data.path, loaded.cfg.init.source) == (".data", "")
+    assert PRIVATE.encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_half_the_size_in_half_precision(run, file, tmp_path, dtype, error):
+    half = tmp_path / "half.safetensors"
+    export(run, "safetensors", half, dtype=dtype)
+    arrays = named(load_model(run).params)
+    saved = 2 * sum(array.size for array in arrays.values())
+    assert file.stat().st_size - half.stat().st_size == pytest.approx(saved, rel=0.01)
+    for name, array in named(load_model(half).params).items():
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, arrays[name], rtol=error, atol=1e-6)
+    assert not np.array_equal(load(half)(random_images(3)), load(run)(random_images(3)))
+
+
+def test_a_file_is_taken_where_a_run_is(run, file, tmp_path, capsys):
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "cat.png")
+    printed = []
+    for source in (run, file):
+        assert cli.main(["predict", str(source), str(tmp_path / "cat.png"), "--json"]) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    export(file, "safetensors", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    export(file, "safetensors-timm", tmp_path / "timm")
+    export(run, "safetensors-timm", tmp_path / "timm-of-run")
+    names = [tmp_path / name / "model.safetensors" for name in ("timm", "timm-of-run")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_what_can_not_be_written_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"must end in \.safetensors"):
+        export(run, "safetensors", tmp_path / "model.bin")
+    with pytest.raises(UserError, match="'float8' is unknown; did you mean float"):
+        export(run, "safetensors", tmp_path / "m.safetensors", dtype="float8")
+    with pytest.raises(UserError, match="--dtype is for the format safetensors, not npz"):
+        export(run, "npz", tmp_path / "m.npz", dtype="float16")
+    with pytest.raises(UserError, match="--push is for the formats safetensors-"):
+        export(run, "safetensors", tmp_path / "m.safetensors", push="a/b")
+    large = jax.tree.map(lambda leaf: leaf * 1e6, random_params(tiny_model()))
+    write_run(tmp_path / "large", tiny_config(), large)
+    with pytest.raises(UserError, match=r"has values up to .*e\+05, too large for float16"):
+        export(tmp_path / "large", "safetensors", tmp_path / "m.safetensors", dtype="float16")
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_a_damaged_file_and_one_of_another_model_are_refused(file, tmp_path):
+    with pytest.raises(UserError, match=r"init.dialect only applies to external weights"):
+        load_model(file, Hints(format="timm"))
+    with safetensors.safe_open(file, framework="numpy") as content:
+        metadata = content.metadata()
+    arrays = safetensors.numpy.load_file(file)
+    arrays["spare"] = arrays.pop("head/bias")
+    safetensors.numpy.save_file(arrays, file, metadata=metadata)
+    with pytest.raises(UserError, match="lacks the array head/bias"):
+        load_model(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged or truncated"):
+        load_model(file)
