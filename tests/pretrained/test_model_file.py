@@ -24,7 +24,7 @@ from vit_scale.models.parameters import named
 from vit_scale.pretrained import load_model
 from vit_scale.pretrained.hints import Hints
 
-PRIVATE = "/home/somebody/data"  # a path that must not be published
+PRIVATE = "/disk/of/somebody/data"  # a path that must not be published
 
 
 @pytest.fixture
