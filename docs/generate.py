@@ -3,15 +3,14 @@
     .venv/bin/python docs/generate.py            # after a change of a flag, a field or a config
 
 cli.md comes from the parsers of vit-scale and of the launchers, configuration.md from
-configs/base.py and the headers of the other configs, images/pretraining.svg from report.json files.
-A test fails where a file is stale.
+configs/base.py and the headers of the other configs, and tables and pictures from the run folders
+in results/ (measured.py). A test fails where a file is stale.
 """
 
 import argparse
 import ast
 import importlib.util
 import io
-import json
 import pathlib
 import re
 import sys
@@ -19,7 +18,10 @@ import tokenize
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import measured  # noqa: E402
+
 DOCS = ROOT / "docs"
 CLI = """\
 <!-- Made by docs/generate.py: do not edit. -->
@@ -262,54 +264,20 @@ def default(value: object) -> str:
     return f"`{value}`"
 
 
-# The picture
-
-PAIRS = (
-    ("Fractals at 32 px", "quickstart/scratch-32", "quickstart/finetune-32"),
-    ("Fractals at 64 px", "quickstart/scratch-64", "quickstart/finetune-64"),
-    ("CIFAR-10 (JPEG q75) at 96 px", "cifar_from_scratch-Ti", "cifar_from_tiny_imagenet-Ti"),
-)
+# The results
 
 
-def pretraining() -> str:
-    """Bars: accuracy after the same fine-tuning, from random and from pretrained parameters.
-
-    Greys and the blue are legible on white and on black.
-    """
-    text, colours, scale, y = "#7a828e", ("#9aa3af", "#4f6bed"), 4.3, 60
-    parts = [
-        f'<rect x="{x}" y="4" width="13" height="13" rx="2" fill="{colour}"/>'
-        f'<text x="{x + 20}" y="16">{label}</text>'
-        for x, colour, label in zip(
-            (0, 225), colours, ("from random parameters", "from pretrained ones"), strict=True
-        )
-    ]
-    for title, *runs in PAIRS:
-        reports = [json.loads((ROOT / "results" / r / "report.json").read_text()) for r in runs]
-        n = reports[0]["eval"]["n"]
-        parts.append(
-            f'<text x="0" y="{y - 8}"><tspan class="name">{title}</tspan> (n = {n:,})</text>'
-        )
-        for row, (report, colour) in enumerate(zip(reports, colours, strict=True)):
-            share, top = 100 * report["eval"]["accuracy"], y + 23 * row
-            parts.append(
-                f'<rect x="0" y="{top}" width="{share * scale:.1f}" height="20" rx="2" '
-                f'fill="{colour}"/>'
-                f'<text x="{share * scale + 8:.1f}" y="{top + 15}">{share:.2f} %</text>'
-            )
-        y += 84
-    style = f"text{{font:15px sans-serif;fill:{text}}}.name{{font-weight:bold}}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="480" viewBox="0 0 480 {y - 32}" '
-        'role="img" aria-label="Accuracy after fine-tuning, from random and from pretrained '
-        f'parameters"><style>{style}</style>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+def filled() -> dict[pathlib.Path, str]:
+    """Each document with tables of results, with them made anew."""
+    pages = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    texts = {page: page.read_text() for page in pages}
+    return {page: measured.fill(text) for page, text in texts.items() if measured.BLOCK in text}
 
 
 FILES = {
     "cli.md": cli,
     "configuration.md": configuration,
-    "images/pretraining.svg": pretraining,
+    "images/pretraining.svg": measured.pretraining,
 }
 
 
@@ -317,6 +285,8 @@ def main() -> None:
     for name, make in FILES.items():
         (DOCS / name).parent.mkdir(exist_ok=True)
         (DOCS / name).write_text(make())
+    for page, text in filled().items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
