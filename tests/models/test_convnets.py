@@ -1,10 +1,14 @@
 """convnets: the published counts, each layer against numpy, statistics as state, and refusals."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from tests.golden.draw_by_name import draw, draw_images
 from tests.helpers.tiny import (
     convnet_config,
     random_batch,
@@ -361,6 +365,38 @@ def test_a_hybrid_is_a_vit_on_a_stem(hybrid):
     np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
+CCT = pathlib.Path(__file__).parents[1] / "golden" / "cct.npz"
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_tokenizer_of_cct_is_that_of_its_authors(layers):
+    """golden/make_cct.py ran their code; the patch embedding is by the identity."""
+    expected = dict(np.load(CCT))
+    width, size, patch = 24, (16, 24), 2**layers
+    fields = (f"model.variant=CCT+Ti/{patch}", f"model.width={width}", "model.heads=2")
+    model = build(tiny_config(*fields).model, size)
+    stem = model.abstract_params["stem"]["convs"]
+    convs = {}
+    for i, key in enumerate(expected[f"keys/{layers}"]):
+        shape = stem[str(i)]["kernel"].shape
+        convs[str(i)] = {"kernel": draw(str(key), shape[:1:-1] + shape[:2]).transpose(2, 3, 1, 0)}
+    module = nnx.eval_shape(
+        lambda: convnets.ConvTokenizer(patch, width, tiny_config(*fields).model, nnx.Rngs(0))
+    )
+    nnx.update(module, {"convs": {i: jax.tree.map(jnp.asarray, c) for i, c in convs.items()}})
+    tokens = module(jnp.asarray(draw_images("cct", size)), None)
+    assert tokens.shape[1:3] == model.shape.grid == (16 // patch, 24 // patch)
+    np.testing.assert_allclose(
+        tokens.reshape(2, -1, width), expected[f"tokens/{layers}"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_stem_without_batch_normalisation_trains_in_parts():
+    make_setup(tiny_config("model.variant=CCT+Ti/4", "optim.accumulate=2", "optim.train=head"))
+    with pytest.raises(UserError, match="stem_epsilon=timm applies to a hybrid with a ResNet"):
+        make_setup(tiny_config("model.variant=CCT+Ti/4", "model.stem_epsilon=timm"))
+
+
 def test_a_hybrid_measures_in_training_only(hybrid):
     params = random_params(hybrid)
     images = jnp.asarray(random_images(8) / 128 - 1, jnp.float32)
@@ -399,7 +435,7 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
     ("override", "message"),
     [
         ("model.variant=cnm", "is not SIZE/PATCH such as S/16; did you mean cnn"),
-        ("model.variant=X+Ti/4", "unknown stem 'X'; valid: C, R, R20, R26, R50"),
+        ("model.variant=X+Ti/4", "unknown stem 'X'; valid: C, CCT, R, R20, R26, R50"),
         (
             "model.dropout=0.1",
             "model.dropout=0.1 applies to a ViT: with model.variant=cnn it must be 0",
@@ -448,7 +484,11 @@ def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
         ),
         (
             tiny_config("model.variant=C+Ti/8", "model.width=18"),
-            "a width divisible by 2^(n - 1), not 18",
+            "C+ needs a width divisible by 2^(n - 1) = 4, not 18",
+        ),
+        (
+            tiny_config("model.variant=CCT+Ti/6", "data.resolution=48"),
+            "CCT+ needs a patch size 2^n, not 6",
         ),
         (tiny_config("model.variant=C+Ti/8", "optim.accumulate=2"), "optim.accumulate=2 splits"),
         (tiny_config("model.variant=C+Ti/8", "optim.train=head"), "optim.train=head would leave"),

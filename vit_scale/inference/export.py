@@ -314,7 +314,7 @@ def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
         newer.append("model.gelu=quick")
     if cfg.representation and fmt is HUGGINGFACE:
         newer.append(f"model.representation={cfg.representation}")
-    if shape.stem and (shape.stem.batch_norm or fmt is not GOOGLE):
+    if shape.stem and not (shape.stem.is_bit and fmt is GOOGLE):
         newer.append(f"the stem of {cfg.variant}")
     if newer:
         raise UserError(

@@ -12,6 +12,7 @@ published hybrids, in bit.py.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
@@ -23,7 +24,14 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
 from vit_scale.models import bit
-from vit_scale.models.convolution import BatchNorm, Convolution, Mask, linear, max_pool
+from vit_scale.models.convolution import (
+    BatchNorm,
+    Convolution,
+    Mask,
+    linear,
+    max_pool,
+    max_pool_overlapping,
+)
 from vit_scale.models.layers import new_head
 
 
@@ -272,6 +280,28 @@ class ConvStem(nnx.Module):
         return x
 
 
+class ConvTokenizer(nnx.Module):
+    """3x3 convolutions, each with ReLU and 3x3 max pooling of stride 2: 64 channels, then `width`.
+
+    As in the Compact Convolutional Transformer (Hassani et al. 2021, arXiv 2104.05704), whose
+    pooled features are its tokens; here the patch embedding, a product, follows.
+    """
+
+    def __init__(self, patch: int, width: int, cfg: ConfigDict, rngs: nnx.Rngs):
+        layers = patch.bit_length() - 1
+        channels = [3, *[TOKENIZER_CHANNELS] * (layers - 1), width]
+        self.convs = numbered(Convolution(3, c, cfg, rngs) for c in itertools.pairwise(channels))
+
+    def __call__(self, images: Float[Array, "b H W 3"], mask: Mask) -> Float[Array, "b h w c"]:
+        x = images
+        for conv in in_order(self.convs):
+            x = max_pool_overlapping(jax.nn.relu(conv(x)), (1, 0))
+        return x
+
+
+TOKENIZER_CHANNELS = 64
+
+
 def stem_channels(patch: int, width: int) -> list[int]:
     """Return the output channels of the convolutions of a ConvStem with stride `patch`."""
     halvings = patch.bit_length() - 1
@@ -290,10 +320,20 @@ class Stem:
     @property
     def batch_norm(self) -> bool:
         """Whether it has batch normalisation, whose statistics only training updates."""
-        return self.name not in bit.STAGES
+        return self.name in ("C", "R20")
+
+    @property
+    def is_bit(self) -> bool:
+        """Whether it is a ResNet of BiT, as the published hybrids have."""
+        return self.name in bit.STAGES
 
 
-STEMS = {"C": "a convolutional stem", "R20": "ResNet-20 without its head", **bit.STAGES}
+STEMS = {
+    "C": "a convolutional stem",
+    "CCT": "the convolutional tokenizer of CCT",
+    "R20": "ResNet-20 without its head",
+    **bit.STAGES,
+}
 
 
 def stem(name: str, patch: int, width: int) -> Stem:
@@ -313,10 +353,14 @@ def stem(name: str, patch: int, width: int) -> Stem:
             )
         return Stem(name, patch // R20.stride, R20.channels)
     halvings = patch.bit_length() - 1
-    if patch < 2 or patch != 2**halvings or width % 2 ** (halvings - 1):
+    if patch < 2 or patch != 2**halvings:
         raise UserError(
-            f"C+ needs a patch size 2^n, not {patch}, and a width divisible by 2^(n - 1), not "
-            f"{width}: each of its n convolutions halves the image and doubles the channels"
+            f"{name}+ needs a patch size 2^n, not {patch}: each of its n layers halves the image"
+        )
+    if name == "C" and width % 2 ** (halvings - 1):
+        raise UserError(
+            f"C+ needs a width divisible by 2^(n - 1) = {2 ** (halvings - 1)}, not {width}: each "
+            f"of its n = {halvings} convolutions doubles the channels"
         )
     return Stem(name, 1, width)
 
@@ -329,4 +373,5 @@ def stem_module(
         return bit.Features(stem.stages, cfg, rngs, constrain)
     if stem.name == "R20":
         return ResNetFeatures(R20, cfg, rngs, constrain)
-    return ConvStem(patch, stem.channels, cfg, rngs)
+    module = ConvTokenizer if stem.name == "CCT" else ConvStem
+    return module(patch, stem.channels, cfg, rngs)

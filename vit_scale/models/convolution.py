@@ -177,9 +177,14 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
-def max_pool_overlapping(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Max-pool 3 x 3 pixels with stride 2, of images of even size, with "SAME" padding."""
-    pad = same_padding(3, 2)
+def max_pool_overlapping(
+    x: Float[Array, "b h w c"], pad: tuple[int, int] = (0, 1)
+) -> Float[Array, "b h2 w2 c"]:
+    """Max-pool 3 x 3 pixels with stride 2, of images of even size.
+
+    `pad` is the padding before and after each axis: TensorFlow's "SAME", or (1, 0) as torch's
+    windows, which are centred on the even pixels.
+    """
     x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=-jnp.inf)
     rows = jnp.maximum(jnp.maximum(x[:, :-1:2], x[:, 1::2]), x[:, 2::2])
     return jnp.maximum(jnp.maximum(rows[:, :, :-1:2], rows[:, :, 1::2]), rows[:, :, 2::2])

@@ -53,7 +53,7 @@ def check_timm(cfg: ConfigDict, shape: Shape) -> None:
         f"representation={shape.representation}": bool(shape.representation),
         f"qk_norm={cfg.qk_norm} beside norm={cfg.norm}": cfg.qk_norm not in ("none", cfg.norm),
         "distilled=True": bool(eva or shape.stem or shape.registers) and shape.distilled,
-        f"variant={cfg.variant}": shape.stem and (eva or shape.stem.batch_norm),
+        f"variant={cfg.variant}": shape.stem and (eva or not shape.stem.is_bit),
         f"norm={cfg.norm}": eva and cfg.norm != "layernorm",
         f"gelu={cfg.gelu}": eva
         and cfg.gelu != "exact"

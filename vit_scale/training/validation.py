@@ -137,7 +137,7 @@ def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: in
         split = "splits the batch over which batch normalisation takes its statistics"
         required |= {"optim.accumulate": (1, split), "optim.freeze": ((), frozen)}
         required |= {"optim.train": ("all", frozen), "lora.rank": (0, frozen)}
-    if not stem or stem.batch_norm:
+    if not stem or not stem.is_bit:
         applies = "applies to a hybrid with a ResNet of BiT"
         required |= {"model.stem_epsilon": (config.base().model.stem_epsilon, applies)}
     if isinstance(shape, convnets.Shape):
