@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from vit_scale.errors import UserError
 from vit_scale.runs.json_files import read_json, write_json
 
-FIXED = tuple(
-    "--device cpu --workers 1 --no-prefetcher --train-split train --val-split test "
-    "--log-interval 100000 --checkpoint-hist 1".split()
+FIXED = (
+    *("--device", "cpu", "--workers", "1", "--no-prefetcher", "--train-split", "train"),
+    *("--val-split", "test", "--log-interval", "100000", "--checkpoint-hist", "1"),
 )
 POLL = 5.0  # seconds between readings of the CPU time
 TICK = os.sysconf("SC_CLK_TCK")
