@@ -15,6 +15,7 @@ import pytest
 
 from tests.checkpoint.test_checkpointer import like, save, trees
 from tests.checkpoint.test_checkpointer import same_bits as same_trees
+from tests.helpers.tiny import random_params, tiny_config, tiny_model, write_run
 from tests.helpers.tracking import events, loss, tracker
 from tests.laws.test_laws import (
     Killed,
@@ -25,10 +26,11 @@ from tests.laws.test_laws import (
     same_bits,
     undisturbed,
 )
-from vit_scale import checkpoint, cli, config, pretrained
+from vit_scale import checkpoint, cli, config, pretrained, sweep
 from vit_scale.errors import FAILED, RESUMABLE, UserError
 from vit_scale.runs import lock
-from vit_scale.runs.json_files import read_json
+from vit_scale.runs.extension import extend
+from vit_scale.runs.json_files import read_json, write_json
 from vit_scale.runs.lock import Lease
 from vit_scale.runs.run_folder import Run
 from vit_scale.storage import cache, compare_and_swap, files, paths
@@ -573,3 +575,38 @@ def test_a_path_on_a_disk_is_a_pathlib_path(tmp_path):
     assert type(paths.parse("runs/x")) is type(pathlib.Path("runs/x"))
     assert paths.parse(tmp_path) == tmp_path and cache.local(tmp_path) is tmp_path
     assert cache.stage([tmp_path / "a"]) == [tmp_path / "a"]
+
+
+def test_a_run_in_a_bucket_gets_more_steps(bucket):
+    fields = ("optim.schedule=constant", "optim.cooldown=2")
+    run, params = paths.parse(f"{bucket}/extended"), random_params(tiny_model())
+    for step in (8, 10):
+        write_run(run, tiny_config(*fields), params, step=step)
+    write_json(run / "report.json", {"step": 10})
+    description = read_json(run / "run.json")
+    description["config"]["steps"] = 20
+    extend(run, description)
+    assert checkpoint.finished_steps(run) == [8]
+    assert read_json(run / "run.json")["config"]["steps"] == 20
+    assert not (run / "report.json").exists()
+    archive = run / "extended" / "10"
+    assert checkpoint.finished_steps(archive) == [10]
+    assert read_json(archive / "report.json") == {"step": 10}
+    assert pretrained.load_model(str(archive)).step == 10
+
+
+def test_a_sweep_in_a_bucket_is_compared(bucket, monkeypatch):
+    """Its runs were trained elsewhere."""
+    fields = ("steps=2", "eval.split=train[98%:]")
+    points = [{"optim.lr": "1e-3"}, {"optim.lr": "1e-2"}]
+    one = sweep.Sweep("vit_imagenet:S/16", fields, points, paths.parse(f"{bucket}/sweep"))
+    for point, accuracy in zip(points, (0.3, 0.4), strict=True):
+        run = one.run_folder(point)
+        write_json(run / "report.json", {"eval": {"split": "val", "accuracy": 0.5, "n": 9}})
+        row = {"step": 2, "eval/accuracy": accuracy, "eval/n": 7}
+        files.write(run / "metrics.jsonl", json.dumps(row).encode())
+    result = sweep.run_sweep(one, quiet=True)
+    assert result["best"] == "optim.lr=1e-2" and read_json(one.folder / "sweep.json") == result
+    assert sweep.write_picture(one, result) == f"{bucket}/sweep/sweep.png"
+    assert (one.folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert sweep.describe_best(one, result)[1] == "on val: accuracy 50.00 %, n 9"

@@ -68,7 +68,7 @@ def print_result(one, result: dict[str, Any], args) -> None:
         print("\n".join(sweeps.describe_best(one, result)))
     if failed:
         many = f"{len(failed)} of {len(result['runs'])} runs failed"
-        raise UserError(f"{many}, the first {failed[0]}; see {one.folder}/logs", FAILED)
+        raise UserError(f"{many}, the first {failed[0]}; see {one.logs}", FAILED)
 
 
 def run_wandb_sweep(one, space, args) -> None:

@@ -12,7 +12,7 @@ from vit_scale.errors import DIVERGED, USAGE, UserError
 from vit_scale.inspect.curves import Curve, read_curves
 from vit_scale.runs import report
 from vit_scale.runs.json_files import read_json, write_json
-from vit_scale.storage import paths
+from vit_scale.storage import cache, paths
 from vit_scale.sweep import halving
 from vit_scale.sweep.points import Point, run_name, train_arguments
 from vit_scale.sweep.processes import LOGS, Failure, Job, run_jobs
@@ -34,6 +34,11 @@ class Sweep(NamedTuple):
     points: Sequence[Point]
     folder: pathlib.Path
     keep: int | None = None
+
+    @property
+    def logs(self) -> pathlib.Path:
+        """The folder of what the runs print, on this machine."""
+        return cache.local(self.folder) / LOGS
 
     def run_folder(self, point: Point) -> pathlib.Path:
         return self.folder / run_name(point)
@@ -103,7 +108,7 @@ def run_sweep(sweep: Sweep, parallel: int = 1, quiet: bool = False) -> dict[str,
         for rung in rungs:
             until = rung if sweep.keep and rung < first.steps else None
             jobs = [job for i in racing if (job := _job(sweep, runs[i], until)) is not None]
-            failures = run_jobs(jobs, slots, sweep.folder / LOGS, quiet)
+            failures = run_jobs(jobs, slots, sweep.logs, quiet)
             for i in racing:
                 runs[i].read(sweep, until, failures)
             ranking = sorted(racing, key=lambda i: runs[i].score, reverse=True)
