@@ -118,7 +118,7 @@ def pretraining() -> str:
         )
     ]
     for title, *runs in PAIRS:
-        reports = [json.loads((ROOT / "results" / r / "report.json").read_text()) for r in runs]
+        reports = [read(run) for run in runs]
         n = reports[0]["eval"]["n"]
         parts.append(
             f'<text x="0" y="{y - 8}"><tspan class="name">{title}</tspan> (n = {n:,})</text>'

@@ -32,7 +32,10 @@ DISAGREE = (
     r"hosts disagree: process \d+ differs from process 0|is not the same folder on process \d+"
 )
 # A message of the trainer that refuses to resume: its config or data has changed.
-CHANGED = r"workdir \S.* holds a run (with (a )?different|that began with different) "
+CHANGED = (
+    r"workdir \S.* (holds a run (with (a )?different|that began with different|of \d.* can't be "
+    r"extended)|has no checkpoint up to step) "
+)
 NOISE = re.compile(r"^\s*$|^\s+at |^\*\*\*|^I\d{4} |^W\d{4} |rerun the same command to resume$")
 
 

@@ -150,6 +150,20 @@ def test_errors_of_another_process_remain_collateral():
     assert diagnosis.diagnose([stopped]).kind == "resumable"
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "workdir gs://b/run holds a run with a different config (steps: 3 -> 2); use another",
+        "workdir gs://b/run holds a run that began with different data (train: 1 more); use",
+        "workdir gs://b/run holds a run of 3 steps, which can't be extended to 5: with optim.sch",
+        "workdir gs://b/run has no checkpoint up to step 3, where its cool-down began (the",
+    ],
+)
+def test_a_run_that_can_not_continue_is_not_tried_again(message):
+    cause = diagnosis.diagnose([WorkerExit(0, 1, 1.0, f"vit-scale: {message}")])
+    assert cause.kind == "fatal" and "--fresh" in cause.line
+
+
 def test_the_earliest_cause_is_reported():
     exits = [WorkerExit(0, 1, 3.0, "KeyError: 'b'"), WorkerExit(1, 1, 2.0, "KeyError: 'a'")]
     assert diagnosis.diagnose(exits).worker == 1

@@ -10,7 +10,7 @@ import pytest
 from tests.laws.test_laws import final_state, losses, same_bits
 from vit_scale import checkpoint, config
 from vit_scale.errors import UserError
-from vit_scale.runs import extension, report
+from vit_scale.runs import extension, rollbacks
 from vit_scale.training import trainer
 
 SIZES = (
@@ -59,7 +59,10 @@ def test_an_extended_run_equals_a_longer_one(train, way, capfd):
     whole = train("whole", 9, *then)
     same_bits(final_state(run), final_state(whole))
     assert losses(run) == losses(whole)
-    assert report.rows([run])[0]["steps"] == 9
+    reports = [json.loads((one / "report.json").read_text()) for one in (run, whole)]
+    for one in reports:
+        del one["seconds"], one["images_per_second"]
+    assert reports[0] == reports[1], "the best step too is one that the longer run measured"
     archive = run / "extended" / "6"
     assert json.loads((archive / "report.json").read_text()) == old
     if way == "wsd":  # the cooled-down model is a run of its own
@@ -67,6 +70,51 @@ def test_an_extended_run_equals_a_longer_one(train, way, capfd):
         assert checkpoint.finished_steps(run)[0] == 6, "that of step 4 made way to the new one"
     train("run", 9, *then)  # and it is finished
     assert len(losses(run)) == 9
+
+
+def test_rollbacks_of_what_is_undone_are_forgotten(train):
+    run = train("run", 6, "optim.cooldown=2")
+    past = [rollbacks.Rollback(1, 2), rollbacks.Rollback(4, 5)]
+    rollbacks.write(run, past)
+    description = json.loads((run / "run.json").read_text())
+    description["config"]["steps"] = 9
+    extension.extend(run, description)
+    assert rollbacks.read(run) == past[:1]
+    assert rollbacks.read(run / "extended" / "6") == past
+
+
+def test_other_data_is_refused(train):
+    run = train("run", 3, until=1)
+    stored = (run / "run.json").read_text()
+    description = json.loads(stored)
+    description["config"]["steps"] = 9
+    description["classes"] = description["classes"][::-1]
+    with pytest.raises(UserError, match="different classes"):
+        extension.extend(run, description)
+    description["classes"] = description["classes"][::-1]
+    description["data"]["sets"]["train"]["images"] += 1
+    with pytest.raises(UserError, match="began with different data"):
+        extension.extend(run, description)
+    assert (run / "run.json").read_text() == stored
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ((), []),
+        (("optim.schedule=rsqrt", "augment.until=0."), []),
+        (("optim.schedule=linear",), ["optim.schedule=linear"]),
+        (("optim.schedule=piecewise",), ["optim.schedule=piecewise"]),
+        (("optim.weight_decay=.1", "optim.weight_decay_end=.1"), []),
+        (("optim.weight_decay_end=.2",), ["optim.weight_decay_end=0.2"]),
+        (("dino.momentum_end=1.",), []),
+        (("objective=dino",), ["dino.momentum_end=1.0"]),
+        (("objective=dino", "dino.momentum_end=.996"), []),
+    ],
+)
+def test_what_depends_on_the_number_of_steps(fields, reasons):
+    cfg = config.override(config.base(), ["optim.schedule=constant", *fields])
+    assert extension.depending_on_steps(cfg) == reasons
 
 
 @pytest.mark.parametrize("stage", others_slow(("copied", "moved", "unlinked"), "moved"))
@@ -89,6 +137,11 @@ def test_an_interrupted_extension_is_completed(train, stage, monkeypatch):
     same_bits(final_state(run), final_state(whole))
     assert (run / "extended" / "6" / "report.json").exists()
     assert checkpoint.finished_steps(run / "extended" / "6") == [6]
+    again = run / "extended" / "9" / "checkpoints" / "9"  # of an extension that did not end
+    again.mkdir(parents=True)
+    (again / "part").touch()
+    train("run", 12, "optim.cooldown=2")
+    assert checkpoint.finished_steps(run / "extended" / "9") == [9]
 
 
 def test_what_depends_on_the_number_of_steps_is_not_extended(train):
@@ -124,6 +177,8 @@ def test_a_run_stopped_at_a_step_equals_an_undisturbed_one(train):
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4]
     assert checkpoint.read_selection(run / "checkpoints" / "4")["n"] > 0
     train("run", 6, "optim.schedule=cosine", "eval.every=2", until=3)  # it is past that
+    with pytest.raises(UserError, match="until=0 must be at least 1"):
+        train("run", 6, "optim.schedule=cosine", "eval.every=2", until=0)
     assert checkpoint.finished_steps(run)[-1] == 4
     train("run", 6, "optim.schedule=cosine", "eval.every=2")
     whole = train("whole", 6, "optim.schedule=cosine", "eval.every=2")

@@ -17,7 +17,7 @@ from tests.helpers.tiny import (
     tiny_model,
     write_run,
 )
-from vit_scale import cli, load
+from vit_scale import api, cli, load
 from vit_scale.errors import UserError
 from vit_scale.inference.export import export
 from vit_scale.models.parameters import named
@@ -30,7 +30,8 @@ PRIVATE = "/disk/of/somebody/data"  # a path that must not be published
 @pytest.fixture
 def run(tmp_path):
     cfg = tiny_config(f"data.path={PRIVATE}", f"init.source={PRIVATE}", "data.name=cifar10")
-    data = {"name": "cifar10 train", "images": 9}
+    cfg.data.mixture = ((f"folder:{PRIVATE}", 1.0),)
+    data = {"name": f"{PRIVATE} train", "images": 9}
     return write_run(tmp_path / "run", cfg, random_params(tiny_model()), data=data)
 
 
@@ -47,7 +48,8 @@ def test_a_file_predicts_what_its_run_predicts(run, file):
     assert other.classes == CLASSES and other.step == 5
     assert other.decode_size == one.decode_size and other.decode_view == one.decode_view
     loaded = load_model(file)
-    assert loaded.data == {"name": "cifar10 train", "images": 9}
+    assert loaded.data == {"name": "data train", "images": 9}
+    assert loaded.cfg.data.mixture == (("folder", 1.0),)
     assert (loaded.cfg.data.path, loaded.cfg.init.source) == (".data", "")
     assert PRIVATE.encode() not in file.read_bytes()
 
@@ -78,6 +80,33 @@ def test_a_file_is_taken_where_a_run_is(run, file, tmp_path, capsys):
     export(run, "safetensors-timm", tmp_path / "timm-of-run")
     names = [tmp_path / name / "model.safetensors" for name in ("timm", "timm-of-run")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_public_addresses_are_kept(tmp_path):
+    cfg = tiny_config("data.name=huggingface", "data.path=org/set@abc", "init.source=hf://org/vit")
+    write_run(tmp_path / "run", cfg, random_params(tiny_model()))
+    export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors").cfg
+    assert (loaded.data.path, loaded.init.source) == ("org/set@abc", "hf://org/vit")
+
+
+def test_a_file_is_evaluated_and_fine_tuned_from(run, file, tmp_path):
+    for name in CLASSES:
+        for split in ("train", "val"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i, image in enumerate(random_images(3, seed=len(name))):
+                Image.fromarray(image).save(folder / f"{i}.png")
+    fields = {"data.name": "folder", "data.path": str(tmp_path / "photos"), "data.mixture": ()}
+    results = [api.evaluate(one, "val", quiet=True, **fields) for one in (run, file)]
+    for result in results:
+        del result["run"]
+    assert results[0] == results[1] and results[0]["n"] == 12
+    fields |= {"steps": 1, "data.batch": 4, "eval.split": "", "eval.final": "", "log.wandb": False}
+    fields |= {"optim.lr": 0.0, "init.source": str(file), "log.tensorboard": False}
+    api.train(tiny_config(), tmp_path / "tuned", quiet=True, **fields)
+    for name, array in named(load_model(tmp_path / "tuned").params).items():
+        np.testing.assert_array_equal(array, named(load_model(file).params)[name], name)
 
 
 def test_what_can_not_be_written_is_refused(run, tmp_path):

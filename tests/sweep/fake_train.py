@@ -1,10 +1,11 @@
 """Stands for `vit-scale train` in the tests of sweeps: the accuracy follows from the fields.
 
 A learning rate of 9 diverges, one of 8 fails, one of 7 is preempted once, one of 6 waits for
-SIGTERM.
+SIGTERM, one of 5 is trained by another process, one of 4 waits for a second run beside it.
 """
 
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -19,6 +20,9 @@ def main(arguments: list[str]) -> int:
     lr, steps = float(fields["optim.lr"]), int(fields["steps"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calls.txt").open("a").write(" ".join(arguments) + "\n")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    slot = {"cores": cores, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "time": time.time()}
+    (folder / "slot.json").write_text(json.dumps(slot))
     if lr == 9:
         print("vit-scale: training diverged")
         return 43
@@ -29,10 +33,15 @@ def main(arguments: list[str]) -> int:
         (folder / "stopped").touch()
         print("vit-scale: the disk is full")
         return 42
+    if lr == 5:
+        print("vit-scale: workdir x is in use by process 7; wait for it")
+        return 1
     if lr == 6:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
         (folder / "ready").touch()
         time.sleep(60)
+    while lr == 4 and len(list(folder.parent.glob("*/slot.json"))) < 2:
+        time.sleep(0.01)  # for the other run, which is beside it
     last = int(arguments[arguments.index("--until") + 1]) if "--until" in arguments else steps
     rows = [
         {"step": step, "eval/accuracy": 1 - abs(lr - 3) / 10 - 1 / (step + 1), "eval/n": 500}

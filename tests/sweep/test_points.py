@@ -41,6 +41,9 @@ def test_ranges_are_drawn_evenly_in_value_and_in_logarithm():
     assert mixup[200] == pytest.approx(0.4, abs=0.03)
     assert 1e-5 <= lr[0] < 2e-5 and 5e-2 < lr[-1] <= 1e-1
     assert 5e-4 < lr[200] < 2e-3
+    narrow = make_points(space(uniform=["optim.ema=0.9991,0.9999"]), 50)
+    assert all(0.9991 <= float(point["optim.ema"]) <= 0.9999 for point in narrow)
+    assert max(map(len, points[0].values())) <= 8, "no more digits than it takes"
     widths = make_points(space(log_uniform=["optim.warmup=10,1000"]), 5)
     assert all(point["optim.warmup"].isdigit() for point in widths), "an integer field"
 

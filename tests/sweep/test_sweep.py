@@ -15,11 +15,18 @@ from vit_scale import cli, sweep
 from vit_scale.errors import UserError
 from vit_scale.inspect.plots.canvas import rasterize
 from vit_scale.inspect.plots.sweep import plot_sweep
+from vit_scale.runs.lock import Lock
 from vit_scale.sweep import processes, slots
 from vit_scale.sweep.slots import Slot, make_slots
 
 FAKE = pathlib.Path(__file__).with_name("fake_train.py")
-FIELDS = ("steps=40", "eval.every=10", "eval.split=train[98%:]", "data.train=train[:98%]")
+FIELDS = (
+    "steps=40",
+    "optim.warmup=0",
+    "eval.every=10",
+    "eval.split=train[98%:]",
+    "data.train=train[:98%]",
+)
 
 
 @pytest.fixture
@@ -122,12 +129,64 @@ def test_an_interrupted_sweep_stops_its_runs(run, tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run("6", "3")
     assert time.monotonic() - began < 30, "the run sleeps for 60 s unless it gets SIGTERM"
     assert calls(tmp_path / "sweep") == {"optim.lr=6": ["end"]}
+
+
+def test_a_rung_without_its_evaluation_is_evaluated(run):
+    """Stopped after the checkpoint was saved: the same command evaluates it first."""
+    result, one = run("0", "3", keep=2)
+    rows = one.folder / "optim.lr=0" / "metrics.jsonl"
+    rows.write_text("")
+    assert run("0", "3", keep=2)[0] == result
+    assert calls(one.folder)["optim.lr=0"] == ["20", "20"]
+
+
+def test_a_run_that_another_process_trains_stops_the_sweep(run):
+    with pytest.raises(UserError, match=r"optim\.lr=5 stopped: workdir x is in use by process 7"):
+        run("5", "3")
+
+
+def test_one_sweep_at_a_time(run, tmp_path):
+    held = Lock(tmp_path / "sweep")
+    held.acquire()
+    try:
+        with pytest.raises(UserError, match="is in use by process"):
+            run("1")
+    finally:
+        held.release()
+    assert not calls(tmp_path / "sweep")
+
+
+def test_what_is_trained_is_compared_without_training(run, capsys):
+    result, one = run("1", "3")
+    flags = [f"--config.{field}" for field in FIELDS]
+    words = ["sweep", "--config", "vit_imagenet:S/16", *flags, "--workdir", str(one.folder)]
+    assert cli.main([*words, "--grid", "optim.lr=1,3,2", "--compare", "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["runs"][:2] == result["runs"]
+    assert compared["runs"][2]["status"] == "no result at step 40"
+    assert calls(one.folder).keys() == {"optim.lr=1", "optim.lr=3"}
+
+
+def test_runs_side_by_side_have_their_own_slots(run, monkeypatch):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core")
+    monkeypatch.setattr(slots, "count_devices", lambda: ("cpu", 1))
+    _, one = run("4", "3", parallel=2)
+    used = [json.loads((one.run_folder(p) / "slot.json").read_text()) for p in one.points]
+    assert [slot["cores"] for slot in used] == [cores[0::2], cores[1::2]]
+    assert sorted(os.sched_getaffinity(0)) == cores
+    monkeypatch.setattr(slots, "count_devices", lambda: ("gpu", 2))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _, one = run("2", "1", parallel=2)
+    used = [json.loads((one.run_folder(p) / "slot.json").read_text()) for p in one.points]
+    assert [slot["gpus"] for slot in used] == ["0", "1"]
 
 
 def test_runs_side_by_side_share_the_cores(run, monkeypatch):
@@ -167,7 +226,16 @@ def test_accelerators_are_divided_evenly(monkeypatch):
             None,
             "must be held out .*eval.split='', eval.final='val'",
         ),
-        ("vit_imagenet:S/16", ("eval.split=val", "eval.final=val"), None, "must be held out"),
+        (
+            "vit_imagenet:S/16",
+            (*FIELDS, "eval.split=val", "eval.final=val"),
+            None,
+            "must be held out",
+        ),
+        ("vit_imagenet:S/16", (*FIELDS, "data.train=train"), None, "must be held out"),
+        ("vit_imagenet:S/16", (*FIELDS, "eval.final=train[99%:]"), None, "must be held out"),
+        ("vit_imagenet:S/16", (*FIELDS, "model.heads=5"), None, "not divisible by 5 heads"),
+        ("vit_imagenet:S/16", (*FIELDS, "optim.b2=1."), None, "optim.b2=1.0 must be"),
         ("vit_imagenet:S/16", (*FIELDS, "eval.every=40"), 2, "eval.every=40 is too rare"),
     ],
 )
@@ -175,6 +243,11 @@ def test_a_config_that_can_not_be_swept_is_refused(run, tmp_path, config, fields
     with pytest.raises(UserError, match=message):
         run("1", "2", keep=keep, config=config, fields=fields)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_same_run_twice_is_refused(run):
+    with pytest.raises(UserError, match=r"optim\.lr=1e-1 and optim\.lr=0\.1 are the same run"):
+        run("1e-1", "0.1")
 
 
 def test_another_sweep_in_the_same_folder_is_refused(run):

@@ -69,7 +69,7 @@ class Checkpoints:
         main: str = "accuracy",
         always: int | None = None,
     ):
-        self._main, self._always = main, always
+        self._main, self.always = main, always
         self.run = paths.parse(run).absolute()
         self.folder = self.run / FOLDER
         self._metrics: dict[int, dict] = {}
@@ -281,7 +281,7 @@ class _NewestAndBest(managers.PreservationPolicy):
         steps = [info.step for info in checkpoints]
         measured = [step for step in steps[:-1] if self.checkpoints.read_metrics(step)]
         preserved = {*steps[-self.newest :], *self.checkpoints._unreadable}
-        preserved.add(self.checkpoints._always)
+        preserved.add(self.checkpoints.always)
         if measured:
             preserved.add(max(measured, key=self.checkpoints._score))
         return [step in preserved for step in steps]

@@ -18,7 +18,7 @@ UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
 def train(args, overrides: Sequence[str]) -> None:
     preemption.install()
     profile_request.install()
-    from vit_scale import api, config
+    from vit_scale import api, checkpoint, config
     from vit_scale.runs import report
     from vit_scale.storage import paths
 
@@ -29,7 +29,8 @@ def train(args, overrides: Sequence[str]) -> None:
         args.config, workdir, quiet=args.quiet, watchdog=True, until=args.until, **fields
     )
     if not args.quiet and not results:
-        print(f"{workdir}: stopped after step {args.until:,}; without --until it continues")
+        latest = max(checkpoint.finished_steps(workdir), default=0)
+        print(f"{workdir}: saved after step {latest:,}; without --until it continues")
     elif not args.quiet:
         stages = config.load(args.config, overrides).stages
         rows = report.rows([workdir / stage for stage in stages] or [workdir])

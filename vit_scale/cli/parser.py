@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_convert_flags(verb("convert", commands.convert, text))
     text = "average the weights of runs: a soup, or WiSE-FT's interpolation"
     add_average_flags(verb("average", commands.average, text))
-    text = "export a run to timm, transformers, Google's ViT, or jax.export"
+    text = "export a run as one file, or to timm, transformers, Google's ViT, or jax.export"
     add_export_flags(verb("export", commands.export, text))
     add_data_verbs(verb("data", None, "download, pack, index or measure data sets"))
     return top
@@ -153,7 +153,7 @@ def add_sweep_flags(sub: argparse.ArgumentParser) -> None:
     text = "the same, evenly in the logarithm: optim.lr=1e-4,1e-2"
     add("--log-uniform", action="append", default=[], metavar="FIELD=LOW,HIGH", help=text)
     add("--random", type=positive, metavar="N", help="draw N points instead of all of the grid")
-    add("--seed", type=int, default=0, help="of --random (default: 0)")
+    add("--seed", type=int, default=0, help="seed of --random (default: 0)")
     add("--parallel", type=positive, default=1, metavar="K", help="runs side by side (default: 1)")
     text = "successive halving: at each rung, the best one in ETA runs continues"
     add("--halving", type=halving, metavar="ETA", help=text)
@@ -163,6 +163,8 @@ def add_sweep_flags(sub: argparse.ArgumentParser) -> None:
         "train, such as 'launch/tpu_vm.sh --name sweep-{number}'"
     )
     add("--commands", nargs="?", const="vit-scale train", metavar="COMMAND", help=text)
+    text = "compare what is trained so far, and train nothing"
+    add("--compare", action="store_true", help=text)
     text = "write a W&B sweep, register it if there is an API key, and run its agent"
     add("--wandb", action="store_true", help=text)
     add("--markdown", action="store_true", help="print the table as Markdown")
@@ -246,7 +248,7 @@ def add_export_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", required=True, help=text)
     text = "folder to write; for safetensors, npz and jax, a file"
     sub.add_argument("--out", required=True, metavar="PATH", help=text)
-    text = "of the parameters in safetensors: float32, float16 or bfloat16 (default: float32)"
+    text = "type of the parameters in safetensors: float32, float16, bfloat16 (default: float32)"
     sub.add_argument("--dtype", default="float32", help=text)
     text = "upload the folder to this repository of the Hugging Face Hub, made if need be"
     sub.add_argument("--push", default="", metavar="ORG/NAME", help=text)

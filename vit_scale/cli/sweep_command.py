@@ -26,7 +26,7 @@ def sweep(args, overrides: Sequence[str]) -> None:
     if args.wandb:
         run_wandb_sweep(one, space, args)
         return
-    result = sweeps.run_sweep(one, args.parallel, args.quiet)
+    result = sweeps.run_sweep(one, args.parallel, args.quiet, train=not args.compare)
     print_result(one, result, args)
 
 
@@ -77,14 +77,17 @@ def run_wandb_sweep(one, space, args) -> None:
     from vit_scale.tracking import wandb_sweep
     from vit_scale.training.evaluator import main_result
 
-    for flag in ("halving", "commands"):
+    for flag in ("halving", "compare"):
         if getattr(args, flag):
-            raise UserError(f"--wandb has no use for --{flag}", USAGE)
+            raise UserError(f"--wandb can't be combined with --{flag}", USAGE)
     if args.parallel > 1:
         raise UserError("--wandb runs one agent: start another for each part of the devices", USAGE)
     cfg = sweeps.check(one)[0]
+    if not cfg.log.wandb:
+        raise UserError("--wandb needs --config.log.wandb=True", USAGE)
+    integers = [field for field in space.fields if sweeps.is_integer(field)]
     ranges = {"uniform": space.uniform, "log_uniform_values": space.log_uniform}
     content = wandb_sweep.describe_sweep(
-        one.config, one.overrides, space.grid, ranges, main_result(cfg), args.random
+        one.config, one.overrides, space.grid, ranges, integers, main_result(cfg), args.random
     )
     wandb_sweep.run_wandb_sweep(content, one.folder, cfg.log.project)

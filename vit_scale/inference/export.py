@@ -73,7 +73,7 @@ def export(
 
     Args:
       run: a run's folder, RUN/checkpoints/STEP, or external weights (`pretrained.load_model`).
-      kind: a key of EXPORTERS.
+      kind: FILE, or a key of EXPORTERS.
       out: a folder, or a file for `safetensors`, `npz` and `jax`.
       push: ORG/NAME of a repository on the Hugging Face Hub, to which the folder is uploaded.
       private: whether only its owners see the repository.
@@ -232,10 +232,10 @@ def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
 
 def _export_file(run: str | os.PathLike, file: pathlib.Path, dtype: str) -> list[str]:
     """Write a model as one file, which `vit-scale` takes wherever it takes a run."""
-    loaded = load_model(run)
-    loaded.print_notes()
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} must end in .safetensors")
+    loaded = load_model(run)
+    loaded.print_notes()
     description = {
         "classes": list(loaded.classes),
         "step": loaded.step,

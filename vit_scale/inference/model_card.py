@@ -17,6 +17,7 @@ from vit_scale.config import image_size
 from vit_scale.errors import printable
 from vit_scale.models.parameters import count
 from vit_scale.pretrained import Pretrained, hub
+from vit_scale.pretrained.model_file import without_folder
 from vit_scale.runs.json_files import read_json
 from vit_scale.runs.report import NAMES, format_name, format_value
 from vit_scale.storage import paths
@@ -216,7 +217,7 @@ def _data(description: dict) -> str:
     heads = ["used for", "set", "images"]
     sets = data.get("sets", {"train": data})
     rows = [
-        [uses.get(part, part), _without_folder(one.get("name", "")), f"{one['images']:,}"]
+        [uses.get(part, part), without_folder(one.get("name", "")), f"{one['images']:,}"]
         for part, one in sets.items()
     ]
     prints = [one.get("fingerprint", "") for one in sets.values()]
@@ -224,11 +225,6 @@ def _data(description: dict) -> str:
         heads.append("fingerprint of names and labels")
         rows = [[*row, one] for row, one in zip(rows, prints, strict=True)]
     return f"## Data\n\n{_table(heads, rows)}"
-
-
-def _without_folder(name: str) -> str:
-    """The name of a set, or of a mixture of sets, without folders of the machine that trained."""
-    return re.sub(r"(?<!\S)(\w+://|[/~.])\S*/", "", name)
 
 
 def _recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str:

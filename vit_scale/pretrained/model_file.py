@@ -1,4 +1,4 @@
-"""A trained model as one file, for sharing: arrays by their names here, and what describes them.
+"""A trained model as one file, for sharing: its parameters by name, and what describes them.
 
 A .safetensors file whose metadata holds, as JSON under "vit_scale", the config, the class names,
 the step, the training set's description, and what was measured on the split that selects. Paths of
@@ -8,6 +8,7 @@ always read as float32.
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from vit_scale.models.parameters import named
 from vit_scale.pretrained.weight_files import read_arrays, write_safetensors
 
 KEY = "vit_scale"
+PUBLIC = ("hf://", "https://")  # addresses that are kept
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
 
@@ -36,7 +38,7 @@ def check_dtype(name: str) -> None:
 def write_model(
     file: pathlib.Path, params: dict, cfg: ConfigDict, description: Mapping[str, Any], dtype: str
 ) -> None:
-    """Write a model. Raises OSError, and UserError where a value exceeds what the type holds.
+    """Write a model. Raises OSError, and UserError for a value that is not finite in the type.
 
     Args:
       file: path that ends in .safetensors.
@@ -49,14 +51,39 @@ def write_model(
     with np.errstate(over="ignore"):  # reported below
         stored = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
     for name, array in stored.items():
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{name} has values that are not finite")
         if not np.isfinite(array.astype(np.float32)).all():
             most = np.abs(arrays[name]).max()
             raise UserError(f"{name} has values up to {most:.3g}, too large for {dtype}")
-    content = config.to_json(cfg)
+    text = json.dumps({**_without_folders(description), "config": _public(cfg)})
+    write_safetensors(file, stored, {KEY: text})
+
+
+def _public(cfg: ConfigDict) -> dict[str, Any]:
+    """Return a config, as JSON types, without paths of this machine."""
+    content, default = config.to_json(cfg), config.to_json(config.base())
     for block, field in (("data", "path"), ("init", "source"), ("distill", "teacher")):
-        content[block][field] = config.to_json(config.base())[block][field]
-    metadata = {KEY: json.dumps({**description, "config": content})}
-    write_safetensors(file, stored, metadata)
+        path = content[block][field]
+        if without_folder(path) != path and not path.startswith(PUBLIC):
+            content[block][field] = default[block][field]
+    sets = [(name.partition(":")[0], *weight) for name, *weight in content["data"]["mixture"]]
+    content["data"]["mixture"] = sets
+    return content
+
+
+def _without_folders(content: Any) -> Any:
+    """Return nested JSON types whose texts have no folders of this machine."""
+    if isinstance(content, Mapping):
+        return {key: _without_folders(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_folders(value) for value in content]
+    return without_folder(content) if isinstance(content, str) else content
+
+
+def without_folder(name: str) -> str:
+    """Return the name of a set, or of a mixture of sets, without folders of this machine."""
+    return re.sub(r"(?<!\S)(\w+://|[/~.])\S*/", "", name)
 
 
 def read_description(file: pathlib.Path) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Extending a run: more steps than it began with, where nothing it computed depends on the number.
 
 The extended run equals, bit for bit, one that had the new number of steps from the start. A
-cool-down that was trained already is undone: what came after its first step is moved to
+cool-down that was trained already is undone: what came after the step before it is moved to
 RUN/extended/STEPS, a run folder with the results of the shorter run.
 """
 
@@ -13,17 +13,18 @@ from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
 from vit_scale.errors import UserError, printable
+from vit_scale.runs import rollbacks
 from vit_scale.runs.json_files import read_json, write_json
-from vit_scale.runs.resume import check_same_config
+from vit_scale.runs.resume import check_same_config, check_same_data
 from vit_scale.storage import files
 
 FOLDER = "extended"
 FIELDS = ("steps", "optim.cooldown", "optim.cooldown_shape")  # that an extension may change
 BY_STEPS = ("cosine", "linear", "piecewise")  # schedules that depend on the number of steps
-COPIED = ("run.json", "report.json", "metrics.jsonl", "goodput.json")
+COPIED = ("run.json", "report.json", "metrics.jsonl", "goodput.json", rollbacks.FILE)
 
 
-def first_of_cooldown(cfg: ConfigDict) -> int:
+def steps_before_cooldown(cfg: ConfigDict) -> int:
     """Return the number of steps before the cool-down; all of them without one."""
     return cfg.steps - cfg.optim.cooldown
 
@@ -46,8 +47,8 @@ def extend(run: pathlib.Path, description: dict) -> None:
     """Let a run continue to the larger number of steps of `description`; do nothing otherwise.
 
     Rerunning it after an interruption completes it. Raises UserError where the steps that were
-    trained depend on their number, where no checkpoint from before the cool-down is left, and for a
-    config that differs in anything else.
+    trained depend on their number, where no checkpoint from before the cool-down is left, and where
+    anything else differs.
     """
     stored = read_json(run / "run.json")
     if not isinstance(stored.get("config"), dict):
@@ -65,8 +66,15 @@ def extend(run: pathlib.Path, description: dict) -> None:
     extended = copy.deepcopy(old)
     extended.update_from_flattened_dict(changes)
     check_same_config(run, {**stored, "config": config.to_json(extended)}, description)
-    common = min(first_of_cooldown(old), first_of_cooldown(new))
+    check_same_data(run, stored, description)
+    common = min(map(steps_before_cooldown, (old, new)))
     _archive(run, old.steps, common)
+    if new.eval.every == 0 or old.steps % new.eval.every:  # a longer run measures no such step
+        last = run / checkpoint.FOLDER / str(old.steps) / checkpoint.SELECTION
+        last.unlink(missing_ok=True)
+    past = rollbacks.read(run)
+    if undone := [one for one in past if one.diverged > common]:
+        rollbacks.write(run, [one for one in past if one not in undone])
     write_json(run / "run.json", description)
     line = f"vit-scale: extending {run} from {old.steps:,} to {new.steps:,} steps, from step "
     latest = max(checkpoint.finished_steps(run), default=0)
@@ -89,5 +97,6 @@ def _archive(run: pathlib.Path, steps: int, common: int) -> None:
             (archive / name).write_bytes((run / name).read_bytes())
     for step in later:
         folder = pathlib.Path(checkpoint.FOLDER) / str(step)
+        files.remove_folder(archive / folder)  # of an extension that was interrupted
         files.move_folder(run / folder, archive / folder)
     (run / "report.json").unlink(missing_ok=True)

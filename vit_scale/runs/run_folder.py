@@ -1,6 +1,6 @@
 """A run's folder, written by one process at a time, from its description to its report.
 
-    run.json         resolved config, class names, data, versions, git state; written once, first
+    run.json         resolved config, class names, data, versions, git state; written first
     report.json      the results; written once, last
     checkpoints/     STEP/: arrays, manifest and selection.json (checkpoint/)
     base/            0/: the frozen parameters, if checkpoints leave them out (checkpoint.frozen)

@@ -7,6 +7,7 @@ its upload is complete. All functions raise OSError.
 import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 from vit_scale.storage.bucket import file_system
@@ -82,6 +83,16 @@ def move_folder(folder: pathlib.Path, path: pathlib.Path) -> None:
     with os_errors(folder):
         file_system().copy(str(folder), str(path), recursive=True)
         file_system().rm(str(folder), recursive=True)
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Remove a folder, on disk or in a bucket, and what is in it; do nothing if there is none."""
+    if not in_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
+        return
+    if folder.exists():
+        with os_errors(folder):
+            file_system().rm(str(folder), recursive=True)
 
 
 def _upload(file: pathlib.Path, path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ from vit_scale.sweep.picture import describe_best, write_picture
 from vit_scale.sweep.points import (
     Point,
     Space,
+    is_integer,
     make_points,
     make_space,
     run_name,
@@ -26,6 +27,7 @@ __all__ = [
     "default_folder",
     "describe_best",
     "format_sweep",
+    "is_integer",
     "make_points",
     "make_space",
     "run_name",

@@ -67,9 +67,9 @@ def make_space(grid: Sequence[str], uniform: Sequence[str], log_uniform: Sequenc
 
 def _parse(item: str) -> tuple[str, list[str]]:
     name, _, text = item.partition("=")
-    known = config.fields(config.base())
-    if name not in known:
-        raise UserError(f"no config field is named {name!r}; {nearest(name, known)}", USAGE)
+    fields = config.fields(config.base())
+    if name not in fields:
+        raise UserError(f"no config field is named {name!r}; {nearest(name, fields)}", USAGE)
     values = split_values(text)
     if not text or len(set(values)) < len(values):
         raise UserError(f"{item} must be FIELD=VALUE,VALUE with different values", USAGE)
@@ -122,20 +122,34 @@ def _draw(space: Space, generator: np.random.Generator) -> Point:
         name: values[int(generator.integers(len(values)))] for name, values in space.grid.items()
     }
     for name, (low, high) in space.uniform.items():
-        point[name] = _number(generator.uniform(low, high), name)
+        point[name] = _number(generator.uniform(low, high), name, low, high)
     for name, (low, high) in space.log_uniform.items():
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
-        point[name] = _number(value, name)
+        point[name] = _number(value, name, low, high)
     return point
 
 
-def _number(value: float, field: str) -> str:
-    """Return a number as text: with three digits, or an integer where the field is one."""
+def _number(value: float, field: str, low: float, high: float) -> str:
+    """Return a number of a range as text: an integer where the field is one, or three digits.
+
+    More digits where three are coarse for the range, or leave it.
+    """
+    if is_integer(field):
+        return str(round(value))
+    for digits in range(3, 17):
+        text = f"{value:.{digits}g}"
+        if low <= float(text) <= high and abs(float(text) - value) <= (high - low) / 200:
+            return text
+    return repr(value)
+
+
+def is_integer(field: str) -> bool:
+    """Return whether a config field is an integer."""
     *blocks, name = field.split(".")
     owner = config.base()
     for block in blocks:
         owner = owner[block]
-    return str(round(value)) if owner.get_type(name) is int else f"{value:.3g}"
+    return owner.get_type(name) is int
 
 
 def run_name(point: Point) -> str:

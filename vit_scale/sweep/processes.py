@@ -65,7 +65,7 @@ def run_jobs(
                 free.append(slot)
                 if process.returncode:
                     failures[job.name] = failure(process.returncode, logs / f"{job.name}.txt")
-                if process.returncode == RESUMABLE:
+                if process.returncode == RESUMABLE or is_held(failures.get(job.name)):
                     message = f"run {job.name} stopped: {failures[job.name].line}"
                     raise UserError(message, RESUMABLE)
             bar.n = total - sum(job.last - job.first for job in waiting)
@@ -121,6 +121,11 @@ def failure(code: int, log: pathlib.Path) -> Failure:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix("vit-scale: ") if lines else "no output"
     return Failure(code, f"{last[:200]} (exit code {code})")
+
+
+def is_held(error: Failure | None) -> bool:
+    """Return whether a run failed because another process trains it: of an earlier sweep's."""
+    return error is not None and "is in use by process" in error.line
 
 
 def step_of(job: Job) -> int:

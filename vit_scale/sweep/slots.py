@@ -14,6 +14,7 @@ ASK = (
     "print(json.dumps([jax.default_backend(), len(devices), jax.process_count(), "
     "len({(d.id if d.platform != 'tpu' else tuple(d.coords)) for d in devices})]))"
 )
+LIMIT = 120  # seconds for counting them
 # Chips of a TPU host that a process takes, as the bounds of its part of the host's 2 x 2 or 2 x 4.
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}
 
@@ -45,10 +46,18 @@ def make_slots(parallel: int) -> list[Slot]:
 
 def count_devices() -> tuple[str, int]:
     """Return the kind and number of devices, asked in another process, which then frees them."""
-    done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False)
-    if done.returncode:
-        line = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"this machine's devices can't be counted: {line}")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK], capture_output=True, text=True, check=True, timeout=LIMIT
+        )
+    except subprocess.CalledProcessError as error:
+        line = (error.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"this machine's devices can't be counted: {line}") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"this machine's devices can't be counted in {LIMIT} s: another process may hold them, "
+            "or it is one of several hosts"
+        ) from None
     backend, _, hosts, chips = json.loads(done.stdout.splitlines()[-1])
     if hosts > 1:
         raise UserError(

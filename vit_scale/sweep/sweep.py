@@ -1,5 +1,7 @@
 """Run a sweep, and say which run is best."""
 
+import contextlib
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,16 +9,19 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vit_scale import checkpoint, config
+from vit_scale.data import are_disjoint
 from vit_scale.distributed import preemption
 from vit_scale.errors import DIVERGED, USAGE, UserError
 from vit_scale.inspect.curves import Curve, read_curves
 from vit_scale.runs import report
 from vit_scale.runs.json_files import read_json, write_json
+from vit_scale.runs.lock import Lock
 from vit_scale.storage import cache, paths
 from vit_scale.sweep import halving
 from vit_scale.sweep.points import Point, run_name, train_arguments
 from vit_scale.sweep.processes import LOGS, Failure, Job, run_jobs
 from vit_scale.sweep.slots import make_slots
+from vit_scale.training import objectives, optimizer, validation
 from vit_scale.training.evaluator import main_result
 
 FILE = "sweep.json"
@@ -59,22 +64,47 @@ def check(sweep: Sweep) -> list[ConfigDict]:
         stages = ", ".join(f"{sweep.config}:{stage}" for stage in first.stages)
         raise UserError(f"{sweep.config} is several runs: sweep one of {stages}", USAGE)
     for cfg in configs:
-        if not cfg.eval.split or cfg.eval.split == cfg.eval.final:
-            what = f"eval.split={cfg.eval.split!r}, eval.final={cfg.eval.final!r}"
+        _check_trainable(cfg)
+    for (i, one), (j, other) in itertools.combinations(enumerate(configs), 2):
+        names = [run_name(sweep.points[k]) for k in (i, j)]
+        if config.to_json(one) == config.to_json(other):
+            raise UserError(f"the points {' and '.join(names)} are the same run: leave one out")
+        if names[0] == names[1]:
             raise UserError(
-                f"a sweep selects by eval.split, which must be held out from training and from the "
-                f"final test ({what}): give --config.data.train=train[:98%] "
-                "--config.eval.split=train[98%:]",
-                USAGE,
+                f"two points have the folder {names[0]}: their values differ only in characters "
+                "that a folder's name can't have"
             )
-    names = [run_name(point) for point in sweep.points]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"two points have the name {twice[0]}: write their values alike", USAGE)
     return configs
 
 
-def run_sweep(sweep: Sweep, parallel: int = 1, quiet: bool = False) -> dict[str, Any]:
+def _check_trainable(cfg: ConfigDict) -> None:
+    """Raise UserError for a config that can't train, as far as that can be said without devices.
+
+    And for one whose eval.split is not held out.
+    """
+    split, train, final = cfg.eval.split, cfg.data.train, cfg.eval.final
+    held_out = (
+        split and are_disjoint(split, train) and not (final and not are_disjoint(split, final))
+    )
+    if not held_out:
+        raise UserError(
+            "a sweep selects by eval.split, which must be held out from training and from the "
+            f"final test (data.train={train!r}, eval.split={split!r}, eval.final={final!r}): give "
+            "--config.data.train=train[:98%] --config.eval.split=train[98%:]",
+            USAGE,
+        )
+    validation.check_counts(cfg)
+    validation.check_model(cfg)
+    optimizer.check(cfg.optim, cfg.steps)
+    objectives.check(cfg)
+
+
+def run_sweep(
+    sweep: Sweep, parallel: int = 1, quiet: bool = False, train: bool = True
+) -> dict[str, Any]:
     """Train every point, or resume that, and return the comparison, which SWEEP/sweep.json holds.
+
+    With `train=False` what is trained so far is compared.
 
     Returns:
       {"config": ..., "overrides": [...], "rungs": [...], "split": ..., "measure": "accuracy",
@@ -99,15 +129,19 @@ def run_sweep(sweep: Sweep, parallel: int = 1, quiet: bool = False) -> dict[str,
         "split": first.eval.split,
         "measure": main_result(first),
     }
-    _claim(sweep.folder, content)
     slots = make_slots(parallel)
     pairs = zip(sweep.points, configs, strict=True)
     runs = [Entry(point, cfg.steps, content["measure"]) for point, cfg in pairs]
     racing = list(range(len(runs)))
-    with preemption.deferred():
+    lock = Lock(sweep.folder)
+    with preemption.deferred(), contextlib.ExitStack() as held:
+        lock.acquire()
+        held.callback(lock.release)
+        _claim(sweep.folder, content)
         for rung in rungs:
             until = rung if sweep.keep and rung < first.steps else None
             jobs = [job for i in racing if (job := _job(sweep, runs[i], until)) is not None]
+            jobs = jobs if train else []
             failures = run_jobs(jobs, slots, sweep.logs, quiet)
             for i in racing:
                 runs[i].read(sweep, until, failures)
@@ -157,7 +191,8 @@ def _job(sweep: Sweep, entry: Entry, until: int | None) -> Job | None:
     """Return what is left to train of a run up to a rung; None if that is done."""
     folder = sweep.run_folder(entry.point)
     done, last = max(checkpoint.finished_steps(folder), default=0), until or entry.steps
-    if (folder / "report.json").exists() or (until and done >= until):
+    evaluated = until and _value_at(read_curves(folder), entry.measure, until) is not None
+    if (folder / "report.json").exists() or (evaluated and done >= (until or 0)):
         return None
     arguments = train_arguments(sweep.config, sweep.overrides, entry.point, folder)
     arguments += ["--until", str(until)] if until else []

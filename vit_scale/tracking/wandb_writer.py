@@ -195,8 +195,8 @@ def has_key(wandb: Any) -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """Return the id of a run, stored in its folder; in a W&B sweep its server gives the first."""
+    """Return the id of a run, stored in its folder; in a W&B sweep it comes from the agent."""
     if not path.exists():
-        given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-        files.write(path, f"{given or secrets.token_hex(4)}\n".encode())
+        swept = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        files.write(path, f"{swept or secrets.token_hex(4)}\n".encode())
     return path.read_text().strip()

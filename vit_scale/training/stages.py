@@ -36,7 +36,9 @@ def train_stages(
         return train(cfg, workdir, config.title(name), quiet, until)
     if until:
         stages = ", ".join(f"{name}:{stage}" for stage in cfg.stages)
-        raise UserError(f"until={until} is of one run, and {name} has several: {stages}", USAGE)
+        raise UserError(
+            f"until={until} applies to one run, and {name} has several: {stages}", USAGE
+        )
     reports = {}
     for stage in cfg.stages:
         begun = _begun({one: workdir / one for one in cfg.stages})

@@ -22,9 +22,10 @@ from vit_scale.distributed.accelerators import mfu, peak_flops
 from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
+from vit_scale.errors import USAGE, UserError
 from vit_scale.pretrained import with_commit, with_source_model
 from vit_scale.runs import compilation_cache, rollbacks
-from vit_scale.runs.extension import first_of_cooldown
+from vit_scale.runs.extension import depending_on_steps, steps_before_cooldown
 from vit_scale.runs.resume import resumed_config
 from vit_scale.runs.rollbacks import Rollback
 from vit_scale.runs.run_folder import Run
@@ -74,11 +75,13 @@ def train(
       The content of report.json; {} where it stopped before the last step.
 
     Raises:
-      UserError: the config, the data, or the source of the weights can't work; raised before
-        anything is compiled or the folder is created.
+      UserError: the config, the data, the source of the weights, or `until` can't work; raised
+        before anything is compiled or the folder is created.
       Preempted: after SIGTERM, with everything saved.
     """
     with multihost.shared_errors():
+        if until is not None and until < 1:
+            raise UserError(f"until={until} must be at least 1", USAGE)
         cfg = with_commit(pinned(with_checksum(resumed_config(cfg, workdir))))
         cfg = with_source_model(cfg)
         setup, splits = make_setup(cfg), open_splits(cfg)
@@ -91,7 +94,8 @@ def train(
             check_source(setup, splits.train.classes, class_ids(splits.train))
         same = identity(description, splits) if multihost.has_peers() else {}
     multihost.check_same(same)
-    stable = first_of_cooldown(cfg)  # an extension to more steps starts from its checkpoint
+    # An extension to more steps, where the schedule allows it, starts from this checkpoint.
+    stable = None if depending_on_steps(cfg) else steps_before_cooldown(cfg)
     with Run(workdir, description) as run, preemption.deferred():
         if run.report:
             return run.report
@@ -207,7 +211,7 @@ class Training:
         self.checkpoints.check()
         selected = self.is_selected(step)
         saved = selected or due(step, cfg.checkpoint.every, cfg.steps) or stop
-        saved = saved or step in (self.last, first_of_cooldown(cfg))
+        saved = saved or step in (self.last, self.checkpoints.always)
         # Parameters after a non-finite step are not saved: training recovers or rolls back first.
         if saved and (guard.is_sound() or step == cfg.steps):
             with track.timer("checkpoint"):
