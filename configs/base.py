@@ -348,6 +348,7 @@ def evaluation() -> dict:
         # shortest_edge (the same, rounded like transformers) | stretch (transformers' ViT) |
         # cover (in one step, as files are decoded for training)
         "crop": 1.0,  # fraction of the resized side to keep (timm's crop_pct)
+        "flip": False,  # average the outputs of an image and its mirror image, in prediction too
         "resample": "train",  # bilinear | bicubic | lanczos | train (as in training: bicubic for
         # files, then bilinear on the device)
     }

@@ -138,3 +138,13 @@ def test_a_damaged_file_and_one_of_another_model_are_refused(file, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged or truncated"):
         load_model(file)
+
+
+def test_an_average_that_another_library_lacks_is_said(tmp_path):
+    for flip in (True, False):
+        run = tmp_path / f"run-{flip}"
+        write_run(run, tiny_config(f"eval.flip={flip}"), random_params(tiny_model()))
+        lines = export(run, "safetensors-timm", tmp_path / "timm")
+        assert (
+            any("averages the outputs of an image and its mirror" in line for line in lines) == flip
+        )

@@ -6,9 +6,11 @@ import pytest
 from scipy.special import log_softmax
 
 from tests.helpers.tiny import CLASSES, random_images, random_params, tiny_config, tiny_model
+from vit_scale.data import are_files, views
 from vit_scale.data.sources import InMemory
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.errors import UserError
+from vit_scale.inference.predictor import Predictor
 from vit_scale.training.evaluator import Evaluate
 from vit_scale.training.validation import check_classes, validate_evaluation
 
@@ -52,6 +54,25 @@ def test_every_example_counts_once_for_every_batch(evaluate, mask):
             expected["accuracy"], abs=1e-12
         )
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_the_outputs_of_mirrored_images_are_averaged():
+    """In an evaluation and in a prediction alike."""
+    params = random_params(tiny_model())
+    pixels = (IMAGES.astype(np.float32) / 255 - 0.5) / 0.5
+    apply = jax.jit(tiny_model().apply)
+    logits = (apply(params, pixels) + apply(params, pixels[:, :, ::-1])) / 2
+    cfg = tiny_config("eval.flip=True", "data.workers=0")
+    evaluate = Evaluate(cfg, tiny_model(), make_mesh(cfg.mesh, jax.devices()[:1]))
+    found = evaluate(params, source())
+    losses = -log_softmax(np.asarray(logits, np.float64), -1)[np.arange(23), LABELS]
+    assert found["loss"] == pytest.approx(losses.mean(), abs=1e-5)
+    assert found["accuracy"] == (logits.argmax(-1) == LABELS).mean()
+    assert found["loss"] != pytest.approx(by_hand(np.ones(23, bool))["loss"], abs=1e-4)
+    size = ((16, 16), (16, 16))
+    view = views(cfg, are_files(cfg.data))
+    predictor = Predictor(tiny_model(), params, cfg, CLASSES, 0, *size, *view)
+    np.testing.assert_allclose(predictor(IMAGES), jax.nn.softmax(logits), atol=1e-6)
 
 
 def test_what_is_masked_is_never_looked_at(evaluate):

@@ -107,14 +107,19 @@ def export(
 
 
 def _outputs(cfg: ConfigDict) -> list[str]:
-    """Return a line on what the outputs of a model are that other libraries don't expect."""
+    """Return lines on what the outputs of a model are that other libraries don't expect."""
+    lines = []
+    if cfg.eval.flip:
+        lines.append(
+            "this run averages the outputs of an image and its mirror image (eval.flip); the "
+            "library computes those of the image alone"
+        )
     if cfg.data.target == CLASSES:
-        return ["an image has several classes: probabilities are the sigmoid of the outputs"]
+        lines.append("an image has several classes: probabilities are the sigmoid of the outputs")
     if cfg.data.target == VALUE:
-        return [
-            f"the outputs are numbers, minus {cfg.regression.mean}, divided by {cfg.regression.std}"
-        ]
-    return []
+        mean, std = cfg.regression.mean, cfg.regression.std
+        lines.append(f"the outputs are numbers, minus {mean}, divided by {std}")
+    return lines
 
 
 def _check_flags(kind: str, push: str, private: bool, licence: str, dtype: str) -> None:

@@ -74,7 +74,8 @@ class Predictor:
 
     def probabilities(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b c"]:
         """Preprocess and classify images of any single size; a pure function, not compiled."""
-        outputs = self.model.apply(params, self.preprocess(images))
+        pixels = self.preprocess(images)
+        outputs = self.model.outputs(params, pixels, self.cfg.eval.flip)
         if self.target == VALUE:
             return to_numbers(outputs, self.cfg)
         return jax.nn.sigmoid(outputs) if self.target == CLASSES else jax.nn.softmax(outputs)

@@ -57,9 +57,11 @@ class InspectedRun:
         self.decode_view, self.device_view = views(self.cfg, are_files(self.cfg.data))
         self.parameter_count = count(self.params)
         self.curves = curves.read_curves(self.folder)
-        self._probabilities = jax.jit(
-            lambda params, images: jax.nn.softmax(self.model.apply(params, self.pixels(images)))
-        )
+        self._probabilities = jax.jit(self._classify)
+
+    def _classify(self, params: dict, images: jax.Array) -> jax.Array:
+        pixels = self.pixels(images)
+        return jax.nn.softmax(self.model.outputs(params, pixels, self.cfg.eval.flip))
 
     @functools.cached_property
     def metadata(self) -> dict:

@@ -78,6 +78,13 @@ class Model:
     constrain: Callable  # shards the tokens between blocks
     count_macs: Callable[[bool], int]  # (training)
 
+    def outputs(
+        self, params: dict, images: Float[Array, "b H W 3"], flip: bool
+    ) -> Float[Array, "b c"]:
+        """Return the outputs of images; with `flip` their mean with those of mirrored images."""
+        outputs = self.apply(params, images)
+        return (outputs + self.apply(params, images[:, :, ::-1])) / 2 if flip else outputs
+
     @functools.cached_property
     def macs(self) -> int:
         """Multiply-accumulates of one image's forward pass; traced at the first use."""

@@ -128,7 +128,7 @@ def jit_eval_step(cfg: ConfigDict, model: Model, mesh: Mesh, measure: Callable) 
 
     def eval_step(params, batch):
         images = eval_images(batch["image"], cfg.augment, image_size(cfg), view)
-        return measure(model.apply(params, images), batch)
+        return measure(model.outputs(params, images, cfg.eval.flip), batch)
 
     return jax.jit(
         eval_step,
