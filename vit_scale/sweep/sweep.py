@@ -1,7 +1,6 @@
 """Run a sweep, and say which run is best."""
 
 import contextlib
-import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -65,15 +64,16 @@ def check(sweep: Sweep) -> list[ConfigDict]:
         raise UserError(f"{sweep.config} is several runs: sweep one of {stages}", USAGE)
     for cfg in configs:
         _check_trainable(cfg)
-    for (i, one), (j, other) in itertools.combinations(enumerate(configs), 2):
-        names = [run_name(sweep.points[k]) for k in (i, j)]
-        if config.to_json(one) == config.to_json(other):
-            raise UserError(f"the points {' and '.join(names)} are the same run: leave one out")
-        if names[0] == names[1]:
+    names: dict[str, str] = {}  # by what is trained
+    for point, cfg in zip(sweep.points, configs, strict=True):
+        name = run_name(point)
+        if name in names.values():
             raise UserError(
-                f"two points have the folder {names[0]}: their values differ only in characters "
-                "that a folder's name can't have"
+                f"two points have the folder {name}: their values differ only in characters that "
+                "a folder's name can't have"
             )
+        if (other := names.setdefault(cfg.to_json(), name)) != name:
+            raise UserError(f"the points {other} and {name} are the same run: leave one out")
     return configs
 
 
