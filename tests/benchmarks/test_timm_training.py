@@ -46,7 +46,7 @@ def test_the_epochs_follow_from_the_minutes_and_stay(places, tmp_path):
     assert 2 <= report["epochs"] <= 6, "1.2 s, of which one epoch takes .2 s and a program's start"
     assert report["curve"][0] == 0.5 and len(report["curve"]) == report["epochs"]
     assert report["eval"] == {"split": "test", "accuracy": report["curve"][-1], "n": 2}
-    assert 0.2 <= report["cpu"] < 5
+    assert 0.1 <= report["cpu"] < 5
     first = (tmp_path / "out" / "timm" / "run" / "calls.txt").read_text()
     assert "--opt adamw" in first and "--resume" not in first
     timm_training.main(command)

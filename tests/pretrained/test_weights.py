@@ -552,7 +552,7 @@ def test_exports_that_are_refused(tmp_path):
     run = a_run(tmp_path / "run", "model.representation=8")
     message = refusal(export, run, "safetensors-timm", tmp_path / "x")
     assert "timm's VisionTransformer has no model.representation=8: export to jax" in message
-    assert "did you mean safetensors-hf or safetensors-timm" in refusal(
+    assert "did you mean safetensors or safetensors-hf or safetensors-timm?" in refusal(
         export, run, "timm-safetensors", "x"
     )
     assert "must end in .npz" in refusal(export, run, "npz", tmp_path / "x")

@@ -130,9 +130,13 @@ def test_an_interrupted_sweep_stops_its_runs(run, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run("6", "3")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("6", "3")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 30, "the run sleeps for 60 s unless it gets SIGTERM"
     assert calls(tmp_path / "sweep") == {"optim.lr=6": ["end"]}
 
