@@ -278,6 +278,7 @@ FILES = {
     "cli.md": cli,
     "configuration.md": configuration,
     "images/pretraining.svg": measured.pretraining,
+    "images/pretraining-methods.svg": measured.pretraining_curves,
 }
 
 

@@ -13,6 +13,7 @@ RESULTS = ROOT / "results"
 
 from vit_scale.evaluation.intervals import wilson_interval  # noqa: E402
 from vit_scale.runs import report  # noqa: E402
+from vit_scale.sweep import format_sweep  # noqa: E402
 
 BLOCK = "<!-- results: "  # in a page, then what to show, "-->", the table, and "<!-- end -->"
 FILLED = re.compile(rf"({BLOCK}(.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -24,9 +25,11 @@ def fill(text: str) -> str:
 
 
 def show(what: str) -> str:
-    """Return a table: of run folders below results/, or one of TABLES."""
+    """Return a table: of run folders below results/, of a sweep there, or one of TABLES."""
     if what in TABLES:
         return report.table(TABLES[what](), markdown=True)
+    if what.startswith("sweep "):
+        return format_sweep(read(what.replace(" ", "/"), "sweep.json"), markdown=True)
     before = os.getcwd()
     os.chdir(ROOT)  # runs are shown by their paths in the repository
     try:
