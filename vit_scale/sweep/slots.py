@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from vit_scale.errors import UserError
 
-ASK = (
+ASK = (  # kind, chips (which may have two devices each), hosts
     "import json, jax; devices = jax.local_devices(); "
-    "print(json.dumps([jax.default_backend(), len(devices), jax.process_count(), "
-    "len({(d.id if d.platform != 'tpu' else tuple(d.coords)) for d in devices})]))"
+    "chips = {tuple(d.coords) if d.platform == 'tpu' else d.id for d in devices}; "
+    "print(json.dumps([jax.default_backend(), len(chips), jax.process_count()]))"
 )
 LIMIT = 120  # seconds for counting them
 # Chips of a TPU host that a process takes, as the bounds of its part of the host's 2 x 2 or 2 x 4.
@@ -58,7 +58,7 @@ def count_devices() -> tuple[str, int]:
             f"this machine's devices can't be counted in {LIMIT} s: another process may hold them, "
             "or it is one of several hosts"
         ) from None
-    backend, _, hosts, chips = json.loads(done.stdout.splitlines()[-1])
+    backend, chips, hosts = json.loads(done.stdout.splitlines()[-1])
     if hosts > 1:
         raise UserError(
             f"--parallel divides one machine, and this is one of {hosts} hosts: print the runs' "
