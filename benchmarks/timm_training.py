@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "epochs" not in content:
         one = {"cpu": 0.0}
         train(args, [*flags, "--epochs", "1", "--warmup-epochs", "0"], "calibration", one)
+        content["epoch_cpu"] = one["cpu"]
         content["epochs"] = max(2, int(60 * args.minutes / one["cpu"]))
         write_json(state, content)
     flags += ["--epochs", str(content["epochs"])]
@@ -79,7 +80,7 @@ def train(args, flags: Sequence[str], name: str, content: dict, state=None) -> N
             content["cpu"] = before + cpu_seconds(process.pid)
             if state:
                 write_json(state, content)
-            time.sleep(POLL if state else 0.2)
+            time.sleep(POLL if state else min(POLL, 0.2))
     if process.returncode:
         raise UserError(f"timm's script failed with {process.returncode}; see {folder}/log.txt")
 
