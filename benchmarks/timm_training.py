@@ -4,7 +4,7 @@
         --minutes 280 --out results/cifar10/timm-vit -- --model vit_tiny_patch16_224 --lr 1e-3 ...
 
 Everything after `--` goes to TIMM/train.py; PEERS has torch and timm. One epoch, in a folder of its
-own, tells how many epochs the minutes have; the number is kept, so that the same command resumes a
+own, is timed to choose how many fit; the number is stored, so that the same command resumes a
 run that was stopped. The CPU time is that of the process and its loader's, read while they run.
 Writes OUT/report.json: the command, CPU seconds, and the accuracy on the test split after each
 epoch.

@@ -81,6 +81,9 @@ def test_rollbacks_of_what_is_undone_are_forgotten(train):
     extension.extend(run, description)
     assert rollbacks.read(run) == past[:1]
     assert rollbacks.read(run / "extended" / "6") == past
+    (run / "run.json").write_bytes((run / "extended" / "6" / "run.json").read_bytes())
+    extension.extend(run, description)  # interrupted before run.json was written: done again
+    assert rollbacks.read(run / "extended" / "6") == past
 
 
 def test_other_data_is_refused(train):

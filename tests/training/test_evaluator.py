@@ -64,11 +64,11 @@ def test_the_outputs_of_mirrored_images_are_averaged():
     logits = (apply(params, pixels) + apply(params, pixels[:, :, ::-1])) / 2
     cfg = tiny_config("eval.flip=True", "data.workers=0")
     evaluate = Evaluate(cfg, tiny_model(), make_mesh(cfg.mesh, jax.devices()[:1]))
-    found = evaluate(params, source())
+    result = evaluate(params, source())
     losses = -log_softmax(np.asarray(logits, np.float64), -1)[np.arange(23), LABELS]
-    assert found["loss"] == pytest.approx(losses.mean(), abs=1e-5)
-    assert found["accuracy"] == (logits.argmax(-1) == LABELS).mean()
-    assert found["loss"] != pytest.approx(by_hand(np.ones(23, bool))["loss"], abs=1e-4)
+    assert result["loss"] == pytest.approx(losses.mean(), abs=1e-5)
+    assert result["accuracy"] == (logits.argmax(-1) == LABELS).mean()
+    assert result["loss"] != pytest.approx(by_hand(np.ones(23, bool))["loss"], abs=1e-4)
     size = ((16, 16), (16, 16))
     view = views(cfg, are_files(cfg.data))
     predictor = Predictor(tiny_model(), params, cfg, CLASSES, 0, *size, *view)

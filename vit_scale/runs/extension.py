@@ -92,9 +92,9 @@ def _archive(run: pathlib.Path, steps: int, common: int) -> None:
         )
     archive = run / FOLDER / str(steps)
     archive.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        if (run / name).exists():
-            (archive / name).write_bytes((run / name).read_bytes())
+    for name in COPIED:  # what an interrupted extension copied is whole, and may have changed since
+        if (run / name).exists() and not (archive / name).exists():
+            files.write(archive / name, (run / name).read_bytes())
     for step in later:
         folder = pathlib.Path(checkpoint.FOLDER) / str(step)
         files.remove_folder(archive / folder)  # of an extension that was interrupted
