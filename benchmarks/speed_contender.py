@@ -152,11 +152,11 @@ def timm_model(cfg: ConfigDict) -> Any:
 def convolutional_embedding(
     img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int, **_
 ) -> Any:
-    """Build the C stem of vit_scale/models/convnets.py and its 1x1 embedding, as torch modules."""
+    """Build the C stem of vit_scale/models/stems.py and its 1x1 embedding, as torch modules."""
     from timm.layers import PatchEmbed
     from torch import nn
 
-    from vit_scale.models.convnets import stem_channels
+    from vit_scale.models.stems import stem_channels
 
     layers = []
     for i, o in itertools.pairwise([in_chans, *stem_channels(patch_size, embed_dim)]):

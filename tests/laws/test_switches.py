@@ -148,6 +148,7 @@ SWITCHES = {
     "optim.factor": (".5", "optim.schedule=piecewise"),
     "optim.b1": (".8",),
     "optim.b2": (".9",),
+    "optim.muon_convolutions": ("true", "optim.name=muon", "model.variant=C+Ti/4"),
     "optim.moment": ("bfloat16",),
     "optim.weight_decay": (".1",),
     "optim.weight_decay_end": (".4",),

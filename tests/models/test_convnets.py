@@ -1,14 +1,11 @@
 """convnets: the published counts, each layer against numpy, statistics as state, and refusals."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from tests.golden.draw_by_name import draw, draw_images
+from tests.helpers.numpy_layers import conv, halved, norm, relu
 from tests.helpers.tiny import (
     convnet_config,
     random_batch,
@@ -24,7 +21,6 @@ from vit_scale.models import convnets
 from vit_scale.models.build import build
 from vit_scale.models.parameters import count, is_statistic, named, unite
 from vit_scale.pretrained import adapt
-from vit_scale.training.optimizer import layer_multiplier
 from vit_scale.training.setup import make_setup, summary
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.train_step import jit_train_step
@@ -92,38 +88,11 @@ def test_statistics_are_no_parameters():
 # Against numpy
 
 
-def conv(x, part, stride=1):
-    """x [b, h, w, i]: windows of zero-padded x times the kernel."""
-    kernel = np.asarray(part["kernel"], np.float64)
-    side, (h, w) = kernel.shape[0], x.shape[1:3]
-    pad = side // 2
-    x = np.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
-    out = sum(
-        x[:, i : i + h : stride, j : j + w : stride] @ kernel[i, j]
-        for i in range(side)
-        for j in range(side)
-    )
-    return out + np.asarray(part.get("bias", 0.0), np.float64)
-
-
-def norm(x, part, mask=None):
-    if mask is None:
-        mean, variance = part["mean"], part["variance"]
-    else:
-        mean, variance = x[mask].mean((0, 1, 2)), x[mask].var((0, 1, 2))
-    return (x - mean) / np.sqrt(variance + 1e-5) * part["scale"] + part["bias"]
-
-
-def relu(x):
-    return np.maximum(x, 0)
-
-
 def plain_cnn(params, x, mask):
     for i in range(3):
         part = params["stages"][str(i)]
         x = relu(conv(relu(conv(x, part["conv1"])), part["conv2"]))
-        x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
-        x = norm(x, part["norm"], mask)
+        x = norm(halved(x), part["norm"], mask)
     x = x.reshape(len(x), -1)
     for i in range(2):
         x = relu(x @ params["dense"][str(i)]["kernel"] + params["dense"][str(i)]["bias"])
@@ -178,7 +147,7 @@ def test_running_statistics_move_towards_the_unmasked_batch():
     out = train(params, jnp.asarray(images, jnp.float32), KEY, MASK)
     part = params["stages"]["0"]
     x = relu(conv(relu(conv(images, part["conv1"])), part["conv2"]))
-    x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)[MASK]
+    x = halved(x)[MASK]
     moved = out.statistics["stages"]["0"]["norm"]
     before = part["norm"]
     mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
@@ -316,102 +285,6 @@ def test_fine_tuning_takes_the_statistics_along():
             adapt(source, other, "cubic", same_classes=True)
 
 
-# Hybrids
-
-
-def test_a_hybrids_patches_are_of_the_features():
-    cfg = tiny_config("model.variant=R20+Ti/4")
-    model = model_of(cfg)
-    assert model.shape.tokens == 4 * 4 + 1
-    shapes = {name: leaf.shape for name, leaf in shapes_of(model).items()}
-    assert shapes["embed/kernel"] == (1, 1, 64, 16)
-    conv_stem = model_of(tiny_config("model.variant=C+Ti/8"))
-    shapes = {name: leaf.shape for name, leaf in shapes_of(conv_stem).items()}
-    widths = [shapes[f"stem/convs/{i}/kernel"][-1] for i in range(3)]
-    assert (widths, shapes["embed/kernel"]) == ([4, 8, 16], (1, 1, 16, 16))
-    larger = model_of(tiny_config("model.variant=R20+Ti/8"))
-    assert larger.shape.tokens == 2 * 2 + 1
-    assert shapes_of(larger)["embed/kernel"].shape == (2, 2, 64, 16)
-
-
-@pytest.fixture(scope="module")
-def hybrid():
-    """With the stem's own forward pass, in numpy, and those of the rest as a ViT's."""
-    return model_of(tiny_config("model.variant=C+Ti/8"))
-
-
-def test_a_hybrid_is_a_vit_on_a_stem(hybrid):
-    params = random_params(hybrid)
-    images = random_images(4) / 128 - 1
-    x = images
-    for i in range(3):
-        stem = params["stem"]
-        x = conv(x, stem["convs"][str(i)], 2)
-        x = relu(norm(x, stem["norms"][str(i)]))
-    assert x.shape == (4, 2, 2, 16)
-    patches = x @ np.asarray(params["embed"]["kernel"][0, 0]) + params["embed"]["bias"]
-    # A ViT whose "patches" are these: its embedding is by the identity, of 8 x 8 x 3 >= 16 pixels.
-    vit = model_of(tiny_config())
-    kernel = np.zeros((8, 8, 3, 16), np.float32)
-    kernel.reshape(-1, 16)[:16] = np.eye(16)
-    rest = {k: v for k, v in params.items() if k not in ("stem", "embed")}
-    plain = rest | {"embed": {"kernel": kernel, "bias": np.zeros(16, np.float32)}}
-    pixels = np.zeros((4, 2, 2, 8 * 8 * 3))
-    pixels[..., :16] = patches
-    pixels = pixels.reshape(4, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 16, 16, 3)
-    expected = jax.jit(vit.apply)(plain, jnp.asarray(pixels, jnp.float32))
-    actual = jax.jit(hybrid.apply)(params, jnp.asarray(images, jnp.float32))
-    assert np.abs(expected).max() > 0.05
-    np.testing.assert_allclose(actual, expected, atol=2e-4)
-
-
-CCT = pathlib.Path(__file__).parents[1] / "golden" / "cct.npz"
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_tokenizer_of_cct_is_that_of_its_authors(layers):
-    """golden/make_cct.py ran their code; the patch embedding is by the identity."""
-    expected = dict(np.load(CCT))
-    width, size, patch = 24, (16, 24), 2**layers
-    fields = (f"model.variant=CCT+Ti/{patch}", f"model.width={width}", "model.heads=2")
-    model = build(tiny_config(*fields).model, size)
-    stem = model.abstract_params["stem"]["convs"]
-    convs = {}
-    for i, key in enumerate(expected[f"keys/{layers}"]):
-        shape = stem[str(i)]["kernel"].shape
-        convs[str(i)] = {"kernel": draw(str(key), shape[:1:-1] + shape[:2]).transpose(2, 3, 1, 0)}
-    module = nnx.eval_shape(
-        lambda: convnets.ConvTokenizer(patch, width, tiny_config(*fields).model, nnx.Rngs(0))
-    )
-    nnx.update(module, {"convs": {i: jax.tree.map(jnp.asarray, c) for i, c in convs.items()}})
-    tokens = module(jnp.asarray(draw_images("cct", size)), None)
-    assert tokens.shape[1:3] == model.shape.grid == (16 // patch, 24 // patch)
-    np.testing.assert_allclose(
-        tokens.reshape(2, -1, width), expected[f"tokens/{layers}"], rtol=1e-4, atol=1e-5
-    )
-
-
-def test_a_stem_without_batch_normalisation_trains_in_parts():
-    make_setup(tiny_config("model.variant=CCT+Ti/4", "optim.accumulate=2", "optim.train=head"))
-    with pytest.raises(UserError, match="stem_epsilon=timm applies to a hybrid with a ResNet"):
-        make_setup(tiny_config("model.variant=CCT+Ti/4", "model.stem_epsilon=timm"))
-
-
-def test_a_hybrid_measures_in_training_only(hybrid):
-    params = random_params(hybrid)
-    images = jnp.asarray(random_images(8) / 128 - 1, jnp.float32)
-    out = jax.jit(hybrid.train)(params, images, KEY, MASK)
-    assert set(named(out.statistics)) == {n for n in named(params) if is_statistic(n)}
-    running = jax.jit(hybrid.apply)(params, images)
-    assert np.abs(out.prediction - running).max() > 1e-3
-
-
-def test_layer_decay_takes_a_stem_for_the_embedding():
-    assert layer_multiplier("stem/convs/0/kernel", None, 0.5, 2) == 0.125
-    assert layer_multiplier("embed/kernel", None, 0.5, 2) == 0.125
-    make_setup(tiny_config("model.variant=C+Ti/8", "optim.layer_decay=0.5", "model.remat=full"))
-
-
 # Where it lies
 
 
@@ -435,7 +308,7 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
     ("override", "message"),
     [
         ("model.variant=cnm", "is not SIZE/PATCH such as S/16; did you mean cnn"),
-        ("model.variant=X+Ti/4", "unknown stem 'X'; valid: C, CCT, R, R20, R26, R50"),
+        ("model.variant=X+Ti/4", "unknown stem 'X'; valid: C, CCT, CNN, R, R20, R26, R50"),
         (
             "model.dropout=0.1",
             "model.dropout=0.1 applies to a ViT: with model.variant=cnn it must be 0",
@@ -465,7 +338,11 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
             "would leave the batch normalisation of frozen layers updating its statistics",
         ),
         ("lora.rank=2", "lora.rank=2 would leave the batch normalisation of frozen layers"),
-        ("optim.name=muon", "optim.name=muon needs the matrices of a ViT; cnn has none"),
+        (
+            "optim.name=muon",
+            "optim.name=muon needs the matrices of a ViT, of which cnn has none: set "
+            "optim.muon_convolutions=True",
+        ),
     ],
 )
 def test_what_a_cnn_cannot_do_is_refused(override, message):
@@ -490,7 +367,20 @@ def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
             tiny_config("model.variant=CCT+Ti/6", "data.resolution=48"),
             "CCT+ needs a patch size 2^n, not 6",
         ),
+        (
+            tiny_config("model.variant=CNN+Ti/8", "model.width=18"),
+            "CNN+ needs a width divisible by 2^(n - 1) = 4, not 18",
+        ),
         (tiny_config("model.variant=C+Ti/8", "optim.accumulate=2"), "optim.accumulate=2 splits"),
+        (tiny_config("model.variant=CNN+Ti/8", "optim.accumulate=2"), "optim.accumulate=2 splits"),
+        (
+            tiny_config("optim.name=muon", "optim.muon_convolutions=True"),
+            "optim.muon_convolutions=True applies to stems and convnets",
+        ),
+        (
+            tiny_config("model.variant=C+Ti/8", "optim.muon_convolutions=True"),
+            "optim.muon_convolutions=True applies to name=muon, not adamw",
+        ),
         (tiny_config("model.variant=C+Ti/8", "optim.train=head"), "optim.train=head would leave"),
     ):
         with pytest.raises(UserError) as caught:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers.tiny import convnet_config, tiny_config
 from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
@@ -205,6 +206,35 @@ def test_muon_gives_the_rest_to_adam(pooled, muon_updates):
     assert {"embed/kernel", "head/kernel", "posemb", "pool/probe", "blocks/mlp/up/bias"} <= rest
     for name in rest:
         np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("variant", ["CNN+Ti/8", "C+Ti/8", "R20+Ti/8", "R+Ti/8", "cnn", "resnet20"])
+def test_muon_orthogonalises_each_convolution(variant):
+    """A kernel is a matrix of all that an output pixel sees times the output channels."""
+    convnet = variant in ("cnn", "resnet20")
+    cfg = convnet_config(variant) if convnet else tiny_config(f"model.variant={variant}")
+    shapes = build(cfg.model, (16, 16)).abstract_params
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    grads = random_like(params, 1)
+    block = optim_block(name="muon", lr=0.1, b1=0.8, b2=0.9, muon_convolutions=True)
+    updates = named(updates_of(block, params, grads))
+    outside = ("head/kernel", "embed/kernel")
+    kernels = [name for name, leaf in named(params).items() if name.endswith("kernel")]
+    kernels = [k for k in kernels if not k.startswith("blocks/") and k not in outside]
+    assert len(kernels) >= {"cnn": 8, "C+Ti/8": 3, "CNN+Ti/8": 6, "R+Ti/8": 1}.get(variant, 7)
+    for name in kernels:
+        matrix, grad = (
+            np.asarray(tree[name]).reshape(-1, tree[name].shape[-1])
+            for tree in (updates, named(grads))
+        )
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.02 * max(matrix.shape) ** 0.5)
+        assert values.min() > 0.3 and values.max() < 1.3, (name, values)
+        left, _, right = np.linalg.svd(grad, full_matrices=False)
+        cosine = (-matrix * (left @ right)).sum() / np.linalg.norm(matrix)
+        assert cosine / np.linalg.norm(left @ right) > 0.95, name
+    expected = optax.nadam(0.1, b1=0.8, b2=0.9)
+    adam = named(expected.update(grads, expected.init(params))[0])
+    np.testing.assert_allclose(updates["head/kernel"], adam["head/kernel"], rtol=1e-4)
 
 
 def test_lamb_equals_optax_where_weights_decay(params):

@@ -1,4 +1,4 @@
-"""Convolutional networks for 32 px images, as baselines for ViTs, and stems for hybrids.
+"""Convolutional networks for 32 px images, as baselines for ViTs.
 
     cnn                   (conv, conv, pool, norm) three times, then two dense layers; 5.9M
                           parameters
@@ -7,12 +7,11 @@
     resnet18              table 1 of that paper with a 3x3 stem and no pooling, the usual variant
                           for 32 px and the one that papers on small ViTs compare with
 
-The layers, and batch normalisation's statistics, are in convolution.py; BiT's ResNets, stems of the
-published hybrids, in bit.py.
+The layers, and batch normalisation's statistics, are in convolution.py; the stems of hybrids in
+stems.py.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
@@ -23,14 +22,12 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
-from vit_scale.models import bit
 from vit_scale.models.convolution import (
     BatchNorm,
     Convolution,
     Mask,
     linear,
     max_pool,
-    max_pool_overlapping,
 )
 from vit_scale.models.layers import new_head
 
@@ -68,14 +65,14 @@ class ResNetSize:
         return self.width * self.stride
 
 
+RESNET20 = ResNetSize(16, 20, 3, projection=False)
 SIZES: dict[str, CNNSize | ResNetSize] = {
     "cnn": CNNSize(32, 1024),
-    "resnet20": ResNetSize(16, 20, 3, projection=False),
+    "resnet20": RESNET20,
     "resnet56": ResNetSize(16, 56, 3, projection=False),
     "resnet18": ResNetSize(64, 18, 4, projection=True),
 }
 FIELDS = ("width", "depth", "mlp")  # of a `model` block; override those of a size
-R20 = ResNetSize(16, 20, 3, projection=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,122 +253,3 @@ def network(
     if isinstance(size, CNNSize):
         return CNN(size, image, cfg, rngs, constrain)
     return ResNet(size, cfg, rngs, constrain)
-
-
-# Stems: the networks before a hybrid's patch embedding (ViT paper, section 3.1)
-
-
-class ConvStem(nnx.Module):
-    """3x3 convolutions with stride 2, doubling the channels up to the token width.
-
-    Xiao et al. 2021 (arXiv 2106.14881); the last layer there, a 1x1 convolution, is the embedding.
-    """
-
-    def __init__(self, patch: int, width: int, cfg: ConfigDict, rngs: nnx.Rngs):
-        channels = stem_channels(patch, width)
-        pairs = list(zip((3, *channels), channels, strict=False))
-        self.convs = numbered(Convolution(3, pair, cfg, rngs, stride=2) for pair in pairs)
-        self.norms = numbered(BatchNorm(c) for c in channels)
-
-    def __call__(self, images: Float[Array, "b H W 3"], mask: Mask) -> Float[Array, "b h w c"]:
-        x = images
-        for conv, norm in zip(in_order(self.convs), in_order(self.norms), strict=True):
-            x = jax.nn.relu(norm(conv(x), mask))
-        return x
-
-
-class ConvTokenizer(nnx.Module):
-    """3x3 convolutions, each with ReLU and 3x3 max pooling of stride 2: 64 channels, then `width`.
-
-    As in the Compact Convolutional Transformer (Hassani et al. 2021, arXiv 2104.05704), whose
-    pooled features are its tokens; here the patch embedding, a product, follows.
-    """
-
-    def __init__(self, patch: int, width: int, cfg: ConfigDict, rngs: nnx.Rngs):
-        layers = patch.bit_length() - 1
-        channels = [3, *[TOKENIZER_CHANNELS] * (layers - 1), width]
-        self.convs = numbered(Convolution(3, c, cfg, rngs) for c in itertools.pairwise(channels))
-
-    def __call__(self, images: Float[Array, "b H W 3"], mask: Mask) -> Float[Array, "b h w c"]:
-        x = images
-        for conv in in_order(self.convs):
-            x = max_pool_overlapping(jax.nn.relu(conv(x)), (1, 0))
-        return x
-
-
-TOKENIZER_CHANNELS = 64
-
-
-def stem_channels(patch: int, width: int) -> list[int]:
-    """Return the output channels of the convolutions of a ConvStem with stride `patch`."""
-    halvings = patch.bit_length() - 1
-    return [width >> (halvings - 1 - i) for i in range(halvings)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stem:
-    """The stem of a variant NAME+SIZE/PATCH."""
-
-    name: str
-    patch: int  # pixels of its feature map per token; PATCH are pixels of the image
-    channels: int  # of its feature map
-    stages: tuple[int, ...] = ()  # residual blocks per stage of a BiT ResNet
-
-    @property
-    def batch_norm(self) -> bool:
-        """Whether it has batch normalisation, whose statistics only training updates."""
-        return self.name in ("C", "R20")
-
-    @property
-    def is_bit(self) -> bool:
-        """Whether it is a ResNet of BiT, as the published hybrids have."""
-        return self.name in bit.STAGES
-
-
-STEMS = {
-    "C": "a convolutional stem",
-    "CCT": "the convolutional tokenizer of CCT",
-    "R20": "ResNet-20 without its head",
-    **bit.STAGES,
-}
-
-
-def stem(name: str, patch: int, width: int) -> Stem:
-    """Resolve a hybrid's stem. Raises UserError if `patch` or the token width does not fit."""
-    if name in bit.STAGES:
-        stages = bit.stages(name, patch)
-        if patch % bit.stride(stages):
-            raise UserError(
-                f"patch size {patch} is not divisible by {bit.stride(stages)}, the stride of "
-                f"{name}+"
-            )
-        return Stem(name, patch // bit.stride(stages), bit.channels(stages), stages)
-    if name == "R20":
-        if patch % R20.stride:
-            raise UserError(
-                f"patch size {patch} is not divisible by {R20.stride}, the stride of R20+"
-            )
-        return Stem(name, patch // R20.stride, R20.channels)
-    halvings = patch.bit_length() - 1
-    if patch < 2 or patch != 2**halvings:
-        raise UserError(
-            f"{name}+ needs a patch size 2^n, not {patch}: each of its n layers halves the image"
-        )
-    if name == "C" and width % 2 ** (halvings - 1):
-        raise UserError(
-            f"C+ needs a width divisible by 2^(n - 1) = {2 ** (halvings - 1)}, not {width}: each "
-            f"of its n = {halvings} convolutions doubles the channels"
-        )
-    return Stem(name, 1, width)
-
-
-def stem_module(
-    stem: Stem, patch: int, cfg: ConfigDict, rngs: nnx.Rngs, constrain: Callable
-) -> nnx.Module:
-    """Return the module that maps (images [b, H, W, 3], mask) to [b, h, w, stem.channels]."""
-    if stem.name in bit.STAGES:
-        return bit.Features(stem.stages, cfg, rngs, constrain)
-    if stem.name == "R20":
-        return ResNetFeatures(R20, cfg, rngs, constrain)
-    module = ConvTokenizer if stem.name == "CCT" else ConvStem
-    return module(patch, stem.channels, cfg, rngs)

@@ -20,6 +20,11 @@ MATRICES = {
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
     r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
+# Convolutions, and dense layers behind them: of stems, CNNs and ResNets.
+CONVOLUTIONS = {
+    r"conv[^/]*(/\d+)?/kernel$": ((-4, -3, -2), (-1,)),  # s s i o
+    r"dense/\d+/kernel$": ((-2,), (-1,)),  # i o
+}
 
 
 def name_of(path: tuple) -> str:

@@ -9,7 +9,7 @@ import re
 from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError, nearest
-from vit_scale.models import bit, convnets, rotary
+from vit_scale.models import bit, convnets, rotary, stems
 from vit_scale.models.layers import NORMS, Size
 
 SIZES = {
@@ -53,7 +53,7 @@ class Shape:
     patch: int
     grid: tuple[int, int]
     pool: str
-    stem: convnets.Stem | None = None  # of a hybrid
+    stem: stems.Stem | None = None  # of a hybrid
     distilled: bool = False  # has a distillation token
     representation: int = 0  # width of the layer before the head; 0: none
     class_token: bool = False  # has a [CLS], which the head does not read with pool=gap
@@ -119,7 +119,7 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
             f"{image[0]} x {image[1]} pixels with patch size {patch} give a grid of {grid[0]} x "
             f"{grid[1]} patches, not at least 2 x 2: raise data.resolution or use smaller patches"
         )
-    stem = convnets.stem(stem_name, patch, size.width) if stem_name else None
+    stem = stems.stem(stem_name, patch, size.width) if stem_name else None
     return Shape(
         *(size, patch, grid, cfg.pool, stem, cfg.distilled, cfg.representation),
         class_token=cfg.pool in ("cls", "cls_gap") or cfg.class_token,
@@ -137,8 +137,8 @@ def parse(cfg: ConfigDict) -> tuple[str, Size, int]:
         name = cfg.variant.split("/")[0].rpartition("+")[2]
         hint = nearest(name, [*SIZES, *convnets.SIZES])
         raise UserError(f"model.variant={cfg.variant!r} is not SIZE/PATCH such as S/16; {hint}")
-    if match[1] and match[1] not in convnets.STEMS:
-        hint = nearest(match[1], convnets.STEMS)
+    if match[1] and match[1] not in stems.STEMS:
+        hint = nearest(match[1], stems.STEMS)
         raise UserError(f"model.variant={cfg.variant!r}: unknown stem {match[1]!r}; {hint}")
     fields = ("width", "depth", "heads", "mlp", "swiglu")
     overrides = {field: cfg[field] for field in fields if cfg[field] is not None}

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from vit_scale.models import convnets, rotary
+from vit_scale.models import rotary, stems
 from vit_scale.models.layers import (
     AttentionPool,
     Block,
@@ -60,7 +60,7 @@ class ViT(nnx.Module):
             self.rope_cfg = rotary.settings(cfg)
         size = self.shape.size
         if stem := self.shape.stem:
-            self.stem: Any = convnets.stem_module(stem, self.shape.patch, cfg, rngs, constrain)
+            self.stem: Any = stems.stem_module(stem, self.shape.patch, cfg, rngs, constrain)
             self.embed = PatchEmbed(cfg, stem.patch, size, rngs, stem.channels)
         else:
             self.embed = PatchEmbed(cfg, self.shape.patch, size, rngs)

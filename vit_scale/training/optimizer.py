@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.lora import is_adapter
 from vit_scale.models.parameters import (
+    CONVOLUTIONS,
     MATRICES,
     OBJECTIVE,
     is_statistic,
@@ -59,6 +60,7 @@ def _lion(cfg: ConfigDict) -> optax.GradientTransformation:
 
 
 def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
+    matrices = MATRICES | (CONVOLUTIONS if cfg.muon_convolutions else {})
     return optax.contrib.muon(
         learning_rate=-1.0,  # only the direction, with the gradient's sign: the chain applies lr
         beta=cfg.b1,
@@ -68,7 +70,9 @@ def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
         # Updates as large as Adam's (Liu et al. 2025), so that both groups share one lr.
         consistent_rms=0.2,
         # Adam trains the rest: embedding, head, vectors, biases, LoRA's adapters.
-        muon_weight_dimension_numbers=lambda params: map_named(_matrix_axes, params),
+        muon_weight_dimension_numbers=lambda params: map_named(
+            lambda name, leaf: _matrix_axes(matrices, name), params
+        ),
     )
 
 
@@ -85,8 +89,8 @@ OPTIMIZERS = {
 }
 
 
-def _matrix_axes(name: str, leaf) -> optax.contrib.MuonDimensionNumbers | None:
-    for pattern, axes in MATRICES.items():
+def _matrix_axes(matrices: dict, name: str) -> optax.contrib.MuonDimensionNumbers | None:
+    for pattern, axes in matrices.items():
         if re.search(pattern, name):
             return optax.contrib.MuonDimensionNumbers(*axes)
     return None
@@ -286,6 +290,8 @@ def check(cfg: ConfigDict, steps: int) -> None:
         if cfg[field] is not None and not low <= cfg[field] < high:
             limit = "finite" if high == math.inf else f"below {high}"
             raise UserError(f"optim.{field}={cfg[field]} must be at least {low} and {limit}")
+    if cfg.muon_convolutions and cfg.name != "muon":
+        raise UserError(f"optim.muon_convolutions=True applies to name=muon, not {cfg.name}")
     if not 0 < cfg.layer_decay <= 1:
         raise UserError(f"optim.layer_decay={cfg.layer_decay} must be above 0 and at most 1")
     if cfg.warmup >= steps:

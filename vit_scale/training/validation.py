@@ -140,6 +140,9 @@ def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: in
     if not stem or not stem.is_bit:
         applies = "applies to a hybrid with a ResNet of BiT"
         required |= {"model.stem_epsilon": (config.base().model.stem_epsilon, applies)}
+    if isinstance(shape, Shape) and not stem:
+        applies = "applies to stems and convnets"
+        required |= {"optim.muon_convolutions": (False, applies)}
     if isinstance(shape, convnets.Shape):
         required |= {"optim.layer_decay": (1.0, "applies to the blocks of a ViT")}
         used = ("variant", "classes", "dtype", "head_bias", *convnets.FIELDS)
@@ -148,8 +151,11 @@ def check_combination(cfg: ConfigDict, shape: Shape | convnets.Shape, tensor: in
             for field, value in config.base().model.items()
             if field not in used
         }
-        if cfg.optim.name == "muon":
-            raise UserError(f"optim.name=muon needs the matrices of a ViT; {name} has none")
+        if cfg.optim.name == "muon" and not cfg.optim.muon_convolutions:
+            raise UserError(
+                f"optim.name=muon needs the matrices of a ViT, of which {name} has none: set "
+                "optim.muon_convolutions=True"
+            )
         if tensor > 1:
             raise UserError(
                 f"mesh.tensor={tensor} splits attention heads and MLP, of which {name} has none: "
