@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.random import threefry2x32_p
 
 from vit_scale.models import attention, convolution, platforms
@@ -102,6 +103,25 @@ def test_gelu_and_its_gradient(approximate, elsewhere):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     others = elsewhere(with_gradients)(lambda x: platforms.gelu(x, approximate), x)
     jax.tree.map(np.testing.assert_array_equal, others, theirs)
+
+
+def test_a_product_of_tokens_and_its_gradients(elsewhere):
+    x, kernel = draw(2, 5, 3), draw(3, 4, seed=1)
+    layer = nnx.Linear(
+        3, 4, use_bias=False, rngs=nnx.Rngs(0), dot_general=platforms.tokens_times_kernel
+    )
+    graph, state = nnx.split(layer)
+
+    def product(x, kernel):
+        return nnx.merge(graph, jax.tree.map(lambda _: kernel, state))(x)
+
+    ours = with_gradients(product, x, kernel)
+    assert_close(ours, with_gradients(lambda x, kernel: x @ kernel, x, kernel))
+    assert_close(ours, elsewhere(with_gradients)(product, x, kernel))
+    flat = "tensor<10x4xf32>"  # the gradient, as a matrix
+    for platform in ("cpu", "tpu"):
+        text = lowered(functools.partial(with_gradients, product), x, kernel, platform=platform)
+        assert (flat in text) == (platform == "cpu")
 
 
 def test_attention_and_its_gradients(elsewhere):

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from vit_scale.models import platforms
 from vit_scale.models.attention import attend, weights
-from vit_scale.models.platforms import gelu
 from vit_scale.models.rotary import Rotation, random_frequencies
 
 # Return the rotation of queries and keys, given the learned frequencies of a block, if it has any.
@@ -141,6 +141,7 @@ class MLP(nnx.Module):
             "bias_init": nnx.initializers.normal(1e-6),  # as Google's ViT
             "dtype": jnp.dtype(cfg.dtype),
             "use_bias": cfg.proj_bias,
+            "dot_general": platforms.tokens_times_kernel,
             "rngs": rngs,
         }
         self.up = nnx.Linear(size.width, size.mlp, **options)
@@ -157,7 +158,7 @@ class MLP(nnx.Module):
             x = self.up(x)
             x = x * jax.nn.sigmoid(1.702 * x)
         else:
-            x = gelu(self.up(x), approximate=self.gelu == "tanh")
+            x = platforms.gelu(self.up(x), approximate=self.gelu == "tanh")
         if hasattr(self, "norm"):  # Fang et al. 2023, arXiv 2303.11331
             x = self.norm(x)
         if key is not None and self.dropout:
