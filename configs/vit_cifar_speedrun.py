@@ -6,8 +6,7 @@
 
 Muon with a rate that falls linearly to 0; AutoAugment's policy for CIFAR-10 and CutMix for three
 quarters of the steps, then crops and flips alone. Rotary positions and normalised queries and keys
-cost next to nothing. Predictions are averaged over an image and its mirror image.
-Result: not measured yet.
+cost next to nothing. Result: not measured yet.
 """
 
 from vit_scale.config import base
@@ -27,7 +26,7 @@ def get_config(model: str = "hybrid"):
     cfg.optim.update({"name": "muon", "lr": 4e-3, "b1": 0.95, "weight_decay": 0.05})
     cfg.optim.update({"schedule": "linear", "warmup": 200})
     cfg.model.update({"classes": 10, "scan": False})
-    cfg.eval.update({"split": "train[98%:]", "final": "test", "every": EVERY, "flip": True})
+    cfg.eval.update({"split": "train[98%:]", "final": "test", "every": EVERY})
     cfg.checkpoint.every = EVERY
     return {"hybrid": hybrid, "patch": patch, "tutorial": tutorial}[model](cfg)
 
