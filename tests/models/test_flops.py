@@ -1,12 +1,15 @@
 """flops: golden counts of every kind of model, sums by hand, published figures, and XLA's count."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from vit_scale import config
 from vit_scale.models.build import build
-from vit_scale.models.flops import count_macs, training_flops
+from vit_scale.models.flops import count_gradient_macs, count_macs, training_flops
+from vit_scale.models.parameters import map_named
 
 # Multiply-accumulates of one image's forward pass, as counted on paper layer by layer. Neither how
 # blocks are laid out nor what computes attention changes them.
@@ -114,3 +117,29 @@ def test_nested_programs_are_counted_once_per_call():
 
 def test_training_is_six_flops_a_mac():
     assert training_flops(100) == 600
+
+
+def gradient_macs(model, pattern: str, images: int = 1) -> int:
+    params = model.abstract_params
+    pixels = jax.ShapeDtypeStruct((images, 8, 12, 3), jnp.float32)
+    flags = map_named(lambda name, leaf: bool(re.search(pattern, name)), params)
+    return count_gradient_macs(model.apply, flags, params, pixels)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_gradients_of_what_is_trained(scan):
+    """A 2 x 3 grid, patch 4, width 8, 3 blocks with an MLP of 16, 5 classes."""
+    sizes = ("variant=Ti/4", "width=8", "heads=2", "mlp=16", "depth=3", "pool=gap", "classes=5")
+    model = model_of((8, 12), *sizes, f"scan={scan}")
+    embed, head, n = 6 * 48 * 8, 8 * 5, 6
+    middle = n * 8 * 16  # of one of the MLP's layers
+    products, mixing, sums = n * 8 * 32 + 2 * middle, 2 * n * n * 8, n * 8
+    forward = embed + 3 * (products + mixing) + head
+    # Pixels need no gradient; attention's backward pass sums n x d products (attention.py).
+    assert gradient_macs(model, "") == 3 * forward - embed + 3 * sums
+    assert gradient_macs(model, "^head/") == forward + head
+    assert gradient_macs(model, "^head/bias") == forward
+    # Of the first block only one kernel's gradient is needed; scanned, all blocks have all.
+    blocks = 3 if scan else 2
+    backward = head + blocks * (products + 2 * mixing + sums)
+    assert gradient_macs(model, "mlp/down/kernel") == forward + backward + 3 * middle

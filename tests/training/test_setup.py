@@ -35,6 +35,23 @@ def test_summary():
     assert content["config"]["data"]["width"] == 24
 
 
+def test_frozen_parameters_cost_no_gradient():
+    """Of 5 tokens of width 16 in two unrolled blocks, of which the head reads [CLS] alone."""
+
+    def flops(*overrides):
+        cfg = tiny_config("model.scan=False", *overrides)
+        assert summary(cfg)["flops_per_image"] == make_setup(cfg).flops_per_image
+        return make_setup(cfg).flops_per_image
+
+    forward = flops() // 6 + 192 * 16  # the embedding of a patch of zeros for [CLS] is computed
+    assert flops("optim.train=head") == 2 * (forward + 16 * 4)
+    # Whatever the rank: merging is once per step, and the kernels' gradients are computed whole.
+    adapters = {flops(f"lora.rank={rank}", "lora.kernels=mlp/down") for rank in (1, 4)}
+    attention = 16 * 32 * 5 + 16 * 32 + 2 * 2 * 16 * 5 + 16  # of the last block, and its row sums
+    backward = 16 * 4 + 2 * 16 * 24 + attention
+    assert adapters == {2 * (forward + 16 * 4 + backward + (5 + 1) * 16 * 24)}
+
+
 def test_a_summary_is_of_what_can_be_trained():
     cfg = config.load("cnn_cifar", ["model.drop_path=0.1"])
     with pytest.raises(UserError, match=r"model\.drop_path=0\.1 applies to a ViT"):

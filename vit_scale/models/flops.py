@@ -11,11 +11,32 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.interpreters import partial_eval
 
 
 def count_macs(function: Callable, *args: Any) -> int:
     """Return the MACs of `function(*args)`; `args` may be jax.ShapeDtypeStructs."""
     return _macs(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def count_gradient_macs(function: Callable, trained: dict, params: dict, *args: Any) -> int:
+    """Return the MACs of `function(params, *args)`, an array, and of its gradient.
+
+    The gradient is that of the parameters of which `trained`, a tree of bools, is True. What only
+    the others' would need does not count.
+    """
+
+    def value_and_gradient(params, *args):
+        def loss(params):
+            frozen = jax.lax.stop_gradient(params)
+            return function(
+                jax.tree.map(lambda own, x, y: x if own else y, trained, params, frozen), *args
+            ).sum()
+
+        return jax.value_and_grad(loss)(params)
+
+    jaxpr = jax.make_jaxpr(value_and_gradient)(params, *args).jaxpr
+    return _macs(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _macs(jaxpr: Jaxpr) -> int:

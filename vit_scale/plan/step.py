@@ -27,7 +27,7 @@ from vit_scale.errors import UserError
 from vit_scale.plan import topology
 from vit_scale.plan.estimate import by_kind, parts
 from vit_scale.plan.hlo import Program as Hlo
-from vit_scale.training.setup import Setup, flops_per_image, make_setup
+from vit_scale.training.setup import Setup, make_setup
 from vit_scale.training.train_step import jit_train_step
 
 
@@ -76,7 +76,7 @@ def describe(setup: Setup, where: topology.Topology) -> dict:
         "global_batch": cfg.data.batch,
         "decodes": are_files(cfg.data) and not cfg.data.memory,
         "steps": cfg.steps,
-        "flops_per_step": cfg.data.batch * flops_per_image(setup.model, setup.objective),
+        "flops_per_step": cfg.data.batch * setup.flops_per_image,
         "hbm_bytes": int(where.tpu.hbm_gib * topology.GIB),
         "parameter_bytes": device_bytes(state.params),
         "optimizer_bytes": device_bytes(state.opt_state),

@@ -10,7 +10,7 @@ from vit_scale import config, data
 from vit_scale.models.parameters import count
 from vit_scale.runs.resume import OPERATIONAL, comparable
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
-from vit_scale.training.setup import Setup, flops_per_image
+from vit_scale.training.setup import Setup
 from vit_scale.training.splits import Splits
 
 # Variables that change what is compiled, or how fast it runs.
@@ -70,7 +70,7 @@ def summarise(setup: Setup, splits: Splits, track: Tracker) -> dict:
         "resolution": list(config.image_size(cfg)),
         "data": data.describe(splits.train),
         **mixture(splits.train, cfg),
-        "flops": flops_per_image(setup.model, setup.objective) * cfg.data.batch * cfg.steps,
+        "flops": setup.flops_per_image * cfg.data.batch * cfg.steps,
         "images_per_second": track.images_per_second,
         "seconds": track.seconds,
         "devices": devices(),

@@ -18,12 +18,12 @@ from vit_scale.distributed.sharding import batch_sharding, device_bytes, shardin
 from vit_scale.models import flops
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted
-from vit_scale.models.parameters import OBJECTIVE, count, named
+from vit_scale.models.parameters import OBJECTIVE, count, named, parameters
 from vit_scale.pretrained import with_source_model
 from vit_scale.training import objectives
 from vit_scale.training.objectives import Objective, make_objective
 from vit_scale.training.objectives.teacher import Teacher, open_teacher
-from vit_scale.training.optimizer import check_trained, make_optimizer
+from vit_scale.training.optimizer import check_trained, make_optimizer, trained
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.validation import check_model, validate
 
@@ -41,6 +41,11 @@ class Setup(NamedTuple):
     schedule: Callable  # (step) -> learning rate
     state: TrainState  # of jax.ShapeDtypeStruct, with shardings
     teacher: Teacher | None = None
+
+    @property
+    def flops_per_image(self) -> int:
+        """FLOPs of training on one image."""
+        return flops_per_image(self.cfg, self.model, self.objective, self.teacher)
 
 
 def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Setup:
@@ -100,11 +105,38 @@ def abstract_params(model: Model, objective: Objective) -> dict:
     return {**model.abstract_params, OBJECTIVE: own}
 
 
-def flops_per_image(model: Model, objective: Objective) -> int:
-    """Return the FLOPs of training on one image."""
+def flops_per_image(
+    cfg: ConfigDict, model: Model, objective: Objective, teacher: Teacher | None = None
+) -> int:
+    """Return the FLOPs of training on one image, a teacher's forward pass included.
+
+    Frozen parameters need no gradient. The optimizer's FLOPs, which are per step, don't count.
+    """
+    taught = 0
+    if teacher:
+        batch = jax.ShapeDtypeStruct((cfg.data.batch, *image_size(cfg), 3), jnp.float32)
+        macs = flops.count_macs(teacher.logits, teacher.params, batch)
+        taught = 2 * macs // cfg.data.batch
     if objective.count_flops:
-        return objective.count_flops()
-    return flops.training_flops(model.training_macs)
+        return taught + objective.count_flops()
+    if all(parameters(trained(cfg.optim, model.abstract_params))):
+        return taught + flops.training_flops(model.training_macs)
+    return taught + 2 * _partial_macs(cfg)
+
+
+def _partial_macs(cfg: ConfigDict) -> int:
+    """Count one image's MACs, forward and backward, where some parameters are frozen."""
+    block = cfg.model.copy_and_resolve_references()
+    block.update({"remat": "none", "attention": "xla"})
+    model = adapted(build(block, image_size(cfg)), cfg.lora)
+    params = model.abstract_params
+
+    def macs(images: int) -> int:
+        pixels = jax.ShapeDtypeStruct((images, *image_size(cfg), 3), jnp.float32)
+        flags = trained(cfg.optim, params)
+        return flops.count_gradient_macs(model.apply, flags, params, pixels)
+
+    return macs(2) - macs(1)  # merging adapters is per step
 
 
 def parameter_layout(setup: Setup) -> dict:
@@ -138,7 +170,7 @@ def summary(cfg: ConfigDict) -> dict:
     return {
         "parameters": count(model.abstract_params),
         "tokens": model.shape.tokens,
-        "flops_per_image": flops_per_image(model, objective),
+        "flops_per_image": flops_per_image(cfg, model, objective),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "config": to_json(cfg),

@@ -45,7 +45,7 @@ from vit_scale.training.init_state import (
 )
 from vit_scale.training.measures import select_scalars
 from vit_scale.training.objectives.teacher import restore_params, with_checksum
-from vit_scale.training.setup import Setup, flops_per_image, make_setup
+from vit_scale.training.setup import Setup, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
 from vit_scale.training.statistics import with_statistics
 from vit_scale.training.train_state import TrainState
@@ -304,7 +304,7 @@ def utilisation(setup: Setup, images_per_second: float) -> float | None:
     kind = jax.devices()[0].device_kind
     if peak_flops(kind) is None:  # then counting the model's FLOPs would be wasted
         return None
-    per_image = flops_per_image(setup.model, setup.objective)
+    per_image = setup.flops_per_image
     return mfu(images_per_second, per_image, jax.device_count(), kind)
 
 
