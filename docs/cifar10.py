@@ -3,63 +3,118 @@
 A row is a run folder, or the report of benchmarks/timm_training.py. What was not run has none.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from drawing import curves
 from run_files import RESULTS, accuracy, cpu_minutes, evaluations, read
 
-TRAINING_IMAGES = 50_000  # timm's epochs
-SCRATCH = {  # run: its row in the table, its line in the picture
-    "hybrid": "ViT on a CNN's features",
-    "patch": "ViT, patches of 4 px",
-    "tutorial": "the tutorial's ViT, patches of 4 px",
-    "timm-patch": "ViT, patches of 4 px, by timm",
-    "timm-tutorial": "the tutorial's ViT, by timm",
-}
+TRAINING_IMAGES = 50_000  # of an epoch of timm's script
 REACHED = (0.8, 0.9)  # accuracies on the held-out images whose time is given
+SPEEDRUN = "vit-scale train --config vit_cifar_speedrun"
+TIMM = "python -m benchmarks.timm_training"
 
 
-def names(table: dict[str, str]) -> list[str]:
-    return [name for name in table if (RESULTS / "cifar10" / name / "report.json").exists()]
+class Run(NamedTuple):
+    """A row of a table, and a line of its picture."""
+
+    title: str
+    command: str
+    before: str = ""  # the run that it is initialised from, whose cost is added
 
 
-def rows(table: dict[str, str]) -> list[dict[str, Any]]:
-    return [row(f"cifar10/{name}", table[name]) for name in names(table)]
+# By the name of the folder.
+PRETRAINING = {"mae": Run("a masked autoencoder, for the next", f"{SPEEDRUN}:mae")}
+SCRATCH = {
+    "hybrid": Run("ViT on a CNN's features", SPEEDRUN),
+    "patch": Run(
+        "ViT, patches of 4 px",
+        f"{SPEEDRUN}:patch --config.init.source=runs/vit_cifar_speedrun-mae",
+        before="mae",
+    ),
+    "tutorial": Run("the tutorial's ViT, patches of 4 px", f"{SPEEDRUN}:tutorial"),
+}
+GROUPS = {"scratch": SCRATCH}
 
 
-def row(run: str, title: str) -> dict[str, Any]:
-    report = read(run)
-    by_us = "peer" not in report
-    batch = read(run, "run.json")["config"]["data"]["batch"] if by_us else None
+def finished(group: dict[str, Run]) -> dict[str, Run]:
+    return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / "report.json").exists()}
+
+
+def rows(group: dict[str, Run]) -> list[dict[str, Any]]:
+    return [row(name, run) for name, run in finished(group).items()]
+
+
+def commands(group: dict[str, Run]) -> str:
+    """Return a block of code, each command after its row's title."""
+    runs = []
+    for run in finished(group).values():
+        runs += [PRETRAINING[run.before], run] if run.before else [run]
+    lines = [f"# {run.title}\n{fold(run.command)}" for run in runs]
+    return "\n".join(["```bash", *lines, "```"])
+
+
+def fold(command: str, width: int = 100) -> str:
+    """Break a command into lines at its flags."""
+    lines = [""]
+    for part in command.replace(" --", "\n--").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > width:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return "\n".join(lines)
+
+
+class Cost(NamedTuple):
+    images: int
+    flops: float | None
+    minutes: float  # of CPU time
+
+
+def cost(name: str) -> Cost:
+    report = read(f"cifar10/{name}")
+    if "peer" in report:
+        return Cost(report["epochs"] * TRAINING_IMAGES, None, report["cpu"] / 60)
+    batch = read(f"cifar10/{name}", "run.json")["config"]["data"]["batch"]
+    return Cost(report["step"] * batch, report["flops"], cpu_minutes(f"cifar10/{name}"))
+
+
+def row(name: str, run: Run) -> dict[str, Any]:
+    report, parts = read(f"cifar10/{name}"), [cost(n) for n in (run.before, name) if n]
+    known = [part.flops for part in parts if part.flops is not None]
     return {
-        "model": title,
+        "model": run.title,
         "parameters": report.get("parameters"),
-        "images seen": report["step"] * batch if batch else report["epochs"] * TRAINING_IMAGES,
-        "FLOPs": report.get("flops"),
-        "CPU min": cpu_minutes(run) if by_us else report["cpu"] / 60,
+        "images seen": sum(part.images for part in parts),
+        "FLOPs": sum(known) if known else None,
+        "CPU min": sum(part.minutes for part in parts),
         "accuracy": accuracy(report["eval"]),
         "n": report["eval"]["n"],
-        **{f"min to {100 * share:.0f} %": minutes_to(run, share) for share in REACHED},
+        **{f"min to {100 * share:.0f} %": minutes_to(name, run, share) for share in REACHED},
     }
 
 
-def curve(run: str) -> list[tuple[float, float]]:
+def curve(name: str, run: Run) -> list[tuple[float, float]]:
     """Return (CPU minutes, accuracy): on the held-out images, and of peers on the test split."""
-    report = read(run)
+    report = read(f"cifar10/{name}")
     if "peer" not in report:
-        return evaluations(run)
+        began = cost(run.before).minutes if run.before else 0
+        return evaluations(f"cifar10/{name}", began)
     minutes, count = report["cpu"] / 60, len(report["curve"])
     return [((i + 1) * minutes / count, share) for i, share in enumerate(report["curve"])]
 
 
-def minutes_to(run: str, share: float) -> float | None:
+def minutes_to(name: str, run: Run, share: float) -> float | None:
     """Return the CPU minutes of the first evaluation that reached this accuracy."""
-    return next((minutes for minutes, reached in curve(run) if reached >= share), None)
+    return next((minutes for minutes, reached in curve(name, run) if reached >= share), None)
 
 
 def scratch_curves() -> str:
-    lines = {SCRATCH[name]: curve(f"cifar10/{name}") for name in names(SCRATCH)}
+    lines = {run.title: curve(name, run) for name, run in finished(SCRATCH).items()}
     return curves(lines, "Accuracy on CIFAR-10 (JPEG q75), from scratch", "CPU minutes")
 
 
-TABLES = {"cifar10 scratch": lambda: rows(SCRATCH)}
+TABLES = {f"cifar10 {name}": lambda group=group: rows(group) for name, group in GROUPS.items()}
+COMMANDS = {
+    f"commands cifar10 {name}": lambda group=group: commands(group)
+    for name, group in GROUPS.items()
+}

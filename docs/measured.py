@@ -25,6 +25,8 @@ def show(what: str) -> str:
     """Return a table: of run folders below results/, of a sweep there, or one of TABLES."""
     if what in TABLES:
         return report.table(TABLES[what](), markdown=True)
+    if what in cifar10.COMMANDS:
+        return cifar10.COMMANDS[what]()
     if what.startswith("sweep "):
         return format_sweep(read(what.replace(" ", "/"), "sweep.json"), markdown=True)
     before = os.getcwd()

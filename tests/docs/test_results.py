@@ -2,10 +2,12 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
 from tests.helpers.documents import ROOT, documents
+from vit_scale import config
 from vit_scale.plan import table
 
 TABLES = {name: text for name, text in documents().items() if "<!-- results: " in text}
@@ -26,6 +28,32 @@ def test_tables_are_made_from_the_run_folders(name, monkeypatch):
     assert measured.fill(text) == text, "run python docs/generate.py"
     typed = measured.FILLED.sub(lambda block: f"{block[1]}a typed number\n{block[3]}", text)
     assert measured.fill(typed) == text
+
+
+MOVED = ("data.path", "init.source", "distill.teacher", "distill.checksum")  # and how it is logged
+
+
+def test_the_printed_commands_are_those_of_the_runs(monkeypatch):
+    """They give each run's config, but for where its folders were."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import cifar10
+
+    runs = {**cifar10.PRETRAINING}
+    for group in cifar10.GROUPS.values():
+        runs |= group
+    for name, run in runs.items():
+        folder = ROOT / "results" / "cifar10" / name
+        if not run.command.startswith("vit-scale train --config ") or not folder.exists():
+            continue
+        _, _, _, title, *flags = shlex.split(run.command)
+        prefix = "--config."
+        overrides = [flag.removeprefix(prefix) for flag in flags if flag.startswith(prefix)]
+        wanted = config.dotted(
+            json.loads(json.dumps(config.to_json(config.load(title, overrides))))
+        )
+        ran = config.dotted(json.loads((folder / "run.json").read_text())["config"])
+        differ = {key for key in wanted.keys() | ran.keys() if wanted.get(key) != ran.get(key)}
+        assert not {k for k in differ if not k.startswith("log.") and k not in MOVED}, name
 
 
 def accuracy(run: str) -> str:
