@@ -56,6 +56,19 @@ def test_base_is_fresh_each_time():
     assert config.base().optim.lr == 1e-3
 
 
+def test_a_config_that_loads_another_keeps_its_own_constants(tmp_path):
+    for name, steps, start in (
+        ("inner", 3, "base()"),
+        ("outer", 5, f"load({str(tmp_path / 'inner.py')!r})"),
+    ):
+        text = f"from vit_scale.config import base, load\nSTEPS = {steps}\n\ndef get_config():\n"
+        (tmp_path / f"{name}.py").write_text(
+            f"{text}    cfg = {start}\n    cfg.update(dict(steps=STEPS))\n    return cfg\n"
+        )
+    assert config.load(str(tmp_path / "outer.py")).steps == 5
+    assert config.load(str(tmp_path / "inner.py")).steps == 3
+
+
 def test_load_reads_a_file_with_its_argument(own):
     assert config.load(str(own)).steps == 300
     cfg = config.load(f"{own}:7", ["optim.lr=3e-4"])

@@ -8,6 +8,7 @@ import copy
 import json
 import pathlib
 import runpy
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -79,6 +80,9 @@ def load(
     target = f"{path}:{argument}" if argument else str(path)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[])
+    # It loads each file as the module of this name, anew into the one that is there: a config that
+    # loads another would find the other's constants in place of its own.
+    sys.modules.pop("config_config", None)
     cfg = _parse(values, [f"--config={target}"], f"config {config}: ")
     if not isinstance(cfg, ConfigDict):
         raise UserError(f"config {config}: get_config must return a ConfigDict", USAGE)
