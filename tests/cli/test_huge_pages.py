@@ -1,4 +1,4 @@
-"""`vit-scale train` starts itself once more, with huge pages for the allocator."""
+"""`vit-scale train` starts itself once more, with another way to allocate memory."""
 
 import os
 import sys
@@ -19,6 +19,7 @@ def restarts(monkeypatch):
         sys, "orig_argv", ["python", "-m", "vit_scale.cli", "train", "--config", "x"]
     )
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(entry, "ACCELERATORS", ())
     return programs
 
 
@@ -34,7 +35,26 @@ def test_training_restarts_once_with_the_same_arguments(restarts, monkeypatch):
     python = sys.executable
     assert restarts == [[python, python, "-m", "vit_scale.cli", "train", "--config", "x"]]
     tunables = os.environ["GLIBC_TUNABLES"].split(":")
-    assert tunables == ["glibc.malloc.tcache_count=7", "glibc.malloc.hugetlb=1"]
+    assert tunables[:2] == ["glibc.malloc.tcache_count=7", "glibc.malloc.hugetlb=1"]
+    kept = [f"glibc.malloc.{name}" for name in ("mmap_threshold", "trim_threshold", "arena_max")]
+    assert [item.partition("=")[0] for item in tunables[2:]] == kept
+
+
+@pytest.mark.parametrize("platforms", ["cpu", "", "cuda"])
+def test_beside_an_accelerator_threads_keep_their_arenas(
+    restarts, monkeypatch, tmp_path, platforms
+):
+    device = tmp_path / "accel0"
+    device.touch()
+    monkeypatch.setattr(entry, "ACCELERATORS", (f"{tmp_path}/nvidia[0-9]*", f"{tmp_path}/accel*"))
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    started(monkeypatch, "train")
+    kept = "arena_max" in os.environ["GLIBC_TUNABLES"]
+    assert kept == (platforms == "cpu")
+    device.unlink()
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    started(monkeypatch, "train")
+    assert "glibc.malloc.hugetlb=1:glibc.malloc.mmap" in os.environ["GLIBC_TUNABLES"]
 
 
 def test_a_choice_of_ones_own_stays(restarts, monkeypatch):
