@@ -147,7 +147,7 @@ def augment() -> dict:
 def model() -> dict:
     return {
         "variant": "S/16",  # SIZE/PATCH (patch in pixels), STEM+SIZE/PATCH, or a convnet:
-        # cnn, resnet20, ...; sizes in models/spec.py, stems in models/stems.py;
+        # cnn, resnet20, ...; sizes in models/spec.py, stems in stems.py, convnets in convnets.py;
         # source: the whole architecture of init.source, and its pixels' mean and std
         "width": placeholder(int),  # token width, instead of the size's; convnets: first channels
         "depth": placeholder(int),  # number of blocks, instead of the size's; ResNets: layers
@@ -288,8 +288,8 @@ def optim() -> dict:
         "factor": 0.1,  # piecewise: the multiplier
         "b1": 0.9,  # adamw, lamb, lion, muon: decay of the first moment; sgd: momentum
         "b2": 0.999,  # adamw, lamb, lion, muon's Adam: decay of the second moment
-        "muon_convolutions": False,  # muon: for convolutions too, of stems and convnets (Jordan's
-        # airbench); False: Adam trains them
+        "muon_convolutions": False,  # muon: also for the convolutions of stems and convnets, and
+        # the dense layers of cnn; False: Adam trains them
         "moment": "float32",  # dtype of the first moment: float32 | bfloat16
         "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
         "weight_decay_end": placeholder(float),  # weight decay of the last step, on a cosine

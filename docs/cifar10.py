@@ -1,17 +1,18 @@
 """Tables and pictures of the runs on CIFAR-10 in results/cifar10, ours and peers'.
 
-A row is a run folder, or the report of benchmarks/timm_training.py. What was not run has none.
+A row is a run folder, or the report of benchmarks/timm_training.py; runs without a report are left
+out.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 from drawing import curves
 from run_files import RESULTS, accuracy, cpu_minutes, evaluations, read
 
 TRAINING_IMAGES = 50_000  # of an epoch of timm's script
-REACHED = (0.8, 0.9)  # accuracies on the held-out images whose time is given
+REACHED = (0.8, 0.9)  # held-out accuracies to give the time of
 SPEEDRUN = "vit-scale train --config vit_cifar_speedrun"
-TIMM = "python -m benchmarks.timm_training"
 
 
 class Run(NamedTuple):
@@ -19,11 +20,11 @@ class Run(NamedTuple):
 
     title: str
     command: str
-    before: str = ""  # the run that it is initialised from, whose cost is added
+    before: str = ""  # the run whose parameters it starts from; its cost is added
 
 
 # By the name of the folder.
-PRETRAINING = {"mae": Run("a masked autoencoder, for the next", f"{SPEEDRUN}:mae")}
+PRETRAINING = {"mae": Run("a masked autoencoder, pretraining for the next", f"{SPEEDRUN}:mae")}
 SCRATCH = {
     "hybrid": Run("ViT on a CNN's features", SPEEDRUN),
     "patch": Run(
@@ -37,6 +38,7 @@ GROUPS = {"scratch": SCRATCH}
 
 
 def finished(group: dict[str, Run]) -> dict[str, Run]:
+    """Return the runs that have a report."""
     return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / "report.json").exists()}
 
 
@@ -65,12 +67,15 @@ def fold(command: str, width: int = 100) -> str:
 
 
 class Cost(NamedTuple):
+    """What a run took."""
+
     images: int
     flops: float | None
     minutes: float  # of CPU time
 
 
 def cost(name: str) -> Cost:
+    """Return the cost of one run; FLOPs of ours only."""
     report = read(f"cifar10/{name}")
     if "peer" in report:
         return Cost(report["epochs"] * TRAINING_IMAGES, None, report["cpu"] / 60)
@@ -79,13 +84,14 @@ def cost(name: str) -> Cost:
 
 
 def row(name: str, run: Run) -> dict[str, Any]:
+    """Return a row of a table, with the cost of the run before; times are of our runs only."""
     report, parts = read(f"cifar10/{name}"), [cost(n) for n in (run.before, name) if n]
-    known = [part.flops for part in parts if part.flops is not None]
+    flops = [part.flops for part in parts]
     return {
         "model": run.title,
         "parameters": report.get("parameters"),
         "images seen": sum(part.images for part in parts),
-        "FLOPs": sum(known) if known else None,
+        "FLOPs": None if None in flops else sum(flops),
         "CPU min": sum(part.minutes for part in parts),
         "accuracy": accuracy(report["eval"]),
         "n": report["eval"]["n"],
@@ -104,17 +110,19 @@ def curve(name: str, run: Run) -> list[tuple[float, float]]:
 
 
 def minutes_to(name: str, run: Run, share: float) -> float | None:
-    """Return the CPU minutes of the first evaluation that reached this accuracy."""
+    """Return the CPU minutes of our first evaluation that reached this held-out accuracy."""
+    if "peer" in read(f"cifar10/{name}"):
+        return None
     return next((minutes for minutes, reached in curve(name, run) if reached >= share), None)
 
 
 def scratch_curves() -> str:
+    """Draw the runs from scratch: ours on the 1,000 held-out images, peers' on the test split."""
     lines = {run.title: curve(name, run) for name, run in finished(SCRATCH).items()}
     return curves(lines, "Accuracy on CIFAR-10 (JPEG q75), from scratch", "CPU minutes")
 
 
-TABLES = {f"cifar10 {name}": lambda group=group: rows(group) for name, group in GROUPS.items()}
+TABLES = {f"cifar10 {name}": functools.partial(rows, runs) for name, runs in GROUPS.items()}
 COMMANDS = {
-    f"commands cifar10 {name}": lambda group=group: commands(group)
-    for name, group in GROUPS.items()
+    f"commands cifar10 {name}": functools.partial(commands, runs) for name, runs in GROUPS.items()
 }

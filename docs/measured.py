@@ -22,7 +22,7 @@ def fill(text: str) -> str:
 
 
 def show(what: str) -> str:
-    """Return a table: of run folders below results/, of a sweep there, or one of TABLES."""
+    """Return a table of run folders below results/ or of a sweep there, or what has a name."""
     if what in TABLES:
         return report.table(TABLES[what](), markdown=True)
     if what in cifar10.COMMANDS:

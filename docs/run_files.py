@@ -2,15 +2,13 @@
 
 import json
 import pathlib
-import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-RESULTS = ROOT / "results"
+from vit_scale.evaluation.intervals import wilson_interval
+from vit_scale.runs import report
 
-from vit_scale.evaluation.intervals import wilson_interval  # noqa: E402
-from vit_scale.runs import report  # noqa: E402
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 
 
 def read(run: str, name: str = "report.json") -> dict[str, Any]:

@@ -295,10 +295,9 @@ def test_kernels_are_split_over_fsdp_and_statistics_are_whole():
         for name, leaf in shapes_of(model).items():
             split = "fsdp" in partition_spec(name, leaf.shape, sizes)
             assert split == name.endswith("kernel"), name
-    hybrid = shapes_of(model_of(tiny_config("model.variant=C+Ti/8")))
-    assert "fsdp" in partition_spec(
-        "stem/convs/1/kernel", hybrid["stem/convs/1/kernel"].shape, sizes
-    )
+    for variant, name in (("C", "stem/convs/1/kernel"), ("CNN", "stem/stages/0/conv2/kernel")):
+        hybrid = shapes_of(model_of(tiny_config(f"model.variant={variant}+Ti/8")))
+        assert "fsdp" in partition_spec(name, hybrid[name].shape, sizes)
 
 
 # Refusals
@@ -369,7 +368,7 @@ def test_what_a_resnet_a_hybrid_and_a_mesh_cannot_do_is_refused():
         ),
         (
             tiny_config("model.variant=CNN+Ti/8", "model.width=18"),
-            "CNN+ needs a width divisible by 2^(n - 1) = 4, not 18",
+            "CNN+ needs a width divisible by 2^(n - 1) = 4, not 18: its channels double n - 1 = 2 ",
         ),
         (tiny_config("model.variant=C+Ti/8", "optim.accumulate=2"), "optim.accumulate=2 splits"),
         (tiny_config("model.variant=CNN+Ti/8", "optim.accumulate=2"), "optim.accumulate=2 splits"),

@@ -24,6 +24,8 @@ GOLDEN = [
     ((32, 64), "variant=R20+Ti/4 depth=2 scan=True", 156060288),
     ((32, 64), "variant=C+Ti/4 depth=2 scan=True", 100665984),
     ((32, 64), "variant=R20+Ti/8 depth=2 scan=True", 100506240),
+    ((32, 64), "variant=CCT+Ti/4 depth=2 scan=True", 138267264),
+    ((32, 64), "variant=CNN+Ti/4 depth=2 scan=True", 253282944),
     ((32, 48), "variant=Ti/4 depth=3 scan=False pool=cls", 101489664),
     ((32, 48), "variant=Ti/4 depth=3 scan=False pool=gap", 138905472),
     ((32, 48), "variant=Ti/4 depth=3 scan=False pool=map", 146388864),
@@ -143,3 +145,22 @@ def test_gradients_of_what_is_trained(scan):
     blocks = 3 if scan else 2
     backward = head + blocks * (products + 2 * mixing + sums)
     assert gradient_macs(model, "mlp/down/kernel") == forward + backward + 3 * middle
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_a_convolution_is_twice_its_forward_pass(stride):
+    """That of a stride has zeros between pixels, which cost nothing."""
+    x, kernel = jnp.zeros((1, 8, 8, 3)), {"kernel": jnp.zeros((3, 3, 3, 5))}
+
+    def convolution(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        window, padding = (stride, stride), [(1, 1), (1, 1)]
+        return jax.lax.conv_general_dilated(
+            x * params["scale"], params["kernel"], window, padding, dimension_numbers=numbers
+        )
+
+    params = {**kernel, "scale": jnp.ones(())}
+    forward = count_macs(convolution, params, x)
+    assert forward == (8 // stride) ** 2 * 27 * 5
+    flags = {"kernel": False, "scale": True}  # the gradient of its input
+    assert count_gradient_macs(convolution, flags, params, x) == 2 * forward

@@ -45,17 +45,17 @@ def test_a_hybrids_patches_are_of_the_features():
     assert shapes_of(larger)["embed/kernel"].shape == (2, 2, 64, 16)
 
 
-def conv_stem(x, part):
+def conv_stem(x, part, mask=None):
     for i in map(str, range(3)):
-        x = relu(norm(conv(x, part["convs"][i], 2), part["norms"][i]))
+        x = relu(norm(conv(x, part["convs"][i], 2), part["norms"][i], mask))
     return x
 
 
-def pooled_stem(x, part):
+def pooled_stem(x, part, mask=None):
     for i in map(str, range(3)):
         stage = part["stages"][i]
-        x = relu(norm(halved(conv(x, stage["conv1"])), stage["norm1"]))
-        x = x + relu(norm(conv(x, stage["conv2"]), stage["norm2"]))
+        x = relu(norm(halved(conv(x, stage["conv1"])), stage["norm1"], mask))
+        x = x + relu(norm(conv(x, stage["conv2"]), stage["norm2"], mask))
     return x
 
 
@@ -64,14 +64,17 @@ PLAIN = {"C+Ti/8": conv_stem, "CNN+Ti/8": pooled_stem}  # in numpy
 
 @pytest.fixture(scope="module", params=PLAIN)
 def hybrid(request):
-    return model_of(tiny_config(f"model.variant={request.param}"))
+    """(the model, its stem in numpy)"""
+    return model_of(tiny_config(f"model.variant={request.param}")), PLAIN[request.param]
 
 
-def test_a_hybrid_is_a_vit_on_a_stem(hybrid, request):
-    params = random_params(hybrid)
-    images = random_images(4) / 128 - 1
-    x = PLAIN[request.node.callspec.params["hybrid"]](images, params["stem"])
-    assert x.shape == (4, 2, 2, 16)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["running", "batch"])
+def test_a_hybrid_is_a_vit_on_a_stem(hybrid, mask):
+    model, plain_stem = hybrid
+    params = random_params(model)
+    images = random_images(8) / 128 - 1
+    x = plain_stem(images, params["stem"], mask)
+    assert x.shape == (8, 2, 2, 16)
     patches = x @ np.asarray(params["embed"]["kernel"][0, 0]) + params["embed"]["bias"]
     # A ViT whose "patches" are these: its embedding is by the identity, of 8 x 8 x 3 >= 16 pixels.
     vit = model_of(tiny_config())
@@ -79,11 +82,17 @@ def test_a_hybrid_is_a_vit_on_a_stem(hybrid, request):
     kernel.reshape(-1, 16)[:16] = np.eye(16)
     rest = {k: v for k, v in params.items() if k not in ("stem", "embed")}
     plain = rest | {"embed": {"kernel": kernel, "bias": np.zeros(16, np.float32)}}
-    pixels = np.zeros((4, 2, 2, 8 * 8 * 3))
+    pixels = np.zeros((8, 2, 2, 8 * 8 * 3))
     pixels[..., :16] = patches
-    pixels = pixels.reshape(4, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 16, 16, 3)
+    pixels = pixels.reshape(8, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(8, 16, 16, 3)
     expected = jax.jit(vit.apply)(plain, jnp.asarray(pixels, jnp.float32))
-    actual = jax.jit(hybrid.apply)(params, jnp.asarray(images, jnp.float32))
+    inputs = jnp.asarray(images, jnp.float32)
+    if mask is None:
+        actual = jax.jit(model.apply)(params, inputs)
+    else:
+        actual = jax.jit(model.train)(params, inputs, KEY, mask).prediction
+        running = jax.jit(model.apply)(params, inputs)
+        assert np.abs(actual - running).max() > 1e-3
     assert np.abs(expected).max() > 0.05
     np.testing.assert_allclose(actual, expected, atol=2e-4)
 
@@ -120,13 +129,13 @@ def test_a_stem_without_batch_normalisation_trains_in_parts():
         make_setup(tiny_config("model.variant=CCT+Ti/4", "model.stem_epsilon=timm"))
 
 
-def test_a_hybrid_measures_in_training_only(hybrid):
-    params = random_params(hybrid)
+def test_a_hybrid_measures_in_training(hybrid):
+    params = random_params(hybrid[0])
     images = jnp.asarray(random_images(8) / 128 - 1, jnp.float32)
-    out = jax.jit(hybrid.train)(params, images, KEY, MASK)
-    assert set(named(out.statistics)) == {n for n in named(params) if is_statistic(n)}
-    running = jax.jit(hybrid.apply)(params, images)
-    assert np.abs(out.prediction - running).max() > 1e-3
+    out = jax.jit(hybrid[0].train)(params, images, KEY, MASK)
+    statistics = named(out.statistics)
+    assert set(statistics) == {n for n in named(params) if is_statistic(n)}
+    assert all((value != named(params)[name]).any() for name, value in statistics.items())
 
 
 def test_layer_decay_takes_a_stem_for_the_embedding():

@@ -1,5 +1,7 @@
 """optim: schedules, directions and masks against numbers by hand or plain optax, both layouts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
 from vit_scale.models.lora import adapted
-from vit_scale.models.parameters import named, stack, unstack
+from vit_scale.models.parameters import CONVNET_MATRICES, is_statistic, named, stack, unstack
 from vit_scale.training.optimizer import (
     apply_updates,
     check,
@@ -208,33 +210,49 @@ def test_muon_gives_the_rest_to_adam(pooled, muon_updates):
         np.testing.assert_allclose(updates[name], expected[name], rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("variant", ["CNN+Ti/8", "C+Ti/8", "R20+Ti/8", "R+Ti/8", "cnn", "resnet20"])
+def of_convnet(variant: str):
+    convnet = "+" not in variant
+    depth = ("model.depth=10",) if variant == "resnet18" else ()
+    cfg = convnet_config(variant, *depth) if convnet else tiny_config(f"model.variant={variant}")
+    return build(cfg.model, (64, 64) if "R26" in variant else (16, 16)).abstract_params
+
+
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [
+        *(("C+Ti/8", 3), ("CCT+Ti/8", 3), ("CNN+Ti/8", 6), ("R20+Ti/8", 19), ("R+Ti/8", 1)),
+        *(("R26+Ti/32", 29), ("cnn", 8), ("resnet20", 7), ("resnet18", 12)),
+    ],
+)
+def test_every_convolution_is_a_matrix_for_muon(variant, count):
+    """The first and the residual ones; not the patch embedding and the head."""
+    names = [name for name in named(of_convnet(variant)) if name.endswith("kernel")]
+    chosen = {name for name in names if any(re.search(p, name) for p in CONVNET_MATRICES)}
+    outside = ("head/kernel", "embed/kernel", "blocks/")
+    assert chosen == {name for name in names if not name.startswith(outside)}
+    assert len(chosen) == count
+
+
+@pytest.mark.parametrize("variant", ["CNN+Ti/8", "cnn"])
 def test_muon_orthogonalises_each_convolution(variant):
     """A kernel is a matrix of all that an output pixel sees times the output channels."""
-    convnet = variant in ("cnn", "resnet20")
-    cfg = convnet_config(variant) if convnet else tiny_config(f"model.variant={variant}")
-    shapes = build(cfg.model, (16, 16)).abstract_params
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), of_convnet(variant))
     grads = random_like(params, 1)
     block = optim_block(name="muon", lr=0.1, b1=0.8, b2=0.9, muon_convolutions=True)
-    updates = named(updates_of(block, params, grads))
-    outside = ("head/kernel", "embed/kernel")
-    kernels = [name for name, leaf in named(params).items() if name.endswith("kernel")]
-    kernels = [k for k in kernels if not k.startswith("blocks/") and k not in outside]
-    assert len(kernels) >= {"cnn": 8, "C+Ti/8": 3, "CNN+Ti/8": 6, "R+Ti/8": 1}.get(variant, 7)
-    for name in kernels:
-        matrix, grad = (
-            np.asarray(tree[name]).reshape(-1, tree[name].shape[-1])
-            for tree in (updates, named(grads))
-        )
+    updates, given = named(updates_of(block, params, grads)), named(grads)
+    adam = optax.nadam(0.1, b1=0.8, b2=0.9)
+    expected = named(adam.update(grads, adam.init(params))[0])
+    for name, update in updates.items():
+        if not any(re.search(p, name) for p in CONVNET_MATRICES):
+            if not name.startswith("blocks/") and not is_statistic(name):
+                np.testing.assert_allclose(update, expected[name], rtol=1e-4, err_msg=name)
+            continue
+        matrix, grad = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (update, given[name]))
         values = np.linalg.svd(matrix, compute_uv=False) / (0.02 * max(matrix.shape) ** 0.5)
         assert values.min() > 0.3 and values.max() < 1.3, (name, values)
         left, _, right = np.linalg.svd(grad, full_matrices=False)
         cosine = (-matrix * (left @ right)).sum() / np.linalg.norm(matrix)
         assert cosine / np.linalg.norm(left @ right) > 0.95, name
-    expected = optax.nadam(0.1, b1=0.8, b2=0.9)
-    adam = named(expected.update(grads, expected.init(params))[0])
-    np.testing.assert_allclose(updates["head/kernel"], adam["head/kernel"], rtol=1e-4)
 
 
 def test_lamb_equals_optax_where_weights_decay(params):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import random_params, tiny_config, tiny_model, write_run
 from vit_scale import config
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import count
@@ -35,21 +35,43 @@ def test_summary():
     assert content["config"]["data"]["width"] == 24
 
 
-def test_frozen_parameters_cost_no_gradient():
-    """Of 5 tokens of width 16 in two unrolled blocks, of which the head reads [CLS] alone."""
+@pytest.mark.parametrize("scan", [True, False])
+def test_frozen_parameters_save_their_share_of_the_backward_pass(scan):
+    """Of 5 tokens of width 16 in two blocks, of which the head reads the mean."""
 
     def flops(*overrides):
-        cfg = tiny_config("model.scan=False", *overrides)
+        cfg = tiny_config(
+            f"model.scan={scan}", "model.pool=gap", "model.class_token=True", *overrides
+        )
         assert summary(cfg)["flops_per_image"] == make_setup(cfg).flops_per_image
         return make_setup(cfg).flops_per_image
 
-    forward = flops() // 6 + 192 * 16  # the embedding of a patch of zeros for [CLS] is computed
-    assert flops("optim.train=head") == 2 * (forward + 16 * 4)
+    n, middle, head = 5, 5 * 16 * 24, 16 * 4
+    forward, embed = flops() // 6, n * 192 * 16  # a patch of zeros for [CLS] is embedded too
+    products, mixing, sums = n * 16 * 64 + 2 * middle, 2 * n * n * 16, n * 16
+    whole = embed + 2 * head + 2 * (2 * products + 2 * mixing + sums)
+
+    def expected(backward):
+        return round(2 * forward * (1 + 2 * backward / whole))
+
+    assert flops("optim.train=head") == expected(head)
+    # Of the first block one kernel only, or if scanned all; of the input of the head its gradient.
+    blocks = 2 if scan else 1
+    adapted = 2 * middle + 2 * head + blocks * (products + 2 * mixing + sums)
     # Whatever the rank: merging is once per step, and the kernels' gradients are computed whole.
-    adapters = {flops(f"lora.rank={rank}", "lora.kernels=mlp/down") for rank in (1, 4)}
-    attention = 16 * 32 * 5 + 16 * 32 + 2 * 2 * 16 * 5 + 16  # of the last block, and its row sums
-    backward = 16 * 4 + 2 * 16 * 24 + attention
-    assert adapters == {2 * (forward + 16 * 4 + backward + (5 + 1) * 16 * 24)}
+    assert {flops(f"lora.rank={rank}", "lora.kernels=mlp/down") for rank in (1, 4)} == {
+        expected(adapted)
+    }
+    assert flops("optim.freeze=('head/bias',)") == flops()  # a bias costs no product
+
+
+def test_a_teachers_forward_pass_is_counted(tmp_path):
+    teacher = tiny_model("model.depth=3", "model.pool=gap")
+    cfg = tiny_config("model.depth=3", "model.pool=gap")
+    run = write_run(tmp_path / "run", cfg, random_params(teacher))
+    taught = tiny_config("objective=distillation", f"distill.teacher={run}")
+    own = make_setup(tiny_config(), 2).flops_per_image
+    assert make_setup(taught, 2).flops_per_image == own + 2 * teacher.macs
 
 
 def test_a_summary_is_of_what_can_be_trained():

@@ -20,7 +20,6 @@ from tests.helpers.tiny import (
 from vit_scale import config
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
-from vit_scale.models.flops import count_macs
 from vit_scale.models.parameters import named
 from vit_scale.models.position_embeddings import resample
 from vit_scale.pretrained import adapt
@@ -287,17 +286,3 @@ def test_what_teaches_nothing_is_refused(overrides, message):
     with pytest.raises(UserError) as caught:
         make_setup(tiny_config(*overrides))
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_the_teachers_forward_pass_is_counted(tmp_path):
-    student, model = tiny_config("data.batch=8"), tiny_model("model.depth=3")
-    run = write_run(tmp_path / "run", tiny_config("model.depth=3"), random_params(model))
-    taught = tiny_config("objective=distillation", f"distill.teacher={run}", "data.batch=8")
-    own = make_setup(student, 2).flops_per_image
-    assert make_setup(taught, 2).flops_per_image == own + 2 * unread(model)
-
-
-def unread(model) -> int:
-    """MACs of a forward pass whose stacked blocks compute all tokens, [CLS] or not."""
-    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    return count_macs(model.apply, model.abstract_params, image)

@@ -12,7 +12,7 @@ stems.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -26,8 +26,10 @@ from vit_scale.models.convolution import (
     BatchNorm,
     Convolution,
     Mask,
+    in_order,
     linear,
     max_pool,
+    numbered,
 )
 from vit_scale.models.layers import new_head
 
@@ -120,15 +122,6 @@ def _check_depth(size: CNNSize | ResNetSize) -> None:
 
 
 # Shared parts
-
-
-def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
-    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
-
-
-def in_order(modules: nnx.Dict) -> Iterator:
-    """Yield the values of a `numbered` dict by number; its own order is that of text: 0, 1, 10."""
-    return (modules[str(i)] for i in range(len(modules)))
 
 
 class Classifier(nnx.Module):

@@ -9,6 +9,7 @@ running ones; without a mask the running ones are used.
 """
 
 import itertools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -192,3 +193,12 @@ def max_pool_overlapping(
 
 def linear(channels: tuple[int, int], cfg: ConfigDict, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(*channels, kernel_init=HE, dtype=jnp.dtype(cfg.dtype), rngs=rngs)
+
+
+def numbered(modules: Iterable[nnx.Module]) -> nnx.Dict:
+    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+
+
+def in_order(modules: nnx.Dict) -> Iterator:
+    """Yield the values of a `numbered` dict by number; its own order is that of text: 0, 1, 10."""
+    return (modules[str(i)] for i in range(len(modules)))

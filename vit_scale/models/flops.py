@@ -13,6 +13,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
+from vit_scale.models.parameters import stop_frozen
+
 
 def count_macs(function: Callable, *args: Any) -> int:
     """Return the MACs of `function(*args)`; `args` may be jax.ShapeDtypeStructs."""
@@ -22,16 +24,13 @@ def count_macs(function: Callable, *args: Any) -> int:
 def count_gradient_macs(function: Callable, trained: dict, params: dict, *args: Any) -> int:
     """Return the MACs of `function(params, *args)`, an array, and of its gradient.
 
-    The gradient is that of the parameters of which `trained`, a tree of bools, is True. What only
-    the others' would need does not count.
+    Only parameters that are True in `trained`, a tree of bools, get a gradient; work that only the
+    gradients of frozen parameters would need is left out.
     """
 
     def value_and_gradient(params, *args):
         def loss(params):
-            frozen = jax.lax.stop_gradient(params)
-            return function(
-                jax.tree.map(lambda own, x, y: x if own else y, trained, params, frozen), *args
-            ).sum()
+            return function(stop_frozen(trained, params), *args).sum()
 
         return jax.value_and_grad(loss)(params)
 
@@ -52,7 +51,8 @@ def _equation_macs(equation: JaxprEqn) -> int:
         case "conv_general_dilated":
             kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            return math.prod(out) * math.prod(kernel) // out_channels
+            zeros = math.prod(equation.params["lhs_dilation"])  # between pixels, in a gradient
+            return math.prod(out) * math.prod(kernel) // (out_channels * zeros)
         case "scan":
             return equation.params["length"] * _macs(equation.params["jaxpr"].jaxpr)
         case "cond" if equation.params.get("branches_platforms"):  # a choice: models/platforms.py
@@ -75,6 +75,9 @@ def _inner_jaxprs(equation: JaxprEqn) -> Iterator[Jaxpr]:
             yield value
 
 
-def training_flops(macs: int) -> int:
-    """Return the FLOPs of a training step: 2 per MAC, once forward and twice backward."""
-    return 6 * macs
+def training_flops(macs: int, backward: float = 1.0) -> int:
+    """Return the FLOPs of training: 2 per MAC, once forward and twice backward.
+
+    `backward` is the share of the backward pass that is computed.
+    """
+    return round(2 * macs * (1 + 2 * backward))

@@ -20,8 +20,8 @@ MATRICES = {
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
     r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
-# Convolutions, and dense layers behind them: of stems, CNNs and ResNets.
-CONVOLUTIONS = {
+# Of stems and convnets: the convolutions, and the dense layers of a CNN.
+CONVNET_MATRICES = {
     r"conv[^/]*(/\d+)?/kernel$": ((-4, -3, -2), (-1,)),  # s s i o
     r"dense/\d+/kernel$": ((-2,), (-1,)),  # i o
 }
@@ -80,6 +80,12 @@ def select(params: dict, keep: Callable[[str], bool], prefix: str = "") -> dict:
 def count(params) -> int:
     """Return the number of parameters, statistics excluded, of arrays or ShapeDtypeStructs."""
     return sum(math.prod(leaf.shape) for leaf in parameters(params))
+
+
+def stop_frozen(trained: dict, params: dict) -> dict:
+    """Return the parameters, with no gradient to those that are False in `trained`."""
+    frozen = jax.lax.stop_gradient(params)
+    return jax.tree.map(lambda own, x, y: x if own else y, trained, params, frozen)
 
 
 def without_layer_scale(leaves: dict) -> dict:

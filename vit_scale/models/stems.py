@@ -10,6 +10,7 @@ R, ... BiT's ResNets, those of the published hybrids (bit.py)
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -18,13 +19,15 @@ from ml_collections import ConfigDict
 
 from vit_scale.errors import UserError
 from vit_scale.models import bit
-from vit_scale.models.convnets import RESNET20, ResNetFeatures, in_order, numbered
+from vit_scale.models.convnets import RESNET20, ResNetFeatures
 from vit_scale.models.convolution import (
     BatchNorm,
     Convolution,
     Mask,
+    in_order,
     max_pool,
     max_pool_overlapping,
+    numbered,
 )
 
 
@@ -83,8 +86,9 @@ class PooledStage(nnx.Module):
 class PooledStem(nnx.Module):
     """Stages of 3x3 convolutions and max pooling, doubling the channels up to the token width.
 
-    As networks for fast training on CIFAR-10 are built (Page's ResNet-9; Jordan 2024, arXiv
-    2404.00498): pooling comes before the normalisation, which has a quarter of the work then.
+    Its parts are those of networks for fast training on CIFAR-10: pooling before normalisation,
+    which then has a quarter of the work (Jordan 2024, arXiv 2404.00498), and a residual convolution
+    (Page's ResNet-9, where it is two, in some stages). It is not the network `cnn`.
     """
 
     def __init__(self, patch: int, width: int, cfg: ConfigDict, rngs: nnx.Rngs):
@@ -107,9 +111,20 @@ def stem_channels(patch: int, width: int) -> list[int]:
     return [width >> (halvings - 1 - i) for i in range(halvings)]
 
 
-# Stems of which each layer or stage halves the image.
-HALVING = {"C": ConvStem, "CCT": ConvTokenizer, "CNN": PooledStem}
-DOUBLING = ("C", "CNN")  # each doubles the channels
+class Halving(NamedTuple):
+    """A stem of which each layer or stage halves the image."""
+
+    module: Callable[..., nnx.Module]
+    doubles: bool  # the channels, up to the token width
+    batch_norm: bool
+
+
+HALVING = {
+    "C": Halving(ConvStem, doubles=True, batch_norm=True),
+    "CCT": Halving(ConvTokenizer, doubles=False, batch_norm=False),
+    "CNN": Halving(PooledStem, doubles=True, batch_norm=True),
+}
+STEMS = (*HALVING, "R20", *bit.STAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,21 +139,12 @@ class Stem:
     @property
     def batch_norm(self) -> bool:
         """Whether it has batch normalisation, whose statistics only training updates."""
-        return self.name in ("C", "CNN", "R20")
+        return self.name == "R20" or (self.name in HALVING and HALVING[self.name].batch_norm)
 
     @property
     def is_bit(self) -> bool:
         """Whether it is a ResNet of BiT, as the published hybrids have."""
         return self.name in bit.STAGES
-
-
-STEMS = {
-    "C": "a convolutional stem",
-    "CCT": "the convolutional tokenizer of CCT",
-    "CNN": "a small CNN with max pooling",
-    "R20": "ResNet-20 without its head",
-    **bit.STAGES,
-}
 
 
 def stem(name: str, patch: int, width: int) -> Stem:
@@ -162,10 +168,10 @@ def stem(name: str, patch: int, width: int) -> Stem:
         raise UserError(
             f"{name}+ needs a patch size 2^n, not {patch}: each of its n layers halves the image"
         )
-    if name in DOUBLING and width % 2 ** (halvings - 1):
+    if HALVING[name].doubles and width % 2 ** (halvings - 1):
         raise UserError(
             f"{name}+ needs a width divisible by 2^(n - 1) = {2 ** (halvings - 1)}, not {width}: "
-            f"each of its n = {halvings} layers doubles the channels"
+            f"its channels double n - 1 = {halvings - 1} times"
         )
     return Stem(name, 1, width)
 
@@ -178,4 +184,4 @@ def stem_module(
         return bit.Features(stem.stages, cfg, rngs, constrain)
     if stem.name == "R20":
         return ResNetFeatures(RESNET20, cfg, rngs, constrain)
-    return HALVING[stem.name](patch, stem.channels, cfg, rngs)
+    return HALVING[stem.name].module(patch, stem.channels, cfg, rngs)

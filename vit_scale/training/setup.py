@@ -22,6 +22,7 @@ from vit_scale.models.parameters import OBJECTIVE, count, named, parameters
 from vit_scale.pretrained import with_source_model
 from vit_scale.training import objectives
 from vit_scale.training.objectives import Objective, make_objective
+from vit_scale.training.objectives.crop_encoder import plain_model
 from vit_scale.training.objectives.teacher import Teacher, open_teacher
 from vit_scale.training.optimizer import check_trained, make_optimizer, trained
 from vit_scale.training.train_state import TrainState
@@ -45,7 +46,7 @@ class Setup(NamedTuple):
     @property
     def flops_per_image(self) -> int:
         """FLOPs of training on one image."""
-        return flops_per_image(self.cfg, self.model, self.objective, self.teacher)
+        return count_training_flops(self.cfg, self.model, self.objective, self.teacher)
 
 
 def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Setup:
@@ -105,38 +106,38 @@ def abstract_params(model: Model, objective: Objective) -> dict:
     return {**model.abstract_params, OBJECTIVE: own}
 
 
-def flops_per_image(
+def count_training_flops(
     cfg: ConfigDict, model: Model, objective: Objective, teacher: Teacher | None = None
 ) -> int:
-    """Return the FLOPs of training on one image, a teacher's forward pass included.
+    """Return the FLOPs of training on one image, with a teacher's forward pass if there is one.
 
-    Frozen parameters need no gradient. The optimizer's FLOPs, which are per step, don't count.
+    Of objectives with labels, frozen parameters save their share of the backward pass. What the
+    optimizer does once a step is not counted.
     """
-    taught = 0
-    if teacher:
-        batch = jax.ShapeDtypeStruct((cfg.data.batch, *image_size(cfg), 3), jnp.float32)
-        macs = flops.count_macs(teacher.logits, teacher.params, batch)
-        taught = 2 * macs // cfg.data.batch
+    taught = 2 * teacher.macs if teacher else 0
     if objective.count_flops:
         return taught + objective.count_flops()
+    return taught + flops.training_flops(model.training_macs, _backward_share(cfg, model))
+
+
+def _backward_share(cfg: ConfigDict, model: Model) -> float:
+    """Return the share of the backward pass's MACs that the trained parameters need."""
     if all(parameters(trained(cfg.optim, model.abstract_params))):
-        return taught + flops.training_flops(model.training_macs)
-    return taught + 2 * _partial_macs(cfg)
+        return 1.0
+    plain = adapted(plain_model(cfg)[0], cfg.lora)
+    params = plain.abstract_params
+    everything = jax.tree.map(lambda leaf: True, params)
+    nothing = jax.tree.map(lambda leaf: False, params)
 
-
-def _partial_macs(cfg: ConfigDict) -> int:
-    """Count one image's MACs, forward and backward, where some parameters are frozen."""
-    block = cfg.model.copy_and_resolve_references()
-    block.update({"remat": "none", "attention": "xla"})
-    model = adapted(build(block, image_size(cfg)), cfg.lora)
-    params = model.abstract_params
-
-    def macs(images: int) -> int:
+    def macs(flags: dict, images: int) -> int:
         pixels = jax.ShapeDtypeStruct((images, *image_size(cfg), 3), jnp.float32)
-        flags = trained(cfg.optim, params)
-        return flops.count_gradient_macs(model.apply, flags, params, pixels)
+        return flops.count_gradient_macs(plain.apply, flags, params, pixels)
 
-    return macs(2) - macs(1)  # merging adapters is per step
+    def backward(flags: dict) -> int:
+        # The difference of two batch sizes leaves out what is done once a step: merging adapters.
+        return (macs(flags, 2) - macs(flags, 1)) - (macs(nothing, 2) - macs(nothing, 1))
+
+    return backward(trained(cfg.optim, params)) / backward(everything)
 
 
 def parameter_layout(setup: Setup) -> dict:
@@ -158,6 +159,8 @@ def parameter_layout(setup: Setup) -> dict:
 def summary(cfg: ConfigDict) -> dict:
     """Describe a config independently of devices: sizes, costs, and every field.
 
+    A teacher is not read: its forward pass is not in `flops_per_image`.
+
     Raises UserError for fields that can't be combined.
     """
     cfg = with_source_model(cfg)
@@ -170,7 +173,7 @@ def summary(cfg: ConfigDict) -> dict:
     return {
         "parameters": count(model.abstract_params),
         "tokens": model.shape.tokens,
-        "flops_per_image": flops_per_image(cfg, model, objective),
+        "flops_per_image": count_training_flops(cfg, model, objective),
         "global_batch": cfg.data.batch,
         "steps": cfg.steps,
         "config": to_json(cfg),

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_scale.distributed.mesh import compiler_options
 from vit_scale.distributed.sharding import batch_sharding
-from vit_scale.models.parameters import parameters, unite
+from vit_scale.models.parameters import parameters, stop_frozen, unite
 from vit_scale.tracking.metrics import TrainMetrics, norm
 from vit_scale.training.objectives import Context
 from vit_scale.training.optimizer import apply_updates, trained, update_ema
@@ -86,9 +86,7 @@ def of_trained(loss: Callable, is_trained) -> Callable:
     """
 
     def of_trained_params(params, *rest):
-        frozen = jax.lax.stop_gradient(params)
-        params = jax.tree.map(lambda t, x, y: x if t else y, is_trained, params, frozen)
-        return loss(params, *rest)
+        return loss(stop_frozen(is_trained, params), *rest)
 
     return of_trained_params
 

@@ -5,7 +5,6 @@ dropout, and the learning rate are functions of (seed, step), and nothing else i
 """
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -299,16 +298,16 @@ def sample_images(setup: Setup, batch: dict) -> np.ndarray:
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
-def utilisation(setup: Setup, images_per_second: float) -> float | None:
-    """Return the model FLOPs utilisation; None if the peak of the device is unknown."""
+def make_utilisation(setup: Setup) -> Callable[[float], float | None]:
+    """Return a function of images/s: model FLOPs utilisation, None if the peak is unknown."""
     kind = jax.devices()[0].device_kind
     if peak_flops(kind) is None:  # then counting the model's FLOPs would be wasted
-        return None
+        return lambda images_per_second: None
     per_image = setup.flops_per_image
-    return mfu(images_per_second, per_image, jax.device_count(), kind)
+    return lambda rate: mfu(rate, per_image, jax.device_count(), kind)
 
 
 def tracker(setup: Setup, run: Run, start: int, quiet: bool) -> Tracker:
     """Build the run's tracker, which begins after step `start`."""
-    mfu = functools.partial(utilisation, setup)
+    mfu = make_utilisation(setup)
     return Tracker(TrackedRun(run.path, setup.cfg, run.description, start, quiet, mfu))

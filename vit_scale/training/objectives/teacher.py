@@ -34,6 +34,7 @@ class Teacher(NamedTuple):
     classes: tuple[str, ...]
     folder: pathlib.Path  # RUN/checkpoints/STEP
     checksum: str
+    macs: int  # of the forward pass of one image
 
 
 def with_checksum(cfg: ConfigDict) -> ConfigDict:
@@ -87,7 +88,7 @@ def open_teacher(cfg: ConfigDict, mesh, constrain: Callable) -> Teacher | None:
         shardings(model.abstract_params, mesh),
     )
     logits = make_logits(model, teacher, cfg)
-    return Teacher(logits, params, tuple(description["classes"]), folder, checksum)
+    return Teacher(logits, params, tuple(description["classes"]), folder, checksum, model.macs)
 
 
 def make_logits(model: Model, teacher: ConfigDict, student: ConfigDict) -> Callable:
