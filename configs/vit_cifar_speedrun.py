@@ -71,6 +71,6 @@ def tutorial(cfg):
 MODELS = {  # steps, and what differs
     "hybrid": (15000, hybrid),
     "mae": (7800, mae),
-    "patch": (8000, patch),
+    "patch": (9600, patch),
     "tutorial": (7200, tutorial),
 }
