@@ -9,8 +9,8 @@
         --config.init.source=runs/vit_cifar_speedrun-mae
 
 The learning rate falls linearly to 0. For three quarters of the steps images are mixed by CutMix
-(hybrid, patch) or changed by AutoAugment's policy for CIFAR-10 (patch, tutorial); then crops and
-flips remain. Hybrid and patch have rotary positions, and normalised queries and keys.
+(hybrid, patch) and changed by AutoAugment's policy for CIFAR-10 (patch, tutorial); after that only
+cropped and flipped. Hybrid and patch have rotary positions, and normalised queries and keys.
 Result: not measured yet.
 """
 
