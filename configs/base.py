@@ -288,8 +288,8 @@ def optim() -> dict:
         "factor": 0.1,  # piecewise: the multiplier
         "b1": 0.9,  # adamw, lamb, lion, muon: decay of the first moment; sgd: momentum
         "b2": 0.999,  # adamw, lamb, lion, muon's Adam: decay of the second moment
-        "muon_convolutions": False,  # muon: also for the convolutions of stems and convnets, and
-        # the dense layers of cnn; False: Adam trains them
+        "muon_convolutions": False,  # muon: also for the convolutions of stems and convnets; False:
+        # Adam trains them, as the dense layers of cnn, whose orthogonalisation would cost too much
         "moment": "float32",  # dtype of the first moment: float32 | bfloat16
         "weight_decay": 0.0,  # decoupled, times lr; kernels only (no bias, norm, position, [CLS])
         "weight_decay_end": placeholder(float),  # weight decay of the last step, on a cosine

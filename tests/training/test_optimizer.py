@@ -13,7 +13,7 @@ from vit_scale.config import base
 from vit_scale.errors import UserError
 from vit_scale.models.build import build
 from vit_scale.models.lora import adapted
-from vit_scale.models.parameters import CONVNET_MATRICES, is_statistic, named, stack, unstack
+from vit_scale.models.parameters import CONVOLUTIONS, is_statistic, named, stack, unstack
 from vit_scale.training.optimizer import (
     apply_updates,
     check,
@@ -221,14 +221,14 @@ def of_convnet(variant: str):
     ("variant", "count"),
     [
         *(("C+Ti/8", 3), ("CCT+Ti/8", 3), ("CNN+Ti/8", 6), ("R20+Ti/8", 19), ("R+Ti/8", 1)),
-        *(("R26+Ti/32", 29), ("cnn", 8), ("resnet20", 7), ("resnet18", 12)),
+        *(("R26+Ti/32", 29), ("cnn", 6), ("resnet20", 7), ("resnet18", 12)),
     ],
 )
 def test_every_convolution_is_a_matrix_for_muon(variant, count):
-    """The first and the residual ones; not the patch embedding and the head."""
+    """The first and the residual ones; not the patch embedding, dense layers and the head."""
     names = [name for name in named(of_convnet(variant)) if name.endswith("kernel")]
-    chosen = {name for name in names if any(re.search(p, name) for p in CONVNET_MATRICES)}
-    outside = ("head/kernel", "embed/kernel", "blocks/")
+    chosen = {name for name in names if any(re.search(p, name) for p in CONVOLUTIONS)}
+    outside = ("head/kernel", "embed/kernel", "blocks/", "dense/")
     assert chosen == {name for name in names if not name.startswith(outside)}
     assert len(chosen) == count
 
@@ -243,7 +243,7 @@ def test_muon_orthogonalises_each_convolution(variant):
     adam = optax.nadam(0.1, b1=0.8, b2=0.9)
     expected = named(adam.update(grads, adam.init(params))[0])
     for name, update in updates.items():
-        if not any(re.search(p, name) for p in CONVNET_MATRICES):
+        if not any(re.search(p, name) for p in CONVOLUTIONS):
             if not name.startswith("blocks/") and not is_statistic(name):
                 np.testing.assert_allclose(update, expected[name], rtol=1e-4, err_msg=name)
             continue

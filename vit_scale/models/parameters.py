@@ -20,11 +20,8 @@ MATRICES = {
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
     r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
-# Of stems and convnets: the convolutions, and the dense layers of a CNN.
-CONVNET_MATRICES = {
-    r"conv[^/]*(/\d+)?/kernel$": ((-4, -3, -2), (-1,)),  # s s i o
-    r"dense/\d+/kernel$": ((-2,), (-1,)),  # i o
-}
+# The convolutions of stems and convnets: all that an output pixel sees, to its channels.
+CONVOLUTIONS = {r"conv[^/]*(/\d+)?/kernel$": ((-4, -3, -2), (-1,))}  # s s i o
 
 
 def name_of(path: tuple) -> str:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from vit_scale.errors import UserError, nearest
 from vit_scale.models.lora import is_adapter
 from vit_scale.models.parameters import (
-    CONVNET_MATRICES,
+    CONVOLUTIONS,
     MATRICES,
     OBJECTIVE,
     is_statistic,
@@ -60,7 +60,7 @@ def _lion(cfg: ConfigDict) -> optax.GradientTransformation:
 
 
 def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
-    matrices = MATRICES | (CONVNET_MATRICES if cfg.muon_convolutions else {})
+    matrices = MATRICES | (CONVOLUTIONS if cfg.muon_convolutions else {})
     return optax.contrib.muon(
         learning_rate=-1.0,  # only the direction, with the gradient's sign: the chain applies lr
         beta=cfg.b1,
