@@ -295,7 +295,7 @@ def show(config: str | ConfigDict, **overrides: Any) -> dict:
     Returns:
       {"parameters": count, "tokens": per image, "flops_per_image": of training, "global_batch":
       ..., "steps": ..., "config": every field}; for a config of several stages also {"stages": the
-      fields of each}.
+      fields of each}. A distillation's teacher is not read: its FLOPs are not in it.
 
     Raises:
       UserError: the fields can't be combined.

@@ -239,7 +239,7 @@ def test_muon_orthogonalises_each_convolution(variant):
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), of_convnet(variant))
     grads = random_like(params, 1)
     block = optim_block(name="muon", lr=0.1, b1=0.8, b2=0.9, muon_convolutions=True)
-    updates, given = named(updates_of(block, params, grads)), named(grads)
+    updates, raw = named(updates_of(block, params, grads)), named(grads)
     adam = optax.nadam(0.1, b1=0.8, b2=0.9)
     expected = named(adam.update(grads, adam.init(params))[0])
     for name, update in updates.items():
@@ -247,7 +247,7 @@ def test_muon_orthogonalises_each_convolution(variant):
             if not name.startswith("blocks/") and not is_statistic(name):
                 np.testing.assert_allclose(update, expected[name], rtol=1e-4, err_msg=name)
             continue
-        matrix, grad = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (update, given[name]))
+        matrix, grad = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (update, raw[name]))
         values = np.linalg.svd(matrix, compute_uv=False) / (0.02 * max(matrix.shape) ** 0.5)
         assert values.min() > 0.3 and values.max() < 1.3, (name, values)
         left, _, right = np.linalg.svd(grad, full_matrices=False)

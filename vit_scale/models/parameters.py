@@ -20,6 +20,7 @@ MATRICES = {
     r"out/kernel$": ((-3, -2), (-1,)),  # k e d
     r"mlp/(up|gate|down)/kernel$": ((-2,), (-1,)),  # d f, f d
 }
+
 # The convolutions of stems and convnets: all that an output pixel sees, to its channels.
 CONVOLUTIONS = {r"conv[^/]*(/\d+)?/kernel$": ((-4, -3, -2), (-1,))}  # s s i o
 

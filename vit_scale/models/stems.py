@@ -1,10 +1,10 @@
 """Stems of hybrids: the networks before the patch embedding (ViT paper, section 3.1).
 
-C      3x3 convolutions of stride 2 (Xiao et al. 2021)
-CCT    the tokenizer of the Compact Convolutional Transformer (Hassani et al. 2021)
-CNN    convolutions, max pooling, and residual convolutions, as in small CNNs for CIFAR-10
-R20    ResNet-20 without its head (He et al. 2016)
-R, ... BiT's ResNets, those of the published hybrids (bit.py)
+C        3x3 convolutions of stride 2 (Xiao et al. 2021)
+CCT      the tokenizer of the Compact Convolutional Transformer (Hassani et al. 2021)
+CNN      convolutions, max pooling and residual convolutions; not the network `cnn`
+R20      ResNet-20 without its head (He et al. 2016)
+R, ...   BiT's ResNets, those of the published hybrids (bit.py)
 """
 
 import dataclasses
