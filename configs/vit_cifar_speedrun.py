@@ -47,13 +47,14 @@ def patch(cfg):
     cfg.model.update({"variant": "Ti/4", "width": 160, "depth": 6, "heads": 5, "mlp": 320})
     cfg.model.update({"rope": "axial", "qk_norm": "rmsnorm"})
     cfg.model.update({"pool": "gap", "class_token": True})  # which the masked autoencoder has
+    cfg.model.dtype = "bfloat16"
 
 
 def mae(cfg):
     patch(cfg)
     cfg.objective = "mae"
     cfg.mae.update({"width": 64, "depth": 1, "heads": 4})
-    cfg.model.update({"pool": "cls", "class_token": False, "classes": 0})
+    cfg.model.update({"pool": "cls", "class_token": False, "classes": 0, "dtype": "float32"})
     cfg.data.batch = 256
     cfg.optim.update({"lr": 3e-3, "clip": 0.0})
     cfg.augment = base().augment
@@ -63,7 +64,7 @@ def mae(cfg):
 
 def tutorial(cfg):
     cfg.model.update({"variant": "Ti/4", "width": 256, "depth": 6, "heads": 8, "mlp": 512})
-    cfg.model.drop_path = 0.1
+    cfg.model.update({"drop_path": 0.1, "dtype": "bfloat16"})
     cfg.optim.lr = 3e-3
     cfg.augment.cutmix = 0.0  # too few epochs for it to help
 

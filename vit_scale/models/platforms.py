@@ -2,6 +2,7 @@
 
 The choice is made when the program is compiled for a platform, not when it is traced: `plan`
 compiles for TPUs on a machine that has none. Other platforms compute as if there were no choice.
+`cpu_lowerings` changes how a CPU computes primitives, wherever they are called.
 """
 
 import functools
@@ -11,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
-from jax.interpreters import mlir
 from jaxtyping import Array, Float
+
+from vit_scale.models import cpu_lowerings  # noqa: F401 - for all programs of this process
 
 
 def choose(*args: Any, cpu: Callable, others: Callable) -> Any:
@@ -60,9 +61,9 @@ def tokens_times_kernel(
 ) -> Float[Array, "*tokens f"]:
     """Return jax.lax.dot_general of the same arguments: tokens times a kernel.
 
-    On a CPU the kernel's gradient is a product of two matrices: as a sum over images and tokens it
-    makes the MLP a third slower. A TPU would copy the tokens into a matrix. The forward pass is one
-    primitive, which policies of rematerialisation know.
+    On a CPU the kernel's gradient in float32 is a product of two matrices: as a sum over images and
+    tokens it makes the MLP a third slower. A TPU would copy the tokens into a matrix. The forward
+    pass is one primitive, which policies of rematerialisation know.
     """
     assert dimensions == (((x.ndim - 1,), (0,)), ((), ())), dimensions
 
@@ -82,46 +83,9 @@ def tokens_times_kernel(
         return grad_x, grad_kernel
 
     def backward(args, grad):
-        return choose(*args, grad, cpu=by_matrices, others=plain)
+        cpu = by_matrices if x.dtype == jnp.float32 else plain
+        return choose(*args, grad, cpu=cpu, others=plain)
 
     function = jax.custom_vjp(product)
     function.defvjp(lambda *args: (product(*args), args), backward)
     return function(x, kernel)
-
-
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-KEY_PARITY = 0x1BD11BDA
-UNROLL = 2**14  # entries
-
-
-def threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
-    """Return the 20 rounds of Threefry-2x32 (Salmon et al. 2011) of uint32 arrays.
-
-    The bits are JAX's own, which on a CPU are computed in a loop that writes every fourth round to
-    memory. Unrolled, a large draw takes a sixth of the time. A small one stays a loop, because ten
-    times as many operations would take longer to compile.
-    """
-
-    def four_rounds(i, state):
-        x0, x1, (now, later, last), (rotations, next_rotations) = state
-        for rotation in rotations:
-            x0 = x0 + x1
-            x1 = x0 ^ ((x1 << rotation) | (x1 >> (32 - rotation)))
-        x0, x1 = x0 + now, x1 + later + jnp.uint32(i + 1)
-        return x0, x1, (later, last, now), (next_rotations, rotations)
-
-    keys = (key1, key0 ^ key1 ^ jnp.uint32(KEY_PARITY), key0)
-    state = (x0 + key0, x1 + key1, keys, tuple(map(jnp.uint32, ROTATIONS)))
-    if max(x0.size, x1.size) < UNROLL:
-        state = jax.lax.fori_loop(0, 5, four_rounds, state)
-    else:
-        for i in range(5):
-            state = four_rounds(i, state)
-    # Or a draw that is broadcast would be computed anew for each entry.
-    return jax.lax.optimization_barrier(state[:2])
-
-
-# For all programs of this process, initialisation and augmentation among them.
-mlir.register_lowering(
-    threefry2x32_p, mlir.lower_fun(threefry, multiple_results=True), platform="cpu", inline=False
-)

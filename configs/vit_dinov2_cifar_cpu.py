@@ -1,0 +1,31 @@
+"""DINOv2's ViT-S/14 on CIFAR-10 on CPU cores: 6 x 6 tokens of 14 px, in bfloat16.
+
+    vit-scale train --config vit_dinov2_cifar_cpu            # fine-tuned
+    vit-scale train --config vit_dinov2_cifar_cpu:lora       # adapters in attention and MLP
+    vit-scale train --config vit_dinov2_cifar_cpu:random     # the same model from random parameters
+
+As vit_dinov2_cifar: images are enlarged to 84 px on the device, positions go from 37 x 37 to 6 x 6.
+Result: not measured yet.
+"""
+
+from vit_scale.config import load
+
+
+def get_config(start: str = "pretrained"):
+    if start not in ("pretrained", "lora", "random"):
+        raise ValueError(f"no start {start!r}: give pretrained, lora or random")
+    cfg = load("vit_dinov2_cifar")
+    cfg.steps = 3800  # 5 epochs
+    cfg.data.update({"batch": 64, "resolution": 84, "workers": 1})
+    cfg.model.update({"dtype": "bfloat16", "scan": False})
+    cfg.optim.update({"lr": 2e-4, "warmup": 300, "layer_decay": 0.75})
+    cfg.eval.every = 400
+    cfg.checkpoint.every = 200
+    if start == "lora":
+        cfg.lora.update({"rank": 16, "kernels": "kernel$"})
+        cfg.optim.update({"lr": 1e-3, "layer_decay": 1.0})
+    if start == "random":
+        cfg.init.source = ""
+        cfg.optim.update({"lr": 1e-3, "layer_decay": 1.0})
+        cfg.model.layer_scale = 1.0
+    return cfg
