@@ -15,12 +15,12 @@ def get_config(start: str = "pretrained"):
     if start not in ("pretrained", "lora", "random"):
         raise ValueError(f"no start {start!r}: give pretrained, lora or random")
     cfg = load("vit_dinov2_cifar")
-    cfg.steps = 3800  # 5 epochs
+    cfg.steps = 2300  # 3 epochs
     cfg.data.update({"batch": 64, "resolution": 84, "workers": 1})
     cfg.model.update({"dtype": "bfloat16", "scan": False})
-    cfg.optim.update({"lr": 2e-4, "warmup": 300, "layer_decay": 0.75})
-    cfg.eval.every = 400
-    cfg.checkpoint.every = 200
+    cfg.optim.update({"lr": 2e-4, "warmup": 200, "layer_decay": 0.75})
+    cfg.eval.every = 230
+    cfg.checkpoint.every = 230
     if start == "lora":
         cfg.lora.update({"rank": 16, "kernels": "kernel$"})
         cfg.optim.update({"lr": 1e-3, "layer_decay": 1.0})
