@@ -5,6 +5,7 @@ out.
 """
 
 import functools
+import json
 from typing import Any, NamedTuple
 
 from drawing import curves
@@ -23,8 +24,26 @@ class Run(NamedTuple):
     before: str = ""  # the run whose parameters it starts from; its cost is added
 
 
-# By the name of the folder.
-PRETRAINING = {"mae": Run("a masked autoencoder, pretraining for the next", f"{SPEEDRUN}:mae")}
+def compared(model: str, title: str, flags: str = "") -> Run:
+    return Run(title, f"vit-scale train --config compare_architectures:{model}{flags}")
+
+
+def dinov2(title: str, start: str = "") -> Run:
+    source = "" if start == ":random" else " --config.init.source=dinov2-small"
+    return Run(title, f"vit-scale train --config vit_dinov2_cifar_cpu{start}{source}")
+
+
+def transfer(title: str, stage: str, flags: str = "", before: str = "") -> Run:
+    return Run(title, f"vit-scale train --config compare_transfer:{stage}{flags}", before)
+
+
+# By the name of the folder in results/cifar10.
+PRETRAINING = {
+    "mae": Run("a masked autoencoder, pretraining for the next", f"{SPEEDRUN}:mae"),
+    "transfer-pretrain": transfer(
+        "a masked autoencoder on Tiny-ImageNet-200 at 64 px, pretraining for the next", "pretrain"
+    ),
+}
 SCRATCH = {
     "hybrid": Run("ViT on a CNN's features", SPEEDRUN),
     "patch": Run(
@@ -34,22 +53,85 @@ SCRATCH = {
     ),
     "tutorial": Run("the tutorial's ViT, patches of 4 px", f"{SPEEDRUN}:tutorial"),
 }
-GROUPS = {"scratch": SCRATCH}
+TEACHER = " --config.distill.teacher=runs/compare_architectures-cnn"
+GROUPS = {
+    "scratch": SCRATCH,
+    "architectures": {
+        "cnn": compared("cnn", "the slides' CNN"),
+        "resnet": compared("resnet", "ResNet-20"),
+        "hybrid-40": compared("hybrid", "ViT on a CNN's features"),
+        "vit": compared("vit", "ViT, patches of 4 px"),
+        "distilled": compared("distilled", "the same ViT, taught by the CNN", TEACHER),
+    },
+    "transfer": {
+        "transfer-finetune": transfer(
+            "from Tiny-ImageNet-200 at 64 px",
+            "finetune",
+            " --config.init.source=runs/compare_transfer-pretrain",
+            before="transfer-pretrain",
+        ),
+        "transfer-scratch": transfer("from scratch", "scratch"),
+    },
+    "dinov2": {
+        "dinov2": dinov2("fine-tuned"),
+        "lora": dinov2("adapters (LoRA, rank 16) and the head", ":lora"),
+        "random": dinov2("from random parameters", ":random"),
+    },
+}
+PILOT = (
+    f"{SPEEDRUN} --config.steps=1150 --config.optim.warmup=100 --config.augment.cutmix=0"
+    " --config.augment.until=1 --config.eval.every=0 --config.eval.final="
+)
+PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
+    "pilot-cnn4": Run("CNN's features in patches of 4 (chosen)", PILOT),
+    "pilot-cnn8": Run(
+        "in patches of 8, of twice the width",
+        f"{PILOT} --config.model.variant=CNN+Ti/8 --config.model.width=256",
+    ),
+    "patch-cutmix": Run(
+        "ViT, patches of 4 px, without pretraining; stopped",
+        f"{SPEEDRUN}:patch --config.steps=12600 --config.model.class_token=False"
+        " --config.model.dtype=float32",
+    ),
+}
 
 
-def finished(group: dict[str, Run]) -> dict[str, Run]:
+def finished(group: dict[str, Run], file: str = "report.json") -> dict[str, Run]:
     """Return the runs that have a report."""
-    return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / "report.json").exists()}
+    return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / file).exists()}
 
 
 def rows(group: dict[str, Run]) -> list[dict[str, Any]]:
-    return [row(name, run) for name, run in finished(group).items()]
+    """Return the rows of a table. Only runs from scratch have the minutes to an accuracy."""
+    table = [row(name, run) for name, run in finished(group).items()]
+    if group is not SCRATCH:
+        table = [{k: v for k, v in cells.items() if not k.startswith("min to")} for cells in table]
+    return table
 
 
-def commands(group: dict[str, Run]) -> str:
+def pilots() -> list[dict[str, Any]]:
+    """Return a row for each of PILOTS: its last evaluation on the held-out images."""
+    table = []
+    for name, run in finished(PILOTS, "metrics.jsonl").items():
+        lines = (RESULTS / "cifar10" / name / "metrics.jsonl").read_text().splitlines()
+        last = [json.loads(line) for line in lines if '"eval/accuracy"' in line][-1]
+        held = {"accuracy": last["eval/accuracy"], "n": last["eval/n"]}
+        table.append(
+            {
+                "tried": run.title,
+                "steps": last["step"],
+                "CPU min": cpu_minutes(f"cifar10/{name}"),
+                "held-out accuracy": accuracy(held),
+                "n": held["n"],
+            }
+        )
+    return table
+
+
+def commands(group: dict[str, Run], file: str = "report.json") -> str:
     """Return a block of code, each command after its row's title."""
     runs = []
-    for run in finished(group).values():
+    for run in finished(group, file).values():
         runs += [PRETRAINING[run.before], run] if run.before else [run]
     lines = [f"# {run.title}\n{fold(run.command)}" for run in runs]
     return "\n".join(["```bash", *lines, "```"])
@@ -123,6 +205,8 @@ def scratch_curves() -> str:
 
 
 TABLES = {f"cifar10 {name}": functools.partial(rows, runs) for name, runs in GROUPS.items()}
+TABLES["cifar10 pilots"] = pilots
 COMMANDS = {
     f"commands cifar10 {name}": functools.partial(commands, runs) for name, runs in GROUPS.items()
 }
+COMMANDS["commands cifar10 pilots"] = functools.partial(commands, PILOTS, "metrics.jsonl")

@@ -41,6 +41,7 @@ def show(what: str) -> str:
 
 METHODS = {
     "supervised": "supervised, 200 classes",
+    "fractals": "supervised, fractals of 1,000 classes",
     "mae": "MAE",
     "dino": "DINO",
     "ibot": "DINO and iBOT",

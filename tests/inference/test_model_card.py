@@ -164,6 +164,40 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
+def test_one_file_has_a_card_if_asked(tmp_path):
+    run, file = a_run(tmp_path / "run"), tmp_path / "tiny.safetensors"
+    lines = export(run, "safetensors", file, licence="mit", dtype="float16", card=True)
+    assert lines[-1].startswith(f"{tmp_path}/tiny.md: ")
+    _, metadata, text = (tmp_path / "tiny.md").read_text().split("---\n", 2)
+    content = yaml.safe_load(metadata)
+    assert (content["license"], content["library_name"]) == ("mit", "vit_scale")
+    assert len(set(content["tags"])) == len(content["tags"])
+    assert content["model-index"][0]["name"] == "tiny"
+    assert "rounded to float16" in text
+    assert "vit-scale predict tiny.safetensors image.jpg" in text
+    assert 'vit_scale.load("tiny.safetensors")' in text
+    assert "timm" not in text
+
+    export(run, "safetensors", tmp_path / "plain.safetensors", card=True)
+    assert "rounded" not in (tmp_path / "plain.md").read_text()
+    export(run, "safetensors", tmp_path / "bare.safetensors")
+    assert not (tmp_path / "bare.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "line"),
+    [
+        ("jax", {"card": True}, "--card is for the format safetensors, not jax, which has none"),
+        ("safetensors-timm", {"card": True}, "not safetensors-timm, whose folder has one anyway"),
+        ("safetensors", {"licence": "mit"}, "--license is for model cards: add --card"),
+        ("jax", {"licence": "mit"}, "--license is for the formats safetensors-*, not jax"),
+    ],
+)
+def test_cards_that_no_export_has_are_refused(tmp_path, kind, flags, line):
+    with pytest.raises(UserError, match=re.escape(line)):
+        export(a_run(tmp_path / "run"), kind, tmp_path / "out.safetensors", **flags)
+
+
 def test_the_model_that_training_began_from(hub, tmp_path):
     """Also through a run in between; its licence, unless another is given."""
     run = a_run(tmp_path / "between")

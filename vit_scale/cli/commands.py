@@ -279,7 +279,7 @@ def export(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "export")
     push = (args.push, args.private, args.license)
-    lines = export(args.run, args.format, args.out, *push, dtype=args.dtype)
+    lines = export(args.run, args.format, args.out, *push, dtype=args.dtype, card=args.card)
     print("\n".join(lines))
 
 

@@ -22,7 +22,7 @@ from vit_scale.config import image_size
 from vit_scale.data import are_files
 from vit_scale.data.targets import CLASSES, VALUE
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.inference.model_card import model_card
+from vit_scale.inference.model_card import OWN, model_card
 from vit_scale.inference.predictor import Predictor, decode_size, load
 from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack, without_layer_scale
@@ -68,6 +68,7 @@ def export(
     private: bool = False,
     licence: str = "",
     dtype: str = "float32",
+    card: bool = False,
 ) -> list[str]:
     """Write the model of `run` to `out`; return lines on how to load it, and on what differs.
 
@@ -77,8 +78,9 @@ def export(
       out: a folder, or a file for `safetensors`, `npz` and `jax`.
       push: ORG/NAME of a repository on the Hugging Face Hub, to which the folder is uploaded.
       private: whether only its owners see the repository.
-      licence: identifier for the model card of a folder, such as apache-2.0.
+      licence: identifier for the model card, such as apache-2.0.
       dtype: of the parameters in the one file of `safetensors`: float32, float16 or bfloat16.
+      card: whether to write a model card beside the one file; folders always have one.
 
     Raises:
       UserError: for an unknown `kind`, a model that the format can't express, a path that can't be
@@ -86,14 +88,14 @@ def export(
     """
     if kind not in (FILE, *EXPORTERS):
         raise UserError(f"--format {kind!r} is unknown; {nearest(kind, (FILE, *EXPORTERS))}", USAGE)
-    _check_flags(kind, push, private, licence, dtype)
+    _check_flags(kind, push, private, licence, dtype, card)
     path = paths.parse(out)
     if paths.in_bucket(path):
         raise UserError(f"--out {out} is in a bucket: export to a local path, then copy it")
     with user_errors(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == FILE:
-            return _export_file(run, path, dtype)
+            return _export_file(run, path, dtype, card, licence)
         exported = EXPORTERS[kind](run, path)
         if isinstance(exported, list):
             return exported
@@ -122,13 +124,19 @@ def _outputs(cfg: ConfigDict) -> list[str]:
     return lines
 
 
-def _check_flags(kind: str, push: str, private: bool, licence: str, dtype: str) -> None:
+def _check_flags(kind: str, push: str, private: bool, licence: str, dtype: str, card: bool) -> None:
     """Raise UserError for flags that don't apply, and where a push can't work."""
     model_file.check_dtype(dtype)
     if dtype != "float32" and kind != FILE:
         raise UserError(f"--dtype is for the format {FILE}, not {kind}", USAGE)
-    flags = {"--push": push, "--license": licence}
-    if not kind.startswith(f"{FILE}-") and (given := [flag for flag in flags if flags[flag]]):
+    folder = kind.startswith(f"{FILE}-")
+    if card and kind != FILE:
+        why = "whose folder has one anyway" if folder else "which has none"
+        raise UserError(f"--card is for the format {FILE}, not {kind}, {why}", USAGE)
+    if licence and kind == FILE and not card:
+        raise UserError("--license is for model cards: add --card", USAGE)
+    flags = {"--push": push, "--license": "" if card else licence}
+    if not folder and (given := [flag for flag in flags if flags[flag]]):
         raise UserError(f"{given[0]} is for the formats safetensors-*, not {kind}", USAGE)
     if private and not push:
         raise UserError("--private is of a repository: give --push ORG/NAME too", USAGE)
@@ -235,7 +243,9 @@ def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
     return lines
 
 
-def _export_file(run: str | os.PathLike, file: pathlib.Path, dtype: str) -> list[str]:
+def _export_file(
+    run: str | os.PathLike, file: pathlib.Path, dtype: str, card: bool, licence: str
+) -> list[str]:
     """Write a model as one file, which `vit-scale` takes wherever it takes a run."""
     if file.suffix != ".safetensors":
         raise UserError(f"--out {file} must end in .safetensors")
@@ -249,7 +259,13 @@ def _export_file(run: str | os.PathLike, file: pathlib.Path, dtype: str) -> list
     }
     model_file.write_model(file, loaded.params, loaded.cfg, description, dtype)
     size = file.stat().st_size / 1e6
-    return [f"{file}: {size:.1f} MB, parameters in {dtype}; vit-scale predict {file} IMAGE"]
+    lines = [f"{file}: {size:.1f} MB, parameters in {dtype}; vit-scale predict {file} IMAGE"]
+    if card:
+        rounded = [] if dtype == "float32" else [f"the file's parameters are rounded to {dtype}"]
+        text = model_card(loaded, OWN, licence, file.name, rounded)
+        files.write(file.with_suffix(".md"), text.encode())
+        lines.append(f"{file.with_suffix('.md')}: its model card")
+    return lines
 
 
 def _export_jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:

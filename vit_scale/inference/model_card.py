@@ -5,16 +5,14 @@ Paths of the machine that trained stay out of it.
 """
 
 import pathlib
-import re
-import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import yaml
 
-from vit_scale import checkpoint, config
+from vit_scale import checkpoint
 from vit_scale.config import image_size
-from vit_scale.errors import printable
+from vit_scale.inference.card_recipe import on_hub, recipe, table
 from vit_scale.models.parameters import count
 from vit_scale.pretrained import Pretrained, hub
 from vit_scale.pretrained.model_file import without_folder
@@ -23,6 +21,7 @@ from vit_scale.runs.report import NAMES, format_name, format_value
 from vit_scale.storage import paths
 
 UNKNOWN = "unknown"  # a licence's name on the Hub
+OWN = "vit_scale"  # the library that reads the one file
 LOADERS = {
     "timm": 'import timm\n\nmodel = timm.create_model("{timm}", pretrained=True).eval()',
     "transformers": "from transformers import AutoImageProcessor, AutoModelForImageClassification\n"
@@ -30,13 +29,6 @@ LOADERS = {
     'model = AutoModelForImageClassification.from_pretrained("{path}")',
 }
 OURS = 'import vit_scale\n\nmodel = vit_scale.load("{ours}")\nprint(model.top("image.jpg"))'
-# Fields of where a run executes and what it writes; and those whose paths are of one machine.
-PUBLIC = (paths.HUB, "https://", "http://")
-LEFT_OUT = (
-    *("stages", "log.", "checkpoint.", "watchdog.", "mesh.", "data.workers", "data.threads"),
-    *config.FROM_DATA,
-)
-PATHS = {"data.path": "DATA", "init.source": "SOURCE", "distill.teacher": "TEACHER"}
 
 
 class Result(NamedTuple):
@@ -61,17 +53,17 @@ def model_card(
 
     Args:
       loaded: the exported model.
-      library: `timm` or `transformers`, which can load the export.
+      library: `timm` or `transformers`, which can load the export; `vit_scale` for its one file.
       licence: the weights' licence; by default that of the model on the Hub that training began
         from, or unknown.
-      repository: ORG/NAME of the export on the Hub, if it goes there.
+      repository: ORG/NAME of the export on the Hub, if it goes there; the name of the one file.
       differences: lines on what the library computes otherwise.
     """
     run, description, report = _recorded(loaded)
     origins = _origins(loaded, run, description.get("cwd", ""))
     base = next((one for one in origins if one.startswith(paths.HUB)), "")
     named = repository or description.get("name") or _repository(base) or loaded.path.stem
-    name = named.rpartition("/")[2]
+    name = named.rpartition("/")[2].removesuffix(".safetensors")
     results = _results(loaded, report)
     task = "image-classification" if loaded.classes else "image-feature-extraction"
     stated = licence.lower() or (hub.licence(base) if base else "") or UNKNOWN
@@ -79,7 +71,7 @@ def model_card(
         "license": stated,
         "library_name": library,
         "pipeline_tag": task,
-        "tags": [task, "vision-transformer", "vit_scale", library],
+        "tags": list(dict.fromkeys([task, "vision-transformer", "vit_scale", library])),
         **_hub_datasets(loaded),
         **({"base_model": _repository(base)} if base else {}),
         **_model_index(name, loaded, results),
@@ -90,7 +82,7 @@ def model_card(
         f"# {name}",
         _architecture(loaded),
         _data(description),
-        _recipe(loaded, description, origins),
+        recipe(loaded, description, origins),
         _results_section(loaded, results, differences),
         _licence_section(stated, licence, base),
         _loading(library, repository),
@@ -150,13 +142,8 @@ def _hub_datasets(loaded: Pretrained) -> dict[str, list[str]]:
     names = [f"{loaded.cfg.data.name}:{loaded.cfg.data.path}"]
     if loaded.cfg.data.mixture:
         names = [entry for entry, _ in loaded.cfg.data.mixture]
-    sets = [one.removeprefix("huggingface:").partition("@")[0] for one in names if _on_hub(one)]
+    sets = [one.removeprefix("huggingface:").partition("@")[0] for one in names if on_hub(one)]
     return {"datasets": sets} if sets and loaded.data else {}
-
-
-def _on_hub(entry: str) -> bool:
-    kind, _, path = entry.partition(":")
-    return kind == "huggingface" and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", path))
 
 
 def _repository(address: str) -> str:
@@ -206,7 +193,7 @@ def _architecture(loaded: Pretrained) -> str:
     }
     kind = "An image classifier" if classes else "A backbone without a head"
     made = "trained" if loaded.data else "converted"
-    return f"{kind}, {made} with vit_scale.\n\n{_table(('', ''), rows.items())}"
+    return f"{kind}, {made} with vit_scale.\n\n{table(('', ''), rows.items())}"
 
 
 def _data(description: dict) -> str:
@@ -224,84 +211,7 @@ def _data(description: dict) -> str:
     if any(prints):
         heads.append("fingerprint of names and labels")
         rows = [[*row, one] for row, one in zip(rows, prints, strict=True)]
-    return f"## Data\n\n{_table(heads, rows)}"
-
-
-def _recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str:
-    if not loaded.data:
-        source = f"the weights are those of `{_public(origins[0])}`" if origins else "not recorded"
-        return f"## Training\n\nNot trained by vit_scale: {source}."
-    cfg, images = loaded.cfg, loaded.data["images"]
-    defaults, fields = config.fields(config.base()), config.fields(cfg)
-    augment = [
-        f"{name.partition('.')[2]} {value}"
-        for name, value in fields.items()
-        if name.startswith("augment.") and value != defaults[name]
-    ]
-    at = "" if loaded.step == cfg.steps else f"; exported after step {loaded.step:,}"
-    epochs = "" if cfg.data.mixture else f", {cfg.steps * cfg.data.batch / images:,.1f} epochs"
-    rows = {
-        "began from": " from ".join(f"`{_public(one)}`" for one in origins) or "random parameters",
-        "objective": f"{cfg.objective}, {cfg.loss} loss",
-        "optimizer": f"{cfg.optim.name}, weight decay {cfg.optim.weight_decay:g}, "
-        f"gradients clipped at {cfg.optim.clip:g}",
-        "learning rate": f"{cfg.optim.lr:g}, {cfg.optim.schedule}, {cfg.optim.warmup:,} steps of "
-        "warm-up",
-        "steps": f"{cfg.steps:,} of {cfg.data.batch:,} images{epochs}{at}",
-        "augmentation": ", ".join(augment) or "none",
-        "average of the weights": f"decay {cfg.optim.ema:g}" if cfg.optim.ema else "none",
-        **_machine(description),
-    }
-    table = _table(("", ""), [(key, value) for key, value in rows.items() if value])
-    return f"## Training\n\n{table}\n\n{_command(cfg, description)}"
-
-
-def _machine(description: dict) -> dict[str, str]:
-    devices, git = description.get("devices"), description.get("git") or {}
-    versions = description.get("versions", {})
-    commit = git.get("commit", "") and f", commit {git['commit'][:12]}"
-    changed = ", with changes" if git.get("dirty") else ""
-    return {
-        "devices": f"{devices['count']} x {devices['kind']}, hosts: {devices['hosts']}"
-        if devices
-        else "",
-        "versions": f"vit_scale {versions['vit_scale']}{commit}{changed}, jax {versions['jax']}"
-        if "vit_scale" in versions
-        else "",
-    }
-
-
-def _public(source: str) -> str:
-    """The name of a source: an address as it is, of a path the last part."""
-    return source if source.startswith(PUBLIC) else pathlib.PurePath(source).name
-
-
-def _command(cfg: Any, description: dict) -> str:
-    """The command that trains this config: every field that is not the schema's default."""
-    defaults, words = config.fields(config.base()), []
-    for name, value in config.fields(cfg).items():
-        if value == defaults[name] or name.startswith(LEFT_OUT):
-            continue
-        words.append(shlex.quote(f"--config.{name}={_shareable(cfg, name, value)}"))
-    lines = " \\\n    ".join(["vit-scale train --config configs/base.py", *words])
-    stands = [word for word in PATHS.values() if re.search(rf"\b{word}\b", lines)]
-    note = f" {', '.join(stands)}: paths of the machine that trained." if stands else ""
-    return (
-        f"The run was `{description.get('name')}`. From a clone of vit_scale, this command repeats "
-        f"it, up to rounding on other devices.{note}\n\n```bash\n{lines}\n```"
-    )
-
-
-def _shareable(cfg: Any, name: str, value: Any) -> Any:
-    """A field's value, where a path on the machine that trained is only named."""
-    if name == "data.mixture":
-        return tuple(
-            (one if _on_hub(one) or ":" not in one else f"{one.partition(':')[0]}:DATA", weight)
-            for one, weight in value
-        )
-    on_hub = name == "data.path" and _on_hub(f"{cfg.data.name}:{value}")
-    public = on_hub or str(value).startswith(PUBLIC)
-    return PATHS[name] if name in PATHS and value and not public else value
+    return f"## Data\n\n{table(heads, rows)}"
 
 
 def _results_section(
@@ -313,7 +223,7 @@ def _results_section(
     ]
     main = format_name(results[0].name if results else "accuracy")
     heads = ("step", "split", main, "n", "")
-    text = _table(heads, rows) + "\n\nMeasured by vit_scale. " if rows else ""
+    text = table(heads, rows) + "\n\nMeasured by vit_scale. " if rows else ""
     if all(one.step != loaded.step for one in results):
         text += f"The {main} of the exported parameters, step {loaded.step:,}, was not measured. "
     else:
@@ -334,6 +244,9 @@ def _licence_section(stated: str, licence: str, base: str) -> str:
 
 
 def _loading(library: str, repository: str) -> str:
+    if library == OWN:
+        command = f"```bash\nvit-scale predict {repository} image.jpg\n```"
+        return f"## Use\n\n{command}\n\n```python\n{OURS.format(ours=repository)}\n```"
     path = repository or "PATH/OF/THIS/FOLDER"
     fields = {
         "path": path,
@@ -342,12 +255,3 @@ def _loading(library: str, repository: str) -> str:
     }
     blocks = [f"```python\n{text.format(**fields)}\n```" for text in (LOADERS[library], OURS)]
     return "## Use\n\n" + "\n\n".join(blocks)
-
-
-def _table(heads: Sequence[str], rows: Any) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|")

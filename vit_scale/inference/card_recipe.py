@@ -1,0 +1,114 @@
+"""The part of a model card on training: what a run began from, how it learned, and its command."""
+
+import pathlib
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from vit_scale import config
+from vit_scale.errors import printable
+from vit_scale.pretrained import Pretrained
+from vit_scale.storage import paths
+
+# Fields of where a run executes and what it writes; and those whose paths are of one machine.
+PUBLIC = (paths.HUB, "https://", "http://")
+LEFT_OUT = (
+    *("stages", "log.", "checkpoint.", "watchdog.", "mesh.", "data.workers", "data.threads"),
+    *config.FROM_DATA,
+)
+PATHS = {"data.path": "DATA", "init.source": "SOURCE", "distill.teacher": "TEACHER"}
+
+
+def recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str:
+    """Return the section on training, from run.json and what training began from, latest first."""
+    if not loaded.data:
+        source = f"the weights are those of `{_public(origins[0])}`" if origins else "not recorded"
+        return f"## Training\n\nNot trained by vit_scale: {source}."
+    cfg, images = loaded.cfg, loaded.data["images"]
+    defaults, fields = config.fields(config.base()), config.fields(cfg)
+    augment = [
+        f"{name.partition('.')[2]} {value}"
+        for name, value in fields.items()
+        if name.startswith("augment.") and value != defaults[name]
+    ]
+    at = "" if loaded.step == cfg.steps else f"; exported after step {loaded.step:,}"
+    epochs = "" if cfg.data.mixture else f", {cfg.steps * cfg.data.batch / images:,.1f} epochs"
+    rows = {
+        "began from": " from ".join(f"`{_public(one)}`" for one in origins) or "random parameters",
+        "objective": f"{cfg.objective}, {cfg.loss} loss",
+        "optimizer": f"{cfg.optim.name}, weight decay {cfg.optim.weight_decay:g}, "
+        f"gradients clipped at {cfg.optim.clip:g}",
+        "learning rate": f"{cfg.optim.lr:g}, {cfg.optim.schedule}, {cfg.optim.warmup:,} steps of "
+        "warm-up",
+        "steps": f"{cfg.steps:,} of {cfg.data.batch:,} images{epochs}{at}",
+        "augmentation": ", ".join(augment) or "none",
+        "average of the weights": f"decay {cfg.optim.ema:g}" if cfg.optim.ema else "none",
+        **_machine(description),
+    }
+    recorded = table(("", ""), [(key, value) for key, value in rows.items() if value])
+    return f"## Training\n\n{recorded}\n\n{_command(cfg, description)}"
+
+
+def _machine(description: dict) -> dict[str, str]:
+    devices, git = description.get("devices"), description.get("git") or {}
+    versions = description.get("versions", {})
+    commit = git.get("commit", "") and f", commit {git['commit'][:12]}"
+    changed = ", with changes" if git.get("dirty") else ""
+    return {
+        "devices": f"{devices['count']} x {devices['kind']}, hosts: {devices['hosts']}"
+        if devices
+        else "",
+        "versions": f"vit_scale {versions['vit_scale']}{commit}{changed}, jax {versions['jax']}"
+        if "vit_scale" in versions
+        else "",
+    }
+
+
+def _public(source: str) -> str:
+    """The name of a source: an address as it is, of a path the last part."""
+    return source if source.startswith(PUBLIC) else pathlib.PurePath(source).name
+
+
+def _command(cfg: Any, description: dict) -> str:
+    """The command that trains this config: every field that is not the schema's default."""
+    defaults, words = config.fields(config.base()), []
+    for name, value in config.fields(cfg).items():
+        if value == defaults[name] or name.startswith(LEFT_OUT):
+            continue
+        words.append(shlex.quote(f"--config.{name}={_shareable(cfg, name, value)}"))
+    lines = " \\\n    ".join(["vit-scale train --config configs/base.py", *words])
+    stands = [word for word in PATHS.values() if re.search(rf"\b{word}\b", lines)]
+    note = f" {', '.join(stands)}: paths of the machine that trained." if stands else ""
+    return (
+        f"The run was `{description.get('name')}`. From a clone of vit_scale, this command repeats "
+        f"it, up to rounding on other devices.{note}\n\n```bash\n{lines}\n```"
+    )
+
+
+def _shareable(cfg: Any, name: str, value: Any) -> Any:
+    """A field's value, where a path on the machine that trained is only named."""
+    if name == "data.mixture":
+        return tuple(
+            (one if on_hub(one) or ":" not in one else f"{one.partition(':')[0]}:DATA", weight)
+            for one, weight in value
+        )
+    public = name == "data.path" and on_hub(f"{cfg.data.name}:{value}")
+    public = public or str(value).startswith(PUBLIC)
+    return PATHS[name] if name in PATHS and value and not public else value
+
+
+def on_hub(entry: str) -> bool:
+    """Whether KIND:PATH is a set on the Hugging Face Hub."""
+    kind, _, path = entry.partition(":")
+    return kind == "huggingface" and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", path))
+
+
+def table(heads: Sequence[str], rows: Any) -> str:
+    """Return a table in Markdown; cells are printable."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("|", "\\|")
