@@ -8,8 +8,8 @@
         --config.distill.teacher=runs/compare_architectures-cnn
 
 The models are those of vit_cifar_speedrun, cnn_cifar and resnet_cifar; all learn by Muon, from
-crops and flips, in bfloat16. The last one is that ViT, taught by the CNN for as many minutes of its
-own.
+crops and flips, in bfloat16. The last one is that ViT with
+the trained CNN as its teacher, whose 40 minutes come on top.
 Result: not measured yet.
 """
 

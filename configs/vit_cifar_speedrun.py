@@ -1,4 +1,4 @@
-"""CIFAR-10 from scratch in 150 minutes on two CPU cores: small ViTs trained by Muon.
+"""CIFAR-10 from scratch in at most 150 minutes on two CPU cores: small ViTs trained by Muon.
 
     vit-scale train --config vit_cifar_speedrun            # a ViT on a CNN's features
     vit-scale train --config vit_cifar_speedrun:tutorial   # the ViT of vit_tutorial_cifar
@@ -10,7 +10,8 @@
 
 The learning rate falls linearly to 0. For three quarters of the steps images are mixed by CutMix
 (hybrid, patch) and changed by AutoAugment's policy for CIFAR-10 (patch, tutorial); after that only
-cropped and flipped. Hybrid and patch have rotary positions, and normalised queries and keys.
+cropped and flipped. Hybrid and patch have rotary positions besides learned ones, and normalised
+queries and keys. Patch and tutorial compute in bfloat16, the others in float32.
 Result: not measured yet.
 """
 

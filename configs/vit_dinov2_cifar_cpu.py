@@ -2,9 +2,10 @@
 
     vit-scale train --config vit_dinov2_cifar_cpu            # fine-tuned
     vit-scale train --config vit_dinov2_cifar_cpu:lora       # adapters in attention and MLP
-    vit-scale train --config vit_dinov2_cifar_cpu:random     # the same model from random parameters
+    vit-scale train --config vit_dinov2_cifar_cpu:random     # from random parameters
 
-As vit_dinov2_cifar: images are enlarged to 84 px on the device, positions go from 37 x 37 to 6 x 6.
+As vit_dinov2_cifar, but 84 px and 3 epochs, 80 minutes of CPU time where the processor has bfloat16
+instructions. Random parameters have layer scales of 1, as adapted to trained blocks they are not.
 Result: not measured yet.
 """
 

@@ -6,6 +6,7 @@ out.
 
 import functools
 import json
+import re
 from typing import Any, NamedTuple
 
 from drawing import curves
@@ -29,7 +30,7 @@ def compared(model: str, title: str, flags: str = "") -> Run:
 
 
 def dinov2(title: str, start: str = "") -> Run:
-    source = "" if start == ":random" else " --config.init.source=dinov2-small"
+    source = "" if start == ":random" else " --config.init.source=DIR"
     return Run(title, f"vit-scale train --config vit_dinov2_cifar_cpu{start}{source}")
 
 
@@ -61,7 +62,7 @@ GROUPS = {
         "resnet": compared("resnet", "ResNet-20"),
         "hybrid-40": compared("hybrid", "ViT on a CNN's features"),
         "vit": compared("vit", "ViT, patches of 4 px"),
-        "distilled": compared("distilled", "the same ViT, taught by the CNN", TEACHER),
+        "distilled": compared("distilled", "the same ViT, taught by that CNN", TEACHER),
     },
     "transfer": {
         "transfer-finetune": transfer(
@@ -81,6 +82,7 @@ GROUPS = {
 PILOT = (
     f"{SPEEDRUN} --config.steps=1150 --config.optim.warmup=100 --config.augment.cutmix=0"
     " --config.augment.until=1 --config.eval.every=0 --config.eval.final="
+    " --config.checkpoint.every=300"
 )
 PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
     "pilot-cnn4": Run("CNN's features in patches of 4 (chosen)", PILOT),
@@ -89,38 +91,39 @@ PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
         f"{PILOT} --config.model.variant=CNN+Ti/8 --config.model.width=256",
     ),
     "patch-cutmix": Run(
-        "ViT, patches of 4 px, without pretraining; stopped",
-        f"{SPEEDRUN}:patch --config.steps=12600 --config.model.class_token=False"
+        "ViT, patches of 4 px, without pretraining, stopped at a seventh of 12,600 steps",
+        f"{SPEEDRUN}:patch --until 1800 --config.steps=12600 --config.model.class_token=False"
         " --config.model.dtype=float32",
     ),
 }
 
 
-def finished(group: dict[str, Run], file: str = "report.json") -> dict[str, Run]:
-    """Return the runs that have a report."""
+def finished(group: dict[str, Run]) -> dict[str, Run]:
+    """Return the runs that have a report, and the pilots that were evaluated."""
+    file = "metrics.jsonl" if group is PILOTS else "report.json"
     return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / file).exists()}
 
 
 def rows(group: dict[str, Run]) -> list[dict[str, Any]]:
-    """Return the rows of a table. Only runs from scratch have the minutes to an accuracy."""
-    table = [row(name, run) for name, run in finished(group).items()]
-    if group is not SCRATCH:
-        table = [{k: v for k, v in cells.items() if not k.startswith("min to")} for cells in table]
-    return table
+    return [row(name, run, timed=group is SCRATCH) for name, run in finished(group).items()]
 
 
 def pilots() -> list[dict[str, Any]]:
-    """Return a row for each of PILOTS: its last evaluation on the held-out images."""
+    """Return a row for each of PILOTS: its last evaluation on the held-out images, and its cost."""
     table = []
-    for name, run in finished(PILOTS, "metrics.jsonl").items():
-        lines = (RESULTS / "cifar10" / name / "metrics.jsonl").read_text().splitlines()
-        last = [json.loads(line) for line in lines if '"eval/accuracy"' in line][-1]
+    for name, run in finished(PILOTS).items():
+        folder = RESULTS / "cifar10" / name
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        *_, last = (line for line in lines if "eval/accuracy" in line)
         held = {"accuracy": last["eval/accuracy"], "n": last["eval/n"]}
+        goodput = read(f"cifar10/{name}", "goodput.json")
+        share = last["step"] / goodput["attempts"][-1]["step"]  # of a stopped run's steps
         table.append(
             {
                 "tried": run.title,
+                "parameters": parameters(name),
                 "steps": last["step"],
-                "CPU min": cpu_minutes(f"cifar10/{name}"),
+                "CPU min": share * cpu_minutes(f"cifar10/{name}"),
                 "held-out accuracy": accuracy(held),
                 "n": held["n"],
             }
@@ -128,10 +131,18 @@ def pilots() -> list[dict[str, Any]]:
     return table
 
 
-def commands(group: dict[str, Run], file: str = "report.json") -> str:
+def parameters(name: str) -> int:
+    """Return the number of a run's parameters; of a stopped run, from the table in its run.json."""
+    if (RESULTS / "cifar10" / name / "report.json").exists():
+        return read(f"cifar10/{name}")["parameters"]
+    (total,) = re.findall(r"Total: ([\d,]+)", read(f"cifar10/{name}", "run.json")["parameters"])
+    return int(total.replace(",", ""))
+
+
+def commands(group: dict[str, Run]) -> str:
     """Return a block of code, each command after its row's title."""
     runs = []
-    for run in finished(group, file).values():
+    for run in finished(group).values():
         runs += [PRETRAINING[run.before], run] if run.before else [run]
     lines = [f"# {run.title}\n{fold(run.command)}" for run in runs]
     return "\n".join(["```bash", *lines, "```"])
@@ -165,8 +176,8 @@ def cost(name: str) -> Cost:
     return Cost(report["step"] * batch, report["flops"], cpu_minutes(f"cifar10/{name}"))
 
 
-def row(name: str, run: Run) -> dict[str, Any]:
-    """Return a row of a table, with the cost of the run before; times are of our runs only."""
+def row(name: str, run: Run, timed: bool) -> dict[str, Any]:
+    """Return a row of a table, with the cost of the run before; `timed` adds times, of our runs."""
     report, parts = read(f"cifar10/{name}"), [cost(n) for n in (run.before, name) if n]
     flops = [part.flops for part in parts]
     return {
@@ -177,7 +188,11 @@ def row(name: str, run: Run) -> dict[str, Any]:
         "CPU min": sum(part.minutes for part in parts),
         "accuracy": accuracy(report["eval"]),
         "n": report["eval"]["n"],
-        **{f"min to {100 * share:.0f} %": minutes_to(name, run, share) for share in REACHED},
+        **{
+            f"min to {100 * share:.0f} %": minutes_to(name, run, share)
+            for share in REACHED
+            if timed
+        },
     }
 
 
@@ -209,4 +224,4 @@ TABLES["cifar10 pilots"] = pilots
 COMMANDS = {
     f"commands cifar10 {name}": functools.partial(commands, runs) for name, runs in GROUPS.items()
 }
-COMMANDS["commands cifar10 pilots"] = functools.partial(commands, PILOTS, "metrics.jsonl")
+COMMANDS["commands cifar10 pilots"] = functools.partial(commands, PILOTS)

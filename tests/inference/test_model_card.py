@@ -9,12 +9,20 @@ import pytest
 import yaml
 
 from tests.helpers import fake_hub
-from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, write_run
+from tests.helpers.tiny import (
+    CLASSES,
+    convnet_config,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
 from vit_scale import cli, config, pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.cli.parser import split_overrides
 from vit_scale.errors import UserError
 from vit_scale.inference.export import export
+from vit_scale.models.build import build
 from vit_scale.runs.json_files import write_json
 
 SETS = {
@@ -173,7 +181,7 @@ def test_one_file_has_a_card_if_asked(tmp_path):
     assert (content["license"], content["library_name"]) == ("mit", "vit_scale")
     assert len(set(content["tags"])) == len(content["tags"])
     assert content["model-index"][0]["name"] == "tiny"
-    assert "rounded to float16" in text
+    assert "in float32, before the parameters were rounded to float16." in text
     assert "vit-scale predict tiny.safetensors image.jpg" in text
     assert 'vit_scale.load("tiny.safetensors")' in text
     assert "timm" not in text
@@ -184,13 +192,56 @@ def test_one_file_has_a_card_if_asked(tmp_path):
     assert not (tmp_path / "bare.md").exists()
 
 
+def test_a_convolutional_network_has_a_card(tmp_path):
+    cfg = convnet_config("resnet20")
+    params = random_params(build(cfg.model, config.image_size(cfg)))
+    write_run(tmp_path / "run", cfg, params, 10)
+    arguments = ["--format", "safetensors", "--out", str(tmp_path / "my net.safetensors"), "--card"]
+    assert cli.main(["export", str(tmp_path / "run"), *arguments]) == 0
+    text = (tmp_path / "my net.md").read_text()
+    assert rows(text)["architecture"] == ["convolutional network, resnet20"]
+    assert re.fullmatch(r"\d+ x \d+ px", rows(text)["input"][0])
+    assert "ision" not in text and "patches" not in text
+    assert "vit-scale predict 'my net.safetensors' image.jpg" in text
+
+
+def test_the_card_of_a_file_leaves_out_what_the_file_left_out(tmp_path):
+    """A file has no paths, so what its model began from is not known."""
+    source = a_run(tmp_path / "source")
+    run = a_run(tmp_path / "run", f"init.source={source}")
+    export(run, "safetensors", tmp_path / "one.safetensors", card=True)
+    assert rows((tmp_path / "one.md").read_text())["began from"] == ["`source`"]
+    export(tmp_path / "one.safetensors", "safetensors", tmp_path / "two.safetensors", card=True)
+    text = (tmp_path / "two.md").read_text()
+    assert "random parameters" not in text and "None" not in text
+    assert "vit-scale train" not in text and "doesn't say what it began from" in text
+
+
+def test_a_card_replaces_nothing_but_a_card(tmp_path):
+    run, notes, file = a_run(tmp_path / "run"), tmp_path / "a.md", tmp_path / "a.safetensors"
+    notes.write_text("my notes")
+    with pytest.raises(UserError, match=re.escape(f"--card would replace {notes}, which isn't")):
+        export(run, "safetensors", file, card=True)
+    assert notes.read_text() == "my notes" and not file.exists()
+    notes.unlink()
+    for licence in ("mit", "cc0-1.0"):
+        export(run, "safetensors", file, licence=licence, card=True)
+        assert f"license: {licence}\n" in notes.read_text()
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "line"),
     [
         ("jax", {"card": True}, "--card is for the format safetensors, not jax, which has none"),
         ("safetensors-timm", {"card": True}, "not safetensors-timm, whose folder has one anyway"),
         ("safetensors", {"licence": "mit"}, "--license is for model cards: add --card"),
-        ("jax", {"licence": "mit"}, "--license is for the formats safetensors-*, not jax"),
+        ("safetensors", {"card": True, "push": "a/b"}, "--push is for the formats"),
+        ("safetensors", {"card": True, "private": True}, "--private is of a repository"),
+        (
+            "jax",
+            {"licence": "mit"},
+            "--license is for the formats safetensors-timm, safetensors-hf, not jax",
+        ),
     ],
 )
 def test_cards_that_no_export_has_are_refused(tmp_path, kind, flags, line):
@@ -255,8 +306,8 @@ def test_pushes_that_are_refused_before_exporting(hub, tmp_path, monkeypatch):
     refuse = lambda **named: refusal(run, out, **named)  # noqa: E731
     assert refuse(push="new") == "--push 'new' is not the name of a repository: ORG/NAME"
     assert refuse(private=True) == "--private is of a repository: give --push ORG/NAME too"
-    assert "--push is for the formats safetensors-*" in refuse(kind="npz", push="org/new")
-    assert "--license is for the formats safetensors-*" in refuse(kind="jax", licence="mit")
+    assert "--push is for the formats safetensors-timm, " in refuse(kind="npz", push="org/new")
+    assert "--license is for the formats safetensors-timm, " in refuse(kind="jax", licence="mit")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "needs a network, and HF_HUB_OFFLINE is set" in refuse(push="org/new")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -250,7 +250,9 @@ def add_export_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, metavar="PATH", help=text)
     text = "type of the parameters in safetensors: float32, float16, bfloat16 (default: float32)"
     sub.add_argument("--dtype", default="float32", help=text)
-    text = "write a model card beside the one file of safetensors: NAME.md; folders have one anyway"
+    text = (
+        "write a model card beside the file of safetensors: OUT, with .md; folders have one anyway"
+    )
     sub.add_argument("--card", action="store_true", help=text)
     text = "upload the folder to this repository of the Hugging Face Hub, made if need be"
     sub.add_argument("--push", default="", metavar="ORG/NAME", help=text)

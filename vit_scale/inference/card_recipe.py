@@ -8,14 +8,16 @@ from typing import Any
 
 from vit_scale import config
 from vit_scale.errors import printable
-from vit_scale.pretrained import Pretrained
-from vit_scale.storage import paths
+from vit_scale.pretrained import Pretrained, model_file
 
 # Fields of where a run executes and what it writes; and those whose paths are of one machine.
-PUBLIC = (paths.HUB, "https://", "http://")
 LEFT_OUT = (
     *("stages", "log.", "checkpoint.", "watchdog.", "mesh.", "data.workers", "data.threads"),
     *config.FROM_DATA,
+)
+ABSENT = (
+    "The run's folder was not at hand, so this card has no command, and doesn't say what it began "
+    "from."
 )
 PATHS = {"data.path": "DATA", "init.source": "SOURCE", "distill.teacher": "TEACHER"}
 
@@ -34,8 +36,9 @@ def recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str
     ]
     at = "" if loaded.step == cfg.steps else f"; exported after step {loaded.step:,}"
     epochs = "" if cfg.data.mixture else f", {cfg.steps * cfg.data.batch / images:,.1f} epochs"
+    began = " from ".join(f"`{_public(one)}`" for one in origins) or "random parameters"
     rows = {
-        "began from": " from ".join(f"`{_public(one)}`" for one in origins) or "random parameters",
+        "began from": began if description or origins else "",  # one file leaves folders out
         "objective": f"{cfg.objective}, {cfg.loss} loss",
         "optimizer": f"{cfg.optim.name}, weight decay {cfg.optim.weight_decay:g}, "
         f"gradients clipped at {cfg.optim.clip:g}",
@@ -47,7 +50,8 @@ def recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str
         **_machine(description),
     }
     recorded = table(("", ""), [(key, value) for key, value in rows.items() if value])
-    return f"## Training\n\n{recorded}\n\n{_command(cfg, description)}"
+    command = _command(cfg, description) if description else ABSENT
+    return f"## Training\n\n{recorded}\n\n{command}"
 
 
 def _machine(description: dict) -> dict[str, str]:
@@ -67,7 +71,7 @@ def _machine(description: dict) -> dict[str, str]:
 
 def _public(source: str) -> str:
     """The name of a source: an address as it is, of a path the last part."""
-    return source if source.startswith(PUBLIC) else pathlib.PurePath(source).name
+    return source if source.startswith(model_file.PUBLIC) else pathlib.PurePath(source).name
 
 
 def _command(cfg: Any, description: dict) -> str:
@@ -94,7 +98,7 @@ def _shareable(cfg: Any, name: str, value: Any) -> Any:
             for one, weight in value
         )
     public = name == "data.path" and on_hub(f"{cfg.data.name}:{value}")
-    public = public or str(value).startswith(PUBLIC)
+    public = public or str(value).startswith(model_file.PUBLIC)
     return PATHS[name] if name in PATHS and value and not public else value
 
 

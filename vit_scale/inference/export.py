@@ -22,7 +22,7 @@ from vit_scale.config import image_size
 from vit_scale.data import are_files
 from vit_scale.data.targets import CLASSES, VALUE
 from vit_scale.errors import USAGE, UserError, nearest
-from vit_scale.inference.model_card import OWN, model_card
+from vit_scale.inference.model_card import LIBRARY, model_card
 from vit_scale.inference.predictor import Predictor, decode_size, load
 from vit_scale.models.build import build
 from vit_scale.models.parameters import named, unstack, without_layer_scale
@@ -137,7 +137,8 @@ def _check_flags(kind: str, push: str, private: bool, licence: str, dtype: str, 
         raise UserError("--license is for model cards: add --card", USAGE)
     flags = {"--push": push, "--license": "" if card else licence}
     if not folder and (given := [flag for flag in flags if flags[flag]]):
-        raise UserError(f"{given[0]} is for the formats safetensors-*, not {kind}", USAGE)
+        kinds = ", ".join(name for name in EXPORTERS if name.startswith(f"{FILE}-"))
+        raise UserError(f"{given[0]} is for the formats {kinds}, not {kind}", USAGE)
     if private and not push:
         raise UserError("--private is of a repository: give --push ORG/NAME too", USAGE)
     if push:
@@ -257,15 +258,24 @@ def _export_file(
         "data": loaded.data,
         "selection": loaded.read_selection(),
     }
+    notes = file.with_suffix(".md")
+    if card:  # before anything is written, which it may refuse
+        _check_replaced(notes)
+        rounded = "" if dtype == "float32" else dtype
+        text = model_card(loaded, LIBRARY, licence, file.name, rounded=rounded)
     model_file.write_model(file, loaded.params, loaded.cfg, description, dtype)
     size = file.stat().st_size / 1e6
     lines = [f"{file}: {size:.1f} MB, parameters in {dtype}; vit-scale predict {file} IMAGE"]
     if card:
-        rounded = [] if dtype == "float32" else [f"the file's parameters are rounded to {dtype}"]
-        text = model_card(loaded, OWN, licence, file.name, rounded)
-        files.write(file.with_suffix(".md"), text.encode())
-        lines.append(f"{file.with_suffix('.md')}: its model card")
+        files.write(notes, text.encode())
+        lines.append(f"{notes}: its model card")
     return lines
+
+
+def _check_replaced(card: pathlib.Path) -> None:
+    """Raise UserError for a file that isn't a model card, which --card would replace."""
+    if card.exists() and not (card.is_file() and card.read_bytes().startswith(b"---\nlicense:")):
+        raise UserError(f"--card would replace {card}, which isn't a model card: move it away")
 
 
 def _export_jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:

@@ -5,6 +5,7 @@ Paths of the machine that trained stay out of it.
 """
 
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from vit_scale import checkpoint
 from vit_scale.config import image_size
 from vit_scale.inference.card_recipe import on_hub, recipe, table
 from vit_scale.models.parameters import count
+from vit_scale.models.spec import Shape
 from vit_scale.pretrained import Pretrained, hub
 from vit_scale.pretrained.model_file import without_folder
 from vit_scale.runs.json_files import read_json
@@ -21,7 +23,7 @@ from vit_scale.runs.report import NAMES, format_name, format_value
 from vit_scale.storage import paths
 
 UNKNOWN = "unknown"  # a licence's name on the Hub
-OWN = "vit_scale"  # the library that reads the one file
+LIBRARY = "vit_scale"  # which reads the one file
 LOADERS = {
     "timm": 'import timm\n\nmodel = timm.create_model("{timm}", pretrained=True).eval()',
     "transformers": "from transformers import AutoImageProcessor, AutoModelForImageClassification\n"
@@ -48,6 +50,7 @@ def model_card(
     licence: str = "",
     repository: str = "",
     differences: Sequence[str] = (),
+    rounded: str = "",
 ) -> str:
     """Return the content of README.md: the Hub's metadata, then what the weights are.
 
@@ -58,6 +61,7 @@ def model_card(
         from, or unknown.
       repository: ORG/NAME of the export on the Hub, if it goes there; the name of the one file.
       differences: lines on what the library computes otherwise.
+      rounded: the type that the parameters were rounded to, if it isn't float32.
     """
     run, description, report = _recorded(loaded)
     origins = _origins(loaded, run, description.get("cwd", ""))
@@ -67,11 +71,12 @@ def model_card(
     results = _results(loaded, report)
     task = "image-classification" if loaded.classes else "image-feature-extraction"
     stated = licence.lower() or (hub.licence(base) if base else "") or UNKNOWN
+    network = ["vision-transformer"] if isinstance(loaded.model.shape, Shape) else []
     metadata = {
         "license": stated,
         "library_name": library,
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys([task, "vision-transformer", "vit_scale", library])),
+        "tags": list(dict.fromkeys([task, *network, LIBRARY, library])),
         **_hub_datasets(loaded),
         **({"base_model": _repository(base)} if base else {}),
         **_model_index(name, loaded, results),
@@ -83,7 +88,7 @@ def model_card(
         _architecture(loaded),
         _data(description),
         recipe(loaded, description, origins),
-        _results_section(loaded, results, differences),
+        _results_section(loaded, results, differences, rounded),
         _licence_section(stated, licence, base),
         _loading(library, repository),
     ]
@@ -175,17 +180,12 @@ def _model_index(name: str, loaded: Pretrained, results: Sequence[Result]) -> di
 
 
 def _architecture(loaded: Pretrained) -> str:
-    cfg, shape, classes = loaded.cfg, loaded.model.shape, loaded.classes
-    height, width = image_size(cfg)
-    size = shape.size
+    cfg, classes = loaded.cfg, loaded.classes
     shown = ", ".join(f"`{name}`" for name in classes[:10])
     rows = {
-        "architecture": f"Vision Transformer, {cfg.model.variant}: width {size.width}, depth "
-        f"{size.depth}, {size.heads} heads, MLP {size.mlp}",
+        "architecture": _network(loaded),
         "parameters": f"{count(loaded.params):,}",
-        "input": f"{height} x {width} px, patches of {shape.patch} px, "
-        f"{shape.grid[0]} x {shape.grid[1]} of them",
-        "pooling": shape.pool,
+        **_input(loaded),
         "normalisation": f"mean {tuple(cfg.augment.mean)}, std {tuple(cfg.augment.std)}",
         "classes": f"{len(classes):,}: {shown}{', ...' if len(classes) > 10 else ''}"
         if classes
@@ -194,6 +194,24 @@ def _architecture(loaded: Pretrained) -> str:
     kind = "An image classifier" if classes else "A backbone without a head"
     made = "trained" if loaded.data else "converted"
     return f"{kind}, {made} with vit_scale.\n\n{table(('', ''), rows.items())}"
+
+
+def _network(loaded: Pretrained) -> str:
+    variant, size = loaded.cfg.model.variant, loaded.model.shape.size
+    if not isinstance(loaded.model.shape, Shape):
+        return f"convolutional network, {variant}"
+    return (
+        f"Vision Transformer, {variant}: width {size.width}, depth {size.depth}, {size.heads} "
+        f"heads, MLP {size.mlp}"
+    )
+
+
+def _input(loaded: Pretrained) -> dict[str, str]:
+    shape, (height, width) = loaded.model.shape, image_size(loaded.cfg)
+    if not isinstance(shape, Shape):
+        return {"input": f"{height} x {width} px"}
+    patches = f"patches of {shape.patch} px, {shape.grid[0]} x {shape.grid[1]} of them"
+    return {"input": f"{height} x {width} px, {patches}", "pooling": shape.pool}
 
 
 def _data(description: dict) -> str:
@@ -215,7 +233,7 @@ def _data(description: dict) -> str:
 
 
 def _results_section(
-    loaded: Pretrained, results: Sequence[Result], differences: Sequence[str]
+    loaded: Pretrained, results: Sequence[Result], differences: Sequence[str], rounded: str
 ) -> str:
     rows = [
         (f"{one.step:,}", one.split, format_value(one.name, one.value), f"{one.n:,}", one.note)
@@ -223,7 +241,8 @@ def _results_section(
     ]
     main = format_name(results[0].name if results else "accuracy")
     heads = ("step", "split", main, "n", "")
-    text = table(heads, rows) + "\n\nMeasured by vit_scale. " if rows else ""
+    before = f", in float32, before the parameters were rounded to {rounded}" if rounded else ""
+    text = table(heads, rows) + f"\n\nMeasured by vit_scale{before}. " if rows else ""
     if all(one.step != loaded.step for one in results):
         text += f"The {main} of the exported parameters, step {loaded.step:,}, was not measured. "
     else:
@@ -244,8 +263,8 @@ def _licence_section(stated: str, licence: str, base: str) -> str:
 
 
 def _loading(library: str, repository: str) -> str:
-    if library == OWN:
-        command = f"```bash\nvit-scale predict {repository} image.jpg\n```"
+    if library == LIBRARY:
+        command = f"```bash\nvit-scale predict {shlex.quote(repository)} image.jpg\n```"
         return f"## Use\n\n{command}\n\n```python\n{OURS.format(ours=repository)}\n```"
     path = repository or "PATH/OF/THIS/FOLDER"
     fields = {

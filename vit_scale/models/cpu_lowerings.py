@@ -1,8 +1,10 @@
-"""How a CPU computes a few of JAX's primitives, in all programs of a process that imports this.
+"""How a CPU computes a few of JAX's primitives: random bits, and bfloat16's products and sums.
 
-Programs are traced as ever; only what XLA is given for a CPU differs.
+Programs are traced as ever; only their lowering for a CPU differs, in every program that a process
+compiles after it has imported this.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +38,8 @@ def threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Arr
 
     keys = (key1, key0 ^ key1 ^ jnp.uint32(KEY_PARITY), key0)
     state = (x0 + key0, x1 + key1, keys, tuple(map(jnp.uint32, ROTATIONS)))
-    if max(x0.size, x1.size) < UNROLL:
+    sizes = x0.size, x1.size  # which jax.export may not know
+    if not all(isinstance(size, int) for size in sizes) or max(sizes) < UNROLL:
         state = jax.lax.fori_loop(0, 5, four_rounds, state)
     else:
         for i in range(5):
@@ -45,36 +48,49 @@ def threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Arr
     return jax.lax.optimization_barrier(state[:2])
 
 
-def product(lhs: Array, rhs: Array, **options: Any) -> Array:
+def multiply(lhs: Array, rhs: Array, **options: Any) -> Array:
     """Return dot_general_p of bfloat16 arrays, summed in float32 and rounded once.
 
-    XLA passes such a product to a library that uses the processor's bfloat16 instructions, twice
-    as fast as float32. If it returned bfloat16, XLA would convert the arguments to float32 first.
+    XLA has a library for such products, which uses the processor's bfloat16 instructions and is
+    twice as fast as float32; if they returned bfloat16, it would convert the arguments to float32.
+    It does so still where the sum is over one axis that is not the last of `lhs`.
     """
     options["preferred_element_type"] = jnp.dtype("float32")
     return dot_general_p.bind(lhs, rhs, **options).astype(lhs.dtype)
 
 
-def sum_of_leading_axes(x: Array, *, axes: tuple[int, ...], **options: Any) -> Array:
-    """Return reduce_sum_p of a bfloat16 array, as a product with ones: a bias's gradient."""
+def total(x: Array, *, axes: tuple[int, ...], **options: Any) -> Array:
+    """Return reduce_sum_p of a bfloat16 array, summed in float32 and rounded once.
+
+    XLA would round after each addition, and be wrong by 10 % for a few thousand entries. Many rows
+    are summed by a product with ones, as in the gradient of a bias, which is fast.
+    """
+    rows = math.prod(x.shape[: len(axes)])
+    leading = axes == tuple(range(len(axes))) and len(axes) < x.ndim
+    if options.get("out_sharding") is not None or not (leading and rows >= MANY):
+        return reduce_sum_p.bind(x.astype(jnp.float32), axes=axes, **options).astype(x.dtype)
     ones = jnp.ones(x.shape[: len(axes)], x.dtype)
-    sums = jax.lax.dot_general(ones, x, ((axes, axes), ((), ())), preferred_element_type="float32")
+    sums = jax.lax.dot_general(
+        ones,
+        x,
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.DEFAULT,  # whatever jax.default_matmul_precision says
+        preferred_element_type=jnp.float32,
+    )
     return sums.astype(x.dtype)
 
 
-def are_leading(x: Any, *, axes: tuple[int, ...], out_sharding: Any) -> bool:
-    return axes == tuple(range(len(axes))) and 0 < len(axes) < x.ndim and out_sharding is None
+MANY = 16  # rows; fewer are as fast without a product
 
 
-def register(primitive: Any, function: Callable, applies: Callable) -> None:
-    """Lower a primitive of bfloat16 arrays as `function` on a CPU where it `applies`."""
+def register_bfloat16(primitive: Any, function: Callable) -> None:
+    """Lower a primitive of bfloat16 arrays as `function` on a CPU."""
     by_jax = mlir._platform_specific_lowerings["cpu"].get(primitive) or mlir._lowerings[primitive]
     lower_function = mlir.lower_fun(function, multiple_results=False)
 
     def lower(ctx, *args, **options):
         arrays = (*ctx.avals_in, *ctx.avals_out)
         ours = all(array.dtype == jnp.bfloat16 for array in arrays)
-        ours = ours and applies(*ctx.avals_in, **options)
         return (lower_function if ours else by_jax.rule)(ctx, *args, **options)
 
     mlir.register_lowering(primitive, lower, platform="cpu")
@@ -83,6 +99,5 @@ def register(primitive: Any, function: Callable, applies: Callable) -> None:
 mlir.register_lowering(
     threefry2x32_p, mlir.lower_fun(threefry, multiple_results=True), platform="cpu", inline=False
 )
-if hasattr(mlir, "_platform_specific_lowerings"):  # not public: without it, as fast as JAX
-    register(dot_general_p, product, lambda *arrays, **options: True)
-    register(reduce_sum_p, sum_of_leading_axes, are_leading)
+register_bfloat16(dot_general_p, multiply)
+register_bfloat16(reduce_sum_p, total)

@@ -25,7 +25,7 @@ from vit_scale.models.parameters import named
 from vit_scale.pretrained.weight_files import read_arrays, write_safetensors
 
 KEY = "vit_scale"
-PUBLIC = ("hf://", "https://")  # addresses that are kept
+PUBLIC = ("hf://", "https://", "http://")  # addresses that are kept
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
 
