@@ -6,8 +6,7 @@
 Everything after `--` goes to TIMM/train.py; PEERS has torch and timm. One epoch, in a folder of its
 own, is timed to choose how many fit; the number is stored, so that the same command resumes a
 run that was stopped. The CPU time is that of the process and its loader's, read while they run.
-Writes OUT/report.json: the command, CPU seconds, and the accuracy on the test split after each
-epoch.
+Writes OUT/report.json: the flags, CPU seconds, and the accuracy on the test split after each epoch.
 """
 
 import argparse
@@ -45,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         content["epoch_cpu"] = one["cpu"]
         content["epochs"] = max(2, int(60 * args.minutes / one["cpu"]))
         write_json(state, content)
-    flags += ["--epochs", str(content["epochs"])]
-    train(args, flags, "run", content, state)
+    train(args, [*flags, "--epochs", str(content["epochs"])], "run", content, state)
     write_report(args, flags, content)
     return 0
 
@@ -103,7 +101,9 @@ def write_report(args, flags: Sequence[str], content: dict) -> None:
     accuracies = [float(row["eval_top1"]) / 100 for row in rows]
     report = {
         "peer": "timm, train.py",
-        "flags": [*FIXED, *flags],
+        "version": version(args.clone),
+        "minutes": args.minutes,
+        "flags": list(flags),
         "epochs": content["epochs"],
         "cpu": content["cpu"],
         "curve": accuracies,
@@ -111,6 +111,10 @@ def write_report(args, flags: Sequence[str], content: dict) -> None:
     }
     write_json(args.out / "report.json", report)
     print(json.dumps({key: report[key] for key in ("epochs", "cpu", "eval")}))
+
+
+def version(clone: pathlib.Path) -> str:
+    return (clone / "timm" / "version.py").read_text().split("'")[1]
 
 
 def count(folder: pathlib.Path) -> int:

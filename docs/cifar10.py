@@ -7,6 +7,7 @@ out.
 import functools
 import json
 import re
+import shlex
 from typing import Any, NamedTuple
 
 from drawing import curves
@@ -18,10 +19,10 @@ SPEEDRUN = "vit-scale train --config vit_cifar_speedrun"
 
 
 class Run(NamedTuple):
-    """A row of a table, and a line of its picture."""
+    """A row of a table, and a line of its picture; a peer's command is in its report."""
 
     title: str
-    command: str
+    command: str = ""
     before: str = ""  # the run whose parameters it starts from; its cost is added
 
 
@@ -52,7 +53,9 @@ SCRATCH = {
         f"{SPEEDRUN}:patch --config.init.source=runs/vit_cifar_speedrun-mae",
         before="mae",
     ),
+    "timm-patch": Run("the same ViT, from labels alone, by timm"),
     "tutorial": Run("the tutorial's ViT, patches of 4 px", f"{SPEEDRUN}:tutorial"),
+    "timm-tutorial": Run("the tutorial's ViT by timm"),
 }
 TEACHER = " --config.distill.teacher=runs/compare_architectures-cnn"
 GROUPS = {
@@ -141,11 +144,23 @@ def parameters(name: str) -> int:
 
 def commands(group: dict[str, Run]) -> str:
     """Return a block of code, each command after its row's title."""
-    runs = []
-    for run in finished(group).values():
-        runs += [PRETRAINING[run.before], run] if run.before else [run]
-    lines = [f"# {run.title}\n{fold(run.command)}" for run in runs]
+    lines = []
+    for name, run in finished(group).items():
+        if run.before:
+            before = PRETRAINING[run.before]
+            lines.append(f"# {before.title}\n{fold(before.command)}")
+        lines.append(f"# {run.title}\n{fold(run.command or peer_command(name))}")
     return "\n".join(["```bash", *lines, "```"])
+
+
+def peer_command(name: str) -> str:
+    """Return the command of benchmarks/timm_training.py; PEERS has torch, TIMM is a clone."""
+    report = read(f"cifar10/{name}")
+    return (
+        "PYTHONPATH=PEERS:TIMM python -m benchmarks.timm_training --clone TIMM"
+        f" --data .data/cifar10-jpeg --minutes {report['minutes']:g} --out results/cifar10/{name}"
+        f" -- {shlex.join(report['flags'])}"
+    )
 
 
 def fold(command: str, width: int = 100) -> str:

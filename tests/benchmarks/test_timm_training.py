@@ -30,7 +30,8 @@ rows = "".join(f"{i},{50 + i}\\n" for i in range(int(flags["--epochs"])))
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     monkeypatch.setattr(timm_training, "POLL", 0.05)
-    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "timm").mkdir(parents=True)
+    (tmp_path / "clone" / "timm" / "version.py").write_text("__version__ = '1.2.3'\n")
     (tmp_path / "clone" / "train.py").write_text(SCRIPT)
     for name in ("a", "b"):
         (tmp_path / "data" / "test" / name).mkdir(parents=True)
@@ -49,6 +50,8 @@ def test_the_epochs_follow_from_the_minutes_and_stay(places, tmp_path):
     assert report["curve"][0] == 0.5 and len(report["curve"]) == report["epochs"]
     assert report["eval"] == {"split": "test", "accuracy": report["curve"][-1], "n": 2}
     assert 0.1 <= report["cpu"] < 5
+    assert (report["minutes"], report["flags"]) == (0.02, ["--opt", "adamw"])
+    assert report["version"] == "1.2.3"
     first = (tmp_path / "out" / "timm" / "run" / "calls.txt").read_text()
     assert "--opt adamw" in first and "--resume" not in first
     timm_training.main(command)
