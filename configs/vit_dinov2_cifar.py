@@ -8,8 +8,9 @@
 With model.variant=source the architecture and the pixels' normalization are the source's, so that
 DINOv3, SigLIP 2, CLIP, EVA-02 or a run of one's own fine-tune alike. 32 px are enlarged to 112 on
 the device; positions go from 37 x 37 to 8 x 8 as transformers resamples them. AdamW with layer
-decay and drop path, as in BEiT (Bao et al. 2021). On an accelerator add
---config.model.dtype=bfloat16. Result: not measured yet.
+decay and drop path, as in BEiT (Bao et al. 2021). Training the head first, as vit_dinov2_cifar_cpu
+does, helps short trainings. On an accelerator add --config.model.dtype=bfloat16.
+Result: not measured yet.
 """
 
 from vit_scale.config import base

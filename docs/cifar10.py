@@ -30,18 +30,27 @@ def compared(model: str, title: str, flags: str = "") -> Run:
     return Run(title, f"vit-scale train --config compare_architectures:{model}{flags}")
 
 
-def dinov2(title: str, start: str = "") -> Run:
-    source = "" if start == ":random" else " --config.init.source=DIR"
-    return Run(title, f"vit-scale train --config vit_dinov2_cifar_cpu{start}{source}")
+DINOV2 = "vit-scale train --config vit_dinov2_cifar_cpu"
+HEAD = " --config.init.source=runs/vit_dinov2_cifar_cpu-head"
+
+
+def dinov2_pilot(title: str, lr: str, decay: str, source: str) -> Run:
+    flags = (
+        f"--config.init.source={source} --config.optim.lr={lr} --config.optim.layer_decay={decay}"
+        " --config.data.resolution=84 --config.steps=150 --config.optim.warmup=15"
+        " --config.eval.every=150 --config.eval.final= --config.checkpoint.every=0"
+    )
+    return Run(title, f"{DINOV2} {flags}")
 
 
 def transfer(title: str, stage: str, flags: str = "", before: str = "") -> Run:
     return Run(title, f"vit-scale train --config compare_transfer:{stage}{flags}", before)
 
 
-# By the name of the folder in results/cifar10.
+# By the name of the folder in results/cifar10. DIR is a folder of weights, HEAD a run.
 PRETRAINING = {
     "mae": Run("a masked autoencoder, pretraining for the next", f"{SPEEDRUN}:mae"),
+    "dinov2-head": Run("the head alone", f"{DINOV2}:head --config.init.source=DIR"),
     "transfer-pretrain": transfer(
         "a masked autoencoder on Tiny-ImageNet-200 at 64 px, pretraining for the next", "pretrain"
     ),
@@ -77,9 +86,10 @@ GROUPS = {
         "transfer-scratch": transfer("from scratch", "scratch"),
     },
     "dinov2": {
-        "dinov2": dinov2("fine-tuned"),
-        "lora": dinov2("adapters (LoRA, rank 16) and the head", ":lora"),
-        "random": dinov2("from random parameters", ":random"),
+        "dinov2-head": PRETRAINING["dinov2-head"],
+        "dinov2": Run("then all of it", f"{DINOV2}{HEAD}", before="dinov2-head"),
+        "lora": Run("or then adapters (LoRA, rank 16)", f"{DINOV2}:lora{HEAD}", "dinov2-head"),
+        "random": Run("from random parameters", f"{DINOV2}:random"),
     },
 }
 PILOT = (
@@ -87,7 +97,7 @@ PILOT = (
     " --config.augment.until=1 --config.eval.every=0 --config.eval.final="
     " --config.checkpoint.every=300"
 )
-PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
+SPEEDRUN_PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
     "pilot-cnn4": Run("CNN's features in patches of 4 (chosen)", PILOT),
     "pilot-cnn8": Run(
         "in patches of 8, of twice the width",
@@ -99,11 +109,25 @@ PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
         " --config.model.dtype=float32",
     ),
 }
+DINOV2_PILOTS = {
+    "pilot-zeros": dinov2_pilot("a head of zeros, lr 1e-4, layer decay .75", "1e-4", ".75", "DIR"),
+    "pilot-zeros-3e-5": dinov2_pilot("a head of zeros, lr 3e-5, no decay", "3e-5", "1", "DIR"),
+    "pilot-zeros-2e-4": dinov2_pilot("a head of zeros, lr 2e-4, no decay", "2e-4", "1", "DIR"),
+    "pilot-probe": Run(
+        "the head alone, HEAD of the next two",
+        f"{DINOV2}:head --config.init.source=DIR --config.data.resolution=84 --config.steps=300"
+        " --config.optim.warmup=15 --config.eval.every=150 --config.eval.final="
+        " --config.checkpoint.every=150",
+    ),
+    "pilot-head": dinov2_pilot("a trained head, lr 1e-4, layer decay .75", "1e-4", ".75", "HEAD"),
+    "pilot-head-3e-5": dinov2_pilot("a trained head, lr 3e-5, no decay", "3e-5", "1", "HEAD"),
+}
+PILOTS = {"pilots": SPEEDRUN_PILOTS, "dinov2 pilots": DINOV2_PILOTS}
 
 
 def finished(group: dict[str, Run]) -> dict[str, Run]:
     """Return the runs that have a report, and the pilots that were evaluated."""
-    file = "metrics.jsonl" if group is PILOTS else "report.json"
+    file = "metrics.jsonl" if group in PILOTS.values() else "report.json"
     return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / file).exists()}
 
 
@@ -111,10 +135,10 @@ def rows(group: dict[str, Run]) -> list[dict[str, Any]]:
     return [row(name, run, timed=group is SCRATCH) for name, run in finished(group).items()]
 
 
-def pilots() -> list[dict[str, Any]]:
-    """Return a row for each of PILOTS: its last evaluation on the held-out images, and its cost."""
+def pilots(group: dict[str, Run]) -> list[dict[str, Any]]:
+    """Return a row for each pilot: its last evaluation on the held-out images, and its cost."""
     table = []
-    for name, run in finished(PILOTS).items():
+    for name, run in finished(group).items():
         folder = RESULTS / "cifar10" / name
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         *_, last = (line for line in lines if "eval/accuracy" in line)
@@ -235,8 +259,8 @@ def scratch_curves() -> str:
 
 
 TABLES = {f"cifar10 {name}": functools.partial(rows, runs) for name, runs in GROUPS.items()}
-TABLES["cifar10 pilots"] = pilots
+TABLES |= {f"cifar10 {name}": functools.partial(pilots, runs) for name, runs in PILOTS.items()}
 COMMANDS = {
-    f"commands cifar10 {name}": functools.partial(commands, runs) for name, runs in GROUPS.items()
+    f"commands cifar10 {name}": functools.partial(commands, runs)
+    for name, runs in {**GROUPS, **PILOTS}.items()
 }
-COMMANDS["commands cifar10 pilots"] = functools.partial(commands, PILOTS)

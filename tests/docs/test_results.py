@@ -40,7 +40,7 @@ def test_the_printed_commands_are_those_of_the_runs(monkeypatch):
     import cifar10
 
     runs = {**cifar10.PRETRAINING}
-    for group in (*cifar10.GROUPS.values(), cifar10.PILOTS):
+    for group in (*cifar10.GROUPS.values(), *cifar10.PILOTS.values()):
         runs |= group
     for name, run in runs.items():
         if not run.command.startswith("vit-scale train --config "):
