@@ -46,7 +46,8 @@ def test_programs_of_unknown_sizes_can_be_exported():
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def function(key, x):
-        return jax.random.normal(key, x.shape) + x.astype("float32").sum() + (x @ x.T).sum()
+        sums = jax.lax.reduce_sum_p.bind(x, axes=(0,), out_sharding=None)
+        return jax.random.normal(key, x.shape) + sums + (x @ x.T).sum()
 
     x = jax.ShapeDtypeStruct((batch, 6), jnp.bfloat16)
     exported = export.export(jax.jit(function), platforms=["cpu", "tpu"])(key, x)

@@ -65,9 +65,10 @@ def total(x: Array, *, axes: tuple[int, ...], **options: Any) -> Array:
     XLA would round after each addition, and be wrong by 10 % for a few thousand entries. Many rows
     are summed by a product with ones, as in the gradient of a bias, which is fast.
     """
-    rows = math.prod(x.shape[: len(axes)])
+    rows = math.prod(x.shape[: len(axes)])  # which jax.export may not know
+    many = not isinstance(rows, int) or rows >= MANY
     leading = axes == tuple(range(len(axes))) and len(axes) < x.ndim
-    if options.get("out_sharding") is not None or not (leading and rows >= MANY):
+    if options.get("out_sharding") is not None or not (leading and many):
         return reduce_sum_p.bind(x.astype(jnp.float32), axes=axes, **options).astype(x.dtype)
     ones = jnp.ones(x.shape[: len(axes)], x.dtype)
     sums = jax.lax.dot_general(
