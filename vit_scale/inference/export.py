@@ -4,8 +4,6 @@ The exported model computes the same logits. If the other library would compute 
 as another epsilon or GELU, a returned line says so; a model that it can't express is refused.
 """
 
-import copy
-import dataclasses
 import os
 import pathlib
 import re
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import export as jax_export
 from ml_collections import ConfigDict
 
 from vit_scale.augment.view import View, view
@@ -22,9 +19,9 @@ from vit_scale.config import image_size
 from vit_scale.data import are_files
 from vit_scale.data.targets import CLASSES, VALUE
 from vit_scale.errors import USAGE, UserError, nearest
+from vit_scale.inference.jax_export import export_jax
 from vit_scale.inference.model_card import LIBRARY, model_card
-from vit_scale.inference.predictor import Predictor, decode_size, load
-from vit_scale.models.build import build
+from vit_scale.inference.predictor import decode_size
 from vit_scale.models.parameters import named, unstack, without_layer_scale
 from vit_scale.models.position_embeddings import sincos2d
 from vit_scale.models.spec import Shape
@@ -51,13 +48,6 @@ from vit_scale.storage import files, paths
 from vit_scale.storage.errors import user_errors
 
 FILE = "safetensors"  # the format of this project: one file
-PLATFORMS = ("cpu", "cuda", "tpu")
-SNIPPET = """\
-from jax import export
-import numpy as np
-model = export.deserialize(bytearray(open({path!r}, "rb").read()))
-images = np.zeros((8, {height}, {width}, 3), np.uint8)  # any batch size
-probabilities = model.call(images)"""
 
 
 def export(
@@ -278,34 +268,11 @@ def _check_replaced(card: pathlib.Path) -> None:
         raise UserError(f"--card would replace {card}, which isn't a model card: move it away")
 
 
-def _export_jax(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
-    predictor = _on_any_platform(load(run))
-    (batch,) = jax_export.symbolic_shape("b")
-    height, width = predictor.size
-    images = jax.ShapeDtypeStruct((batch, height, width, 3), np.uint8)
-    function = jax.jit(lambda images: predictor.probabilities(predictor.params, images))
-    artifact = jax_export.export(function, platforms=PLATFORMS)(images)
-    files.write(file, bytes(artifact.serialize()))
-    names = {"classes": list(predictor.classes), "size": [height, width]}
-    if predictor.thresholds:
-        names |= {"thresholds": list(predictor.thresholds)}
-    write_json(file.with_name(file.name + ".json"), names)
-    snippet = SNIPPET.format(path=str(file), height=height, width=width)
-    return [f"{file}: for {', '.join(PLATFORMS)}; class names are in {file.name}.json", snippet]
-
-
-def _on_any_platform(predictor: Predictor) -> Predictor:
-    """The same predictor with an attention implementation that every platform has."""
-    cfg = copy.deepcopy(predictor.cfg)
-    cfg.model.attention = "xla"
-    return dataclasses.replace(predictor, cfg=cfg, model=build(cfg.model, predictor.size))
-
-
 EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str] | FolderExport]] = {
     "safetensors-timm": _export_timm,
     "safetensors-hf": _export_huggingface,
     "npz": _export_npz,
-    "jax": _export_jax,
+    "jax": export_jax,
 }
 
 
