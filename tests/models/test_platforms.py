@@ -1,6 +1,7 @@
 """What a CPU computes in its own way gives what other platforms give, and only a CPU gets it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +106,11 @@ def test_attention_and_its_gradients(elsewhere):
     ("side", "stride", "pad"),
     [(3, 1, (1, 1)), (3, 2, (1, 1)), (1, 2, (0, 0)), (5, 3, (2, 2)), (7, 2, (2, 3))],
 )
-def test_a_convolution_and_its_gradients(side, stride, pad, elsewhere):
-    x, kernel = draw(2, 9, 12, 3), draw(side, side, 3, 4, seed=1)
+@pytest.mark.parametrize("values", [1, 10_000, 10**6])  # 1 example at a time, some, all 6
+def test_a_convolution_and_its_gradients(side, stride, pad, values, elsewhere, monkeypatch):
+    monkeypatch.setattr(convolution, "PATCH_VALUES", values)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x, kernel = draw(6, 9, 12, 3), draw(side, side, 3, 4, seed=1)
 
     def convolve(x, kernel):
         return convolution.convolve(x, kernel, stride, pad)
@@ -119,3 +123,20 @@ def test_a_convolution_and_its_gradients(side, stride, pad, elsewhere):
     ours = with_gradients(convolve, x, kernel)
     assert_close(ours, with_gradients(reference, x, kernel))
     assert_close(ours, elsewhere(with_gradients)(convolve, x, kernel))
+
+
+def test_a_kernels_gradient_takes_few_examples_at_a_time_but_one_per_device(monkeypatch):
+    x = draw(6, 8, 8, 3)
+    values = 8 * 8 * 27  # patches of an example
+
+    def at_a_time(devices, most):
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        monkeypatch.setattr(convolution, "PATCH_VALUES", most)
+        gradient = lambda x, grad: convolution.kernel_gradient(x, grad, 3, 1, (1, 1))  # noqa: E731
+        text = lowered(gradient, x, x, platform="cpu")
+        return int(re.search(r"tensor<(\d)x8x8x27x", text)[1])
+
+    assert at_a_time(1, 2 * values - 1) == 1
+    assert at_a_time(1, 5 * values) == 3  # which divides 6
+    assert at_a_time(1, 9 * values) == 6
+    assert at_a_time(2, 1) == 2

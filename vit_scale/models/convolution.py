@@ -9,6 +9,7 @@ running ones; without a mask the running ones are used.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from vit_scale.models.platforms import by_platform
 
 EPSILON = 1e-5  # added to the variance
 MOMENTUM = 0.9  # of the running statistics; both as He et al.'s, and torch's
+PATCH_VALUES = 300_000  # of a convolution's patches that a CPU core's cache holds beside the rest
 HE = nnx.initializers.he_normal()  # He et al. 2015, for ReLU
 Mask = Bool[Array, "b"] | None
 
@@ -34,8 +36,8 @@ def convolve(
 ) -> Float[Array, "b h2 w2 o"]:
     """Convolve images that are padded by `pad` pixels of zeros before and after either axis.
 
-    On a CPU the gradient with respect to the kernel is one product of all patches with the output's
-    gradient: XLA's convolution for it takes several times as long.
+    On a CPU the gradient with respect to the kernel is made of products of patches with the
+    output's gradient: XLA's convolution for it takes several times as long.
     """
 
     def plain(x, kernel):
@@ -45,13 +47,46 @@ def convolve(
 
     def backward(args, grad):
         x, kernel = args
-        columns = patches(x, kernel.shape[0], stride, pad)
-        grad_kernel = jnp.einsum("bhwp,bhwo->po", columns, grad).reshape(kernel.shape)
-        return jax.vjp(plain, x, kernel)[1](grad)[0], grad_kernel
+        grad_kernel = kernel_gradient(x, grad, kernel.shape[0], stride, pad)
+        return jax.vjp(plain, x, kernel)[1](grad)[0], grad_kernel.astype(kernel.dtype)
 
     by_patches = jax.custom_vjp(plain)
     by_patches.defvjp(lambda *args: (plain(*args), args), backward)
     return by_platform(by_patches, plain)(x, kernel)
+
+
+def kernel_gradient(
+    x: Float[Array, "b h w i"],
+    grad: Float[Array, "b h2 w2 o"],
+    side: int,
+    stride: int,
+    pad: tuple[int, int],
+) -> Float[Array, "s s i o"]:
+    """Return the gradient of a convolution's kernel, in float32, from that of its output.
+
+    Only so many examples at a time that their patches stay in a core's cache: twice as fast as all
+    at once.
+    """
+    shape = side, side, x.shape[-1], grad.shape[-1]
+
+    def add(total, x, grad):
+        columns = patches(x, side, stride, pad)
+        product = jnp.einsum("bhwp,bhwo->po", columns, grad, preferred_element_type=jnp.float32)
+        return total + product.reshape(shape)
+
+    values = math.prod(grad.shape[1:3]) * math.prod(shape[:3])  # of an example's patches
+    # `few` is the major axis, which keeps the sharding of the examples.
+    few = _divisor(len(x), max(PATCH_VALUES // values, jax.device_count()))
+    parts = [y.reshape(few, -1, *y.shape[1:]) for y in (x, grad)]
+
+    def step(number, total):
+        return add(total, *(y[:, number] for y in parts))
+
+    return jax.lax.fori_loop(0, len(x) // few, step, jnp.zeros(shape))
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)
 
 
 def patches(
