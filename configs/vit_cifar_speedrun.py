@@ -1,6 +1,7 @@
 """CIFAR-10 from scratch in at most 150 minutes on two CPU cores: small ViTs trained by Muon.
 
     vit-scale train --config vit_cifar_speedrun            # a ViT on a CNN's features
+    vit-scale train --config vit_cifar_speedrun:wide       # on wider ones, at half their resolution
     vit-scale train --config vit_cifar_speedrun:tutorial   # the ViT of vit_tutorial_cifar
 
     # a ViT on patches of 4 pixels, first as a masked autoencoder, then with labels
@@ -9,9 +10,10 @@
         --config.init.source=runs/vit_cifar_speedrun-mae
 
 The learning rate falls linearly to 0. For three quarters of the steps images are mixed by CutMix
-(hybrid, patch) and changed by AutoAugment's policy for CIFAR-10 (patch, tutorial); after that only
-cropped and flipped. Hybrid and patch have rotary positions besides learned ones, and normalised
-queries and keys. Patch and tutorial compute in bfloat16, the others in float32.
+(hybrid, patch) and changed by AutoAugment's policy for CIFAR-10 (patch, tutorial), or rectangles
+of them erased (wide); after that only cropped and flipped. All but the tutorial's have rotary
+positions besides learned ones, and normalised queries and keys. Wide, patch and tutorial compute
+in bfloat16, the others in float32.
 Result: not measured yet.
 """
 
@@ -44,6 +46,15 @@ def hybrid(cfg):
     cfg.augment.policy = ""
 
 
+def wide(cfg):
+    hybrid(cfg)
+    cfg.model.update({"variant": "CNN+Ti/8", "width": 256, "depth": 2, "mlp": 512})
+    cfg.model.dtype = "bfloat16"
+    cfg.data.batch = 256
+    cfg.optim.lr = 1e-2
+    cfg.augment.update({"cutmix": 0.0, "erase": 0.5, "smoothing": 0.2})
+
+
 def patch(cfg):
     cfg.model.update({"variant": "Ti/4", "width": 160, "depth": 6, "heads": 5, "mlp": 320})
     cfg.model.update({"rope": "axial", "qk_norm": "rmsnorm"})
@@ -72,6 +83,7 @@ def tutorial(cfg):
 
 MODELS = {  # steps, and what differs
     "hybrid": (15000, hybrid),
+    "wide": (5700, wide),
     "mae": (7800, mae),
     "patch": (9600, patch),
     "tutorial": (7200, tutorial),
