@@ -57,6 +57,7 @@ PRETRAINING = {
 }
 SCRATCH = {
     "hybrid": Run("ViT on a CNN's features", SPEEDRUN),
+    "wide": Run("ViT on wider features, at half the resolution", f"{SPEEDRUN}:wide"),
     "patch": Run(
         "ViT, patches of 4 px",
         f"{SPEEDRUN}:patch --config.init.source=runs/vit_cifar_speedrun-mae",
@@ -97,12 +98,21 @@ PILOT = (
     " --config.augment.until=1 --config.eval.every=0 --config.eval.final="
     " --config.checkpoint.every=300"
 )
+WIDE = (
+    f"{SPEEDRUN}:wide --config.steps=380 --config.optim.warmup=50 --config.data.batch=128"
+    " --config.augment.erase=0 --config.augment.until=1 --config.augment.smoothing=.1"
+    " --config.eval.every=0 --config.eval.final= --config.checkpoint.every=0"
+)
 SPEEDRUN_PILOTS = {  # short runs, and runs stopped early, by which the recipe was chosen
     "pilot-cnn4": Run("CNN's features in patches of 4 (chosen)", PILOT),
     "pilot-cnn8": Run(
         "in patches of 8, of twice the width",
         f"{PILOT} --config.model.variant=CNN+Ti/8 --config.model.width=256",
     ),
+    "pilot-lr-4e-3": Run(
+        "the same with 2 blocks for 1 epoch, lr 4e-3", f"{WIDE} --config.optim.lr=4e-3"
+    ),
+    "pilot-lr-1e-2": Run("lr 1e-2 (chosen)", WIDE),
     "patch-cutmix": Run(
         "ViT, patches of 4 px, without pretraining, stopped at a seventh of 12,600 steps",
         f"{SPEEDRUN}:patch --until 1800 --config.steps=12600 --config.model.class_token=False"
