@@ -8,6 +8,7 @@ import functools
 import json
 import re
 import shlex
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from drawing import curves
@@ -92,6 +93,13 @@ GROUPS = {
         "lora": Run("or then adapters (LoRA, rank 16)", f"{DINOV2}:lora{HEAD}", "dinov2-head"),
         "random": Run("from random parameters", f"{DINOV2}:random"),
     },
+}
+BEST = {  # the README's rows
+    "wide": "a ViT on a CNN's features, from scratch",
+    "patch": "a ViT on patches of 4 px, first as a masked autoencoder",
+    "distilled": "a ViT taught by a CNN",
+    "transfer-finetune": "a ViT pretrained on Tiny-ImageNet-200",
+    "dinov2": "a pretrained ViT-S/14",
 }
 PILOT = (
     f"{SPEEDRUN} --config.steps=1150 --config.optim.warmup=100 --config.augment.cutmix=0"
@@ -245,6 +253,17 @@ def row(name: str, run: Run, timed: bool) -> dict[str, Any]:
     }
 
 
+def summary() -> list[dict[str, Any]]:
+    """Return the README's rows: of the best runs, what they took and reached."""
+    columns = ("model", "parameters", "CPU min", "accuracy", "n")
+    every = {name: run for group in GROUPS.values() for name, run in finished(group).items()}
+    chosen = {
+        name: Run(title, before=every[name].before) for name, title in BEST.items() if name in every
+    }
+    table = [row(name, run, timed=False) for name, run in chosen.items()]
+    return [{column: line[column] for column in columns} for line in table]
+
+
 def curve(name: str, run: Run) -> list[tuple[float, float]]:
     """Return (CPU minutes, accuracy): on the held-out images, and of peers on the test split."""
     report = read(f"cifar10/{name}")
@@ -268,7 +287,10 @@ def scratch_curves() -> str:
     return curves(lines, "Accuracy on CIFAR-10 (JPEG q75), from scratch", "CPU minutes")
 
 
-TABLES = {f"cifar10 {name}": functools.partial(rows, runs) for name, runs in GROUPS.items()}
+TABLES: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    f"cifar10 {name}": functools.partial(rows, runs) for name, runs in GROUPS.items()
+}
+TABLES["cifar10 summary"] = summary
 TABLES |= {f"cifar10 {name}": functools.partial(pilots, runs) for name, runs in PILOTS.items()}
 COMMANDS = {
     f"commands cifar10 {name}": functools.partial(commands, runs)
