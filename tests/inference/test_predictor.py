@@ -53,6 +53,23 @@ def test_attributes(predictor):
     np.testing.assert_array_equal(predictor.params["cls"], random_params(tiny_model())["cls"])
 
 
+@pytest.mark.parametrize(("kind", "layer"), [("pooled", None), ("cls", 0), ("cls_mean", -1)])
+def test_features_are_those_of_the_preprocessed_image(predictor, kind, layer):
+    small = random_images(3, (8, 8))
+    pixels = predictor.preprocess(small.repeat(4, 1).repeat(4, 2))  # squares, reduced to 16 x 16
+    expected = tiny_model().features(predictor.params, pixels, kind, layer)
+    result = predictor.features(small.repeat(4, 1).repeat(4, 2), kind, layer)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    assert result.dtype == np.float32 and np.ptp(result) > 0.1
+
+
+def test_features_that_a_model_lacks(predictor):
+    with pytest.raises(UserError, match="layer 9 of 2 blocks"):
+        predictor.features(random_images(1), layer=9)
+    with pytest.raises(UserError, match="feature 'patch' is unknown"):
+        predictor.features(random_images(1), "patch")
+
+
 def test_images_of_other_sizes_are_resized(predictor):
     small = random_images(2, (4, 4))
     large = small.repeat(10, 1).repeat(10, 2)  # 40 x 40, of flat squares
@@ -71,6 +88,7 @@ def test_top_is_ordered_and_named(predictor, tmp_path):
         [p for _, p in result], sorted(probabilities.values())[:0:-1], atol=1e-6
     )
     assert len(predictor.top(str(file))) == len(CLASSES), "5 of 4 classes are 4"
+    np.testing.assert_array_equal(predictor.read(file), random_images(1)[0])
 
 
 def test_a_file_is_cropped_to_the_centre(tmp_path):

@@ -418,14 +418,20 @@ def test_converted_weights_are_a_run(tmp_path, capsys):
     assert "is not empty" in refusal(pretrained.convert, GOLDEN / "huggingface", out)
 
 
-def test_external_weights_are_used_without_conversion(tmp_path):
+def test_external_weights_are_used_without_conversion(tmp_path, capsys):
     model = vit_scale.load(GOLDEN / "huggingface")
     assert model(random_images(2, (12, 12))).shape == (2, 5)
     arrays = weight_files.read_arrays(GOLDEN / "huggingface" / weight_files.SAFETENSORS)
     shutil.copytree(GOLDEN / "huggingface", tmp_path / "bare")
     headless = {name: x for name, x in arrays.items() if not name.startswith("classifier")}
     weight_files.write_safetensors(tmp_path / "bare" / weight_files.SAFETENSORS, headless)
-    assert "has no classification head: train one" in refusal(vit_scale.load, tmp_path / "bare")
+    bare, images = vit_scale.load(tmp_path / "bare"), random_images(2, (12, 12))
+    assert bare.classes == ()
+    np.testing.assert_array_equal(bare.features(images), model.features(images))
+    for predict in (functools.partial(bare, images), lambda: bare.top(tmp_path / "missing.png")):
+        assert f"{tmp_path / 'bare'} has no classification head: train one" in refusal(predict)
+    assert cli.main(["predict", str(tmp_path / "bare"), "missing.png"]) == 1
+    assert "has no classification head: train one" in capsys.readouterr().err
     message = refusal(pretrained.convert, tmp_path / "bare", tmp_path / "out")
     assert "has no head: set --config.model.classes=N" in message
     made, rows = pretrained.convert(tmp_path / "bare", tmp_path / "out", ["model.classes=3"])

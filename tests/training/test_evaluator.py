@@ -71,7 +71,7 @@ def test_the_outputs_of_mirrored_images_are_averaged():
     assert result["loss"] != pytest.approx(by_hand(np.ones(23, bool))["loss"], abs=1e-4)
     size = ((16, 16), (16, 16))
     view = views(cfg, are_files(cfg.data))
-    predictor = Predictor(tiny_model(), params, cfg, CLASSES, 0, *size, *view)
+    predictor = Predictor("", tiny_model(), params, cfg, CLASSES, 0, *size, *view)
     np.testing.assert_allclose(predictor(IMAGES), jax.nn.softmax(logits), atol=1e-6)
 
 

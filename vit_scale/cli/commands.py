@@ -111,6 +111,7 @@ def predict(args, overrides: Sequence[str]) -> None:
 
     refuse(overrides, "predict")
     predictor = load(args.run)
+    predictor.check_head()
     one_class = predictor.target == "class"
     count = LIKELIEST if one_class else len(predictor.classes)
     predictions = {image: predictor.top(image, count) for image in args.images}

@@ -25,6 +25,7 @@ from vit_scale.data import are_files, delivered_size, views
 from vit_scale.data.decode import Corrupt, decode
 from vit_scale.data.targets import CLASSES, DEFAULT_THRESHOLD, VALUE, to_numbers
 from vit_scale.errors import UserError
+from vit_scale.evaluation.features import Layer
 from vit_scale.models.build import Model
 from vit_scale.pretrained import Pretrained, load_model
 from vit_scale.storage import paths
@@ -33,16 +34,18 @@ from vit_scale.storage.errors import user_errors
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained model as a function from uint8 images to class probabilities.
+    """A trained model as a function from uint8 images to class probabilities, or to features.
 
-    Of a model of several classes an image (data.target=classes), each class has a probability of
-    its own; a regression (data.target=value) returns numbers, in the training set's units.
+    A model without a head has features alone. Of a model of several classes an image
+    (data.target=classes), each class has a probability of its own; a regression (data.target=value)
+    returns numbers, in the training set's units.
 
     Args:
+      source: where it was loaded from.
       model: its pure functions.
       params: its parameters; the moving average, if the run kept one.
       cfg: the config it was trained with.
-      classes: the names of its outputs.
+      classes: the names of its outputs; none without a head.
       step: the training step of the checkpoint; 0 for external weights.
       size: (height, width) in pixels of the model's input.
       decode_size: (height, width) in pixels to which image files are decoded.
@@ -52,6 +55,7 @@ class Predictor:
         the highest F1 on the split that selects checkpoints, else 0.5.
     """
 
+    source: str
     model: Model
     params: dict = dataclasses.field(repr=False)
     cfg: ConfigDict = dataclasses.field(repr=False)
@@ -73,29 +77,64 @@ class Predictor:
         return eval_images(images, self.cfg.augment, self.size, self.device_view)
 
     def probabilities(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b c"]:
-        """Preprocess and classify images of any single size; a pure function, not compiled."""
+        """Preprocess and classify images of any single size; a pure function, not compiled.
+
+        Raises UserError if the model has no head.
+        """
+        self.check_head()
         pixels = self.preprocess(images)
         outputs = self.model.outputs(params, pixels, self.cfg.eval.flip)
         if self.target == VALUE:
             return to_numbers(outputs, self.cfg)
         return jax.nn.sigmoid(outputs) if self.target == CLASSES else jax.nn.softmax(outputs)
 
+    def check_head(self) -> None:
+        """Raise UserError if the model has no head."""
+        if not self.classes:
+            raise UserError(
+                f"{self.source} has no classification head: train one with "
+                f"--config.init.source={self.source}, or use its features"
+            )
+
     @functools.cached_property
     def _compiled(self) -> Callable:
         return jax.jit(self.probabilities)
+
+    @functools.cached_property
+    def _compiled_features(self) -> Callable:
+        def features(params, images, kind, layer):
+            return self.model.features(params, self.preprocess(images), kind, layer)
+
+        return jax.jit(features, static_argnames=("kind", "layer"))
+
+    def features(
+        self, images: UInt8[np.ndarray, "b h w 3"], kind: str = "pooled", layer: int | None = None
+    ) -> Float[np.ndarray, "b d"]:
+        """Return float32 features of images of any single size; each new shape is compiled once.
+
+        `kind` is `pooled` (what the head reads), `cls`, `mean` (of the patches) or `cls_mean`, of
+        the last block or of `layer`, counted from 0, or from the end if negative, with the final
+        norm. Raises UserError for features that the model does not have.
+        """
+        Layer(kind, layer).check(self.model)
+        return np.asarray(self._compiled_features(self.params, jnp.asarray(images), kind, layer))
 
     def __call__(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b c"]:
         """Class probabilities of images of any single size; each new shape is compiled once."""
         return np.asarray(self._compiled(self.params, jnp.asarray(images)))
 
+    def read(self, image: str | pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:
+        """Decode an image file as evaluation does. Raises UserError if it can't."""
+        return read_image(image, self.decode_size, self.decode_view, self.cfg.data.exif)
+
     def top(self, image: str | pathlib.Path, k: int = 5) -> list[tuple[str, float]]:
         """The k most likely (class, probability) pairs of an image file, in descending order.
 
         Of a regression, the first k (name, number) pairs, in the order of the outputs. Raises
-        UserError if the file is missing or not an image.
+        UserError if the file is missing or not an image, or the model has no head.
         """
-        pixels = read_image(image, self.decode_size, self.decode_view, self.cfg.data.exif)
-        (probabilities,) = self(pixels[None])
+        self.check_head()
+        (probabilities,) = self(self.read(image)[None])
         order = np.argsort(-probabilities, kind="stable")
         if self.target == VALUE:
             order = np.arange(len(probabilities))
@@ -128,21 +167,18 @@ def load(source: str | os.PathLike) -> Predictor:
 
     `source` is a run's folder, RUN/checkpoints/STEP, or external weights (`pretrained.load_model`).
     What is assumed of external weights is printed to standard error. Raises UserError if `source`
-    can't be loaded, or has no head.
+    can't be loaded.
     """
     loaded = load_model(source)
     loaded.print_notes()
     cfg = loaded.cfg
-    if not loaded.classes:
-        raise UserError(
-            f"{source} has no classification head: train one with --config.init.source={source}"
-        )
     thresholds = ()
     if cfg.data.target == CLASSES:
         known = loaded.read_selection().get("thresholds")
         thresholds = tuple(known or [DEFAULT_THRESHOLD] * len(loaded.classes))
     decode_view, device_view = views(cfg, are_files(cfg.data) or not loaded.data)
     return Predictor(
+        str(source),
         loaded.model,
         loaded.params,
         cfg,
