@@ -4,8 +4,8 @@
 
 A small ViT learns to tell fractals apart at 32 px (nothing is downloaded), then CIFAR-10 at 32 px
 and at 64 px, each from the pretrained and from random parameters. Without CIFAR-10 in data.path,
-.data, it learns the generated set's held-out classes instead; what was begun on one of the two goes
-on with it. Result: docs/results.md.
+.data, it learns the generated set's held-out classes instead; a run resumes with the set that it
+began with. Result: docs/results.md.
 """
 
 from vit_scale.config import base

@@ -72,10 +72,14 @@ def test_the_page_on_python_has_the_signatures():
 
 
 def test_python(folder, untrained):
+    cfg = tiny_config("model.classes=0")
+    headless = random_params(build(cfg.model, image_size(cfg)))
+    write_run(folder / "runs" / "mae_cifar", cfg, headless, classes=[])
     names = run("docs/python.md")
     assert names["report"]["eval"]["step"] == 1000 and names["size"]["tokens"] == 197
     assert names["probabilities"].shape == (8, 3)
     assert names["logits"].shape == (8, 3)
+    assert names["features"].shape == (8, 2 * cfg.model.width)
     assert names["model"].shape.tokens == 577
     assert names["gradients"].keys() == names["params"].keys() or names["gradients"]
 

@@ -9,6 +9,7 @@ from vit_scale.cli import commands, data_commands, sweep_command
 from vit_scale.errors import USAGE, UserError
 
 RUN = "run folder, or RUN/checkpoints/STEP"
+MODEL = f"{RUN}, or weights: a file, a folder, hf://ORG/NAME"
 CONFIG = "name of a config, NAME:ARGUMENT, or a path"
 SPLIT = "split such as test or train[98%%:] (default: eval.final of the run)"
 JSON = "print one JSON object"
@@ -97,7 +98,7 @@ def add_host_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def add_eval_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", metavar="RUN", help=RUN)
+    sub.add_argument("run", metavar="RUN", help=MODEL)
     sub.add_argument("--split", help=SPLIT)
     text = "real.json: judge predictions on ImageNet's validation set by ReaL's labels"
     sub.add_argument("--real", metavar="FILE", help=text)
@@ -107,7 +108,7 @@ def add_eval_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def add_probe_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", metavar="RUN", help=f"{RUN}, or weights of another library")
+    sub.add_argument("run", metavar="RUN", help=MODEL)
     text = "split to fit classifiers to (default: data.train of the run)"
     sub.add_argument("--train", metavar="SPLIT", help=text)
     sub.add_argument("--split", help=SPLIT)
@@ -138,7 +139,7 @@ def add_probe_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def add_predict_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", metavar="RUN", help=RUN)
+    sub.add_argument("run", metavar="RUN", help=MODEL)
     sub.add_argument("images", metavar="IMAGE", nargs="+", help="file of an image")
     sub.add_argument("--json", action="store_true", help=JSON)
 
@@ -243,7 +244,7 @@ def add_average_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def add_export_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("run", metavar="RUN", help=RUN)
+    sub.add_argument("run", metavar="RUN", help=MODEL)
     text = "safetensors (one file of this project), safetensors-timm, safetensors-hf, npz or jax"
     sub.add_argument("--format", required=True, help=text)
     text = "folder to write; for safetensors, npz and jax, a file"
