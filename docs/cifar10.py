@@ -24,11 +24,11 @@ class Run(NamedTuple):
 
     title: str
     command: str = ""
-    before: str = ""  # the run whose parameters it starts from; its cost is added
+    before: str = ""  # the run that it starts or learns from; its cost is added
 
 
-def compared(model: str, title: str, flags: str = "") -> Run:
-    return Run(title, f"vit-scale train --config compare_architectures:{model}{flags}")
+def compared(model: str, title: str, flags: str = "", before: str = "") -> Run:
+    return Run(title, f"vit-scale train --config compare_architectures:{model}{flags}", before)
 
 
 DINOV2 = "vit-scale train --config vit_dinov2_cifar_cpu"
@@ -64,7 +64,7 @@ SCRATCH = {
         f"{SPEEDRUN}:patch --config.init.source=runs/vit_cifar_speedrun-mae",
         before="mae",
     ),
-    "timm-patch": Run("the same ViT, from labels alone, by timm"),
+    "timm-patch": Run("a plain ViT of its size, from labels alone, by timm"),
     "tutorial": Run("the tutorial's ViT, patches of 4 px", f"{SPEEDRUN}:tutorial"),
     "timm-tutorial": Run("the tutorial's ViT by timm"),
 }
@@ -76,7 +76,9 @@ GROUPS = {
         "resnet": compared("resnet", "ResNet-20"),
         "hybrid-40": compared("hybrid", "ViT on a CNN's features"),
         "vit": compared("vit", "ViT, patches of 4 px"),
-        "distilled": compared("distilled", "the same ViT, taught by that CNN", TEACHER),
+        "distilled": compared(
+            "distilled", "the same ViT, taught by that CNN", TEACHER, before="cnn"
+        ),
     },
     "transfer": {
         "transfer-finetune": transfer(
@@ -188,7 +190,7 @@ def commands(group: dict[str, Run]) -> str:
     """Return a block of code, each command after its row's title."""
     lines = []
     for name, run in finished(group).items():
-        if run.before:
+        if run.before in PRETRAINING:
             before = PRETRAINING[run.before]
             lines.append(f"# {before.title}\n{fold(before.command)}")
         lines.append(f"# {run.title}\n{fold(run.command or peer_command(name))}")
@@ -270,8 +272,8 @@ def curve(name: str, run: Run) -> list[tuple[float, float]]:
     if "peer" not in report:
         began = cost(run.before).minutes if run.before else 0
         return evaluations(f"cifar10/{name}", began)
-    minutes, count = report["cpu"] / 60, len(report["curve"])
-    return [((i + 1) * minutes / count, share) for i, share in enumerate(report["curve"])]
+    minutes = report["cpu"] / 60 / report["epochs"]  # of an epoch
+    return [(minutes * epochs, share) for epochs, share in report["curve"]]
 
 
 def minutes_to(name: str, run: Run, share: float) -> float | None:

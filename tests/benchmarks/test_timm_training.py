@@ -18,12 +18,26 @@ if flags.get("--opt") == "wrong":
     sys.exit(3)
 folder = pathlib.Path(flags["--output"], flags["--experiment"])
 (folder / "calls.txt").open("a").write(" ".join(sys.argv[1:]) + "\\n")
-(folder / "last.pth.tar").touch()
-begin = time.process_time()
-while time.process_time() < begin + 0.2:
-    pass
-rows = "".join(f"{i},{50 + i}\\n" for i in range(int(flags["--epochs"])))
-(folder / "summary.csv").write_text("epoch,eval_top1\\n" + rows)
+
+def work(seconds):
+    begin = time.process_time()
+    while time.process_time() < begin + seconds:
+        pass
+
+epochs, every = int(flags["--epochs"]), int(flags["--val-interval"])
+work(.1)
+for epoch in range(int("--resume" in flags), epochs):
+    print(f"Train: {epoch} [0/9]", flush=True)
+    work(.4)
+    if (epoch + 1) % every and epoch + 1 != epochs:
+        continue
+    print("Test: [0/9]", flush=True)
+    work(.2)
+    with (folder / "summary.csv").open("a") as file:  # as timm's: a header for each process
+        if epoch < 3 or epoch + 1 == epochs:
+            file.write("epoch,eval_top1\\n")
+        file.write(f"{epoch},{50 + epoch}\\n")
+    (folder / "last.pth.tar").touch()
 """
 
 
@@ -41,24 +55,41 @@ def places(tmp_path, monkeypatch):
 
 
 def test_the_epochs_follow_from_the_minutes_and_stay(places, tmp_path):
-    command = [*places, "--minutes", "0.02", "--", "--opt", "adamw"]
+    out, command = tmp_path / "out", [*places, "--minutes", "0.05", "--", "--opt", "adamw"]
     timm_training.main(command)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    state = json.loads((tmp_path / "out" / "state.json").read_text())
-    assert state["epoch_cpu"] > 0
-    assert report["epochs"] == max(2, int(1.2 / state["epoch_cpu"])), "of .02 minutes"
-    assert report["curve"][0] == 0.5 and len(report["curve"]) == report["epochs"]
-    assert report["eval"] == {"split": "test", "accuracy": report["curve"][-1], "n": 2}
-    assert 0.1 <= report["cpu"] < 5
-    assert (report["minutes"], report["flags"]) == (0.02, ["--opt", "adamw"])
+    report = json.loads((out / "report.json").read_text())
+    state = json.loads((out / "state.json").read_text())
+    assert 0.3 <= state["epoch"] < 0.55 and 0.1 <= state["evaluation"] < 0.4
+    train = 3 - state["start"]  # of .05 minutes
+    assert report["epochs"] == int(train / (state["epoch"] + state["evaluation"] / 3)) > 3
+    assert report["curve"][0] == [3, 0.52]
+    assert report["curve"][-1] == [report["epochs"], (49 + report["epochs"]) / 100]
+    assert report["eval"] == {"split": "test", "accuracy": report["curve"][-1][1], "n": 2}
+    assert 1.5 <= report["cpu"] < 5
+    assert (report["minutes"], report["flags"]) == (0.05, ["--opt", "adamw"])
     assert report["version"] == "1.2.3"
-    first = (tmp_path / "out" / "timm" / "run" / "calls.txt").read_text()
+    first = (out / "timm" / "run" / "calls.txt").read_text()
     assert "--opt adamw" in first and "--resume" not in first
+
+    with pytest.raises(UserError, match=r"out has a report\.json"):
+        timm_training.main(command)
+    (out / "report.json").unlink()  # as if it had been stopped after a checkpoint
     timm_training.main(command)
-    again = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert again["epochs"] == report["epochs"] and again["cpu"] > report["cpu"] + 0.1
-    assert "--resume" in (tmp_path / "out" / "timm" / "run" / "calls.txt").read_text()
-    assert (tmp_path / "out" / "timm" / "calibration" / "calls.txt").read_text().count("\n") == 1
+    again = json.loads((out / "report.json").read_text())
+    assert again["epochs"] == report["epochs"] and again["cpu"] > report["cpu"]
+    assert again["curve"] == report["curve"], (
+        "though the file has a second header, and epochs twice"
+    )
+    assert "--resume" in (out / "timm" / "run" / "calls.txt").read_text()
+    assert (out / "timm" / "calibration" / "calls.txt").read_text().count("\n") == 1
+
+
+def test_a_run_goes_on_with_its_own_flags_alone(places, tmp_path):
+    timm_training.main([*places, "--minutes", "0.01", "--", "--opt", "adamw"])
+    (tmp_path / "out" / "report.json").unlink()
+    for minutes, optimizer in (("0.01", "sgd"), ("0.02", "adamw")):
+        with pytest.raises(UserError, match=r"out has a run with other flags or --minutes"):
+            timm_training.main([*places, "--minutes", minutes, "--", "--opt", optimizer])
 
 
 def test_a_script_that_fails_is_reported(places):
