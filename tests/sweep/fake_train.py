@@ -1,7 +1,8 @@
 """Stands for `vit-scale train` in the tests of sweeps: the accuracy follows from the fields.
 
 A learning rate of 9 diverges, one of 8 fails, one of 7 is preempted once, one of 6 waits for
-SIGTERM, one of 5 is trained by another process, one of 4 waits for a second run beside it.
+SIGTERM, one of 5 is trained by another process, one of 4 waits for a second run beside it, one of
+11 dies without a word.
 """
 
 import json
@@ -29,6 +30,8 @@ def main(arguments: list[str]) -> int:
     if lr == 8:
         print("vit-scale: something is wrong")
         return 1
+    if lr == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
     if lr == 7 and not (folder / "stopped").exists():
         (folder / "stopped").touch()
         print("vit-scale: the disk is full")

@@ -4,6 +4,7 @@ import pytest
 
 from vit_scale.errors import UserError
 from vit_scale.sweep import halving, make_points, make_space, run_name, train_command
+from vit_scale.sweep import points as points_module
 from vit_scale.sweep.points import LONGEST_NAME, split_values
 
 
@@ -66,6 +67,14 @@ def test_ranges_are_drawn_evenly_in_value_and_in_logarithm():
 def test_impossible_points_are_refused(grid, ranges, count, message):
     with pytest.raises(UserError, match=message):
         make_points(space(*grid, **ranges), count)
+
+
+def test_a_whole_grid_can_be_drawn(monkeypatch):
+    monkeypatch.setattr(points_module, "MOST_DRAWS", 1)  # gives up drawing early
+    grid = space("optim.lr=1,2,3,4,5,6", "optim.b1=.1,.2,.3,.4")
+    drawn = make_points(grid, 24)
+    assert sorted(map(str, drawn)) == sorted(map(str, make_points(grid)))
+    assert make_points(grid, 23) == drawn[:23] != make_points(grid)[:23]
 
 
 def test_names_are_folders():

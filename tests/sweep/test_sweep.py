@@ -11,15 +11,17 @@ import time
 import pytest
 
 from tests.laws.test_laws import final_state, losses, same_bits
-from vit_scale import cli, sweep
+from vit_scale import cli, config, sweep
 from vit_scale.errors import UserError
 from vit_scale.inspect.plots.canvas import rasterize
 from vit_scale.inspect.plots.sweep import plot_sweep
+from vit_scale.runs.json_files import write_json
 from vit_scale.runs.lock import Lock
-from vit_scale.sweep import processes, slots
+from vit_scale.sweep import definition, processes, slots
 from vit_scale.sweep.slots import Slot, make_slots
 
 FAKE = pathlib.Path(__file__).with_name("fake_train.py")
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden/weights/huggingface"
 FIELDS = (
     "steps=40",
     "optim.warmup=0",
@@ -173,8 +175,59 @@ def test_what_is_trained_is_compared_without_training(run, capsys):
     assert cli.main([*words, "--grid", "optim.lr=1,3,2", "--compare", "--json"]) == 0
     compared = json.loads(capsys.readouterr().out)
     assert compared["runs"][:2] == result["runs"]
-    assert compared["runs"][2]["status"] == "no result at step 40"
+    assert (compared["runs"][2]["status"], compared["runs"][2]["step"]) == ("waiting", 0)
     assert calls(one.folder).keys() == {"optim.lr=1", "optim.lr=3"}
+    words[-1] = str(one.folder / "mistyped")
+    assert cli.main([*words, "--grid", "optim.lr=1,3,2", "--compare"]) == 1
+    assert "mistyped has none of these runs: give the sweep's --workdir" in capsys.readouterr().err
+    assert not (one.folder / "mistyped").exists()
+
+
+def test_runs_that_are_under_way_are_compared_by_their_newest_result(run, tmp_path):
+    one = run("0", "3", "2", "1", keep=2)[1]
+    for name, last in (("optim.lr=3", 30), ("optim.lr=2", 20)):
+        rows = (one.folder / name / "metrics.jsonl").read_text().splitlines()[: last // 10]
+        (one.folder / name / "metrics.jsonl").write_text("\n".join(rows))
+        (one.folder / name / "report.json").unlink(missing_ok=True)
+    held = Lock(one.folder)
+    held.acquire()  # as the sweep does
+    try:
+        compared = sweep.run_sweep(one, quiet=True, train=False)
+    finally:
+        held.release()
+    rows = [(row["name"], row["step"], row["status"]) for row in compared["runs"]]
+    assert rows[:2] == [("optim.lr=3", 30, "not finished"), ("optim.lr=2", 20, "not finished")]
+    assert [step for _, step, _ in rows[2:]] == [10, 10] and compared["best"] is None
+
+
+def test_a_run_of_another_config_is_refused(run):
+    _, one = run("1")
+    cfg = config.load("vit_imagenet:S/16", [*FIELDS, "optim.lr=1", "optim.weight_decay=.7"])
+    stored = {"name": "x", "config": config.to_json(cfg)}
+    write_json(one.run_folder({"optim.lr": "1"}) / "run.json", stored)
+    with pytest.raises(UserError, match=r"different config \(optim.weight_decay: 0\.7 -> "):
+        run("1", "3")
+    assert "optim.lr=3" not in calls(one.folder)
+
+
+def test_a_run_that_dies_without_a_word_is_not_blamed_on_an_earlier_one(run, tmp_path):
+    logs = tmp_path / "sweep" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "optim.lr=11.txt").write_text("vit-scale: workdir x is in use by process 7\n")
+    result, _ = run("11", "3")
+    assert result["runs"][1]["status"] == "failed: no output (killed by SIGKILL)"
+
+
+def test_an_architecture_of_the_weights_is_swept(monkeypatch, tmp_path):
+    read = []
+    real = definition.with_source_model
+    monkeypatch.setattr(definition, "with_source_model", lambda cfg: read.append(1) or real(cfg))
+    fields = ["model.variant=source", f"init.source={GOLDEN}", "data.resolution=12"]
+    points = [{"optim.lr": rate} for rate in ("1e-3", "1e-2")]
+    one = sweep.Sweep("vit_cifar:S/16", fields, points, tmp_path / "sweep")
+    assert [cfg.optim.lr for cfg in sweep.check(one)] == [1e-3, 1e-2] and len(read) == 1
+    with pytest.raises(UserError, match="image height 13 is not divisible by"):
+        sweep.check(one._replace(overrides=[*fields, "data.resolution=13"]))
 
 
 def test_runs_side_by_side_have_their_own_slots(run, monkeypatch):
@@ -221,7 +274,7 @@ def test_accelerators_are_divided_evenly(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("config", "fields", "keep", "message"),
+    ("name", "fields", "keep", "message"),
     [
         ("quickstart", (), None, "is several runs: sweep one of quickstart:pretrain, "),
         (
@@ -243,9 +296,9 @@ def test_accelerators_are_divided_evenly(monkeypatch):
         ("vit_imagenet:S/16", (*FIELDS, "eval.every=40"), 2, "eval.every=40 is too rare"),
     ],
 )
-def test_a_config_that_can_not_be_swept_is_refused(run, tmp_path, config, fields, keep, message):
+def test_a_config_that_can_not_be_swept_is_refused(run, tmp_path, name, fields, keep, message):
     with pytest.raises(UserError, match=message):
-        run("1", "2", keep=keep, config=config, fields=fields)
+        run("1", "2", keep=keep, config=name, fields=fields)
     assert not (tmp_path / "sweep").exists()
 
 

@@ -69,6 +69,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    return int(text)
+
+
 def halving(text: str) -> int:
     """Parse an integer of at least 2."""
     if positive(text) < 2:
@@ -154,7 +161,7 @@ def add_sweep_flags(sub: argparse.ArgumentParser) -> None:
     text = "the same, evenly in the logarithm: optim.lr=1e-4,1e-2"
     add("--log-uniform", action="append", default=[], metavar="FIELD=LOW,HIGH", help=text)
     add("--random", type=positive, metavar="N", help="draw N points instead of all of the grid")
-    add("--seed", type=int, default=0, help="seed of --random (default: 0)")
+    add("--seed", type=natural, default=0, help="seed of --random (default: 0)")
     add("--parallel", type=positive, default=1, metavar="K", help="runs side by side (default: 1)")
     text = "successive halving: at each rung, the best one in ETA runs continues"
     add("--halving", type=halving, metavar="ETA", help=text)

@@ -6,6 +6,7 @@ be stopped early by successive halving, and are compared on a held-out split. Re
 command resumes a sweep.
 """
 
+from vit_scale.sweep.definition import Sweep, check
 from vit_scale.sweep.picture import describe_best, write_picture
 from vit_scale.sweep.points import (
     Point,
@@ -17,7 +18,7 @@ from vit_scale.sweep.points import (
     train_arguments,
     train_command,
 )
-from vit_scale.sweep.sweep import Sweep, check, default_folder, format_sweep, run_sweep
+from vit_scale.sweep.sweep import default_folder, format_sweep, run_sweep
 
 __all__ = [
     "Point",

@@ -8,8 +8,8 @@ from vit_scale.inspect.curves import read_curves
 from vit_scale.runs import report
 from vit_scale.runs.json_files import read_json
 from vit_scale.storage import files
+from vit_scale.sweep.definition import Sweep
 from vit_scale.sweep.points import train_arguments, train_command
-from vit_scale.sweep.sweep import Sweep
 
 PICTURE = "sweep.png"
 

@@ -110,6 +110,9 @@ def make_points(space: Space, count: int | None = None, seed: int = 0) -> list[P
     while len(points) < count:
         point = _draw(space, generator)
         repeated = repeated + 1 if point in points else 0
+        if repeated > MOST_DRAWS and not ranges:  # almost the whole grid: the rest in order
+            points += [point for point in make_points(space) if point not in points]
+            return points[:count]
         if repeated > MOST_DRAWS:
             raise UserError(f"--random {count}: there are only about {len(points)} points", USAGE)
         if not repeated:

@@ -50,6 +50,7 @@ def run_jobs(
     """
     waiting, free = list(jobs), list(slots)
     running: dict[subprocess.Popen, tuple[Job, Slot]] = {}
+    begins: dict[str, int] = {}  # of what a process prints, in its log
     failures: dict[str, Failure] = {}
     logs.mkdir(parents=True, exist_ok=True)
     total = sum(job.last - job.first for job in jobs)
@@ -58,13 +59,18 @@ def run_jobs(
             preemption.check("between two runs of the sweep")
             while waiting and free:
                 job, slot = waiting.pop(0), free.pop(0)
-                running[start(job, slot, logs)] = job, slot
+                file = logs / f"{job.name}.txt"
+                begins[job.name] = file.stat().st_size if file.exists() else 0
+                running[start(job, slot, file)] = job, slot
             time.sleep(POLL)
             for process in [one for one in running if one.poll() is not None]:
                 job, slot = running.pop(process)
                 free.append(slot)
                 if process.returncode:
-                    failures[job.name] = failure(process.returncode, logs / f"{job.name}.txt")
+                    printed = (logs / f"{job.name}.txt").read_bytes()[begins[job.name] :]
+                    failures[job.name] = failure(
+                        process.returncode, printed.decode(errors="replace")
+                    )
                 if process.returncode == RESUMABLE or is_held(failures.get(job.name)):
                     message = f"run {job.name} stopped: {failures[job.name].line}"
                     raise UserError(message, RESUMABLE)
@@ -75,15 +81,15 @@ def run_jobs(
     return failures
 
 
-def start(job: Job, slot: Slot, logs: pathlib.Path) -> subprocess.Popen:
-    """Start a job's process; on CPUs it inherits the slot's cores."""
+def start(job: Job, slot: Slot, log: pathlib.Path) -> subprocess.Popen:
+    """Start a job's process, which adds to `log`; on CPUs it inherits the slot's cores."""
     command = [*TRAIN, "--quiet", *job.arguments]
-    with open(logs / f"{job.name}.txt", "ab") as log, _on_cores(slot):
+    with open(log, "ab") as file, _on_cores(slot):
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=file,
+            stderr=file,
             env={**os.environ, **slot.variables},
             start_new_session=True,  # Ctrl-C reaches this process alone, which stops the others
         )
@@ -116,11 +122,12 @@ def _stopping(running: dict[subprocess.Popen, tuple[Job, Slot]]) -> Iterator[Non
         raise
 
 
-def failure(code: int, log: pathlib.Path) -> Failure:
-    """Return a process's failure; its last line of output says why."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def failure(code: int, printed: str) -> Failure:
+    """Return a process's failure; the last line of its output says why."""
+    lines = [line for line in printed.splitlines() if line.strip()]
     last = lines[-1].removeprefix("vit-scale: ") if lines else "no output"
-    return Failure(code, f"{last[:200]} (exit code {code})")
+    how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    return Failure(code, f"{last[:200]} ({how})")
 
 
 def is_held(error: Failure | None) -> bool:

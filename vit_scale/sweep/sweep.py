@@ -3,100 +3,22 @@
 import contextlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from ml_collections import ConfigDict
+from typing import Any
 
 from vit_scale import checkpoint, config
-from vit_scale.data import are_disjoint
 from vit_scale.distributed import preemption
 from vit_scale.errors import DIVERGED, USAGE, UserError
 from vit_scale.inspect.curves import Curve, read_curves
 from vit_scale.runs import report
-from vit_scale.runs.json_files import read_json, write_json
+from vit_scale.runs.json_files import write_json
 from vit_scale.runs.lock import Lock
-from vit_scale.storage import cache, paths
+from vit_scale.storage import paths
 from vit_scale.sweep import halving
+from vit_scale.sweep.definition import FILE, Sweep, check, check_runs, claim
 from vit_scale.sweep.points import Point, run_name, train_arguments
-from vit_scale.sweep.processes import LOGS, Failure, Job, run_jobs
+from vit_scale.sweep.processes import Failure, Job, run_jobs
 from vit_scale.sweep.slots import make_slots
-from vit_scale.training import objectives, optimizer, validation
 from vit_scale.training.evaluator import main_result
-
-FILE = "sweep.json"
-
-
-class Sweep(NamedTuple):
-    """What is swept: a config by name, with fields for all runs, at some points.
-
-    `keep`: at each rung of successive halving one in `keep` runs continues; None: all train to the
-    end.
-    """
-
-    config: str
-    overrides: Sequence[str]
-    points: Sequence[Point]
-    folder: pathlib.Path
-    keep: int | None = None
-
-    @property
-    def logs(self) -> pathlib.Path:
-        """The folder of what the runs print, on this machine."""
-        return cache.local(self.folder) / LOGS
-
-    def run_folder(self, point: Point) -> pathlib.Path:
-        return self.folder / run_name(point)
-
-
-def check(sweep: Sweep) -> list[ConfigDict]:
-    """Return the config of each point. Raises UserError for a point that can't be trained.
-
-    Also for a config of several runs, for one without a held-out split to select by, and for points
-    whose runs would have the same folder.
-    """
-    configs = [
-        config.load(sweep.config, [*sweep.overrides, *(f"{k}={v}" for k, v in point.items())])
-        for point in sweep.points
-    ]
-    first = configs[0]
-    if first.stages:
-        stages = ", ".join(f"{sweep.config}:{stage}" for stage in first.stages)
-        raise UserError(f"{sweep.config} is several runs: sweep one of {stages}", USAGE)
-    for cfg in configs:
-        _check_trainable(cfg)
-    names: dict[str, str] = {}  # by what is trained
-    for point, cfg in zip(sweep.points, configs, strict=True):
-        name = run_name(point)
-        if name in names.values():
-            raise UserError(
-                f"two points have the folder {name}: their values differ only in characters that "
-                "a folder's name can't have"
-            )
-        if (other := names.setdefault(cfg.to_json(), name)) != name:
-            raise UserError(f"the points {other} and {name} are the same run: leave one out")
-    return configs
-
-
-def _check_trainable(cfg: ConfigDict) -> None:
-    """Raise UserError for a config that can't train, as far as that can be said without devices.
-
-    And for one whose eval.split is not held out.
-    """
-    split, train, final = cfg.eval.split, cfg.data.train, cfg.eval.final
-    held_out = (
-        split and are_disjoint(split, train) and not (final and not are_disjoint(split, final))
-    )
-    if not held_out:
-        raise UserError(
-            "a sweep selects by eval.split, which must be held out from training and from the "
-            f"final test (data.train={train!r}, eval.split={split!r}, eval.final={final!r}): give "
-            "--config.data.train=train[:98%] --config.eval.split=train[98%:]",
-            USAGE,
-        )
-    validation.check_counts(cfg)
-    validation.check_model(cfg)
-    optimizer.check(cfg.optim, cfg.steps)
-    objectives.check(cfg)
 
 
 def run_sweep(
@@ -104,7 +26,7 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Train every point, or resume that, and return the comparison, which SWEEP/sweep.json holds.
 
-    With `train=False` what is trained so far is compared.
+    With `train=False` what is trained so far is compared, and sweep.json stays as it is.
 
     Returns:
       {"config": ..., "overrides": [...], "rungs": [...], "split": ..., "measure": "accuracy",
@@ -133,15 +55,17 @@ def run_sweep(
     pairs = zip(sweep.points, configs, strict=True)
     runs = [Entry(point, cfg.steps, content["measure"]) for point, cfg in pairs]
     racing = list(range(len(runs)))
+    if not train:
+        return {**content, **_comparison(_trained_so_far(sweep, runs))}
     lock = Lock(sweep.folder)
     with preemption.deferred(), contextlib.ExitStack() as held:
         lock.acquire()
         held.callback(lock.release)
-        _claim(sweep.folder, content)
+        claim(sweep.folder, content)
+        check_runs(sweep, configs)
         for rung in rungs:
             until = rung if sweep.keep and rung < first.steps else None
             jobs = [job for i in racing if (job := _job(sweep, runs[i], until)) is not None]
-            jobs = jobs if train else []
             failures = run_jobs(jobs, slots, sweep.logs, quiet)
             for i in racing:
                 runs[i].read(sweep, until, failures)
@@ -171,14 +95,32 @@ class Entry:
             self.status = "diverged" if error.code == DIVERGED else f"failed: {error.line}"
             self.result = None
             return
-        curves = read_curves(sweep.run_folder(self.point))
-        self.step = until or self.steps
-        self.result = _value_at(curves, self.measure, self.step)
-        n = _value_at(curves, "n", self.step)
-        self.n = None if n is None else int(n)
+        self._take(read_curves(sweep.run_folder(self.point)), until or self.steps)
         self.status = "stopped" if until else "finished"
         if self.result is None:
             self.status = f"no result at step {self.step:,}"
+
+    def read_newest(self, sweep: Sweep) -> None:
+        """Read the run's newest result, wherever that is."""
+        curves = read_curves(sweep.run_folder(self.point))
+        steps, _ = curves.get(f"eval/{self.measure}", ([], []))
+        if steps:
+            self._take(curves, max(steps))
+            self.status = "finished" if self.step == self.steps else "not finished"
+
+    def _take(self, curves: dict[str, Curve], step: int) -> None:
+        n = _value_at(curves, "n", step)
+        self.step, self.result = step, _value_at(curves, self.measure, step)
+        self.n = None if n is None else int(n)
+
+
+def _trained_so_far(sweep: Sweep, runs: Sequence[Entry]) -> Sequence[Entry]:
+    """Read each run's newest result. Raises UserError where none of them has begun."""
+    if not any(sweep.run_folder(entry.point).exists() for entry in runs):
+        raise UserError(f"{sweep.folder} has none of these runs: give the sweep's --workdir")
+    for entry in runs:
+        entry.read_newest(sweep)
+    return runs
 
 
 def _value_at(curves: dict[str, Curve], name: str, step: int) -> float | None:
@@ -214,25 +156,6 @@ def _comparison(runs: Sequence[Entry]) -> dict[str, Any]:
     ]
     best = ranked[0] if ranked[0].status == "finished" else None
     return {"runs": rows, "best": run_name(best.point) if best else None}
-
-
-def _claim(folder: pathlib.Path, content: dict) -> None:
-    """Write sweep.json, or check that it is of the same sweep, which may have other points."""
-    file = folder / FILE
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**content, "runs": [], "best": None})
-        return
-    stored = read_json(file)
-    changed = [
-        f"{key}: {stored.get(key)} -> {content[key]}"
-        for key in ("config", "overrides", "measure", "split")
-        if stored.get(key) != content[key]
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} holds another sweep ({'; '.join(changed)}); use another --workdir"
-        )
 
 
 def format_sweep(result: dict[str, Any], markdown: bool = False) -> str:

@@ -4,6 +4,7 @@ Nothing is allocated or compiled here. The config is validated first (validation
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,17 +14,19 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vit_scale.config import image_size, to_json
+from vit_scale.data import pinned
 from vit_scale.distributed.mesh import AnyMesh, abstract_mesh, make_mesh
 from vit_scale.distributed.sharding import batch_sharding, device_bytes, shardings
 from vit_scale.models import flops
 from vit_scale.models.build import Model, build
 from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import OBJECTIVE, count, named, parameters
-from vit_scale.pretrained import with_source_model
+from vit_scale.pretrained import with_commit, with_source_model
+from vit_scale.runs.resume import resumed_config
 from vit_scale.training import objectives
 from vit_scale.training.objectives import Objective, make_objective
 from vit_scale.training.objectives.crop_encoder import plain_model
-from vit_scale.training.objectives.teacher import Teacher, open_teacher
+from vit_scale.training.objectives.teacher import Teacher, open_teacher, with_checksum
 from vit_scale.training.optimizer import check_trained, make_optimizer, trained
 from vit_scale.training.train_state import TrainState
 from vit_scale.training.validation import check_model, validate
@@ -47,6 +50,15 @@ class Setup(NamedTuple):
     def flops_per_image(self) -> int:
         """FLOPs of training on one image."""
         return count_training_flops(self.cfg, self.model, self.objective, self.teacher)
+
+
+def as_trained(cfg: ConfigDict, workdir: str | os.PathLike) -> ConfigDict:
+    """Return `cfg` as `workdir` is trained with it, which its run.json records.
+
+    With what a run there began with (`resumed_config`), and with what the config leaves to its
+    sources: revisions, a teacher's checksum, an architecture.
+    """
+    return with_source_model(with_commit(pinned(with_checksum(resumed_config(cfg, workdir)))))
 
 
 def make_setup(cfg: ConfigDict, devices: Sequence[jax.Device] | int | None = None) -> Setup:

@@ -15,17 +15,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_scale.checkpoint import Checkpoints, all_steps
-from vit_scale.data import Batch, Source, pinned, train_batches
+from vit_scale.data import Batch, Source, train_batches
 from vit_scale.distributed import multihost, preemption
 from vit_scale.distributed.accelerators import mfu, peak_flops
 from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.preemption import Preempted
 from vit_scale.distributed.sharding import batch_rows, shard_batch
 from vit_scale.errors import USAGE, UserError
-from vit_scale.pretrained import with_commit, with_source_model
 from vit_scale.runs import compilation_cache, rollbacks
 from vit_scale.runs.extension import depending_on_steps, steps_before_cooldown
-from vit_scale.runs.resume import resumed_config
 from vit_scale.runs.rollbacks import Rollback
 from vit_scale.runs.run_folder import Run
 from vit_scale.runs.watchdog import Watchdog, phase
@@ -43,8 +41,8 @@ from vit_scale.training.init_state import (
     store_frozen,
 )
 from vit_scale.training.measures import select_scalars
-from vit_scale.training.objectives.teacher import restore_params, with_checksum
-from vit_scale.training.setup import Setup, make_setup
+from vit_scale.training.objectives.teacher import restore_params
+from vit_scale.training.setup import Setup, as_trained, make_setup
 from vit_scale.training.splits import Splits, class_ids, open_splits
 from vit_scale.training.statistics import with_statistics
 from vit_scale.training.train_state import TrainState
@@ -81,8 +79,7 @@ def train(
     with multihost.shared_errors():
         if until is not None and until < 1:
             raise UserError(f"until={until} must be at least 1", USAGE)
-        cfg = with_commit(pinned(with_checksum(resumed_config(cfg, workdir))))
-        cfg = with_source_model(cfg)
+        cfg = as_trained(cfg, workdir)
         setup, splits = make_setup(cfg), open_splits(cfg)
         if (completed := with_statistics(cfg, splits.train)) is not cfg:
             cfg, setup = completed, make_setup(completed)
