@@ -217,10 +217,62 @@ def test_the_card_of_a_file_leaves_out_what_the_file_left_out(tmp_path):
     assert "vit-scale train" not in text and "doesn't say what it began from" in text
 
 
+def test_the_card_of_a_model_without_a_head(tmp_path):
+    cfg = tiny_config("model.classes=0", "objective=mae", "optim.clip=0.")
+    params = random_params(build(cfg.model, config.image_size(cfg)))
+    data = {**SETS["train"], "sets": SETS}
+    run = write_run(tmp_path / "run", cfg, params, 10, classes=[], data=data)
+    (line, *_) = export(run, "safetensors", tmp_path / "one.safetensors", card=True)
+    assert "predict" not in line
+    text = (tmp_path / "one.md").read_text()
+    assert 'model.features(model.read("image.jpg")[None])' in text
+    assert rows(text)["objective"] == ["mae"]
+    assert rows(text)["optimizer"] == ["adamw, weight decay 0, gradients not clipped"]
+    assert "predict" not in text and "model.top" not in text
+    export(run, "safetensors-hf", tmp_path / "hf")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert "AutoModel.from_pretrained" in text and "ForImageClassification" not in text
+
+
+def test_the_card_of_a_regression(tmp_path):
+    run = a_run(
+        tmp_path / "run", "data.target=value", "objective=regression", "loss=mse", report=None
+    )
+    metadata, text = card_of(run, tmp_path / "out")
+    assert "pipeline_tag" not in metadata and metadata["tags"][0] == "image-regression"
+    assert rows(text)["numbers"][0].startswith("4: ") and "classif" not in text.split("## Use")[0]
+
+
+def test_the_card_of_an_average_has_no_command(tmp_path):
+    source = ["mean of /disk/ada/one, runs/two"]
+    _, text = card_of(a_run(tmp_path / "run", source=source, report=None), tmp_path / "out")
+    assert "made of other models: mean of one, two." in text
+    assert "vit-scale train" not in text and "began from" not in text
+
+
+def test_the_learning_rate_with_all_that_changes_it(tmp_path):
+    fields = ("optim.schedule=cosine", "optim.end=.1", "optim.cooldown=4", "optim.layer_decay=.5")
+    text = card_of(a_run(tmp_path / "run", *fields), tmp_path / "out")[1]
+    assert rows(text)["learning rate"] == [
+        "0.001, cosine, 0 steps of warm-up, down to 0.1 of it, 4 steps of cool-down (linear), "
+        "times 0.5 per block below the head"
+    ]
+
+
+def test_a_folders_readme_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my project")
+    with pytest.raises(UserError, match="which isn't one: move it away"):
+        card_of(a_run(tmp_path / "run"), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["README.md"]
+
+
 def test_a_card_replaces_nothing_but_a_card(tmp_path):
     run, notes, file = a_run(tmp_path / "run"), tmp_path / "a.md", tmp_path / "a.safetensors"
     notes.write_text("my notes")
-    with pytest.raises(UserError, match=re.escape(f"--card would replace {notes}, which isn't")):
+    with pytest.raises(
+        UserError, match=re.escape(f"the model card would replace {notes}, which isn't")
+    ):
         export(run, "safetensors", file, card=True)
     assert notes.read_text() == "my notes" and not file.exists()
     notes.unlink()

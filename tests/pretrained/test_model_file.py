@@ -90,6 +90,46 @@ def test_public_addresses_are_kept(tmp_path):
     assert (loaded.data.path, loaded.init.source) == ("org/set@abc", "hf://org/vit")
 
 
+def test_class_names_that_look_like_paths_are_kept(tmp_path):
+    names = ["/b/bazaar/indoor", "/b/bazaar/outdoor", "/m/01g317", "~/x"]  # as Places365's
+    write_run(tmp_path / "run", tiny_config(), random_params(tiny_model()), classes=names)
+    export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors")
+    assert list(load(tmp_path / "model.safetensors").classes) == names
+
+
+SECRET = "https://ada:secret@example.org/a/B_16.npz?key=secret#sha256=00"
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        (SECRET, "https://example.org/a/B_16.npz#sha256=00"),
+        ("runs/acme/vit", ""),
+        ("gs://acme/vit", ""),
+        ("B_16.npz", "B_16.npz"),
+    ],
+)
+def test_what_a_file_says_of_its_source(tmp_path, path, kept):
+    cfg = tiny_config(f"init.source={path}", "data.name=huggingface", "data.path=acme/local")
+    write_run(tmp_path / "run", cfg, random_params(tiny_model()))
+    export(tmp_path / "run", "safetensors", tmp_path / "model.safetensors", card=True)
+    loaded = load_model(tmp_path / "model.safetensors").cfg
+    assert (loaded.init.source, loaded.data.path) == (kept, ".data")
+    for file in ("model.safetensors", "model.md"):
+        content = (tmp_path / file).read_bytes()
+        assert b"secret" not in content and b"acme" not in content
+
+
+def test_a_folder_that_holds_a_file_is_loaded(file, tmp_path):
+    folder = tmp_path / "checkpoints"  # whose name is that of a run's
+    folder.mkdir()
+    file.rename(folder / "model.safetensors")
+    for source in (folder, folder / "model.safetensors"):
+        assert load(source).classes == CLASSES
+    export(folder, "safetensors", tmp_path / "again.safetensors", card=True)
+    assert (tmp_path / "again.safetensors").exists()
+
+
 def test_a_file_is_evaluated_and_fine_tuned_from(run, file, tmp_path):
     for name in CLASSES:
         for split in ("train", "val"):

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_scale import checkpoint
 from vit_scale.config import image_size
 from vit_scale.data import Source, are_disjoint, open_evaluation
 from vit_scale.distributed import multihost
@@ -171,8 +170,7 @@ def open_splits(cfg: ConfigDict, train: str, split: str) -> tuple[Source, Source
 
 def cache_folder(source: Pretrained) -> pathlib.Path | None:
     """Return the folder of a run's cached features; None for external weights."""
-    folder = source.path.parent
-    return folder.parent / "features" if folder.name == checkpoint.FOLDER else None
+    return source.run / "features" if source.run else None
 
 
 def accuracy_rows(result: dict) -> list[dict]:

@@ -9,6 +9,7 @@ from typing import Any
 from vit_scale import config
 from vit_scale.errors import printable
 from vit_scale.pretrained import Pretrained, model_file
+from vit_scale.pretrained.model_file import on_hub
 
 # Fields of where a run executes and what it writes; and those whose paths are of one machine.
 LEFT_OUT = (
@@ -27,6 +28,9 @@ def recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str
     if not loaded.data:
         source = f"the weights are those of `{_public(origins[0])}`" if origins else "not recorded"
         return f"## Training\n\nNot trained by vit_scale: {source}."
+    if made := description.get("source"):  # lines of `convert` or `average`
+        lines = [" ".join(map(_public, line.split())) for line in made]
+        return f"## Training\n\nNot trained itself, but made of other models: {'; '.join(lines)}."
     cfg, images = loaded.cfg, loaded.data["images"]
     defaults, fields = config.fields(config.base()), config.fields(cfg)
     augment = [
@@ -39,11 +43,9 @@ def recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str
     began = " from ".join(f"`{_public(one)}`" for one in origins) or "random parameters"
     rows = {
         "began from": began if description or origins else "",  # one file leaves folders out
-        "objective": f"{cfg.objective}, {cfg.loss} loss",
-        "optimizer": f"{cfg.optim.name}, weight decay {cfg.optim.weight_decay:g}, "
-        f"gradients clipped at {cfg.optim.clip:g}",
-        "learning rate": f"{cfg.optim.lr:g}, {cfg.optim.schedule}, {cfg.optim.warmup:,} steps of "
-        "warm-up",
+        "objective": f"{cfg.objective}, {cfg.loss} loss" if cfg.model.classes else cfg.objective,
+        "optimizer": _optimizer(cfg.optim),
+        "learning rate": _learning_rate(cfg.optim),
         "steps": f"{cfg.steps:,} of {cfg.data.batch:,} images{epochs}{at}",
         "augmentation": ", ".join(augment) or "none",
         "average of the weights": f"decay {cfg.optim.ema:g}" if cfg.optim.ema else "none",
@@ -52,6 +54,22 @@ def recipe(loaded: Pretrained, description: dict, origins: Sequence[str]) -> str
     recorded = table(("", ""), [(key, value) for key, value in rows.items() if value])
     command = _command(cfg, description) if description else ABSENT
     return f"## Training\n\n{recorded}\n\n{command}"
+
+
+def _optimizer(optim: Any) -> str:
+    clipped = f"clipped at {optim.clip:g}" if optim.clip else "not clipped"
+    return f"{optim.name}, weight decay {optim.weight_decay:g}, gradients {clipped}"
+
+
+def _learning_rate(optim: Any) -> str:
+    parts = [f"{optim.lr:g}, {optim.schedule}, {optim.warmup:,} steps of warm-up"]
+    if optim.schedule in ("cosine", "linear") and optim.end:
+        parts.append(f"down to {optim.end:g} of it")
+    if optim.cooldown:
+        parts.append(f"{optim.cooldown:,} steps of cool-down ({optim.cooldown_shape})")
+    if optim.layer_decay != 1:
+        parts.append(f"times {optim.layer_decay:g} per block below the head")
+    return ", ".join(parts)
 
 
 def _machine(description: dict) -> dict[str, str]:
@@ -70,8 +88,10 @@ def _machine(description: dict) -> dict[str, str]:
 
 
 def _public(source: str) -> str:
-    """The name of a source: an address as it is, of a path the last part."""
-    return source if source.startswith(model_file.PUBLIC) else pathlib.PurePath(source).name
+    """The name of a source: an address as it is published, of a path the last part."""
+    if source.startswith(model_file.PUBLIC):
+        return model_file.public_address(source)
+    return pathlib.PurePath(source).name
 
 
 def _command(cfg: Any, description: dict) -> str:
@@ -97,15 +117,14 @@ def _shareable(cfg: Any, name: str, value: Any) -> Any:
             (one if on_hub(one) or ":" not in one else f"{one.partition(':')[0]}:DATA", weight)
             for one, weight in value
         )
-    public = name == "data.path" and on_hub(f"{cfg.data.name}:{value}")
-    public = public or str(value).startswith(model_file.PUBLIC)
-    return PATHS[name] if name in PATHS and value and not public else value
-
-
-def on_hub(entry: str) -> bool:
-    """Whether KIND:PATH is a set on the Hugging Face Hub."""
-    kind, _, path = entry.partition(":")
-    return kind == "huggingface" and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", path))
+    if (
+        name not in PATHS
+        or not value
+        or (name == "data.path" and on_hub(f"{cfg.data.name}:{value}"))
+    ):
+        return value
+    public = str(value).startswith(model_file.PUBLIC)
+    return model_file.public_address(value) if public else PATHS[name]
 
 
 def table(heads: Sequence[str], rows: Any) -> str:

@@ -255,7 +255,8 @@ def _export_file(
         text = model_card(loaded, LIBRARY, licence, file.name, rounded=rounded)
     model_file.write_model(file, loaded.params, loaded.cfg, description, dtype)
     size = file.stat().st_size / 1e6
-    lines = [f"{file}: {size:.1f} MB, parameters in {dtype}; vit-scale predict {file} IMAGE"]
+    use = f"; vit-scale predict {file} IMAGE" if loaded.classes else ""
+    lines = [f"{file}: {size:.1f} MB, parameters in {dtype}{use}"]
     if card:
         files.write(notes, text.encode())
         lines.append(f"{notes}: its model card")
@@ -263,9 +264,9 @@ def _export_file(
 
 
 def _check_replaced(card: pathlib.Path) -> None:
-    """Raise UserError for a file that isn't a model card, which --card would replace."""
+    """Raise UserError for a file that isn't a model card, which a card would replace."""
     if card.exists() and not (card.is_file() and card.read_bytes().startswith(b"---\nlicense:")):
-        raise UserError(f"--card would replace {card}, which isn't a model card: move it away")
+        raise UserError(f"the model card would replace {card}, which isn't one: move it away")
 
 
 EXPORTERS: dict[str, Callable[[str | os.PathLike, pathlib.Path], list[str] | FolderExport]] = {
@@ -332,6 +333,7 @@ def _first_vit_arrays(loaded: Pretrained, fmt: WeightFormat) -> Arrays:
 
 def _write_folder(folder: pathlib.Path, export: FolderExport, licence: str, push: str) -> None:
     card = model_card(export.loaded, export.library, licence, push, export.lines[1:])
+    _check_replaced(folder / hub.CARD)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in export.contents.items():
         write_json(folder / name, content)

@@ -13,11 +13,12 @@ import yaml
 
 from vit_scale import checkpoint
 from vit_scale.config import image_size
-from vit_scale.inference.card_recipe import on_hub, recipe, table
+from vit_scale.data.targets import CLASS, CLASSES, VALUE
+from vit_scale.inference.card_recipe import recipe, table
 from vit_scale.models.parameters import count
 from vit_scale.models.spec import Shape
 from vit_scale.pretrained import Pretrained, hub
-from vit_scale.pretrained.model_file import without_folder
+from vit_scale.pretrained.model_file import on_hub, without_folder
 from vit_scale.runs.json_files import read_json
 from vit_scale.runs.report import NAMES, format_name, format_value
 from vit_scale.storage import paths
@@ -30,7 +31,23 @@ LOADERS = {
     '\nprocessor = AutoImageProcessor.from_pretrained("{path}")\n'
     'model = AutoModelForImageClassification.from_pretrained("{path}")',
 }
-OURS = 'import vit_scale\n\nmodel = vit_scale.load("{ours}")\nprint(model.top("image.jpg"))'
+HEADLESS = {  # how the same libraries load a model without a head
+    "timm": LOADERS["timm"],
+    "transformers": LOADERS["transformers"].replace("AutoModelForImageClassification", "AutoModel"),
+}
+OURS = 'import vit_scale\n\nmodel = vit_scale.load("{ours}")\n'
+TOP = 'print(model.top("image.jpg"))'
+FEATURES = 'features = model.features(model.read("image.jpg")[None])  # [1, width]'
+TASKS = {
+    CLASS: "image-classification",
+    CLASSES: "image-classification",
+    VALUE: "image-regression",  # no task of the Hub
+}
+KINDS = {
+    CLASS: "An image classifier",
+    CLASSES: "A classifier of images with several labels",
+    VALUE: "A regression of numbers from images",
+}
 
 
 class Result(NamedTuple):
@@ -69,13 +86,14 @@ def model_card(
     named = repository or description.get("name") or _repository(base) or loaded.path.stem
     name = named.rpartition("/")[2].removesuffix(".safetensors")
     results = _results(loaded, report)
-    task = "image-classification" if loaded.classes else "image-feature-extraction"
+    target = loaded.cfg.data.target
+    task = TASKS[target] if loaded.classes else "image-feature-extraction"
     stated = licence.lower() or (hub.licence(base) if base else "") or UNKNOWN
     network = ["vision-transformer"] if isinstance(loaded.model.shape, Shape) else []
     metadata = {
         "license": stated,
         "library_name": library,
-        "pipeline_tag": task,
+        **({} if loaded.classes and target == VALUE else {"pipeline_tag": task}),
         "tags": list(dict.fromkeys([task, *network, LIBRARY, library])),
         **_hub_datasets(loaded),
         **({"base_model": _repository(base)} if base else {}),
@@ -90,16 +108,15 @@ def model_card(
         recipe(loaded, description, origins),
         _results_section(loaded, results, differences, rounded),
         _licence_section(stated, licence, base),
-        _loading(library, repository),
+        _loading(library, repository, bool(loaded.classes)),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _recorded(loaded: Pretrained) -> tuple[pathlib.Path, dict, dict]:
     """(the run's folder, its description, its report); without the last two if it is no run."""
-    run = loaded.path.parent.parent
-    if loaded.path.parent.name != checkpoint.FOLDER:
-        return run, {}, {}
+    if (run := loaded.run) is None:
+        return loaded.path.parent.parent, {}, {}
     file = run / "report.json"
     return run, checkpoint.read_description(loaded.path), read_json(file) if file.exists() else {}
 
@@ -159,7 +176,7 @@ def _model_index(name: str, loaded: Pretrained, results: Sequence[Result]) -> di
     """The Hub's `model-index`: the results of the exported step, if any."""
     rows = [
         {
-            "task": {"type": "image-classification"},
+            "task": {"type": TASKS[loaded.cfg.data.target]},
             "dataset": {
                 "name": f"{loaded.cfg.data.name} {one.split}",
                 "type": _hub_datasets(loaded).get("datasets", [loaded.cfg.data.name])[0],
@@ -181,17 +198,16 @@ def _model_index(name: str, loaded: Pretrained, results: Sequence[Result]) -> di
 
 def _architecture(loaded: Pretrained) -> str:
     cfg, classes = loaded.cfg, loaded.classes
-    shown = ", ".join(f"`{name}`" for name in classes[:10])
+    shown = ", ".join(f"`{name}`" for name in classes[:10]) + ", ..." * (len(classes) > 10)
+    outputs = "numbers" if cfg.data.target == VALUE else "classes"
     rows = {
         "architecture": _network(loaded),
         "parameters": f"{count(loaded.params):,}",
         **_input(loaded),
         "normalisation": f"mean {tuple(cfg.augment.mean)}, std {tuple(cfg.augment.std)}",
-        "classes": f"{len(classes):,}: {shown}{', ...' if len(classes) > 10 else ''}"
-        if classes
-        else "none: it has no head",
+        outputs: f"{len(classes):,}: {shown}" if classes else "none: it has no head",
     }
-    kind = "An image classifier" if classes else "A backbone without a head"
+    kind = KINDS[cfg.data.target] if classes else "A backbone without a head"
     made = "trained" if loaded.data else "converted"
     return f"{kind}, {made} with vit_scale.\n\n{table(('', ''), rows.items())}"
 
@@ -262,15 +278,18 @@ def _licence_section(stated: str, licence: str, base: str) -> str:
     return f"## Licence\n\n{text}"
 
 
-def _loading(library: str, repository: str) -> str:
+def _loading(library: str, repository: str, head: bool) -> str:
+    ours = OURS + (TOP if head else FEATURES)
     if library == LIBRARY:
-        command = f"```bash\nvit-scale predict {shlex.quote(repository)} image.jpg\n```"
-        return f"## Use\n\n{command}\n\n```python\n{OURS.format(ours=repository)}\n```"
+        command = f"```bash\nvit-scale predict {shlex.quote(repository)} image.jpg\n```\n\n"
+        code = f"```python\n{ours.format(ours=repository)}\n```"
+        return f"## Use\n\n{command if head else ''}{code}"
     path = repository or "PATH/OF/THIS/FOLDER"
     fields = {
         "path": path,
         "timm": f"hf-hub:{path}" if repository else f"local-dir:{path}",
         "ours": f"{paths.HUB}{path}" if repository else path,
     }
-    blocks = [f"```python\n{text.format(**fields)}\n```" for text in (LOADERS[library], OURS)]
+    theirs = (LOADERS if head else HEADLESS)[library]
+    blocks = [f"```python\n{text.format(**fields)}\n```" for text in (theirs, ours)]
     return "## Use\n\n" + "\n\n".join(blocks)

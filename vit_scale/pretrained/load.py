@@ -52,6 +52,13 @@ class Pretrained(NamedTuple):
     owned: dict = {}  # noqa: RUF012
     selection: dict | None = None
 
+    @property
+    def run(self) -> pathlib.Path | None:
+        """The folder of the run that `path` is a checkpoint of; None for other weights."""
+        folder = self.path.parent
+        is_checkpoint = folder.name == checkpoint.FOLDER and self.path.name.isdigit()
+        return folder.parent if is_checkpoint else None
+
     def read_selection(self) -> dict[str, Any]:
         """Return what the run measured of this checkpoint on the split that selects; {} if not.
 
@@ -59,8 +66,7 @@ class Pretrained(NamedTuple):
         """
         if self.selection is not None:
             return self.selection
-        is_checkpoint = self.path.parent.name == checkpoint.FOLDER
-        return checkpoint.read_selection(self.path) if is_checkpoint else {}
+        return checkpoint.read_selection(self.path) if self.run else {}
 
     def print_notes(self) -> None:
         """Print the notes to standard error."""
@@ -80,9 +86,10 @@ def load_model(source: str | os.PathLike, hints: Hints = NO_HINTS) -> Pretrained
     """
     source = hub.pinned(source)
     path = fetch_weights(source)
-    if path and (described := model_file.read_description(path)):
+    file = path / SAFETENSORS if path and path.is_dir() else path
+    if file and (described := model_file.read_description(file)):
         _refuse_hints(source, hints)
-        return _load_file(path, described)
+        return _load_file(file, described)
     if path:
         imported = import_weights(path, hints)
         address = str(source) if hub.is_address(source) else ""

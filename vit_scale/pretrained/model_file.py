@@ -9,6 +9,7 @@ always read as float32.
 import json
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,8 @@ def write_model(
         if not np.isfinite(array.astype(np.float32)).all():
             most = np.abs(arrays[name]).max()
             raise UserError(f"{name} has values up to {most:.3g}, too large for {dtype}")
-    text = json.dumps({**_without_folders(description), "config": _public(cfg)})
+    data = _without_folders(description["data"])
+    text = json.dumps({**description, "data": data, "config": _public(cfg)})
     write_safetensors(file, stored, {KEY: text})
 
 
@@ -65,7 +67,10 @@ def _public(cfg: ConfigDict) -> dict[str, Any]:
     content, default = config.to_json(cfg), config.to_json(config.base())
     for block, field in (("data", "path"), ("init", "source"), ("distill", "teacher")):
         path = content[block][field]
-        if without_folder(path) != path and not path.startswith(PUBLIC):
+        pinned = block == "data" and on_hub(f"{cfg.data.name}:{path}")
+        if path.startswith(PUBLIC):
+            content[block][field] = public_address(path)
+        elif "/" in path and not pinned:
             content[block][field] = default[block][field]
     sets = [(name.partition(":")[0], *weight) for name, *weight in content["data"]["mixture"]]
     content["data"]["mixture"] = sets
@@ -84,6 +89,21 @@ def _without_folders(content: Any) -> Any:
 def without_folder(name: str) -> str:
     """Return the name of a set, or of a mixture of sets, without folders of this machine."""
     return re.sub(r"(?<!\S)(\w+://|[/~.])\S*/", "", name)
+
+
+def public_address(address: str) -> str:
+    """Return an address without what only its owner should know: a password, or a query's key."""
+    if not address.startswith(("http://", "https://")):
+        return address
+    parts = urllib.parse.urlsplit(address)
+    host = parts.netloc.rpartition("@")[2]
+    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "", parts.fragment))
+
+
+def on_hub(entry: str) -> bool:
+    """Whether KIND:PATH is a set on the Hugging Face Hub: with the revision that a run records."""
+    kind, _, path = entry.partition(":")
+    return kind == "huggingface" and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+@[\w.-]+", path))
 
 
 def read_description(file: pathlib.Path) -> dict[str, Any] | None:
