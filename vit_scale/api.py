@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_scale import config, pretrained
-from vit_scale.config import base
+from vit_scale.config import base, image_size
 from vit_scale.data import Source, align, are_disjoint, open_evaluation
 from vit_scale.data.targets import CLASS, CLASSES
 from vit_scale.distributed.mesh import make_mesh
@@ -20,6 +20,8 @@ from vit_scale.distributed.sharding import shard, shardings
 from vit_scale.errors import USAGE, UserError
 from vit_scale.evaluation import KNN, PROBES, Layer, Settings
 from vit_scale.evaluation import probe as probe_features
+from vit_scale.evaluation.probing import at_size
+from vit_scale.models.parameters import stack, unstack
 from vit_scale.pretrained import average as averaging
 from vit_scale.storage import paths
 from vit_scale.training.evaluator import Measure, make_measure
@@ -117,6 +119,8 @@ def evaluate(
     cfg.mesh = base().mesh  # this machine's devices, not those of the training
     cfg = overridden(cfg, overrides)
     split = _final_split(run, split, cfg)
+    model, params = at_size(source, cfg)
+    source = source._replace(model=model, params=params)
     measure, examples, line, _ = _evaluation(source, cfg, split, real)
     if not quiet:
         source._replace(notes=(*source.notes, *filter(None, [line]))).print_notes()
@@ -163,7 +167,10 @@ def _evaluation(
     measure = make_measure(cfg, source.model, mesh)
     selected = source.read_selection() if cfg.data.target == CLASSES else {}
 
+    layout = unstack if "0" in source.params.get("blocks", {}) else stack
+
     def of_params(params: dict) -> dict:
+        params = layout(params)
         return measure(shard(params, shardings(params, mesh)), examples, selected)
 
     return of_params, examples, line, measure
@@ -276,6 +283,9 @@ def _selection(
     cfg = copy.deepcopy(source.cfg)
     cfg.mesh = base().mesh
     cfg = overridden(cfg, overrides)
+    if image_size(cfg) != image_size(source.cfg):
+        size = "{} x {}".format(*image_size(source.cfg))
+        raise UserError(f"a greedy soup selects at the runs' own image size, {size}", USAGE)
     for field, use in (("data.train", "trained on"), ("eval.final", "finally judged by")):
         used = config.fields(source.cfg)[field]
         if cfg.data.name == source.cfg.data.name and used and not are_disjoint(split, used):

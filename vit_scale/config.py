@@ -176,6 +176,11 @@ def _refuse_unknown(key: str, schema: Collection[str], where: str) -> None:
         raise UserError(f"{where}no config field is named {key!r}; {nearest(key, schema)}", USAGE)
 
 
+def check_field(name: str) -> None:
+    """Raise UserError for the name of no field, with the nearest one."""
+    _refuse_unknown(name, fields(base()), "")
+
+
 def fields(cfg: ConfigDict) -> dict:
     """Return {"optim.lr": 0.001, ...}: every leaf of a config by its dotted name."""
     flat: dict = {}

@@ -139,6 +139,7 @@ def test_a_command_that_is_none(mistake, user, monkeypatch):
 
 FIELDS = {
     "key": ("optim.lrr=3", ["optim.lrr", "optim.lr"]),
+    "an argument of the function": ("until=3", ["no config field is named 'until'"]),
     "block": ("optin.lr=3", ["optin.lr", "optim.lr"]),
     "a whole block": ("optim=3", ["optim"]),
     "number": ("optim.lr=abc", ["lr", "abc"]),

@@ -183,6 +183,13 @@ def test_draws_have_the_same_number_of_each_class():
     assert set(first) < set(few_shot.draw(labels, 9, 0, 0))
 
 
+def test_a_linear_probe_needs_two_images_of_a_class(mesh):
+    labels = np.arange(4)
+    features = np.random.RandomState(0).randn(4, 3).astype(np.float32)
+    with pytest.raises(UserError, match=r"4 training images are one of each class: give more, or"):
+        linear.evaluate(features, labels, features, labels, mesh)
+
+
 def test_too_few_images_of_a_class_are_refused():
     labels = np.repeat([0, 2], [9, 4])
     with pytest.raises(UserError, match="5 training images a class, and 'eel' has 4"):

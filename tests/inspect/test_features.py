@@ -13,6 +13,7 @@ from tests.helpers.objectives import SELF_SUPERVISED
 from tests.helpers.tiny import CLASSES, random_images
 from tests.inspect.conftest import N, arrays, run_of
 from vit_scale import pretrained
+from vit_scale.api import average
 from vit_scale.data import InMemory
 from vit_scale.errors import UserError
 from vit_scale.evaluation.similarity import unit_rows
@@ -28,7 +29,8 @@ pytest.importorskip("matplotlib", reason="launch/environment.sh inspect")
 
 from vit_scale.inspect import features, report, samples
 from vit_scale.inspect.comparison import Inspection, compare
-from vit_scale.inspect.feature_sections import Nearest
+from vit_scale.inspect.feature_sections import Nearest, show_reconstructions
+from vit_scale.inspect.html import Note
 from vit_scale.inspect.inspected_run import InspectedRun
 from vit_scale.inspect.plots.training import choose_panels
 
@@ -203,6 +205,22 @@ def test_reconstructions_show_true_pixels_where_visible_and_predictions_elsewher
             errors.append(np.square(row - (image[i][part] - mean) / std).mean())
         assert float(texts[i].split()[1]) == pytest.approx(np.mean(errors), abs=1e-3)
     assert "true patches" in headless.captions["reconstructions"]
+
+
+def test_an_average_of_masked_autoencoders_has_no_reconstructions(images, undrawn, tmp_path):
+    run = run_of(tmp_path / "run", images, *SELF_SUPERVISED["mae"])
+    average([run, run], tmp_path / "soup", quiet=True)
+    soup = InspectedRun(tmp_path / "soup")
+    shown = samples.Samples(random_images(2, (16, 16)), ("a", "b"), "val")
+    (part,) = show_reconstructions(soup, shown)
+    assert isinstance(part, Note) and "they are an average" in part.text
+
+
+def test_unlabelled_images_and_mixtures_are_opened_without_a_head(images, tmp_path):
+    mixture = f"data.mixture=(('folder:{images}', 1.0),)"
+    for fields in (("data.target=none",), (mixture,)):
+        run = run_of(tmp_path / fields[0][:9], images, *SELF_SUPERVISED["mae"], *fields)
+        assert len(InspectedRun(run).open_split("val")) == N
 
 
 @pytest.mark.parametrize("headless", ["mae"], indirect=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.tiny import CLASSES, random_batch, tiny_config
+from tests.helpers.tiny import CLASSES, random_batch, random_images, tiny_config
 from tests.inspect.conftest import N, arrays, run_of
 from vit_scale import cli, pretrained
 from vit_scale.errors import UserError
@@ -296,6 +296,20 @@ def test_an_image_is_cut_into_the_patches_that_the_model_sees(made):
     np.testing.assert_allclose(
         seen, inspected.display_pixels(stored[None].astype(np.uint8))[0], atol=1e-6
     )
+
+
+def test_images_are_shown_as_the_model_cuts_them(images, undrawn, tmp_path):
+    run = run_of(tmp_path / "run", images, "model.nearest_grid=True", "data.resolution=20")
+    inspected = InspectedRun(run)
+    assert inspected.size == (20, 20)
+    assert inspected.display_pixels(random_images(2, (20, 20))).shape == (2, 16, 16, 3)
+    assert inspect([run], out=tmp_path / "out", split="val")
+
+
+def test_another_image_size_is_refused(images, tmp_path):
+    run = run_of(tmp_path / "run", images)
+    with pytest.raises(UserError, match="inspect shows a model at its own image size, 16 x 16"):
+        InspectedRun(run, ["data.resolution=32"])
 
 
 def test_curves_are_drawn_as_written(made):

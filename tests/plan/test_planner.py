@@ -378,6 +378,23 @@ def test_fit_finds_the_first_change_that_fits(compiler, capsys):
     assert "fits: 14.00 of 16.00 GiB" in out
 
 
+def test_changes_that_a_config_can_not_have_are_passed_over(compiler, capsys):
+    def answer(fields):
+        if "optim.accumulate" in fields:
+            return {"error": "optim.accumulate changes batch normalisation", "code": 1}
+        fits = int(fields.get("data.batch", 99)) < 64
+        return {"fits": fits, "peak_bytes": (9 if fits else 99) << 30, "arithmetic_ms": 20.0}
+
+    compiler(answer)
+    for name, first in (("vit_hybrid_cifar", "model.remat"), ("resnet_cifar", "mesh.fsdp")):
+        arguments = ["plan", "--config", name, "--topology", "v5e:4x4", "--fit", "--json"]
+        assert cli.main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["flags"][-1].startswith("--config.data.batch=")
+        assert err.split(": ", 1)[1].startswith(first)
+        assert "optim.accumulate=2 (optim.accumulate changes batch normalisation)" in err
+
+
 def test_nothing_that_fits_is_said(compiler, capsys):
     compiler(lambda fields: {"fits": False, "peak_bytes": 99 << 30})
     arguments = ["plan", "--config", "vit_tiny_imagenet", "--topology", "v5e:4x4", "--fit"]

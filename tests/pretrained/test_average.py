@@ -1,11 +1,21 @@
 """Soups and interpolation against means by hand, and what can't be averaged."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.helpers.tiny import CLASSES, random_params, tiny_config, tiny_model, write_run
+from tests.helpers.tiny import (
+    CLASSES,
+    random_images,
+    random_params,
+    tiny_config,
+    tiny_model,
+    write_run,
+)
 from vit_scale import api, checkpoint, cli, pretrained
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import named, unstack
@@ -154,6 +164,37 @@ def test_misuse_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists()
+
+
+def folder_of_images(top: pathlib.Path) -> dict:
+    """Fields of a folder with a few images of each class."""
+    for split in ("train", "val"):
+        for name in CLASSES:
+            (top / split / name).mkdir(parents=True)
+            for i, image in enumerate(random_images(3, seed=len(name))):
+                Image.fromarray(image).save(top / split / name / f"{i}.png")
+    return {"data.name": "folder", "data.path": str(top)}
+
+
+def test_a_greedy_soup_of_scanned_and_unrolled_blocks(tmp_path):
+    fields = folder_of_images(tmp_path / "photos")
+    runs = []
+    for seed, scan in enumerate(("True", "False")):
+        model = tiny_model(f"model.scan={scan}")
+        cfg = tiny_config(f"model.scan={scan}", "eval.final=", "data.train=train[:50%]")
+        runs.append(write_run(tmp_path / scan, cfg, random_params(model, seed)))
+    out = tmp_path / "out"
+    api.average(runs, out, split="val", quiet=True, **fields)
+    results = [api.evaluate(run, "val", quiet=True, **fields)["accuracy"] for run in (*runs, out)]
+    assert results[2] >= max(results[:2])
+    larger = fields | {"data.resolution": 32}
+    with pytest.raises(UserError, match="selects at the runs' own image size, 16 x 16"):
+        api.average(runs, tmp_path / "larger", split="val", quiet=True, **larger)
+    at_32 = api.evaluate(runs[0], "val", quiet=True, **larger)
+    source = pretrained.load_model(runs[0])
+    pretrained.convert(runs[0], tmp_path / "at-32", ["data.resolution=32"])
+    assert at_32["loss"] == api.evaluate(tmp_path / "at-32", "val", quiet=True, **larger)["loss"]
+    assert source.model.shape.tokens == 5
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from vit_scale.config import base
 from vit_scale.distributed import multihost
-from vit_scale.errors import RESUMABLE
+from vit_scale.errors import RESUMABLE, UserError
 from vit_scale.runs import goodput, watchdog
 from vit_scale.runs.watchdog import Watchdog
 
@@ -67,6 +67,13 @@ def test_the_final_status_is_written(tmp_path, limits):
             this.write_heartbeat()
     assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (1, "a mistake")
     assert goodput.read(tmp_path)[-1]["code"] == 1
+
+
+def test_a_failure_of_what_is_opened_beside_it_is_no_success(tmp_path, limits):
+    with pytest.raises(UserError), Watchdog(tmp_path, limits):
+        raise UserError("the disk is full", 42)
+    assert (heartbeat(tmp_path)["code"], heartbeat(tmp_path)["words"]) == (42, "the disk is full")
+    assert goodput.read(tmp_path)[-1]["code"] == 42
 
 
 @pytest.mark.parametrize("part", ["record_time", "write_heartbeat", "_ledger", "_peers"])

@@ -134,6 +134,13 @@ def test_a_source_that_does_not_fit_is_refused_before_the_run_begins(tmp_path):
     wider = make_setup(tiny_config("model.mlp=32", f"init.source={run}"))
     with pytest.raises(UserError, match="parameters don't fit the model: blocks/mlp/down"):
         check_source(wider, CLASSES)
+    fields = ("objective=mae", "model.classes=0", "eval.split=", "eval.final=")
+    headless = make_setup(tiny_config(*fields, f"init.source={run}"))
+    check_source(headless, CLASSES)  # of the images that it learns from, as the source did
+    started = init_state(headless, CLASSES, quiet=True)
+    np.testing.assert_array_equal(
+        started.params["embed"]["kernel"], random_params(tiny_model())["embed"]["kernel"]
+    )
     missing = make_setup(tiny_config("init.source=none"))
     with pytest.raises(UserError, match="none is not a run folder"):
         check_source(missing, CLASSES)

@@ -98,3 +98,8 @@ def test_the_layout_says_how_parameters_are_sharded_and_what_a_device_holds():
     assert held["ema"] == 0
     averaged = parameter_layout(make_setup(tiny_config("mesh.fsdp=4", "optim.ema=0.9"), 8))
     assert averaged["bytes_per_device"]["ema"] == averaged["bytes_per_device"]["params"]
+
+
+def test_a_misspelt_objective_is_named_without_devices():
+    with pytest.raises(UserError, match=r"objective='distilation' is unknown; did you mean distil"):
+        summary(tiny_config("objective=distilation"))

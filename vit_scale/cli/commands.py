@@ -12,7 +12,7 @@ from vit_scale.distributed import preemption, profile_request
 from vit_scale.errors import USAGE, UserError, printable
 
 LIKELIEST = 5  # classes that `predict` prints
-UNUSED = {"data.train", "data.batch", "eval.split", "eval.every"}
+UNUSED = {"data.train", "data.batch", "eval.split", "eval.every", "eval.probe", "eval.bank"}
 
 
 def train(args, overrides: Sequence[str]) -> None:
@@ -96,10 +96,16 @@ def probe(args, overrides: Sequence[str]) -> None:
 
 
 def as_fields(overrides: Sequence[str]) -> dict[str, str]:
-    """Return overrides "FIELD=VALUE" by field. Raises UserError for one without a value."""
+    """Return overrides "FIELD=VALUE" by field.
+
+    Raises UserError for an unknown field, and for one without a value.
+    """
+    from vit_scale import config
+
     fields: dict[str, str] = {}
     for item in overrides:
         name, equals, value = item.partition("=")
+        config.check_field(name)
         if not equals:
             raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE", USAGE)
         fields[name] = value
@@ -318,6 +324,8 @@ def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str
         within = any(name == one or name.startswith(f"{one}.") for one in read)
         if not within or name in unused:
             instead = "; give --split" if name == "eval.split" else ""
+            if name in ("eval.probe", "eval.bank") and verb != "probe":
+                instead = ": vit-scale probe measures features"
             if verb == "probe" and name == "data.train":
                 instead = "; give --train"
             raise UserError(f"vit-scale {verb} has no use for --config.{name}{instead}", USAGE)

@@ -217,13 +217,14 @@ def open_evaluation(
     """Open a split to evaluate on, cropped as the config's eval block says.
 
     Of a model that was trained on data.mixture, whose `classes` are those of several sets, it is
-    labelled by them. `real` is a file of ReaL labels (real_labels.py). Raises UserError as
+    labelled by them; without any, for a model without a head, as it is. `real` is a file of ReaL
+    labels (real_labels.py). Raises UserError as
     `open_split` does, and for a class that is not among them.
     """
     source = open_split(cfg.data, split, view(cfg.eval))
     if real:
         source = with_real_labels(source, real)
-    return relabel(source, classes) if cfg.data.mixture else source
+    return relabel(source, classes) if cfg.data.mixture and classes else source
 
 
 def pinned(cfg: ConfigDict) -> ConfigDict:

@@ -25,6 +25,7 @@ from vit_scale.data.orders import permutation
 from vit_scale.distributed import preemption
 from vit_scale.distributed.mesh import AXES
 from vit_scale.distributed.sharding import shard
+from vit_scale.errors import UserError
 from vit_scale.evaluation.intervals import scored
 from vit_scale.runs import watchdog
 
@@ -250,7 +251,15 @@ def evaluate(
     Returns:
       {"accuracy": ..., "n": ..., "interval": ..., "strength": ..., "held_out_accuracy": of that
       strength, "iterations": ..., "converged": ..., "train_n": ...}.
+
+    Raises:
+      UserError: no class has two training examples.
     """
+    if np.unique(train_labels, return_counts=True)[1].max() < 2:
+        raise UserError(
+            f"a linear probe holds out a fifth of each class to choose its strength, and the "
+            f"{len(train_labels):,} training images are one of each class: give more, or --only knn"
+        )
     classes = int(max(train_labels.max(), labels.max())) + 1
     examples = Examples(train, train_labels, classes, mesh)
     strength, held_out = choose_strength(examples, deal(train_labels, seed), held_out=[0])

@@ -143,6 +143,9 @@ def show_reconstructions(run: InspectedRun, samples: Samples) -> list[Part]:
     """What a masked autoencoder predicts of hidden patches; nothing for other objectives."""
     if run.cfg.objective != "mae":
         return []
+    if not run.owned:
+        text = "the decoder is not among these parameters: they are an average, or were converted"
+        return [Note("Reconstructions", text)]
     shown = samples.to_show()
     result = reconstruct_images(run, shown.images)
     rows = {

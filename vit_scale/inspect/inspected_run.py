@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vit_scale import config, pretrained
 from vit_scale.augment.pipeline import eval_images
 from vit_scale.data import Source, align, are_files, eval_batches, open_evaluation, views
-from vit_scale.data.targets import CLASS
+from vit_scale.data.targets import CLASS, NONE
 from vit_scale.errors import UserError, printable
 from vit_scale.evaluation.probing import cache_folder
 from vit_scale.inference.predictor import decode_size
@@ -43,7 +43,10 @@ class InspectedRun:
 
     def __init__(self, source: str | pathlib.Path, overrides: Sequence[str] = ()):
         loaded = pretrained.load_model(source)
+        own = config.image_size(loaded.cfg)
         self.cfg = config.override(loaded.cfg, overrides)
+        if config.image_size(self.cfg) != own:
+            raise UserError(f"inspect shows a model at its own image size, {own[0]} x {own[1]}")
         self.model, self.params, self.classes = loaded.model, loaded.params, loaded.classes
         self.owned, self.cache = loaded.owned, cache_folder(loaded)
         self.step, self.folder = loaded.step, loaded.path.parent.parent
@@ -89,8 +92,12 @@ class InspectedRun:
         return eval_images(images, self.cfg.augment, self.size, self.device_view)
 
     def display_pixels(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b H W 3"]:
-        """Images resized to the model's input, to be shown: not normalized, clipped to [0, 1]."""
-        return self.denormalise(np.asarray(self.pixels(jnp.asarray(images))))
+        """Images resized to what the model cuts into patches: not normalized, clipped to [0, 1]."""
+        pixels = self.pixels(jnp.asarray(images))
+        height, width = getattr(self.model.shape, "pixels", self.size)  # model.nearest_grid
+        if (height, width) != self.size:
+            pixels = jax.image.resize(pixels, (len(pixels), height, width, 3), "bilinear")
+        return self.denormalise(np.asarray(pixels))
 
     def denormalise(self, pixels: Float[np.ndarray, "b H W 3"]) -> Float[np.ndarray, "b H W 3"]:
         """The model's input or a prediction of it, to be shown: clipped to [0, 1]."""
@@ -106,7 +113,8 @@ class InspectedRun:
 
         Raises UserError if it is missing, or has other classes than the model.
         """
-        if self.cfg.data.target != CLASS:
+        unlabelled = self.cfg.data.target == NONE and not self.has_head
+        if self.cfg.data.target != CLASS and not unlabelled:
             raise UserError(
                 f"inspect shows predictions of one class an image, and {self.folder} has "
                 f"data.target={self.cfg.data.target}: see vit-scale eval"

@@ -106,6 +106,12 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
         raise UserError(f"model.classes={cfg.classes} must be at least 0 (0: no head)")
     if size.width % size.heads:
         raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
+    pool_heads, pool_mlp = cfg.pool_heads or size.heads, cfg.pool_mlp or size.mlp
+    if pool_heads < 1 or pool_mlp < 1 or size.width % pool_heads:
+        raise UserError(
+            f"model.pool_heads={pool_heads} must divide the width {size.width}, and pool_mlp="
+            f"{pool_mlp} be at least 1"
+        )
     rotary.check(cfg, size.width // size.heads)
     for axis, pixels in zip(("height", "width"), image, strict=True):
         if pixels % patch and not cfg.nearest_grid:

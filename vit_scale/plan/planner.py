@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from vit_scale import config
 from vit_scale.errors import FAILED, UserError
+from vit_scale.models import convnets
 from vit_scale.plan import estimate
 from vit_scale.plan.hlo import exposed_cycles
 from vit_scale.plan.topology import ENVIRONMENT, Topology
@@ -97,7 +98,11 @@ def fit(result: dict, where: Topology, price: float | None, report: Callable[[st
     """
     name, overrides = result["config"], result["overrides"]
     for changes in cheapest_changes(result, config.load(name, overrides)):
-        attempt = plan(name, [*overrides, *changes], where, price)
+        try:
+            attempt = plan(name, [*overrides, *changes], where, price)
+        except UserError as error:  # such as rematerialisation of a convolutional network
+            report(f"can't be: {' '.join(changes)} ({error})")
+            continue
         if attempt["fits"]:
             return attempt | {"flags": [f"--config.{change}" for change in changes]}
         report(f"does not fit: {' '.join(changes)} ({memory(attempt)})")
@@ -117,11 +122,10 @@ def cheapest_changes(result: dict, cfg) -> Iterator[list[str]]:
     for size in shards:
         if over < 2 * state * (1 - result["mesh"]["fsdp"] / size):
             yield [f"mesh.fsdp={size}"]
-    remat = [name for name in (SAVE_MATMULS, "full") if name != cfg.model.remat]
-    for policy in remat[remat.index("full") :] if cfg.model.remat == SAVE_MATMULS else remat:
-        if cfg.model.remat != "full":
-            yield [f"model.remat={policy}"]
-    smallest = [] if cfg.model.remat == "full" else ["model.remat=full"]
+    done = cfg.model.remat == "full" or cfg.model.variant in convnets.SIZES  # which have no blocks
+    policies = {"none": (SAVE_MATMULS, "full")}.get(cfg.model.remat, ("full",))
+    yield from ([f"model.remat={policy}"] for policy in policies if not done)
+    smallest = [] if done else ["model.remat=full"]
     for size in shards if smallest else ():
         yield [*smallest, f"mesh.fsdp={size}"]
     smallest += [f"mesh.fsdp={size}" for size in shards[-1:]]

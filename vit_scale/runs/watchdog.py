@@ -82,7 +82,8 @@ class Watchdog:
         _current = None
         self.record_time()
         if self._code is None:
-            self._code = 0
+            self._code = 0 if error is None else getattr(error, "code", FAILED)
+            self._message = "" if error is None else str(error)
         self.write_heartbeat()
         if self._ledger:
             self._ledger.end(self._code)

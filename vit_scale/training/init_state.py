@@ -13,6 +13,7 @@ import numpy as np
 from vit_scale import config, pretrained
 from vit_scale.checkpoint import Checkpoints
 from vit_scale.config import image_size
+from vit_scale.data.class_mapping import Match
 from vit_scale.distributed import multihost
 from vit_scale.distributed.mesh import cpu_options
 from vit_scale.distributed.sharding import shard
@@ -92,12 +93,21 @@ def check_source(setup: Setup, classes: tuple[str, ...], ids: tuple[str, ...] = 
     if not cfg.init.source:
         return
     source = read_source(setup)
-    match = pretrained.match_head(source.classes, classes, cfg.init.head, cfg.init.classes, ids)
+    match = _match_head(setup, source, classes, ids)
 
     def adapt(params, target):
         return pretrained.adapt(params, target, cfg.init.resample, match is not None)[0]
 
     jax.eval_shape(adapt, source.params, _base(setup.state.params))
+
+
+def _match_head(
+    setup: Setup, source: pretrained.Pretrained, classes: tuple[str, ...], ids: tuple[str, ...]
+) -> Match | None:
+    """Say how the source's outputs map to the model's, of which there are none without a head."""
+    cfg = setup.cfg
+    outputs = classes if cfg.model.classes else ()
+    return pretrained.match_head(source.classes, outputs, cfg.init.head, cfg.init.classes, ids)
 
 
 def _base(params: dict) -> dict:
@@ -129,7 +139,7 @@ def init_state(
     if cfg.init.source:
         with multihost.shared_errors():
             source = read_source(setup)
-        match = pretrained.match_head(source.classes, classes, cfg.init.head, cfg.init.classes, ids)
+        match = _match_head(setup, source, classes, ids)
         base, rows = pretrained.adapt(
             *(source.params, _base(params), cfg.init.resample, match is not None),
             outputs=match.outputs if match else None,

@@ -69,7 +69,8 @@ def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
         mu_dtype=cfg.moment,
         # Updates as large as Adam's (Liu et al. 2025), so that both groups share one lr.
         consistent_rms=0.2,
-        # Adam trains the rest: embedding, head, vectors, biases, LoRA's adapters.
+        # Adam, with Nesterov momentum as well, trains the rest: embedding, head, vectors, biases,
+        # LoRA's adapters.
         muon_weight_dimension_numbers=lambda params: map_named(
             lambda name, leaf: _matrix_axes(matrices, name), params
         ),

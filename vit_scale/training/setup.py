@@ -177,7 +177,7 @@ def summary(cfg: ConfigDict) -> dict:
     """
     cfg = with_source_model(cfg)
     check_model(cfg)
-    if cfg.objective in objectives.SELF_SUPERVISED:
+    if cfg.objective in objectives.SELF_SUPERVISED or cfg.objective not in objectives.OBJECTIVES:
         objectives.check(cfg)
     model = adapted(build(cfg.model, image_size(cfg)), cfg.lora)
     objective = make_objective(model, cfg)

@@ -171,6 +171,7 @@ class Training:
                 checkpoints.wait()
             if self.last < cfg.steps:
                 return {}
+            del state  # checkpoints are evaluated, and there may be no room for two states
             report = summarise(self.setup, self.splits, track)
             report |= {"config": self.run.description["name"], "measure": self.measure.main}
             if self.splits.final:

@@ -40,6 +40,8 @@ LOWEST = {
     "data.threads": 1,
     "data.cache": 0,
     "data.repeats": 1,
+    "optim.accumulate": 1,
+    "seed": 0,
     "eval.every": 0,
     "log.every": 1,
     "log.images": 0,
