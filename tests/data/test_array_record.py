@@ -171,6 +171,12 @@ def test_a_failed_shard_leaves_no_file(folder, tmp_path, inline):
     assert files == {"index.json", "val-00000-of-00001.array_record"}
 
 
+def test_images_without_labels_are_not_packed(folder, tmp_path):
+    with pytest.raises(UserError, match="data pack needs labels"):
+        packing.pack(folder, tmp_path / "out", overrides=["data.target=none"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_unreadable_images_are_skipped_and_counted(folder, tmp_path, inline):
     (folder / "train/class_1/5.png").write_bytes(b"no image")
     counts = packing.pack(folder, tmp_path / "out", on_corrupt="skip", shard=6)

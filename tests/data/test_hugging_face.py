@@ -97,6 +97,42 @@ def test_text_labels_are_numbered_by_the_training_set(tmp_path):
     assert everything(test)["label"].tolist() == [1]
 
 
+def test_named_classes_are_numbered_as_in_the_training_set(tmp_path):
+    own = {"names": ("bee", "ant"), "files": ["x", "y", "z"]}
+    others = {"set": rows((1, 0, 0), **own), "other": rows((0,) * 3, ("wolf",))}
+    for name, validation in others.items():
+        both = datasets.DatasetDict({"train": rows(), "validation": validation})
+        both.save_to_disk(tmp_path / name)
+    source = data.open_split(hf_block(tmp_path / "set"), "val")
+    assert source.classes == ("ant", "bee") and everything(source)["label"].tolist() == [0, 1, 1]
+    message = refused(lambda: data.open_split(hf_block(tmp_path / "other"), "val"))
+    assert "class 'wolf' of label is not in the training set" in message
+
+
+def test_labels_that_are_no_classes(tmp_path):
+    def open_column(set_of_rows, name, **changes):
+        set_of_rows.save_to_disk(tmp_path / name)
+        return data.open_split(hf_block(tmp_path / name, **changes), "train")
+
+    truth = rows(sure=(datasets.Value("bool"), [True, False, True]))
+    source = open_column(truth, "bool", label_column="sure")
+    assert source.classes == ("False", "True")
+    assert everything(source)["label"].tolist() == [1, 0, 1]
+    share = rows(share=(datasets.Value("float32"), [0.5, 1, 2]))
+    message = refused(lambda: open_column(share, "float", label_column="share"))
+    assert "column share has floating-point numbers, not classes" in message
+    message = refused(lambda: open_column(rows((10**9, 1, 2), names=()), "ids"))
+    assert "labels up to 1,000,000,000 in 3 rows, as an id would" in message
+
+
+def test_a_split_of_labels_that_are_none_has_none(tmp_path):
+    none = rows((None,) * 3, files=["x", "y", "z"])
+    splits = {"train": rows(), "validation": rows((1, 1, 1)), "test": none}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    source = data.open_split(hf_block(tmp_path / "set"), "test")
+    assert everything(source)["label"].tolist() == [1, 1, 1]
+
+
 def test_columns_are_named_where_their_types_do_not_decide(tmp_path):
     more = {"coarse": (datasets.ClassLabel(names=["x", "y", "z"]), [2, 2, 0])}
     rows(**more).to_parquet(tmp_path / "train.parquet")

@@ -1,6 +1,8 @@
 """Image folders: labels and splits of each layout, pixels at the requested size, corrupt files."""
 
+import errno
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -174,6 +176,23 @@ def test_load_width_and_resolution_determine_the_size(plain):
 
 
 # Corrupt files
+
+
+def test_storage_that_fails_is_no_corrupt_image(plain, monkeypatch):
+    source = data.open_split(block(plain, on_corrupt="skip"), "train")
+
+    def fail(number):
+        def read(path):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(pathlib.Path, "read_bytes", read)
+
+    fail(errno.EIO)  # of this file's blocks
+    assert not source.read(np.arange(2))["mask"].any()
+    fail(errno.EMFILE)
+    with pytest.raises(UserError, match="Too many open files") as caught:
+        source.read(np.arange(2))
+    assert caught.value.code == 42
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "gif", "webp"])

@@ -108,6 +108,7 @@ def test_other_splits_have_the_classes_of_the_training_listing(folder):
         ("csv", "classes", "file,labels\na.png,ant bee\n", "line 2: 'ant bee' is not a number"),
         ("csv", "classes", "file,ant\na.png,2\n", "image 1 has 2 in column 2; with data.target=cl"),
         ("csv", "value", "file,age\na.png,1,2\n", "line 2 has 3 cells, and the header 2"),
+        ("csv", "value", 'file,age\n"a.png,1\n' + "b.png,2\n" * 20_000, "field larger than field"),
         ("csv", "value", "file,age\na.png,nan\n", "train.csv (a.png): nan is not finite"),
         ("csv", "value", "file,age\n", "lists no image"),
         ("csv", "value", "file,age\na.png,1\na.png,2\n", "lists a.png twice"),

@@ -10,9 +10,10 @@ from tests.data.test_image_folder import picture, save
 from tests.data.test_tar_shards import refused
 from tests.helpers.tiny import tiny_config
 from vit_scale import cli, config, data
-from vit_scale.data import InMemory, Mixture
+from vit_scale.data import InMemory, Mixture, loader
 from vit_scale.data.loader import TrainBatches, shuffled
 from vit_scale.data.mixtures import relabel
+from vit_scale.data.orders import permutation
 from vit_scale.errors import UserError
 from vit_scale.runs import resume
 from vit_scale.training.splits import open_splits
@@ -61,6 +62,15 @@ def test_each_set_has_epochs_of_its_own():
         )
 
 
+def test_few_orders_of_a_set_are_kept():
+    n = 1000
+    stream = shuffled(np.arange(12 * n), n, 3).reshape(12, n)
+    for epoch, order in enumerate(stream):
+        np.testing.assert_array_equal(order, permutation(n, 3, epoch))
+    assert sorted(loader._orders(n, 3)) == [8, 9, 10, 11]
+    np.testing.assert_array_equal(shuffled(np.arange(n), n, 3), stream[0])
+
+
 def test_a_step_is_the_same_for_any_start_and_hosts():
     whole = steps(mixture())
     assert steps(mixture(), start=17) == whole[17:]
@@ -86,6 +96,23 @@ def test_classes_of_the_same_name_are_one():
     assert "the classes of set at 9 have no names" in refused(
         lambda: Mixture([one, numbered(3, 9, ("0", "1", "2"))], (1, 1))
     )
+
+
+def test_sets_of_other_numbers_are_refused():
+    one, other = Numbers("ages", ("age", "height")), Numbers("plain", ("age",))
+    with pytest.raises(UserError, match=r"other numbers \(ages: age, height; plain: age\)"):
+        Mixture([one, other], [1, 1], numbers=True)
+    assert Mixture([one, one], [1, 1], numbers=True).targets == 2
+
+
+class Numbers:
+    size, decodes, targets = (8, 8), False, 2
+
+    def __init__(self, name, classes):
+        self.name, self.classes = name, classes
+
+    def __len__(self):
+        return 3
 
 
 @pytest.fixture

@@ -32,6 +32,17 @@ def write_tar(file, members: dict[str, bytes]):
     return file
 
 
+def test_splits_that_are_labelled_in_two_ways_are_refused(tmp_path):
+    numbered = {"a/1.png": png(1), "a/1.cls": b"0", "b/2.png": png(2), "b/2.cls": b"1"}
+    folders = {"a/1.png": png(1), "b/2.png": png(2)}
+    for name, train, val in (("one", numbered, folders), ("other", folders, numbered)):
+        write_tar(tmp_path / name / "train-0.tar", train)
+        write_tar(tmp_path / name / "val-0.tar", val)
+        tar_shards.index_shards(str(tmp_path / name))
+        with pytest.raises(UserError, match=r"val has .*, and train .*: label both alike"):
+            data.open_split(block(tmp_path / name, name="tar"), "val")
+
+
 @pytest.fixture(autouse=True)
 def inline(monkeypatch):
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Inline)

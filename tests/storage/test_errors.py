@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pathlib
 import socket
 import ssl
 from http.client import InvalidURL
@@ -10,6 +11,7 @@ from urllib.error import URLError
 import pytest
 
 from vit_scale.errors import FAILED, RESUMABLE, UserError
+from vit_scale.storage import paths
 from vit_scale.storage.errors import DAMAGED, exit_code, os_errors, reason, user_errors
 
 FULL = os.strerror(errno.ENOSPC)
@@ -104,3 +106,9 @@ def test_what_another_try_may_help_is_resumable(error, code, tmp_path):
             raise error
     except OSError as translated:
         assert exit_code(translated) == code or isinstance(error, BrokenPipeError)
+
+
+def test_a_home_folder_is_found_where_the_shell_left_its_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.parse("~/data") == tmp_path / "data"
+    assert paths.parse("a/~b") == pathlib.Path("a/~b")

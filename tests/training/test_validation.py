@@ -42,6 +42,10 @@ from vit_scale.training.validation import check_attention
             "augment.mix=pair needs an even data.batch, not 33",
         ),
         (["augment.crop=rezised"], "did you mean resized"),
+        (
+            ["augment.mean=(0.5,)", "augment.policy=rand-m9-mstd0.5-inc1"],
+            "augment.mean=(0.5,) must be three numbers",
+        ),
         (["optim.freeze=('posembed',)"], "matches no parameter; did you mean posemb"),
         (["mesh.compiler=('fast',)"], "mesh.compiler: 'fast' is not FLAG=VALUE"),
         (["model.remat=some"], "model.remat='some' is unknown"),

@@ -108,7 +108,6 @@ def check(cfg: ConfigDict) -> None:
         if cfg[field] not in valid:
             hint = nearest(cfg[field], valid)
             raise UserError(f"augment.{field}={cfg[field]!r} is unknown; {hint}")
-    make(cfg, (1, 1))
     constraints = {
         "jitter": (
             len(cfg.jitter) == 4 and min(cfg.jitter) >= 0 and cfg.jitter[3] <= 0.5,
@@ -134,6 +133,7 @@ def check(cfg: ConfigDict) -> None:
     for field, (holds, constraint) in constraints.items():
         if not holds:
             raise UserError(f"augment.{field}={cfg[field]} must be {constraint}")
+    make(cfg, (1, 1))
 
 
 def _rising(pair: tuple[float, ...], limit: float) -> bool:

@@ -182,6 +182,8 @@ def _load(data: bytes, exif: bool) -> Image.Image:
         return rgb if turn is None else rgb.transpose(turn)
     except UnidentifiedImageError as error:  # its text is a buffer's address
         raise Corrupt("not an image") from error
+    except MemoryError:  # this machine's fault
+        raise
     except Exception as error:  # damaged files make Pillow raise any type
         raise Corrupt(str(error) or type(error).__name__) from error
 

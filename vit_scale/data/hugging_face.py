@@ -27,6 +27,8 @@ from vit_scale.errors import UserError
 from vit_scale.storage import cache
 from vit_scale.storage.errors import one_line
 
+MOST_CLASSES = 100_000  # of numbered labels in fewer rows; more are taken for ids
+
 INSTALL = "launch/environment.sh hf in a clone, or pip install datasets"
 PARQUET = ".parquet"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -163,7 +165,7 @@ def _splits(datasets: Any, path: str) -> dict[str, Any]:
     if any(os.path.exists(os.path.join(path, name)) for name in SAVED):
         saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
-    hub_name, _, revision = path.partition("@")
+    hub_name, _, revision = (path, "", "") if os.path.exists(path) else path.partition("@")
     return datasets.load_dataset(hub_name, revision=revision or None)
 
 
@@ -213,11 +215,11 @@ def _label_column(rows: Any, cfg: ConfigDict) -> str:
 
 
 def _has_labels(rows: Any, cfg: ConfigDict) -> bool:
-    """Return whether a split has a label other than -1, or no classes."""
+    """Return whether a split has a label other than -1 or none, or labels of another kind."""
     column = _label_column(rows, cfg)
-    if not _is_class(rows.features[column]):
+    if cfg.target != CLASS:
         return True
-    return not len(rows) or bool((_values(rows, column) != -1).any())
+    return not len(rows) or any(label not in (None, -1) for label in _values(rows, column).tolist())
 
 
 def _targets(rows: Any, train: Any, column: str, kind: str) -> tuple[Rows, tuple[str, ...]]:
@@ -228,7 +230,9 @@ def _targets(rows: Any, train: Any, column: str, kind: str) -> tuple[Rows, tuple
 
     own, item = read(rows), _item(rows.features[column])
     if kind == CLASSES and _is_class(item):
-        return own, tuple(item.names)
+        names = _training_names(item, _item(train.features[column]), column)
+        table = _renumbering(item.names, names, column)
+        return own._replace(flat=table[own.flat]), names
     return own, class_names(own if train is rows else read(train), kind)
 
 
@@ -238,14 +242,46 @@ def _labels(rows: Any, train: Any, column: str) -> tuple[np.ndarray, tuple[str, 
     if values.dtype.kind == "O" and None in values.tolist():
         raise UserError(f"column {column} has rows without a label; remove them")
     if _is_class(feature):
-        return values, tuple(feature.names)
+        names = _training_names(feature, train.features[column], column)
+        if tuple(feature.names) == names:
+            return values, names
+        table = np.append(_renumbering(feature.names, names, column), -1)  # -1: without a label
+        return table[values], names
+    if values.dtype.kind == "f":
+        raise UserError(
+            f"column {column} has floating-point numbers, not classes: set "
+            "--config.data.target=value, or name another with --config.data.label_column"
+        )
     known = values if train is rows else _values(train, column)
+    if values.dtype.kind == "b":  # classes False and True
+        values, known = values.astype(str), known.astype(str)
     if values.dtype.kind in "iu":
-        return values, tuple(map(str, range(int(known.max(initial=-1)) + 1)))
-    names = sorted(set(known.tolist()))
-    if unknown := sorted(set(values.tolist()) - set(names)):
+        most = int(known.max(initial=-1)) + 1
+        if most > max(MOST_CLASSES, len(known)):
+            raise UserError(
+                f"column {column} has labels up to {most - 1:,} in {len(known):,} rows, as an id "
+                "would: name the column of classes with --config.data.label_column"
+            )
+        return values, tuple(map(str, range(most)))
+    texts = sorted(set(known.tolist()))
+    if unknown := sorted(set(values.tolist()) - set(texts)):
         raise UserError(f"class {unknown[0]!r} of {column} is not in the training set")
-    return np.searchsorted(np.array(names), values).astype(np.int32), tuple(names)
+    return np.searchsorted(np.array(texts), values).astype(np.int32), tuple(texts)
+
+
+def _training_names(own: Any, train: Any, column: str) -> tuple[str, ...]:
+    """Return the training set's names of a column of numbered classes. Raises UserError."""
+    if not _is_class(train):
+        raise UserError(f"column {column} has named classes, and in the training set it has none")
+    return tuple(train.names)
+
+
+def _renumbering(own: Sequence[str], names: Sequence[str], column: str) -> np.ndarray:
+    """Return the training set's number of each class. Raises UserError for one that it lacks."""
+    numbers = {name: number for number, name in enumerate(names)}
+    if unknown := [name for name in own if name not in numbers]:
+        raise UserError(f"class {unknown[0]!r} of {column} is not in the training set")
+    return np.array([numbers[name] for name in own], np.int32)
 
 
 def _values(rows: Any, column: str) -> np.ndarray:

@@ -6,6 +6,7 @@ counted, so that images in an unsupported format are noticed.
 """
 
 import collections
+import errno
 import functools
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,14 @@ from pathlib import Path
 
 from PIL import Image, features
 
+from vit_scale.data.decode import Corrupt
 from vit_scale.distributed import multihost
-from vit_scale.errors import printable
+from vit_scale.errors import RESUMABLE, UserError, printable
 from vit_scale.storage import paths
+from vit_scale.storage.errors import exit_code
 
+# Errors of this machine at this moment, not of a file.
+PASSING = (errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # The extensions that runs older than `data.listing` list.
 COMMON = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 # Pillow opens these, but needs another program or library to decode them.
@@ -97,3 +102,19 @@ def print_once(line: str) -> None:
     """Print a line on stderr, once per process, as a set is opened for each of its splits."""
     if multihost.is_first():
         print(f"vit-scale: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read a file. Raises Corrupt where it is missing, and UserError where storage fails.
+
+    A bucket that does not answer, or a machine without memory, says nothing of the image: to leave
+    it out would make batches depend on such moments.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        if not missing and (paths.in_bucket(path) or error.errno in PASSING):
+            code = RESUMABLE if error.errno in PASSING else exit_code(error)
+            raise UserError(f"cannot read {path}: {error.strerror or error}", code) from error
+        raise Corrupt(error.strerror or str(error)) from error

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from vit_scale.data import image_files
 from vit_scale.data.class_mapping import is_numbered
 from vit_scale.data.class_names import read_lines, readable
-from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
+from vit_scale.data.image_files import read_image_file
 from vit_scale.data.sources import MissingSplit
 from vit_scale.errors import UserError, nearest, printable
 from vit_scale.storage import paths
@@ -65,11 +65,7 @@ class ImageFolder(EncodedImages):
         return len(self._listing.labels)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        try:
-            data = self._listing.path(index).read_bytes()
-        except OSError as error:
-            raise Corrupt(error.strerror) from error
-        return data, int(self._listing.labels[index])
+        return read_image_file(self._listing.path(index)), int(self._listing.labels[index])
 
     def part(self, positions: Int[np.ndarray, "n"]) -> "ImageFolder":
         part, listed = copy.copy(self), self._listing

@@ -15,16 +15,16 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages, Label
+from vit_scale.data.image_files import read_image_file
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.sources import MissingSplit
 from vit_scale.data.targets import CLASSES, Rows, Targets, class_names, make_targets, rows_of
@@ -62,11 +62,7 @@ class ListedImages(EncodedImages):
         return len(self._files)
 
     def encoded(self, index: int) -> tuple[bytes, Label]:
-        try:
-            data = self._path(index).read_bytes()
-        except OSError as error:
-            raise Corrupt(error.strerror or str(error)) from error
-        return data, self._label_of(index)
+        return read_image_file(self._path(index)), self._label_of(index)
 
     def part(self, positions: Int[np.ndarray, "n"]) -> "ListedImages":
         part, labels = copy.copy(self), self._labels
@@ -129,6 +125,13 @@ def _read(path: Path, kind: str) -> Listing:
     return listing
 
 
+def _rows_of(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:  # such as a quote that nothing closes
+        raise UserError(f"{path}: line {reader.line_num}: {error}; repair the file") from error
+
+
 def _read_csv(path: Path, text: str, kind: str) -> Listing:
     reader = csv.reader(io.StringIO(text, newline=""))
     header = [name.strip() for name in next(reader, [])]
@@ -136,7 +139,7 @@ def _read_csv(path: Path, text: str, kind: str) -> Listing:
     if header[:1] != [FILE] or not names or "" in names or len(set(names)) < len(names):
         raise UserError(f"{path}: {CSV_FORM}, of different names, not {','.join(header)[:60]!r}")
     files, values = [], []
-    for cells in reader:
+    for cells in _rows_of(reader, path):
         if not cells:
             continue
         where = f"{path}: line {reader.line_num}"

@@ -174,9 +174,24 @@ def shuffled(positions: Int[np.ndarray, "n"], n: int, seed: int) -> Int[np.ndarr
     return examples
 
 
-@functools.lru_cache(maxsize=32)  # a batch may span two epochs, of each set of a mixture
+EPOCHS = 4  # orders that are kept of a set: a batch may span two, and two sets be as large
+
+
+@functools.lru_cache(maxsize=32)  # sets of a mixture
+def _orders(n: int, seed: int) -> dict[int, Int[np.ndarray, "n"]]:
+    """Return the latest orders of a set's examples, by epoch."""
+    return {}
+
+
 def _order(n: int, seed: int, epoch: int) -> Int[np.ndarray, "n"]:
-    return permutation(n, seed, epoch)
+    orders = _orders(n, seed)
+    order = orders.get(epoch)
+    if order is None:
+        order = permutation(n, seed, epoch)
+        for old in sorted(orders)[: 1 - EPOCHS]:
+            orders.pop(old, None)  # another thread may have done it
+        orders[epoch] = order
+    return order
 
 
 def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Batch, None, None]:

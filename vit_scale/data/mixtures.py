@@ -28,7 +28,7 @@ class Mixture:
 
     examples = None
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], numbers: bool = False):
         self.sources = list(sources)
         if len(weights) != len(sources) or min(weights) <= 0:
             raise UserError(f"the weights of data.mixture, {tuple(weights)}, must be above 0")
@@ -43,6 +43,9 @@ class Mixture:
         )
         self.classes, self._labels = _union(sources)
         self.targets = len(self.classes) if getattr(sources[0], "targets", 0) else 0
+        if numbers and len({frozenset(source.classes) for source in sources}) > 1:
+            several = "; ".join(f"{source.name}: {', '.join(source.classes)}" for source in sources)
+            raise UserError(f"data.mixture has sets of other numbers ({several}): give the same")
         self.decodes = any(source.decodes for source in sources)
         self.crops = any(getattr(source, "crops", False) for source in sources)
         self.multi_crop = getattr(sources[0], "multi_crop", None)

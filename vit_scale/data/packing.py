@@ -21,7 +21,7 @@ from vit_scale.data.registry import SETS, are_files, open_split
 from vit_scale.data.shards import Shard, write_errors, write_shards
 from vit_scale.data.sources import MissingSplit
 from vit_scale.data.statistics import target_rows
-from vit_scale.data.targets import CLASS, CLASSES
+from vit_scale.data.targets import CLASS, CLASSES, NONE
 from vit_scale.errors import UserError, nearest
 from vit_scale.storage import files, paths
 
@@ -101,6 +101,10 @@ def _data_block(source: str, overrides: Sequence[str]) -> ConfigDict:
         name, path = "folder", source
     cfg = config.override(config.base(), overrides).data
     cfg.update({"name": name, "path": path})
+    if cfg.target == NONE:
+        raise UserError(
+            "data pack needs labels: images without any (data.target=none) are a folder"
+        )
     if not are_files(cfg):
         raise UserError(f"{name} is not a set of image files: it is read into memory as it is")
     return cfg

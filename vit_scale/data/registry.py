@@ -34,7 +34,7 @@ from vit_scale.data.mixtures import Mixture, relabel
 from vit_scale.data.real_labels import with_real_labels
 from vit_scale.data.sources import Source
 from vit_scale.data.splits import ORDERS, Slice, cut, split_name
-from vit_scale.data.targets import CLASS, KINDS, NONE
+from vit_scale.data.targets import CLASS, KINDS, NONE, VALUE
 from vit_scale.errors import UserError, nearest
 
 # Sets that can have several classes or numbers.
@@ -197,7 +197,8 @@ def open_training(cfg: ConfigDict) -> Source:
     if not data.mixture:
         return open_split(data, data.train, crop=crop)
     sources = [open_split(part, data.train, crop=crop) for part in parts(data)]
-    mixture = Mixture(sources, [weight for _, weight in data.mixture])
+    weights = [weight for _, weight in data.mixture]
+    mixture = Mixture(sources, weights, numbers=data.target == VALUE)
     if data.batch < (least := len(sources) * (len(sources) - 1)):
         raise UserError(
             f"data.batch={data.batch} is too small for the {len(sources)} sets of data.mixture: it "

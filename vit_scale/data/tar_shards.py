@@ -121,6 +121,9 @@ def source(cfg: ConfigDict, name: str) -> TarShards:
         raise UserError(
             f"{folder}: it has lists or fractions: set --config.data.target=classes or value"
         )
+    if ("folders" in index) != ("folders" in train):
+        one, other = ("class folders", "labels of their own")[:: 1 if "folders" in index else -1]
+        raise UserError(f"{folder}: {candidate} has {one}, and train {other}: label both alike")
     classes = _class_names(folder, train, cfg.target)
     if "folders" in index and index is not train:  # numbered by this split's own folders
         index = _renumbered(index, train, shards[0])

@@ -160,6 +160,8 @@ def open_splits(cfg: ConfigDict, train: str, split: str) -> tuple[Source, Source
             USAGE,
         )
     fitted, tested = (open_evaluation(cfg, name, ()) for name in (train, split))
+    if fitted.name == tested.name and train != split:
+        raise UserError(f"splits {train} and {split} are the same images, {fitted.name}", USAGE)
     if fitted.classes != tested.classes:
         raise UserError(
             f"{fitted.name} has {len(fitted.classes)} classes and {tested.name} "

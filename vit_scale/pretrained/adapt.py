@@ -31,7 +31,7 @@ HEADS = ("auto", "keep", "new")  # of init.head
 SETTINGS = (
     *("model.gelu", "model.norm_epsilon", "model.pool", "model.fc_norm", "model.rope"),
     *("model.rope_temperature", "model.rope_reference", "model.rope_offset"),
-    *("model.stem_epsilon", "augment.mean", "augment.std"),
+    *("model.stem_epsilon", "augment.mean", "augment.std", "regression.mean", "regression.std"),
 )
 
 

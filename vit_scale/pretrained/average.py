@@ -166,6 +166,8 @@ def _function(model: Pretrained) -> dict[str, object]:
         "image": "{} x {}".format(*image_size(cfg)),
         "augment.mean": cfg.augment.mean,
         "augment.std": cfg.augment.std,
+        "regression.mean": tuple(cfg.regression.mean),  # the units of the outputs
+        "regression.std": tuple(cfg.regression.std),
     }
     if isinstance(shape, Shape):  # whose sizes may be named or written out
         fields |= {f"model.{name}": size for name, size in dataclasses.asdict(shape.size).items()}

@@ -28,7 +28,7 @@ def parse(text: str | os.PathLike) -> pathlib.Path:
     name = os.fspath(text)
     scheme, separator, rest = name.partition("://")
     if not separator:
-        return pathlib.Path(name)
+        return pathlib.Path(name).expanduser()  # a shell leaves ~ in --config.data.path=~/data
     if scheme + separator == HUB:
         raise UserError(
             f"{name}: a run is needed here, and on the Hugging Face Hub are only weights; make it "
