@@ -190,7 +190,7 @@ def commands(group: dict[str, Run]) -> str:
     """Return a block of code, each command after its row's title."""
     lines = []
     for name, run in finished(group).items():
-        if run.before in PRETRAINING:
+        if run.before in PRETRAINING and run.before not in group:
             before = PRETRAINING[run.before]
             lines.append(f"# {before.title}\n{fold(before.command)}")
         lines.append(f"# {run.title}\n{fold(run.command or peer_command(name))}")
