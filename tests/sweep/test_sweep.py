@@ -308,9 +308,14 @@ def test_the_same_run_twice_is_refused(run):
 
 
 def test_another_sweep_in_the_same_folder_is_refused(run):
-    run("1")
+    folder = run("1")[1].folder
     with pytest.raises(UserError, match=r"holds another sweep \(overrides: .*eval.every=20"):
         run("1", fields=[*FIELDS, "eval.every=20"])
+    other = sweep.Sweep(
+        "vit_imagenet:S/16", [*FIELDS, "eval.every=20"], [{"optim.lr": "1"}], folder
+    )
+    with pytest.raises(UserError, match="holds another sweep"):
+        sweep.run_sweep(other, quiet=True, train=False)
 
 
 def test_the_picture_shows_runs_and_fields():

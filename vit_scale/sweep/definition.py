@@ -112,11 +112,16 @@ def _check_trainable(cfg: ConfigDict) -> None:
 
 
 def claim(folder: pathlib.Path, content: dict) -> None:
-    """Write sweep.json, or check that it is of the same sweep, which may have other points."""
+    """Write sweep.json, if it isn't there yet: `check_same_sweep` was called before."""
+    if not (folder / FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, {**content, "runs": [], "best": None})
+
+
+def check_same_sweep(folder: pathlib.Path, content: dict) -> None:
+    """Raise UserError for a folder of another sweep; the same one may have other points."""
     file = folder / FILE
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**content, "runs": [], "best": None})
         return
     stored = read_json(file)
     changed = [

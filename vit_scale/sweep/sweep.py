@@ -14,7 +14,7 @@ from vit_scale.runs.json_files import write_json
 from vit_scale.runs.lock import Lock
 from vit_scale.storage import paths
 from vit_scale.sweep import halving
-from vit_scale.sweep.definition import FILE, Sweep, check, check_runs, claim
+from vit_scale.sweep.definition import FILE, Sweep, check, check_runs, check_same_sweep, claim
 from vit_scale.sweep.points import Point, run_name, train_arguments
 from vit_scale.sweep.processes import Failure, Job, run_jobs
 from vit_scale.sweep.slots import make_slots
@@ -55,6 +55,7 @@ def run_sweep(
     pairs = zip(sweep.points, configs, strict=True)
     runs = [Entry(point, cfg.steps, content["measure"]) for point, cfg in pairs]
     racing = list(range(len(runs)))
+    check_same_sweep(sweep.folder, content)
     if not train:
         return {**content, **_comparison(_trained_so_far(sweep, runs))}
     lock = Lock(sweep.folder)
