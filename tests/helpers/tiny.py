@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
@@ -86,3 +87,13 @@ def write_run(
         trees = {"params": params, "opt_state": {"count": np.int32(step)}, "ema": ema}
         checkpoints.save(step, trees, about)
     return folder
+
+
+def write_images(top: pathlib.Path, *splits: str) -> dict:
+    """Write three images of each class to folders SPLIT/CLASS; return the fields that name them."""
+    for split in splits:
+        for name in CLASSES:
+            (top / split / name).mkdir(parents=True)
+            for i, image in enumerate(random_images(3, seed=len(name))):
+                Image.fromarray(image).save(top / split / name / f"{i}.png")
+    return {"data.name": "folder", "data.path": str(top)}

@@ -1,19 +1,16 @@
 """Soups and interpolation against means by hand, and what can't be averaged."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.helpers.tiny import (
     CLASSES,
-    random_images,
     random_params,
     tiny_config,
     tiny_model,
+    write_images,
     write_run,
 )
 from vit_scale import api, checkpoint, cli, pretrained
@@ -166,18 +163,8 @@ def test_misuse_is_refused(tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
-def folder_of_images(top: pathlib.Path) -> dict:
-    """Fields of a folder with a few images of each class."""
-    for split in ("train", "val"):
-        for name in CLASSES:
-            (top / split / name).mkdir(parents=True)
-            for i, image in enumerate(random_images(3, seed=len(name))):
-                Image.fromarray(image).save(top / split / name / f"{i}.png")
-    return {"data.name": "folder", "data.path": str(top)}
-
-
 def test_a_greedy_soup_of_scanned_and_unrolled_blocks(tmp_path):
-    fields = folder_of_images(tmp_path / "photos")
+    fields = write_images(tmp_path / "photos", "train", "val")
     runs = []
     for seed, scan in enumerate(("True", "False")):
         model = tiny_model(f"model.scan={scan}")

@@ -15,6 +15,7 @@ from tests.helpers.tiny import (
     random_params,
     tiny_config,
     tiny_model,
+    write_images,
     write_run,
 )
 from vit_scale import api, cli, load
@@ -131,13 +132,7 @@ def test_a_folder_that_holds_a_file_is_loaded(file, tmp_path):
 
 
 def test_a_file_is_evaluated_and_fine_tuned_from(run, file, tmp_path):
-    for name in CLASSES:
-        for split in ("train", "val"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i, image in enumerate(random_images(3, seed=len(name))):
-                Image.fromarray(image).save(folder / f"{i}.png")
-    fields = {"data.name": "folder", "data.path": str(tmp_path / "photos"), "data.mixture": ()}
+    fields = write_images(tmp_path / "photos", "train", "val") | {"data.mixture": ()}
     results = [api.evaluate(one, "val", quiet=True, **fields) for one in (run, file)]
     for result in results:
         del result["run"]

@@ -1,17 +1,13 @@
 """trainer: what the loop holds in memory; what it computes is in tests/laws."""
 
 import jax
-from PIL import Image
 
-from tests.helpers.tiny import CLASSES, random_images, tiny_config
+from tests.helpers.tiny import tiny_config, write_images
 from vit_scale.training import trainer
 
 
 def test_the_train_state_is_gone_when_checkpoints_are_evaluated(tmp_path, monkeypatch):
-    for name in CLASSES:
-        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
-        for i, image in enumerate(random_images(3)):
-            Image.fromarray(image).save(tmp_path / "photos" / "train" / name / f"{i}.png")
+    write_images(tmp_path / "photos", "train")
     fields = ("data.name=folder", f"data.path={tmp_path}/photos", "data.train=train[:50%]")
     splits = ("eval.split=", "eval.final=train[50%:]", "data.workers=0", "data.batch=4", "steps=2")
     cfg = tiny_config(*fields, *splits, "log.wandb=False", "log.tensorboard=False")
