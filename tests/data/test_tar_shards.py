@@ -224,6 +224,25 @@ def test_two_images_of_one_example_are_refused(shards):
     assert "e.png and e.seg.png are images of one example" in refused(lambda: index(shards))
 
 
+def test_an_example_without_its_image_is_refused(shards):
+    """It would be left out, and nothing would say so."""
+    shard = write_tar(shards / "train-002.tar", {"e.cls": b"0", "e.jxr": b"..."})
+    assert "e.cls, e.jxr is an example with a label and no image" in refused(lambda: index(shards))
+    with tarfile.open(shard, "w") as tar:  # as tar stores a file's second name
+        link = tarfile.TarInfo("f.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a/1.png"
+        tar.addfile(link)
+    assert "f.png is no file, but a link" in refused(lambda: index(shards))
+
+
+def test_hidden_members_are_no_examples(shards):
+    """The tar of macOS stores a file's attributes beside it."""
+    members = {"._e.cls": b"\0\5", "e.cls": b"0", "._e.png": b"\0\5", "e.png": png(7)}
+    write_tar(shards / "train-002.tar", members)
+    assert index(shards)["train"] == 6
+    assert data.open_split(tar_block(shards), "train").location(5).endswith("(e.png)")
+
+
 def test_a_corrupt_member_is_named_or_skipped(shards):
     write_tar(shards / "train-002.tar", {"e.cls": b"0", "e.png": png(7)[:60]})
     index(shards)

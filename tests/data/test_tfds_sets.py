@@ -110,6 +110,30 @@ def test_features_are_named_where_their_types_do_not_decide(tmp_path):
     assert everything(source)["label"].tolist() == [2, 2, 2]
 
 
+def test_an_index_has_the_labels_of_each_feature(tmp_path):
+    """Labels of another feature would be packed and sampled by as if they were the chosen ones."""
+    more = {"coarse": tfds.features.ClassLabel(names=["x", "y", "z"])}
+    folder = prepare(tmp_path, {"train": rows(3, coarse=2)}, features(**more))
+    file = tfds_sets.index_file(folder, "train")
+
+    def labels(column: str) -> list[int]:
+        source = data.open_split(tfds_block(folder, label_column=column), "train")
+        assert source.examples.files.tolist() == [b"%d.png" % image for image in range(3)]
+        return source.labels(np.arange(3)).tolist()
+
+    tfds_sets.index_names(folder)
+    assert labels("label") == [0, 1, 0] and labels("coarse") == [2, 2, 2]
+
+    # Earlier versions wrote those of the last feature alone.
+    last = [
+        f for f in tfds.builder_from_directory(folder).info.features if f in more or f == "label"
+    ]
+    with np.load(file) as stored:
+        np.savez(file, files=stored["files"], labels=stored[tfds_sets.labels_of(last[1])])
+    assert labels(last[1]) == {"label": [0, 1, 0], "coarse": [2, 2, 2]}[last[1]]
+    assert f"lacks the labels '{last[0]}'; run `vit-scale data" in refused(lambda: labels(last[0]))
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path, prepared):
     def opened(path, split="train"):
         return lambda: data.open_split(tfds_block(path), split)

@@ -103,7 +103,7 @@ def _data_block(source: str, overrides: Sequence[str]) -> ConfigDict:
     cfg.update({"name": name, "path": path})
     if cfg.target == NONE:
         raise UserError(
-            "data pack needs labels: images without any (data.target=none) are a folder"
+            "data pack needs labels: data.target=none reads images without any, from a folder"
         )
     if not are_files(cfg):
         raise UserError(f"{name} is not a set of image files: it is read into memory as it is")

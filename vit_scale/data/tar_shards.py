@@ -291,17 +291,31 @@ def _examples(tar: tarfile.TarFile, shard: Path) -> Iterator[Member]:
         folder, slash, name = info.name.removeprefix("./").rpartition("/")
         return folder + slash + name.partition(".")[0]
 
-    for name, group in itertools.groupby((info for info in tar if info.isfile()), key):
-        image, label = None, None
+    def has_content(info: tarfile.TarInfo) -> bool:
+        return not info.isdir() and not is_hidden(info.name.rpartition("/")[2])
+
+    for name, group in itertools.groupby(filter(has_content, tar), key):
+        image, label, files = None, None, []
         for info in group:
             file = info.name.removeprefix("./")
             suffix = file[file.rindex(".") :].lower() if "." in file else ""
+            files.append(file)
+            if not info.isfile():
+                raise UserError(
+                    f"{shard}: {file} is no file, but a link or another kind of member: write the "
+                    "shard again, with what it stands for (tar --dereference --hard-dereference)"
+                )
             if suffix in (".cls", ".json"):
                 label = _label(tar, info, shard, suffix)
-            elif is_image(file) and not is_hidden(file.rpartition("/")[2]):
+            elif is_image(file):
                 if image:
                     raise UserError(f"{shard}: {image.file} and {file} are images of one example")
                 image = Member(file, info.offset_data, info.size, None)
+        if label is not None and not image:
+            raise UserError(
+                f"{shard}: {', '.join(files)} is an example with a label and no image that "
+                "Pillow reads: convert the image, or leave the example out"
+            )
         if image:
             folder = name.partition("/")[0] if "/" in name else None
             yield image._replace(label=folder if label is None else label)

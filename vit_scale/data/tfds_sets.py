@@ -1,13 +1,14 @@
 """Sets that TensorFlow Datasets prepared in its ArrayRecord format, read without TensorFlow.
 
-An example's image and label are the features of those types. Their file names, by which slices are
-chosen, are only in the records: `index_names` reads them once and writes SPLIT.index.npz beside the
-shards. Without it a set is sliced by position.
+An example's image and label are the features of those types. File names, by which slices are
+chosen, are only in the records: `index_names` reads them and the labels once, and writes
+SPLIT.index.npz beside the shards. Without it a set is sliced by position.
 """
 
 import functools
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ class TfdsSet(EncodedImages):
         features = builder.info.features
         self._image, self._label = (_feature(features, kind, cfg) for kind in ("image", "label"))
         super().__init__(name, features[self._label].names, cfg)
-        self._rows = _rows(builder, split, self._image)
+        self._rows = _rows(builder, split, [self._image])
         self._index = index_file(builder.data_dir, split)
+        *_, self._last_label = _of_type(features, "label")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,7 +52,12 @@ class TfdsSet(EncodedImages):
             user_errors(f"cannot read {self._index}", again, also=DAMAGED),
             np.load(io.BytesIO(self._index.read_bytes())) as stored,
         ):
-            examples = Examples(stored["files"], stored["labels"])
+            name = labels_of(self._label)
+            if name not in stored and self._label == self._last_label:
+                name = "labels"  # as earlier versions called those of the last feature
+            if name not in stored:
+                raise UserError(f"{self._index} lacks the labels {self._label!r}; {again}")
+            examples = Examples(stored["files"], stored[name])
         if len(examples.files) != len(self):
             raise UserError(
                 f"{self._index} has {len(examples.files)} names of {len(self)} images; {again}"
@@ -139,25 +146,34 @@ def _builder(path: str) -> Any:
     return builder
 
 
-def _rows(builder: Any, split: str, image: str) -> Any:
-    decoders = {image: _tfds().decode.SkipDecoding()}
+def _rows(builder: Any, split: str, images: Iterable[str]) -> Any:
+    decoders = {image: _tfds().decode.SkipDecoding() for image in images}
     with user_errors(f"cannot open {builder.data_dir}", "prepare it again", also=(Exception,)):
         return builder.as_data_source(split=split, decoders=decoders)
 
 
 def _feature(features: Any, kind: str, cfg: ConfigDict) -> str:
     """Return the feature of images or labels: the named one, or the only one of that type."""
+    return choose_column(_of_type(features, kind), [lambda feature: True], kind, cfg)
+
+
+def _of_type(features: Any, kind: str) -> dict[str, Any]:
+    """Return the features that are images or labels, by name."""
     wanted = getattr(_tfds().features, {"image": "Image", "label": "ClassLabel"}[kind])
-    fitting = {name: feature for name, feature in features.items() if type(feature) is wanted}
-    return choose_column(fitting, [lambda feature: True], kind, cfg)
+    return {name: feature for name, feature in features.items() if type(feature) is wanted}
 
 
 def index_file(folder: str | os.PathLike, split: str) -> Path:
     return paths.parse(folder) / f"{split}.index.npz"
 
 
+def labels_of(feature: str) -> str:
+    """Return the name of a feature's labels in an index."""
+    return f"labels of {feature}"
+
+
 def index_names(path: str) -> dict[str, int]:
-    """Read each example's file name once, and write them; return the images of each split.
+    """Write each example's file name and labels; return the number of images of each split.
 
     Raises UserError for a set without file names.
     """
@@ -166,18 +182,20 @@ def index_names(path: str) -> dict[str, int]:
     name = next((field for field in FILE_NAMES if field in features), None)
     if name is None:
         raise UserError(f"{path} has no feature {' or '.join(FILE_NAMES)}: nothing to index")
-    by_type = {type(feature): k for k, feature in features.items()}
-    image, label = (by_type.get(getattr(_tfds().features, t)) for t in ("Image", "ClassLabel"))
-    if image is None or label is None:
+    images, classes = (_of_type(features, kind) for kind in ("image", "label"))
+    if not images or not classes:
         raise UserError(f"{path} has no image with a class; nothing to index")
     for split in builder.info.splits:
-        rows, names, labels = _rows(builder, split, image), [], []
+        rows, names = _rows(builder, split, images), []
+        labels: dict[str, list[int]] = {feature: [] for feature in classes}
         for index in tqdm(range(len(rows)), desc=f"index {split}", unit="image", disable=None):
             row = rows[index]
             names.append(row[name])
-            labels.append(row[label])
+            for feature, values in labels.items():
+                values.append(row[feature])
+        columns = {labels_of(f): np.array(values, np.int32) for f, values in labels.items()}
         content = io.BytesIO()
-        np.savez_compressed(content, files=np.array(names), labels=np.array(labels, np.int32))
+        np.savez_compressed(content, files=np.array(names), **columns)  # type: ignore[arg-type]
         files.write(index_file(builder.data_dir, split), content.getvalue())
         counts[split] = len(names)
     return counts
