@@ -5,6 +5,7 @@ A batch has the same bytes for any number of decoding workers and of hosts, rand
 
 import io
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -234,6 +235,19 @@ def test_splits_keep_their_names(storages, tmp_path, monkeypatch):
         assert packed.classes == tuple("abcde") and len(packed) == count
         names = {name.decode() for name in packed.examples.files}
         assert names == {f"{split.replace('val', 'validation')}{i}.png" for i in range(count)}
+
+
+def test_a_test_set_without_labels_is_not_packed(storages, tmp_path, monkeypatch):
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Sent)
+    shutil.copytree(storages["folder"] / "train", tmp_path / "set/train")
+    shutil.copytree(tmp_path / "set/train/class_0", tmp_path / "set/test")
+    images = len(data.open_split(block(tmp_path / "set"), "train"))
+    assert packing.pack(tmp_path / "set", tmp_path / "out") == {"train": images, "skipped": 0}
+    with pytest.raises(UserError, match="test has none of the 3 classes"):
+        data.open_split(block(tmp_path / "set"), "test")
+    (tmp_path / "set/test/other").mkdir()  # it has classes, and other ones
+    with pytest.raises(UserError, match="test has none of the 3 classes"):
+        packing.pack(tmp_path / "set", tmp_path / "out2")
 
 
 def test_what_cannot_be_packed_is_one_line(tmp_path):

@@ -131,7 +131,7 @@ def _refuse_empty(root: Path, classes: tuple[str, ...], labels: set[int], skippe
 
 
 def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: bool) -> Path:
-    other = ""
+    other: UserError | None = None
     for candidate in FOLDERS[name]:
         root = folder / candidate
         if not root.is_dir():
@@ -141,9 +141,10 @@ def _split_folder(folder: Path, name: str, classes: tuple[str, ...], common: boo
         if (root / ANNOTATIONS).is_file() or subfolders & set(classes) or not classes:
             return root
         hint = _deeper_classes(root, classes) or _deeper_classes(folder / "train", subfolders)
-        other = f"{root} has none of the {len(classes)} classes of {folder / 'train'}{hint}"
+        kind = UserError if subfolders else MissingSplit  # images without labels are no split
+        other = kind(f"{root} has none of the {len(classes)} classes of {folder / 'train'}{hint}")
     if other:
-        raise UserError(other)
+        raise other
     inside = _subfolders(folder) if folder.is_dir() else ()
     if name != "train" and len(inside) > 1 and is_numbered(_in_order(inside)):
         return folder  # ImageNet-V2, which has no folders of splits
