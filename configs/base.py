@@ -174,8 +174,9 @@ def model() -> dict:
         "distilled": False,  # add a distillation token with its own head (DeiT)
         "posemb": "learned",  # learned | sincos2d | none
         "rope": "none",  # rotary positions: none | axial | dinov3 | mixed (models/rotary.py)
-        "rope_temperature": 100.0,  # of the frequencies: 100 in DINOv3 and RoPE-ViT, 1e4 in EVA-02
-        "rope_reference": 0,  # axial: patches per side that coordinates are stretched to; 0: off
+        "rope_temperature": 100.0,  # of the frequencies: 100 in DINOv3 and RoPE-ViT, of which
+        # mixed has 10; 1e4 in EVA-02
+        "rope_reference": 0,  # axial, mixed: patches per side to stretch coordinates to; 0: off
         "rope_offset": 0.0,  # axial, mixed: coordinate of the first patch
         "rope_shift": 0.0,  # in training, a shift of the coordinates up to this; 0: off
         "rope_jitter": 0.0,  # in training, a factor of each axis from 1/this to this; 0: off

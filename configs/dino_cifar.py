@@ -6,8 +6,8 @@
         --config.dino.centring=sinkhorn --config.dino.koleo=0.1   # DINOv2's losses
 
 Caron et al. 2021 (arXiv 2104.14294) with fewer prototypes, small crops of 16 px, and no blur, as is
-usual at 32 px. The argument is SIZE/PATCH.
-Result: not measured yet.
+usual at 32 px. Clipping is of the gradient's global norm, theirs of each parameter's. The argument
+is SIZE/PATCH. Result: not measured yet.
 """
 
 from vit_scale.config import base

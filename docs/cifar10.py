@@ -147,8 +147,11 @@ PILOTS = {"pilots": SPEEDRUN_PILOTS, "dinov2 pilots": DINOV2_PILOTS}
 
 def finished(group: dict[str, Run]) -> dict[str, Run]:
     """Return the runs that have a report, and the pilots that were evaluated."""
-    file = "metrics.jsonl" if group in PILOTS.values() else "report.json"
-    return {k: v for k, v in group.items() if (RESULTS / "cifar10" / k / file).exists()}
+    file, needed = "report.json", ""
+    if group in PILOTS.values():
+        file, needed = "metrics.jsonl", "eval/accuracy"
+    found = {name: RESULTS / "cifar10" / name / file for name in group}
+    return {k: group[k] for k, f in found.items() if f.exists() and needed in f.read_text()}
 
 
 def rows(group: dict[str, Run]) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ def evaluate(
     cfg = copy.deepcopy(source.cfg)
     cfg.mesh = base().mesh  # this machine's devices, not those of the training
     cfg = overridden(cfg, overrides)
+    _require_data(run, source, overrides)
     split = _final_split(run, split, cfg)
     model, params = at_size(source, cfg)
     source = source._replace(model=model, params=params)
@@ -134,6 +135,18 @@ def evaluate(
         "set": examples.name,
         **result,
     }
+
+
+def _require_data(
+    run: str | os.PathLike, source: pretrained.Pretrained, overrides: Mapping[str, Any]
+) -> None:
+    """Raise UserError where neither the model nor the overrides name a data set."""
+    if source.data is None and "data.name" not in overrides:
+        raise UserError(
+            f"{run} has no data set of its own: give one, such as --config.data.name=folder "
+            "--config.data.path=DIR",
+            USAGE,
+        )
 
 
 def _final_split(run: str | os.PathLike, split: str | None, cfg: ConfigDict) -> str:
@@ -220,12 +233,7 @@ def probe(
     cfg = copy.deepcopy(source.cfg)
     cfg.mesh = base().mesh
     cfg = overridden(cfg, overrides)
-    if source.data is None and "data.name" not in overrides:
-        raise UserError(
-            f"{run} has no data set of its own: give one, such as --config.data.name=folder "
-            "--config.data.path=DIR",
-            USAGE,
-        )
+    _require_data(run, source, overrides)
     split = _final_split(run, split, cfg)
     if not quiet:
         source.print_notes()

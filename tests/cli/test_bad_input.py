@@ -201,8 +201,8 @@ def test_a_config_file_that_is_none(mistake, user, monkeypatch):
 # What can't work, with the arithmetic
 
 VALUES = {
-    "data.batch=0": ["global batch 0"],
-    "optim.accumulate=3": ["global batch 8 is not divisible by 3 = 3 micro-batches"],
+    "data.batch=0": ["data.batch=0 must be at least 1"],
+    "optim.accumulate=3": ["data.batch=8 is not divisible by 3 = 3 micro-batches"],
     "mesh.data=3": ["data=3", "3 devices, but there are 1"],
     "mesh.fsdp=2": ["fsdp=2", "1 devices are not divisible by 2"],
     "mesh.tensor=0": ["tensor=0"],
@@ -476,7 +476,7 @@ def test_a_run_that_is_none(user, trained, jpegs, monkeypatch):
     (begun / "run.json").write_text('{"config": ')
     user.refused(user.training(workdir=begun), f"cannot read {begun / 'run.json'}")
     user.refused(["eval", trained, "--split", "tset"], "tset", "test")
-    user.refused(["eval", trained, "--config.eval.batch=0"], "batch 0")
+    user.refused(["eval", trained, "--config.eval.batch=0"], "eval.batch=0 must be at least 1")
     user.refused(["eval", trained, "--config.eval.bach=1"], "eval.bach", "eval.batch", code=2)
     assert sorted(file.name for file in user.folder.iterdir()) == ["begun", "tiny.py"]
 

@@ -200,10 +200,43 @@ SHOW, PLAN = ["show", "--config", "quickstart"], ["plan", "--config", "x", "--to
         (["eval", "run", "--config.data.train=train"], "no use for --config.data.train"),
         (["eval", "run", "--config.eval.split=val"], "--config.eval.split; give --split"),
         (["eval", "run", "--split=val", "--config.eval.final=a"], "--split val or --config.eval"),
+        (["eval", "run", "--config.model.heads=2"], "model.heads: vit-scale convert makes a run"),
+        (
+            [
+                "average",
+                "c",
+                "a",
+                "b",
+                "--greedy",
+                "--split",
+                "val",
+                "--config.init.resample=cubic",
+            ],
+            "average has no use for --config.init.resample",
+        ),
+        (["convert", "x.npz", "--list", "--config.optim.lr=1"], "no use for --config.optim.lr"),
         (["inspect", "run", "--config.mesh.data=2"], "inspect has no use for --config.mesh.data"),
         (["inspect", "run", "--config.steps=2"], "inspect has no use for --config.steps"),
         (["inspect", "run", "--config.data.batch", "2"], "no use for --config.data.batch"),
         (["predict", "run", "a.png", "--config.steps=2"], "predict takes no --config.steps=2"),
+        (
+            ["sweep", "--config", "x", "--commands", "--json"],
+            "sweep --commands has no use for --json",
+        ),
+        (
+            ["sweep", "--config", "x", "--wandb", "--compare"],
+            "sweep --wandb has no use for --compare",
+        ),
+        (
+            ["sweep", "--config", "x", "--json", "--markdown"],
+            "sweep --json has no use for --markdown",
+        ),
+        (["sweep", "--config", "x", "--seed", "3"], "--seed is of --random: give both"),
+        (["data", "pack", "a", "b", "--workers", "0"], "'0' is not a positive integer"),
+        (
+            ["data", "pack", "a", "b", "--quality", "80"],
+            "--quality 80 is of images that are reduced",
+        ),
     ],
 )
 def test_what_a_verb_would_ignore_is_refused(arguments, flag, capsys):
@@ -361,7 +394,7 @@ def test_show_checks_a_config_for_devices(capsys):
     assert content["stages"]["finetune-64"]["data"]["resolution"] == 64
     assert "stages" not in shown(capsys, "--config", "vit_tiny_cifar")
     assert cli.main(["show", "--config", "quickstart", "--devices", "48"]) == 1
-    assert "batch 128 is not divisible by 48 data shards" in capsys.readouterr().err
+    assert "data.batch=128 is not divisible by 48 data shards" in capsys.readouterr().err
 
 
 # train, eval, predict, show RUN

@@ -184,19 +184,19 @@ def test_shard_sends_each_device_its_part():
 
 
 def test_check_batch():
-    check_batch(1008, abstract_of(8, 2, 1))
-    check_batch(1024, abstract_of(8, 2, 1), accumulate=4)
-    check_batch(6, abstract_of(2, 1, 4))  # tensor does not split the batch
+    check_batch("data.batch", 1008, abstract_of(8, 2, 1))
+    check_batch("data.batch", 1024, abstract_of(8, 2, 1), accumulate=4)
+    check_batch("data.batch", 6, abstract_of(2, 1, 4))  # tensor does not split the batch
     with pytest.raises(UserError) as caught:
-        check_batch(1000, abstract_of(8, 2, 1))
-    message = "global batch 1000 is not divisible by 16 data shards (8 data x 2 fsdp)"
+        check_batch("data.batch", 1000, abstract_of(8, 2, 1))
+    message = "data.batch=1000 is not divisible by 16 data shards (8 data x 2 fsdp)"
     assert str(caught.value) == message
     with pytest.raises(UserError) as caught:
-        check_batch(1008, abstract_of(8, 2, 1), accumulate=4)
-    message = "global batch 1008 is not divisible by 64 = 4 micro-batches x 8 data x 2 fsdp"
+        check_batch("data.batch", 1008, abstract_of(8, 2, 1), accumulate=4)
+    message = "data.batch=1008 is not divisible by 64 = 4 micro-batches x 8 data x 2 fsdp"
     assert str(caught.value) == message
-    with pytest.raises(UserError, match="global batch 0"):
-        check_batch(0, abstract_of(1, 1, 1))
+    with pytest.raises(UserError, match=r"data\.batch=0 must be"):
+        check_batch("data.batch", 0, abstract_of(1, 1, 1))
 
 
 def test_a_batch_goes_to_the_devices_as_it_is():

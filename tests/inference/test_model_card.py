@@ -234,6 +234,14 @@ def test_the_card_of_a_model_without_a_head(tmp_path):
     assert "AutoModel.from_pretrained" in text and "ForImageClassification" not in text
 
 
+def test_the_card_of_an_encoder_of_unlabelled_images_that_got_a_head(tmp_path):
+    cfg = tiny_config("model.classes=0", "objective=mae", "optim.clip=0.", "data.target=none")
+    run = write_run(tmp_path / "run", cfg, random_params(build(cfg.model, (16, 16))))
+    pretrained.convert(run, tmp_path / "headed", ["model.classes=3"])
+    export(tmp_path / "headed", "safetensors-timm", tmp_path / "timm")
+    assert "An image classifier" in (tmp_path / "timm/README.md").read_text()
+
+
 def test_the_card_of_a_regression(tmp_path):
     run = a_run(
         tmp_path / "run", "data.target=value", "objective=regression", "loss=mse", report=None

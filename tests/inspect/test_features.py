@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.objectives import SELF_SUPERVISED
-from tests.helpers.tiny import CLASSES, random_images
+from tests.helpers.tiny import CLASSES, random_images, tiny_config
 from tests.inspect.conftest import N, arrays, run_of
 from vit_scale import pretrained
 from vit_scale.api import average
@@ -109,11 +109,37 @@ def test_curves_show_the_terms_of_a_loss_without_labels(headless):
 
 def test_without_any_accuracy_there_is_no_panel_of_it():
     curves = {"train/loss": ([1, 2], [3.0, 2.0])}
-    titles = [p.title for p in choose_panels([curves], ["mae"])]
+    mae, dino, classes = (tiny_config(f"objective={o}") for o in ("mae", "dino", "classification"))
+    titles = [p.title for p in choose_panels([curves], [mae])]
     assert titles == ["Loss", "Learning rate", "Gradient norm"]
-    assert choose_panels([curves], ["classification"])[1].title == "Accuracy"
-    mixed = choose_panels([curves, curves], ["mae", "dino"])
+    classified = curves | {"train/accuracy": ([1, 2], [0.1, 0.2])}
+    assert choose_panels([classified], [classes])[1].title == "Accuracy"
+    mixed = choose_panels([curves, curves], [mae, dino])
     assert mixed[0].unit == "each run's own unit"
+
+
+@pytest.mark.parametrize(
+    ("fields", "recorded", "unit", "panel"),
+    [
+        (
+            ["loss=sigmoid"],
+            "eval/accuracy",
+            "loss=sigmoid; evaluation: cross-entropy, nats",
+            "Accuracy",
+        ),
+        (["data.target=classes", "loss=focal"], "eval/mAP", "loss=focal", "Mean average precision"),
+        (
+            ["data.target=value", "objective=regression", "loss=huber"],
+            "eval/r2",
+            "loss=huber",
+            "Regression",
+        ),
+    ],
+)
+def test_curves_name_the_loss_and_show_the_measure(fields, recorded, unit, panel):
+    curves = {"train/loss": ([1, 2], [3.0, 2.0]), recorded: ([2], [0.5])}
+    loss, measure, *_ = choose_panels([curves], [tiny_config(*fields)])
+    assert loss.unit == unit and measure.title == panel
 
 
 def test_the_map_and_neighbours_are_of_the_run_s_features(headless):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.helpers.tiny import tiny_config
 from vit_scale.evaluation.intervals import wilson_interval
 from vit_scale.inspect import curves, embeddings, predictions
 from vit_scale.inspect.attention import mean_distance, on_grid, patch_distances, rollout
@@ -190,15 +191,15 @@ def test_a_curve_of_one_point_is_seen(name, points):
     from vit_scale.inspect import plots
 
     curve = ([40, 80][:points], [0.5, 0.25][:points])
-    drawn = plots.rasterize(plots.plot_curves({"run": {name: curve}}, "title"))
-    empty = plots.plot_curves({"run": {name: ([40], [0.5])}}, "title")
+    drawn = plots.rasterize(plots.plot_curves({"run": {name: curve}}, "title", [tiny_config()]))
+    empty = plots.plot_curves({"run": {name: ([40], [0.5])}}, "title", [tiny_config()])
     (line,) = [line for axes in empty.axes for line in axes.get_lines()]
     assert line.get_marker() == "o"
     line.set_marker("None")
     if points == 1:
         assert (drawn != plots.rasterize(empty)).sum() > 10
     else:
-        figure = plots.plot_curves({"run": {name: curve}}, "title")
+        figure = plots.plot_curves({"run": {name: curve}}, "title", [tiny_config()])
         (line,) = [line for axes in figure.axes for line in axes.get_lines()]
         assert (line.get_marker() == "o") == name.startswith("eval")
 

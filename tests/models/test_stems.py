@@ -141,4 +141,5 @@ def test_a_hybrid_measures_in_training(hybrid):
 def test_layer_decay_takes_a_stem_for_the_embedding():
     assert layer_multiplier("stem/convs/0/kernel", None, 0.5, 2) == 0.125
     assert layer_multiplier("embed/kernel", None, 0.5, 2) == 0.125
+    assert layer_multiplier("objective/mask_token", None, 0.5, 2) == 0.125
     make_setup(tiny_config("model.variant=C+Ti/8", "optim.layer_decay=0.5", "model.remat=full"))

@@ -14,9 +14,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import random_params, tiny_config, write_run
 from vit_scale import cli, config, pretrained
 from vit_scale.errors import UserError
+from vit_scale.inference.export import export
+from vit_scale.models.build import build
 from vit_scale.pretrained import Hints, weight_files
 from vit_scale.storage import download
 from vit_scale.storage.download import Unreachable
@@ -212,6 +214,37 @@ def test_a_config_json_that_contradicts_the_arrays(tmp_path):
     refused(folder, "set --config.model.heads", hints=Hints())
 
 
+def test_attention_pooling_of_timm_over_other_tokens(tmp_path):
+    """Of [CLS] and registers VisionTransformer pools neither, Eva both; here [CLS] is pooled."""
+    arrays = weight_files.read_arrays(
+        weight_files.find_weight_file(GOLDEN / "timm-map.safetensors")
+    )
+    width = arrays["pos_embed"].shape[-1]
+    tokens = {name: np.ones((1, 1, width), np.float32) for name in ("cls_token", "reg_token")}
+
+    def write(architecture: str, *names: str) -> None:
+        chosen = {name: tokens[name] for name in names}
+        changed("timm-map.safetensors", tmp_path / weight_files.SAFETENSORS, **chosen)
+        says = {
+            "architecture": architecture,
+            "model_args": {"num_heads": 3, "no_embed_class": True},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(says) if architecture else "{}")
+
+    write("vit_base_patch16_224", "cls_token")
+    refused(tmp_path, "VisionTransformer pools by attention without [CLS]")
+    write("vit_pe_core_base_patch16_224", "cls_token", "reg_token")
+    refused(tmp_path, "Eva pools registers by attention")
+    for names in (["cls_token"], ["reg_token"]):
+        write("", *names)
+        refused(tmp_path, "pool other tokens by attention: set --config.init.architecture")
+    write("test_vit3", "reg_token")
+    refused(tmp_path, "test_vit3 of timm has attention pooling of [CLS] and registers")
+    for architecture, name in (("vit_base_patch16_224", "reg_token"), ("vit_pe_x", "cls_token")):
+        write(architecture, name)
+        assert pretrained.load_model(tmp_path, HEADS).cfg.model.pool == "map"
+
+
 def test_a_timm_model_that_is_not_a_plain_vit(tmp_path):
     shutil.copy(GOLDEN / "timm.safetensors", tmp_path / weight_files.SAFETENSORS)
 
@@ -298,7 +331,7 @@ def test_weights_from_a_server_are_cached(server, tmp_path):
     here = tmp_path / "cache/vit_scale/weights" / f"127.0.0.1:{server.server_port}" / "google.npz"
     assert loaded.path == here and here.read_bytes() == (GOLDEN / "google.npz").read_bytes()
     pretrained.load_model(url)
-    assert server.asked == ["/google.npz"]
+    assert server.asked.count("/google.npz") == 1
 
 
 def test_metadata_beside_weights_is_downloaded_too(server):
@@ -362,11 +395,25 @@ def test_a_host_that_leads_elsewhere_is_refused(tmp_path, server):
 def test_addresses_that_differ_in_their_query_are_different_files(server, tmp_path):
     server.asked.clear()
     one, other = (pretrained.load_model(f"{server.url}/google.npz?id={i}").path for i in "12")
-    assert one != other and server.asked == ["/google.npz?id=1", "/google.npz?id=2"]
+    weights = [path for path in server.asked if ".npz" in path]
+    assert one != other and weights == ["/google.npz?id=1", "/google.npz?id=2"]
     cached = tmp_path / "cache/vit_scale/weights"
     assert cached in one.parents and one.name == other.name == "google.npz"
     pretrained.load_model(f"{server.url}/huggingface/model.safetensors?key=a")
     assert "/huggingface/config.json?key=a" in server.asked
+
+
+def test_the_settings_beside_an_exported_npz_are_downloaded(server, tmp_path, monkeypatch):
+    """The .npz alone would be read as Google's, with another GELU."""
+    cfg = tiny_config("model.gelu=exact", "augment.mean=(0.1, 0.2, 0.3)")
+    run = write_run(tmp_path / "run", cfg, random_params(build(cfg.model, (16, 16))))
+    export(run, "npz", tmp_path / "files/x.npz")
+    monkeypatch.setattr(f"{__name__}.GOLDEN", tmp_path / "files")  # which is served
+    loaded = pretrained.load_model(f"{server.url}/x.npz").cfg
+    assert (loaded.model.gelu, loaded.augment.mean) == ("exact", (0.1, 0.2, 0.3))
+    server.shutdown()
+    server.server_close()
+    assert pretrained.load_model(f"{server.url}/x.npz").cfg.model.gelu == "exact"
 
 
 def test_an_index_names_only_files_beside_it(server, tmp_path):

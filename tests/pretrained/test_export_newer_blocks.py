@@ -76,6 +76,10 @@ def test_timm_computes_the_same(case, tmp_path):
         (("model.qk_norm=rmsnorm",), "qk_norm=rmsnorm beside norm=layernorm"),
         (("model.rope=axial", "model.distilled=true"), "timm's Eva has no model.distilled=True"),
         (("model.rope=axial", "model.gelu=tanh"), "timm's Eva has no model.gelu=tanh"),
+        (
+            ("model.pool=map", "model.class_token=true", "model.registers=1"),
+            "timm's Eva has no model.registers=1 outside of the pool",
+        ),
         (("model.swiglu=true", "model.norm=rmsnorm"), "timm's Eva has no model.norm=rmsnorm"),
         (
             ("model.rope=axial", "model.posemb=none", "model.pre_norm=true"),

@@ -20,6 +20,7 @@ from jax import export as jax_export
 import vit_scale
 from tests.helpers.tiny import (
     CLASSES,
+    convnet_config,
     random_images,
     random_params,
     tiny_config,
@@ -394,6 +395,10 @@ def test_mismatched_settings_are_listed():
     (line,) = pretrained.mismatched_settings(loaded.cfg, cfg)
     assert line == "the source was trained with model.fc_norm=False; this config has True"
     cfg.model.fc_norm = False
+    cfg.model.posemb = "sincos2d"  # which has no parameter that would be missing
+    (line,) = pretrained.mismatched_settings(loaded.cfg, cfg)
+    assert line == "the source was trained with model.posemb=learned; this config has sincos2d"
+    cfg.model.posemb = "learned"
     cfg.model.gelu, cfg.augment.mean = "tanh", (0.5, 0.5, 0.5)
     assert pretrained.mismatched_settings(loaded.cfg, cfg) == [
         "the source was trained with model.gelu=exact; this config has tanh",
@@ -416,6 +421,20 @@ def test_converted_weights_are_a_run(tmp_path, capsys):
     logits = jax.jit(loaded.model.apply)(loaded.params, pixels.astype(np.float32))
     np.testing.assert_allclose(model(images), jax.nn.softmax(logits), atol=1e-6)
     assert "is not empty" in refusal(pretrained.convert, GOLDEN / "huggingface", out)
+
+
+def test_a_convolutional_network_is_converted(tmp_path, capsys):
+    cfg = convnet_config("resnet20")
+    run = write_run(tmp_path / "run", cfg, random_params(build(cfg.model, (16, 16))))
+    assert cli.main(["convert", str(run), str(tmp_path / "out")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'out'}: ResNetSize(") and last.endswith(", 4 classes")
+    same_bits(pretrained.load_model(tmp_path / "out").params, pretrained.load_model(run).params)
+
+
+def test_weights_are_not_evaluated_on_a_set_that_nobody_named(capsys):
+    assert cli.main(["eval", str(GOLDEN / "huggingface"), "--split", "test"]) == 2
+    assert "has no data set of its own: give one" in capsys.readouterr().err
 
 
 def test_external_weights_are_used_without_conversion(tmp_path, capsys):
@@ -562,6 +581,8 @@ def test_exports_that_are_refused(tmp_path):
         export, run, "timm-safetensors", "x"
     )
     assert "must end in .npz" in refusal(export, run, "npz", tmp_path / "x")
+    beside = a_run(tmp_path / "beside", "model.pool=cls_gap")
+    assert "pool=cls_gap, which a .npz" in refusal(export, beside, "npz", tmp_path / "x.npz")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refusal(export, run, "npz", tmp_path / "file" / "x.npz")
     assert not (tmp_path / "x").exists()

@@ -99,5 +99,5 @@ def test_other_classes_are_refused(evaluate, classes):
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused():
     cfg = tiny_config("eval.batch=0")
-    with pytest.raises(UserError, match="global batch 0"):
+    with pytest.raises(UserError, match=r"eval\.batch=0 must be at least 1"):
         validate_evaluation(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))

@@ -118,6 +118,9 @@ def test_what_does_not_reach_the_objective_leaves_it_alone(computed):
         ("mae", "model.classes=4", "objective=mae learns no classes: set model.classes=0, not 4"),
         ("mae", "augment.mixup=.5", "augment.mixup=0.5 mixes labels: with objective=mae leave it"),
         ("mae", "mae.mask=.99", "mae.mask=0.99 leaves 0 of 16 patches visible"),
+        ("mae", "mae.mask=nan", "mae.mask=nan leaves 0 of 16 patches visible"),
+        ("mae", "mae.mlp=-3", "mae.mlp=-3 must be at least 1"),
+        ("mae", "model.pool=map", "objective=mae trains no attention pooling"),
         ("mae", "mae.width=9", "mae.width=9 must be divisible by mae.heads=2 and by 4"),
         ("mae", "model.patch_drop=.5", "model.patch_drop=0.5 hides patches beside mae.mask"),
         ("mae", "model.variant=R+Ti/4", "has convolutions before them, which see all"),
@@ -148,3 +151,9 @@ def test_what_cannot_work_is_refused_in_one_line(name, override, message):
     with pytest.raises(UserError) as caught:
         check(tiny_config(*SELF_SUPERVISED[name], override))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ibot_compares_patches_after_the_final_norm():
+    fields = ("model.pool=gap", "model.class_token=true", "model.fc_norm=true")
+    with pytest.raises(UserError, match=r"which model\.fc_norm=True puts behind the pooling"):
+        check(tiny_config(*SELF_SUPERVISED["ibot"], *fields))

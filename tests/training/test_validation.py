@@ -18,10 +18,10 @@ from vit_scale.training.validation import check_attention
     [
         (
             ["optim.accumulate=3"],
-            "global batch 8 is not divisible by 3 = 3 micro-batches x 1 data x 1 fsdp",
+            "data.batch=8 is not divisible by 3 = 3 micro-batches x 1 data x 1 fsdp",
         ),
-        (["data.batch=0"], "global batch 0 is not divisible by 1 data shards (1 data x 1 fsdp)"),
-        (["eval.batch=0"], "global batch 0"),
+        (["data.batch=0"], "data.batch=0 must be at least 1"),
+        (["eval.batch=0"], "eval.batch=0 must be at least 1"),
         (["mesh.fsdp=3"], "mesh data=-1 x fsdp=3 x tensor=1: 1 devices are not divisible by 3"),
         (["steps=0"], "steps=0 must be at least 1"),
         (["seed=-1"], "seed=-1 must be at least 0"),
@@ -49,6 +49,14 @@ from vit_scale.training.validation import check_attention
         (["optim.freeze=('posembed',)"], "matches no parameter; did you mean posemb"),
         (["mesh.compiler=('fast',)"], "mesh.compiler: 'fast' is not FLAG=VALUE"),
         (["model.remat=some"], "model.remat='some' is unknown"),
+        (["optim.name=muon", "optim.train=head"], "optim.name=muon has no matrix of the blocks"),
+        (["model.remat=save_only_these_names"], "model.remat='save_only_these_names' is unknown"),
+        (
+            ["model.posemb=sincos2d", "model.width=18", "model.heads=3"],
+            "model.posemb=sincos2d needs a width divisible by 4, not 18",
+        ),
+        (["model.norm_epsilon=nan"], "model.norm_epsilon=nan above 0"),
+        (["model.layer_scale=nan"], "model.layer_scale=nan must be at least 0"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides, message):
@@ -77,7 +85,7 @@ A100, H100 = on("A100", compute_capability="8.0"), on("H100", compute_capability
         (on("V100", compute_capability="7.0"), (), "the mesh is of 2 x V100: "),
         (on("MI300X", compute_capability="gfx942"), (), "the mesh is of 2 x MI300X: "),
         (A100, ("model.dtype=float32",), "needs model.dtype=bfloat16, not float32: "),
-        (A100, ("model.heads=4",), "model width 16 / 4 heads = 4: model.attention=cudnn needs a "),
+        (A100, ("model.heads=4",), "width 16 / 4 heads = 4: model.attention=cudnn needs a "),
         (A100, ("model.width=272",), "272 / 2 heads = 136: model.attention=cudnn needs a multiple "
          "of 8, at most 128; "),
         (H100, ("model.width=528",), "528 / 2 heads = 264: model.attention=cudnn needs a multiple "

@@ -77,7 +77,10 @@ def _draw_crop(key: PRNGKeyArray, cfg: ConfigDict, source: tuple[int, int]) -> d
 
 
 def _draw_mix(key: PRNGKeyArray, cfg: ConfigDict, size: tuple[int, int]) -> dict[str, Array]:
-    """Draw mixup or CutMix, and lambda ~ Beta(a, a) for the batch, as in both papers."""
+    """Draw mixup or CutMix, and lambda ~ Beta(a, a) for the batch, as in both papers.
+
+    A box's side may be odd; in timm it is even.
+    """
     choice_key, weight_key = jax.random.split(key)
     choice, y, x = jax.random.uniform(choice_key, (3,))
     share = cfg.cutmix_share if cfg.mixup and cfg.cutmix else float(cfg.cutmix > 0)

@@ -258,13 +258,15 @@ def convert(args, overrides: Sequence[str]) -> None:
     if args.list == bool(args.out):
         raise UserError("convert takes SOURCE and OUT, or SOURCE and --list", USAGE)
     if args.list:
+        refuse_unused(overrides, "convert --list", LIST, None)
         hints = pretrained.convert_hints(overrides)
         print("\n".join(pretrained.listing(pretrained.load_model(args.source, hints))))
         return
     run, rows = pretrained.convert(args.source, args.out, overrides)
     shape, classes = run.model.shape, len(run.classes)
-    text = f"{shape.size}, patch {shape.patch}, pool {shape.pool}, {classes} classes"
-    print("\n".join([*run.notes, pretrained.adaptation_table(rows), f"{args.out}: {text}"]))
+    vit = f", patch {shape.patch}, pool {shape.pool}" if hasattr(shape, "patch") else ""
+    text = f"{args.out}: {shape.size}{vit}, {classes} classes"
+    print("\n".join([*run.notes, pretrained.adaptation_table(rows), text]))
 
 
 def average(args, overrides: Sequence[str]) -> None:
@@ -273,7 +275,7 @@ def average(args, overrides: Sequence[str]) -> None:
     if bool(args.greedy) != bool(args.split):
         raise UserError("--greedy and --split SPLIT, which it selects by, go together", USAGE)
     if args.greedy:
-        refuse_unused(overrides, "average", EVAL, args.split)
+        refuse_unused(overrides, "average", SOUP, args.split)
     else:
         refuse(overrides, "average without --greedy")
     fields = as_fields(overrides)
@@ -298,14 +300,14 @@ def refuse(overrides: Sequence[str], verb: str) -> None:
 
 # (blocks and fields of a run's config that a verb reads, those in them that it ignores). A run's
 # model, optimizer, and augmentation can't be overridden.
-EVAL = (("data", "eval", "mesh", "init.classes", "augment.mean", "augment.std"), UNUSED)
+SOUP = (("data", "eval", "mesh", "init.classes", "augment.mean", "augment.std"), UNUSED)
+EVAL = ((*SOUP[0], "init.resample"), UNUSED)
+OF_WEIGHTS = ("init.dialect", "init.tree", "init.image", "init.architecture", "model.heads")
 PROBE = (
-    (
-        *("data", "eval", "mesh", "augment.mean", "augment.std"),
-        *("init.dialect", "init.tree", "init.image", "init.architecture", "init.resample"),
-    ),
+    ("data", "eval", "mesh", "augment.mean", "augment.std", "init.resample", *OF_WEIGHTS),
     UNUSED,
 )
+LIST = ((*OF_WEIGHTS, "data.resolution", "data.width"), UNUSED)
 INSPECT = (
     ("data", "eval", "log.project", "init.classes", "augment.mean", "augment.std"),
     UNUSED - {"data.train"},
@@ -328,6 +330,8 @@ def refuse_unused(overrides: Sequence[str], verb: str, fields: tuple, split: str
                 instead = ": vit-scale probe measures features"
             if verb == "probe" and name == "data.train":
                 instead = "; give --train"
+            if name in OF_WEIGHTS:
+                instead = ": vit-scale convert makes a run of the weights with it"
             raise UserError(f"vit-scale {verb} has no use for --config.{name}{instead}", USAGE)
         if name == "eval.final" and split:
             raise UserError(f"--split {split} or --config.{override}, not both", USAGE)

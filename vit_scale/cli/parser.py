@@ -285,7 +285,9 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     text = "folder with train/CLASS/*, and val or test; or another set, NAME:PATH, such as tar:DIR"
     pack.add_argument("source", metavar="SOURCE", help=text)
     pack.add_argument("out", metavar="OUT", help="folder to write")
-    pack.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    pack.add_argument(
+        "--workers", type=positive, help="number of processes (default: one per core)"
+    )
     text = "what to do with corrupt images: fail or skip (default: fail)"
     pack.add_argument("--on-corrupt", default="fail", help=text)
     text = (
@@ -298,7 +300,9 @@ def add_data_verbs(sub: argparse.ArgumentParser) -> None:
     text = "index tar shards (WebDataset's layout), or the file names of a tfds set"
     index = verbs.add_parser("index", help=text, description=text, allow_abbrev=False)
     index.add_argument("path", metavar="PATH", help="folder, or pattern such as DIR/{split}-*.tar")
-    index.add_argument("--workers", type=int, help="number of processes (default: one per core)")
+    index.add_argument(
+        "--workers", type=positive, help="number of processes (default: one per core)"
+    )
     index.set_defaults(do=data_commands.index_data)
     text = "measure how fast this machine reads and decodes a config's training images"
     bench = verbs.add_parser("bench", help=text, description=text, allow_abbrev=False)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from vit_scale.cli.commands import refuse_flags
 from vit_scale.distributed import preemption
 from vit_scale.errors import FAILED, USAGE, UserError
 
@@ -13,6 +14,14 @@ def sweep(args, overrides: Sequence[str]) -> None:
     from vit_scale import sweep as sweeps
     from vit_scale.storage import paths
 
+    if args.commands:
+        refuse_flags(args, "sweep --commands", "wandb", "compare", "json", "markdown")
+    if args.wandb:
+        refuse_flags(args, "sweep --wandb", "compare", "json", "markdown")
+    if args.json:
+        refuse_flags(args, "sweep --json", "markdown")
+    if args.seed and not args.random:
+        raise UserError("--seed is of --random: give both", USAGE)
     space = sweeps.make_space(args.grid, args.uniform, args.log_uniform)
     if not space.fields:
         raise UserError("a sweep needs --grid, --uniform or --log-uniform", USAGE)
@@ -77,9 +86,8 @@ def run_wandb_sweep(one, space, args) -> None:
     from vit_scale.tracking import wandb_sweep
     from vit_scale.training.evaluator import main_result
 
-    for flag in ("halving", "compare"):
-        if getattr(args, flag):
-            raise UserError(f"--wandb can't be combined with --{flag}", USAGE)
+    if args.halving:
+        raise UserError("--wandb can't be combined with --halving", USAGE)
     if args.parallel > 1:
         raise UserError("--wandb runs one agent: start another for each part of the devices", USAGE)
     cfg = sweeps.check(one)[0]

@@ -22,7 +22,7 @@ from vit_scale.data.shards import Shard, write_errors, write_shards
 from vit_scale.data.sources import MissingSplit
 from vit_scale.data.statistics import target_rows
 from vit_scale.data.targets import CLASS, CLASSES, NONE
-from vit_scale.errors import UserError, nearest
+from vit_scale.errors import USAGE, UserError, nearest
 from vit_scale.storage import files, paths
 
 SHARD = 2048  # images per shard, 230 MB of ImageNet
@@ -65,12 +65,7 @@ def pack(
       UserError: a set that cannot be read, an unreadable image, a failed write, or another set in
         `out`.
     """
-    if on_corrupt not in CHOICES:
-        raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
-    if shorter_side < 0 or not 1 <= quality <= 100:
-        raise UserError(
-            f"--shorter-side {shorter_side} must be at least 0, and --quality {quality} 1 to 100"
-        )
+    _check(on_corrupt, shorter_side, quality)
     cfg, out = _data_block(str(source), overrides), paths.parse(out)
     splits = _open_splits(cfg, on_corrupt)
     reduced = (shorter_side, quality) if shorter_side else ()
@@ -90,6 +85,19 @@ def pack(
     _finish(out, index, splits, plan, packed)
     counts = {name: sum(len(packed[s.file]) for s in shards) for name, shards in plan.items()}
     return counts | {"skipped": sum(map(len, splits.values())) - sum(counts.values())}
+
+
+def _check(on_corrupt: str, shorter_side: int, quality: int) -> None:
+    """Raise UserError for arguments of `pack` that can't work, or would be ignored."""
+    if on_corrupt not in CHOICES:
+        raise UserError(f"on_corrupt={on_corrupt!r} is unknown; {nearest(on_corrupt, CHOICES)}")
+    if shorter_side < 0 or not 1 <= quality <= 100:
+        raise UserError(
+            f"--shorter-side {shorter_side} must be at least 0, and --quality {quality} 1 to 100"
+        )
+    if quality != QUALITY and not shorter_side:
+        line = f"--quality {quality} is of images that are reduced: give --shorter-side"
+        raise UserError(line, USAGE)
 
 
 def _data_block(source: str, overrides: Sequence[str]) -> ConfigDict:

@@ -125,17 +125,22 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def check_batch(batch: int, mesh: AnyMesh, accumulate: int = 1) -> None:
-    """Raise UserError unless each micro-batch of `batch` images divides evenly over the mesh."""
+def check_batch(field: str, batch: int, mesh: AnyMesh, accumulate: int = 1) -> None:
+    """Raise UserError unless each micro-batch divides evenly over the mesh.
+
+    `field` is the config's, and `batch` its value: images of a global batch.
+    """
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    if batch < 1 or batch % (data * fsdp):
+    if batch < 1:
+        raise UserError(f"{field}={batch} must be at least 1")
+    if batch % (data * fsdp):
         raise UserError(
-            f"global batch {batch} is not divisible by {data * fsdp} data shards "
+            f"{field}={batch} is not divisible by {data * fsdp} data shards "
             f"({data} data x {fsdp} fsdp)"
         )
     if batch % (data * fsdp * accumulate):
         raise UserError(
-            f"global batch {batch} is not divisible by {data * fsdp * accumulate} = "
+            f"{field}={batch} is not divisible by {data * fsdp * accumulate} = "
             f"{accumulate} micro-batches x {data} data x {fsdp} fsdp"
         )
 

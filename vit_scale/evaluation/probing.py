@@ -74,7 +74,7 @@ def probe(
     """
     settings.check()
     mesh = make_mesh(cfg.mesh)
-    check_batch(cfg.eval.batch, mesh)
+    check_batch("eval.batch", cfg.eval.batch, mesh)
     model, params = at_size(source, cfg)
     extract = Extract(cfg, model, mesh, settings.layer)
     sources = open_splits(cfg, train, split)

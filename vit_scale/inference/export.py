@@ -221,6 +221,8 @@ def _export_npz(run: str | os.PathLike, file: pathlib.Path) -> list[str]:
             f"{run} has a [CLS] or distillation token that a .npz can't express: export to "
             "safetensors-timm"
         )
+    if cfg.model.pool == "cls_gap":
+        raise UserError(f"{run} has pool=cls_gap, which a .npz can't express: export to jax")
     fmt = BIG_VISION if cfg.model.pool == "map" else GOOGLE
     write_npz(file, _first_vit_arrays(loaded, fmt))
     write_json(file.with_suffix(".json"), npz_config(cfg, loaded.classes))

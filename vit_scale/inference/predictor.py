@@ -112,7 +112,7 @@ class Predictor:
     ) -> Float[np.ndarray, "b d"]:
         """Return float32 features of images of any single size; each new shape is compiled once.
 
-        `kind` is `pooled` (what the head reads), `cls`, `mean` (of the patches) or `cls_mean`, of
+        `kind` is `pooled` (by the model's pool), `cls`, `mean` (of the patches) or `cls_mean`, of
         the last block or of `layer`, counted from 0, or from the end if negative, with the final
         norm. Raises UserError for features that the model does not have.
         """

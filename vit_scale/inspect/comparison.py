@@ -79,7 +79,7 @@ def compare(inspections: Sequence[Inspection]) -> list[Part]:
     names = [inspection.run.name for inspection in inspections]
     steps = ", ".join(f"{n} (step {row['step']:,})" for n, row in zip(names, rows, strict=True))
     curves = {inspection.run.name: inspection.run.curves for inspection in inspections}
-    objectives = [inspection.run.cfg.objective for inspection in inspections]
+    cfgs = [inspection.run.cfg for inspection in inspections]
     return [
         Table(
             "Summary",
@@ -88,7 +88,7 @@ def compare(inspections: Sequence[Inspection]) -> list[Part]:
         Picture("measures", f"{_quality(rows).capitalize()}, parameters, speed", _caption(rows),
                 plots.plot_comparison(names, _measures(rows), steps)),
         Picture("curves", "Training curves", "Solid lines: training. Dashed lines: evaluation.",
-                plots.plot_curves(curves, f"Training: {steps}", objectives)),
+                plots.plot_curves(curves, f"Training: {steps}", cfgs)),
         _agreement(inspections),
     ]  # fmt: skip
 

@@ -27,7 +27,7 @@ def show_training(run: InspectedRun) -> list[Part]:
         return [Note("Training curves", "Not available: the run has no metrics.jsonl.")]
     last = max(steps[-1] for steps, _ in run.curves.values())
     title = f"Training: {run.name}, up to step {last:,}"
-    figure = plots.plot_curves({run.name: run.curves}, title, [run.cfg.objective])
+    figure = plots.plot_curves({run.name: run.curves}, title, [run.cfg])
     caption = (
         f"Each point of a training curve is the mean over {run.cfg.log.every} steps of "
         f"{run.cfg.data.batch} images each, with augmentation (and mixup or CutMix, if enabled)."
@@ -186,9 +186,9 @@ def _positions_before(run: InspectedRun) -> tuple[dict[str, np.ndarray], str | N
     if not source:
         return {}, None
     try:
-        loaded = pretrained.load_model(
-            paths.resolve(source, run.folder, run.metadata.get("cwd", ""))
-        )
+        path = paths.resolve(source, run.folder, run.metadata.get("cwd", ""))
+        hints = pretrained.hints_from_config(run.cfg, run.cfg.model.heads)
+        loaded = pretrained.load_model(path, hints)
     except UserError as error:
         return {}, f"Not available: the run's init.source can't be loaded: {error}."
     before = loaded.params.get("posemb")

@@ -15,7 +15,7 @@ from vit_scale.models.spec import Shape
 from vit_scale.models.stacked_blocks import remat_policy, stacked_blocks
 from vit_scale.models.vit import identity
 
-PLAIN = {  # the blocks of a decoder are those of the first ViT, whatever the encoder's are
+PLAIN = {  # a decoder's blocks are those of the first ViT, but for the encoder's norm and GELU
     "dropout": 0.0,
     "drop_path": 0.0,
     "layer_scale": 0.0,

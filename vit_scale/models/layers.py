@@ -283,7 +283,7 @@ class PatchEmbed(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """Pooling by a learned query that attends to all tokens (Lee et al. 2019), as in big_vision.
+    """Pooling by a learned query that attends to its tokens (Lee et al. 2019), as in big_vision.
 
     Its MLP is not gated, and has no norm inside.
     """

@@ -104,8 +104,9 @@ def frequencies(cfg: Settings, head_width: int) -> Float[np.ndarray, "e/4"]:
 
 
 def augmented(cfg: Settings, positions: Float[Array, "n 2"], key: Array) -> Float[Array, "n 2"]:
-    """Shift all coordinates, and scale them by axis and together: once for a step, as DINOv3 does.
+    """Shift all coordinates, and scale them by axis and together: once in a forward pass.
 
+    DINOv3, where this is from, draws anew for each block.
     The shift is uniform up to `rope_shift`; factors are log-uniform, up to `rope_jitter` for each
     axis and `rope_rescale` for both.
     """

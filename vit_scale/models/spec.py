@@ -4,6 +4,7 @@ Invalid blocks are refused here, before anything is built.
 """
 
 import dataclasses
+import math
 import re
 
 from ml_collections import ConfigDict
@@ -106,6 +107,8 @@ def shape(cfg: ConfigDict, image: tuple[int, int]) -> Shape:
         raise UserError(f"model.classes={cfg.classes} must be at least 0 (0: no head)")
     if size.width % size.heads:
         raise UserError(f"model width {size.width} is not divisible by {size.heads} heads")
+    if cfg.posemb == "sincos2d" and size.width % 4:
+        raise UserError(f"model.posemb=sincos2d needs a width divisible by 4, not {size.width}")
     pool_heads, pool_mlp = cfg.pool_heads or size.heads, cfg.pool_mlp or size.mlp
     if pool_heads < 1 or pool_mlp < 1 or size.width % pool_heads:
         raise UserError(
@@ -170,13 +173,13 @@ def check_choices(cfg: ConfigDict) -> None:
         raise UserError("model.fc_norm=True is the final norm: it needs model.final_norm=True")
     if cfg.logits != "float32" and cfg.attention != "xla":
         raise UserError(f"model.logits={cfg.logits} needs attention=xla, not {cfg.attention}")
-    if cfg.representation < 0 or cfg.norm_epsilon <= 0:
+    if cfg.representation < 0 or not 0 < cfg.norm_epsilon < math.inf:
         raise UserError(
             f"model.representation={cfg.representation} must be at least 0, and "
             f"model.norm_epsilon={cfg.norm_epsilon} above 0"
         )
     for field in ("layer_scale", "registers"):
-        if cfg[field] < 0:
+        if not 0 <= cfg[field] < math.inf:
             raise UserError(f"model.{field}={cfg[field]} must be at least 0 (0: off)")
     for field in ("dropout", "drop_path", "patch_drop"):
         if not 0 <= cfg[field] < 1:

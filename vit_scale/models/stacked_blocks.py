@@ -33,18 +33,23 @@ def unstacked(blocks: Block) -> dict[str, Block]:
     }
 
 
+# Of jax.checkpoint_policies; the others make policies of names or of memories.
+POLICIES = {
+    *("everything_saveable", "nothing_saveable", "dots_saveable", "checkpoint_dots"),
+    *("dots_with_no_batch_dims_saveable", "checkpoint_dots_with_no_batch_dims"),
+}
+
+
 def remat_policy(name: str) -> Callable:
     """Return jax.checkpoint with a named policy: `none` saves everything, `full` only the inputs.
 
-    Every other name is an attribute of jax.checkpoint_policies. Raises UserError for unknown ones.
+    Every other name is one of POLICIES. Raises UserError for unknown ones.
     """
     if name == "none":
         return lambda function, **_: function
     if name == "full":
         return jax.checkpoint
-    policies = {n for n in dir(jax.checkpoint_policies) if not n.startswith("_")}
-    if name not in policies:
-        raise UserError(
-            f"model.remat={name!r} is unknown; {nearest(name, {'none', 'full'} | policies)}"
-        )
+    if name not in POLICIES:
+        hint = nearest(name, {"none", "full", *POLICIES})
+        raise UserError(f"model.remat={name!r} is unknown; {hint}")
     return functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, name))

@@ -167,7 +167,7 @@ class ViT(nnx.Module):
 
         Args:
           images: normalised pixels.
-          kind: `pooled` (what the head reads), `cls`, `mean` (of the patch tokens), or `cls_mean`
+          kind: `pooled` (by model.pool), `cls`, `mean` (of the patch tokens), or `cls_mean`
             (both, concatenated).
           layer: the block whose tokens are taken, counted from 0, or from the end if negative, with
             the final norm; None: the last.

@@ -30,7 +30,7 @@ HEADS = ("auto", "keep", "new")  # of init.head
 # Settings that change what the same parameters compute.
 SETTINGS = (
     *("model.gelu", "model.norm_epsilon", "model.pool", "model.fc_norm", "model.rope"),
-    *("model.rope_temperature", "model.rope_reference", "model.rope_offset"),
+    *("model.rope_temperature", "model.rope_reference", "model.rope_offset", "model.posemb"),
     *("model.stem_epsilon", "augment.mean", "augment.std", "regression.mean", "regression.std"),
 )
 

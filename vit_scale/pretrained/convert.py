@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config
 from vit_scale.checkpoint import Checkpoints
+from vit_scale.data.targets import CLASS, NONE
 from vit_scale.errors import UserError
 from vit_scale.models.build import Model, build
 from vit_scale.pretrained.adapt import Adaptation, adapt, match_head
@@ -40,6 +41,8 @@ def convert(
         raise UserError(f"{source} has no head: set --config.model.classes=N to add one")
     if cfg.lora.rank:
         raise UserError(f"lora.rank={cfg.lora.rank} is of training: a model is converted without")
+    if cfg.data.target == NONE:  # of an encoder, which now gets a head
+        cfg.data.target = CLASS
     cfg.init.source = loaded.source or str(source)
     count = cfg.model.classes
     classes = loaded.classes if len(loaded.classes) == count else numbered_classes(count)

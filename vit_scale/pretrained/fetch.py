@@ -14,6 +14,7 @@ import uuid
 from vit_scale.errors import UserError
 from vit_scale.pretrained import hub, weight_files
 from vit_scale.storage import cache, download, files, paths
+from vit_scale.storage.download import Unreachable
 
 WEB = ("https://", "http://")
 
@@ -71,13 +72,25 @@ def _download(address: str) -> pathlib.Path:
     def beside(other: str) -> str:
         return parts._replace(path=f"{folder}/{other}").geturl()
 
+    cached = file.exists()
     download.fetch(url, file, checksum)
     if name.endswith(weight_files.INDEX_SUFFIX):
         for shard in weight_files.shard_names(file):
             download.fetch(beside(shard), file.with_name(shard))
     # A checksum covers one file: by http:// nothing else is taken.
-    metadata = () if url.startswith(download.UNENCRYPTED) else weight_files.METADATA_FILES
-    if name.endswith((".safetensors", ".bin", weight_files.INDEX_SUFFIX)):
-        for other in metadata:
+    for other in () if url.startswith(download.UNENCRYPTED) else _metadata_names(name):
+        try:
             download.fetch_optional(beside(other), file.with_name(other))
+        except Unreachable:  # what is cached needs no network
+            if not cached:
+                raise
     return file
+
+
+def _metadata_names(name: str) -> tuple[str, ...]:
+    """Return the names of the files that may be beside a file of weights."""
+    if name.endswith(".npz"):  # an export of this project
+        return (name.removesuffix(".npz") + ".json",)
+    if name.endswith((".safetensors", ".bin", weight_files.INDEX_SUFFIX)):
+        return weight_files.METADATA_FILES
+    return ()

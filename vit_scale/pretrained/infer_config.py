@@ -19,6 +19,7 @@ from vit_scale.errors import UserError
 from vit_scale.models import bit
 from vit_scale.models.layers import Size
 from vit_scale.models.spec import SIZES
+from vit_scale.pretrained.formats import TIMM
 from vit_scale.pretrained.hints import Hints
 from vit_scale.pretrained.key_mapping import (
     POSITIONS,
@@ -201,9 +202,31 @@ def _infer_pool(
         pool = "gap"
     if stated not in (None, pool):
         raise UserError(f"the metadata says pool={stated}, but the arrays are those of pool={pool}")
+    if fmt is TIMM and pool == "map":
+        _check_timm_pool(first, metadata, keys)
     cfg.model.pool, cfg.model.class_token = pool, has_cls and pool in ("gap", "map")
     ambiguous = fmt.ambiguous_pool and pool == "cls" and stated is None
     return ["the head reads [CLS] (model.pool=cls)"] if ambiguous else []
+
+
+def _check_timm_pool(first: Arrays, metadata: Metadata, keys: frozenset[str]) -> None:
+    """Raise UserError if timm pools other tokens by attention than [CLS] and patches, as here.
+
+    Its Eva pools registers too; its VisionTransformer neither them nor [CLS].
+    """
+    has_cls, registers = "cls" in first, "registers" in first
+    if not has_cls and not registers:
+        return
+    eva = metadata.eva
+    if eva is None and "norm_pre.weight" not in keys:  # which Eva's perception encoders have
+        raise UserError(
+            "timm's VisionTransformer and its Eva pool other tokens by attention: set "
+            "--config.init.architecture"
+        )
+    if registers and eva is not False:
+        raise UserError("timm's Eva pools registers by attention, which no model here does")
+    if has_cls and eva is False:
+        raise UserError("timm's VisionTransformer pools by attention without [CLS]: unsupported")
 
 
 def _infer_positions(

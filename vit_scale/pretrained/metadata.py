@@ -34,6 +34,7 @@ class Metadata(NamedTuple):
     library_defaults: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     notes: tuple[str, ...] = ()
     channels: str = ""  # order of a head's channels (rotary_channels.py)
+    eva: bool | None = None  # timm: its class is Eva, not VisionTransformer; None: unknown
 
 
 NO_METADATA = Metadata({}, {}, {}, (), None)

@@ -46,7 +46,9 @@ OTHER_FUNCTION = (
     (r"_sapiens2", "fewer heads of keys than of queries"),
     (r"_rpn|enormous", "norms behind attention and MLP"),
     (r"_s?relpos", "relative positions"),
+    (r"^test_vit3", "attention pooling of [CLS] and registers"),
 )
+EVA_CLASS = r"^eva02_|^eva_giant|vit_pe_|_rope_|_dinov3|_lingbot"  # the others: VisionTransformer
 EVA = {"rope": "axial", "rope_temperature": 10_000.0, "rope_reference": 16}
 ROPE_VIT = {"rope": "axial", "rope_temperature": 100.0}
 PE = {"rope": "axial", "rope_temperature": 10_000.0, "rope_offset": 1.0, "norm_epsilon": 1e-5}
@@ -128,7 +130,8 @@ def architecture_metadata(file: pathlib.Path, name: str) -> Metadata:
     if heads:
         model["heads"] = heads
     no_embed_class = True if name.startswith("deit3_") else None
-    return Metadata(model, {}, {}, (), None, no_embed_class, channels=channels)
+    eva = bool(re.search(EVA_CLASS, name))
+    return Metadata(model, {}, {}, (), None, no_embed_class, channels=channels, eva=eva)
 
 
 def read_timm_config(file: pathlib.Path, content: dict) -> Metadata:

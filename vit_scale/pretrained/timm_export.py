@@ -54,6 +54,9 @@ def check_timm(cfg: ConfigDict, shape: Shape) -> None:
         f"qk_norm={cfg.qk_norm} beside norm={cfg.norm}": cfg.qk_norm not in ("none", cfg.norm),
         "distilled=True": bool(eva or shape.stem or shape.registers) and shape.distilled,
         f"variant={cfg.variant}": shape.stem and (eva or not shape.stem.is_bit),
+        f"registers={shape.registers} outside of the pool": eva
+        and shape.registers
+        and shape.pool == "map",
         f"norm={cfg.norm}": eva and cfg.norm != "layernorm",
         f"gelu={cfg.gelu}": eva
         and cfg.gelu != "exact"

@@ -3,8 +3,8 @@
 The train step leaves the state unchanged where it meets a NaN or an infinity. After more such steps
 in a row than `divergence.patience`, the parameters themselves must be spoilt: the run rolls back to
 its last checkpoint and continues with the batches after those (`runs.rollbacks`), or ends once it
-has done so `divergence.rollbacks` times. Nothing is saved while steps are skipped, so no checkpoint
-holds a diverging run.
+has done so `divergence.rollbacks` times. While steps are skipped, nothing is saved but a run's last
+step, so no other checkpoint holds a diverging run.
 """
 
 import collections

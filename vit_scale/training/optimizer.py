@@ -59,8 +59,12 @@ def _lion(cfg: ConfigDict) -> optax.GradientTransformation:
     return optax.scale_by_lion(cfg.b1, cfg.b2, mu_dtype=cfg.moment)
 
 
+def _matrices(cfg: ConfigDict) -> dict[str, tuple]:
+    """Return the patterns of the parameters that Muon trains, and their axes."""
+    return MATRICES | (CONVOLUTIONS if cfg.muon_convolutions else {})
+
+
 def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
-    matrices = MATRICES | (CONVOLUTIONS if cfg.muon_convolutions else {})
     return optax.contrib.muon(
         learning_rate=-1.0,  # only the direction, with the gradient's sign: the chain applies lr
         beta=cfg.b1,
@@ -72,7 +76,7 @@ def _muon(cfg: ConfigDict) -> optax.GradientTransformation:
         # Adam, with Nesterov momentum as well, trains the rest: embedding, head, vectors, biases,
         # LoRA's adapters.
         muon_weight_dimension_numbers=lambda params: map_named(
-            lambda name, leaf: _matrix_axes(matrices, name), params
+            lambda name, leaf: _matrix_axes(_matrices(cfg), name), params
         ),
     )
 
@@ -118,10 +122,10 @@ def depth(params: PyTree) -> int:
 
 
 def _scale_by_trust_ratio() -> optax.GradientTransformation:
-    """Scale each decayed parameter's update to its own norm, as apex's FusedLAMB does.
+    """Scale each decayed parameter's update to its own norm, as apex's FusedLAMB does with decay.
 
-    Unlike optax.scale_by_trust_ratio, a layer of stacked blocks has its own ratio. So have query,
-    key and value, which apex sees as one matrix.
+    Also where weight_decay is 0. Unlike optax.scale_by_trust_ratio, a layer of stacked blocks has
+    its own ratio. So have query, key and value, which apex sees as one matrix.
     """
 
     def scale(updates, params):
@@ -139,15 +143,18 @@ def _scale_by_trust_ratio() -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
+LAYER_0 = ("stem", "embed", "posemb", "cls", "dist", "registers", "pre_norm")
+
+
 def layer_multiplier(name: str, leaf, rate: float, blocks: int) -> float | jax.Array:
     """Return `rate` to the power of the number of layers above (BEiT, Bao et al. 2022).
 
-    Embedding, positions, and the tokens before the patches are layer 0, block i is layer i + 1, and
-    the rest is the last layer, with scale 1. For a stacked leaf (l ...): one scale per block, (l 1
-    ...).
+    Embedding, positions, the tokens before the patches and iBOT's for hidden ones are layer 0,
+    block i is layer i + 1, and the rest is the last layer, with scale 1. For a stacked leaf (l
+    ...): one scale per block, (l 1 ...).
     """
     first, _, rest = name.partition("/")
-    if first in ("stem", "embed", "posemb", "cls", "dist", "registers", "pre_norm"):
+    if first in LAYER_0 or name == "objective/mask_token":
         return rate ** (blocks + 1)
     if first != "blocks":
         return 1.0
@@ -312,7 +319,10 @@ def check(cfg: ConfigDict, steps: int) -> None:
 
 
 def check_trained(cfg: ConfigDict, params: PyTree) -> None:
-    """Raise UserError for a pattern in `freeze` or `train` that is invalid or matches nothing."""
+    """Raise UserError for a pattern in `freeze` or `train` that is invalid or matches nothing.
+
+    And for Muon without a matrix to train; of adapters it is known that Adam trains them.
+    """
     names = list(named(params))
     patterns = [("freeze", pattern) for pattern in cfg.freeze]
     patterns += [("train", cfg.train)] if cfg.train not in TRAIN else []
@@ -326,5 +336,12 @@ def check_trained(cfg: ConfigDict, params: PyTree) -> None:
         if not matched:
             hint = nearest(pattern, [*(TRAIN if field == "train" else ()), *names])
             raise UserError(f"optim.{field}={pattern!r} matches no parameter; {hint}")
-    if not any(jax.tree.leaves(trained(cfg, params))):
+    chosen = [name for name, is_trained in named(trained(cfg, params)).items() if is_trained]
+    if not chosen:
         raise UserError(f"optim.freeze={cfg.freeze} and train={cfg.train!r} leave nothing to train")
+    orthogonal = any(is_adapter(n) or _matrix_axes(_matrices(cfg), n) for n in chosen)
+    if cfg.name == "muon" and not orthogonal:
+        raise UserError(
+            f"optim.name=muon has no matrix of the blocks to train with optim.train={cfg.train!r}: "
+            "set optim.name=adamw"
+        )

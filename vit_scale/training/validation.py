@@ -66,7 +66,7 @@ def validate(cfg: ConfigDict, mesh: AnyMesh) -> None:
     if cfg.checkpoint.frozen not in FROZEN:
         hint = nearest(cfg.checkpoint.frozen, FROZEN)
         raise UserError(f"checkpoint.frozen={cfg.checkpoint.frozen!r} is unknown; {hint}")
-    check_batch(cfg.data.batch, mesh, cfg.optim.accumulate)
+    check_batch("data.batch", cfg.data.batch, mesh, cfg.optim.accumulate)
     validate_evaluation(cfg, mesh)
     augment.check(cfg.augment)
     data.check_crop(cfg)
@@ -100,7 +100,7 @@ def check_profile(cfg: ConfigDict) -> None:
 
 def validate_evaluation(cfg: ConfigDict, mesh: AnyMesh) -> None:
     """Check what evaluation alone reads of `cfg`. Raises UserError."""
-    check_batch(cfg.eval.batch, mesh)
+    check_batch("eval.batch", cfg.eval.batch, mesh)
     view(cfg.eval)
     check_probe(cfg)
 
@@ -190,13 +190,18 @@ def check_attention(cfg: ConfigDict, mesh: AnyMesh, shape) -> None:
             f"model.attention=cudnn needs model.dtype=bfloat16, not {cfg.model.dtype}: "
             "set that, or model.attention=xla"
         )
-    width = size.width // size.heads
     most = 256 if all(gpu_generation(device) >= HOPPER for device in devices) else 128
-    if width % 8 or width > most:
-        raise UserError(
-            f"model width {size.width} / {size.heads} heads = {width}: model.attention=cudnn needs "
-            f"a multiple of 8, at most {most}; set model.heads, or model.attention=xla"
-        )
+    heads = {"model.heads": (size.width, size.heads)}
+    if shape.pool == "map":
+        heads["model.pool_heads"] = (size.width, cfg.model.pool_heads or size.heads)
+    if cfg.objective == "mae":
+        heads["mae.heads"] = (cfg.mae.width, cfg.mae.heads)
+    for field, (width, count) in heads.items():
+        if width // count % 8 or width // count > most:
+            raise UserError(
+                f"width {width} / {count} heads = {width // count}: model.attention=cudnn needs a "
+                f"multiple of 8, at most {most}; set {field}, or model.attention=xla"
+            )
 
 
 def validate_inputs(

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from ml_collections import ConfigDict
 
+from vit_scale.data.targets import CLASS
 from vit_scale.inspect.curves import Curve
 from vit_scale.inspect.plots.canvas import COLOURS, PERCENT, literal, new_figure
-from vit_scale.training.objectives import SELF_SUPERVISED
 
 
 class Panel(NamedTuple):
@@ -21,9 +22,18 @@ class Panel(NamedTuple):
 
 
 LOSS, ACCURACY = ("train/loss", "eval/loss"), ("train/accuracy", "eval/accuracy")
+OF_VECTORS = (  # by data.target, drawn where a run has them
+    Panel("Mean average precision", ("eval/mAP",), "mAP"),
+    Panel("Regression", ("eval/r2",), "R2"),
+)
 RATE = Panel("Learning rate", ("train/learning_rate",), "learning rate")
 NORM = Panel("Gradient norm", ("train/gradient_norm",), "norm before clipping")
-LOSS_UNITS = {"mae": "mean squared error", "lejepa": "weighted sum of both terms"}
+NATS = "cross-entropy, nats"
+LOSS_UNITS = {  # by objective; of the others the loss, and then how it is evaluated
+    "mae": "mean squared error",
+    "lejepa": "weighted sum of both terms",
+    "dino": NATS,
+}
 TERMS = (  # of the losses without labels, each drawn where a run has it
     Panel("DINO: pooled features", ("train/dino",), "cross-entropy, nats"),
     Panel("iBOT: hidden patches", ("train/ibot",), "cross-entropy, nats"),
@@ -34,16 +44,25 @@ TERMS = (  # of the losses without labels, each drawn where a run has it
 LABELS = {"train": "training, augmented batches", "eval": "evaluation"}
 
 
-def choose_panels(curves: Sequence[Mapping[str, Curve]], objectives: Sequence[str]) -> list[Panel]:
-    """The panels of some runs: accuracy and the terms of losses only where one run has them."""
-    units = {LOSS_UNITS.get(objective, "cross-entropy, nats") for objective in objectives}
+def loss_unit(cfg: ConfigDict) -> str:
+    """Return what a run's loss is: its training's, and its evaluation's where that differs."""
+    if cfg.objective in LOSS_UNITS:
+        return LOSS_UNITS[cfg.objective]
+    if cfg.loss == "softmax":
+        return NATS
+    evaluated = f"; evaluation: {NATS}" if cfg.data.target == CLASS else ""
+    return f"loss={cfg.loss}{evaluated}"
+
+
+def choose_panels(curves: Sequence[Mapping[str, Curve]], cfgs: Sequence[ConfigDict]) -> list[Panel]:
+    """The panels of some runs: measures and the terms of losses only where one run has them."""
+    units = set(map(loss_unit, cfgs))
     unit = units.pop() if len(units) == 1 else "each run's own unit"
     recorded = set().union(*curves)
-    learns_classes = any(name not in SELF_SUPERVISED for name in objectives)
     accuracy = [Panel("Accuracy", ACCURACY, "accuracy")]
     return [
         Panel("Loss", LOSS, unit),
-        *(accuracy if learns_classes or recorded & set(ACCURACY) else ()),
+        *(panel for panel in (*accuracy, *OF_VECTORS) if recorded & set(panel.metrics)),
         RATE,
         NORM,
         *(panel for panel in TERMS if recorded & set(panel.metrics)),
@@ -51,13 +70,13 @@ def choose_panels(curves: Sequence[Mapping[str, Curve]], objectives: Sequence[st
 
 
 def plot_curves(
-    runs: Mapping[str, Mapping[str, Curve]], title: str, objectives: Sequence[str] = ()
+    runs: Mapping[str, Mapping[str, Curve]], title: str, cfgs: Sequence[ConfigDict]
 ) -> Figure:
     """Curves of one run, or of several in different colours: training solid, evaluation dashed.
 
-    `objectives` are those of the runs, by which there are other panels; none: classification.
+    `cfgs` are the runs' configs.
     """
-    chosen = choose_panels(list(runs.values()), objectives or ("classification",))
+    chosen = choose_panels(list(runs.values()), cfgs)
     rows = -(-len(chosen) // 2)
     figure, panels = new_figure(title, rows, 2, 3.2 * rows)
     several = len(runs) > 1
@@ -80,7 +99,7 @@ def plot_curves(
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
-        if name == "Accuracy":
+        if unit in ("accuracy", "mAP"):
             axes.yaxis.set_major_formatter(PERCENT)
         if len(metrics) > 1 and axes.get_lines():
             axes.legend(fontsize=7)

@@ -91,8 +91,15 @@ def _check_mae(cfg: ConfigDict, shape: Shape) -> None:
             f"objective=mae hides patches of pixels, and {cfg.model.variant} has convolutions "
             "before them, which see all"
         )
+    if shape.pool == "map":
+        raise UserError(
+            "objective=mae trains no attention pooling, which its loss doesn't read: set "
+            "model.pool=cls or gap"
+        )
+    if cfg.mae.mlp is not None and cfg.mae.mlp < 1:
+        raise UserError(f"mae.mlp={cfg.mae.mlp} must be at least 1")
     patches = shape.grid[0] * shape.grid[1]
-    visible = int(patches * (1 - cfg.mae.mask))
+    visible = int(patches * (1 - cfg.mae.mask)) if 0 < cfg.mae.mask < 1 else 0
     if not 0 < visible < patches:
         raise UserError(
             f"mae.mask={cfg.mae.mask} leaves {visible} of {patches} patches visible: it must hide "
@@ -129,6 +136,11 @@ def _check_dino(cfg: ConfigDict, shape: Shape) -> None:
         raise UserError(
             f"model.patch_drop={cfg.model.patch_drop} leaves out patches that dino.ibot={d.ibot} "
             "compares: set it to 0"
+        )
+    if shape.fc_norm:
+        raise UserError(
+            f"dino.ibot={d.ibot} compares patches after the final norm, which model.fc_norm=True "
+            "puts behind the pooling: set it to False"
         )
     if not d.mask_share:
         raise UserError(f"dino.ibot={d.ibot} with dino.mask_share=0 hides no patches")
