@@ -86,6 +86,28 @@ def test_a_second_one_ends_it_at_once_whatever_it_does():
     assert errors == "vit-scale: second SIGTERM: exiting without saving\n"
 
 
+STOPPED_WITH_ITS_PEERS = """
+import jax.experimental.multihost_utils as utils
+from vit_scale.distributed import multihost
+multihost.has_peers = lambda: True
+utils.reached_preemption_sync_point = lambda number: True
+with preemption.deferred():
+    assert preemption.requested()
+    ready()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+    print("saved", flush=True)
+    preemption.check("after step 7")
+"""
+
+
+def test_the_first_signal_may_reach_a_host_while_it_is_saving():
+    """Its peers had theirs, and all stopped."""
+    code, out, errors = ended(STOPPED_WITH_ITS_PEERS, signals=1)
+    assert (code, out) == (RESUMABLE, "saved\n") and "stopped by SIGTERM after step 7" in errors
+    code, out, errors = ended(STOPPED_WITH_ITS_PEERS, signals=2, between=0.2)
+    assert (code, out) == (RESUMABLE, "") and "exiting without saving" in errors
+
+
 def test_without_a_signal_nothing_happens():
     assert not preemption.requested()
     preemption.check("never")

@@ -64,6 +64,18 @@ def test_a_resumed_wandb_run_keeps_its_id_and_exits_with_the_code(cfg, tmp_path,
     assert shlex.split(line) == ["wandb", "sync", str(old), str(second.folder)]
 
 
+def test_rows_of_earlier_steps_are_written_after_the_last_one(cfg, tmp_path):
+    """W&B would drop those of a rollback, and an evaluation that a resumed run repeats."""
+    cfg.log.wandb = True
+    with tracker(tmp_path, cfg) as track:
+        for step, accuracy in ((8, 0.75), (3, 0.25), (5, 0.5), (20, 1.0)):
+            track.scalars(step, {"eval/accuracy": accuracy})
+    history = OfflineRun(tmp_path).history
+    measured = [row for row in history if "eval/accuracy" in row]
+    written = [(row.get("step", row["_step"]), row["eval/accuracy"]) for row in measured]
+    assert written == [(8, 0.75), (3, 0.25), (5, 0.5), (20, 1.0)]
+
+
 def test_pictures_are_added_to_the_page_of_a_finished_run(cfg, tmp_path, capsys):
     """Under the run's id, after its last step, which has a row in Weights & Biases already."""
     cfg.log.wandb = True
@@ -171,6 +183,7 @@ class Online:
     """A run that is online, until its server is lost at `lost`."""
 
     offline = disabled = False
+    step = 0
     url = "https://wandb.example/run"
 
     def __init__(self, folder: Path, lost: str, **options):

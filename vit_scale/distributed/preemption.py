@@ -3,7 +3,7 @@
 Clouds send SIGTERM before they take a machine away, and so does a person who wants a run to stop.
 Inside `deferred` the signal is recorded, and every long loop calls `check`. With several hosts a
 signal to one of them suffices: jax makes all of them stop at the same call. A second SIGTERM ends
-the process at once.
+the process at once; with several hosts a third, as the first may reach one while it is saving.
 """
 
 import contextlib
@@ -86,8 +86,8 @@ def requested() -> bool:
     from jax.experimental import multihost_utils
 
     stop = multihost_utils.reached_preemption_sync_point(next(_sync_points))
-    if stop:  # until now jax handled the signal, and only recorded it
-        signal.signal(signal.SIGTERM, _exit_at_once)
+    if stop:  # until now jax handled the signal, and only recorded it; the thread counts from here
+        signal.signal(signal.SIGTERM, lambda *_: None)
     return stop
 
 

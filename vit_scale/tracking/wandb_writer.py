@@ -5,7 +5,6 @@ offline with the same run id; one line says so, and another gives the command th
 """
 
 import contextlib
-import functools
 import html
 import os
 import secrets
@@ -108,17 +107,24 @@ class WandbWriter(Writer):
             self._partial.append(Path(self._run.dir).parent)
 
     def _log(self, row: Mapping[str, Any], step: int | None = None) -> None:
-        self._attempt(lambda: self._run.log(dict(row), step=step))
+        """Write a row. W&B drops rows of steps before its last one: they are written after it.
+
+        So are those of a rollback, and an evaluation that a resumed run repeats; the column `step`
+        has the step that they are of.
+        """
+
+        def log() -> None:
+            late = step is not None and step < self._run.step
+            self._run.log({**row, **({"step": step} if late else {})}, step=None if late else step)
+
+        self._attempt(log)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._log({name: number(value) for name, value in scalars.items()}, step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for name, batch in images.items():
-            self._attempt(functools.partial(self._log_images, name, batch, step))
-
-    def _log_images(self, name: str, batch: np.ndarray, step: int) -> None:
-        self._run.log({name: [self._wandb.Image(image) for image in batch]}, step=step)
+            self._log({name: list(map(self._wandb.Image, batch))}, step)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
@@ -129,7 +135,7 @@ class WandbWriter(Writer):
         self._attempt(lambda: self._run.config.update(dict(hparams), allow_val_change=True))
 
     def append(self, pictures: Mapping[str, np.ndarray], values: Mapping[str, float]) -> None:
-        """Write one row after the last one: W&B drops rows of a step that it has already."""
+        """Write one row after the last one."""
         shown = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
         self._log(shown | dict(values))
 
