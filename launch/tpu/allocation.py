@@ -124,6 +124,8 @@ class Allocation:
     def request(self, began: float) -> None:
         """Request creation. If the name is taken, the next status check says by whom."""
         self.requested = True
+        self.journal.state["zone"] = self.cloud.tpu.zone  # where `delete` looks for it
+        self.journal.save()
         try:
             created = self.cloud.create()
         except ApiError as error:

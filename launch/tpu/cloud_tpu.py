@@ -221,8 +221,8 @@ class CloudTpu:
         try:
             self.call(gcloud.delete(tpu))
         except ApiError as error:
-            if error.kind not in ("absent", "transient", "exists"):
-                self.journal.write("delete", error=str(error))
+            if error.kind in CODES:  # another request would be refused as well
+                raise refuse(error) from error
             return False
         return True
 

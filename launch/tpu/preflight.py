@@ -9,11 +9,15 @@ import difflib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from launch.tpu.exit_codes import Exit, Stop
 
+STORED = ("folder", "array_record", "tar", "huggingface", "tfds")  # the others are downloaded
+HUB_NAME = r"\w[\w.-]*/[\w.-]+(@\w+)?|\w[\w.-]*(@\w+)?"
 REACHABLE = ("gs://", "/", "https://", "http://", "hf://")  # from every worker
 
 
@@ -85,22 +89,43 @@ def check_data(resolved: dict, local: bool) -> list[str]:
     """Return commands that fetch data to each worker. Raises Stop for data it cannot reach."""
     if local:
         return []
-    commands, named, problem = [], stages(resolved), ""
+    commands, named = set(), stages(resolved)
     for name, cfg in named.items():
-        data, path = cfg["data"]["name"], cfg["data"]["path"]
-        reachable = path.startswith(("gs://", "/"))
-        if not reachable and data == "cifar10":
-            commands.append(f"vit-scale data download cifar10 --out {path}")
-        elif not reachable and data != "fractal":
-            problem = f"data.path={path} is a folder on this machine: pass "
-            problem += "--config.data.path=gs://BUCKET/NAME, or a path that --setup mounts"
-        source = "" if problem else cfg["init"]["source"]
-        if source and source not in named and not source.startswith(REACHABLE):
-            problem = f"init.source={source} is a folder on this machine: copy it, and pass "
-            problem += "--config.init.source=gs://BUCKET/RUN"
+        downloads, problem = data_of(cfg)
+        commands |= downloads
+        for field, source in _runs_of(cfg) if not problem else ():
+            if source and source not in named and not source.startswith(REACHABLE):
+                problem = f"{field}={source} is a folder on this machine: copy it, and pass "
+                problem += f"--config.{field}=gs://BUCKET/RUN"
         if problem:
             raise Stop(Exit.BAD_INPUT, f"{name}: {problem}" if name else problem)
-    return sorted(set(commands))
+    return sorted(commands)
+
+
+def _runs_of(cfg: dict) -> Iterator[tuple[str, str]]:
+    """Yield the field and the address of each model that a config's run reads."""
+    yield "init.source", cfg["init"]["source"]
+    if cfg["objective"] == "distillation":
+        yield "distill.teacher", cfg["distill"]["teacher"]
+
+
+def data_of(cfg: dict) -> tuple[set[str], str]:
+    """Return the commands that download a config's sets, and what workers cannot reach of them."""
+    data, commands = cfg["data"], set()
+    sets = {"data.path": (data["name"], data["path"])}
+    for number, (text, _) in enumerate(data.get("mixture", ())):
+        name, _, path = text.partition(":")
+        sets[f"data.mixture[{number}]"] = (name, path or data["path"])
+    for field, (name, path) in sets.items():
+        on_hub = name == "huggingface" and re.fullmatch(HUB_NAME, path) and not os.path.exists(path)
+        if path.startswith(("gs://", "/")) or on_hub or name == "fractal":
+            continue
+        if name not in STORED:
+            commands.add(f"vit-scale data download {name} --out {path}")
+            continue
+        problem = f"{field}={path} is a folder on this machine: pass gs://BUCKET/NAME, as "
+        return commands, problem + "--config.data.path=..., or a path that --setup mounts"
+    return commands, ""
 
 
 def check_workdir(workdir: str, hosts: int, kept: bool, mounted: bool) -> None:

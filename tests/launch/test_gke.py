@@ -28,7 +28,8 @@ ARGUMENTS = ["--config", "tiny", "--name", "vit", "--cluster", "mine", "--workdi
 SHOW = """#!/bin/bash
 echo "$*" >>"$LOG"
 [[ $* != *seed=13* ]] || { echo "vit-scale: seed=13 is unlucky" >&2; exit 1; }
-echo '{"config": {"data": {"name": "cifar10", "path": ".data"}, "init": {"source": ""}}}'
+echo '{"config": {"data": {"name": "cifar10", "path": ".data"}, "init": {"source": ""}, \
+"objective": "mae"}}'
 """
 # Calls of xpk, in its own Python: a command line in JSON a line, its exit code and output likewise.
 CALLS = """

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import sys
 import pytest
 
 from launch.tpu import preflight
+from launch.tpu.exit_codes import Stop
 from tests.helpers.fake_cloud import ROOT, Rig, script
+from tests.helpers.tiny import tiny_config
 
 TRAINER = """#!/bin/bash
 exec {python} -m vit_scale.cli "$@" --coordinator "localhost:$JAX_COORDINATOR_PORT" \\
@@ -109,6 +112,33 @@ def test_the_quickstart_on_a_slice_of_four_hosts(tmp_path):
 
 
 VIT = sorted(file.stem for file in (ROOT / "configs").glob("vit_*.py"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "result"),
+    [
+        (["data.name=huggingface", "data.path=ylecun/mnist"], []),
+        (["data.name=mnist"], ["vit-scale data download mnist --out .data"]),
+        (["data.name=folder", "data.path=pets"], "data.path=pets is a folder on this machine"),
+        (
+            ["data.mixture=(('folder:gs://b/c', 1.0), ('tar:shards', 1.0))"],
+            "data.mixture[1]=shards",
+        ),
+        (["objective=distillation", "distill.teacher=runs/cnn"], "distill.teacher=runs/cnn is a"),
+        (["objective=distillation", "distill.teacher=gs://b/cnn"], None),
+        (["init.source=runs/vit"], "init.source=runs/vit is a folder on this machine"),
+    ],
+)
+def test_what_workers_can_not_reach_is_refused(overrides, result):
+    from vit_scale import config
+
+    resolved = {"config": json.loads(json.dumps(config.to_json(tiny_config(*overrides))))}
+    if isinstance(result, str):
+        with pytest.raises(Stop, match=re.escape(result)):
+            preflight.check_data(resolved, local=False)
+        return
+    expected = ["vit-scale data download cifar10 --out .data"] if result is None else result
+    assert preflight.check_data(resolved, local=False) == expected
 
 
 @pytest.mark.parametrize("name", VIT)

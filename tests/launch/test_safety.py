@@ -85,6 +85,16 @@ def test_a_node_that_outlived_our_request_is_deleted(table, tmp_path):
         assert "vit" in table.nodes, other
 
 
+def test_a_refused_deletion_is_said_at_once(table, tmp_path):
+    table.request()
+    table.on["delete"] = [Result(1, b"", "ERROR: PERMISSION_DENIED: tpu.nodes.delete")] * 99
+    clock = FakeClock()
+    began = clock.now()
+    with pytest.raises(Stop, match=r"tpu\.nodes\.delete"):
+        CloudTpu(tpu(), clock, Journal(tmp_path, quiet=True), owned=True).delete()
+    assert clock.now() - began < 60
+
+
 def test_a_request_now_owned_by_another_run_is_not_deleted(table, tmp_path):
     table.request(labels={**OURS, "run": "vit-2"})
     CloudTpu(tpu(), FakeClock(), Journal(tmp_path, quiet=True), owned=True).delete()
@@ -391,7 +401,11 @@ def prepare_workers(folder: pathlib.Path, reply: Result) -> ShowingWorkers:
 
 def test_worker_0_checks_the_config_and_finds_the_data_it_needs(tmp_path):
     """Without Python 3.11 here, worker 0 checks the config; every worker downloads the data."""
-    cifar = {"data": {"name": "cifar10", "path": ".data"}, "init": {"source": ""}}
+    cifar = {
+        "data": {"name": "cifar10", "path": ".data"},
+        "init": {"source": ""},
+        "objective": "mae",
+    }
     out = json.dumps({"config": cifar}).encode()
     workers = prepare_workers(tmp_path, Result(0, out, ""))
     show = "agent.sh show c0de show --config x --json --devices 8 --config.seed=1"
@@ -405,7 +419,7 @@ def test_worker_0_checks_the_config_and_finds_the_data_it_needs(tmp_path):
     "reply, code",
     [
         (Result(1, b"", "noise\nvit-scale: no config field is named 'x'"), 65),
-        (Result(0, b'{"config": {"data": {"name": "x", "path": ".d"}}}', ""), 65),
+        (Result(0, b'{"config": {"data": {"name": "tar", "path": ".d"}}}', ""), 65),
         (Result(1, b"", "bash: vit-scale: cannot execute"), 70),
     ],
 )

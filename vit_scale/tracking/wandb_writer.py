@@ -114,8 +114,10 @@ class WandbWriter(Writer):
         """
 
         def log() -> None:
-            late = step is not None and step < self._run.step
-            self._run.log({**row, **({"step": step} if late else {})}, step=None if late else step)
+            if step is None or step >= (last := self._run.step):
+                self._run.log(dict(row), step=step)
+            else:
+                self._run.log({**row, "step": step}, step=last + 1)
 
         self._attempt(log)
 

@@ -21,6 +21,7 @@ CONFIG = {
     "stages": [],
     "data": {"name": "fractal", "path": ".data"},
     "init": {"source": ""},
+    "objective": "classification",
 }
 
 
