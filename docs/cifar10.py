@@ -123,6 +123,7 @@ SPEEDRUN_PILOTS = {  # short runs, and runs stopped early, by which the recipe w
         "the same with 2 blocks for 1 epoch, lr 4e-3", f"{WIDE} --config.optim.lr=4e-3"
     ),
     "pilot-lr-1e-2": Run("lr 1e-2 (chosen)", WIDE),
+    "pilot-lr-2.5e-2": Run("lr 2.5e-2", f"{WIDE} --config.optim.lr=2.5e-2"),
     "patch-cutmix": Run(
         "ViT, patches of 4 px, without pretraining, stopped at a seventh of 12,600 steps",
         f"{SPEEDRUN}:patch --until 1800 --config.steps=12600 --config.model.class_token=False"

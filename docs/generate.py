@@ -20,6 +20,7 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import cifar10  # noqa: E402
 import measured  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -279,6 +280,7 @@ FILES = {
     "configuration.md": configuration,
     "images/pretraining.svg": measured.pretraining,
     "images/pretraining-methods.svg": measured.pretraining_curves,
+    "images/cifar10-scratch.svg": cifar10.scratch_curves,
 }
 
 

@@ -6,14 +6,16 @@ import shlex
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL_CARD = "---\nlicense:"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PATTERNS = ("*.md", "docs/*.md", "benchmarks/*.md", "results/**/*.md", "examples/*.md")
 
 
 def documents() -> dict[str, str]:
-    """{"docs/data.md": text, ...} of every document."""
+    """{"docs/data.md": text, ...} of every document; `export --card` writes model cards."""
     files = sorted({file for pattern in PATTERNS for file in ROOT.glob(pattern)})
-    return {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
+    texts = {file.relative_to(ROOT).as_posix(): file.read_text() for file in files}
+    return {name: text for name, text in texts.items() if not text.startswith(MODEL_CARD)}
 
 
 def blocks(text: str, language: str) -> list[str]:

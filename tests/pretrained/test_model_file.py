@@ -55,6 +55,11 @@ def test_a_file_predicts_what_its_run_predicts(run, file):
     assert PRIVATE.encode() not in file.read_bytes()
 
 
+def test_others_may_read_a_file_as_the_umask_says(file, tmp_path):
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 1e-2)])
 def test_half_the_size_in_half_precision(run, file, tmp_path, dtype, error):
     half = tmp_path / "half.safetensors"

@@ -211,4 +211,7 @@ def write_safetensors(
 ) -> None:
     """Write a .safetensors file atomically. Raises OSError."""
     with files.atomic(file) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; save_file lets nobody else read it
         safetensors.numpy.save_file(dict(arrays), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
