@@ -24,3 +24,11 @@ def test_rollbacks_are_stored(tmp_path):
     assert rollbacks.read(tmp_path) == []
     rollbacks.write(tmp_path, [Rollback(4, 10), Rollback(4, 9)])
     assert rollbacks.read(tmp_path) == [Rollback(4, 10), Rollback(4, 9)]
+
+
+def test_all_processes_take_what_the_first_one_reads(tmp_path, monkeypatch):
+    rollbacks.write(tmp_path, [Rollback(4, 10)])
+    assert rollbacks.agree(tmp_path) == [Rollback(4, 10)]
+    monkeypatch.setattr(rollbacks.multihost, "is_first", lambda: False)
+    monkeypatch.setattr(rollbacks.multihost, "broadcast", lambda mine: [*mine, [2, 3]])
+    assert rollbacks.agree(tmp_path) == [Rollback(2, 3)]

@@ -14,6 +14,7 @@ import pytest
 
 from launch.tpu.secret import encode, redactable
 from tests.helpers.fake_cloud import ROOT
+from vit_scale.errors import UserError
 from vit_scale.storage import log_upload, paths
 from vit_scale.storage.log_upload import LogUpload
 
@@ -44,6 +45,29 @@ def test_parts_are_bounded_and_end_with_a_line(bucket, tmp_path, monkeypatch):
     whole = f"begin\n{lines}no end".encode()
     assert whole.endswith(b"".join(parts.values())) and max(map(len, parts.values())) <= 100
     assert all(part.endswith(b"\n") for part in list(parts.values())[:-1])
+
+
+def test_a_bucket_that_does_not_answer_is_asked_again(bucket, tmp_path, monkeypatch):
+    """When it is opened, and at the end, whose lines explain a failure."""
+    workdir, log = f"{bucket}/asked-again", tmp_path / "train.log"
+    log.write_text("why it failed\n")
+    (tmp_path / "rc").write_text("1")
+    parse, write, failures = paths.parse, log_upload.files.write, [UserError("no"), OSError("no")]
+
+    def failing(real):
+        def call(*arguments):
+            if failures:
+                raise failures.pop(0)
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(log_upload.paths, "parse", failing(parse))
+    monkeypatch.setattr(log_upload.files, "write", failing(write))
+    monkeypatch.setattr(log_upload, "RETRY", 0)
+    log_upload.main(str(log), ["train", "--workdir", workdir])
+    assert failures == []
+    assert list(contents(parse(workdir) / "logs" / "a1").values()) == [b"why it failed\n"]
 
 
 def test_secrets_are_redacted_however_they_are_quoted(tmp_path):

@@ -247,14 +247,15 @@ def test_a_server_that_is_lost_on_the_way(cfg, tmp_path, online, capsys, lost, r
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 4]
 
 
-@pytest.mark.parametrize("job, seconds", [("", 120), ("17", 30)])
+@pytest.mark.parametrize("manager, seconds", [("", 120), *((m, 30) for m in wandb_writer.MANAGED)])
 def test_an_upload_that_does_not_end_is_left_to_its_command(
-    cfg, tmp_path, online, capsys, monkeypatch, job, seconds
+    cfg, tmp_path, online, capsys, monkeypatch, manager, seconds
 ):
-    """On SLURM earlier: a stop leaves two minutes, also for the checkpoint."""
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    if job:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
+    """Under a manager earlier: a stop leaves two minutes, also for the checkpoint."""
+    for name in wandb_writer.MANAGED:
+        monkeypatch.delenv(name, raising=False)
+    if manager:
+        monkeypatch.setenv(manager, "17")
     cfg.log.wandb, made = True, online("finish")
     with tracker(tmp_path, cfg) as track:
         track.scalars(1, {"a": 1})

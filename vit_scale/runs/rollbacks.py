@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from vit_scale.distributed import multihost
 from vit_scale.runs.json_files import read_json, write_json
 
 FILE = "rollbacks.json"
@@ -25,6 +26,15 @@ def read(run: pathlib.Path) -> list[Rollback]:
     """Return a run's rollbacks, oldest first."""
     path = run / FILE
     return [Rollback(**entry) for entry in read_json(path)["rollbacks"]] if path.exists() else []
+
+
+def agree(run: pathlib.Path) -> list[Rollback]:
+    """Return a run's rollbacks as process 0 reads them; every process must call it.
+
+    A network's file system may show another one for a while that the file isn't there.
+    """
+    found = read(run) if multihost.is_first() else []
+    return [Rollback(*one) for one in multihost.broadcast(found)]
 
 
 def write(run: pathlib.Path, rollbacks: Sequence[Rollback]) -> None:

@@ -3,9 +3,11 @@
 The train loop reports its phase (`phase`) and its progress (`beat`). A thread then
 
 - writes RUN/heartbeats/PROCESS.json every few seconds: step, phase, time, and final status;
-- ends the process, with the stacks of all threads, where a phase makes no progress for too long;
-- ends it where another host has failed or sends no heartbeat, and names that host;
+- ends the process where another host has failed or sends no heartbeat, and names that host;
 - keeps RUN/goodput.json up to date (goodput.py).
+
+A second thread ends the process, with the stacks of all threads, where a phase makes no progress
+for too long. It touches no storage, which may be what hangs.
 
 A process that the watchdog ends exits 42, or with the code of the host that failed; rerunning the
 same command resumes from the last checkpoint. SIGUSR1 prints the stacks of all threads and changes
@@ -39,6 +41,7 @@ from vit_scale.storage import files, paths
 
 FOLDER = "heartbeats"
 DISK, BUCKET = 1, 15  # seconds between heartbeats
+LAST_WORDS = 10  # seconds for the final status to be written, before the process ends without
 MISSED = 5  # heartbeats that a host may miss, after a failure here, before it counts as the cause
 # The limit of the `watchdog` block that applies to a phase; in any other phase `step` does.
 LIMITS = {"compile": "compile", "start": "storage", "restore": "storage", "checkpoint": "storage"}
@@ -63,7 +66,15 @@ class Watchdog:
         self._code: int | None = None  # of the process's exit, once that is known
         self._message = ""
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
+        stored: list[Callable[[], None]] = [self.record_time, self.write_heartbeat]
+        if self._ledger:
+            stored.append(self._ledger.write)
+        if peers := self._peers:
+            stored.append(lambda: peers.check(limits.peer))
+        self._threads = [
+            threading.Thread(target=self._loop, args=tasks, daemon=True)
+            for tasks in (stored, [self._check_limit])
+        ]
 
     def __enter__(self) -> "Watchdog":
         global _current
@@ -71,14 +82,16 @@ class Watchdog:
             faulthandler.register(signal.SIGUSR1, sys.__stderr__ or sys.stderr, all_threads=True)
         (self.run / FOLDER).mkdir(parents=True, exist_ok=True)
         self.write_heartbeat()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         _current = self
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         global _current
         self._ended.set()
-        self._thread.join(timeout=10)
+        for thread in self._threads:
+            thread.join(timeout=10)
         _current = None
         self.record_time()
         if self._code is None:
@@ -140,20 +153,14 @@ class Watchdog:
             "words": self._message,
         }
         targets = [self.run / FOLDER / f"{jax.process_index()}.json"]
-        if launchers := os.environ.get("VIT_SCALE_HEARTBEAT"):
-            targets.append(pathlib.Path(launchers))
+        if launchers := os.environ.get("VIT_SCALE_HEARTBEAT"):  # first: the run's storage may hang
+            targets.insert(0, pathlib.Path(launchers))
         for target in targets:
             with contextlib.suppress(OSError):
                 files.write(target, json.dumps(content).encode())
 
-    def _loop(self) -> None:
+    def _loop(self, *tasks: Callable[[], None]) -> None:
         """Run every task periodically, whatever another one raises: else a hang goes unnoticed."""
-        tasks: list[Callable[[], None]] = [self.record_time, self.write_heartbeat]
-        if self._ledger:
-            tasks.append(self._ledger.write)
-        tasks.append(self._check_limit)
-        if peers := self._peers:
-            tasks.append(lambda: peers.check(self.limits.peer))
         reported: set[str] = set()
         while not self._ended.wait(self.every):
             for task in tasks:
@@ -186,6 +193,9 @@ class Watchdog:
         line = f"vit-scale: {message}; rerun the same command to resume"
         print(line, file=sys.stderr, flush=True)
         self._code, self._message = code, message
+        hung = threading.Timer(LAST_WORDS, os._exit, (code,))
+        hung.daemon = True
+        hung.start()
         self.write_heartbeat()
         if self._ledger:
             self._ledger.end(code)

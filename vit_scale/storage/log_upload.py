@@ -17,9 +17,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
 
-EVERY = 60  # seconds
+EVERY, RETRY = 60, 5  # seconds between uploads, and between tries of the last one
+TRIES = 5  # of the last one, for which launch/agent.sh waits half a minute
 PART, KEEP = 8 << 20, 8  # bytes, parts
 NOTHING = rb"(?!)"  # the pattern that never matches
 
@@ -56,16 +58,23 @@ class LogUpload:
 
 
 def main(log: str, arguments: Sequence[str]) -> None:
-    workdir = paths.parse(arguments[arguments.index("--workdir") + 1])
+    workdir = arguments[arguments.index("--workdir") + 1]
     numbers = [word.partition("=")[2] for word in arguments if word.startswith("--process=")]
     name = "-".join([socket.gethostname(), *numbers])
-    folder = workdir / "logs" / f"a{os.environ.get('ATTEMPT', '1')}"
-    upload = LogUpload(pathlib.Path(log), folder, name, os.environ.get("VIT_SCALE_REDACT", ""))
-    last = False
-    while not last:
+    upload, tries = None, 0  # of the last upload
+    while tries < TRIES:
         last = wait_for(pathlib.Path(log).with_name("rc"), EVERY)
-        with contextlib.suppress(OSError):  # the next one tries again
+        tries += last
+        with contextlib.suppress(OSError, UserError):  # the bucket doesn't answer: try again
+            if upload is None:
+                folder = paths.parse(workdir) / "logs" / f"a{os.environ.get('ATTEMPT', '1')}"
+                redacted = os.environ.get("VIT_SCALE_REDACT", "")
+                upload = LogUpload(pathlib.Path(log), folder, name, redacted)
             upload.save(last)
+            if last:
+                return
+        if last:
+            time.sleep(RETRY)
 
 
 def wait_for(file: pathlib.Path, seconds: float) -> bool:

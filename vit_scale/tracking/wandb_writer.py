@@ -24,9 +24,11 @@ from vit_scale.storage import cache, files, paths
 from vit_scale.tracking.writers import Writer, failure, number, print_line
 
 NAME = "Weights & Biases"
-# Seconds for connecting, for the server to create a run, and for the last uploads at its end: on
-# SLURM fewer, so that a stop has saved and finished within launch/slurm.sbatch's two minutes.
-CONNECT, BEGIN, FINISH, FINISH_SLURM = 5, 30, 120, 30
+# Seconds for connecting, for the server to create a run, and for the last uploads at its end: fewer
+# under SLURM, Kubernetes and launch/tpu_vm.sh, so that a stop has saved and finished within the two
+# minutes that they give it.
+CONNECT, BEGIN, FINISH, FINISH_MANAGED = 5, 30, 120, 30
+MANAGED = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "VIT_SCALE_HEARTBEAT")
 
 
 class WandbWriter(Writer):
@@ -69,7 +71,8 @@ class WandbWriter(Writer):
             mode = None if has_key(wandb) else "offline"
         if mode in (None, "online"):
             check_reachable(session.settings.base_url)
-        finish = FINISH_SLURM if "SLURM_JOB_ID" in os.environ else FINISH  # wandb reads it once
+        managed = not os.environ.keys().isdisjoint(MANAGED)
+        finish = FINISH_MANAGED if managed else FINISH  # wandb reads it once
         limits = {"init_timeout": BEGIN, "finish_timeout": finish, "finish_timeout_raises": True}
         unset = {k: v for k, v in limits.items() if f"WANDB_{k.upper()}" not in os.environ}
         settings = wandb.Settings(**unset)

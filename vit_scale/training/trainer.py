@@ -184,7 +184,7 @@ class Training:
     def batches(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield (finished steps, this host's part of the batch), skipping what rollbacks skip."""
         cfg, rows = self.cfg, batch_rows(self.cfg.data.batch, self.setup.mesh)
-        past, end = rollbacks.read(self.run.path), max(start, self.last)
+        past, end = rollbacks.agree(self.run.path), max(start, self.last)
         for first, last, shift in rollbacks.batch_ranges(past, start, end):
             source = self.splits.train
             part = train_batches(source, cfg.data, cfg.seed, first + shift, last + shift, rows)
@@ -258,7 +258,7 @@ class Training:
         Raises UserError after too many rollbacks.
         """
         self.checkpoints.wait()
-        past = rollbacks.read(self.run.path)
+        past = rollbacks.agree(self.run.path)
         if len(past) >= self.cfg.divergence.rollbacks:
             raise diverged_for_good(error, past) from None
         step = self.checkpoints.find_latest() or 0
