@@ -101,6 +101,11 @@ class Allocation:
             raise Stop(Exit.REFUSED, f"TPU VM {self.plan.name} is unusable: {status.detail}")
         if status.kind == "absent":
             self.billing.end()
+            if self.created and self.fresh and not self.cloud.tpu.queue:  # asynchronously created
+                try:
+                    return self.check()  # it is there after all
+                except Gone:
+                    self.no_capacity(ApiError("stockout", "its creation came to nothing"), began)
             self.claim()
             self.request(began)
         elif status.kind == "failed":

@@ -94,6 +94,11 @@ class Launcher:
                 cause = Cause("preempted", None, str(gone), "gone")
                 if self.attempt:
                     self.journal.state["settled"] = self.attempt.number
+            except Stop as stop:
+                ours = self.machine and self.machine.created and self.journal.state["attempt"]
+                if stop.code != Exit.INFRASTRUCTURE or not ours:
+                    raise  # a run that has trained replaces a machine that can't be prepared
+                cause = Cause("infra", None, str(stop), "preparation")
             if cause.kind == "done":
                 return
             self.journal.say("event", f"attempt {self.journal.state['attempt']}: {cause.text}")

@@ -12,12 +12,11 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 from launch.tpu.exit_codes import Exit, Stop
 
 STORED = ("folder", "array_record", "tar", "huggingface", "tfds")  # the others are downloaded
-HUB_NAME = r"\w[\w.-]*/[\w.-]+(@\w+)?|\w[\w.-]*(@\w+)?"
+HUB = r"\w[\w.-]*/[\w.-]+(@\w+)?|\w[\w.-]*(@\w+)?"
 REACHABLE = ("gs://", "/", "https://", "http://", "hf://")  # from every worker
 
 
@@ -87,45 +86,30 @@ def stages(resolved: dict) -> dict[str, dict]:
 
 def check_data(resolved: dict, local: bool) -> list[str]:
     """Return commands that fetch data to each worker. Raises Stop for data it cannot reach."""
-    if local:
-        return []
     commands, named = set(), stages(resolved)
-    for name, cfg in named.items():
-        downloads, problem = data_of(cfg)
-        commands |= downloads
-        for field, source in _runs_of(cfg) if not problem else ():
+    for stage, cfg in named.items() if not local else ():
+        problem, sets = "", [("data.path", cfg["data"]["name"], cfg["data"]["path"])]
+        for text, _ in cfg["data"].get("mixture", ()):
+            sets.append(("data.mixture", *text.partition(":")[::2]))
+        for field, name, path in sets:
+            on_hub = name == "huggingface" and re.fullmatch(HUB, path) and not os.path.exists(path)
+            if path.startswith(("gs://", "/")) or on_hub or name == "fractal":
+                continue
+            if name in STORED:
+                problem = f"{field}={path} is a folder on this machine: pass --config.data.path="
+                problem += "gs://BUCKET/NAME, or a path that --setup mounts"
+            else:
+                commands.add(f"vit-scale data download {name} --out {path or '.data'}")
+        models = {"init.source": cfg["init"]["source"]} if not problem else {}
+        if models and cfg["objective"] == "distillation":
+            models["distill.teacher"] = cfg["distill"]["teacher"]
+        for field, source in models.items():
             if source and source not in named and not source.startswith(REACHABLE):
                 problem = f"{field}={source} is a folder on this machine: copy it, and pass "
                 problem += f"--config.{field}=gs://BUCKET/RUN"
         if problem:
-            raise Stop(Exit.BAD_INPUT, f"{name}: {problem}" if name else problem)
+            raise Stop(Exit.BAD_INPUT, f"{stage}: {problem}" if stage else problem)
     return sorted(commands)
-
-
-def _runs_of(cfg: dict) -> Iterator[tuple[str, str]]:
-    """Yield the field and the address of each model that a config's run reads."""
-    yield "init.source", cfg["init"]["source"]
-    if cfg["objective"] == "distillation":
-        yield "distill.teacher", cfg["distill"]["teacher"]
-
-
-def data_of(cfg: dict) -> tuple[set[str], str]:
-    """Return the commands that download a config's sets, and what workers cannot reach of them."""
-    data, commands = cfg["data"], set()
-    sets = {"data.path": (data["name"], data["path"])}
-    for number, (text, _) in enumerate(data.get("mixture", ())):
-        name, _, path = text.partition(":")
-        sets[f"data.mixture[{number}]"] = (name, path or data["path"])
-    for field, (name, path) in sets.items():
-        on_hub = name == "huggingface" and re.fullmatch(HUB_NAME, path) and not os.path.exists(path)
-        if path.startswith(("gs://", "/")) or on_hub or name == "fractal":
-            continue
-        if name not in STORED:
-            commands.add(f"vit-scale data download {name} --out {path}")
-            continue
-        problem = f"{field}={path} is a folder on this machine: pass gs://BUCKET/NAME, as "
-        return commands, problem + "--config.data.path=..., or a path that --setup mounts"
-    return commands, ""
 
 
 def check_workdir(workdir: str, hosts: int, kept: bool, mounted: bool) -> None:

@@ -15,7 +15,8 @@ from launch.tpu import (
 from launch.tpu.allocation import Gone
 from launch.tpu.attempt import Attempt
 from launch.tpu.cloud_tpu import CloudTpu
-from launch.tpu.exit_codes import Stop
+from launch.tpu.diagnosis import Cause
+from launch.tpu.exit_codes import Exit, Stop
 from launch.tpu.gcloud import Result
 from launch.tpu.journal import Journal
 from launch.tpu.launcher import Launcher
@@ -299,6 +300,26 @@ def test_a_request_of_several_nodes_may_show_their_number_only(table, tmp_path, 
 
 def idle_agent(worker: int, line: str) -> Result:
     return status("absent", 0) if "agent.sh status" in line else Result(0, b"", "")
+
+
+@pytest.mark.parametrize(("attempt", "code"), [(1, 0), (0, 75)])
+def test_a_worker_that_cannot_be_prepared_again_costs_its_machine(table, tmp_path, attempt, code):
+    """Of a run that has trained; else the first machine would only be the first of many."""
+    table.request()
+    made, ends = launcher(tmp_path), [Stop(Exit.INFRASTRUCTURE, "unreachable")] * 2
+
+    def run_attempt():
+        if ends:
+            raise ends.pop()
+        return Cause("done", None, "", "")
+
+    made.acquire, made.run_attempt = lambda: None, run_attempt
+    made.machine.created = made.machine.cloud.owned = True
+    made.journal.state["attempt"] = attempt
+    assert made.run() == code
+    assert bool(table.did("delete")) and ends == ([] if attempt else ends)
+    said = (tmp_path / "journal.jsonl").read_text()
+    assert ("replacing the machine" in said) == bool(attempt)
 
 
 def test_an_adopted_machine_with_fewer_workers_than_its_type_goes_on(table, tmp_path):

@@ -122,7 +122,7 @@ VIT = sorted(file.stem for file in (ROOT / "configs").glob("vit_*.py"))
         (["data.name=folder", "data.path=pets"], "data.path=pets is a folder on this machine"),
         (
             ["data.mixture=(('folder:gs://b/c', 1.0), ('tar:shards', 1.0))"],
-            "data.mixture[1]=shards",
+            "data.mixture=shards is a folder",
         ),
         (["objective=distillation", "distill.teacher=runs/cnn"], "distill.teacher=runs/cnn is a"),
         (["objective=distillation", "distill.teacher=gs://b/cnn"], None),

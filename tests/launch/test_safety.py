@@ -197,6 +197,14 @@ def test_an_adopted_request_that_is_never_granted_is_withdrawn(table, tmp_path):
     assert table.requests == {}
 
 
+def test_a_creation_that_comes_to_nothing_is_a_stockout(table, tmp_path):
+    """Without a queue it is asynchronous: its error is in no answer."""
+    more = {"tpu": tpu(queue=False), "zones": ["a", "b"]}
+    assert launcher(tmp_path, "--valid-until", "10m", **more).run() == 69
+    zones = [line.partition("--zone ")[2].split()[0] for line in table.did("create")]
+    assert zones[:4] == ["a", "b", "a", "b"] and len(zones) < 20
+
+
 def test_ctrl_c_withdraws_a_request_whose_creation_got_no_response(table, tmp_path):
     """A status check before the launcher exits finds the machine."""
     made = launcher(tmp_path)
