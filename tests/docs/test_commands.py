@@ -13,6 +13,8 @@ from launch.tpu import flags
 from tests.helpers.documents import ROOT, blocks, commands, documents, inline
 from vit_scale import config
 from vit_scale.cli.parser import parser, split_overrides
+from vit_scale.training import objectives, optimizer
+from vit_scale.training.validation import check_counts
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 COMMANDS = [
@@ -49,7 +51,11 @@ def vit_scale(words: list[str]) -> None:
     arguments, overrides = split_overrides(words)
     args = parser().parse_args(arguments)
     if getattr(args, "config", None):
-        config.load(args.config, overrides)
+        cfg = config.load(args.config, overrides)
+        check_counts(cfg)
+        if not cfg.stages and cfg.model.variant != "source":  # which the weights decide
+            optimizer.check(cfg.optim, cfg.steps)
+            objectives.check(cfg)
     else:
         config.override(config.base(), overrides)
     for variant in getattr(args, "compare", None) or ():
