@@ -98,7 +98,7 @@ GROUPS = {
     },
 }
 BEST = {  # the README's rows
-    "wide": "a ViT on a CNN's features, from scratch",
+    "hybrid": "a ViT on a CNN's features, from scratch",
     "patch": "a ViT on patches of 4 px, first as a masked autoencoder",
     "distilled": "a ViT taught by a CNN",
     "transfer-finetune": "a ViT pretrained on Tiny-ImageNet-200",
