@@ -118,7 +118,8 @@ def evaluate(
     cfg = copy.deepcopy(source.cfg)
     cfg.mesh = base().mesh  # this machine's devices, not those of the training
     cfg = overridden(cfg, overrides)
-    _require_data(run, source, overrides)
+    if not source.run:  # of an old run that did not record its data, the config tells
+        _require_data(run, source, overrides)
     split = _final_split(run, split, cfg)
     model, params = at_size(source, cfg)
     source = source._replace(model=model, params=params)

@@ -421,9 +421,9 @@ def refuse():
 
 
 def _without_source(read, run):
-    def reading(source):
+    def reading(source, *hints):
         if pathlib.Path(source).is_relative_to(run):
-            return read(source)
+            return read(source, *hints)
         raise UserError("it is gone")
 
     return reading
