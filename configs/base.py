@@ -174,8 +174,8 @@ def model() -> dict:
         "distilled": False,  # add a distillation token with its own head (DeiT)
         "posemb": "learned",  # learned | sincos2d | none
         "rope": "none",  # rotary positions: none | axial | dinov3 | mixed (models/rotary.py)
-        "rope_temperature": 100.0,  # of the frequencies: 100 in DINOv3 and RoPE-ViT, of which
-        # mixed has 10; 1e4 in EVA-02
+        "rope_temperature": 100.0,  # of the frequencies: 100 in DINOv3 and RoPE-ViT, but 10 in
+        # its mixed kind; 1e4 in EVA-02
         "rope_reference": 0,  # axial, mixed: patches per side to stretch coordinates to; 0: off
         "rope_offset": 0.0,  # axial, mixed: coordinate of the first patch
         "rope_shift": 0.0,  # in training, a shift of the coordinates up to this; 0: off

@@ -5,8 +5,8 @@
 
 IMAGENET holds train/ and val/. Caron et al. 2021 (arXiv 2104.14294), whose S/16 has kNN 74.5 and
 linear 77.0 % after 800 epochs (table 2). Here the prototypes are unit vectors, which theirs are for
-B and not for S, and neither positions nor [CLS] are decayed, as both are in its code. iBOT and
-DINOv2 are switches of `dino`; docs/self-supervised.md has them. Result: not measured yet.
+B and not for S; unlike in its code, positions and [CLS] are not decayed. iBOT and DINOv2 are
+switches of `dino`; docs/self-supervised.md has them. Result: not measured yet.
 """
 
 from vit_scale.config import base

@@ -5,8 +5,8 @@
 
 IMAGENET holds train/ and val/. The recipe of He et al. 2022
 (arXiv 2111.06377, table 8): AdamW, batch 4096, random resized crop and flip alone; published after
-fine-tuning: B 83.6 and L 85.9 % (1,600 epochs, table 3). Tokens are not decayed, as they are in its
-code. Result: not measured yet.
+fine-tuning: B 83.6 and L 85.9 % (1,600 epochs, table 3). Unlike in its
+code, tokens are not decayed. Result: not measured yet.
 """
 
 from vit_scale.config import base

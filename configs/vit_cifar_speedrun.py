@@ -2,7 +2,7 @@
 
     vit-scale train --config vit_cifar_speedrun            # a ViT on a CNN's features
     vit-scale train --config vit_cifar_speedrun:wide       # on wider ones, at half their resolution
-    vit-scale train --config vit_cifar_speedrun:long       # on these, nearly twice as long, mixed
+    vit-scale train --config vit_cifar_speedrun:long       # the same for longer, with CutMix
     vit-scale train --config vit_cifar_speedrun:tutorial   # the ViT of vit_tutorial_cifar
 
     # a ViT on patches of 4 pixels, first as a masked autoencoder, then with labels

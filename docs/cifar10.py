@@ -59,7 +59,7 @@ PRETRAINING = {
 SCRATCH = {
     "hybrid": Run("ViT on a CNN's features", SPEEDRUN),
     "wide": Run("ViT on wider features, at half the resolution", f"{SPEEDRUN}:wide"),
-    "long": Run("the same, mixed and for longer", f"{SPEEDRUN}:long"),
+    "long": Run("the same for longer, with CutMix", f"{SPEEDRUN}:long"),
     "patch": Run(
         "ViT, patches of 4 px",
         f"{SPEEDRUN}:patch --config.init.source=runs/vit_cifar_speedrun-mae",

@@ -102,10 +102,11 @@ class Allocation:
         if status.kind == "absent":
             self.billing.end()
             if self.created and self.fresh and not self.cloud.tpu.queue:  # asynchronously created
-                try:
-                    return self.check()  # it is there after all
-                except Gone:
-                    self.no_capacity(ApiError("stockout", "its creation came to nothing"), began)
+                for _ in range(3):  # a 404 must repeat to count
+                    self.clock.sleep(5)
+                    if self.cloud.status().kind != "absent":
+                        return
+                self.no_capacity(ApiError("stockout", "its creation came to nothing"), began)
             self.claim()
             self.request(began)
         elif status.kind == "failed":

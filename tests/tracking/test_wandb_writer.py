@@ -225,6 +225,17 @@ def online(tmp_path, monkeypatch, forgotten):
     return begin
 
 
+def test_what_a_resumed_run_repeats_is_not_written_twice(cfg, tmp_path, online, monkeypatch):
+    """Its rows are the same to the bit; only its evaluation may have been lost."""
+    cfg.log.wandb, made = True, online("never")
+    monkeypatch.setattr(Online, "step", 100)  # what the server has
+    with tracker(tmp_path, cfg) as track:
+        track.scalars(40, {"train/loss": 1.0})
+        track.scalars(40, {"eval/accuracy": 0.5})
+        track.scalars(120, {"train/loss": 0.5})
+    assert [step for step in made[0].logged if step] == [101, 120]
+
+
 @pytest.mark.parametrize(
     "lost, reason", [("config", "rate limit exceeded"), ("log", "Connection lost")]
 )

@@ -61,7 +61,7 @@ def _exit_at_second_signal(signals: int) -> None:
     _exit_at_once()
 
 
-def _exit_at_once(*_) -> NoReturn:
+def _exit_at_once() -> NoReturn:
     print("vit-scale: second SIGTERM: exiting without saving", file=sys.stderr, flush=True)
     os._exit(RESUMABLE)
 

@@ -31,10 +31,10 @@ def read(run: pathlib.Path) -> list[Rollback]:
 def agree(run: pathlib.Path) -> list[Rollback]:
     """Return a run's rollbacks as process 0 reads them; every process must call it.
 
-    A network's file system may show another one for a while that the file isn't there.
+    On a network file system another process may not see the file for a while.
     """
-    found = read(run) if multihost.is_first() else []
-    return [Rollback(*one) for one in multihost.broadcast(found)]
+    mine = read(run) if multihost.is_first() else []
+    return [Rollback(*one) for one in multihost.broadcast(mine)]
 
 
 def write(run: pathlib.Path, rollbacks: Sequence[Rollback]) -> None:

@@ -28,6 +28,7 @@ NAME = "Weights & Biases"
 # under SLURM, Kubernetes and launch/tpu_vm.sh, so that a stop has saved and finished within the two
 # minutes that they give it.
 CONNECT, BEGIN, FINISH, FINISH_MANAGED = 5, 30, 120, 30
+EVALUATED = ("eval/", "final/")  # begin the names of an evaluation's results
 MANAGED = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "VIT_SCALE_HEARTBEAT")
 
 
@@ -77,6 +78,7 @@ class WandbWriter(Writer):
         unset = {k: v for k, v in limits.items() if f"WANDB_{k.upper()}" not in os.environ}
         settings = wandb.Settings(**unset)
         self._run = wandb.init(**self._options, mode=mode, resume="allow", settings=settings)
+        self._resumed = self._run.step  # W&B has rows up to here, of an earlier process
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         """Run `action`; if it fails, go offline and repeat it. Raises if it fails again."""
@@ -110,16 +112,16 @@ class WandbWriter(Writer):
             self._partial.append(Path(self._run.dir).parent)
 
     def _log(self, row: Mapping[str, Any], step: int | None = None) -> None:
-        """Write a row. W&B drops rows of steps before its last one: they are written after it.
+        """Write a row; W&B drops those of steps before its last one.
 
-        So are those of a rollback, and an evaluation that a resumed run repeats; the column `step`
-        has the step that they are of.
+        It has the rows that a resumed run repeats, but perhaps not their evaluation, and not those
+        after a rollback: these are written after its last one, with their step in column `step`.
         """
 
         def log() -> None:
             if step is None or step >= (last := self._run.step):
                 self._run.log(dict(row), step=step)
-            else:
+            elif step >= self._resumed or any(name.startswith(EVALUATED) for name in row):
                 self._run.log({**row, "step": step}, step=last + 1)
 
         self._attempt(log)
