@@ -115,9 +115,7 @@ def evaluate(
       UserError: there is no such run or split, or its classes are not the model's.
     """
     source = pretrained.load_model(run)
-    cfg = copy.deepcopy(source.cfg)
-    cfg.mesh = base().mesh  # this machine's devices, not those of the training
-    cfg = overridden(cfg, overrides)
+    cfg = _resolve(source, overrides)
     if not source.run:  # of an old run that did not record its data, the config tells
         _require_data(run, source, overrides)
     split = _final_split(run, split, cfg)
@@ -136,6 +134,13 @@ def evaluate(
         "set": examples.name,
         **result,
     }
+
+
+def _resolve(source: pretrained.Pretrained, overrides: Mapping[str, Any]) -> ConfigDict:
+    """Return the config of a source, on this machine's devices, with overrides."""
+    cfg = copy.deepcopy(source.cfg)
+    cfg.mesh = base().mesh  # not those of the training
+    return overridden(cfg, overrides)
 
 
 def _require_data(
@@ -231,9 +236,7 @@ def probe(
       UserError: there is no such run or split, or a setting can't work with them.
     """
     source = pretrained.load_model(run, pretrained.convert_hints(as_items(overrides)))
-    cfg = copy.deepcopy(source.cfg)
-    cfg.mesh = base().mesh
-    cfg = overridden(cfg, overrides)
+    cfg = _resolve(source, overrides)
     _require_data(run, source, overrides)
     split = _final_split(run, split, cfg)
     if not quiet:
@@ -289,9 +292,7 @@ def _selection(
     source: pretrained.Pretrained, split: str, overrides: Mapping[str, Any]
 ) -> tuple[Callable[[dict], dict], Source, str]:
     """Return what measures a split that may select models, its examples, and the main result."""
-    cfg = copy.deepcopy(source.cfg)
-    cfg.mesh = base().mesh
-    cfg = overridden(cfg, overrides)
+    cfg = _resolve(source, overrides)
     if image_size(cfg) != image_size(source.cfg):
         size = "{} x {}".format(*image_size(source.cfg))
         raise UserError(f"a greedy soup selects at the runs' own image size, {size}", USAGE)

@@ -222,7 +222,7 @@ class Attempt:
                         self.reasons[view.worker] = "it exited with 0 while others kept running"
                 self.stop(min(10, self.plan.args.grace))
                 return self.finish()
-        return self._check_unreachable(now, is_ready) or self._check_stalled(now)
+        return self._check_unreachable(now, is_ready) or self._check_stalled()
 
     def _check_unreachable(self, now: float, is_ready: Callable[[], bool]) -> Cause | None:
         for view in self.views:
@@ -233,7 +233,7 @@ class Attempt:
                 return self.finish()
         return None
 
-    def _check_stalled(self, now: float) -> Cause | None:
+    def _check_stalled(self) -> Cause | None:
         """Stop everything if a worker is frozen, or all wait for one that makes no progress.
 
         Durations end at a worker's last answer, so an unreachable worker is never called stalled.

@@ -25,6 +25,7 @@ CODES |= dict.fromkeys(("auth", "permission", "agent", "key", "missing"), Exit.N
 TRIES, LONGEST = 12, 60  # for an API that does not answer; seconds between the last tries
 DELETION = 1200  # seconds a deletion may take
 EXPIRES = 24 * 3600  # seconds until `gc` may delete a machine, unless its launcher renews the label
+WORST_FIRST = ("gone", "recovering", "waiting", "unhealthy", "ready")  # of a machine's nodes
 
 
 class Status(NamedTuple):
@@ -152,11 +153,8 @@ class CloudTpu:
             for name, node in nodes.items()
         ]
         hosts = [host for status in statuses for host in status.hosts]
-        for kind in ("gone", "recovering", "waiting", "unhealthy"):
-            for status in statuses:
-                if status.kind == kind:
-                    return status._replace(hosts=hosts)
-        return statuses[0]._replace(hosts=hosts)
+        worst = min(statuses, key=lambda status: WORST_FIRST.index(status.kind))
+        return worst._replace(hosts=hosts)
 
     def _node(self, name: str, node: dict) -> Status:
         state, health = node.get("state", "UNKNOWN"), node.get("health", "")

@@ -284,10 +284,9 @@ class Launcher:
         while True:
             attempt.poll()
             self.record_progress()
-            if attempt.stopping or not all(view.stopped for view in attempt.views):
-                cause = attempt.find_cause(self.is_ready)
-            else:
+            if not attempt.stopping and all(view.stopped for view in attempt.views):
                 raise Interrupted(stop=True, keep=True)  # stopped by another command, which deletes
+            cause = attempt.find_cause(self.is_ready)
             if cause:
                 if cause.kind != "done":
                     self.is_ready()

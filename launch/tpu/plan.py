@@ -49,12 +49,12 @@ class Plan:
         return None if each is None or self.tpu is None else each * self.tpu.slices
 
 
-def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path = ROOT) -> Plan:
+def make_plan(args: argparse.Namespace, overrides: list[str]) -> Plan:
     """Resolve and check the whole request. Raises Stop for anything that cannot work."""
     if not args.config:
         raise Stop(Exit.USAGE, "--config NAME is required; see launch/tpu_vm.sh --help")
-    values = Values(args, root)
-    config = preflight.check_name(root, args.config)
+    values = Values(args, ROOT)
+    config = preflight.check_name(ROOT, args.config)
     file, _, argument = config.partition(":")
     default = f"{pathlib.PurePath(file).stem} {argument}".lower().strip()
     name = values.get("name", re.sub(r"[^a-z0-9]+", "-", default))
@@ -72,8 +72,8 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     if tpu:
         devices = accelerator.devices * tpu.slices if accelerator else None
     show = preflight.show_arguments(config, overrides, devices)
-    resolved = preflight.resolve(root, show, install=not args.dry_run)
-    workdir = resolve_workdir(args, values, name, root, target)
+    resolved = preflight.resolve(ROOT, show, install=not args.dry_run)
+    workdir = resolve_workdir(args, values, name, ROOT, target)
     run = f"{name}-{digest(workdir)}"
     if args.fresh:
         workdir = f"{workdir}-{digest([config, overrides])}"
@@ -82,13 +82,13 @@ def make_plan(args: argparse.Namespace, overrides: list[str], root: pathlib.Path
     commands = preflight.check_data(resolved, target != "vm") if resolved else []
     commands = [args.setup] * bool(args.setup) + commands
     secrets = secret.collect(args.secret, args.env_file)
-    code = bundle.make(root, secret.redactable(secrets))
+    code = bundle.make(ROOT, secret.redactable(secrets))
     plan = Plan(
         args=args,
         target=target,
         name=name,
         run=run,
-        folder=root / "runs" / "tpu" / run,
+        folder=ROOT / "runs" / "tpu" / run,
         hosts=hosts,
         config=config,
         workdir=workdir,

@@ -15,7 +15,6 @@ from vit_scale.models.build import build
 from vit_scale.models.lora import adapted
 from vit_scale.models.parameters import CONVOLUTIONS, is_statistic, named, stack, unstack
 from vit_scale.training.optimizer import (
-    apply_updates,
     check,
     check_trained,
     make_optimizer,
@@ -374,7 +373,7 @@ def test_frozen_parameters_get_no_update_and_keep_no_state(params, fields, layou
     optimizer, _ = make_optimizer(cfg, 100, params)
     state = optimizer.init(params)
     updates, state = optimizer.update(random_like(params, 1), state, params)
-    after = named(apply_updates(params, updates))
+    after = named(optax.apply_updates(params, updates))
     for name, leaf in named(params).items():
         in_state = [path for path in named(state) if path.endswith(f"/{name}")]
         assert bool(in_state) != is_frozen(name), name

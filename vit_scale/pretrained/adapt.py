@@ -21,10 +21,9 @@ from vit_scale.errors import UserError, nearest
 from vit_scale.models.parameters import named, stack, unstack, without_layer_scale
 from vit_scale.models.patch_embeddings import resample_patches
 from vit_scale.models.position_embeddings import resample
-from vit_scale.pretrained.key_mapping import POSITIONS
+from vit_scale.pretrained.key_mapping import HEAD, POSITIONS
 
 PATCHES = "embed/kernel"
-HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 REPRESENTATION = ("representation/kernel", "representation/bias")
 HEADS = ("auto", "keep", "new")  # of init.head
 # Settings that change what the same parameters compute.

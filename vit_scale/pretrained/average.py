@@ -17,7 +17,8 @@ from vit_scale.config import image_size
 from vit_scale.errors import UserError
 from vit_scale.models.parameters import is_statistic, named, stack, unstack
 from vit_scale.models.spec import TRAINING_FIELDS, Shape
-from vit_scale.pretrained.adapt import HEAD, adapt, match_head
+from vit_scale.pretrained.adapt import adapt, match_head
+from vit_scale.pretrained.key_mapping import HEAD
 from vit_scale.pretrained.load import Pretrained, load_model
 from vit_scale.runs.report import format_results
 

@@ -20,21 +20,15 @@ _TOWER: Fields = {
     "num_hidden_layers": 12,
     "image_size": 224,
 }
+_SIGLIP: Fields = {
+    **_TOWER,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
 DEFAULTS: dict[str, Fields] = {
-    "siglip_vision_model": {
-        **_TOWER,
-        "patch_size": 16,
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
-    "siglip2_vision_model": {
-        **_TOWER,
-        "image_size": None,
-        "num_patches": 256,
-        "patch_size": 16,
-        "layer_norm_eps": 1e-6,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
+    "siglip_vision_model": _SIGLIP,
+    "siglip2_vision_model": {**_SIGLIP, "image_size": None, "num_patches": 256},
     "clip_vision_model": {
         **_TOWER,
         "patch_size": 32,

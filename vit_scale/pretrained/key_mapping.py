@@ -18,6 +18,7 @@ from vit_scale.errors import UserError
 Arrays = dict[str, np.ndarray]
 BLOCK_INDEX = "{i}"  # placeholder for the number of a block, in parameter names and keys
 POSITIONS = "posemb"
+HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 LISTED = 6  # keys that a message lists; a file may have hundreds
 
 

@@ -15,6 +15,7 @@ from vit_scale.models.build import Model
 from vit_scale.models.parameters import named
 from vit_scale.pretrained.canonicalize import canonical_keys
 from vit_scale.pretrained.key_mapping import (
+    HEAD,
     LAYOUTS,
     POSITIONS,
     Arrays,
@@ -24,7 +25,6 @@ from vit_scale.pretrained.key_mapping import (
 )
 from vit_scale.pretrained.state_dicts import StateDict
 
-HEAD = ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")
 # (regular expression of a key, feature of models that this project lacks)
 UNSUPPORTED = (
     (r"relative_position|rel_pos", "relative positions"),

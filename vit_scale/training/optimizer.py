@@ -231,7 +231,7 @@ def make_optimizer(
       held: a regular expression of the parameters that get no update in the first so many steps.
 
     Returns:
-      (optimizer, schedule); its updates are added by `apply_updates`.
+      (optimizer, schedule); its updates are added by `optax.apply_updates`.
     """
     schedule = make_schedule(cfg, steps)
     decay = optax.add_decayed_weights(
@@ -250,11 +250,6 @@ def make_optimizer(
     )
     labels = jax.tree.map(lambda train: "trained" if train else "frozen", trained(cfg, params))
     return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels), schedule
-
-
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Return the parameters after a step."""
-    return optax.apply_updates(params, updates)
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: float) -> PyTree:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_scale.distributed.mesh import compiler_options
@@ -15,7 +16,7 @@ from vit_scale.distributed.sharding import batch_sharding
 from vit_scale.models.parameters import parameters, stop_frozen, unite
 from vit_scale.tracking.metrics import TrainMetrics, norm
 from vit_scale.training.objectives import Context
-from vit_scale.training.optimizer import apply_updates, trained, update_ema
+from vit_scale.training.optimizer import trained, update_ema
 from vit_scale.training.setup import Setup
 from vit_scale.training.train_state import TrainState
 
@@ -51,7 +52,7 @@ def jit_train_step(setup: Setup) -> jax.stages.Wrapped:
         grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         with jax.named_scope("optimizer"):
             updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-            params = apply_updates(state.params, updates)
+            params = optax.apply_updates(state.params, updates)
         params = unite(params, outputs["statistics"])
         decay = objective.decay(state.step) if objective.decay else cfg.optim.ema
         ema = None if state.ema is None else update_ema(state.ema, params, decay)

@@ -9,54 +9,27 @@ embedding as a matrix and positions as a grid; here it reads one size of images.
 
 import dataclasses
 
+from vit_scale.pretrained.formats.flax_layers import attention, leaves, mlp, norm
 from vit_scale.pretrained.formats.steps import unflatten_patches
 from vit_scale.pretrained.key_mapping import Arrays, KeyMapping, WeightFormat
 
 BLOCK = "Transformer/encoderblock_{i}/"
-ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_0/", BLOCK + "MlpBlock_0/"
-POOL = "MAPHead_0/"
+ATTENTION = "MultiHeadDotProductAttention_0"
 MAPPINGS = (
-    KeyMapping("embed/kernel", "embedding/kernel"),
-    KeyMapping("embed/bias", "embedding/bias"),
+    *leaves("embed", "embedding"),
     KeyMapping("cls", "cls", "token"),
     KeyMapping("posemb", "pos_embedding", "first"),
-    KeyMapping("blocks/{i}/norm1/scale", BLOCK + "LayerNorm_0/scale"),
-    KeyMapping("blocks/{i}/norm1/bias", BLOCK + "LayerNorm_0/bias"),
-    KeyMapping("blocks/{i}/attention/query/kernel", ATTENTION + "query/kernel"),
-    KeyMapping("blocks/{i}/attention/query/bias", ATTENTION + "query/bias"),
-    KeyMapping("blocks/{i}/attention/key/kernel", ATTENTION + "key/kernel"),
-    KeyMapping("blocks/{i}/attention/key/bias", ATTENTION + "key/bias"),
-    KeyMapping("blocks/{i}/attention/value/kernel", ATTENTION + "value/kernel"),
-    KeyMapping("blocks/{i}/attention/value/bias", ATTENTION + "value/bias"),
-    KeyMapping("blocks/{i}/attention/out/kernel", ATTENTION + "out/kernel"),
-    KeyMapping("blocks/{i}/attention/out/bias", ATTENTION + "out/bias"),
-    KeyMapping("blocks/{i}/norm2/scale", BLOCK + "LayerNorm_1/scale"),
-    KeyMapping("blocks/{i}/norm2/bias", BLOCK + "LayerNorm_1/bias"),
-    KeyMapping("blocks/{i}/mlp/up/kernel", MLP + "Dense_0/kernel"),
-    KeyMapping("blocks/{i}/mlp/up/bias", MLP + "Dense_0/bias"),
-    KeyMapping("blocks/{i}/mlp/down/kernel", MLP + "Dense_1/kernel"),
-    KeyMapping("blocks/{i}/mlp/down/bias", MLP + "Dense_1/bias"),
-    KeyMapping("norm/scale", "Transformer/encoder_norm/scale"),
-    KeyMapping("norm/bias", "Transformer/encoder_norm/bias"),
-    KeyMapping("pool/probe", POOL + "probe", "first"),
-    KeyMapping("pool/query/kernel", POOL + "MultiHeadDotProductAttention_0/query/kernel"),
-    KeyMapping("pool/query/bias", POOL + "MultiHeadDotProductAttention_0/query/bias"),
-    KeyMapping("pool/key/kernel", POOL + "MultiHeadDotProductAttention_0/key/kernel"),
-    KeyMapping("pool/key/bias", POOL + "MultiHeadDotProductAttention_0/key/bias"),
-    KeyMapping("pool/value/kernel", POOL + "MultiHeadDotProductAttention_0/value/kernel"),
-    KeyMapping("pool/value/bias", POOL + "MultiHeadDotProductAttention_0/value/bias"),
-    KeyMapping("pool/out/kernel", POOL + "MultiHeadDotProductAttention_0/out/kernel"),
-    KeyMapping("pool/out/bias", POOL + "MultiHeadDotProductAttention_0/out/bias"),
-    KeyMapping("pool/norm/scale", POOL + "LayerNorm_0/scale"),
-    KeyMapping("pool/norm/bias", POOL + "LayerNorm_0/bias"),
-    KeyMapping("pool/mlp/up/kernel", POOL + "MlpBlock_0/Dense_0/kernel"),
-    KeyMapping("pool/mlp/up/bias", POOL + "MlpBlock_0/Dense_0/bias"),
-    KeyMapping("pool/mlp/down/kernel", POOL + "MlpBlock_0/Dense_1/kernel"),
-    KeyMapping("pool/mlp/down/bias", POOL + "MlpBlock_0/Dense_1/bias"),
-    KeyMapping("representation/kernel", "pre_logits/kernel"),
-    KeyMapping("representation/bias", "pre_logits/bias"),
-    KeyMapping("head/kernel", "head/kernel"),
-    KeyMapping("head/bias", "head/bias"),
+    *norm("blocks/{i}/norm1", BLOCK + "LayerNorm_0"),
+    *attention("blocks/{i}/attention", BLOCK + ATTENTION),
+    *norm("blocks/{i}/norm2", BLOCK + "LayerNorm_1"),
+    *mlp("blocks/{i}/mlp", BLOCK + "MlpBlock_0"),
+    *norm("norm", "Transformer/encoder_norm"),
+    KeyMapping("pool/probe", "MAPHead_0/probe", "first"),
+    *attention("pool", "MAPHead_0/" + ATTENTION),
+    *norm("pool/norm", "MAPHead_0/LayerNorm_0"),
+    *mlp("pool/mlp", "MAPHead_0/MlpBlock_0"),
+    *leaves("representation", "pre_logits"),
+    *leaves("head", "head"),
 )
 
 

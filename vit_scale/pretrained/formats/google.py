@@ -7,6 +7,7 @@ BiT ResNet beside them, whose norms are vectors or (1 1 1 c).
 """
 
 from vit_scale.pretrained.formats import bit_stem
+from vit_scale.pretrained.formats.flax_layers import attention, leaves, mlp, norm
 from vit_scale.pretrained.formats.steps import flatten
 from vit_scale.pretrained.key_mapping import KeyMapping, WeightFormat
 
@@ -22,39 +23,22 @@ STEM = bit_stem.layers(
 )
 
 BLOCK = "Transformer/encoderblock_{i}/"
-ATTENTION, MLP = BLOCK + "MultiHeadDotProductAttention_1/", BLOCK + "MlpBlock_3/"
 MAPPINGS = (
     *(
-        KeyMapping(f"{param}/{leaf}", f"{key}/{leaf}")
+        row
         for param, key in STEM
-        for leaf in (("kernel",) if "conv" in param else ("scale", "bias"))
+        for row in (leaves(param, key, ["kernel"]) if "conv" in param else norm(param, key))
     ),
-    KeyMapping("embed/kernel", "embedding/kernel"),
-    KeyMapping("embed/bias", "embedding/bias"),
+    *leaves("embed", "embedding"),
     KeyMapping("cls", "cls", "token"),
     KeyMapping("posemb", "Transformer/posembed_input/pos_embedding", "first"),
-    KeyMapping("blocks/{i}/norm1/scale", BLOCK + "LayerNorm_0/scale"),
-    KeyMapping("blocks/{i}/norm1/bias", BLOCK + "LayerNorm_0/bias"),
-    KeyMapping("blocks/{i}/attention/query/kernel", ATTENTION + "query/kernel"),
-    KeyMapping("blocks/{i}/attention/query/bias", ATTENTION + "query/bias"),
-    KeyMapping("blocks/{i}/attention/key/kernel", ATTENTION + "key/kernel"),
-    KeyMapping("blocks/{i}/attention/key/bias", ATTENTION + "key/bias"),
-    KeyMapping("blocks/{i}/attention/value/kernel", ATTENTION + "value/kernel"),
-    KeyMapping("blocks/{i}/attention/value/bias", ATTENTION + "value/bias"),
-    KeyMapping("blocks/{i}/attention/out/kernel", ATTENTION + "out/kernel"),
-    KeyMapping("blocks/{i}/attention/out/bias", ATTENTION + "out/bias"),
-    KeyMapping("blocks/{i}/norm2/scale", BLOCK + "LayerNorm_2/scale"),
-    KeyMapping("blocks/{i}/norm2/bias", BLOCK + "LayerNorm_2/bias"),
-    KeyMapping("blocks/{i}/mlp/up/kernel", MLP + "Dense_0/kernel"),
-    KeyMapping("blocks/{i}/mlp/up/bias", MLP + "Dense_0/bias"),
-    KeyMapping("blocks/{i}/mlp/down/kernel", MLP + "Dense_1/kernel"),
-    KeyMapping("blocks/{i}/mlp/down/bias", MLP + "Dense_1/bias"),
-    KeyMapping("norm/scale", "Transformer/encoder_norm/scale"),
-    KeyMapping("norm/bias", "Transformer/encoder_norm/bias"),
-    KeyMapping("representation/kernel", "pre_logits/kernel"),
-    KeyMapping("representation/bias", "pre_logits/bias"),
-    KeyMapping("head/kernel", "head/kernel"),
-    KeyMapping("head/bias", "head/bias"),
+    *norm("blocks/{i}/norm1", BLOCK + "LayerNorm_0"),
+    *attention("blocks/{i}/attention", BLOCK + "MultiHeadDotProductAttention_1"),
+    *norm("blocks/{i}/norm2", BLOCK + "LayerNorm_2"),
+    *mlp("blocks/{i}/mlp", BLOCK + "MlpBlock_3"),
+    *norm("norm", "Transformer/encoder_norm"),
+    *leaves("representation", "pre_logits"),
+    *leaves("head", "head"),
 )
 
 GOOGLE = WeightFormat(
