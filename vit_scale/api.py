@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vit_scale import config, pretrained
 from vit_scale.config import base, image_size
-from vit_scale.data import Source, align, are_disjoint, open_evaluation
+from vit_scale.data import Source, align, open_evaluation, share_images
 from vit_scale.data.targets import CLASS, CLASSES
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import shard, shardings
@@ -298,7 +298,7 @@ def _selection(
         raise UserError(f"a greedy soup selects at the runs' own image size, {size}", USAGE)
     for field, use in (("data.train", "trained on"), ("eval.final", "finally judged by")):
         used = config.fields(source.cfg)[field]
-        if cfg.data.name == source.cfg.data.name and used and not are_disjoint(split, used):
+        if cfg.data.name == source.cfg.data.name and used and share_images(cfg.data, split, used):
             raise UserError(
                 f"split {split} shares images with {field}={used}, which {source.path} is {use}: "
                 "select by images that were held out, such as train[90%:] of runs that were "

@@ -333,10 +333,11 @@ def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
         flip(file, draw.randint(2**31))
         with Checkpoints(run) as checkpoints:
             step, result = checkpoints.recover(like(trees(0)))
-            assert step == 1 or checkpoints.read_metrics(2) == {"accuracy": 0.5}
+            metrics = checkpoints.read_metrics(2) if step == 2 else {}
+            assert metrics in ({}, {"accuracy": 0.5})  # measured again without
         same_bits(result["params"], trees(step)["params"])
         same_bits(result["opt_state"], trees(step)["opt_state"])
-        detected += step == 1
+        detected += not metrics
     assert 10 < detected < 60
 
 

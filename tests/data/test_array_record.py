@@ -258,6 +258,14 @@ def test_a_truncated_or_missing_shard_is_refused_at_once(packed):
         data.open_split(packed_block(packed), "train")
 
 
+def test_a_shard_that_vanished_is_no_corrupt_image(packed):
+    source = data.open_split(packed_block(packed, on_corrupt="skip"), "train")
+    file = packed / "train-00002-of-00004.array_record"
+    file.unlink()
+    with pytest.raises(UserError, match=f"cannot read {file}: No such file"):
+        everything(source)
+
+
 def test_a_label_outside_the_classes_is_refused(packed):
     index = json.loads((packed / "index.json").read_text())
     index["classes"] = index["classes"][:3]

@@ -206,9 +206,9 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, folder, monkeypatch, capsys
     )
     rows(labels=(1, 1, 0)).to_parquet(tmp_path / "unlabelled/validation.parquet")
     source = data.open_split(hf_block(tmp_path / "unlabelled"), "test")
-    assert source.name.endswith(" val")
+    assert source.name.endswith(" validation")
     assert everything(source)["label"].tolist() == [1, 1, 0]
-    assert "test has no labels, all are -1: val is read\n" in capsys.readouterr().err
+    assert "test has no labels, all are -1: validation is read\n" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "needs the package datasets: launch/environment.sh hf" in refused(
         lambda: data.open_split(hf_block(folder), "train")

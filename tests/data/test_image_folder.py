@@ -250,6 +250,8 @@ def test_memory_keeps_the_mask_of_skipped_images(plain):
     truncate_second(plain)
     source = data.open_split(block(plain, memory=True, on_corrupt="skip"), "train")
     assert everything(source)["mask"].tolist() == [True, False, True]
+    loaded = data.open_split(block(plain, on_corrupt="skip"), "train")
+    assert data.class_counts(source).tolist() == data.class_counts(loaded).tolist()
 
 
 def test_imagenet_v2_has_its_classes_by_number(tmp_path):

@@ -112,6 +112,7 @@ def test_other_splits_have_the_classes_of_the_training_listing(folder):
         ("csv", "value", "file,age\na.png,nan\n", "train.csv (a.png): nan is not finite"),
         ("csv", "value", "file,age\n", "lists no image"),
         ("csv", "value", "file,age\na.png,1\na.png,2\n", "lists a.png twice"),
+        ("json", "value", '{"a.png": 1, "a.png": 2}', "lists a.png twice"),
         ("json", "classes", "{", "is not JSON ("),
         ("json", "classes", "[1]", 'data.target=classes: {"FILE": ["CLASS", ...], ...}'),
         ("json", "classes", '{"a.png": "ant"}', 'data.target=classes: {"FILE": ["CLASS", ...]'),

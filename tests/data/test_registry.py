@@ -11,9 +11,12 @@ import time
 import numpy as np
 import pytest
 
+from tests.data.test_image_folder import picture, save
 from vit_scale import data
 from vit_scale.config import base
 from vit_scale.data.loader import in_memory, shuffled
+from vit_scale.data.registry import share_images
+from vit_scale.data.splits import split_name
 from vit_scale.errors import UserError
 
 
@@ -120,9 +123,22 @@ GOLDEN_SLICE = [1, 5, 7, 14, 19]
 )
 def test_bad_splits_are_refused_in_one_line(split, message):
     with pytest.raises(UserError) as caught:
-        data.split_name(split, ("train", "test"))
+        split_name(split, ("train", "test"))
         data.cut(numbered(40), split)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_test_set_that_is_the_validation_set_shares_its_images(tmp_path):
+    folder = block(name="folder", path=str(tmp_path))
+    for number, split in enumerate(("train", "val")):
+        save(tmp_path / split / "ant" / "1.png", picture(8, 8, number))
+    assert share_images(folder, "val", "test") and share_images(folder, "val", "validation")
+    assert share_images(folder, "val[:60%]", "test[50%:]")
+    assert not share_images(folder, "val[:50%]", "test[50%:]")
+    assert not share_images(folder, "train", "test")
+    save(tmp_path / "test" / "ant" / "1.png", picture(8, 8, 2))
+    assert not share_images(folder, "val", "test")
+    assert not share_images(block(name="folder", path="nowhere"), "val", "test")
 
 
 def test_an_unknown_set_gets_a_suggestion():

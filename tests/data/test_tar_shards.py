@@ -1,8 +1,10 @@
 """Tar shards: examples are grouped and labelled as in WebDataset; a stale index is refused."""
 
+import errno
 import io
 import os
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from tests.data.test_array_record import Inline
 from tests.data.test_image_folder import block, everything, picture
 from vit_scale import cli, data
 from vit_scale.data import tar_shards
-from vit_scale.errors import UserError
+from vit_scale.errors import RESUMABLE, UserError
+from vit_scale.storage import ranges
 
 
 def png(seed: int) -> bytes:
@@ -190,17 +193,42 @@ def test_a_truncated_or_foreign_shard_is_named(shards):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("e.cls", b"ant", "(e.cls) has no label that is a number, but b'ant'"),
+        ("e.cls", b"ant", "(e.cls) has no label that is a number below 1,000,000, but b'ant'"),
         ("e.cls", b"-1", "(e.cls) has no label that is a number"),
+        ("e.cls", b"3000000000", "(e.cls) has no label that is a number below 1,000,000"),
         ("e.json", b'{"label": "ant"}', "(e.json) has no label that is a number"),
         ("e.json", b"{", "(e.json) has no label that is a number"),
         ("e.json", b'{"class": 1}', "(e.png) has no label; each image needs"),
+        ("e.json", b"[1]", "(e.png) has no label; each image needs"),
         ("e.txt", b"1", "(e.png) has no label; each image needs"),
     ],
 )
 def test_an_image_without_a_label_is_named(shards, name, content, message):
     write_tar(shards / "train-002.tar", {name: content, "e.png": png(7)})
     assert message in refused(lambda: index(shards))
+
+
+@pytest.mark.parametrize("json", [b'{"url": "x"}', b'{"label": 1}', b"[[3, 4]]"])
+def test_a_label_stands_beside_json_without_one(shards, json):
+    write_tar(shards / "train-002.tar", {"e.cls": b"1", "e.jpg": png(7), "e.json": json})
+    index(shards)
+    assert everything(data.open_split(tar_block(shards), "train"))["label"][5] == 1
+
+
+def test_two_labels_of_one_image_are_refused(shards):
+    members = {"e.cls": b"1", "e.json": b'{"label": 2}', "e.png": png(7)}
+    write_tar(shards / "train-002.tar", members)
+    assert "e.cls has the label 1, and e.json 2" in refused(lambda: index(shards))
+
+
+def test_what_follows_the_end_of_a_shard_is_not_left_out(shards):
+    """As `cat` makes of two tars."""
+    shard = shards / "train-001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content + bytes(20_000))
+    assert index(shards)["train"] == 5
+    shard.write_bytes(content + (shards / "train-000.tar").read_bytes())
+    assert "more follows its end" in refused(lambda: index(shards))
 
 
 def test_the_order_of_shards_is_the_indexs(tmp_path):
@@ -238,9 +266,31 @@ def test_an_example_without_its_image_is_refused(shards):
 def test_hidden_members_are_no_examples(shards):
     """The tar of macOS stores a file's attributes beside it."""
     members = {"._e.cls": b"\0\5", "e.cls": b"0", "._e.png": b"\0\5", "e.png": png(7)}
+    members |= {"a/@eaDir/1.png/THUMB.png": png(8), "__MACOSX/a/1.png": b"\0\5"}
     write_tar(shards / "train-002.tar", members)
     assert index(shards)["train"] == 6
     assert data.open_split(tar_block(shards), "train").location(5).endswith("(e.png)")
+
+
+def test_members_that_are_no_images_are_counted(shards, capsys):
+    write_tar(shards / "train-002.tar", {"e.cls": b"0", "e.png": png(7), "f.heic": b"..."})
+    assert index(shards)["train"] == 6
+    assert capsys.readouterr().err.endswith(": .heic 1 (first: f.heic); skipped\n")
+
+
+@pytest.mark.parametrize("on_corrupt", ["fail", "skip"])
+def test_a_shard_that_cannot_be_read_is_no_corrupt_image(shards, monkeypatch, on_corrupt):
+    index(shards)
+    source = data.open_split(tar_block(shards, on_corrupt=on_corrupt), "train")
+    with monkeypatch.context() as patch:
+        stale = mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
+        patch.setattr(ranges.paths, "read_range", stale)
+        with pytest.raises(UserError, match=r"train-000\.tar: Stale file handle") as caught:
+            everything(source)
+        assert caught.value.code == RESUMABLE
+    (shards / "train-001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-001\.tar: No such file"):
+        everything(source)
 
 
 def test_a_corrupt_member_is_named_or_skipped(shards):

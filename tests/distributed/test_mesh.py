@@ -48,13 +48,16 @@ class Device:
     id: int
     slice_index: int
     process_index: int
-    platform: str = "gpu"
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
     device_kind: str = "any"
 
 
 def pod(slices, devices):
     """`slices` slices of so many devices, each a process of its own."""
-    return [Device(i, i // devices, i // devices) for i in range(slices * devices)]
+    places = [divmod(i, devices) for i in range(slices * devices)]
+    return [Device(i, part, part, (at, 0, 0)) for i, (part, at) in enumerate(places)]
 
 
 def test_each_axis_goes_over_devices_of_a_slice_and_over_slices():
@@ -71,11 +74,12 @@ def test_the_batch_goes_over_slices_unless_told_otherwise():
     assert [device.slice_index for device in mesh.devices[:, 0, 0]] == [0, 1]
 
 
-def test_a_process_is_a_slice_where_devices_do_not_say():
-    devices = [dataclasses.replace(device, slice_index=0) for device in pod(2, 4)]
+def test_a_machine_with_gpus_is_a_slice_only_where_an_axis_spans_several():
+    devices = [dataclasses.replace(device, platform="gpu") for device in pod(2, 4)]
     mesh = make_mesh(mesh_block(data=1, fsdp=4, slices_data=2), devices)
     assert [device.process_index for device in mesh.devices[:, 0, 0]] == [0, 1]
-    assert dict(make_mesh(mesh_block(fsdp=8), devices).shape)["fsdp"] == 8  # one slice
+    mesh = make_mesh(mesh_block(data=1, fsdp=8), devices)
+    assert [device.id for device in mesh.devices[0, :, 0]] == list(range(8))
 
 
 def test_an_abstract_mesh_is_that_of_as_many_devices():

@@ -175,7 +175,7 @@ def test_on_two_hosts_it_is_the_same(run, result, tmp_path):
     ("arguments", "message"),
     [
         (["--split", "train[:10]"], "splits train and train[:10] share images"),
-        (["--train", "val", "--split", "test"], "splits val and test are the same images"),
+        (["--train", "val", "--split", "test"], "splits val and test share images"),
         (["--knn", "49"], "49 neighbours of 48 training images"),
         (["--temperature", "0"], "temperature 0.0 of kNN must be above 0"),
         (["--shots", "1"], "at least 2 are needed"),

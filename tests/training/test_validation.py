@@ -55,6 +55,7 @@ from vit_scale.training.validation import check_attention
             ["model.posemb=sincos2d", "model.width=18", "model.heads=3"],
             "model.posemb=sincos2d needs a width divisible by 4, not 18",
         ),
+        (["data.load=-1"], "data.load=-1 must be at least 0"),
         (["model.norm_epsilon=nan"], "model.norm_epsilon=nan above 0"),
         (["model.layer_scale=nan"], "model.layer_scale=nan must be at least 0"),
     ],

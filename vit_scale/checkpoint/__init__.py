@@ -9,6 +9,7 @@ from vit_scale.checkpoint.checkpointer import DAMAGED, Checkpoints, score
 from vit_scale.checkpoint.io import (
     BASE,
     COMMITTED,
+    EXTENDED,
     FOLDER,
     SELECTION,
     all_steps,
@@ -26,6 +27,7 @@ __all__ = [
     "BASE",
     "COMMITTED",
     "DAMAGED",
+    "EXTENDED",
     "FOLDER",
     "SELECTION",
     "Checkpoints",

@@ -199,8 +199,6 @@ class Checkpoints:
         damage = {}
         for step in order:
             try:
-                with multihost.shared_errors():
-                    read_selection(self.folder / str(step))
                 trees = self.restore(step, target)
             except UserError as error:
                 if error.code == RESUMABLE:

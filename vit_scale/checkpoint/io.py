@@ -28,6 +28,7 @@ from vit_scale.storage import paths
 from vit_scale.storage.errors import one_line
 
 FOLDER = "checkpoints"
+EXTENDED = "extended"  # folder of a run: what it was before it was extended to more steps
 BASE = "base"  # folder of a run, and entry of a manifest: frozen parameters that are stored once
 PARAMETERS = {"params", "ema"}  # the trees that frozen parameters are part of
 SELECTION = "selection.json"
@@ -162,7 +163,10 @@ def _read_base(path: pathlib.Path, manifest: Mapping) -> tuple[pathlib.Path, dic
 
     Raises UserError if it is missing or another.
     """
-    folder = path.parent.parent / BASE / "0"
+    run = path.parent.parent
+    folder = run / BASE / "0"
+    if not folder.is_dir() and run.parent.name == EXTENDED:  # the longer run has them
+        folder = run.parent.parent / BASE / "0"
     if not folder.is_dir():
         raise UserError(
             f"checkpoint {path} needs the frozen parameters in {folder}, which is missing: copy "

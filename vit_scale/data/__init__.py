@@ -18,10 +18,11 @@ from vit_scale.data.registry import (
     open_split,
     open_training,
     pinned,
+    share_images,
     views,
 )
 from vit_scale.data.sources import Batch, InMemory, Source, checksum
-from vit_scale.data.splits import Slice, are_disjoint, cut, split_name
+from vit_scale.data.splits import Slice, cut
 from vit_scale.data.statistics import class_counts, mean_and_std
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "Slice",
     "Source",
     "align",
-    "are_disjoint",
     "are_files",
     "check_crop",
     "check_shared_memory",
@@ -48,7 +48,7 @@ __all__ = [
     "open_split",
     "open_training",
     "pinned",
-    "split_name",
+    "share_images",
     "train_batches",
     "views",
 ]

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
+from vit_scale.data.image_files import check_readable
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.record_ranges import RecordRanges
 from vit_scale.data.shards import LABEL, READ
@@ -93,6 +94,7 @@ class Records(EncodedImages):
         except (Corrupt, UserError):
             raise
         except Exception as error:  # Riegeli raises several types
+            check_readable(self._shards[shard])
             raise Corrupt(one_line(error)) from error
         if self.targets:
             end = LABEL.size + 4 * self.targets

@@ -20,6 +20,7 @@ from vit_scale.data.columns import choose_column, labelled_split
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
+from vit_scale.data.image_files import read_image_file
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
 from vit_scale.data.targets import CLASS, CLASSES, VALUE, Rows, class_names, make_targets, rows_of
@@ -78,9 +79,9 @@ class HuggingFace(EncodedImages):
             value, path = value.get("bytes"), value.get("path")
             if value is None and path:  # the table names a file
                 try:
-                    value = Path(path).read_bytes()
-                except OSError as error:
-                    raise Corrupt(f"{path}: {error.strerror}") from error
+                    value = read_image_file(Path(path))
+                except Corrupt as error:
+                    raise Corrupt(f"{path}: {error}") from error
         if not value:
             raise Corrupt("it has no bytes")
         return value, self._label_of(index)
@@ -99,7 +100,7 @@ def source(cfg: ConfigDict, name: str) -> HuggingFace:
     """
     datasets = _datasets()
     with _errors(cfg.path):
-        splits = _splits(datasets, cfg.path)
+        splits = _splits(datasets, os.path.expanduser(cfg.path))
         split = labelled_split(cfg, name, splits, lambda one: _has_labels(splits[one], cfg))
         rows, train = splits[split], splits.get("train", splits[split])
     image, label = _image_column(rows, cfg), _label_column(rows, cfg)

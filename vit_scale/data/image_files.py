@@ -113,8 +113,23 @@ def read_image_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-        if not missing and (paths.in_bucket(path) or error.errno in PASSING):
-            code = RESUMABLE if error.errno in PASSING else exit_code(error)
-            raise UserError(f"cannot read {path}: {error.strerror or error}", code) from error
-        raise Corrupt(error.strerror or str(error)) from error
+        raise read_error(error, path) from error
+
+
+def read_error(error: OSError, path: Path, shard: bool = False) -> Corrupt | UserError:
+    """Return what to raise where a file of one image, or a `shard` of many, cannot be read."""
+    missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    fails = missing if shard else paths.in_bucket(path) and not missing
+    if fails or error.errno in PASSING:
+        code = RESUMABLE if error.errno in PASSING else exit_code(error)
+        return UserError(f"cannot read {path}: {error.strerror or error}", code)
+    return Corrupt(error.strerror or str(error))
+
+
+def check_readable(shard: Path) -> None:
+    """Raise UserError where it is storage that fails, after a reader that does not tell has."""
+    try:
+        with shard.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise read_error(error, shard, shard=True) from error

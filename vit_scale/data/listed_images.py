@@ -10,6 +10,7 @@ classes are the sorted names that the training listing has, and with data.target
 {"FILE": 1.5, ...} or {"FILE": [1.5, 2], ...}.
 """
 
+import collections
 import copy
 import csv
 import io
@@ -34,6 +35,7 @@ from vit_scale.storage.errors import DAMAGED, user_errors
 
 SUFFIXES = (".csv", ".json")
 FILE = "file"  # the first column of a CSV file
+MERGE = "remove one, or merge their labels"
 CSV_FORM = f"a CSV listing begins with the header {FILE},NAME,NAME,..."
 
 
@@ -121,7 +123,7 @@ def _read(path: Path, kind: str) -> Listing:
     if len(set(listing.files.tolist())) < len(listing.files):
         files, counts = np.unique(listing.files, return_counts=True)
         twice = os.fsdecode(files[counts > 1][0])
-        raise UserError(f"{path} lists {twice} twice; remove one, or merge their labels")
+        raise UserError(f"{path} lists {twice} twice; {MERGE}")
     return listing
 
 
@@ -174,7 +176,7 @@ def _as_rows(path: Path, table: np.ndarray, kind: str) -> Rows:
 def _read_json(path: Path, text: str, kind: str) -> Listing:
     form = '{"FILE": ["CLASS", ...], ...}' if kind == CLASSES else '{"FILE": NUMBER, ...}'
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); repair it") from error
     items = content if isinstance(content, dict) else {}
@@ -185,6 +187,14 @@ def _read_json(path: Path, text: str, kind: str) -> Listing:
     if kind == CLASSES and rows.flat.size and rows.flat.dtype.kind not in "US":
         raise UserError(f"{path} has numbers for classes; a listing has names: {form}")
     return Listing(path, np.array([os.fsencode(file) for file in files]), rows, None)
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise UserError(f"{path} lists {twice} twice; {MERGE}")
+    return content
 
 
 def _reordered(listing: Listing, names: Sequence[str], kind: str) -> Rows:

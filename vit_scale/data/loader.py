@@ -90,8 +90,10 @@ def in_memory(source: Source, workers: int) -> InMemory:
             for name, values in whole.items():
                 values[first : first + count] = batch[name][:count]  # type: ignore[literal-required, index]
             bar.update(count)
-    images, labels, mask = whole["image"], whole["label"], whole["mask"]
-    return InMemory(source.name, images, labels, source.classes, mask, whole.get("target"))
+    images, labels, target = whole["image"], whole["label"], whole.get("target")
+    if hasattr(source, "labels"):  # which those of corrupt images have too
+        (labels if target is None else target)[:] = source.labels(np.arange(n))
+    return InMemory(source.name, images, labels, source.classes, whole["mask"], target)
 
 
 class TrainBatches:

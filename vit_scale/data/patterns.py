@@ -40,6 +40,8 @@ def _numbered(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     first, last = match.groups()
+    if int(first) > int(last):
+        raise UserError(f"{match[0]} in {pattern} ends before it begins: give {{{last}..{first}}}")
     numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
     before, after = pattern[: match.start()], pattern[match.end() :]
     return list(itertools.chain.from_iterable(_numbered(before + n + after) for n in numbers))
@@ -54,4 +56,7 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
         return expand(path.replace(SPLIT, split), complete=split == "train")
     if path.endswith(suffix):
         return expand(path) if split == "train" else []
-    return expand(f"{path}/{split}*{suffix}") or expand(f"{path}/{split}/*{suffix}")
+    found = expand(f"{path}/{split}*{suffix}") or expand(f"{path}/{split}/*{suffix}")
+    if split == "val":  # of which `validation` is no file
+        found = [file for file in found if not file.name.startswith("validation")]
+    return found

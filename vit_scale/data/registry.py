@@ -33,7 +33,7 @@ from vit_scale.data.loader import in_memory
 from vit_scale.data.mixtures import Mixture, relabel
 from vit_scale.data.real_labels import with_real_labels
 from vit_scale.data.sources import Source
-from vit_scale.data.splits import ORDERS, Slice, cut, split_name
+from vit_scale.data.splits import ORDERS, Slice, are_disjoint, cut, split_name
 from vit_scale.data.targets import CLASS, KINDS, NONE, VALUE
 from vit_scale.errors import UserError, nearest
 
@@ -177,6 +177,25 @@ def open_split(
     loaded = in_memory(source, cfg.workers)
     loaded.recorded, loaded.ids = getattr(source, "recorded", {}), getattr(source, "ids", ())
     return loaded
+
+
+def share_images(cfg: ConfigDict, one: str, other: str) -> bool:
+    """Return whether two splits of the set that a data block names share images, or may.
+
+    `val`, `validation` and `test` may be one set, of files without a test set: it is opened, if it
+    is here.
+    """
+    if not are_disjoint(one, other):
+        return True
+    entry = data_set(cfg)
+    names = [split_name(split, entry.splits) for split in (one, other)]
+    if names[0] == names[1] or "train" in names:
+        return False
+    try:
+        first, second = (entry.source(cfg, name).name for name in names)
+    except UserError:
+        return False
+    return first == second and not are_disjoint(one, other.replace(names[1], names[0], 1))
 
 
 def open_training(cfg: ConfigDict) -> Source:

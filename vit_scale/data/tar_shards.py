@@ -26,7 +26,13 @@ from vit_scale.data.class_names import read_lines, readable
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages, Label
 from vit_scale.data.example_ids import Examples
-from vit_scale.data.image_files import is_hidden, is_image
+from vit_scale.data.image_files import (
+    SkippedFiles,
+    is_hidden,
+    is_image,
+    print_once,
+    read_error,
+)
 from vit_scale.data.image_folder import FOLDERS
 from vit_scale.data.patterns import SPLIT, find_files
 from vit_scale.data.sources import MissingSplit
@@ -39,6 +45,8 @@ from vit_scale.storage.ranges import RangeReader
 
 VERSION, TARGETS = 1, 2  # of an index; the second has labels that are no single class
 BLOCK = tarfile.BLOCKSIZE
+END = tarfile.RECORDSIZE  # bytes to read at a time of what follows the members
+MOST_CLASSES = 1_000_000  # a larger number is an id
 CLASSES = "classes.txt"  # beside the shards: the name of each label, a line each
 TAR = ".tar"
 INDEX_IT = "run `vit-scale data index {path}`"
@@ -82,7 +90,7 @@ class TarShards(EncodedImages):
         try:
             data = self._ranges.read(shard, offset, length)
         except OSError as error:
-            raise Corrupt(error.strerror or str(error)) from error
+            raise read_error(error, self._shards[shard], shard=True) from error
         if len(data) != length:
             raise Corrupt(f"the shard ends after {len(data)} of {length} bytes")
         return data, self._label_of(index)
@@ -278,24 +286,35 @@ def read_members(shard: Path) -> list[Member]:
     broken = (tarfile.TarError, EOFError, *DAMAGED)
     with user_errors(f"cannot index {shard}", advice, also=broken), paths.stream(shard) as stream:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            members = list(_examples(tar, shard))
+            skipped = SkippedFiles()
+            members = list(_examples(tar, shard, skipped))
             end = tar.offset
-        stream.seek(0, io.SEEK_END)
-        if stream.tell() < end + BLOCK:
-            raise EOFError(f"it ends at byte {stream.tell()}, without the mark of a tar file's end")
+        stream.seek(end)
+        rest = stream.read(END)
+        if len(rest) < BLOCK:
+            raise EOFError(
+                f"it ends at byte {end + len(rest)}, without the mark of a tar file's end"
+            )
+        while rest and not any(rest):
+            rest = stream.read(END)
+        if rest:
+            raise EOFError("more follows its end, which would not be read (tar --concatenate)")
+    if skipped.counts:
+        print_once(f"{shard}: {skipped}; skipped")
     return members
 
 
-def _examples(tar: tarfile.TarFile, shard: Path) -> Iterator[Member]:
+def _examples(tar: tarfile.TarFile, shard: Path, skipped: SkippedFiles) -> Iterator[Member]:
     def key(info: tarfile.TarInfo) -> str:
         folder, slash, name = info.name.removeprefix("./").rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     def has_content(info: tarfile.TarInfo) -> bool:
-        return not info.isdir() and not is_hidden(info.name.rpartition("/")[2])
+        parts = info.name.removeprefix("./").split("/")
+        return not info.isdir() and not any(map(is_hidden, parts))
 
     for name, group in itertools.groupby(filter(has_content, tar), key):
-        image, label, files = None, None, []
+        image, labels, files = None, {}, []
         for info in group:
             file = info.name.removeprefix("./")
             suffix = file[file.rindex(".") :].lower() if "." in file else ""
@@ -306,19 +325,33 @@ def _examples(tar: tarfile.TarFile, shard: Path) -> Iterator[Member]:
                     "shard again, with what it stands for (tar --dereference --hard-dereference)"
                 )
             if suffix in (".cls", ".json"):
-                label = _label(tar, info, shard, suffix)
+                labels[file] = _label(tar, info, shard, suffix)
             elif is_image(file):
                 if image:
                     raise UserError(f"{shard}: {image.file} and {file} are images of one example")
                 image = Member(file, info.offset_data, info.size, None)
+        label = _only(labels, shard)
         if label is not None and not image:
             raise UserError(
                 f"{shard}: {', '.join(files)} is an example with a label and no image that "
                 "Pillow reads: convert the image, or leave the example out"
             )
-        if image:
+        if not image:
+            for file in files:
+                skipped.add(file)
+        else:
             folder = name.partition("/")[0] if "/" in name else None
             yield image._replace(label=folder if label is None else label)
+
+
+def _only(labels: dict[str, int | float | list | None], shard: Path):
+    """Return the label in an example's files, None without one. Raises UserError for two."""
+    known = {file: label for file, label in labels.items() if label is not None}
+    (file, label), *others = known.items() or [("", None)]
+    for other, different in others:
+        if different != label:
+            raise UserError(f"{shard}: {file} has the label {label}, and {other} {different}")
+    return label
 
 
 def _label(
@@ -329,11 +362,14 @@ def _label(
     try:
         value = json.loads(text)
         if suffix == ".json":
-            value = value.get("label")
-        if value is None or (type(value) is int and value >= 0):
+            value = value.get("label") if isinstance(value, dict) else None
+        if value is None or (type(value) is int and 0 <= value < MOST_CLASSES):
             return value
         if suffix == ".json" and type(value) in (int, float, list):
             return float(value) if type(value) is int else value
-    except (ValueError, AttributeError):
+    except ValueError:
         pass
-    raise UserError(f"{shard} ({info.name}) has no label that is a number, but {text[:40]!r}")
+    raise UserError(
+        f"{shard} ({info.name}) has no label that is a number below {MOST_CLASSES:,}, but "
+        f"{text[:40]!r}"
+    )

@@ -20,6 +20,7 @@ from vit_scale.data.columns import choose_column, labelled_split
 from vit_scale.data.decode import Corrupt
 from vit_scale.data.encoded_images import EncodedImages
 from vit_scale.data.example_ids import Examples
+from vit_scale.data.image_files import check_readable
 from vit_scale.errors import UserError
 from vit_scale.storage import files, paths
 from vit_scale.storage.errors import DAMAGED, one_line, user_errors
@@ -84,6 +85,7 @@ class TfdsSet(EncodedImages):
         try:
             return self._rows[index]
         except Exception as error:  # Riegeli and protobuf raise several types
+            check_readable(self._index.parent / INFO)
             raise Corrupt(one_line(error)) from error
 
     def location(self, index: int) -> str:

@@ -80,7 +80,8 @@ def count_slices(devices: Sequence[jax.Device], cfg: ConfigDict) -> tuple[int, b
     A TPU device knows its slice. Other devices form one slice, unless the config splits an axis
     over slices: then each process, such as a machine with GPUs, is a slice.
     """
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    known = devices[0].platform == "tpu"
+    slices = {getattr(device, "slice_index", 0) if known else 0 for device in devices}
     if len(slices) > 1 or all(cfg[f"slices_{axis}"] in (1, -1) for axis in AXES):
         return len(slices), False
     return len({device.process_index for device in devices}), True

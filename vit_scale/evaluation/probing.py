@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_scale.config import image_size
-from vit_scale.data import Source, are_disjoint, open_evaluation
+from vit_scale.data import Source, open_evaluation, share_images
 from vit_scale.distributed import multihost
 from vit_scale.distributed.mesh import make_mesh
 from vit_scale.distributed.sharding import check_batch, shard, shardings
@@ -153,15 +153,13 @@ def open_splits(cfg: ConfigDict, train: str, split: str) -> tuple[Source, Source
             "data.mixture: probes are of one set; name it: --config.data.mixture=() "
             "--config.data.name=NAME --config.data.path=PATH"
         )
-    if not are_disjoint(train, split):
+    if share_images(cfg.data, train, split):
         raise UserError(
             f"splits {train} and {split} share images, or may: give others, such as "
             "--train train[:90%] --split train[90%:]",
             USAGE,
         )
     fitted, tested = (open_evaluation(cfg, name, ()) for name in (train, split))
-    if fitted.name == tested.name and train != split:
-        raise UserError(f"splits {train} and {split} are the same images, {fitted.name}", USAGE)
     if fitted.classes != tested.classes:
         raise UserError(
             f"{fitted.name} has {len(fitted.classes)} classes and {tested.name} "

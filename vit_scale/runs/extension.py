@@ -18,7 +18,6 @@ from vit_scale.runs.json_files import read_json, write_json
 from vit_scale.runs.resume import check_same_config, check_same_data
 from vit_scale.storage import files
 
-FOLDER = "extended"
 FIELDS = ("steps", "optim.cooldown", "optim.cooldown_shape")  # that an extension may change
 BY_STEPS = ("cosine", "linear", "piecewise")  # schedules that depend on the number of steps
 COPIED = ("run.json", "report.json", "metrics.jsonl", "goodput.json", rollbacks.FILE)
@@ -90,7 +89,7 @@ def _archive(run: pathlib.Path, steps: int, common: int) -> None:
             f"workdir {run} has no checkpoint up to step {common:,}, where its cool-down began "
             f"(the first is of step {min(trained):,}): use another --workdir"
         )
-    archive = run / FOLDER / str(steps)
+    archive = run / checkpoint.EXTENDED / str(steps)
     archive.mkdir(parents=True, exist_ok=True)
     for name in COPIED:  # what an interrupted extension copied is whole, and may have changed since
         if (run / name).exists() and not (archive / name).exists():

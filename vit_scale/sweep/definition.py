@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vit_scale import config
-from vit_scale.data import are_disjoint
+from vit_scale.data import share_images
 from vit_scale.errors import USAGE, UserError
 from vit_scale.models.spec import SOURCE
 from vit_scale.pretrained import with_source_model
@@ -77,10 +77,7 @@ def check(sweep: Sweep) -> list[ConfigDict]:
 
 def _check_held_out(cfg: ConfigDict) -> None:
     split, train, final = cfg.eval.split, cfg.data.train, cfg.eval.final
-    held_out = (
-        split and are_disjoint(split, train) and not (final and not are_disjoint(split, final))
-    )
-    if not held_out:
+    if not split or any(share_images(cfg.data, split, one) for one in (train, final) if one):
         raise UserError(
             "a sweep selects by eval.split, which must be held out from training and from the "
             f"final test (data.train={train!r}, eval.split={split!r}, eval.final={final!r}): give "

@@ -8,13 +8,19 @@ from ml_collections import ConfigDict
 
 from vit_scale import config, data
 from vit_scale.models.parameters import count
-from vit_scale.runs.resume import OPERATIONAL, comparable
+from vit_scale.runs.resume import comparable
 from vit_scale.tracking import Tracker, git_state, parameter_table, versions
 from vit_scale.training.setup import Setup
 from vit_scale.training.splits import Splits
 
 # Variables that change what is compiled, or how fast it runs.
 ENVIRONMENT = ("GLIBC_TUNABLES", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS", "XLA_FLAGS")
+
+# Fields that may differ between the hosts of a run.
+OF_A_HOST = (
+    *("data.cache", "data.memory", "data.path", "data.threads", "data.workers"),
+    *("distill.teacher", "log.", "watchdog."),
+)
 
 
 def describe(setup: Setup, name: str, splits: Splits) -> dict:
@@ -37,7 +43,7 @@ def describe(setup: Setup, name: str, splits: Splits) -> dict:
 def identity(description: dict, splits: Splits) -> dict:
     """Return what must be equal on all hosts: config, data, and code."""
     fields = config.dotted(comparable(description["config"]))
-    same = {name: value for name, value in fields.items() if not name.startswith(OPERATIONAL)}
+    same = {name: value for name, value in fields.items() if not name.startswith(OF_A_HOST)}
     for split, source in splits._asdict().items():
         if source:
             same[f"{split} set"] = [*data.describe(source).values(), data.checksum(source)]

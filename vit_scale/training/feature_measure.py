@@ -1,13 +1,14 @@
 """Measure features while they are trained: nearest neighbours, where nothing is predicted."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_scale.data import Source, are_disjoint
+from vit_scale.data import Source
+from vit_scale.data.splits import are_disjoint
 from vit_scale.data.targets import CLASS
 from vit_scale.errors import UserError, nearest
 from vit_scale.evaluation import KNN, Extract, NotFinite
@@ -58,10 +59,18 @@ def check_probe(cfg: ConfigDict) -> None:
             f"eval.probe=knn needs one class an image, not data.target={cfg.data.target}: set "
             "eval.probe, eval.split and eval.final to ''"
         )
+    check_bank(cfg, lambda *pair: not are_disjoint(*pair))
+
+
+def check_bank(cfg: ConfigDict, share: Callable[[str, str], bool]) -> None:
+    """Raise UserError for neighbours among the images that are classified.
+
+    `share` tells whether two splits share images.
+    """
     bank = cfg.eval.bank or cfg.data.train
     for field in ("split", "final"):
         split = cfg.eval[field]
-        if split and not are_disjoint(bank, split):
+        if split and share(bank, split):
             raise UserError(
                 f"eval.{field}={split} shares images with the neighbours of eval.probe=knn, "
                 f"{bank}: every image would be its own nearest"

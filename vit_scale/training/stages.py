@@ -34,7 +34,7 @@ def train_stages(
         begun = _begun({config.find(name)[1]: workdir})
         cfg = config.load(name, overrides, begun)
         return train(cfg, workdir, config.title(name), quiet, until)
-    if until:
+    if until is not None:
         stages = ", ".join(f"{name}:{stage}" for stage in cfg.stages)
         raise UserError(
             f"until={until} applies to one run, and {name} has several: {stages}", USAGE

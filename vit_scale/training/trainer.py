@@ -88,7 +88,7 @@ def train(
         description = describe(setup, name, splits)
         if not all_steps(paths.parse(workdir)):
             check_source(setup, splits.train.classes, class_ids(splits.train))
-        same = identity(description, splits) if multihost.has_peers() else {}
+        same = identity(description, splits) | {"until": until} if multihost.has_peers() else {}
     multihost.check_same(same)
     # An extension to more steps, where the schedule allows it, starts from this checkpoint.
     stable = None if depending_on_steps(cfg) else steps_before_cooldown(cfg)
@@ -245,10 +245,11 @@ class Training:
             return {"split": cfg.eval.final, "step": int(state.step), **measured}
 
         last = chosen = result(restore(self.setup, checkpoints, cfg.steps))
-        if checkpoints.find_best() is None:
+        best_first = checkpoints.rank()
+        if not best_first:
             return last
-        if checkpoints.find_best() != last["step"]:
-            chosen = result(recover(self.setup, checkpoints, checkpoints.rank()))
+        if best_first[0] != last["step"]:
+            chosen = result(recover(self.setup, checkpoints, best_first))
         selected = {"split": cfg.eval.split, **checkpoints.read_metrics(chosen["step"])}
         return {**last, "best": {**chosen, "selected_by": selected}}
 

@@ -27,7 +27,7 @@ from vit_scale.models.position_embeddings import check_method
 from vit_scale.models.spec import Shape, resolve
 from vit_scale.models.stacked_blocks import remat_policy
 from vit_scale.training import objectives, optimizer
-from vit_scale.training.feature_measure import check_probe
+from vit_scale.training.feature_measure import check_bank, check_probe
 from vit_scale.training.measures import check_memory
 from vit_scale.training.objectives.teacher import Teacher, check_teacher_classes
 from vit_scale.training.splits import Splits
@@ -111,6 +111,8 @@ def check_counts(cfg: ConfigDict) -> None:
     for name, lowest in LOWEST.items():
         if not values[name] >= lowest:  # also for NaN
             raise UserError(f"{name}={values[name]} must be at least {lowest}")
+    if (load := cfg.data.load) and load < 0:
+        raise UserError(f"data.load={load} must be at least 0, which is data.resolution")
 
 
 def check_model(cfg: ConfigDict, mesh: AnyMesh | None = None) -> Shape | convnets.Shape:
@@ -218,13 +220,15 @@ def validate_inputs(
         check_memory(source.name, len(source), cfg.model.classes)
     check_teacher_classes(teacher, splits.train.classes)
     train, evaluation = (len(batch_rows(n, mesh)) for n in (cfg.data.batch, cfg.eval.batch))
-    parts = [(splits.train, train, cfg.steps)]
-    if splits.selection:  # evaluated while the training pipeline keeps its prefetched batches
-        parts.append((splits.selection, evaluation, -(-len(splits.selection) // cfg.eval.batch)))
-    data.check_shared_memory(parts, cfg.data.workers)
-    for source in filter(None, (splits.final, splits.bank)):
+    if splits.bank:
+        check_bank(cfg, lambda *pair: data.share_images(cfg.data, *pair))
+    training = (splits.train, train, cfg.steps)
+    data.check_shared_memory([training], cfg.data.workers)
+    for source in filter(None, splits[1:]):
         part = (source, evaluation, -(-len(source) // cfg.eval.batch))
-        data.check_shared_memory([part], cfg.data.workers)
+        # The training pipeline keeps its prefetched batches, but not for the final evaluation.
+        during = splits.selection and source is not splits.final
+        data.check_shared_memory([training, part] if during else [part], cfg.data.workers)
 
 
 def check_classes(source: data.Source, cfg: ConfigDict) -> None:
